@@ -1,0 +1,66 @@
+# The Python modules. torch's own CMake package asks for a CUDA toolkit as soon as
+# torch has CUDA; its headers and two libraries are all that is needed.
+find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 CONFIG REQUIRED)
+execute_process(
+  COMMAND "${Python_EXECUTABLE}" -c "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+  OUTPUT_VARIABLE torch_root OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+if(NOT EXISTS "${torch_root}/include/torch/csrc/stable/library.h")
+  message(FATAL_ERROR "vmoe_routers needs torch >= 2.11 to build, and found "
+                      "'${torch_root}': pip install 'torch>=2.11', or build with isolation")
+endif()
+
+add_library(torch_stable INTERFACE)
+target_include_directories(torch_stable SYSTEM INTERFACE
+  "${torch_root}/include" "${torch_root}/include/torch/csrc/api/include")
+# The stable ABI of 2.11: one binary for that torch and every later one.
+target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)
+target_link_libraries(torch_stable INTERFACE "${torch_root}/lib/libtorch_cpu.so")
+
+include(CheckLanguage)
+set(cuda_built OFF)
+if(NOT VMOE_CUDA STREQUAL "OFF")
+  set(torch_has_cuda OFF)
+  if(EXISTS "${torch_root}/lib/libtorch_cuda.so")
+    set(torch_has_cuda ON)
+    check_language(CUDA)
+  endif()
+  if(torch_has_cuda AND CMAKE_CUDA_COMPILER)
+    set(cuda_built ON)
+  elseif(VMOE_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "VMOE_CUDA=ON needs a torch with CUDA (${torch_root}: ${torch_has_cuda}) "
+                        "and nvcc (${CMAKE_CUDA_COMPILER})")
+  endif()
+endif()
+
+if(cuda_built)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80 90 100)
+  endif()
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  set(CMAKE_CUDA_STANDARD 20)
+  list(TRANSFORM CUDA_OPS REPLACE "(.+)" "csrc/cuda/\\1.cu" OUTPUT_VARIABLE cuda_sources)
+  list(TRANSFORM CUDA_OPS REPLACE "(.+)" "csrc/torch/\\1.cpp" OUTPUT_VARIABLE cuda_bindings)
+  add_library(core_cuda STATIC ${cuda_sources})
+  target_include_directories(core_cuda PUBLIC csrc)
+  pybind11_add_module(_C_cuda MODULE csrc/ops_cuda.cpp ${cuda_bindings})
+  target_compile_definitions(_C_cuda PRIVATE VMOE_DEVICE_CUDA USE_CUDA)
+  # Nothing in _C_cuda calls libtorch_cuda by a symbol that the linker sees first.
+  target_link_options(_C_cuda PRIVATE -Wl,--no-as-needed)
+  target_link_libraries(_C_cuda PRIVATE core_cuda torch_stable
+    "${torch_root}/lib/libtorch_cuda.so" CUDA::cudart_static)
+  install(TARGETS _C_cuda DESTINATION vmoe_routers)
+  message(STATUS "vmoe_routers: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES}")
+else()
+  set(CMAKE_CUDA_ARCHITECTURES "")
+  message(STATUS "vmoe_routers: CPU only (VMOE_CUDA=${VMOE_CUDA})")
+endif()
+
+list(TRANSFORM OPS REPLACE "(.+)" "csrc/torch/\\1.cpp" OUTPUT_VARIABLE cpu_bindings)
+pybind11_add_module(_C MODULE csrc/ops.cpp ${cpu_bindings})
+target_compile_definitions(_C PRIVATE
+  VMOE_CUDA_BUILT=$<IF:$<BOOL:${cuda_built}>,true,false>
+  "VMOE_CUDA_ARCHITECTURES=\"${CMAKE_CUDA_ARCHITECTURES}\"")
+target_link_libraries(_C PRIVATE core torch_stable)
+install(TARGETS _C DESTINATION vmoe_routers)

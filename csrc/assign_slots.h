@@ -1,0 +1,31 @@
+// assign_slots -- position of every request in its expert's buffer.
+//
+//   expert    [G, T, K]  int32            requested experts, in [0, E); anything else: no request
+//   priority  [G, T]     float32 | float64 or null
+//                        tokens are served in descending order of it (order.h); null: in index order
+//   slot      [G, T, K]  int32            e * C + position, or -1: dropped, or no request
+//   source    [G, E, C]  int32            t * K + k of the request that a slot holds, or -1: empty
+//
+// Choice 0 of every token goes before choice 1 of any (V-MoE, arXiv 2106.05974,
+// algorithms 1 and 2). A request that finds its buffer full is dropped.
+// Deterministic. O(T * K) a group, and a sort of T where there is a priority.
+#pragma once
+
+#include <cstdint>
+
+namespace vmoe::cpu {
+
+template <typename T>
+void assign_slots(
+    const int32_t* expert,  // [G, T, K]
+    const T* priority,      // [G, T] or null
+    int32_t* slot,          // [G, T, K]
+    int32_t* source,        // [G, E, C]
+    int64_t tokens,
+    int64_t K,
+    int64_t E,
+    int64_t C,
+    int64_t group_begin,
+    int64_t group_end);
+
+}  // namespace vmoe::cpu

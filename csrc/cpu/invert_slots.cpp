@@ -1,0 +1,31 @@
+#include "../invert_slots.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace vmoe::cpu {
+
+void invert_slots(
+    const int32_t* token, int32_t* offsets, int32_t* slots, int64_t S, int64_t tokens,
+    int64_t group_begin, int64_t group_end) {
+  std::vector<int32_t> next(tokens);
+  for (int64_t g = group_begin; g < group_end; ++g) {
+    const int32_t* holds = token + g * S;
+    int32_t* start = offsets + g * (tokens + 1);
+    int32_t* sorted = slots + g * S;
+    const auto filled = [&](int64_t s) { return holds[s] >= 0 && holds[s] < tokens; };
+    // A counting sort: stable, so a token's slots stay in ascending order.
+    std::fill(start, start + tokens + 1, 0);
+    for (int64_t s = 0; s < S; ++s) {
+      if (filled(s)) ++start[holds[s] + 1];
+    }
+    for (int64_t t = 0; t < tokens; ++t) start[t + 1] += start[t];
+    std::copy(start, start + tokens, next.begin());
+    for (int64_t s = 0; s < S; ++s) {
+      if (filled(s)) sorted[next[holds[s]]++] = static_cast<int32_t>(s);
+    }
+    std::fill(sorted + start[tokens], sorted + S, -1);
+  }
+}
+
+}  // namespace vmoe::cpu

@@ -1,0 +1,30 @@
+#include "../ksparse_projection.h"
+
+#include <cmath>
+
+#include "simplex.h"
+
+namespace vmoe::cpu {
+
+template <typename T>
+void ksparse_projection(
+    const T* x, T* out, int64_t n, int64_t k, int64_t row_begin, int64_t row_end) {
+  std::vector<Pick<OrderKey<T>>> picks;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const T* value = x + row * n;
+    T* p = out + row * n;
+    select(value, 1, n, k, picks);
+    const double tau = simplex_threshold(value, 1, picks);
+    const bool finite = std::isfinite(tau);
+    std::fill(p, p + n, finite ? T{0} : std::numeric_limits<T>::quiet_NaN());
+    if (!finite) continue;
+    for (const auto& pick : picks) {
+      p[pick.index] = static_cast<T>(std::max(value[pick.index] - tau, 0.0));
+    }
+  }
+}
+
+template void ksparse_projection(const float*, float*, int64_t, int64_t, int64_t, int64_t);
+template void ksparse_projection(const double*, double*, int64_t, int64_t, int64_t, int64_t);
+
+}  // namespace vmoe::cpu

@@ -1,0 +1,28 @@
+// dispatch -- the rows of the tokens, laid out by slot.
+//
+//   x      [G, T, D]     any dtype
+//   token  [G, E, C]     int32       token that a slot holds; outside [0, T): empty
+//   out    [E, G, C, D]  same dtype  out[e, g, c] = x[g, token[g, e, c]], zeros where empty
+//
+// X~ = D^T X of the paper's formulation, for a 0/1 D (section 3 of arXiv 2401.15969).
+// The expert comes first in memory: the rows of one expert are one matrix for its MLP.
+// Bit-exact copies, whatever the dtype.
+#pragma once
+
+#include <cstdint>
+
+namespace vmoe::cpu {
+
+void dispatch(
+    const char* x,         // [G, T, row_bytes]
+    const int32_t* token,  // [G, E, C]
+    char* out,             // [E, G, C, row_bytes]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t C,
+    int64_t row_bytes,
+    int64_t row_begin,  // rows of out, [row_begin, row_end) of E * G * C
+    int64_t row_end);
+
+}  // namespace vmoe::cpu

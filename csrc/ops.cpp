@@ -1,0 +1,26 @@
+// ops -- every schema, and the Python module _C with the facts of its build.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(vmoe_routers, m) {
+  m.def("topk(Tensor x, int k, int dim) -> (Tensor values, Tensor indices)");
+  m.def("assign_slots(Tensor expert, Tensor? priority, int num_experts, int capacity) -> (Tensor slot, Tensor source)");
+  m.def("invert_slots(Tensor token, int num_tokens) -> (Tensor offsets, Tensor slots)");
+  m.def("dispatch(Tensor x, Tensor token, Tensor offsets, Tensor slots) -> Tensor");
+  m.def("combine(Tensor y, Tensor? gate, Tensor token, Tensor offsets, Tensor slots) -> Tensor");
+  m.def("combine_backward(Tensor grad, Tensor y, Tensor gate, Tensor token) -> (Tensor grad_y, Tensor grad_gate)");
+  m.def("sinkhorn(Tensor logits, float epsilon, int iterations, float tolerance, bool implicit) -> (Tensor plan, Tensor history, Tensor error, Tensor steps)");
+  m.def("sinkhorn_backward(Tensor grad, Tensor logits, Tensor history, Tensor steps, float epsilon) -> Tensor");
+  m.def("sinkhorn_implicit_backward(Tensor grad, Tensor plan, float epsilon) -> Tensor");
+  m.def("ksparse_projection(Tensor x, int k) -> Tensor");
+  m.def("ksparse_transport(Tensor similarity, int k, int iterations, str solver, float learning_rate, float tolerance, float gamma) -> Tensor");
+  m.def("soft_mix(Tensor logits, Tensor values, int dim) -> Tensor");
+  m.def("soft_mix_backward(Tensor grad, Tensor logits, Tensor values, int dim) -> (Tensor grad_logits, Tensor grad_values)");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Registers the CPU kernels of vmoe_routers with torch's dispatcher.";
+  m.attr("torch_target") = "2.11";
+  m.attr("cuda_built") = VMOE_CUDA_BUILT;
+  m.attr("cuda_architectures") = VMOE_CUDA_ARCHITECTURES;
+}

@@ -1,0 +1,70 @@
+// sinkhorn -- entropy-regularised transport plan between tokens and experts.
+//
+//   logits   [G, T, E]  float32 | float64
+//   plan     [G, T, E]  same dtype
+//   history  [G, I, E]  float64   h after every iteration, zeros behind the last one done
+//   error    [G]        float64   max_e |sum_t plan[t, e] - n/E| / (n/E)
+//   steps    [G]        int32     iterations done
+//
+// Minimises <plan, -logits> + epsilon sum plan (log plan - 1) with row sums 1 and
+// column sums n/E, in the log domain, M = logits / epsilon, f = 0 at first:
+//
+//   h_e = log(n/E) - logsumexp_t(M[t, e] + f_t)
+//   f_t =          - logsumexp_e(M[t, e] + h_e)       plan = exp(M + f + h)
+//
+// (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so
+// rows sum to 1. With tolerance > 0 a group stops once error <= tolerance.
+// A row that is all -inf is an absent token: n counts the others, its plan is 0.
+// A group with NaN or +inf among its logits gets NaN. Potentials are float64: the
+// exponents stay exact to float32 rounding for |logits| up to 1e4 and beyond.
+//
+// Two gradients: of the iterations done (unrolled; f_i is recomputed from h_i, so
+// that one [T, E] tensor and I * E numbers are all that is kept), and of the fixed
+// point by the implicit function theorem at the plan reached.
+#pragma once
+
+#include <cstdint>
+
+namespace vmoe::cpu {
+
+template <typename T>
+void sinkhorn(
+    const T* logits,  // [G, T, E]
+    T* plan,          // [G, T, E]
+    double* history,  // [G, I, E]
+    double* error,    // [G]
+    int32_t* steps,   // [G]
+    int64_t tokens,
+    int64_t E,
+    int64_t iterations,
+    double epsilon,
+    double tolerance,
+    int64_t group_begin,
+    int64_t group_end);
+
+template <typename T>
+void sinkhorn_backward(
+    const T* grad,          // [G, T, E] of the plan
+    const T* logits,        // [G, T, E]
+    const double* history,  // [G, I, E]
+    const int32_t* steps,   // [G]
+    T* grad_logits,         // [G, T, E]
+    int64_t tokens,
+    int64_t E,
+    int64_t iterations,
+    double epsilon,
+    int64_t group_begin,
+    int64_t group_end);
+
+template <typename T>
+void sinkhorn_implicit_backward(
+    const T* grad,   // [G, T, E] of the plan
+    const T* plan,   // [G, T, E]
+    T* grad_logits,  // [G, T, E]
+    int64_t tokens,
+    int64_t E,
+    double epsilon,
+    int64_t group_begin,
+    int64_t group_end);
+
+}  // namespace vmoe::cpu

@@ -1,0 +1,39 @@
+// soft_mix -- the two softmaxes of Soft MoE.
+//
+//   logits   [G, T, S]  float32 | float64
+//   weights  [G, T, S]  same dtype   softmax of the logits over the tokens (the dispatch
+//                                    tensor) or over the slots (the combine tensor)
+//
+// out = softmax_t(logits)^T values  [G, S, D], or softmax_s(logits) values  [G, T, D]
+// (Puigcerver et al., arXiv 2308.00951, equations 1 and 2); the products are torch's.
+// -inf is "not there"; a line of -inf alone gets zeros, not NaN: a padding token
+// neither gives nor takes.
+//
+// Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
+#pragma once
+
+#include <cstdint>
+
+namespace vmoe::cpu {
+
+template <typename T>
+void soft_mix(
+    const T* logits,  // [G, T, S]
+    T* weights,       // [G, T, S]
+    int64_t tokens,
+    int64_t S,
+    bool over_tokens,
+    int64_t group_begin,
+    int64_t group_end);
+
+template <typename T>
+void soft_mix_backward(
+    const T* weights,  // [G, T, S]
+    T* grad,           // [G, T, S]  in: of the weights; out: of the logits
+    int64_t tokens,
+    int64_t S,
+    bool over_tokens,
+    int64_t group_begin,
+    int64_t group_end);
+
+}  // namespace vmoe::cpu

@@ -1,0 +1,43 @@
+// topk -- the k largest entries along one axis, in the order of order.h.
+//
+//   x        [N, n, M]  float32 | float64   N rows before the axis, M after it
+//   values   [N, M, k]  same dtype           largest first; the chosen axis goes last
+//   indices  [N, M, k]  int32                positions on the axis, in [0, n), each once
+//
+// 0 <= k <= n. NaN counts as the largest value, so indices stay unique and in
+// range whatever comes. Deterministic. A row is an (N, M) pair: N * M of them.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace vmoe::cpu {
+
+template <typename T>
+void topk(
+    const T* x,        // [N, n, M]
+    T* values,         // [N, M, k]
+    int32_t* indices,  // [N, M, k]
+    int64_t n,
+    int64_t M,
+    int64_t k,
+    int64_t row_begin,  // rows [row_begin, row_end) of N * M
+    int64_t row_end);
+
+}  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+template <typename T>
+void topk(
+    const T* x,        // [N, n, M]
+    T* values,         // [N, M, k]
+    int32_t* indices,  // [N, M, k]
+    int64_t n,
+    int64_t M,
+    int64_t k,
+    int64_t rows,  // N * M
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

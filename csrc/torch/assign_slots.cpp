@@ -1,0 +1,37 @@
+#include "../assign_slots.h"
+
+#include "tensor.h"
+
+namespace vmoe {
+namespace {
+
+std::tuple<Tensor, Tensor> assign_slots(
+    const Tensor& expert_, std::optional<Tensor> priority_, int64_t E, int64_t C) {
+  check_dim("assign_slots", "expert", expert_, 3);
+  check_dtype("assign_slots", "expert", expert_, ScalarType::Int);
+  STD_TORCH_CHECK(E >= 0 && C >= 0, "assign_slots: num_experts ", E, ", capacity ", C);
+  const int64_t G = expert_.size(0), tokens = expert_.size(1), K = expert_.size(2);
+  STD_TORCH_CHECK(
+      tokens * K <= INT32_MAX && E * C <= INT32_MAX,
+      "assign_slots: ", tokens * K, " requests and ", E * C, " slots a group do not fit int32");
+  if (priority_) check_shape("assign_slots", "priority", *priority_, {G, tokens});
+  const Tensor expert = packed(expert_);
+  const Tensor priority = priority_ ? packed(*priority_) : empty({0}, expert, ScalarType::Float);
+  Tensor slot = empty({G, tokens, K}, expert);
+  Tensor source = empty({G, E, C}, expert);
+  by_dtype("assign_slots", priority, [&](auto zero) {
+    using T = decltype(zero);
+    parallel(G, tokens * K + E * C, [&](int64_t begin, int64_t end) {
+      cpu::assign_slots(
+          read<int32_t>(expert), priority_ ? read<T>(priority) : nullptr, write<int32_t>(slot),
+          write<int32_t>(source), tokens, K, E, C, begin, end);
+    });
+  });
+  return {slot, source};
+}
+
+}  // namespace
+
+VMOE_REGISTER(m) { m.impl("assign_slots", TORCH_BOX(&assign_slots)); }
+
+}  // namespace vmoe

@@ -1,0 +1,36 @@
+#include "../ksparse_transport.h"
+
+#include "tensor.h"
+
+namespace vmoe {
+namespace {
+
+Tensor ksparse_transport(
+    const Tensor& similarity_, int64_t k, int64_t iterations, std::string solver,
+    double learning_rate, double tolerance, double gamma) {
+  check_dim("ksparse_transport", "similarity", similarity_, 3);
+  const int64_t G = similarity_.size(0), tokens = similarity_.size(1), E = similarity_.size(2);
+  STD_TORCH_CHECK(k >= 0 && k <= tokens, "ksparse_transport: k = ", k, " of ", tokens, " tokens");
+  STD_TORCH_CHECK(
+      solver == "adam" || solver == "lbfgs", "ksparse_transport: solver '", solver, "'");
+  STD_TORCH_CHECK(gamma > 0, "ksparse_transport: gamma = ", gamma);
+  const TransportOptions options{
+      k, iterations, solver == "adam" ? Solver::kAdam : Solver::kLbfgs, learning_rate, tolerance,
+      gamma};
+  const Tensor similarity = packed(similarity_);
+  Tensor plan = empty({G, tokens, E}, similarity);
+  by_dtype("ksparse_transport", similarity, [&](auto zero) {
+    using T = decltype(zero);
+    parallel(G, tokens * E * (iterations + 1), [&](int64_t begin, int64_t end) {
+      cpu::ksparse_transport(
+          read<T>(similarity), write<T>(plan), tokens, E, options, begin, end);
+    });
+  });
+  return plan;
+}
+
+}  // namespace
+
+VMOE_REGISTER(m) { m.impl("ksparse_transport", TORCH_BOX(&ksparse_transport)); }
+
+}  // namespace vmoe

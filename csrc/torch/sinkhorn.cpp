@@ -1,0 +1,85 @@
+#include "../sinkhorn.h"
+
+#include "tensor.h"
+
+namespace vmoe {
+namespace {
+
+// exp of both updates, for the grain of the parallel loop.
+constexpr int64_t kWorkPerEntry = 16;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn(
+    const Tensor& logits_, double epsilon, int64_t iterations, double tolerance, bool) {
+  check_dim("sinkhorn", "logits", logits_, 3);
+  STD_TORCH_CHECK(iterations >= 1, "sinkhorn: iterations = ", iterations);
+  STD_TORCH_CHECK(epsilon > 0, "sinkhorn: epsilon = ", epsilon);
+  const int64_t G = logits_.size(0), tokens = logits_.size(1), E = logits_.size(2);
+  const Tensor logits = packed(logits_);
+  Tensor plan = empty({G, tokens, E}, logits);
+  Tensor history = empty({G, iterations, E}, logits, ScalarType::Double);
+  Tensor error = empty({G}, logits, ScalarType::Double);
+  Tensor steps = empty({G}, logits, ScalarType::Int);
+  by_dtype("sinkhorn", logits, [&](auto zero) {
+    using T = decltype(zero);
+    parallel(G, tokens * E * iterations * kWorkPerEntry, [&](int64_t begin, int64_t end) {
+      cpu::sinkhorn(
+          read<T>(logits), write<T>(plan), write<double>(history), write<double>(error),
+          write<int32_t>(steps), tokens, E, iterations, epsilon, tolerance, begin, end);
+    });
+  });
+  return {plan, history, error, steps};
+}
+
+Tensor sinkhorn_backward(
+    const Tensor& grad_, const Tensor& logits_, const Tensor& history_, const Tensor& steps_,
+    double epsilon) {
+  check_dim("sinkhorn_backward", "logits", logits_, 3);
+  check_dim("sinkhorn_backward", "history", history_, 3);
+  const int64_t G = logits_.size(0), tokens = logits_.size(1), E = logits_.size(2);
+  const int64_t iterations = history_.size(1);
+  check_shape("sinkhorn_backward", "grad", grad_, {G, tokens, E});
+  check_shape("sinkhorn_backward", "history", history_, {G, iterations, E});
+  check_shape("sinkhorn_backward", "steps", steps_, {G});
+  check_dtype("sinkhorn_backward", "grad", grad_, logits_.scalar_type());
+  check_dtype("sinkhorn_backward", "history", history_, ScalarType::Double);
+  check_dtype("sinkhorn_backward", "steps", steps_, ScalarType::Int);
+  const Tensor grad = packed(grad_), logits = packed(logits_);
+  const Tensor history = packed(history_), steps = packed(steps_);
+  Tensor grad_logits = empty({G, tokens, E}, logits);
+  by_dtype("sinkhorn_backward", logits, [&](auto zero) {
+    using T = decltype(zero);
+    parallel(G, tokens * E * iterations * kWorkPerEntry, [&](int64_t begin, int64_t end) {
+      cpu::sinkhorn_backward(
+          read<T>(grad), read<T>(logits), read<double>(history), read<int32_t>(steps),
+          write<T>(grad_logits), tokens, E, iterations, epsilon, begin, end);
+    });
+  });
+  return grad_logits;
+}
+
+Tensor sinkhorn_implicit_backward(const Tensor& grad_, const Tensor& plan_, double epsilon) {
+  check_dim("sinkhorn_implicit_backward", "plan", plan_, 3);
+  const int64_t G = plan_.size(0), tokens = plan_.size(1), E = plan_.size(2);
+  check_shape("sinkhorn_implicit_backward", "grad", grad_, {G, tokens, E});
+  check_dtype("sinkhorn_implicit_backward", "grad", grad_, plan_.scalar_type());
+  const Tensor grad = packed(grad_), plan = packed(plan_);
+  Tensor grad_logits = empty({G, tokens, E}, plan);
+  by_dtype("sinkhorn_implicit_backward", plan, [&](auto zero) {
+    using T = decltype(zero);
+    parallel(G, (tokens + E) * E * E, [&](int64_t begin, int64_t end) {
+      cpu::sinkhorn_implicit_backward(
+          read<T>(grad), read<T>(plan), write<T>(grad_logits), tokens, E, epsilon, begin, end);
+    });
+  });
+  return grad_logits;
+}
+
+}  // namespace
+
+VMOE_REGISTER(m) {
+  m.impl("sinkhorn", TORCH_BOX(&sinkhorn));
+  m.impl("sinkhorn_backward", TORCH_BOX(&sinkhorn_backward));
+  m.impl("sinkhorn_implicit_backward", TORCH_BOX(&sinkhorn_implicit_backward));
+}
+
+}  // namespace vmoe

@@ -1,0 +1,103 @@
+// tensor -- what every binding needs of LibTorch's stable ABI, and no more.
+//
+// A binding in this folder is compiled into _C for the CPU and, where the op has
+// a CUDA kernel, once more into _C_cuda with VMOE_DEVICE_CUDA defined: checks and
+// allocation are written once. Checks here keep memory safe whatever is called;
+// the public Python functions say it in the user's words before.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#ifdef VMOE_DEVICE_CUDA
+#include <cuda_runtime.h>
+#define VMOE_DEVICE CUDA
+#else
+#define VMOE_DEVICE CPU
+#endif
+
+// Two steps, so that VMOE_DEVICE is expanded before it is pasted.
+#define VMOE_REGISTER_(device, m) STABLE_TORCH_LIBRARY_IMPL(vmoe_routers, device, m)
+#define VMOE_REGISTER(m) VMOE_REGISTER_(VMOE_DEVICE, m)
+
+namespace vmoe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_shape(
+    const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t axis = 0;
+  for (const int64_t size : shape) same = same && tensor.size(axis++) == size;
+  if (same) return;
+  std::string want, got;
+  for (const int64_t size : shape) want += (want.empty() ? "" : ", ") + std::to_string(size);
+  for (const int64_t size : tensor.sizes()) got += (got.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(false, op, ": ", name, " has shape [", got, "], wanted [", want, "]");
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim) {
+  STD_TORCH_CHECK(
+      tensor.dim() == dim, op, ": ", name, " has ", tensor.dim(), " axes, wanted ", dim);
+}
+
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor empty(
+    std::initializer_list<int64_t> shape, const Tensor& like, std::optional<ScalarType> dtype = {}) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+}
+
+template <typename T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* write(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Calls body(float{}) or body(double{}) by the tensor's dtype.
+template <typename Body>
+void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    default: STD_TORCH_CHECK(false, op, ": float32 or float64 wanted");
+  }
+}
+
+// body(begin, end) over [0, count), in parallel where a share is worth a thread:
+// about 16k elements, some 10 us of work.
+template <typename Body>
+void parallel(int64_t count, int64_t elements_each, Body&& body) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_each));
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+#ifdef VMOE_DEVICE_CUDA
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
+}  // namespace vmoe

@@ -1,0 +1,27 @@
+"""Fixtures of the whole suite: one seed for every test, and the devices that an op has a kernel for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vmoe_routers  # noqa: F401  (registers the ops)
+
+
+def _devices(op: str | None) -> list[str]:
+    """ "cpu", and "cuda" where there is a GPU and, for a test module with an ``OP``, a kernel of that op."""
+    if not torch.cuda.is_available():
+        return ["cpu"]
+    if op is None or torch._C._dispatch_has_kernel_for_dispatch_key(f"vmoe_routers::{op}", "CUDA"):
+        return ["cpu", "cuda"]
+    return ["cpu"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", _devices(getattr(metafunc.module, "OP", None)))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,9 @@
+"""Whole ViT-MoE models against the reference code's numbers (tests/golden)."""
+
+import parity
+import pytest
+
+
+@pytest.mark.parametrize("file", [file for file in parity.FILES if file.startswith("vit_")])
+def test_parity(file):
+    parity.check(file)

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import (
+    NAN,
+    assert_close,
+    check_compile,
+    check_dispatcher,
+    check_gradient,
+    check_reference,
+    each_dtype,
+    refused,
+    strided,
+)
+from test_invert_slots import tokens_of_slots
+from torch import Tensor
+
+from vmoe_routers import ops
+from vmoe_routers.ops import invert_slots, reference
+
+OP = "combine"
+
+
+def combine(
+    y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor
+) -> Tensor:
+    """The public function; without a gate (the gradient of dispatch) the op below it."""
+    if gate is None:
+        return torch.ops.vmoe_routers.combine(y, None, token, offsets, slots)
+    return ops.combine(y, gate, token, offsets, slots)
+
+
+SHAPES = [
+    # G, T, D, E, C
+    (2, 7, 5, 3, 4),
+    (1, 1, 1, 1, 1),
+    (3, 4, 33, 6, 5),  # E > T, C > T
+    (8, 49, 64, 8, 8),
+]
+
+
+def arguments(
+    G: int, T: int, D: int, E: int, C: int, *, gated: bool = True, empty: float = 0.3
+) -> list[Tensor | None]:
+    token = tokens_of_slots(G, T, E, C, empty=empty)
+    y = torch.randn(E, G, C, D, dtype=torch.float64)
+    gate = torch.randn(G, E, C, dtype=torch.float64) if gated else None
+    return [y, gate, token, *invert_slots(token, T)]
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference(device, dtype, shape):
+    check_reference(combine, reference.combine, arguments(*shape), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_gate(device, dtype, shape):
+    check_reference(combine, reference.combine, arguments(*shape, gated=False), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_of_float32_with_experts_in_half(device, dtype):
+    """As under autocast: the gate is not rounded, each gradient has its own tensor's dtype."""
+    y, gate, token, offsets, slots = (a.to(device) for a in arguments(2, 7, 16, 3, 4))
+    y, gate = y.to(dtype).requires_grad_(), gate.float().requires_grad_()
+    y64, gate64 = y.detach().double().requires_grad_(), gate.detach().double().requires_grad_()
+    out = combine(y, gate, token, offsets, slots)
+    expected = reference.combine(y64, gate64, token, offsets, slots)
+    assert out.dtype == dtype
+    assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    out.backward(cotangent)
+    expected.backward(cotangent.double())
+    assert (y.grad.dtype, gate.grad.dtype) == (dtype, torch.float32)
+    assert_close(y.grad, y64.grad)
+    assert_close(gate.grad, gate64.grad, slack=10)
+
+
+def test_is_the_einsum_with_the_combine_tensor(device):
+    y, gate, token, offsets, slots = (a.to(device) for a in arguments(2, 7, 5, 3, 4))
+    B = (token[:, None] == torch.arange(7, device=device)[:, None, None]) * gate[:, None]
+    out = combine(y, gate, token, offsets, slots)
+    assert out.shape == (2, 7, 5)
+    assert_close(out, torch.einsum("gtec,egcd->gtd", B, y))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradient(gated):
+    check_gradient(combine, arguments(2, 4, 3, 3, 2, gated=gated))
+
+
+@pytest.mark.parametrize("wanted", ["y", "gate"])
+def test_gradient_of_one_argument_alone(device, wanted):
+    y, gate, *slots = (a.to(device) for a in arguments(2, 4, 3, 3, 2))
+    leaf = {"y": y, "gate": gate}[wanted].requires_grad_()
+    actual = torch.autograd.grad(combine(y, gate, *slots).square().sum(), leaf)[0]
+    expected = torch.autograd.grad(reference.combine(y, gate, *slots).square().sum(), leaf)[0]
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_dispatcher(device, gated):
+    y, gate, *slots = (
+        None if a is None else a.to(device) for a in arguments(2, 4, 3, 3, 2, gated=gated)
+    )
+    gate = gate if gate is None else gate.requires_grad_()
+    check_dispatcher(torch.ops.vmoe_routers.combine.default, [y.requires_grad_(), gate, *slots])
+
+
+def test_dispatcher_of_the_backward(device):
+    y, gate, token, *_ = (a.to(device) for a in arguments(2, 4, 3, 3, 2))
+    grad = torch.randn(2, 4, 3, dtype=torch.float64, device=device)
+    check_dispatcher(torch.ops.vmoe_routers.combine_backward.default, [grad, y, gate, token])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_compile(device, gated):
+    check_compile(combine, arguments(2, 4, 3, 3, 2, gated=gated), device)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_empty_slots_say_nothing(device, gated):
+    """NaN there, in the outputs, the gates or both, changes no value and no gradient."""
+    y, gate, token, offsets, slots = arguments(2, 7, 5, 3, 4, gated=gated)
+    empty = token < 0
+    assert empty.any()
+    dirty_y = y.masked_fill(empty.transpose(0, 1)[..., None], NAN)
+    dirty_gate = None if gate is None else gate.masked_fill(empty, NAN)
+    results = []
+    for a, b in ((y, gate), (dirty_y, dirty_gate)):
+        leaves = [x.detach().to(device).requires_grad_() for x in (a, b) if x is not None]
+        out = combine(
+            leaves[0],
+            leaves[1] if gated else None,
+            *(x.to(device) for x in (token, offsets, slots)),
+        )
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+    assert (results[0][1].transpose(0, 1)[empty] == 0).all()
+
+
+def test_a_token_without_a_slot_gets_zeros(device):
+    token = torch.tensor([[[1]]], dtype=torch.int32, device=device)
+    out = combine(torch.ones(1, 1, 1, 2, device=device), None, token, *invert_slots(token, 3))
+    assert out.tolist() == [[[0, 0], [1, 1], [0, 0]]]
+
+
+@pytest.mark.parametrize(
+    "G, T, D, E, C",
+    [(0, 4, 3, 2, 2), (2, 0, 3, 2, 2), (2, 4, 0, 2, 2), (2, 4, 3, 2, 0), (2, 4, 3, 0, 2)],
+)
+def test_empty(device, G, T, D, E, C):
+    y, gate, token, *csr = (a.to(device) for a in arguments(G, T, D, E, C, empty=1.0))
+    out = combine(y.requires_grad_(), gate.requires_grad_(), token, *csr)
+    assert torch.equal(out.cpu(), torch.zeros(G, T, D, dtype=torch.float64))
+    out.sum().backward()
+    assert torch.equal(y.grad, torch.zeros_like(y))
+    assert torch.equal(gate.grad, torch.zeros_like(gate))
+
+
+def test_not_contiguous(device):
+    inputs = [a.to(device) for a in arguments(2, 7, 5, 3, 4)]
+    wanted = combine(*inputs)
+    assert torch.equal(combine(*(strided(a) for a in inputs)), wanted)
+    y, gate, token, *csr = inputs
+    # Experts' outputs that lie [G, E, C, D] in memory, and an expanded cotangent.
+    view = y.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    combine(view, gate, token, *csr).sum().backward()
+    expected = torch.where(token < 0, 0, gate).transpose(0, 1)[..., None].expand_as(y)
+    assert_close(view.grad, expected)
+
+
+def test_refuses():
+    y, gate, token, offsets, slots = arguments(2, 7, 5, 3, 4)
+    with refused(OP, "y"):
+        combine(y[0], gate, token, offsets, slots)
+    with refused(OP, "y"):
+        combine(y.long(), gate, token, offsets, slots)
+    with refused(OP, "y"):
+        combine(y.tolist(), gate, token, offsets, slots)
+    with refused(OP, "y"):
+        combine(y.to("meta"), gate, token, offsets, slots)
+    with refused(OP, "gate"):
+        combine(y, gate[:1], token, offsets, slots)
+    with refused(OP, "gate"):
+        combine(y, gate.transpose(0, 1), token, offsets, slots)
+    with refused(OP, "gate"):
+        combine(y, gate.long(), token, offsets, slots)
+    with refused(OP, "gate"):
+        combine(y, gate.to("meta"), token, offsets, slots)
+    with refused(OP, "token"):
+        combine(y, gate, token.flatten(1), offsets, slots)
+    other = tokens_of_slots(2, 7, 4, 3)  # E and C the other way round
+    with refused(OP, "token"):
+        combine(y, gate, other, *invert_slots(other, 7))
+    with refused(OP, "token"):
+        combine(y, gate, token.long(), offsets, slots)
+    with refused(OP, "offsets"):
+        combine(y, gate, token, offsets[:1], slots)
+    with refused(OP, "offsets"):
+        combine(y, gate, token, offsets.float(), slots)
+    with refused(OP, "slots"):
+        combine(y, gate, token, offsets, slots[:, 1:])
+    with refused(OP, "slots"):
+        combine(y, gate, token, offsets, slots.to("meta"))

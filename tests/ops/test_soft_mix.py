@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import (
+    INF,
+    NAN,
+    assert_close,
+    check_compile,
+    check_dispatcher,
+    check_gradient,
+    check_reference,
+    each_dtype,
+    refused,
+    spread,
+    strided,
+)
+from torch import Tensor
+
+from vmoe_routers.ops import reference, soft_mix
+
+OP = "soft_mix"
+each_dim = pytest.mark.parametrize("dim", [1, 2], ids=["tokens", "slots"])
+
+SHAPES = [
+    # G, T, S, D
+    (2, 9, 6, 5),
+    (1, 1, 1, 1),
+    (2, 1, 7, 3),
+    (2, 7, 1, 3),
+    (3, 2, 20, 4),  # more slots than tokens
+    (4, 49, 32, 64),
+]
+
+
+def arguments(G: int, T: int, S: int, D: int, dim: int) -> list[Tensor | int]:
+    return [spread(G, T, S), torch.randn(G, T if dim == 1 else S, D, dtype=torch.float64), dim]
+
+
+@each_dtype
+@each_dim
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference(device, dtype, dim, shape):
+    check_reference(
+        soft_mix,
+        reference.soft_mix,
+        arguments(*shape, dim),
+        dtype,
+        device,
+        slack=2,
+        gradient_slack=2,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_dim
+def test_logits_of_float32_with_values_in_half(device, dtype, dim):
+    """As under autocast: the logits are not rounded, each gradient has its own tensor's dtype."""
+    logits, values, _ = arguments(2, 9, 6, 5, dim)
+    logits, values = (
+        logits.to(device).float().requires_grad_(),
+        values.to(device, dtype).requires_grad_(),
+    )
+    logits64, values64 = (
+        logits.detach().double().requires_grad_(),
+        values.detach().double().requires_grad_(),
+    )
+    out, expected = soft_mix(logits, values, dim), reference.soft_mix(logits64, values64, dim)
+    assert out.dtype == dtype
+    assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    out.backward(cotangent)
+    expected.backward(cotangent.double())
+    assert (logits.grad.dtype, values.grad.dtype) == (torch.float32, dtype)
+    assert_close(logits.grad, logits64.grad, slack=10)
+    assert_close(values.grad, values64.grad)
+
+
+@each_dim
+def test_gradient(dim):
+    check_gradient(soft_mix, arguments(2, 4, 3, 2, dim))
+
+
+@each_dim
+@pytest.mark.parametrize("wanted", ["logits", "values"])
+def test_gradient_of_one_argument_alone(device, dim, wanted):
+    logits, values, _ = (
+        a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim)
+    )
+    leaf = {"logits": logits, "values": values}[wanted].requires_grad_()
+    actual = torch.autograd.grad(soft_mix(logits, values, dim).square().sum(), leaf)[0]
+    expected = torch.autograd.grad(reference.soft_mix(logits, values, dim).square().sum(), leaf)[0]
+    assert_close(actual, expected)
+
+
+@each_dim
+def test_dispatcher(device, dim):
+    logits, values, _ = arguments(2, 4, 3, 2, dim)
+    logits, values = logits.to(device), values.to(device)
+    grad = torch.randn(2, 3 if dim == 1 else 4, 2, dtype=torch.float64, device=device)
+    check_dispatcher(torch.ops.vmoe_routers.soft_mix_backward.default, [grad, logits, values, dim])
+    check_dispatcher(
+        torch.ops.vmoe_routers.soft_mix.default,
+        [logits.requires_grad_(), values.requires_grad_(), dim],
+    )
+
+
+@each_dim
+def test_compile(device, dim):
+    check_compile(soft_mix, arguments(2, 4, 3, 2, dim), device)
+
+
+# -- what mixing is
+
+
+@each_dim
+@each_dtype
+def test_weights_sum_to_one(device, dim, dtype):
+    logits, values, _ = arguments(2, 40, 24, 3, dim)
+    out = soft_mix(logits.to(device, dtype), torch.ones_like(values).to(device, dtype), dim)
+    assert_close(out, torch.ones(out.shape))
+
+
+@each_dim
+def test_permuted_tokens(device, dim):
+    logits, values, _ = (
+        a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim)
+    )
+    permutation = torch.randperm(9)
+    out = soft_mix(logits, values, dim)
+    if dim == 1:
+        assert_close(soft_mix(logits[:, permutation], values[:, permutation], dim), out)
+    else:
+        assert_close(soft_mix(logits[:, permutation], values, dim), out[:, permutation])
+
+
+@each_dim
+def test_equal_logits_give_the_mean(device, dim):
+    _, values, _ = arguments(2, 9, 6, 5, dim)
+    out = soft_mix(
+        torch.full((2, 9, 6), 3.0, dtype=torch.float64, device=device), values.to(device), dim
+    )
+    assert_close(out, values.mean(1, keepdim=True).expand(out.shape))
+
+
+@each_dim
+def test_a_line_far_above_is_a_hard_choice(device, dim):
+    logits, values, _ = arguments(2, 9, 6, 5, dim)
+    best = logits.argmax(dim)
+    out = soft_mix((logits * 1e6).to(device), values.to(device), dim)
+    assert torch.equal(out.cpu(), values.gather(1, best[..., None].expand(-1, -1, 5)))
+
+
+# -- edges
+
+
+@each_dim
+@each_dtype
+def test_extreme_logits(device, dim, dtype):
+    logits, values, _ = arguments(2, 9, 6, 5, dim)
+    logits = (torch.rand_like(logits) * 2 - 1) * 1e4
+    logits[:, 3] = 1e4  # ties at the top of every column
+    logits[:, 5] = 1e4
+    logits[:, :, 2] = 1e4
+    check_reference(
+        soft_mix,
+        reference.soft_mix,
+        [logits, values, dim],
+        dtype,
+        device,
+        slack=2,
+        gradient_slack=2,
+    )
+
+
+@each_dim
+def test_nothing_there_gives_zeros(device, dim):
+    """-inf is not there: an absent token neither gives nor takes, an absent slot neither; nor do gradients."""
+    logits, values, _ = arguments(2, 9, 6, 5, dim)
+    logits[0, 4] = -INF
+    logits[0, :, 1] = -INF
+    logits[1] = -INF
+    logits[1, 2, 3] = 0.5
+    check_reference(soft_mix, reference.soft_mix, [logits, values, dim], torch.float64, device)
+    logits, values = logits.to(device).requires_grad_(), values.to(device).requires_grad_()
+    out = soft_mix(logits, values, dim)
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[logits.isneginf()] == 0).all()
+    assert (out[0, 1 if dim == 1 else 4] == 0).all()
+    assert (values.grad[0, 4 if dim == 1 else 1] == 0).all()
+    assert torch.equal(out[1, 3 if dim == 1 else 2], values[1, 2 if dim == 1 else 3])
+
+
+@each_dim
+@pytest.mark.parametrize("others", [0.0, -INF])
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_not_a_number_is_not_hidden(device, dim, others, value, place):
+    """Wherever in its line it stands, and whatever stands beside it."""
+    logits = torch.full((1, 4, 4), others, device=device)
+    logits[0, place, place] = value
+    out = soft_mix(logits, torch.ones(1, 4, 2, device=device), dim)
+    if value == value and others == -INF:
+        return  # a lone +inf may be a hard choice or NaN
+    assert out[0, place].isnan().all()
+    assert out[0, (place + 1) % 4].isfinite().all()
+
+
+@each_dim
+@pytest.mark.parametrize("shape", [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 2), (2, 4, 3, 0)])
+def test_empty(device, dim, shape):
+    logits, values, _ = arguments(*shape, dim)
+    logits, values = logits.to(device).requires_grad_(), values.to(device).requires_grad_()
+    out = soft_mix(logits, values, dim)
+    G, T, S, D = shape
+    assert torch.equal(out.cpu(), torch.zeros(G, S if dim == 1 else T, D, dtype=torch.float64))
+    out.sum().backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@each_dim
+def test_not_contiguous(device, dim):
+    logits, values, _ = (
+        a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim)
+    )
+    results = []
+    for view in (lambda x: x, strided, lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+        a, b = view(logits).detach().requires_grad_(), view(values).detach().requires_grad_()
+        out = soft_mix(a, b, dim)
+        out.backward(strided(torch.ones_like(out)))
+        results.append((out, a.grad, b.grad))
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            assert_close(x, y)
+
+
+def test_refuses():
+    logits, values = torch.randn(2, 9, 6), torch.randn(2, 9, 5)
+    for wrong in (logits[0], logits.long(), logits.tolist(), logits.to("meta")):
+        with refused(OP, "logits"):
+            soft_mix(wrong, values, 1)
+    for wrong in (
+        values[0],
+        values[:1],
+        values[:, :6],
+        values.long(),
+        values.tolist(),
+        values.to("meta"),
+    ):
+        with refused(OP, "values"):
+            soft_mix(logits, wrong, 1)
+    with refused(OP, "values"):
+        soft_mix(logits, values, 2)
+    for dim in (0, 3, -1, 1.5, None):
+        with refused(OP, "dim"):
+            soft_mix(logits, values, dim)

@@ -1,0 +1,225 @@
+"""load_flax: parameters of the reference (flax) models, by their paths, into the modules of this package.
+
+The name map, one function a module (H width, h heads, d = H / h, M hidden width, E experts, P slots per expert):
+
+    embedding/{kernel, bias}                         (p, p, c, H), (H)               patch_embed.proj
+    cls                                              (1, 1, H)                       cls_token
+    Encoder/posembed_input/pos_embedding             (1, tokens, H)                  pos_embed, class token first
+    Encoder/encoderblock_i/LayerNorm_{0, 1}          scale, bias (H)                 blocks[i].norm1, norm2
+        SelfAttention/{query, key, value}            (H, h, d), (h, d)               attn.qkv, one below the other
+        SelfAttention/{query_ln, key_ln}/scale       (d)                             attn.q_norm, k_norm
+        SelfAttention/out                            (h, d, H), (H)                  attn.proj
+        Mlp/Dense_{0, 1}                             (H, M), (M); (M, H), (H)        mlp.fc1, fc2
+        Moe/Mlp/Dense_{0, 1}                         (E, H, M), (E, M); (E, M, H), (E, H)   mlp.experts w1, b1; w2, b2
+        Moe/Router/dense/kernel                      (H, E)                          mlp.router.weight
+        Moe/Router/{mu, scale}                       (H, E, P), ()                   mlp.router.phi, scale
+    Encoder/encoder_norm                             scale, bias (H)                 norm
+    MapHead/{probe, MultiHeadDotProductAttention, LayerNorm, Mlp}                    attn_pool
+    head/{kernel, bias}                              (H, classes), (classes)         head
+
+Kernels of dense layers are (in, out) there and [out, in] here; those of the experts are stored alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmoe_routers.moe import MoEMlp
+from vmoe_routers.routers import ExpertChoiceRouter, SoftRouter, TokenChoiceRouter
+
+
+class _Entry(NamedTuple):
+    """One array there, and the parameter (or the rows of one) that it fills here."""
+
+    path: str
+    shape: tuple[int, ...]
+    parameter: nn.Parameter
+    rows: slice = slice(None)
+    layout: Callable[[Tensor], Tensor] | None = None
+
+
+@torch.no_grad()
+def load_flax(module: nn.Module, params: Mapping[str, Any]) -> nn.Module:
+    """Copy the reference's parameters into `module`, in place, and return it.
+
+    module   a model of `vit_moe` (or a timm VisionTransformer of the same form), a `MoEMlp`, or a router
+    params   path -> array (numpy or torch, of a floating dtype), such as {"Encoder/encoderblock_0/...": ...} for a
+             model, {"Router/dense/kernel": ..., "Mlp/Dense_0/kernel": ...} for a MoE layer, {"dense/kernel": ...} or
+             {"mu": ..., "scale": ...} for a router. Nested mappings count as paths, and a "params/" before every path
+             is accepted. Values are converted to the parameters' dtype and device.
+
+    The two must match exactly. Arrays that are missing, left over, of another shape or not floating: one ValueError
+    that names each with what came and what was wanted; the module is as it was then.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(f"load_flax: params is a {type(params).__name__}, wanted a mapping of paths to arrays")
+    arrays = dict(_flatten(params))
+    if arrays and all(path.startswith("params/") for path in arrays):
+        arrays = {path.removeprefix("params/"): array for path, array in arrays.items()}
+    entries = list(_entries(module))
+    filled = {id(entry.parameter) for entry in entries}
+    problems = [
+        f"{type(module).__name__}.{name}, shape {tuple(parameter.shape)}: has no counterpart in the reference's models"
+        for name, parameter in module.named_parameters()
+        if id(parameter) not in filled
+    ]
+    tensors: dict[str, Tensor] = {}
+    for entry in entries:
+        if entry.path not in arrays:
+            problems.append(f"{entry.path}: missing, wanted shape {entry.shape}")
+            continue
+        array = arrays.pop(entry.path)
+        tensor = _tensor(array)
+        if tensor is None:
+            kind = f"{type(array).__name__} of dtype {getattr(array, 'dtype', None)}"
+            problems.append(f"{entry.path}: {kind}, wanted a floating-point array of shape {entry.shape}")
+        elif tuple(tensor.shape) != entry.shape:
+            problems.append(f"{entry.path}: shape {tuple(tensor.shape)}, wanted {entry.shape}")
+        else:
+            tensors[entry.path] = tensor
+    for path, array in arrays.items():
+        shape = tuple(getattr(array, "shape", ()))
+        problems.append(f"{path}: not used, came with shape {shape}, {type(module).__name__} has no such parameter")
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ValueError(f"load_flax: {len(problems)} of the parameters do not match, nothing was loaded:{lines}")
+    for entry in entries:
+        tensor = tensors[entry.path]
+        target = entry.parameter[entry.rows] if entry.parameter.ndim else entry.parameter
+        target.copy_(tensor.reshape(target.shape) if entry.layout is None else entry.layout(tensor))
+    return module
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _tensor(array: Any) -> Tensor | None:
+    """`array` as a tensor; bfloat16 also as numpy holds it (by extension, or read from npz: two bytes); else None."""
+    if not isinstance(array, Tensor):
+        dtype = getattr(array, "dtype", None)
+        if getattr(dtype, "name", None) == "bfloat16" or getattr(dtype, "str", None) == "|V2":
+            array = torch.as_tensor(array.view("int16")).view(torch.bfloat16)
+        elif getattr(dtype, "kind", None) == "f":
+            array = torch.as_tensor(array)
+        else:
+            return None
+    return array if array.is_floating_point() else None
+
+
+def _entries(module: nn.Module) -> Iterator[_Entry]:
+    if isinstance(module, MoEMlp):
+        return _moe("", module)
+    if isinstance(getattr(module, "blocks", None), nn.Sequential) and hasattr(module, "patch_embed"):
+        return _vit(module)
+    if isinstance(module, (TokenChoiceRouter, ExpertChoiceRouter, SoftRouter)):
+        return _router("", module)
+    raise TypeError(
+        f"load_flax: module is a {type(module).__name__}, wanted a vision transformer of vit_moe, a MoEMlp or a router"
+    )
+
+
+def _vit(model: Any) -> Iterator[_Entry]:
+    kernel = model.patch_embed.proj.weight
+    height, width = kernel.shape[2:]
+    yield _Entry(
+        "embedding/kernel",
+        (height, width, kernel.shape[1], kernel.shape[0]),
+        kernel,
+        layout=lambda array: array.permute(3, 2, 0, 1),
+    )
+    yield _same("embedding/bias", model.patch_embed.proj.bias)
+    if model.cls_token is not None:
+        yield _same("cls", model.cls_token)
+    if isinstance(model.pos_embed, nn.Parameter):  # a fixed table is no parameter, there or here
+        yield _same("Encoder/posembed_input/pos_embedding", model.pos_embed)
+    for i, block in enumerate(model.blocks):
+        path = f"Encoder/encoderblock_{i}/"
+        yield from _norm(f"{path}LayerNorm_0/", block.norm1)
+        yield from _attention(f"{path}SelfAttention/", block.attn, [(block.attn.qkv, ("query", "key", "value"))])
+        yield from _norm(f"{path}LayerNorm_1/", block.norm2)
+        if isinstance(block.mlp, MoEMlp):
+            yield from _moe(f"{path}Moe/", block.mlp)
+        else:
+            yield from _mlp(f"{path}Mlp/", block.mlp)
+    yield from _norm("Encoder/encoder_norm/", model.norm)
+    if model.attn_pool is not None:
+        pool = model.attn_pool
+        yield _same("MapHead/probe", pool.latent)
+        projections = [(pool.q, ("query",)), (pool.kv, ("key", "value"))]
+        yield from _attention("MapHead/MultiHeadDotProductAttention/", pool, projections)
+        yield from _norm("MapHead/LayerNorm/", pool.norm)
+        yield from _mlp("MapHead/Mlp/", pool.mlp)
+    if isinstance(model.head, nn.Linear):
+        yield from _dense("head/", model.head)
+
+
+def _moe(path: str, layer: MoEMlp) -> Iterator[_Entry]:
+    yield from _router(f"{path}Router/", layer.router)
+    experts = layer.experts
+    for name, kernel, bias in (("Dense_0", experts.w1, experts.b1), ("Dense_1", experts.w2, experts.b2)):
+        yield _same(f"{path}Mlp/{name}/kernel", kernel)
+        if bias is not None:
+            yield _same(f"{path}Mlp/{name}/bias", bias)
+
+
+def _router(path: str, router: Any) -> Iterator[_Entry]:
+    if isinstance(router, SoftRouter):
+        yield _same(f"{path}mu", router.phi)
+        yield _same(f"{path}scale", router.scale)
+    else:
+        experts, width = router.weight.shape
+        yield _Entry(f"{path}dense/kernel", (width, experts), router.weight, layout=Tensor.t)
+
+
+def _attention(path: str, attention: Any, projections: list[tuple[nn.Linear, tuple[str, ...]]]) -> Iterator[_Entry]:
+    heads, head_width = attention.num_heads, attention.head_dim
+    for linear, names in projections:
+        for i, name in enumerate(names):
+            rows = slice(i * heads * head_width, (i + 1) * heads * head_width)
+            yield from _dense(f"{path}{name}/", linear, out_shape=(heads, head_width), rows=rows)
+    yield from _norm(f"{path}query_ln/", attention.q_norm)
+    yield from _norm(f"{path}key_ln/", attention.k_norm)
+    yield from _dense(f"{path}out/", attention.proj, in_shape=(heads, head_width))
+
+
+def _mlp(path: str, mlp: Any) -> Iterator[_Entry]:
+    yield from _dense(f"{path}Dense_0/", mlp.fc1)
+    yield from _dense(f"{path}Dense_1/", mlp.fc2)
+
+
+def _dense(
+    path: str,
+    linear: nn.Linear,
+    in_shape: tuple[int, ...] = (),
+    out_shape: tuple[int, ...] = (),
+    rows: slice = slice(None),
+) -> Iterator[_Entry]:
+    """A kernel (in, out) and bias (out); either axis may be split there (heads), and fill only some rows here."""
+    in_shape, out_shape = in_shape or (linear.in_features,), out_shape or (linear.out_features,)
+
+    def layout(array: Tensor) -> Tensor:
+        return array.reshape(linear.in_features, -1).t()
+
+    yield _Entry(f"{path}kernel", (*in_shape, *out_shape), linear.weight, rows, layout)
+    if linear.bias is not None:
+        yield _Entry(f"{path}bias", out_shape, linear.bias, rows)
+
+
+def _norm(path: str, norm: nn.Module) -> Iterator[_Entry]:
+    if isinstance(norm, nn.LayerNorm):
+        yield _same(f"{path}scale", norm.weight)
+        if norm.bias is not None:
+            yield _same(f"{path}bias", norm.bias)
+
+
+def _same(path: str, parameter: nn.Parameter) -> _Entry:
+    return _Entry(path, tuple(parameter.shape), parameter)

@@ -1,0 +1,90 @@
+"""Auxiliary losses of the routers: scalars, independent per group, mean over the groups.
+
+Every function takes the logits [G, T, E] as the router made them and a mask
+[G, T] (True = real token) or None. Gradients reach the router through every term.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops import topk
+
+
+def importance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared coefficient of variation over experts of ``sum_t softmax(logits)[t, e]``.
+
+    Of the logits without noise (Shazeer et al., arXiv 1701.06538, equation 7).
+    """
+    return _mean_over_groups(_squared_cv(_sum_over_tokens(logits.softmax(-1), mask)))
+
+
+def load_loss(
+    logits: Tensor,
+    noisy_logits: Tensor,
+    noise_std: float,
+    top_k: int,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Squared coefficient of variation over experts of their expected load.
+
+    ``load_e = mean_t P(logits[t, e] + noise >= thr_t)``, thr_t the `top_k`-th largest
+    noisy logit of the token (arXiv 2106.05974, appendix A).
+
+    Args:
+        logits: [G, T, E] without noise.
+        noisy_logits: [G, T, E] with it; the gradient flows through their threshold too.
+        noise_std: standard deviation of the noise on a logit; 0: the loss is 0.
+        top_k: experts per token.
+        mask: [G, T] or None.
+    """
+    if noise_std == 0:
+        return logits.new_zeros(())
+    threshold = topk(noisy_logits, top_k)[0][..., -1:]
+    chosen = torch.special.ndtr((logits - threshold) / noise_std)
+    return _mean_over_groups(_squared_cv(_sum_over_tokens(chosen, mask)))
+
+
+def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``E * sum_e f_e P_e`` (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, equation 4).
+
+    f_e: the share of tokens whose first choice is e, before dropping;
+    P_e: the mean of the noisy softmax.
+    """
+    gates = noisy_logits.softmax(-1)
+    first = topk(gates.detach(), 1)[1].long()
+    chosen = torch.zeros_like(gates).scatter(-1, first, 1)
+    tokens = _tokens(gates, mask)
+    share = _sum_over_tokens(chosen, mask) / tokens
+    mean = _sum_over_tokens(gates, mask) / tokens
+    return _mean_over_groups(gates.shape[-1] * (share * mean).sum(-1))
+
+
+def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``mean_t logsumexp_e(logits)^2`` (ST-MoE, arXiv 2202.08906, equation 5)."""
+    squares = logits.logsumexp(-1, keepdim=True).square()
+    return _mean_over_groups((_sum_over_tokens(squares, mask) / _tokens(logits, mask)).sum(-1))
+
+
+def _sum_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    return values.sum(1)
+
+
+def _tokens(like: Tensor, mask: Tensor | None) -> Tensor | int:
+    """Real tokens of every group, at least 1: [G, 1], or a number where all are real."""
+    if mask is None:
+        return max(like.shape[1], 1)
+    return mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _squared_cv(values: Tensor) -> Tensor:
+    """var / mean^2 over the last axis. Never through a std: its gradient at balance is NaN."""
+    variance = values.var(-1, correction=0)
+    return variance / values.mean(-1).square().clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def _mean_over_groups(values: Tensor) -> Tensor:
+    return values.sum() / max(values.shape[0], 1)

@@ -1,0 +1,233 @@
+"""ViT-MoE: timm's VisionTransformer with MoE layers in place of the MLPs of some blocks.
+
+Nothing of timm is changed: the model is a `timm.models.VisionTransformer` whose `blocks[i].mlp` is a `MoEMlp`
+where the placement rule says so, so everything that works on the one (feature extraction, checkpointing,
+optimisers' parameter groups) works on the other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmoe_routers.moe import MoEMlp
+
+try:
+    from timm.models.vision_transformer import VisionTransformer
+except ImportError as error:
+    raise ImportError(f"vmoe_routers.models needs timm ({error}): pip install timm") from error
+except (RuntimeError, AttributeError) as error:  # how a torchvision that was built for another torch fails
+    raise ImportError(
+        f"vmoe_routers.models: timm could not be imported, because torchvision does not fit torch {torch.__version__}"
+        f" ({error}). Install the torchvision of that release, from the index that torch came from:"
+        " pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/<cpu|cu...>"
+    ) from error
+
+#: Ti, S, B, L, H (arXiv 2010.11929, table 1): `vit_moe(**SIZES["S"], patch_size=16)`.
+SIZES: dict[str, dict[str, int]] = {
+    "Ti": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "S": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "B": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "L": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "H": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+
+POOLINGS = ("avg", "token", "map")
+POSITIONS = ("learned", "sincos")
+
+
+def moe_block_indices(depth: int, rule: str | Sequence[int]) -> tuple[int, ...]:
+    """The blocks, of 0 .. depth - 1, that hold a MoE layer.
+
+    rule: "last_half" (Soft MoE, arXiv 2308.00951; the larger half of an odd depth), "every_2" (blocks 1, 3, 5, ...;
+    V-MoE, arXiv 2106.05974) or any "every_<n>", "last_<n>", or the indices themselves. Ascending. At least one.
+    """
+    if isinstance(rule, str):
+        match = re.fullmatch(r"(last|every)_([1-9]\d*)", rule)
+        if rule == "last_half":
+            chosen = range(depth // 2, depth)
+        elif match is None:
+            raise ValueError(
+                f'moe_block_indices: moe_blocks is {rule!r}, wanted "last_half", "every_<n>", "last_<n>" or indices'
+            )
+        elif match[1] == "every":
+            chosen = range(int(match[2]) - 1, depth, int(match[2]))
+        else:
+            chosen = range(depth - int(match[2]), depth)
+    else:
+        if not isinstance(rule, Sequence) or not all(type(i) is int for i in rule):
+            raise ValueError(f"moe_block_indices: moe_blocks is {rule!r}, wanted a rule's name or a list of int")
+        chosen = sorted(rule)
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"moe_block_indices: moe_blocks {rule!r} names the blocks {list(chosen)},"
+            f" wanted at least one of 0 .. {depth - 1}, each once (router=None makes a dense model)"
+        )
+    return tuple(chosen)
+
+
+def vit_moe(
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int | tuple[int, int] = 16,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    embed_dim: int = 192,
+    depth: int = 12,
+    num_heads: int = 3,
+    mlp_ratio: float = 4.0,
+    *,
+    router: str | None = "soft",
+    num_experts: int = 32,
+    moe_blocks: str | Sequence[int] = "last_half",
+    group_size: int = 1,
+    global_pool: str = "avg",
+    qk_norm: bool = False,
+    pos_embed: str = "learned",
+    pos_embed_std: float = 0.02,
+    proj_drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    **router_options: Any,
+) -> VisionTransformer:
+    """A vision transformer with MoE layers: images [N, in_chans, height, width] -> logits [N, num_classes].
+
+    router          one of `vmoe_routers.ROUTERS`; None makes the dense ViT of the same trunk
+    num_experts     E, of every MoE layer
+    moe_blocks      where the MoE layers are: see `moe_block_indices`
+    group_size      images that are routed together; the batch must be a multiple of it in training
+    global_pool     "avg": mean of the encoder's normalised tokens; "token": class token; "map": attention pooling
+    qk_norm         LayerNorm over the head width (scale, no bias) on queries and keys
+    pos_embed       "learned": drawn from N(0, pos_embed_std^2); "sincos": fixed, two-dimensional (arXiv 2104.02057)
+    proj_drop_rate  dropout in the MLPs and experts and after attention
+    drop_path_rate  stochastic depth, growing linearly to this rate at the last block
+    router_options  every other option of `MoEMlp` and its router: top_k, capacity_factor, slots_per_expert, ...
+                    Soft with a capacity factor needs num_tokens: it is worked out here (tokens of an image, the class
+                    token among them, times group_size)
+
+    As in the reference models, GELU is the tanh form, every LayerNorm has eps 1e-6, dense kernels are Xavier uniform
+    (queries, keys and values each by itself), the patch kernel LeCun normal, biases, class token and head 0.
+
+    The trunk is drawn before the MoE layers, so the same `torch.manual_seed` gives the same trunk for every router
+    (and for the dense model): compare routers on equal starting points.
+
+    Raises ValueError naming the argument, for sizes that do not fit together and names that do not exist.
+    """
+    image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
+    counts = {"in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    for name, value in {**counts, "group_size": group_size}.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"vit_moe: {name} is {value!r}, wanted a positive int")
+    if type(num_classes) is not int or num_classes < 0:
+        raise ValueError(f"vit_moe: num_classes is {num_classes!r}, wanted a positive int, or 0 for no head")
+    if image[0] % patch[0] or image[1] % patch[1]:
+        raise ValueError(f"vit_moe: img_size {img_size} is not a multiple of patch_size {patch_size}")
+    if embed_dim % num_heads:
+        raise ValueError(f"vit_moe: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+    if not 1 <= embed_dim * mlp_ratio < math.inf:
+        raise ValueError(f"vit_moe: mlp_ratio is {mlp_ratio!r}, wanted a hidden width of at least 1")
+    if global_pool not in POOLINGS:
+        raise ValueError(f"vit_moe: global_pool is {global_pool!r}, wanted one of {POOLINGS}")
+    if pos_embed not in POSITIONS:
+        raise ValueError(f"vit_moe: pos_embed is {pos_embed!r}, wanted one of {POSITIONS}")
+    if not 0 <= pos_embed_std < math.inf:
+        raise ValueError(f"vit_moe: pos_embed_std is {pos_embed_std!r}, wanted a standard deviation")
+    for name, value in {"proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"vit_moe: {name} is {value!r}, wanted a rate in [0, 1)")
+    if router is None and router_options:
+        raise ValueError(f"vit_moe: router is None (a dense model), but came with {sorted(router_options)}")
+    moe_at = () if router is None else moe_block_indices(depth, moe_blocks)
+
+    act_layer = partial(nn.GELU, approximate="tanh")
+    model = VisionTransformer(
+        img_size=image,
+        patch_size=patch,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=mlp_ratio,
+        global_pool=global_pool,
+        class_token=global_pool == "token",
+        fc_norm=False,  # the encoder's norm comes before the pooling, also for "avg"
+        no_embed_class=pos_embed == "sincos",  # a learned table has a row for the class token, a fixed one has not
+        proj_drop_rate=proj_drop_rate,
+        drop_path_rate=drop_path_rate,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        act_layer=act_layer,
+        weight_init="skip",
+    )
+    if qk_norm:
+        attentions = [block.attn for block in model.blocks] + ([model.attn_pool] if global_pool == "map" else [])
+        for attention in attentions:
+            attention.q_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False)
+            attention.k_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False)
+    if pos_embed == "sincos":
+        del model.pos_embed
+        model.register_buffer("pos_embed", _sincos_positions(*model.patch_embed.grid_size, embed_dim))
+    _init_trunk(model, pos_embed_std)
+
+    if router == "soft" and router_options.get("capacity_factor") is not None:
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        router_options.setdefault("num_tokens", tokens * group_size)
+    for i in moe_at:
+        model.blocks[i].mlp = MoEMlp(
+            embed_dim,
+            int(embed_dim * mlp_ratio),
+            act_layer=act_layer,
+            drop=proj_drop_rate,
+            num_experts=num_experts,
+            router=router,
+            group_size=group_size,
+            **router_options,
+        )
+    return model
+
+
+def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+        raise ValueError(f"vit_moe: {name} is {size!r}, wanted a positive int or a pair of them")
+    return pair
+
+
+def _sincos_positions(height: int, width: int, dim: int) -> Tensor:
+    """[1, height * width, dim]: sin x, cos x, sin y, cos y, a quarter of the width each (arXiv 2104.02057)."""
+    if dim % 4 or dim < 8:
+        raise ValueError(f'vit_moe: embed_dim is {dim}, wanted a multiple of 4, at least 8, for pos_embed "sincos"')
+    frequency = 10_000.0 ** -torch.linspace(0, 1, dim // 4, dtype=torch.float64)
+    y, x = (torch.arange(n, dtype=torch.float64)[:, None] * frequency for n in (height, width))
+    y = y[:, None].expand(-1, width, -1)
+    x = x[None, :].expand(height, -1, -1)
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
+    return table.reshape(1, height * width, dim).to(torch.get_default_dtype())
+
+
+@torch.no_grad()
+def _init_trunk(model: VisionTransformer, pos_embed_std: float) -> None:
+    """Draw every parameter but LayerNorm's as the reference models do (its own defaults, 1 and 0, are right)."""
+    fused = {"qkv": 3, "kv": 2}  # kernels stored as one, drawn as several
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            for kernel in module.weight.chunk(fused.get(name.rpartition(".")[2], 1)):
+                nn.init.xavier_uniform_(kernel)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    patch = model.patch_embed.proj
+    std = patch.weight[0].numel() ** -0.5 / 0.87962566103423978  # of the normal that, cut at two std, has the first
+    nn.init.trunc_normal_(patch.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(patch.bias)
+    if isinstance(model.pos_embed, nn.Parameter):
+        nn.init.normal_(model.pos_embed, std=pos_embed_std)
+    if model.cls_token is not None:
+        nn.init.zeros_(model.cls_token)
+    if model.attn_pool is not None:
+        nn.init.xavier_uniform_(model.attn_pool.latent[0])
+    if isinstance(model.head, nn.Linear):
+        nn.init.zeros_(model.head.weight)

@@ -1,0 +1,36 @@
+"""The ops: one public function each, registered with torch's dispatcher.
+
+``torch.ops.vmoe_routers.<op>`` is the kernel, the function here its checked and
+documented form. `vmoe_routers.ops.reference` has them all in plain PyTorch.
+"""
+
+import torch
+
+from vmoe_routers import _C
+
+if _C.cuda_built and torch.version.cuda:
+    from vmoe_routers import _C_cuda  # noqa: F401  (registers the CUDA kernels)
+
+from vmoe_routers.ops.assign_slots import assign_slots
+from vmoe_routers.ops.combine import combine
+from vmoe_routers.ops.dispatch import dispatch
+from vmoe_routers.ops.grouped_mlp import grouped_mlp
+from vmoe_routers.ops.invert_slots import invert_slots
+from vmoe_routers.ops.ksparse_projection import ksparse_projection
+from vmoe_routers.ops.ksparse_transport import ksparse_transport
+from vmoe_routers.ops.sinkhorn import sinkhorn
+from vmoe_routers.ops.soft_mix import soft_mix
+from vmoe_routers.ops.topk import topk
+
+__all__ = [
+    "assign_slots",
+    "combine",
+    "dispatch",
+    "grouped_mlp",
+    "invert_slots",
+    "ksparse_projection",
+    "ksparse_transport",
+    "sinkhorn",
+    "soft_mix",
+    "topk",
+]

@@ -1,0 +1,116 @@
+"""Checks of arguments, in the user's words: who asks, what came, what was wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(where: str, name: str, value: object, axes: str) -> Tensor:
+    """`value` is a tensor with the axes named, e.g. ``"G T E"``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
+    wanted = axes.split()
+    if value.ndim != len(wanted):
+        raise ValueError(
+            f"{where}: {name} must have {len(wanted)} axes [{', '.join(wanted)}], "
+            f"got shape {list(value.shape)}"
+        )
+    return value
+
+
+def check_floating(where: str, name: str, value: object) -> Tensor:
+    """`value` is a tensor of float16, bfloat16, float32 or float64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{where}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
+        )
+    return value
+
+
+def check_dtype(where: str, name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """`value` has this dtype."""
+    if value.dtype != dtype:
+        raise TypeError(f"{where}: {name} must be {dtype}, got {value.dtype}")
+
+
+def check_shape(where: str, name: str, value: Tensor, shape: Sequence[int], axes: str) -> None:
+    """`value` has this shape; `axes` names it in the message, e.g. ``"G, T"``."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"{where}: {name} must be [{axes}] = {list(shape)}, got {list(value.shape)}"
+        )
+
+
+def check_device(where: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` is on the device of `other`."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{where}: {name} is on {value.device} and {other_name} on {other.device}, "
+            "wanted one device"
+        )
+
+
+def check_int(where: str, name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` is an integer, ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        wanted = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{where}: {name} must be {wanted}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def check_positive(where: str, name: str, value: object, *, zero: bool = False) -> float:
+    """`value` is a finite number > 0, or >= 0 with `zero`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{where}: {name} must be {'>=' if zero else '>'} 0, got {value}")
+    return float(value)
+
+
+def check_choice(where: str, name: str, value: object, choices: Sequence[object]) -> None:
+    """`value` is one of `choices`."""
+    if value not in choices:
+        wanted = ", ".join(map(repr, choices))
+        raise ValueError(f"{where}: {name} must be one of {wanted}, got {value!r}")
+
+
+def check_mask(where: str, mask: object, like_name: str, like: Tensor) -> Tensor:
+    """`mask` is a bool tensor [G, T] beside `like` [G, T, ...]."""
+    mask = check_tensor(where, "mask", mask, "G T")
+    check_dtype(where, "mask", mask, torch.bool)
+    check_shape(where, "mask", mask, like.shape[:2], "G, T")
+    check_device(where, "mask", mask, like_name, like)
+    return mask
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a kernel computes in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fill_absent(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``-inf``, the mark of "not there", at the rows of `x` [G, T, ...] that `mask` leaves out."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), -math.inf)
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Registers, for a backward op, a gradient that raises.
+
+    Without it autograd would take the backward op's result for a constant and a
+    second derivative would come out silently wrong.
+    """
+
+    def backward(ctx: object, *grads: Tensor) -> None:
+        raise NotImplementedError(f"vmoe_routers::{op} has no derivative of its own")
+
+    torch.library.register_autograd(f"vmoe_routers::{op}", backward)

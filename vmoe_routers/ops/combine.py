@@ -1,0 +1,73 @@
+"""combine: the experts' outputs, summed into their tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops._checks import (
+    check_device,
+    check_floating,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    refuse_second_derivative,
+)
+from vmoe_routers.ops.dispatch import check_slots
+
+
+def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
+    """Adds up a token's slots: ``out[g, t] = sum_s gate[g, s] y[s]`` over the slots s of t.
+
+    Args:
+        y: [E, G, C, D] floating point, the outputs by slot, as `dispatch` lays them out.
+        gate: [G, E, C] floating point, the weight of every slot.
+        token: [G, E, C] int32, the token in every slot; outside [0, T): empty.
+        offsets, slots: `invert_slots` of `token`.
+
+    Returns:
+        [G, T, D], y's dtype (sums in float32, or float64). A token without a slot gets zeros.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype or device.
+    """
+    y = check_floating("combine", "y", check_tensor("combine", "y", y, "E G C D"))
+    gate = check_floating("combine", "gate", gate)
+    offsets = check_tensor("combine", "offsets", offsets, "G T+1")
+    check_slots("combine", token, offsets, slots, offsets.shape[1] - 1)
+    experts, groups, capacity, _ = y.shape
+    check_shape("combine", "token", token, (groups, experts, capacity), "G, E, C")
+    check_shape("combine", "gate", gate, (groups, experts, capacity), "G, E, C")
+    check_device("combine", "gate", gate, "y", y)
+    check_device("combine", "token", token, "y", y)
+    dtype = compute_dtype(y.dtype)
+    out = torch.ops.vmoe_routers.combine(y.to(dtype), gate.to(dtype), token, offsets, slots)
+    return out.to(y.dtype)
+
+
+@torch.library.register_fake("vmoe_routers::combine")
+def _(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
+    return y.new_empty(offsets.shape[0], offsets.shape[1] - 1, y.shape[3])
+
+
+@torch.library.register_fake("vmoe_routers::combine_backward")
+def _(grad: Tensor, y: Tensor, gate: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty(gate.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    y, gate, *slots = inputs
+    ctx.gated = gate is not None
+    ctx.save_for_backward(*((y, gate) if ctx.gated else ()), *slots)
+
+
+def _backward(ctx, grad):
+    if not ctx.gated:
+        return torch.ops.vmoe_routers.dispatch(grad, *ctx.saved_tensors), None, None, None, None
+    y, gate, token, _, _ = ctx.saved_tensors
+    grad_y, grad_gate = torch.ops.vmoe_routers.combine_backward(grad, y, gate, token)
+    return grad_y, grad_gate, None, None, None
+
+
+torch.library.register_autograd("vmoe_routers::combine", _backward, setup_context=_setup_context)
+refuse_second_derivative("combine_backward")

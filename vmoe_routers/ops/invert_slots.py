@@ -1,0 +1,34 @@
+"""invert_slots: from the token of a slot to the slots of a token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops._checks import check_dtype, check_int, check_tensor
+
+
+def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The slots of every token, for `dispatch` and `combine`.
+
+    Args:
+        token: [G, E, C] int32, the token in every slot; outside [0, T): empty.
+        num_tokens: T.
+
+    Returns:
+        offsets: [G, T + 1] int32; the slots of token t are ``slots[offsets[t] : offsets[t + 1]]``.
+        slots: [G, E * C] int32, ``e * C + c``, ascending within a token; -1 behind the last.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype or number.
+    """
+    token = check_tensor("invert_slots", "token", token, "G E C")
+    check_dtype("invert_slots", "token", token, torch.int32)
+    num_tokens = check_int("invert_slots", "num_tokens", num_tokens, 0)
+    return torch.ops.vmoe_routers.invert_slots(token, num_tokens)
+
+
+@torch.library.register_fake("vmoe_routers::invert_slots")
+def _(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    groups, experts, capacity = token.shape
+    return token.new_empty(groups, num_tokens + 1), token.new_empty(groups, experts * capacity)

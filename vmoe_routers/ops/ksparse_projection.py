@@ -1,0 +1,65 @@
+"""ksparse_projection: onto the simplex, with at most k non-zeros."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops._checks import check_floating, check_int, compute_dtype
+
+
+def ksparse_projection(x: Tensor, k: int) -> Tensor:
+    """The nearest point of the probability simplex with at most `k` non-zeros.
+
+    ``argmin |p - x|^2`` over ``p >= 0, sum(p) = 1, |p|_0 <= k``, along the last
+    axis: the k largest entries (ties: the lower index) projected onto the simplex
+    (Liu et al., arXiv 2209.15466, section 3). ``k = n`` is the usual projection,
+    ``k = 1`` one-hot.
+
+    Args:
+        x: [..., n] floating point, n >= 1.
+        k: 1 <= k <= n.
+
+    Returns:
+        x's shape and dtype. A row with NaN or +inf gets NaN. The gradient on the
+        support s is ``dx - mean_s(dx)``, 0 elsewhere.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or k.
+    """
+    x = check_floating("ksparse_projection", "x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"ksparse_projection: x must have a last axis of at least 1, got {list(x.shape)}"
+        )
+    k = check_int("ksparse_projection", "k", k, 1, x.shape[-1])
+    # Not reshape(-1, n): with no rows at all, -1 would be ambiguous to a reader of shapes.
+    rows = x.to(compute_dtype(x.dtype)).reshape(x.shape[:-1].numel(), x.shape[-1])
+    return torch.ops.vmoe_routers.ksparse_projection(rows, k).reshape(x.shape).to(x.dtype)
+
+
+@torch.library.register_fake("vmoe_routers::ksparse_projection")
+def _(x: Tensor, k: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def project_gradient(grad: Tensor, support: Tensor, dim: int) -> Tensor:
+    """``grad - mean(grad)`` over the support along `dim`, 0 outside it."""
+    inside = torch.where(support, grad, 0)
+    mean = inside.sum(dim, keepdim=True) / support.sum(dim, keepdim=True).clamp(min=1)
+    return torch.where(support, grad - mean, 0)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx, grad):
+    (out,) = ctx.saved_tensors
+    # Not `out > 0`: a row of NaN must hand NaN on.
+    return project_gradient(grad, out.detach() != 0, -1), None
+
+
+torch.library.register_autograd(
+    "vmoe_routers::ksparse_projection", _backward, setup_context=_setup_context
+)

@@ -1,0 +1,106 @@
+"""ksparse_transport: a transport plan with at most k tokens per expert."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops._checks import (
+    check_choice,
+    check_floating,
+    check_int,
+    check_mask,
+    check_positive,
+    check_tensor,
+    compute_dtype,
+    fill_absent,
+)
+from vmoe_routers.ops.ksparse_projection import project_gradient
+
+SOLVERS = ("adam", "lbfgs")
+
+
+def ksparse_transport(
+    similarity: Tensor,
+    k: int,
+    *,
+    iterations: int = 20,
+    solver: Literal["adam", "lbfgs"] = "adam",
+    learning_rate: float = 0.01,
+    tolerance: float = 1e-3,
+    gamma: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The sparsity-constrained transport plan (Liu et al., arXiv 2209.15466, section 4).
+
+    Maximises the semi-dual over one potential a token, from 0; the plan's columns
+    are k-sparse projections. Columns sum to n/E and have at most `k` non-zeros
+    after any number of iterations; rows are driven towards 1.
+
+    Args:
+        similarity: [G, T, E] floating point. A row of -inf alone is an absent token.
+        k: most tokens per expert, 1 <= k <= T (0 where T is 0).
+        iterations: the most steps of the solver.
+        solver: "adam" (betas 0.9 and 0.999, eps 1e-8), the router's, or "lbfgs",
+            for converged plans; give it some hundred iterations.
+        learning_rate: Adam's.
+        tolerance: stop a group once the gradient's norm is at most this.
+        gamma: strength of the quadratic regularisation.
+        mask: [G, T] bool, True = real token. Others get 0 and do not count in n.
+
+    Returns:
+        plan [G, T, E] in similarity's dtype. A group with NaN or +inf gets NaN. The
+        gradient is that of the projections; none flows through the potentials.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype, device or number.
+    """
+    where = "ksparse_transport"
+    similarity = check_floating(
+        where, "similarity", check_tensor(where, "similarity", similarity, "G T E")
+    )
+    k = check_int(where, "k", k, min(1, similarity.shape[1]), similarity.shape[1])
+    iterations = check_int(where, "iterations", iterations, 0)
+    check_choice(where, "solver", solver, SOLVERS)
+    learning_rate = check_positive(where, "learning_rate", learning_rate)
+    tolerance = check_positive(where, "tolerance", tolerance, zero=True)
+    gamma = check_positive(where, "gamma", gamma)
+    if mask is not None:
+        mask = check_mask(where, mask, "similarity", similarity)
+    there = fill_absent(similarity.to(compute_dtype(similarity.dtype)), mask)
+    plan = torch.ops.vmoe_routers.ksparse_transport(
+        there, k, iterations, solver, learning_rate, tolerance, gamma
+    )
+    return plan.to(similarity.dtype)
+
+
+@torch.library.register_fake("vmoe_routers::ksparse_transport")
+def _(
+    similarity: Tensor,
+    k: int,
+    iterations: int,
+    solver: str,
+    learning_rate: float,
+    tolerance: float,
+    gamma: float,
+) -> Tensor:
+    return similarity.new_empty(similarity.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.gamma = inputs[-1]
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx, grad):
+    # plan = b P_k((alpha + S) / (gamma b)): the two b cancel.
+    (plan,) = ctx.saved_tensors
+    grad_similarity = project_gradient(grad, plan.detach() != 0, 1) / ctx.gamma
+    return grad_similarity, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "vmoe_routers::ksparse_transport", _backward, setup_context=_setup_context
+)

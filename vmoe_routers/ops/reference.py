@@ -1,0 +1,316 @@
+"""Every op in plain differentiable PyTorch: the oracle of the tests and the definition to read.
+
+The functions have the names, signatures and results of the ops (ties and edge cases too), on any
+device, and take their gradients from autograd. They favour the formula over speed and memory:
+one-hot tensors of size T * E * C, one group at a time where that reads better. No op ever falls
+back to them, and they check no arguments: that is the ops' part.
+
+Letters: ``G`` groups, ``T`` tokens of a group, ``D`` width, ``E`` experts, ``K`` experts per token,
+``C`` capacity, ``S = E * C`` slots. bfloat16 and float16 are computed in float32 and come back in the
+dtype they came in. -inf means "not there". A NaN ranks as the largest value, as in ``torch.sort``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+INF = float("inf")
+
+
+def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest along ``dim``, largest first, ties to the lower index; that axis goes last."""
+    x = x.movedim(dim, -1)
+    indices = x.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return x.gather(-1, indices), indices.int()
+
+
+def assign_slots(
+    expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Place of every request in its expert's buffer (V-MoE, arXiv 2106.05974, section 3.2 and appendix C).
+
+    Choice 0 of every token goes before choice 1 of any; within a choice tokens go in index order,
+    or by descending ``priority`` (stable). A request to a full buffer is dropped: slot -1.
+    """
+    G, T, K = expert.shape
+    E, C = num_experts, capacity
+    order = torch.arange(T, device=expert.device).expand(G, T)
+    if priority is not None:
+        order = priority.detach().sort(dim=1, descending=True, stable=True).indices
+    # Requests in the order in which they are served, [G, K * T], and the same as t * K + k.
+    served = (
+        expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T)
+    )
+    request = (order[:, None] * K + torch.arange(K, device=expert.device)[:, None]).reshape(
+        G, K * T
+    )
+
+    one_hot = served[..., None] == torch.arange(
+        E, device=expert.device
+    )  # [G, K * T, E], a -1 hits none
+    position = ((one_hot.cumsum(1) - 1) * one_hot).sum(-1)
+    kept = one_hot.any(-1) & (position < C)
+    slot_served = torch.where(kept, served * C + position, -1)
+
+    slot = torch.empty_like(slot_served).scatter(1, request, slot_served).view(G, T, K)
+    source = expert.new_full(
+        (G, E * C + 1), -1, dtype=torch.long
+    )  # the last place takes what was dropped
+    source.scatter_(1, torch.where(kept, slot_served, E * C), request)
+    return slot.int(), source[:, : E * C].reshape(G, E, C).int()
+
+
+def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Slots of every token in CSR form: those of t are slots[offsets[t]:offsets[t + 1]], ascending."""
+    G = token.shape[0]
+    row = _row(token, num_tokens)
+    ordered, slots = row.sort(dim=1, stable=True)  # empty slots last
+    count = (row[..., None] == torch.arange(num_tokens, device=token.device)).sum(1)  # [G, T]
+    offsets = F.pad(count.cumsum(1), (1, 0))
+    return offsets.int(), torch.where(ordered < num_tokens, slots, -1).int()
+
+
+def dispatch(
+    x: Tensor, token: Tensor, offsets: Tensor | None = None, slots: Tensor | None = None
+) -> Tensor:
+    """out[e, g, c] = x[g, token[g, e, c]], zeros where a slot is empty. ``offsets`` and ``slots`` say nothing new."""
+    G, E, C = token.shape
+    row = _row(token, x.shape[1])[..., None].expand(-1, -1, x.shape[2])
+    padded = F.pad(_wide(x), (0, 0, 0, 1))  # [G, T + 1, D]: the last row is that of empty slots
+    return padded.gather(1, row).view(G, E, C, -1).transpose(0, 1).to(x.dtype)
+
+
+def combine(
+    y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor | None = None
+) -> Tensor:
+    """out[g, t] = sum of gate[g, e, c] * y[e, g, c] over the slots that hold t; ``gate`` None: all 1."""
+    (G, E, C), T, D = token.shape, offsets.shape[1] - 1, y.shape[3]
+    row = _row(token, T)[..., None]
+    empty = (row == T).view(G, E, C, 1)
+    weighted = _wide(y).transpose(0, 1).masked_fill(empty, 0)
+    if gate is not None:
+        weighted = weighted * gate.to(weighted.dtype)[..., None].masked_fill(empty, 0)
+    out = weighted.new_zeros(G, T + 1, D).scatter_add(
+        1, row.expand(-1, -1, D), weighted.reshape(G, E * C, D)
+    )
+    return out[:, :T].to(y.dtype)
+
+
+def sinkhorn(
+    logits: Tensor,
+    *,
+    epsilon: float = 1.0,
+    iterations: int = 20,
+    tolerance: float | None = None,
+    mask: Tensor | None = None,
+    gradient: str = "unrolled",
+    return_error: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Entropic plan with row sums 1 and column sums towards n / E, in the log domain (Cuturi, arXiv 1306.0895):
+
+        h_e = log(n / E) - logsumexp_t(M[t, e] + f_t),  f_t = -logsumexp_e(M[t, e] + h_e),  T = exp(M + f + h)
+
+    with M = logits / epsilon, f = 0 at first and n the number of tokens that are there. An expert that
+    no token can go to (a column of -inf) gets a column of zeros.
+    """
+    M = _masked(_wide(logits), mask) / epsilon
+    E = M.shape[2]
+    n = _present(M).sum(1)[:, None, None].to(M.dtype)  # [G, 1, 1]
+    f = M.new_zeros(M.shape[0], M.shape[1], 1)
+    h = M.new_zeros(M.shape[0], 1, E)
+    error = M.new_full((M.shape[0],), INF)
+    steps = torch.zeros_like(error, dtype=torch.int32)
+    running = torch.ones_like(error, dtype=torch.bool)
+    for _ in range(iterations):
+        # A group that has stopped keeps its f and h.
+        go = running[:, None, None]
+        h = torch.where(go, (n / E).log() - _logsumexp(M + f, 1), h)
+        f = torch.where(go, -_logsumexp(M + h, 2), f)
+        columns = (M + f + h).exp().sum(1, keepdim=True).detach()
+        error = ((columns - n / E).abs() / (n / E).clamp(min=1 / E)).amax((1, 2))
+        steps = steps + running.int()
+        if tolerance is not None:
+            running = running & ~(error <= tolerance)
+    plan = (M + f + h).exp()
+    if gradient == "implicit":
+        plan = _implicit(M, (f + h).detach())
+    plan = plan.to(logits.dtype)
+    return (plan, error, steps) if return_error else plan
+
+
+def _implicit(M: Tensor, potentials: Tensor) -> Tensor:
+    """The plan again, with the gradient of T(M) = exp(M + f(M) + h(M)) at constant row and column sums.
+
+    Implicit function theorem: with J = [[diag(rows), T], [T', diag(columns)]], the derivative of the
+    marginals by (f, h), one Newton step -J^+ (marginals(M) - marginals) is zero in value and has the
+    derivative of (f, h). J is singular along (1, -1), which changes no plan: hence the pseudo-inverse.
+    First derivatives only.
+    """
+    T = M.shape[1]
+    plan = (M + potentials).exp()
+    marginals = torch.cat([plan.sum(2), plan.sum(1)], 1)
+    with torch.no_grad():
+        J = torch.diag_embed(marginals)
+        J[:, :T, T:] = plan
+        J[:, T:, :T] = plan.transpose(1, 2)
+        inverse = torch.linalg.pinv(J.double(), hermitian=True).to(J.dtype)
+    step = -torch.einsum("gij,gj->gi", inverse, marginals - marginals.detach())
+    return plan * (step[:, :T, None] + step[:, None, T:]).exp()
+
+
+def ksparse_projection(x: Tensor, k: int) -> Tensor:
+    """Nearest point of the probability simplex with at most ``k`` non-zeros, along the last axis.
+
+    Of the k largest u_1 >= ... >= u_k: rho = max{r : 1 + r u_r > sum_{i<=r} u_i},
+    tau = (sum_{i<=rho} u_i - 1) / rho, p_i = max(u_i - tau, 0) there and 0 elsewhere (Kyrillidis et al.,
+    arXiv 1206.1529). The gradient on the support is g - mean(g). -inf never gets mass; a row with
+    NaN or +inf, or of -inf alone, has no projection: NaN.
+    """
+    wide = _wide(x)
+    u, indices = topk(
+        wide - wide.detach().amax(-1, keepdim=True), k
+    )  # a shift changes no projection
+    total = u.cumsum(-1)
+    r = torch.arange(1, k + 1, device=x.device, dtype=u.dtype)
+    rho = (1 + r * u > total).sum(-1, keepdim=True).clamp(min=1)
+    tau = (total.gather(-1, rho - 1) - 1) / rho
+    p = torch.zeros_like(wide).scatter(-1, indices.long(), (u - tau).relu())
+    return torch.where(tau.isfinite(), p, torch.nan).to(x.dtype)
+
+
+def ksparse_transport(
+    similarity: Tensor,
+    k: int,
+    *,
+    iterations: int = 20,
+    solver: str = "adam",
+    learning_rate: float = 0.01,
+    tolerance: float = 1e-3,
+    gamma: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Plan with at most ``k`` non-zeros a column (Liu, Puigcerver, Blondel, arXiv 2209.15466, section 4).
+
+    T[:, e] = b_e P_k((alpha + S[:, e]) / (gamma b_e)), b_e = n / E, with alpha from ``iterations`` steps
+    on the semi-dual. No gradient flows through alpha. ``solver="adam"`` is the op step by step;
+    ``solver="lbfgs"`` runs on until it converges, whatever ``iterations``: an oracle of the optimum
+    and not of the path to it.
+    """
+    S = _masked(_wide(similarity), mask)
+    with torch.no_grad():
+        if solver == "adam":
+            alpha = _adam(S, k, gamma, iterations, learning_rate, tolerance)
+        else:
+            alpha = torch.stack([_lbfgs(group, k, gamma) for group in S]) if len(S) else S.sum(2)
+    return ksparse_semi_dual(alpha, S, k, gamma)[2].to(similarity.dtype)
+
+
+def ksparse_semi_dual(
+    alpha: Tensor, S: Tensor, k: int, gamma: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value [G], gradient [G, T] and plan [G, T, E] of the concave semi-dual at alpha [G, T]:
+
+    <alpha, a> - sum_e b_e max_{p in simplex, |p|_0 <= k} (<alpha + S[:, e], p> - gamma b_e / 2 |p|^2)
+    """
+    a = _present(S).to(S.dtype)
+    b = a.sum(1)[:, None, None] / S.shape[2]  # [G, 1, 1]: the same for every expert
+    score = alpha[..., None] + S
+    scale = gamma * b.clamp(min=1 / S.shape[2])  # a group without a token gets zeros, below
+    P = ksparse_projection((score / scale).transpose(1, 2), k).transpose(1, 2)
+    plan = (b * P).masked_fill(b == 0, 0)
+    linear = (score.masked_fill(plan == 0, 0) * plan).sum((1, 2))
+    value = (alpha * a).sum(1) - linear + gamma / 2 * plan.square().sum((1, 2))
+    return value, a - plan.sum(2), plan
+
+
+def _adam(
+    S: Tensor, k: int, gamma: float, iterations: int, learning_rate: float, tolerance: float
+) -> Tensor:
+    """alpha after Adam's ascent from 0; the update whose gradient has |.|_2 <= tolerance is a group's last."""
+    alpha = torch.zeros_like(S[..., 0])
+    m, v = torch.zeros_like(alpha), torch.zeros_like(alpha)
+    running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
+    for i in range(1, iterations + 1):
+        gradient = ksparse_semi_dual(alpha, S, k, gamma)[1]
+        m = 0.9 * m + 0.1 * gradient
+        v = 0.999 * v + 0.001 * gradient.square()
+        update = learning_rate * (m / (1 - 0.9**i)) / ((v / (1 - 0.999**i)).sqrt() + 1e-8)
+        alpha = torch.where(running, alpha + update, alpha)
+        running = running & ~(gradient.norm(dim=1, keepdim=True) <= tolerance)
+    return alpha
+
+
+def _lbfgs(S: Tensor, k: int, gamma: float) -> Tensor:
+    """alpha [T] at the optimum of one group's semi-dual, by torch's L-BFGS in float64."""
+    S = S.double()[None]
+    alpha = torch.zeros_like(S[..., 0], requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [alpha],
+        max_iter=500,
+        tolerance_grad=1e-10,
+        tolerance_change=0,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        value, gradient, _ = ksparse_semi_dual(alpha.detach(), S, k, gamma)
+        alpha.grad = -gradient
+        return -value.sum()
+
+    optimizer.step(closure)
+    return alpha.detach()[0]
+
+
+def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
+    """Soft MoE's mixing (arXiv 2308.00951, equations 1-3): a softmax of ``logits`` [G, T, S] times ``values``.
+
+    ``dim`` 1: over tokens, values [G, T, D] -> [G, S, D]; ``dim`` 2: over slots, values [G, S, D] -> [G, T, D].
+    Where all logits are -inf the result is zero.
+    """
+    wide = _wide(logits)
+    absent = (wide == -INF).all(dim, keepdim=True)
+    weights = wide.masked_fill(absent, 0).softmax(dim).masked_fill(absent, 0)
+    formula = "gts,gtd->gsd" if dim == 1 else "gts,gsd->gtd"
+    return torch.einsum(formula, weights, _wide(values).to(weights.dtype)).to(values.dtype)
+
+
+def grouped_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """Two-layer MLP of every expert on its own tokens: gelu(x w1 + b1) w2 + b2, GELU in its tanh form."""
+    hidden = torch.einsum("end,edf->enf", _wide(x), _wide(w1))
+    if b1 is not None:
+        hidden = hidden + _wide(b1)[:, None]
+    out = torch.einsum("enf,efd->end", F.gelu(hidden, approximate="tanh"), _wide(w2))
+    if b2 is not None:
+        out = out + _wide(b2)[:, None]
+    return out.to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The dtype that is computed in: float64 as it is, all else float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.masked_fill(~mask[..., None], -INF)
+
+
+def _present(x: Tensor) -> Tensor:
+    """[G, T]: tokens that are there, those whose row [E] is not all -inf."""
+    return ~(x == -INF).all(2)
+
+
+def _logsumexp(x: Tensor, dim: int) -> Tensor:
+    """logsumexp, but 0 (with gradient 0) instead of -inf over nothing."""
+    nothing = (x == -INF).all(dim, keepdim=True)
+    if x.shape[dim] == 0:
+        return x.sum(dim, keepdim=True)
+    return x.masked_fill(nothing, 0).logsumexp(dim, keepdim=True).masked_fill(nothing, 0)
+
+
+def _row(token: Tensor, num_tokens: int) -> Tensor:
+    """[G, E * C]: the token of every slot, ``num_tokens`` for an empty one."""
+    filled = (token >= 0) & (token < num_tokens)
+    return torch.where(filled, token, num_tokens).long().flatten(1)

@@ -1,0 +1,60 @@
+"""topk: the k largest entries along an axis, with a promise about ties."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops._checks import check_floating, check_int, compute_dtype
+
+
+def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The `k` largest entries of `x` along `dim`, in descending order.
+
+    Ties go to the lower index, on every device: `torch.topk` does not promise
+    this. NaN counts as the largest value, as in `torch.sort`, so the indices are
+    unique and in range whatever comes.
+
+    Args:
+        x: floating point, any shape with at least one axis.
+        k: 1 <= k <= ``x.shape[dim]`` (0 where that axis is empty).
+        dim: the axis to choose along.
+
+    Returns:
+        values, in x's dtype, and indices, int32; both of shape
+        ``x.movedim(dim, -1).shape[:-1] + (k,)``: the chosen axis goes last.
+        The gradient of the values flows to the entries chosen.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, `k` or `dim`.
+    """
+    x = check_floating("topk", "x", x)
+    if x.ndim == 0:
+        raise ValueError("topk: x must have at least one axis, got a scalar")
+    dim = check_int("topk", "dim", dim, -x.ndim, x.ndim - 1) % x.ndim
+    k = check_int("topk", "k", k, min(1, x.shape[dim]), x.shape[dim])
+    values, indices = torch.ops.vmoe_routers.topk(x.to(compute_dtype(x.dtype)), k, dim)
+    return values.to(x.dtype), indices
+
+
+@torch.library.register_fake("vmoe_routers::topk")
+def _(x: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
+    shape = [*x.shape[:dim], *x.shape[dim + 1 :], k]
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
+
+
+def _setup_context(ctx, inputs, output):
+    x, _, ctx.dim = inputs
+    ctx.shape = x.shape
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad, _):
+    (indices,) = ctx.saved_tensors
+    size = ctx.shape[ctx.dim]
+    grad_x = grad.new_zeros([*grad.shape[:-1], size]).scatter(-1, indices.long(), grad)
+    return grad_x.movedim(-1, ctx.dim), None, None
+
+
+torch.library.register_autograd("vmoe_routers::topk", _backward, setup_context=_setup_context)

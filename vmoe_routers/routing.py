@@ -1,0 +1,416 @@
+"""Routings: the two tensors of the formulation, dispatch and combine, and what they do.
+
+Per group, tokens X [T, D], dispatch tensor D and combine tensor B, both [T, E, C]
+(section 3 of arXiv 2401.15969):
+
+    expert inputs    X~[e, c] = sum_t D[t, e, c] X[t]
+    layer output     Y[t]     = sum_{e, c} B[t, e, c] Y~[e, c]
+
+A routing holds them in the form its router makes them, never as the dense tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vmoe_routers import ops
+from vmoe_routers.ops._checks import (
+    check_choice,
+    check_floating,
+    check_int,
+    check_positive,
+    check_shape,
+    check_tensor,
+    fill_absent,
+)
+
+
+def capacity(
+    tokens: int,
+    num_experts: int,
+    factor: float,
+    rounding: str = "ceil",
+    multiple_of: int = 4,
+) -> int:
+    """Slots per expert and group: ``tokens * factor / num_experts``, rounded.
+
+    Args:
+        tokens: tokens of a group; for Token Choice times the experts per token.
+        num_experts: E.
+        factor: the capacity factor, > 0.
+        rounding: "ceil" or "round" (half to even).
+        multiple_of: then up to a multiple of this; 0 and 1 mean off.
+
+    Returns:
+        At least 1, before the multiple is taken.
+
+    Raises:
+        TypeError, ValueError: a number or choice out of range.
+    """
+    tokens = check_int("capacity", "tokens", tokens, 0)
+    num_experts = check_int("capacity", "num_experts", num_experts, 1)
+    factor = check_positive("capacity", "factor", factor)
+    check_choice("capacity", "rounding", rounding, ("ceil", "round"))
+    multiple_of = check_int("capacity", "multiple_of", multiple_of, 0)
+    slots = tokens * factor / num_experts
+    slots = max(1, math.ceil(slots) if rounding == "ceil" else round(slots))
+    return slots if multiple_of < 2 else -(-slots // multiple_of) * multiple_of
+
+
+class Routing(ABC):
+    """What a router returns.
+
+    Attributes:
+        num_groups, num_tokens, num_experts, capacity: G, T, E and C.
+        mask: [G, T] bool, True = real token, or None.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        mask: Tensor | None,
+        losses: Mapping[str, Callable[[], Tensor]],
+        loss_weights: Mapping[str, float],
+    ):
+        self.num_groups, self.num_tokens, self.num_experts, self.capacity = shape
+        self.mask = mask
+        self._losses = losses
+        self._loss_weights = loss_weights
+
+    @abstractmethod
+    def dispatch(self, x: Tensor) -> Tensor:
+        """Expert inputs: tokens x [G, T, D] to [G, E, C, D], in x's dtype."""
+
+    @abstractmethod
+    def combine(self, y: Tensor) -> Tensor:
+        """Layer output: the experts' y [G, E, C, D] to [G, T, D], in y's dtype."""
+
+    @abstractmethod
+    def dispatch_tensor(self) -> Tensor:
+        """The dense dispatch tensor D, [G, T, E, C]."""
+
+    @abstractmethod
+    def combine_tensor(self) -> Tensor:
+        """The dense combine tensor B, [G, T, E, C]."""
+
+    @cached_property
+    def losses(self) -> dict[str, Tensor]:
+        """The auxiliary losses, unweighted scalars by name; see `vmoe_routers.losses`."""
+        return {name: loss() for name, loss in self._losses.items()}
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """The weighted sum of the losses, a scalar; only those with a weight are computed."""
+        total = self._zero()
+        for name, weight in self._loss_weights.items():
+            if weight != 0:
+                loss = self.losses[name] if "losses" in self.__dict__ else self._losses[name]()
+                total = total + weight * loss
+        return total
+
+    @property
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """How the router used its experts, computed on reading; tensors without gradient.
+
+        load [G, E]: tokens in every expert's buffer (Soft MoE: what the tokens draw from it).
+        utilisation: filled slots / slots.
+        load_cv: coefficient of variation over experts of the load of all groups.
+        entropy: mean over the tokens, of their gates over the experts, in nats.
+        dropped: share of the tokens that no expert took.
+        dead_experts: experts with no load at all.
+        dropped_requests (Token Choice): share of the requests that found no place.
+        """
+        load = self._load()
+        total = load.sum(0)
+        mean = total.mean().clamp(min=torch.finfo(total.dtype).tiny)
+        gates = self._gates()
+        share = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+        return {
+            "load": load,
+            "utilisation": self._utilisation(load),
+            "load_cv": total.std(correction=0) / mean,
+            "entropy": self._mean_over_tokens(-torch.xlogy(share, share).sum(-1)),
+            "dropped": self._mean_over_tokens(self._untouched()),
+            "dead_experts": (total == 0).sum(),
+        }
+
+    @abstractmethod
+    def _zero(self) -> Tensor: ...
+
+    @abstractmethod
+    def _load(self) -> Tensor: ...
+
+    @abstractmethod
+    def _gates(self) -> Tensor: ...
+
+    @abstractmethod
+    def _utilisation(self, load: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _untouched(self) -> Tensor: ...
+
+    def _mean_over_tokens(self, values: Tensor) -> Tensor:
+        """Mean of values [G, T] over the real tokens."""
+        if self.mask is None:
+            return values.sum() / max(values.numel(), 1)
+        return values.masked_fill(~self.mask, 0).sum() / self.mask.sum().clamp(min=1)
+
+
+class SparseRouting(Routing):
+    """A 0/1 dispatch tensor, held as the token and the gate of every slot.
+
+    Attributes:
+        token: [G, E, C] int32, the token in every slot, or -1: empty.
+        gate: [G, E, C], its weight in the combine tensor, 0 where empty.
+        weights: [G, T, E], what the gates were taken from.
+        slot: [G, T, K] int32, the slot of every request (Token Choice), or None.
+    """
+
+    def __init__(
+        self,
+        token: Tensor,
+        gate: Tensor,
+        weights: Tensor,
+        *,
+        expert: Tensor | None = None,
+        slot: Tensor | None = None,
+        mask: Tensor | None = None,
+        losses: Mapping[str, Callable[[], Tensor]] | None = None,
+        loss_weights: Mapping[str, float] | None = None,
+    ):
+        groups, experts, slots = token.shape
+        shape = (groups, weights.shape[1], experts, slots)
+        super().__init__(shape, mask, losses or {}, loss_weights or {})
+        self.token = token
+        self.gate = gate
+        self.weights = weights
+        self.expert = expert
+        self.slot = slot
+        self._offsets, self._slots = ops.invert_slots(token, self.num_tokens)
+
+    def dispatch(self, x: Tensor) -> Tensor:
+        """See `Routing.dispatch`. A view: the experts come first in memory."""
+        x = check_tensor("SparseRouting.dispatch", "x", x, "G T D")
+        check_shape(
+            "SparseRouting.dispatch",
+            "x",
+            x,
+            (self.num_groups, self.num_tokens, x.shape[2]),
+            "G, T, D",
+        )
+        return ops.dispatch(x, self.token, self._offsets, self._slots).transpose(0, 1)
+
+    def combine(self, y: Tensor) -> Tensor:
+        """See `Routing.combine`. A token that no expert took gets zeros."""
+        y = check_tensor("SparseRouting.combine", "y", y, "G E C D")
+        check_shape("SparseRouting.combine", "y", y, (*self.token.shape, y.shape[3]), "G, E, C, D")
+        return ops.combine(y.transpose(0, 1), self.gate, self.token, self._offsets, self._slots)
+
+    def dispatch_tensor(self) -> Tensor:
+        """See `Routing.dispatch_tensor`; zeros and ones."""
+        groups, experts, slots = self.token.shape
+        # Empty slots are written to a row behind the last token, which is cut off.
+        dense = self.gate.new_zeros(groups, self.num_tokens + 1, experts, slots)
+        row = torch.where(self.token < 0, self.num_tokens, self.token).long()
+        return dense.scatter(1, row.unsqueeze(1), 1)[:, : self.num_tokens]
+
+    def combine_tensor(self) -> Tensor:
+        """See `Routing.combine_tensor`: the dispatch tensor times the gates."""
+        return self.dispatch_tensor() * self.gate.unsqueeze(1)
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """See `Routing.metrics`."""
+        metrics = super().metrics
+        if self.slot is not None and self.expert is not None:
+            requests = (self.expert >= 0).sum()
+            metrics["dropped_requests"] = 1 - (self.slot >= 0).sum() / requests.clamp(min=1)
+        return metrics
+
+    def _zero(self) -> Tensor:
+        return self.gate.new_zeros(())
+
+    def _load(self) -> Tensor:
+        return (self.token >= 0).sum(-1).to(self.gate.dtype)
+
+    def _gates(self) -> Tensor:
+        return self.weights
+
+    def _utilisation(self, load: Tensor) -> Tensor:
+        return load.sum() / max(self.token.numel(), 1)
+
+    def _untouched(self) -> Tensor:
+        return (self._offsets.diff(dim=1) == 0).to(self.gate.dtype)
+
+
+class SoftRouting(Routing):
+    """Dense dispatch and combine tensors: two softmaxes of the same logits.
+
+    Attributes:
+        logits: [G, T, E * C], -inf for the tokens that a mask leaves out.
+    """
+
+    def __init__(self, logits: Tensor, num_experts: int, mask: Tensor | None = None):
+        groups, tokens, slots = logits.shape
+        super().__init__((groups, tokens, num_experts, slots // num_experts), mask, {}, {})
+        self.logits = fill_absent(logits, mask)
+
+    def dispatch(self, x: Tensor) -> Tensor:
+        """See `Routing.dispatch`: every slot a mean of the tokens."""
+        slots = ops.soft_mix(self.logits, x, dim=1)
+        return slots.unflatten(1, (self.num_experts, self.capacity))
+
+    def combine(self, y: Tensor) -> Tensor:
+        """See `Routing.combine`: every token a mean of the slots."""
+        y = check_floating("SoftRouting.combine", "y", y)
+        check_tensor("SoftRouting.combine", "y", y, "G E C D")
+        shape = (self.num_groups, self.num_experts, self.capacity, y.shape[3])
+        check_shape("SoftRouting.combine", "y", y, shape, "G, E, C, D")
+        return ops.soft_mix(self.logits, y.flatten(1, 2), dim=2)
+
+    def dispatch_tensor(self) -> Tensor:
+        """See `Routing.dispatch_tensor`: softmax over the tokens."""
+        return self._softmax(1)
+
+    def combine_tensor(self) -> Tensor:
+        """See `Routing.combine_tensor`: softmax over all slots."""
+        return self._softmax(2)
+
+    def _softmax(self, dim: int) -> Tensor:
+        dense = self.logits.softmax(dim)
+        if self.mask is not None:
+            dense = dense.masked_fill(~self.mask.unsqueeze(-1), 0)
+        return dense.unflatten(2, (self.num_experts, self.capacity))
+
+    def _zero(self) -> Tensor:
+        return self.logits.new_zeros(())
+
+    def _load(self) -> Tensor:
+        return self._gates().sum(1)
+
+    def _gates(self) -> Tensor:
+        return self.combine_tensor().sum(-1)
+
+    def _utilisation(self, load: Tensor) -> Tensor:
+        return load.new_ones(())
+
+    def _untouched(self) -> Tensor:
+        return self.logits.new_zeros(self.logits.shape[:2])
+
+
+def token_choice(
+    gates: Tensor,
+    top_k: int,
+    capacity: int,
+    *,
+    batch_priority: bool = False,
+    weights: Tensor | None = None,
+    renormalize: bool = False,
+    mask: Tensor | None = None,
+    losses: Mapping[str, Callable[[], Tensor]] | None = None,
+    loss_weights: Mapping[str, float] | None = None,
+) -> SparseRouting:
+    """Every token asks its `top_k` experts for a place (V-MoE, arXiv 2106.05974).
+
+    Args:
+        gates: [G, T, E] floating point, select. Ties go to the lower index; a gate
+            of -inf is never asked for.
+        top_k: experts per token, 1 <= K <= E.
+        capacity: C, slots per expert and group.
+        batch_priority: fill the buffers in descending order of the tokens' largest
+            gate instead of in index order.
+        weights: [G, T, E], go into the combine tensor; `gates` where left out.
+        renormalize: divide a token's kept weights by the sum of its top_k.
+        mask: [G, T] bool, True = real token; others ask for nothing.
+        losses, loss_weights: see `Routing`.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype, device or number.
+    """
+    gates, weights = _gates_and_weights("token_choice", gates, weights)
+    top_k = check_int("token_choice", "top_k", top_k, 1, gates.shape[2])
+    capacity = check_int("token_choice", "capacity", capacity, 1)
+    best, expert = ops.topk(fill_absent(gates.detach(), mask), top_k)
+    expert = expert.masked_fill(best == -math.inf, -1)
+    slot, source = ops.assign_slots(
+        expert, gates.shape[2], capacity, best[..., 0] if batch_priority else None
+    )
+    kept = weights.gather(2, expert.clamp(min=0).long())
+    if renormalize:
+        total = kept.masked_fill(expert < 0, 0).sum(-1, keepdim=True)
+        kept = kept / total.clamp(min=torch.finfo(total.dtype).tiny)
+    return SparseRouting(
+        source.div(top_k, rounding_mode="floor"),
+        _take(kept.flatten(1), source),
+        weights,
+        expert=expert,
+        slot=slot,
+        mask=mask,
+        losses=losses,
+        loss_weights=loss_weights,
+    )
+
+
+def expert_choice(
+    gates: Tensor,
+    capacity: int,
+    *,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    losses: Mapping[str, Callable[[], Tensor]] | None = None,
+    loss_weights: Mapping[str, float] | None = None,
+) -> SparseRouting:
+    """Every expert takes the tokens of its `capacity` largest gates (arXiv 2202.09368).
+
+    Args:
+        gates: [G, T, E] floating point, select. Ties go to the lower index; a gate
+            of -inf is never taken, the slot stays empty.
+        capacity: C, slots per expert and group; more than T is clamped to T.
+        weights: [G, T, E], go into the combine tensor; `gates` where left out.
+        mask: [G, T] bool, True = real token; others are never taken.
+        losses, loss_weights: see `Routing`.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype, device or number.
+    """
+    gates, weights = _gates_and_weights("expert_choice", gates, weights)
+    capacity = check_int("expert_choice", "capacity", capacity, 1)
+    best, token = ops.topk(
+        fill_absent(gates.detach(), mask), min(capacity, gates.shape[1]), dim=1
+    )
+    token = token.masked_fill(best == -math.inf, -1)
+    kept = weights.transpose(1, 2).gather(2, token.clamp(min=0).long())
+    return SparseRouting(
+        token,
+        kept.masked_fill(token < 0, 0),
+        weights,
+        mask=mask,
+        losses=losses,
+        loss_weights=loss_weights,
+    )
+
+
+def _gates_and_weights(where: str, gates: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    gates = check_floating(where, "gates", check_tensor(where, "gates", gates, "G T E"))
+    if gates.shape[2] == 0:
+        raise ValueError(f"{where}: gates must have at least one expert, got {list(gates.shape)}")
+    if weights is None:
+        return gates, gates
+    weights = check_floating(where, "weights", weights)
+    check_shape(where, "weights", weights, gates.shape, "G, T, E")
+    return gates, weights
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """values [G, N] at index [G, E, C], 0 where the index is negative."""
+    if values.shape[1] == 0:
+        return values.new_zeros(index.shape)
+    taken = values.gather(1, index.flatten(1).clamp(min=0).long()).view(index.shape)
+    return taken.masked_fill(index < 0, 0)
