@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: one seed for every test, and the devices that an op has a kernel for."""
+"""Fixtures of the whole suite: one seed for every test, and the devices an op has kernels for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import vmoe_routers  # noqa: F401  (registers the ops)
 
 
 def _devices(op: str | None) -> list[str]:
-    """ "cpu", and "cuda" where there is a GPU and, for a test module with an ``OP``, a kernel of that op."""
+    """The CPU; CUDA where there is a GPU and, for a test module with an ``OP``, its kernel."""
     if not torch.cuda.is_available():
         return ["cpu"]
     if op is None or torch._C._dispatch_has_kernel_for_dispatch_key(f"vmoe_routers::{op}", "CUDA"):

@@ -82,8 +82,9 @@ def _tokens(like: Tensor, mask: Tensor | None) -> Tensor | int:
 
 def _squared_cv(values: Tensor) -> Tensor:
     """var / mean^2 over the last axis. Never through a std: its gradient at balance is NaN."""
-    variance = values.var(-1, correction=0)
-    return variance / values.mean(-1).square().clamp(min=torch.finfo(values.dtype).tiny)
+    mean = values.mean(-1, keepdim=True)
+    variance = (values - mean).square().mean(-1)
+    return variance / mean.squeeze(-1).square().clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _mean_over_groups(values: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_routers.ops import grouped_mlp
-from vmoe_routers.ops._checks import check_floating, check_int, check_tensor
+from vmoe_routers.ops._checks import (
+    check_floating,
+    check_int,
+    check_mask,
+    check_positive,
+    check_tensor,
+)
 from vmoe_routers.routers import create_router
 from vmoe_routers.routing import Routing
 
@@ -65,9 +71,8 @@ class Experts(nn.Module):
             for expert in weight:
                 nn.init.xavier_uniform_(expert)
             if self.same_init:
-                nn.init.zeros_(weight[1:])
                 with torch.no_grad():
-                    weight[1:] += weight[0]
+                    weight[1:] = weight[0]
         for bias in (self.b1, self.b2):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -139,10 +144,10 @@ class MoEMlp(nn.Module):
         check_int("MoEMlp", "hidden_features", hidden_features, 1)
         check_int("MoEMlp", "out_features", out_features, 1)
         check_int("MoEMlp", "num_experts", num_experts, 1)
+        check_positive("MoEMlp", "drop", drop, zero=True)
+        self.in_features = in_features
         self.group_size = check_int("MoEMlp", "group_size", group_size, 1)
-        self.router = create_router(
-            router, in_features, num_experts, device=device, dtype=dtype, **router_options
-        )
+        self.router = create_router(router, in_features, num_experts, device=device, dtype=dtype, **router_options)
         self.experts = Experts(
             num_experts,
             in_features,
@@ -164,6 +169,10 @@ class MoEMlp(nn.Module):
             ValueError: in training, a batch that `group_size` does not divide.
         """
         check_floating("MoEMlp", "x", check_tensor("MoEMlp", "x", x, "B T D"))
+        if x.shape[2] != self.in_features:
+            raise ValueError(f"MoEMlp: x must have width in_features={self.in_features}, got {list(x.shape)}")
+        if mask is not None:
+            check_mask("MoEMlp", mask, "x", x, "B T")
         batch, size = x.shape[0], self.group_size
         if self.training and batch % size:
             raise ValueError(
@@ -185,9 +194,7 @@ class MoEMlp(nn.Module):
             self.routings = tuple(routings)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _forward_groups(
-        self, x: Tensor, mask: Tensor | None, images: int
-    ) -> tuple[Routing, Tensor]:
+    def _forward_groups(self, x: Tensor, mask: Tensor | None, images: int) -> tuple[Routing, Tensor]:
         batch, tokens, width = x.shape
         groups = batch // images
         x = x.reshape(groups, images * tokens, width)
@@ -218,4 +225,3 @@ def aux_loss(model: nn.Module) -> Tensor:
             loss = routing.aux_loss * (routing.num_groups / max(groups, 1))
             total = loss if total is None else total + loss
     return torch.zeros(()) if total is None else total
-

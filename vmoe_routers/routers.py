@@ -19,6 +19,8 @@ from vmoe_routers.affinity import Affinity, Sinkhorn, Softmax, SparsityConstrain
 from vmoe_routers.losses import balance_loss, importance_loss, load_loss, z_loss
 from vmoe_routers.ops._checks import (
     check_choice,
+    check_device,
+    check_flag,
     check_floating,
     check_int,
     check_mask,
@@ -36,11 +38,12 @@ from vmoe_routers.routing import (
 )
 
 
-def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int) -> None:
+def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor) -> None:
     where = type(router).__name__
     x = check_floating(where, "x", check_tensor(where, "x", x, "G T D"))
     if x.shape[2] != dim:
         raise ValueError(f"{where}: x must have width {dim}, got shape {list(x.shape)}")
+    check_device(where, "x", x, name, parameter)
     if mask is not None:
         check_mask(where, mask, "x", x)
 
@@ -91,6 +94,8 @@ class SparseRouter(nn.Module):
         where = type(self).__name__
         self.dim = check_int(where, "dim", dim, 1)
         self.num_experts = check_int(where, "num_experts", num_experts, 1)
+        if affinity is not None and not callable(affinity):
+            raise TypeError(f"{where}: affinity must be an Affinity such as Sinkhorn(), got {affinity!r}")
         self.affinity: Affinity = Softmax() if affinity is None else affinity
         self.capacity_factor = check_positive(where, "capacity_factor", capacity_factor)
         self.eval_capacity_factor = (
@@ -127,13 +132,11 @@ class SparseRouter(nn.Module):
     def slots(self, tokens: int) -> int:
         """C, the slots per expert for groups of `tokens` tokens."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        return capacity(
-            tokens, self.num_experts, factor, self.capacity_rounding, self.capacity_multiple_of
-        )
+        return capacity(tokens, self.num_experts, factor, self.capacity_rounding, self.capacity_multiple_of)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
-        _check_tokens(self, x, mask, self.dim)
+        _check_tokens(self, x, mask, self.dim, "weight", self.weight)
         with torch.autocast(x.device.type, enabled=False):
             dtype = compute_dtype(x.dtype)
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
@@ -141,9 +144,7 @@ class SparseRouter(nn.Module):
             noisy = logits + noise_std * self.draw_noise(logits) if noise_std > 0 else logits
             return self._route(logits, noisy, noise_std, mask)
 
-    def _route(
-        self, logits: Tensor, noisy: Tensor, noise_std: float, mask: Tensor | None
-    ) -> SparseRouting:
+    def _route(self, logits: Tensor, noisy: Tensor, noise_std: float, mask: Tensor | None) -> SparseRouting:
         raise NotImplementedError("SparseRouter is a base: use Token or ExpertChoiceRouter")
 
     def _losses(
@@ -187,8 +188,8 @@ class TokenChoiceRouter(SparseRouter):
     ):
         super().__init__(dim, num_experts, affinity, **options)
         self.top_k = check_int(type(self).__name__, "top_k", top_k, 1, num_experts)
-        self.batch_priority = batch_priority
-        self.renormalize = renormalize
+        self.batch_priority = check_flag(type(self).__name__, "batch_priority", batch_priority)
+        self.renormalize = check_flag(type(self).__name__, "renormalize", renormalize)
 
     def _route(self, logits, noisy, noise_std, mask):
         slots = self.slots(logits.shape[1] * self.top_k)
@@ -292,6 +293,8 @@ class SoftRouter(nn.Module):
         self.dim = check_int("SoftRouter", "dim", dim, 1)
         self.num_experts = check_int("SoftRouter", "num_experts", num_experts, 1)
         if capacity_factor is None:
+            if num_tokens is not None:
+                raise ValueError("SoftRouter: num_tokens is for capacity_factor, which is not given")
             slots = 1 if slots_per_expert is None else slots_per_expert
             self.slots_per_expert = check_int("SoftRouter", "slots_per_expert", slots, 1)
         elif slots_per_expert is not None:
@@ -323,7 +326,7 @@ class SoftRouter(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SoftRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
-        _check_tokens(self, x, mask, self.dim)
+        _check_tokens(self, x, mask, self.dim, "phi", self.phi)
         with torch.autocast(x.device.type, enabled=False):
             dtype = compute_dtype(x.dtype)
             phi = self.scale.to(dtype) * _unit(self.phi.to(dtype).flatten(1), 0)

@@ -22,8 +22,11 @@ from torch import Tensor
 from vmoe_routers import ops
 from vmoe_routers.ops._checks import (
     check_choice,
+    check_device,
+    check_flag,
     check_floating,
     check_int,
+    check_mask,
     check_positive,
     check_shape,
     check_tensor,
@@ -156,6 +159,15 @@ class Routing(ABC):
     @abstractmethod
     def _untouched(self) -> Tensor: ...
 
+    def _check(self, method: str, name: str, value: Tensor, axes: str, beside: Tensor) -> Tensor:
+        where = f"{type(self).__name__}.{method}"
+        value = check_floating(where, name, check_tensor(where, name, value, axes))
+        sizes = {"G": self.num_groups, "T": self.num_tokens, "E": self.num_experts, "C": self.capacity}
+        shape = [sizes.get(axis, value.shape[-1]) for axis in axes.split()]
+        check_shape(where, name, value, shape, axes.replace(" ", ", "))
+        check_device(where, name, value, "the routing", beside)
+        return value
+
     def _mean_over_tokens(self, values: Tensor) -> Tensor:
         """Mean of values [G, T] over the real tokens."""
         if self.mask is None:
@@ -197,20 +209,12 @@ class SparseRouting(Routing):
 
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`. A view: the experts come first in memory."""
-        x = check_tensor("SparseRouting.dispatch", "x", x, "G T D")
-        check_shape(
-            "SparseRouting.dispatch",
-            "x",
-            x,
-            (self.num_groups, self.num_tokens, x.shape[2]),
-            "G, T, D",
-        )
+        x = self._check("dispatch", "x", x, "G T D", self.gate)
         return ops.dispatch(x, self.token, self._offsets, self._slots).transpose(0, 1)
 
     def combine(self, y: Tensor) -> Tensor:
         """See `Routing.combine`. A token that no expert took gets zeros."""
-        y = check_tensor("SparseRouting.combine", "y", y, "G E C D")
-        check_shape("SparseRouting.combine", "y", y, (*self.token.shape, y.shape[3]), "G, E, C, D")
+        y = self._check("combine", "y", y, "G E C D", self.gate)
         return ops.combine(y.transpose(0, 1), self.gate, self.token, self._offsets, self._slots)
 
     def dispatch_tensor(self) -> Tensor:
@@ -231,7 +235,8 @@ class SparseRouting(Routing):
         metrics = super().metrics
         if self.slot is not None and self.expert is not None:
             requests = (self.expert >= 0).sum()
-            metrics["dropped_requests"] = 1 - (self.slot >= 0).sum() / requests.clamp(min=1)
+            dropped = requests - (self.slot >= 0).sum()
+            metrics["dropped_requests"] = dropped / requests.clamp(min=1)
         return metrics
 
     def _zero(self) -> Tensor:
@@ -264,15 +269,13 @@ class SoftRouting(Routing):
 
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`: every slot a mean of the tokens."""
+        x = self._check("dispatch", "x", x, "G T D", self.logits)
         slots = ops.soft_mix(self.logits, x, dim=1)
         return slots.unflatten(1, (self.num_experts, self.capacity))
 
     def combine(self, y: Tensor) -> Tensor:
         """See `Routing.combine`: every token a mean of the slots."""
-        y = check_floating("SoftRouting.combine", "y", y)
-        check_tensor("SoftRouting.combine", "y", y, "G E C D")
-        shape = (self.num_groups, self.num_experts, self.capacity, y.shape[3])
-        check_shape("SoftRouting.combine", "y", y, shape, "G, E, C, D")
+        y = self._check("combine", "y", y, "G E C D", self.logits)
         return ops.soft_mix(self.logits, y.flatten(1, 2), dim=2)
 
     def dispatch_tensor(self) -> Tensor:
@@ -334,14 +337,14 @@ def token_choice(
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or number.
     """
-    gates, weights = _gates_and_weights("token_choice", gates, weights)
+    gates, weights = _check_gates("token_choice", gates, weights, mask)
     top_k = check_int("token_choice", "top_k", top_k, 1, gates.shape[2])
     capacity = check_int("token_choice", "capacity", capacity, 1)
+    check_flag("token_choice", "batch_priority", batch_priority)
+    check_flag("token_choice", "renormalize", renormalize)
     best, expert = ops.topk(fill_absent(gates.detach(), mask), top_k)
     expert = expert.masked_fill(best == -math.inf, -1)
-    slot, source = ops.assign_slots(
-        expert, gates.shape[2], capacity, best[..., 0] if batch_priority else None
-    )
+    slot, source = ops.assign_slots(expert, gates.shape[2], capacity, best[..., 0] if batch_priority else None)
     kept = weights.gather(2, expert.clamp(min=0).long())
     if renormalize:
         total = kept.masked_fill(expert < 0, 0).sum(-1, keepdim=True)
@@ -380,11 +383,9 @@ def expert_choice(
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or number.
     """
-    gates, weights = _gates_and_weights("expert_choice", gates, weights)
+    gates, weights = _check_gates("expert_choice", gates, weights, mask)
     capacity = check_int("expert_choice", "capacity", capacity, 1)
-    best, token = ops.topk(
-        fill_absent(gates.detach(), mask), min(capacity, gates.shape[1]), dim=1
-    )
+    best, token = ops.topk(fill_absent(gates.detach(), mask), min(capacity, gates.shape[1]), dim=1)
     token = token.masked_fill(best == -math.inf, -1)
     kept = weights.transpose(1, 2).gather(2, token.clamp(min=0).long())
     return SparseRouting(
@@ -397,14 +398,18 @@ def expert_choice(
     )
 
 
-def _gates_and_weights(where: str, gates: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _check_gates(where: str, gates: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gates and weights, which are the gates where left out."""
     gates = check_floating(where, "gates", check_tensor(where, "gates", gates, "G T E"))
     if gates.shape[2] == 0:
         raise ValueError(f"{where}: gates must have at least one expert, got {list(gates.shape)}")
+    if mask is not None:
+        check_mask(where, mask, "gates", gates)
     if weights is None:
         return gates, gates
     weights = check_floating(where, "weights", weights)
     check_shape(where, "weights", weights, gates.shape, "G, T, E")
+    check_device(where, "weights", weights, "gates", gates)
     return gates, weights
 
 

@@ -1,6 +1,7 @@
 #include "../ksparse_projection.h"
 
 #include <cmath>
+#include <limits>
 
 #include "simplex.h"
 
@@ -15,11 +16,11 @@ void ksparse_projection(
     T* p = out + row * n;
     select(value, 1, n, k, picks);
     const double tau = simplex_threshold(value, 1, picks);
-    const bool finite = std::isfinite(tau);
-    std::fill(p, p + n, finite ? T{0} : std::numeric_limits<T>::quiet_NaN());
-    if (!finite) continue;
+    std::fill(p, p + n, std::isnan(tau) ? std::numeric_limits<T>::quiet_NaN() : T{0});
+    if (std::isnan(tau)) continue;
+    const double largest = value[picks[0].index];
     for (const auto& pick : picks) {
-      p[pick.index] = static_cast<T>(std::max(value[pick.index] - tau, 0.0));
+      p[pick.index] = static_cast<T>(std::max(value[pick.index] - largest - tau, 0.0));
     }
   }
 }

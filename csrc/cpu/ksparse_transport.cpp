@@ -11,6 +11,8 @@ namespace {
 
 using Vector = std::vector<double>;
 
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
 double dot(const Vector& a, const Vector& b) {
   double sum = 0;
   for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
@@ -28,14 +30,16 @@ class SemiDual {
       for (int64_t e = 0; e < E; ++e) {
         const double s = similarity[t * E + e];
         columns_[e * tokens + t] = s;
-        if (!(s == -std::numeric_limits<double>::infinity())) there_[t] = 1;
+        if (s != -kInf) there_[t] = 1;
+        if (std::isnan(s) || s == kInf) bad_ = true;
       }
     }
     b_ = dot(there_, there_) / static_cast<double>(E);
     scale_ = gamma * b_;
   }
 
-  bool empty() const { return b_ == 0; }
+  // Whether there is anything to solve: a token at least, and numbers only.
+  bool solvable() const { return b_ > 0 && !bad_; }
 
   // Calls emit(t, p) for the non-zeros of column e's P_k((alpha + S[:, e]) / (gamma b)).
   template <typename Emit>
@@ -43,9 +47,10 @@ class SemiDual {
     for (int64_t t = 0; t < tokens_; ++t) u_[t] = alpha[t] + columns_[e * tokens_ + t];
     select(u_.data(), 1, tokens_, k_, picks_);
     const double tau = simplex_threshold(u_.data(), scale_, picks_);
+    const double largest = u_[picks_[0].index];
     for (const auto& pick : picks_) {
-      const double p = u_[pick.index] / scale_ - tau;
-      if (!(p <= 0)) emit(pick.index, p);  // NaN is handed on
+      const double p = (u_[pick.index] - largest) / scale_ - tau;
+      if (p > 0) emit(pick.index, p);
     }
   }
 
@@ -64,8 +69,8 @@ class SemiDual {
 
   template <typename T>
   void write_plan(const Vector& alpha, T* plan) {
-    std::fill(plan, plan + tokens_ * E_, T{0});
-    if (empty()) return;
+    std::fill(plan, plan + tokens_ * E_, bad_ ? std::numeric_limits<T>::quiet_NaN() : T{0});
+    if (!solvable()) return;
     for (int64_t e = 0; e < E_; ++e) {
       project(alpha, e, [&](int64_t t, double p) { plan[t * E_ + e] = static_cast<T>(b_ * p); });
     }
@@ -74,6 +79,7 @@ class SemiDual {
  private:
   int64_t tokens_, E_, k_;
   double b_ = 0, scale_ = 0;
+  bool bad_ = false;
   Vector columns_;  // [E, T]
   Vector u_, there_;
   std::vector<Pick<OrderKey<double>>> picks_;
@@ -166,7 +172,7 @@ void ksparse_transport(
   for (int64_t g = group_begin; g < group_end; ++g) {
     SemiDual dual(similarity + g * tokens * E, tokens, E, options.k, options.gamma);
     Vector alpha(tokens, 0);
-    if (!dual.empty()) {
+    if (dual.solvable()) {
       (options.solver == Solver::kAdam ? adam : lbfgs)(dual, alpha, options);
     }
     dual.write_plan(alpha, plan + g * tokens * E);

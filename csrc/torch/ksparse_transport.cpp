@@ -10,7 +10,7 @@ Tensor ksparse_transport(
     double learning_rate, double tolerance, double gamma) {
   check_dim("ksparse_transport", "similarity", similarity_, 3);
   const int64_t G = similarity_.size(0), tokens = similarity_.size(1), E = similarity_.size(2);
-  STD_TORCH_CHECK(k >= 0 && k <= tokens, "ksparse_transport: k = ", k, " of ", tokens, " tokens");
+  STD_TORCH_CHECK(k >= std::min<int64_t>(1, tokens) && k <= tokens, "ksparse_transport: k = ", k, " of ", tokens, " tokens");
   STD_TORCH_CHECK(
       solver == "adam" || solver == "lbfgs", "ksparse_transport: solver '", solver, "'");
   STD_TORCH_CHECK(gamma > 0, "ksparse_transport: gamma = ", gamma);

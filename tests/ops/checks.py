@@ -1,10 +1,10 @@
 """What the tests of every op share: the tolerances, and the checks that are the same for all.
 
-1. ``check_reference``   values and gradients against the float64 reference on the same rounded inputs
+1. ``check_reference``   values and gradients against the float64 reference, same rounded inputs
 2. ``check_gradient``    torch.autograd.gradcheck in float64; second derivatives are right or raise
 3. ``check_dispatcher``  torch.library.opcheck
 4. edges                 in the test module of the op
-5. ``refused``           a ValueError or TypeError that begins with the op's name and names the argument
+5. ``refused``           ValueError or TypeError that begins with the op and names the argument
 
 and ``check_compile``: torch.compile(fullgraph=True), forward and backward.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 # The one table of tolerances. Half dtypes are computed in float32: their error is that of rounding
-# the result once (half a unit in the last place: 2**-9, 2**-12), and of rounding cotangents once more.
+# the result once, half a unit in the last place (2**-9, 2**-12), and room for as much again.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
@@ -28,18 +28,14 @@ TOLERANCE = {
     torch.float16: {"rtol": 2**-11, "atol": 1e-5},
 }
 DTYPES = list(TOLERANCE)
-each_dtype = pytest.mark.parametrize(
-    "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
-)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 INF, NAN = float("inf"), float("nan")
 Result = Any  # a tensor or a tuple of tensors
 
 
-def assert_close(
-    actual: Tensor, expected: Tensor, *, slack: float = 1.0, dtype: torch.dtype | None = None
-) -> None:
-    """Close by the table's row of ``dtype`` (default: of ``actual``), times ``slack``; NaN equals NaN."""
+def assert_close(actual: Tensor, expected: Tensor, *, slack: float = 1.0, dtype: torch.dtype | None = None) -> None:
+    """Close by the table's row of ``dtype`` (default: that of ``actual``), times ``slack``."""
     tolerance = {name: slack * value for name, value in TOLERANCE[dtype or actual.dtype].items()}
     torch.testing.assert_close(
         actual.detach().double().cpu(),
@@ -87,10 +83,10 @@ def check_reference(
     gradient_slack: float = 1.0,
     **options: Any,
 ) -> None:
-    """Values and gradients of ``op`` against those of ``reference`` in float64, on the same rounded inputs.
+    """Values and gradients of ``op`` against ``reference`` in float64, on the same rounded inputs.
 
-    Integers must be equal. A gradient may be off by ``gradient_slack`` times the table, its absolute part
-    being relative to the gradient's largest entry.
+    Integers must be equal. A gradient may be off by ``gradient_slack`` times the table, whose
+    absolute part is then relative to the gradient's largest entry.
     """
     ours = rounded(inputs, dtype, device)
     exact = [x.detach().cpu() if isinstance(x, Tensor) else x for x in ours]
@@ -115,11 +111,7 @@ def check_reference(
         assert not any(a.requires_grad for a in actual)
         return
     cotangents = [torch.randn(a.shape, dtype=torch.float64).to(dtype) for a, _ in pairs]
-    leaves = [
-        (o, e)
-        for o, e in zip(ours, exact, strict=True)
-        if isinstance(o, Tensor) and o.requires_grad
-    ]
+    leaves = [(o, e) for o, e in zip(ours, exact, strict=True) if isinstance(o, Tensor) and o.requires_grad]
     ours_grads = torch.autograd.grad(
         [a for a, _ in pairs],
         [o for o, _ in leaves],
@@ -143,7 +135,7 @@ def check_reference(
 
 
 def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], **options: Any) -> None:
-    """gradcheck; and a second derivative that is right, or raises, but is never cut off in silence."""
+    """gradcheck; and a second derivative is right or raises, but is never cut off in silence."""
     inputs = rounded(inputs, torch.float64, "cpu")
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
@@ -156,7 +148,7 @@ def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], **options: 
     cotangents = [torch.randn_like(y, requires_grad=True) for y in outputs]
     try:
         grads = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
-        # Every gradient depends on the cotangents at least: one that does not require grad was cut off.
+        # Every gradient depends on the cotangents at least: without requires_grad it was cut off.
         assert all(g.requires_grad for g in grads)
         torch.autograd.grad([g.sum() for g in grads], cotangents)
     except (RuntimeError, NotImplementedError) as error:
@@ -166,18 +158,14 @@ def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], **options: 
 
 
 def check_dispatcher(overload: Any, arguments: Sequence[Any]) -> None:
-    """opcheck of torch.ops.vmoe_routers.<op>.default: schema, fake kernel, autograd, torch.compile."""
+    """opcheck of torch.ops.vmoe_routers.<op>.default: schema, fake kernel, autograd, compile."""
     with warnings.catch_warnings():
         # opcheck's own look at the .grad of what it made of the arguments.
-        warnings.filterwarnings(
-            "ignore", message="The .grad attribute of a Tensor that is not a leaf"
-        )
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         torch.library.opcheck(overload, tuple(arguments))
 
 
-def check_compile(
-    op: Callable[..., Result], inputs: Sequence[Any], device: str, **options: Any
-) -> None:
+def check_compile(op: Callable[..., Result], inputs: Sequence[Any], device: str, **options: Any) -> None:
     """torch.compile in one graph gives what eager gives, values and gradients."""
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ OP = "assign_slots"
 
 
 def requests(G: int, T: int, K: int, E: int, *, skew: float = 1.0, none: float = 0.1) -> Tensor:
-    """Different experts per token, the first ones more in demand, and some requests that are none."""
+    """Different experts for a token, some more in demand, and some requests that are none."""
     demand = torch.rand(G, T, E) ** (1 + skew * torch.arange(E)) if skew else torch.rand(G, T, E)
     expert = demand.argsort(-1, descending=True)[..., :K].int()
     return torch.where(torch.rand(G, T, K) < none, -1, expert)
@@ -57,9 +57,7 @@ def test_definition(device, G, T, K, E, C, priorities):
     priority = {"none": None, "distinct": torch.randn(G, T), "tied": tied(G, T).float()}[priorities]
     wanted = serve(expert, E, C, priority)
     for assign in (reference.assign_slots, assign_slots):
-        slot, source = assign(
-            expert.to(device), E, C, None if priority is None else priority.to(device)
-        )
+        slot, source = assign(expert.to(device), E, C, None if priority is None else priority.to(device))
         assert slot.dtype == source.dtype == torch.int32
         assert slot.shape == (G, T, K)
         assert source.shape == (G, E, C)
@@ -129,8 +127,7 @@ def test_not_contiguous(device):
     ]
     for expert_view, priority_view in views:
         assert all(
-            torch.equal(a, b)
-            for a, b in zip(assign_slots(expert_view, 4, 3, priority_view), wanted, strict=True)
+            torch.equal(a, b) for a, b in zip(assign_slots(expert_view, 4, 3, priority_view), wanted, strict=True)
         )
 
 
@@ -138,9 +135,7 @@ def test_not_contiguous(device):
 def test_slots_and_sources_agree_and_capacity_holds(device, batch_priority):
     G, T, K, E, C = 4, 50, 2, 8, 9
     expert = requests(G, T, K, E).to(device)
-    slot, source = assign_slots(
-        expert, E, C, torch.randn(G, T, device=device) if batch_priority else None
-    )
+    slot, source = assign_slots(expert, E, C, torch.randn(G, T, device=device) if batch_priority else None)
     for g in range(G):
         held = source[g].flatten()
         for s in range(E * C):

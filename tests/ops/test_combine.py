@@ -22,9 +22,7 @@ from vmoe_routers.ops import invert_slots, reference
 OP = "combine"
 
 
-def combine(
-    y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor
-) -> Tensor:
+def combine(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
     """The public function; without a gate (the gradient of dispatch) the op below it."""
     if gate is None:
         return torch.ops.vmoe_routers.combine(y, None, token, offsets, slots)
@@ -40,9 +38,7 @@ SHAPES = [
 ]
 
 
-def arguments(
-    G: int, T: int, D: int, E: int, C: int, *, gated: bool = True, empty: float = 0.3
-) -> list[Tensor | None]:
+def arguments(G: int, T: int, D: int, E: int, C: int, *, gated: bool = True, empty: float = 0.3) -> list[Tensor | None]:
     token = tokens_of_slots(G, T, E, C, empty=empty)
     y = torch.randn(E, G, C, D, dtype=torch.float64)
     gate = torch.randn(G, E, C, dtype=torch.float64) if gated else None
@@ -103,9 +99,7 @@ def test_gradient_of_one_argument_alone(device, wanted):
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_dispatcher(device, gated):
-    y, gate, *slots = (
-        None if a is None else a.to(device) for a in arguments(2, 4, 3, 3, 2, gated=gated)
-    )
+    y, gate, *slots = (None if a is None else a.to(device) for a in arguments(2, 4, 3, 3, 2, gated=gated))
     gate = gate if gate is None else gate.requires_grad_()
     check_dispatcher(torch.ops.vmoe_routers.combine.default, [y.requires_grad_(), gate, *slots])
 

@@ -27,9 +27,7 @@ SHAPES = [
 ]
 
 
-def arguments(
-    E: int, N: int, D: int, F: int, out: int, *, bias: bool = True
-) -> list[Tensor | None]:
+def arguments(E: int, N: int, D: int, F: int, out: int, *, bias: bool = True) -> list[Tensor | None]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64)
 
@@ -52,9 +50,7 @@ def test_reference(device, dtype, shape, bias):
     inputs = arguments(*shape, bias=bias)
     if dtype in (torch.bfloat16, torch.float16):
         result = grouped_mlp(*(None if a is None else a.to(device, dtype) for a in inputs))
-        wanted = reference.grouped_mlp(
-            *(None if a is None else a.to(dtype).double() for a in inputs)
-        )
+        wanted = reference.grouped_mlp(*(None if a is None else a.to(dtype).double() for a in inputs))
         assert result.dtype == dtype
         torch.testing.assert_close(
             result.double().cpu(),
@@ -76,24 +72,18 @@ def test_reference(device, dtype, shape, bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_is_an_mlp_per_expert(device, bias):
-    x, w1, b1, w2, b2 = (
-        None if a is None else a.to(device) for a in arguments(3, 5, 4, 7, 6, bias=bias)
-    )
+    x, w1, b1, w2, b2 = (None if a is None else a.to(device) for a in arguments(3, 5, 4, 7, 6, bias=bias))
     out = grouped_mlp(x, w1, b1, w2, b2)
     assert out.shape == (3, 5, 6)
     for e in range(3):
         hidden = nn.functional.linear(x[e], w1[e].t(), None if b1 is None else b1[e])
-        wanted = nn.functional.linear(
-            nn.GELU("tanh")(hidden), w2[e].t(), None if b2 is None else b2[e]
-        )
+        wanted = nn.functional.linear(nn.GELU("tanh")(hidden), w2[e].t(), None if b2 is None else b2[e])
         assert_close(out[e], wanted)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradient(bias):
-    inputs = [
-        None if a is None else a.requires_grad_() for a in arguments(2, 3, 2, 3, 2, bias=bias)
-    ]
+    inputs = [None if a is None else a.requires_grad_() for a in arguments(2, 3, 2, 3, 2, bias=bias)]
     check_gradient(grouped_mlp, inputs)
 
 
@@ -124,6 +114,17 @@ def test_experts_do_not_see_each_other(device):
 def test_not_contiguous(device):
     inputs = [a.to(device) for a in arguments(3, 5, 4, 7, 6)]
     assert_close(grouped_mlp(*(strided(a) for a in inputs)), grouped_mlp(*inputs))
+
+
+def test_other_activation(device):
+    inputs = arguments(3, 5, 4, 7, 6)
+    check_reference(
+        lambda *a: grouped_mlp(*a, torch.tanh),
+        lambda *a: reference.grouped_mlp(*a, torch.tanh),
+        inputs,
+        torch.float64,
+        device,
+    )
 
 
 def test_refuses():

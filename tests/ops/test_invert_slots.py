@@ -15,9 +15,7 @@ def tokens_of_slots(G: int, T: int, E: int, C: int, *, empty: float = 0.3) -> Te
     return torch.where(torch.rand(G, E, C) < empty, -1, token)
 
 
-@pytest.mark.parametrize(
-    "G, T, E, C", [(2, 7, 3, 4), (1, 1, 1, 1), (3, 2, 5, 6), (2, 50, 3, 2), (32, 196, 8, 24)]
-)
+@pytest.mark.parametrize("G, T, E, C", [(2, 7, 3, 4), (1, 1, 1, 1), (3, 2, 5, 6), (2, 50, 3, 2), (32, 196, 8, 24)])
 @pytest.mark.parametrize("empty", [0.0, 0.3, 1.0])
 def test_definition(device, G, T, E, C, empty):
     token = tokens_of_slots(G, T, E, C, empty=empty)
@@ -28,11 +26,7 @@ def test_definition(device, G, T, E, C, empty):
         assert slots.shape == (G, E * C)
         for g in range(G):
             flat = token[g].flatten().tolist()
-            held = (
-                [[s for s, holds in enumerate(flat) if holds == t] for t in range(T)]
-                if T < 60
-                else None
-            )
+            held = [[s for s, holds in enumerate(flat) if holds == t] for t in range(T)] if T < 60 else None
             start, list_ = offsets[g].tolist(), slots[g].tolist()
             if held is not None:
                 assert [list_[start[t] : start[t + 1]] for t in range(T)] == held
@@ -51,9 +45,7 @@ def test_anything_out_of_range_is_an_empty_slot(device):
 
 
 def test_dispatcher(device):
-    check_dispatcher(
-        torch.ops.vmoe_routers.invert_slots.default, [tokens_of_slots(2, 5, 3, 2).to(device), 5]
-    )
+    check_dispatcher(torch.ops.vmoe_routers.invert_slots.default, [tokens_of_slots(2, 5, 3, 2).to(device), 5])
 
 
 def test_compile(device):

@@ -55,9 +55,7 @@ def test_brute_force(device, k, scale):
 @pytest.mark.parametrize("k", [1, 2, 8, 9, 29, 30])
 @pytest.mark.parametrize("values", [lambda *shape: spread(*shape, scale=0.2), spread, tied])
 def test_reference(device, dtype, k, values):
-    check_reference(
-        ksparse_projection, reference.ksparse_projection, [values(3, 4, 30), k], dtype, device
-    )
+    check_reference(ksparse_projection, reference.ksparse_projection, [values(3, 4, 30), k], dtype, device)
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
@@ -124,18 +122,14 @@ def test_extreme_values(device, dtype, size):
 
 def test_minus_infinity_gets_no_mass(device):
     """Not even where k asks for more than there is."""
-    x = torch.tensor(
-        [[-INF, 0.25, -INF, 0.0], [-INF, -INF, -INF, -9.0]], device=device, requires_grad=True
-    )
+    x = torch.tensor([[-INF, 0.25, -INF, 0.0], [-INF, -INF, -INF, -9.0]], device=device, requires_grad=True)
     p = ksparse_projection(x, 3)
     assert_close(p, torch.tensor([[0, 0.625, 0, 0.375], [0, 0, 0, 1]]))
     p.square().sum().backward()
     assert_close(x.grad, torch.tensor([[0, 0.25, 0, -0.25], [0, 0, 0, 0]]))
 
 
-@pytest.mark.parametrize(
-    "special", [[NAN, 0, 0, 0], [0, NAN, -INF, NAN], [0, INF, 0, 0], [INF] * 4, [-INF] * 4]
-)
+@pytest.mark.parametrize("special", [[NAN, 0, 0, 0], [0, NAN, -INF, NAN], [0, INF, 0, 0], [INF] * 4, [-INF] * 4])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_row_without_a_projection_is_nan(device, special, k):
     x = torch.tensor([special, [0.0, 0.0, -2.0, -2.0]], device=device)

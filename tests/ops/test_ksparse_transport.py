@@ -80,7 +80,7 @@ def test_options(device, dtype, options):
 
 
 def test_a_group_stops_by_itself_after_the_update(device):
-    """Group 0 is solved from the start (gradient 0), group 1 is not; a large tolerance stops after one update."""
+    """Group 0 is solved from the start, group 1 not; a large tolerance stops after one update."""
     similarity = similarities(2, 12, 3)
     similarity[0] = torch.eye(3).double().repeat(4, 1)
     similarity = similarity.to(device)
@@ -99,9 +99,7 @@ def test_gradient():
     """alpha is constant for the gradient, so finite differences are of the plan at alpha = 0."""
     check_gradient(ksparse_transport, [similarities(2, 6, 3), 4], iterations=0)
     mask = torch.tensor([[True] * 6, [True] * 5 + [False]])
-    check_gradient(
-        ksparse_transport, [similarities(2, 6, 3), 4], iterations=0, gamma=0.5, mask=mask
-    )
+    check_gradient(ksparse_transport, [similarities(2, 6, 3), 4], iterations=0, gamma=0.5, mask=mask)
 
 
 def test_dispatcher(device):
@@ -132,9 +130,7 @@ def test_compile(device, solver):
 def test_columns(device, dtype, solver, k):
     """Whatever the iterations: at most k non-zeros, and sums of exactly n / E."""
     for iterations in (1, 20):
-        plan = ksparse_transport(
-            similarities(3, 40, 8).to(device, dtype), k, solver=solver, iterations=iterations
-        )
+        plan = ksparse_transport(similarities(3, 40, 8).to(device, dtype), k, solver=solver, iterations=iterations)
         assert plan.dtype == dtype
         assert (plan >= 0).all()
         assert ((plan > 0).sum(1) <= k).all()
@@ -144,10 +140,7 @@ def test_columns(device, dtype, solver, k):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_are_driven_to_one(device, dtype):
     similarity = similarities(3, 40, 8).to(device, dtype)
-    off = [
-        (ksparse_transport(similarity, 40, iterations=i).sum(2) - 1).norm().item()
-        for i in (0, 20, 200)
-    ]
+    off = [(ksparse_transport(similarity, 40, iterations=i).sum(2) - 1).norm().item() for i in (0, 20, 200)]
     assert off[1] < 0.8 * off[0]
     assert off[2] < 0.05 * off[0]
 
@@ -163,10 +156,7 @@ def test_permutations(device):
 def test_groups_do_not_see_each_other(device):
     similarity = similarities(32, 20, 5).float().to(device)
     together = ksparse_transport(similarity, 4)
-    assert all(
-        torch.equal(together[g : g + 1], ksparse_transport(similarity[g : g + 1], 4))
-        for g in (0, 15, 31)
-    )
+    assert all(torch.equal(together[g : g + 1], ksparse_transport(similarity[g : g + 1], 4)) for g in (0, 15, 31))
     similarity[3] = NAN
     others = torch.arange(32) != 3
     assert torch.equal(ksparse_transport(similarity, 4)[others], together[others])
@@ -180,30 +170,24 @@ def test_groups_do_not_see_each_other(device):
 def test_lbfgs_without_sparsity_is_the_one_optimal_plan(device, G, T, E, gamma):
     """k = T: the semi-dual is smooth, the plan unique, and its rows sum to 1."""
     similarity = similarities(G, T, E).to(device)
-    plan = ksparse_transport(
-        similarity, T, solver="lbfgs", iterations=1000, tolerance=1e-9, gamma=gamma
-    )
+    plan = ksparse_transport(similarity, T, solver="lbfgs", iterations=1000, tolerance=1e-9, gamma=gamma)
     assert (plan.sum(2) - 1).norm(dim=1).max() <= 1e-6
     wanted = reference.ksparse_transport(similarity, T, solver="lbfgs", gamma=gamma)
     torch.testing.assert_close(plan, wanted, rtol=0, atol=1e-6)
 
 
 def test_lbfgs_is_optimal_where_it_arrives(device):
-    """Sparse: the semi-dual has kinks, and a solver may stop at one. But rows that sum to 1 prove the optimum:
-    the plan is feasible then, and its cost meets the dual bound, which no feasible plan can pass."""
+    """Sparse: the semi-dual has kinks, and a solver may stop at one. But rows that sum to 1 prove
+    the optimum: the plan is feasible, and its cost meets the bound that no feasible one passes."""
     similarity, k, gamma = similarities(8, 24, 4), 6, 1.0
-    plan = ksparse_transport(
-        similarity.to(device), k, solver="lbfgs", iterations=1000, tolerance=1e-8
-    ).cpu()
+    plan = ksparse_transport(similarity.to(device), k, solver="lbfgs", iterations=1000, tolerance=1e-8).cpu()
     arrived = (plan.sum(2) - 1).norm(dim=1) <= 1e-7
     assert arrived.any()
     cost = gamma / 2 * plan.square().sum((1, 2)) - (plan * similarity).sum((1, 2))
     alpha = torch.stack([reference._lbfgs(group, k, gamma) for group in similarity])
     bound = reference.ksparse_semi_dual(alpha, similarity, k, gamma)[0]
     assert (cost >= bound - 1e-7)[arrived].all()
-    both = arrived & (
-        (reference.ksparse_semi_dual(alpha, similarity, k, gamma)[1]).norm(dim=1) <= 1e-6
-    )
+    both = arrived & ((reference.ksparse_semi_dual(alpha, similarity, k, gamma)[1]).norm(dim=1) <= 1e-6)
     assert both.any()
     torch.testing.assert_close(cost[both], bound[both], rtol=0, atol=1e-6)
 
@@ -226,15 +210,9 @@ def test_lbfgs_has_converged_where_adam_is_on_its_way(device):
 def test_absent_tokens_are_as_if_removed(device, solver, masked_by):
     similarity, mask = similarities(3, 12, 4), torch.rand(3, 12) < 0.7
     mask[0] = torch.arange(12) < 2  # fewer than k
-    x = (
-        similarity.clone()
-        if masked_by == "mask"
-        else similarity.masked_fill(~mask[..., None], -INF)
-    )
+    x = similarity.clone() if masked_by == "mask" else similarity.masked_fill(~mask[..., None], -INF)
     x = x.to(device).requires_grad_()
-    plan = ksparse_transport(
-        x, 3, solver=solver, mask=mask.to(device) if masked_by == "mask" else None
-    )
+    plan = ksparse_transport(x, 3, solver=solver, mask=mask.to(device) if masked_by == "mask" else None)
     cotangent = torch.randn_like(plan)
     plan.backward(cotangent)
     assert (plan[~mask] == 0).all()
@@ -252,11 +230,7 @@ def test_absent_tokens_are_as_if_removed(device, solver, masked_by):
 def test_group_without_any_token(device, solver, masked_by):
     similarity = similarities(2, 5, 3).to(device)
     mask = torch.tensor([[True] * 5, [False] * 5], device=device)
-    x = (
-        similarity.clone()
-        if masked_by == "mask"
-        else similarity.masked_fill(~mask[..., None], -INF)
-    )
+    x = similarity.clone() if masked_by == "mask" else similarity.masked_fill(~mask[..., None], -INF)
     x.requires_grad_()
     plan = ksparse_transport(x, 2, solver=solver, mask=mask if masked_by == "mask" else None)
     plan.square().sum().backward()

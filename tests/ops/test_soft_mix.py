@@ -84,9 +84,7 @@ def test_gradient(dim):
 @each_dim
 @pytest.mark.parametrize("wanted", ["logits", "values"])
 def test_gradient_of_one_argument_alone(device, dim, wanted):
-    logits, values, _ = (
-        a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim)
-    )
+    logits, values, _ = (a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim))
     leaf = {"logits": logits, "values": values}[wanted].requires_grad_()
     actual = torch.autograd.grad(soft_mix(logits, values, dim).square().sum(), leaf)[0]
     expected = torch.autograd.grad(reference.soft_mix(logits, values, dim).square().sum(), leaf)[0]
@@ -123,9 +121,7 @@ def test_weights_sum_to_one(device, dim, dtype):
 
 @each_dim
 def test_permuted_tokens(device, dim):
-    logits, values, _ = (
-        a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim)
-    )
+    logits, values, _ = (a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim))
     permutation = torch.randperm(9)
     out = soft_mix(logits, values, dim)
     if dim == 1:
@@ -137,9 +133,7 @@ def test_permuted_tokens(device, dim):
 @each_dim
 def test_equal_logits_give_the_mean(device, dim):
     _, values, _ = arguments(2, 9, 6, 5, dim)
-    out = soft_mix(
-        torch.full((2, 9, 6), 3.0, dtype=torch.float64, device=device), values.to(device), dim
-    )
+    out = soft_mix(torch.full((2, 9, 6), 3.0, dtype=torch.float64, device=device), values.to(device), dim)
     assert_close(out, values.mean(1, keepdim=True).expand(out.shape))
 
 
@@ -175,7 +169,7 @@ def test_extreme_logits(device, dim, dtype):
 
 @each_dim
 def test_nothing_there_gives_zeros(device, dim):
-    """-inf is not there: an absent token neither gives nor takes, an absent slot neither; nor do gradients."""
+    """-inf is not there: an absent token or slot neither gives nor takes, in both directions."""
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     logits[0, 4] = -INF
     logits[0, :, 1] = -INF
@@ -222,9 +216,7 @@ def test_empty(device, dim, shape):
 
 @each_dim
 def test_not_contiguous(device, dim):
-    logits, values, _ = (
-        a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim)
-    )
+    logits, values, _ = (a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim))
     results = []
     for view in (lambda x: x, strided, lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
         a, b = view(logits).detach().requires_grad_(), view(values).detach().requires_grad_()

@@ -24,9 +24,7 @@ OP = "topk"
 
 
 @each_dtype
-@pytest.mark.parametrize(
-    "k, dim", [(1, -1), (3, -1), (7, -1), (1, 1), (8, 1), (9, 1), (30, 1), (2, 0)]
-)
+@pytest.mark.parametrize("k, dim", [(1, -1), (3, -1), (7, -1), (1, 1), (8, 1), (9, 1), (30, 1), (2, 0)])
 @pytest.mark.parametrize("values", [spread, tied])
 def test_reference(device, dtype, k, dim, values):
     check_reference(topk, reference.topk, [values(2, 30, 7), k, dim], dtype, device)
@@ -66,13 +64,11 @@ def test_compile(device):
 
 @pytest.mark.parametrize("k", range(1, 5))
 def test_every_order_of_special_values(device, k):
-    """All rows of four out of these: NaN first, then by value, ties (0 and -0 tie) to the lower index."""
+    """All rows of four of these: NaN, then by value, ties (0 and -0 too) to the lower index."""
     rows = torch.tensor(list(itertools.product([NAN, INF, 1.0, 0.0, -0.0, -INF], repeat=4)))
     values, indices = topk(rows.to(device), k)
     for row, got, value in zip(rows.tolist(), indices.tolist(), values.cpu(), strict=True):
-        wanted = sorted(
-            range(4), key=lambda i: (row[i] == row[i], -row[i] if row[i] == row[i] else 0.0, i)
-        )[:k]
+        wanted = sorted(range(4), key=lambda i: (row[i] == row[i], -row[i] if row[i] == row[i] else 0.0, i))[:k]
         assert got == wanted
         assert torch.equal(value.nan_to_num(7.0), torch.tensor(row)[wanted].nan_to_num(7.0))
 

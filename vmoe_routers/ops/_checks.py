@@ -18,8 +18,7 @@ def check_tensor(where: str, name: str, value: object, axes: str) -> Tensor:
     wanted = axes.split()
     if value.ndim != len(wanted):
         raise ValueError(
-            f"{where}: {name} must have {len(wanted)} axes [{', '.join(wanted)}], "
-            f"got shape {list(value.shape)}"
+            f"{where}: {name} must have {len(wanted)} axes [{', '.join(wanted)}], got shape {list(value.shape)}"
         )
     return value
 
@@ -29,9 +28,7 @@ def check_floating(where: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
-        raise TypeError(
-            f"{where}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
-        )
+        raise TypeError(f"{where}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     return value
 
 
@@ -44,18 +41,13 @@ def check_dtype(where: str, name: str, value: Tensor, dtype: torch.dtype) -> Non
 def check_shape(where: str, name: str, value: Tensor, shape: Sequence[int], axes: str) -> None:
     """`value` has this shape; `axes` names it in the message, e.g. ``"G, T"``."""
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(
-            f"{where}: {name} must be [{axes}] = {list(shape)}, got {list(value.shape)}"
-        )
+        raise ValueError(f"{where}: {name} must be [{axes}] = {list(shape)}, got {list(value.shape)}")
 
 
 def check_device(where: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """`value` is on the device of `other`."""
     if value.device != other.device:
-        raise ValueError(
-            f"{where}: {name} is on {value.device} and {other_name} on {other.device}, "
-            "wanted one device"
-        )
+        raise ValueError(f"{where}: {name} is on {value.device} and {other_name} on {other.device}, wanted one device")
 
 
 def check_int(where: str, name: str, value: object, low: int, high: int | None = None) -> int:
@@ -84,11 +76,18 @@ def check_choice(where: str, name: str, value: object, choices: Sequence[object]
         raise ValueError(f"{where}: {name} must be one of {wanted}, got {value!r}")
 
 
-def check_mask(where: str, mask: object, like_name: str, like: Tensor) -> Tensor:
+def check_flag(where: str, name: str, value: object) -> bool:
+    """`value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def check_mask(where: str, mask: object, like_name: str, like: Tensor, axes: str = "G T") -> Tensor:
     """`mask` is a bool tensor [G, T] beside `like` [G, T, ...]."""
-    mask = check_tensor(where, "mask", mask, "G T")
+    mask = check_tensor(where, "mask", mask, axes)
     check_dtype(where, "mask", mask, torch.bool)
-    check_shape(where, "mask", mask, like.shape[:2], "G, T")
+    check_shape(where, "mask", mask, like.shape[:2], axes.replace(" ", ", "))
     check_device(where, "mask", mask, like_name, like)
     return mask
 

@@ -44,9 +44,7 @@ def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor
     x = check_floating("dispatch", "x", check_tensor("dispatch", "x", x, "G T D"))
     check_slots("dispatch", token, offsets, slots, x.shape[1])
     if token.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"dispatch: token has {token.shape[0]} groups, x has {x.shape[0]}, wanted the same"
-        )
+        raise ValueError(f"dispatch: token has {token.shape[0]} groups, x has {x.shape[0]}, wanted the same")
     check_device("dispatch", "token", token, "x", x)
     return torch.ops.vmoe_routers.dispatch(x, token, offsets, slots)
 

@@ -29,9 +29,7 @@ def ksparse_projection(x: Tensor, k: int) -> Tensor:
     """
     x = check_floating("ksparse_projection", "x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(
-            f"ksparse_projection: x must have a last axis of at least 1, got {list(x.shape)}"
-        )
+        raise ValueError(f"ksparse_projection: x must have a last axis of at least 1, got {list(x.shape)}")
     k = check_int("ksparse_projection", "k", k, 1, x.shape[-1])
     # Not reshape(-1, n): with no rows at all, -1 would be ambiguous to a reader of shapes.
     rows = x.to(compute_dtype(x.dtype)).reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -60,6 +58,4 @@ def _backward(ctx, grad):
     return project_gradient(grad, out.detach() != 0, -1), None
 
 
-torch.library.register_autograd(
-    "vmoe_routers::ksparse_projection", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("vmoe_routers::ksparse_projection", _backward, setup_context=_setup_context)

@@ -58,9 +58,7 @@ def ksparse_transport(
         TypeError, ValueError: a wrong shape, dtype, device or number.
     """
     where = "ksparse_transport"
-    similarity = check_floating(
-        where, "similarity", check_tensor(where, "similarity", similarity, "G T E")
-    )
+    similarity = check_floating(where, "similarity", check_tensor(where, "similarity", similarity, "G T E"))
     k = check_int(where, "k", k, min(1, similarity.shape[1]), similarity.shape[1])
     iterations = check_int(where, "iterations", iterations, 0)
     check_choice(where, "solver", solver, SOLVERS)
@@ -70,9 +68,7 @@ def ksparse_transport(
     if mask is not None:
         mask = check_mask(where, mask, "similarity", similarity)
     there = fill_absent(similarity.to(compute_dtype(similarity.dtype)), mask)
-    plan = torch.ops.vmoe_routers.ksparse_transport(
-        there, k, iterations, solver, learning_rate, tolerance, gamma
-    )
+    plan = torch.ops.vmoe_routers.ksparse_transport(there, k, iterations, solver, learning_rate, tolerance, gamma)
     return plan.to(similarity.dtype)
 
 
@@ -101,6 +97,4 @@ def _backward(ctx, grad):
     return grad_similarity, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "vmoe_routers::ksparse_transport", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("vmoe_routers::ksparse_transport", _backward, setup_context=_setup_context)

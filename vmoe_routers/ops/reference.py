@@ -6,21 +6,25 @@ one-hot tensors of size T * E * C, one group at a time where that reads better. 
 back to them, and they check no arguments: that is the ops' part.
 
 Letters: ``G`` groups, ``T`` tokens of a group, ``D`` width, ``E`` experts, ``K`` experts per token,
-``C`` capacity, ``S = E * C`` slots. bfloat16 and float16 are computed in float32 and come back in the
-dtype they came in. -inf means "not there". A NaN ranks as the largest value, as in ``torch.sort``.
+``C`` capacity, ``S = E * C`` slots. bfloat16 and float16 are computed in float32 and come back
+in the dtype they came in. -inf means "not there". NaN ranks as the largest, as in ``torch.sort``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 INF = float("inf")
+GELU_TANH = partial(F.gelu, approximate="tanh")
 
 
 def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest along ``dim``, largest first, ties to the lower index; that axis goes last."""
+    """The ``k`` largest along ``dim``, in order, ties to the lower index; that axis goes last."""
     x = x.movedim(dim, -1)
     indices = x.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return x.gather(-1, indices), indices.int()
@@ -29,7 +33,7 @@ def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
 def assign_slots(
     expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Place of every request in its expert's buffer (V-MoE, arXiv 2106.05974, section 3.2 and appendix C).
+    """Place of every request in its expert's buffer (V-MoE, arXiv 2106.05974, algorithms 1 and 2).
 
     Choice 0 of every token goes before choice 1 of any; within a choice tokens go in index order,
     or by descending ``priority`` (stable). A request to a full buffer is dropped: slot -1.
@@ -40,31 +44,22 @@ def assign_slots(
     if priority is not None:
         order = priority.detach().sort(dim=1, descending=True, stable=True).indices
     # Requests in the order in which they are served, [G, K * T], and the same as t * K + k.
-    served = (
-        expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T)
-    )
-    request = (order[:, None] * K + torch.arange(K, device=expert.device)[:, None]).reshape(
-        G, K * T
-    )
+    served = expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T)
+    request = (order[:, None] * K + torch.arange(K, device=expert.device)[:, None]).reshape(G, K * T)
 
-    one_hot = served[..., None] == torch.arange(
-        E, device=expert.device
-    )  # [G, K * T, E], a -1 hits none
+    one_hot = served[..., None] == torch.arange(E, device=expert.device)  # [G, K * T, E], a -1 hits none
     position = ((one_hot.cumsum(1) - 1) * one_hot).sum(-1)
     kept = one_hot.any(-1) & (position < C)
     slot_served = torch.where(kept, served * C + position, -1)
 
     slot = torch.empty_like(slot_served).scatter(1, request, slot_served).view(G, T, K)
-    source = expert.new_full(
-        (G, E * C + 1), -1, dtype=torch.long
-    )  # the last place takes what was dropped
+    source = expert.new_full((G, E * C + 1), -1, dtype=torch.long)  # the last place takes what was dropped
     source.scatter_(1, torch.where(kept, slot_served, E * C), request)
     return slot.int(), source[:, : E * C].reshape(G, E, C).int()
 
 
 def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Slots of every token in CSR form: those of t are slots[offsets[t]:offsets[t + 1]], ascending."""
-    G = token.shape[0]
+    """Slots of every token, CSR: those of t are slots[offsets[t] : offsets[t + 1]], ascending."""
     row = _row(token, num_tokens)
     ordered, slots = row.sort(dim=1, stable=True)  # empty slots last
     count = (row[..., None] == torch.arange(num_tokens, device=token.device)).sum(1)  # [G, T]
@@ -72,29 +67,26 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     return offsets.int(), torch.where(ordered < num_tokens, slots, -1).int()
 
 
-def dispatch(
-    x: Tensor, token: Tensor, offsets: Tensor | None = None, slots: Tensor | None = None
-) -> Tensor:
-    """out[e, g, c] = x[g, token[g, e, c]], zeros where a slot is empty. ``offsets`` and ``slots`` say nothing new."""
+def dispatch(x: Tensor, token: Tensor, offsets: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+    """out[e, g, c] = x[g, token[g, e, c]], zeros where a slot is empty.
+
+    ``offsets`` and ``slots`` say nothing that ``token`` does not: they serve the op's gradient.
+    """
     G, E, C = token.shape
     row = _row(token, x.shape[1])[..., None].expand(-1, -1, x.shape[2])
     padded = F.pad(_wide(x), (0, 0, 0, 1))  # [G, T + 1, D]: the last row is that of empty slots
     return padded.gather(1, row).view(G, E, C, -1).transpose(0, 1).to(x.dtype)
 
 
-def combine(
-    y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor | None = None
-) -> Tensor:
-    """out[g, t] = sum of gate[g, e, c] * y[e, g, c] over the slots that hold t; ``gate`` None: all 1."""
+def combine(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor | None = None) -> Tensor:
+    """out[g, t] = sum of gate[g, e, c] y[e, g, c] over the slots of t; ``gate`` None: all 1."""
     (G, E, C), T, D = token.shape, offsets.shape[1] - 1, y.shape[3]
     row = _row(token, T)[..., None]
     empty = (row == T).view(G, E, C, 1)
     weighted = _wide(y).transpose(0, 1).masked_fill(empty, 0)
     if gate is not None:
         weighted = weighted * gate.to(weighted.dtype)[..., None].masked_fill(empty, 0)
-    out = weighted.new_zeros(G, T + 1, D).scatter_add(
-        1, row.expand(-1, -1, D), weighted.reshape(G, E * C, D)
-    )
+    out = weighted.new_zeros(G, T + 1, D).scatter_add(1, row.expand(-1, -1, D), weighted.reshape(G, E * C, D))
     return out[:, :T].to(y.dtype)
 
 
@@ -108,12 +100,15 @@ def sinkhorn(
     gradient: str = "unrolled",
     return_error: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Entropic plan with row sums 1 and column sums towards n / E, in the log domain (Cuturi, arXiv 1306.0895):
+    """Entropic plan with row sums 1 and column sums towards n / E (Cuturi, arXiv 1306.0895):
 
-        h_e = log(n / E) - logsumexp_t(M[t, e] + f_t),  f_t = -logsumexp_e(M[t, e] + h_e),  T = exp(M + f + h)
+        h_e = log(n / E) - logsumexp_t(M[t, e] + f_t)
+        f_t =            - logsumexp_e(M[t, e] + h_e)
+        T   = exp(M + f + h)
 
-    with M = logits / epsilon, f = 0 at first and n the number of tokens that are there. An expert that
-    no token can go to (a column of -inf) gets a column of zeros.
+    with M = logits / epsilon, f = 0 at first and n the number of tokens that are there. An expert
+    that no token can go to (a column of -inf) gets a column of zeros. The gradient is that of the
+    iterations done, or with ``gradient="implicit"`` that of the fixed point: see `_implicit`.
     """
     M = _masked(_wide(logits), mask) / epsilon
     E = M.shape[2]
@@ -141,12 +136,12 @@ def sinkhorn(
 
 
 def _implicit(M: Tensor, potentials: Tensor) -> Tensor:
-    """The plan again, with the gradient of T(M) = exp(M + f(M) + h(M)) at constant row and column sums.
+    """The plan, with the gradient of exp(M + f(M) + h(M)) at constant row and column sums.
 
-    Implicit function theorem: with J = [[diag(rows), T], [T', diag(columns)]], the derivative of the
-    marginals by (f, h), one Newton step -J^+ (marginals(M) - marginals) is zero in value and has the
-    derivative of (f, h). J is singular along (1, -1), which changes no plan: hence the pseudo-inverse.
-    First derivatives only.
+    Implicit function theorem: with J = [[diag(rows), T], [T', diag(columns)]], the derivative of
+    the marginals by (f, h), the Newton step -J^+ (marginals(M) - marginals) is zero in value and
+    has the derivative of (f, h). J is singular along (1, -1), which changes no plan: hence the
+    pseudo-inverse. First derivatives only.
     """
     T = M.shape[1]
     plan = (M + potentials).exp()
@@ -164,14 +159,12 @@ def ksparse_projection(x: Tensor, k: int) -> Tensor:
     """Nearest point of the probability simplex with at most ``k`` non-zeros, along the last axis.
 
     Of the k largest u_1 >= ... >= u_k: rho = max{r : 1 + r u_r > sum_{i<=r} u_i},
-    tau = (sum_{i<=rho} u_i - 1) / rho, p_i = max(u_i - tau, 0) there and 0 elsewhere (Kyrillidis et al.,
-    arXiv 1206.1529). The gradient on the support is g - mean(g). -inf never gets mass; a row with
-    NaN or +inf, or of -inf alone, has no projection: NaN.
+    tau = (sum_{i<=rho} u_i - 1) / rho, p_i = max(u_i - tau, 0) there and 0 elsewhere
+    (Kyrillidis et al., arXiv 1206.1529). The gradient on the support is g - mean(g). -inf never
+    gets mass; a row with NaN or +inf, or of -inf alone, has no projection: NaN.
     """
     wide = _wide(x)
-    u, indices = topk(
-        wide - wide.detach().amax(-1, keepdim=True), k
-    )  # a shift changes no projection
+    u, indices = topk(wide - wide.detach().amax(-1, keepdim=True), k)  # a shift changes no projection
     total = u.cumsum(-1)
     r = torch.arange(1, k + 1, device=x.device, dtype=u.dtype)
     rho = (1 + r * u > total).sum(-1, keepdim=True).clamp(min=1)
@@ -191,12 +184,13 @@ def ksparse_transport(
     gamma: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Plan with at most ``k`` non-zeros a column (Liu, Puigcerver, Blondel, arXiv 2209.15466, section 4).
+    """Plan with at most ``k`` non-zeros a column (Liu et al., arXiv 2209.15466, section 4).
 
-    T[:, e] = b_e P_k((alpha + S[:, e]) / (gamma b_e)), b_e = n / E, with alpha from ``iterations`` steps
-    on the semi-dual. No gradient flows through alpha. ``solver="adam"`` is the op step by step;
-    ``solver="lbfgs"`` runs on until it converges, whatever ``iterations``: an oracle of the optimum
-    and not of the path to it.
+    T[:, e] = b_e P_k((alpha + S[:, e]) / (gamma b_e)), b_e = n / E, with alpha from at most
+    ``iterations`` steps on the semi-dual. No gradient flows through alpha. ``solver="adam"`` is the
+    op step by step. ``solver="lbfgs"`` is an oracle of the optimum and not of the path to it: it
+    runs on, whatever ``iterations`` and ``tolerance``. For k = T the semi-dual is smooth and that
+    is the optimum; for k < T it has kinks, and where the solver stops at one its value is a bound.
     """
     S = _masked(_wide(similarity), mask)
     with torch.no_grad():
@@ -207,12 +201,12 @@ def ksparse_transport(
     return ksparse_semi_dual(alpha, S, k, gamma)[2].to(similarity.dtype)
 
 
-def ksparse_semi_dual(
-    alpha: Tensor, S: Tensor, k: int, gamma: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def ksparse_semi_dual(alpha: Tensor, S: Tensor, k: int, gamma: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Value [G], gradient [G, T] and plan [G, T, E] of the concave semi-dual at alpha [G, T]:
 
-    <alpha, a> - sum_e b_e max_{p in simplex, |p|_0 <= k} (<alpha + S[:, e], p> - gamma b_e / 2 |p|^2)
+    <alpha, a> - sum_e b_e max_{p in simplex, |p|_0 <= k} <alpha + S[:, e], p> - gamma b_e/2 |p|^2
+
+    with a = 1 (0 for an absent token) and b_e = n / E.
     """
     a = _present(S).to(S.dtype)
     b = a.sum(1)[:, None, None] / S.shape[2]  # [G, 1, 1]: the same for every expert
@@ -225,10 +219,8 @@ def ksparse_semi_dual(
     return value, a - plan.sum(2), plan
 
 
-def _adam(
-    S: Tensor, k: int, gamma: float, iterations: int, learning_rate: float, tolerance: float
-) -> Tensor:
-    """alpha after Adam's ascent from 0; the update whose gradient has |.|_2 <= tolerance is a group's last."""
+def _adam(S: Tensor, k: int, gamma: float, iterations: int, learning_rate: float, tolerance: float) -> Tensor:
+    """alpha after Adam's ascent from 0; a group's last update is one of |gradient| <= tolerance."""
     alpha = torch.zeros_like(S[..., 0])
     m, v = torch.zeros_like(alpha), torch.zeros_like(alpha)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
@@ -265,24 +257,32 @@ def _lbfgs(S: Tensor, k: int, gamma: float) -> Tensor:
 
 
 def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
-    """Soft MoE's mixing (arXiv 2308.00951, equations 1-3): a softmax of ``logits`` [G, T, S] times ``values``.
+    """Soft MoE's mixing (arXiv 2308.00951, equations 1 to 3): softmax of the logits times values.
 
-    ``dim`` 1: over tokens, values [G, T, D] -> [G, S, D]; ``dim`` 2: over slots, values [G, S, D] -> [G, T, D].
-    Where all logits are -inf the result is zero.
+    ``dim`` 1: over the tokens, values [G, T, D] -> [G, S, D]; ``dim`` 2: over the slots, values
+    [G, S, D] -> [G, T, D]. Where all logits are -inf the result is zero.
     """
-    wide = _wide(logits)
+    wide, mixed = _wide(logits), _wide(values)
     absent = (wide == -INF).all(dim, keepdim=True)
     weights = wide.masked_fill(absent, 0).softmax(dim).masked_fill(absent, 0)
+    dtype = torch.promote_types(weights.dtype, mixed.dtype)
     formula = "gts,gtd->gsd" if dim == 1 else "gts,gsd->gtd"
-    return torch.einsum(formula, weights, _wide(values).to(weights.dtype)).to(values.dtype)
+    return torch.einsum(formula, weights.to(dtype), mixed.to(dtype)).to(values.dtype)
 
 
-def grouped_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """Two-layer MLP of every expert on its own tokens: gelu(x w1 + b1) w2 + b2, GELU in its tanh form."""
+def grouped_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    act: Callable[[Tensor], Tensor] = GELU_TANH,
+) -> Tensor:
+    """act(x w1 + b1) w2 + b2, a two-layer MLP per expert, with GELU in its tanh form."""
     hidden = torch.einsum("end,edf->enf", _wide(x), _wide(w1))
     if b1 is not None:
         hidden = hidden + _wide(b1)[:, None]
-    out = torch.einsum("enf,efd->end", F.gelu(hidden, approximate="tanh"), _wide(w2))
+    out = torch.einsum("enf,efd->end", act(hidden), _wide(w2))
     if b2 is not None:
         out = out + _wide(b2)[:, None]
     return out.to(x.dtype)

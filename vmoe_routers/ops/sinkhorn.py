@@ -89,9 +89,7 @@ def sinkhorn(
     if mask is not None:
         mask = check_mask("sinkhorn", mask, "logits", logits)
     there = fill_absent(logits.to(compute_dtype(logits.dtype)), mask)
-    plan, _, error, steps = torch.ops.vmoe_routers.sinkhorn(
-        there, epsilon, iterations, stop, gradient == "implicit"
-    )
+    plan, _, error, steps = torch.ops.vmoe_routers.sinkhorn(there, epsilon, iterations, stop, gradient == "implicit")
     plan = plan.to(logits.dtype)
     return (plan, error, steps) if return_error else plan
 

@@ -1,0 +1,33 @@
+# make study | test | lint | format. The first run makes .venv with all that is needed; later ones
+# find it there and compile only what changed. ARGS is passed on: make study ARGS="--seeds 1",
+# make test ARGS="-k topk".
+PYTHON ?= python3
+bin := .venv/bin
+compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
+cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: study test lint format
+
+study: .venv/installed
+	$(bin)/vmoe-routers study $(ARGS)
+
+test: .venv/installed
+	$(bin)/cmake -S . -B build/cpp $(CMAKE_ARGS) && $(bin)/cmake --build build/cpp --parallel $(shell nproc)
+	build/cpp/tests/cpp/cpp_tests --gtest_brief=1
+	$(bin)/pytest $(ARGS)
+
+lint: .venv/lint
+	$(bin)/ruff check . && $(bin)/ruff format --check . && $(bin)/pyright --pythonpath $(bin)/python
+	$(bin)/clang-format --dry-run -Werror $(cpp_files)
+
+format: .venv/lint
+	$(bin)/ruff check --fix-only . && $(bin)/ruff format .
+	$(bin)/clang-format -i $(cpp_files)
+
+.venv/installed: scripts/setup.sh $(compiled)
+	scripts/setup.sh $(PYTHON)
+	touch $@
+
+.venv/lint: .venv/installed
+	$(bin)/pip install --quiet --no-build-isolation --editable ".[lint]"
+	touch $@

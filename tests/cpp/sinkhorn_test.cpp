@@ -1,0 +1,457 @@
+#include "sinkhorn.h"
+
+#include "testing.h"
+
+namespace vmoe {
+namespace {
+
+struct Shape {
+  int64_t G, T, E;
+  int64_t size() const { return G * T * E; }
+};
+
+struct Options {
+  int64_t iterations = 20;
+  double epsilon = 1;
+  double tolerance = 0;
+};
+
+template <typename T>
+struct Result {
+  std::vector<T> plan;
+  std::vector<double> history, error;
+  std::vector<int32_t> steps;
+};
+
+template <typename T>
+Result<T> sinkhorn(const Shape& shape, const std::vector<T>& logits, const Options& options = {}) {
+  Guarded<T> plan(shape.size());
+  Guarded<double> history(shape.G * options.iterations * shape.E), error(shape.G);
+  Guarded<int32_t> steps(shape.G);
+  cpu::sinkhorn(
+      logits.data(), plan.data(), history.data(), error.data(), steps.data(), shape.T, shape.E,
+      options.iterations, options.epsilon, options.tolerance, 0, shape.G);
+  EXPECT_TRUE(
+      plan.fences_stand() && history.fences_stand() && error.fences_stand() &&
+      steps.fences_stand());
+  return {plan.values(), history.values(), error.values(), steps.values()};
+}
+
+template <typename T>
+std::vector<T> unrolled(
+    const Shape& shape, const std::vector<T>& grad, const std::vector<T>& logits,
+    const Options& options = {}) {
+  const auto forward = sinkhorn(shape, logits, options);
+  Guarded<T> out(shape.size());
+  cpu::sinkhorn_backward(
+      grad.data(), logits.data(), forward.history.data(), forward.steps.data(), out.data(), shape.T,
+      shape.E, options.iterations, options.epsilon, 0, shape.G);
+  EXPECT_TRUE(out.fences_stand());
+  return out.values();
+}
+
+template <typename T>
+std::vector<T> implicit(
+    const Shape& shape, const std::vector<T>& grad, const std::vector<T>& plan,
+    double epsilon = 1) {
+  Guarded<T> out(shape.size());
+  cpu::sinkhorn_implicit_backward(
+      grad.data(), plan.data(), out.data(), shape.T, shape.E, epsilon, 0, shape.G);
+  EXPECT_TRUE(out.fences_stand());
+  return out.values();
+}
+
+// By definition, without logarithms: the kernel exp(M) scaled by columns, then by rows.
+// One group, |M| small, every row present.
+template <typename T>
+std::vector<double> scaled_kernel(
+    int64_t tokens, int64_t E, const std::vector<T>& logits, int64_t iterations, double epsilon) {
+  std::vector<long double> kernel, by_row(tokens, 1), by_column(E, 1);
+  for (const T value : logits)
+    kernel.push_back(std::exp(static_cast<long double>(value) / epsilon));
+  for (int64_t i = 0; i < iterations; ++i) {
+    for (int64_t e = 0; e < E; ++e) {
+      long double sum = 0;
+      for (int64_t t = 0; t < tokens; ++t) sum += kernel[t * E + e] * by_row[t];
+      by_column[e] = static_cast<long double>(tokens) / E / sum;
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      long double sum = 0;
+      for (int64_t e = 0; e < E; ++e) sum += kernel[t * E + e] * by_column[e];
+      by_row[t] = 1 / sum;
+    }
+  }
+  std::vector<double> plan;
+  for (int64_t i = 0; i < tokens * E; ++i) {
+    plan.push_back(static_cast<double>(kernel[i] * by_row[i / E] * by_column[i % E]));
+  }
+  return plan;
+}
+
+template <typename T>
+double column_error(const Shape& shape, const std::vector<T>& plan, int64_t g, double n) {
+  double worst = 0;
+  for (int64_t e = 0; e < shape.E; ++e) {
+    double sum = 0;
+    for (int64_t t = 0; t < shape.T; ++t) sum += plan[(g * shape.T + t) * shape.E + e];
+    worst = std::max(worst, std::abs(sum - n / shape.E) / (n / shape.E));
+  }
+  return worst;
+}
+
+// Of plans whose exponents, float64 sums of numbers around 1e4, cancel.
+template <typename T>
+constexpr double kRoundingOfLarge = std::max(kRounding<T>, 1e-11);
+
+template <typename T>
+class Sinkhorn : public ::testing::Test {};
+TYPED_TEST_SUITE(Sinkhorn, Floats);
+
+TYPED_TEST(Sinkhorn, ScalesTheKernel) {
+  using T = TypeParam;
+  for (const Shape& shape :
+       {Shape{1, 1, 1}, {2, 7, 3}, {3, 4, 8}, {1, 1, 5}, {1, 6, 1}, {2, 33, 16}}) {
+    for (const double epsilon : {0.5, 1.0, 3.0}) {
+      for (const int64_t iterations : {1, 2, 20}) {
+        const auto logits = uniform<T>(shape.size(), 1);
+        const auto result = sinkhorn(shape, logits, {iterations, epsilon, 0});
+        for (int64_t g = 0; g < shape.G; ++g) {
+          SCOPED_TRACE(::testing::Message() << "T " << shape.T << " E " << shape.E << " g " << g);
+          const int64_t size = shape.T * shape.E;
+          const auto plan = group(result.plan, g, size);
+          expect_near(
+              plan, scaled_kernel(shape.T, shape.E, group(logits, g, size), iterations, epsilon),
+              kRounding<T>);
+          EXPECT_EQ(result.steps[g], iterations);
+          EXPECT_NEAR(
+              result.error[g], column_error(shape, result.plan, g, static_cast<double>(shape.T)),
+              4 * kRounding<T>);
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(Sinkhorn, RowsSumToOneWhateverTheIterations) {
+  using T = TypeParam;
+  const Shape shape{2, 9, 5};
+  const auto logits = uniform<T>(shape.size(), 2, -30, 30);
+  for (const int64_t iterations : {1, 3, 20}) {
+    const auto result = sinkhorn(shape, logits, {iterations, 1, 0});
+    for (int64_t t = 0; t < shape.G * shape.T; ++t) {
+      double sum = 0;
+      for (int64_t e = 0; e < shape.E; ++e) sum += result.plan[t * shape.E + e];
+      EXPECT_NEAR(sum, 1, kRounding<T>);
+    }
+  }
+}
+
+TYPED_TEST(Sinkhorn, PlanIsASoftmaxWithTheLastPotential) {
+  using T = TypeParam;
+  const Shape shape{2, 6, 4};
+  const Options options{7, 0.7, 0};
+  const auto logits = uniform<T>(shape.size(), 3);
+  const auto result = sinkhorn(shape, logits, options);
+  std::vector<double> wanted;
+  for (int64_t i = 0; i < shape.G * shape.T; ++i) {
+    const double* h = &result.history[(i / shape.T * options.iterations + 6) * shape.E];
+    double sum = 0;
+    for (int64_t e = 0; e < shape.E; ++e) sum += std::exp(logits[i * shape.E + e] / 0.7 + h[e]);
+    for (int64_t e = 0; e < shape.E; ++e) {
+      wanted.push_back(std::exp(logits[i * shape.E + e] / 0.7 + h[e]) / sum);
+    }
+  }
+  expect_near(result.plan, wanted, kRounding<T>);
+}
+
+TYPED_TEST(Sinkhorn, EqualLogitsShareEqually) {
+  using T = TypeParam;
+  const Shape shape{1, 6, 4};
+  for (const T value : {T{0}, T{1e4}, -T{1e4}, std::numeric_limits<T>::denorm_min()}) {
+    const auto result = sinkhorn(shape, std::vector<T>(shape.size(), value));
+    expect_near(result.plan, std::vector<T>(shape.size(), T{1} / 4), kRoundingOfLarge<T>);
+    EXPECT_NEAR(result.error[0], 0, 1e-11);
+  }
+}
+
+TYPED_TEST(Sinkhorn, LargeLogitsStayExact) {
+  using T = TypeParam;
+  // A shift of an expert's logits changes nothing, from the first iteration on. The
+  // logits are in halves, so that the shift is exact in float32 too.
+  const Shape shape{1, 8, 4};
+  const auto logits = tied<T>(shape.size(), 4, 9);
+  auto shifted = logits;
+  for (int64_t i = 0; i < shape.size(); ++i) shifted[i] += (i % 4 % 2 ? 8192 : -8192);
+  expect_near(sinkhorn(shape, shifted).plan, sinkhorn(shape, logits).plan, kRoundingOfLarge<T>);
+  // Nothing but a balanced assignment is left at this scale.
+  std::vector<T> hard(shape.size(), -T{1e4}), wanted(shape.size(), 0);
+  for (int64_t t = 0; t < shape.T; ++t) hard[t * 4 + t % 4] = T{1e4}, wanted[t * 4 + t % 4] = 1;
+  const auto result = sinkhorn(shape, hard);
+  expect_near(result.plan, wanted, kRoundingOfLarge<T>);
+  EXPECT_NEAR(result.error[0], 0, 1e-11);
+}
+
+TYPED_TEST(Sinkhorn, StopsAtTheTolerance) {
+  using T = TypeParam;
+  const Shape shape{3, 12, 4};
+  auto logits = uniform<T>(shape.size(), 5);
+  std::fill(logits.begin() + 48, logits.begin() + 96, T{0});  // group 1 has converged at once
+  const Options options{200, 1, 1e-3};
+  const auto result = sinkhorn(shape, logits, options);
+  EXPECT_EQ(result.steps[1], 1);
+  for (int64_t g = 0; g < shape.G; ++g) {
+    const int64_t steps = result.steps[g];
+    ASSERT_TRUE(steps > 0 && steps < 200);
+    EXPECT_LE(result.error[g], 1e-3);
+    const Shape one{1, shape.T, shape.E};
+    const auto alone = group(logits, g, 48);
+    // The same as that many iterations, and one fewer would not have been enough.
+    EXPECT_EQ(group(result.plan, g, 48), sinkhorn(one, alone, {steps, 1, 0}).plan);
+    if (steps > 1) {
+      EXPECT_GT(sinkhorn(one, alone, {steps - 1, 1, 0}).error[0], 1e-3);
+    }
+    for (int64_t i = steps * shape.E; i < 200 * shape.E; ++i) {
+      EXPECT_EQ(result.history[g * 200 * shape.E + i], 0);
+    }
+  }
+}
+
+TYPED_TEST(Sinkhorn, AbsentTokensAreNotCounted) {
+  using T = TypeParam;
+  const Shape shape{1, 7, 3}, present{1, 5, 3};
+  auto logits = uniform<T>(shape.size(), 6), grad = uniform<T>(shape.size(), 7);
+  std::vector<T> kept_logits, kept_grad;
+  const auto absent = [](int64_t t) { return t == 0 || t == 4; };
+  for (int64_t i = 0; i < shape.size(); ++i) {
+    if (absent(i / 3)) {
+      logits[i] = -kInf<T>;
+    } else {
+      kept_logits.push_back(logits[i]);
+      kept_grad.push_back(grad[i]);
+    }
+  }
+  // Zeros at the absent rows, and elsewhere as if they had never been there.
+  const auto expect_kept = [&](const std::vector<T>& all, const std::vector<T>& kept) {
+    std::vector<T> rest;
+    for (int64_t i = 0; i < shape.size(); ++i) {
+      if (absent(i / 3)) {
+        EXPECT_EQ(all[i], 0);
+      } else {
+        rest.push_back(all[i]);
+      }
+    }
+    expect_near(rest, kept, kRounding<T>);
+  };
+  const auto result = sinkhorn(shape, logits), wanted = sinkhorn(present, kept_logits);
+  expect_kept(result.plan, wanted.plan);
+  EXPECT_NEAR(result.error[0], wanted.error[0], 1e-11);
+  expect_kept(unrolled(shape, grad, logits), unrolled(present, kept_grad, kept_logits));
+  expect_kept(implicit(shape, grad, result.plan), implicit(present, kept_grad, wanted.plan));
+}
+
+TYPED_TEST(Sinkhorn, NobodyThere) {
+  using T = TypeParam;
+  const Shape shape{1, 3, 2};
+  const std::vector<T> logits(6, -kInf<T>), grad(6, 1), zeros(6, 0);
+  const auto result = sinkhorn(shape, logits, {20, 1, 1e-3});
+  EXPECT_EQ(result.plan, zeros);
+  EXPECT_EQ(result.error[0], 0);
+  EXPECT_EQ(unrolled(shape, grad, logits), zeros);
+  EXPECT_EQ(implicit(shape, grad, result.plan), zeros);
+}
+
+TYPED_TEST(Sinkhorn, MinusInfinityIsNeverChosen) {
+  using T = TypeParam;
+  const Shape shape{1, 6, 3};
+  auto logits = uniform<T>(shape.size(), 8);
+  for (const int64_t i : {0, 4, 5}) logits[i] = -kInf<T>;
+  const auto result = sinkhorn(shape, logits, {200, 1, 0});
+  const auto grad = unrolled(shape, uniform<T>(shape.size(), 9), logits);
+  for (int64_t i = 0; i < shape.size(); ++i) {
+    EXPECT_TRUE(std::isfinite(result.plan[i]) && std::isfinite(grad[i])) << i;
+    EXPECT_TRUE(logits[i] != -kInf<T> || (result.plan[i] == 0 && grad[i] == 0)) << i;
+  }
+  EXPECT_NEAR(result.error[0], 0, 1e-9);
+  // An expert that nobody can reach stays empty, and the error says so.
+  for (int64_t t = 0; t < shape.T; ++t) logits[t * 3 + 1] = -kInf<T>, logits[t * 3] = 0;
+  const auto closed = sinkhorn(shape, logits);
+  for (int64_t t = 0; t < shape.T; ++t) EXPECT_EQ(closed.plan[t * 3 + 1], 0);
+  EXPECT_GE(closed.error[0], 1);
+  EXPECT_TRUE(std::isfinite(closed.error[0]));
+}
+
+TYPED_TEST(Sinkhorn, BadGroupIsNaNAndNoOther) {
+  using T = TypeParam;
+  const Shape shape{3, 4, 3};
+  const auto good = uniform<T>(shape.size(), 10);
+  const auto wanted = sinkhorn(shape, good).plan;
+  for (const T bad : {kNaN<T>, kInf<T>}) {
+    for (const int64_t iterations : {1, 2, 3, 20}) {
+      for (const int64_t at : {12, 17, 23}) {
+        SCOPED_TRACE(::testing::Message() << bad << " at " << at << ", " << iterations);
+        auto logits = good;
+        logits[at] = bad;
+        const auto result = sinkhorn(shape, logits, {iterations, 1, 0});
+        EXPECT_TRUE(all_nan(group(result.plan, 1, 12)));
+        EXPECT_TRUE(std::isnan(result.error[1]));
+        if (iterations == 20) {
+          EXPECT_EQ(group(result.plan, 0, 12), group(wanted, 0, 12));
+          EXPECT_EQ(group(result.plan, 2, 12), group(wanted, 2, 12));
+        }
+      }
+    }
+    EXPECT_TRUE(all_nan(sinkhorn<T>({1, 2, 2}, {bad, bad, bad, bad}).plan));
+    EXPECT_TRUE(all_nan(sinkhorn<T>({1, 1, 2}, {bad, 0}).plan));
+  }
+}
+
+TYPED_TEST(Sinkhorn, EmptyShapes) {
+  using T = TypeParam;
+  for (const Shape& shape : {Shape{0, 3, 4}, {2, 0, 4}, {2, 3, 0}, {2, 0, 0}}) {
+    const auto result = sinkhorn<T>(shape, {});
+    EXPECT_TRUE(result.plan.empty());
+    for (const double error : result.error) EXPECT_EQ(error, 0);
+    EXPECT_TRUE(unrolled<T>(shape, {}, {}).empty());
+    EXPECT_TRUE(implicit<T>(shape, {}, {}).empty());
+  }
+}
+
+TYPED_TEST(Sinkhorn, PiecesMakeTheWhole) {
+  using T = TypeParam;
+  const Shape shape{5, 6, 3};
+  const int64_t I = 8, size = shape.T * shape.E;
+  const auto logits = uniform<T>(shape.size(), 11), grad = uniform<T>(shape.size(), 12);
+  const auto result = sinkhorn(shape, logits, {I, 1, 1e-2});
+  std::vector<T> plan(shape.size());
+  std::vector<double> history(shape.G * I * shape.E), error(shape.G);
+  std::vector<int32_t> steps(shape.G);
+  const auto run = [&](T* p, double* h, double* err, int32_t* s, int64_t begin, int64_t end) {
+    cpu::sinkhorn(logits.data(), p, h, err, s, shape.T, shape.E, I, 1.0, 1e-2, begin, end);
+  };
+  expect_pieces<T>(shape.G, size, [&](int64_t begin, int64_t end, T* out) {
+    run(out, history.data(), error.data(), steps.data(), begin, end);
+  });
+  expect_pieces<double>(shape.G, I * shape.E, [&](int64_t begin, int64_t end, double* out) {
+    run(plan.data(), out, error.data(), steps.data(), begin, end);
+  });
+  expect_pieces<double>(shape.G, 1, [&](int64_t begin, int64_t end, double* out) {
+    run(plan.data(), history.data(), out, steps.data(), begin, end);
+  });
+  expect_pieces<int32_t>(shape.G, 1, [&](int64_t begin, int64_t end, int32_t* out) {
+    run(plan.data(), history.data(), error.data(), out, begin, end);
+  });
+  expect_pieces<T>(shape.G, size, [&](int64_t begin, int64_t end, T* out) {
+    cpu::sinkhorn_backward(
+        grad.data(), logits.data(), result.history.data(), result.steps.data(), out, shape.T,
+        shape.E, I, 1.0, begin, end);
+  });
+  expect_pieces<T>(shape.G, size, [&](int64_t begin, int64_t end, T* out) {
+    cpu::sinkhorn_implicit_backward(
+        grad.data(), result.plan.data(), out, shape.T, shape.E, 1.0, begin, end);
+  });
+}
+
+TYPED_TEST(Sinkhorn, GradientsAreThoseOfFloat64) {
+  using T = TypeParam;
+  const Shape shape{2, 9, 4};
+  const auto logits = uniform<T>(shape.size(), 13), grad = uniform<T>(shape.size(), 14);
+  const std::vector<double> exact(logits.begin(), logits.end()),
+      exact_grad(grad.begin(), grad.end());
+  expect_near(unrolled(shape, grad, logits), unrolled(shape, exact_grad, exact), kRounding<T>);
+  const Options converged{300, 1, 0};
+  expect_near(
+      implicit(shape, grad, sinkhorn(shape, logits, converged).plan),
+      implicit(shape, exact_grad, sinkhorn(shape, exact, converged).plan), kRounding<T>);
+}
+
+TEST(SinkhornBackward, IsTheGradientOfTheIterationsDone) {
+  for (const Shape& shape : {Shape{2, 5, 3}, {1, 1, 3}, {1, 4, 1}, {1, 3, 6}}) {
+    for (const int64_t iterations : {1, 2, 3, 20}) {
+      for (const double epsilon : {0.5, 1.0, 2.0}) {
+        SCOPED_TRACE(::testing::Message() << "T " << shape.T << " I " << iterations);
+        auto logits = uniform<double>(shape.size(), 15);
+        if (shape.T == 5) logits[4] = -kInf<double>;
+        const auto grad = uniform<double>(shape.size(), 16);
+        const Options options{iterations, epsilon, 0};
+        expect_gradient(
+            unrolled(shape, grad, logits, options), logits, [&](const std::vector<double>& moved) {
+              return inner(grad, sinkhorn(shape, moved, options).plan);
+            });
+      }
+    }
+  }
+}
+
+TEST(SinkhornBackward, CountsOnlyTheStepsBeforeTheTolerance) {
+  const Shape shape{2, 6, 3};
+  const auto logits = uniform<double>(shape.size(), 17);
+  const auto grad = uniform<double>(shape.size(), 18);
+  const Options options{100, 1, 1e-2};
+  const auto result = sinkhorn(shape, logits, options);
+  ASSERT_LT(result.steps[0], 100);
+  const auto all = unrolled(shape, grad, logits, options);
+  for (int64_t g = 0; g < 2; ++g) {
+    const auto alone = unrolled<double>(
+        {1, 6, 3}, group(grad, g, 18), group(logits, g, 18), {result.steps[g], 1, 0});
+    EXPECT_EQ(group(all, g, 18), alone);
+  }
+}
+
+TEST(SinkhornImplicitBackward, IsTheGradientOfTheFixedPoint) {
+  for (const Shape& shape : {Shape{2, 5, 3}, {1, 8, 4}, {1, 1, 3}, {1, 4, 1}, {1, 3, 6}}) {
+    for (const double epsilon : {0.5, 1.0, 2.0}) {
+      SCOPED_TRACE(::testing::Message() << "T " << shape.T << " epsilon " << epsilon);
+      const auto logits = uniform<double>(shape.size(), 19, -1, 1);
+      const auto grad = uniform<double>(shape.size(), 20);
+      const Options converged{400, epsilon, 0};
+      const auto plan = sinkhorn(shape, logits, converged).plan;
+      const auto actual = implicit(shape, grad, plan, epsilon);
+      expect_gradient(actual, logits, [&](const std::vector<double>& moved) {
+        return inner(grad, sinkhorn(shape, moved, converged).plan);
+      });
+      expect_near(actual, unrolled(shape, grad, logits, converged), 1e-9);
+    }
+  }
+}
+
+TEST(SinkhornImplicitBackward, PlanInSeparateBlocks) {
+  // Tokens 0..3 reach experts 0 and 1 alone, tokens 4..7 experts 2 and 3: each block
+  // has a shift of its own that changes nothing, so two pivots vanish.
+  const Shape shape{1, 8, 4};
+  auto logits = uniform<double>(shape.size(), 21, -1, 1);
+  for (int64_t i = 0; i < shape.size(); ++i) {
+    if ((i / 4 < 4) != (i % 4 < 2)) logits[i] = -kInf<double>;
+  }
+  const auto grad = uniform<double>(shape.size(), 22);
+  const Options converged{400, 1, 0};
+  expect_gradient(
+      implicit(shape, grad, sinkhorn(shape, logits, converged).plan), logits,
+      [&](const std::vector<double>& moved) {
+        return inner(grad, sinkhorn(shape, moved, converged).plan);
+      });
+  // A hard plan does not move at all.
+  std::vector<double> hard(shape.size(), 0);
+  for (int64_t t = 0; t < 8; ++t) hard[t * 4 + t % 4] = 1;
+  expect_near(implicit(shape, grad, hard), std::vector<double>(shape.size(), 0), 1e-12);
+}
+
+TEST(SinkhornImplicitBackward, KeepsTheMarginalsOfAnyPlan) {
+  // Shifting a token's or an expert's logits changes no converged plan, so the
+  // gradient's rows and columns sum to 0, also where the plan has not converged.
+  const Shape shape{1, 9, 4};
+  const auto plan = sinkhorn(shape, uniform<double>(shape.size(), 23, -5, 5), {2, 1, 0}).plan;
+  const auto grad = implicit(shape, uniform<double>(shape.size(), 24), plan);
+  for (int64_t t = 0; t < 9; ++t) {
+    double sum = 0;
+    for (int64_t e = 0; e < 4; ++e) sum += grad[t * 4 + e];
+    EXPECT_NEAR(sum, 0, 1e-12);
+  }
+  for (int64_t e = 0; e < 4; ++e) {
+    double sum = 0;
+    for (int64_t t = 0; t < 9; ++t) sum += grad[t * 4 + e];
+    EXPECT_NEAR(sum, 0, 1e-12);
+  }
+}
+
+}  // namespace
+}  // namespace vmoe

@@ -1,0 +1,124 @@
+#include "topk.h"
+
+#include "testing.h"
+
+namespace vmoe {
+namespace {
+
+// By definition: the whole axis, stably sorted.
+template <typename T>
+std::vector<int32_t> sorted_axis(const T* x, int64_t n, int64_t stride) {
+  std::vector<int32_t> index(n);
+  for (int64_t i = 0; i < n; ++i) index[i] = static_cast<int32_t>(i);
+  std::stable_sort(index.begin(), index.end(), [&](int32_t i, int32_t j) {
+    const T a = x[i * stride], b = x[j * stride];
+    return std::isnan(a) ? !std::isnan(b) : a > b;
+  });
+  return index;
+}
+
+template <typename T>
+class Topk : public ::testing::Test {
+ public:
+  static void expect_sorted(const std::vector<T>& x, int64_t N, int64_t n, int64_t M, int64_t k) {
+    SCOPED_TRACE(::testing::Message() << "N " << N << " n " << n << " M " << M << " k " << k);
+    Guarded<T> values(N * M * k);
+    Guarded<int32_t> indices(N * M * k);
+    cpu::topk(x.data(), values.data(), indices.data(), n, M, k, 0, N * M);
+    EXPECT_TRUE(values.fences_stand() && indices.fences_stand());
+    for (int64_t a = 0; a < N; ++a) {
+      for (int64_t m = 0; m < M; ++m) {
+        const T* axis = x.data() + a * n * M + m;
+        const auto wanted = sorted_axis(axis, n, M);
+        for (int64_t j = 0; j < k; ++j) {
+          const int64_t at = (a * M + m) * k + j;
+          ASSERT_EQ(indices.data()[at], wanted[j]) << "pick " << j << " of row " << a * M + m;
+          // The very entry: its sign of zero and its NaN's payload too.
+          EXPECT_EQ(memcmp(&values.data()[at], &axis[wanted[j] * M], sizeof(T)), 0);
+        }
+      }
+    }
+  }
+};
+TYPED_TEST_SUITE(Topk, Floats);
+
+TYPED_TEST(Topk, IsAStableSort) {
+  using T = TypeParam;
+  for (const int64_t M : {1, 3}) {
+    for (const int64_t n : {1, 2, 7, 8, 9, 10, 33, 200}) {
+      for (const int64_t k : {0, 1, 2, 7, 8, 9, 16, 32, 199, 200}) {
+        if (k > n) continue;
+        this->expect_sorted(uniform<T>(2 * n * M, 10 * n + k), 2, n, M, k);
+        this->expect_sorted(tied<T>(2 * n * M, 10 * n + k), 2, n, M, k);
+        this->expect_sorted(std::vector<T>(2 * n * M, T{1}), 2, n, M, k);
+      }
+    }
+  }
+}
+
+TYPED_TEST(Topk, TakesExtremes) {
+  using T = TypeParam;
+  using Limits = std::numeric_limits<T>;
+  const std::vector<T> special{
+      0,
+      -T{0},
+      kInf<T>,
+      -kInf<T>,
+      kNaN<T>,
+      -kNaN<T>,
+      Limits::denorm_min(),
+      -Limits::denorm_min(),
+      Limits::max(),
+      Limits::lowest(),
+      T{1e4},
+      -T{1e4}};
+  std::mt19937_64 random(2);
+  for (const int64_t k : {1, 3, 8, 9, 24}) {
+    std::vector<T> x(4 * 24);
+    for (T& value : x) value = special[random() % special.size()];
+    this->expect_sorted(x, 4, 24, 1, k);
+    this->expect_sorted(x, 1, 24, 4, k);
+  }
+  for (const T only : {kNaN<T>, -kInf<T>, kInf<T>}) {
+    for (const int64_t k : {1, 8, 9, 24})
+      this->expect_sorted(std::vector<T>(24, only), 1, 24, 1, k);
+  }
+}
+
+TYPED_TEST(Topk, NaNComesFirstAndZerosTie) {
+  using T = TypeParam;
+  const std::vector<T> x{-T{0}, T{0}, kNaN<T>, kInf<T>, -T{0}};
+  std::vector<T> values(5);
+  std::vector<int32_t> indices(5);
+  cpu::topk(x.data(), values.data(), indices.data(), 5, 1, 5, 0, 1);
+  EXPECT_EQ(indices, (std::vector<int32_t>{2, 3, 0, 1, 4}));
+  EXPECT_TRUE(std::isnan(values[0]));
+  EXPECT_TRUE(std::signbit(values[2]) && !std::signbit(values[3]) && std::signbit(values[4]));
+}
+
+TYPED_TEST(Topk, EmptyShapes) {
+  using T = TypeParam;
+  const std::vector<T> none;
+  this->expect_sorted(none, 0, 5, 1, 2);  // no rows
+  this->expect_sorted(none, 3, 0, 2, 0);  // nothing on the axis
+  this->expect_sorted(none, 3, 4, 0, 2);  // nothing behind the axis
+}
+
+TYPED_TEST(Topk, PiecesMakeTheWhole) {
+  using T = TypeParam;
+  for (const int64_t k : {3, 12}) {
+    const int64_t N = 4, n = 15, M = 3, rows = N * M;
+    const auto x = tied<T>(N * n * M, 3, 5);
+    expect_pieces<T>(rows, k, [&](int64_t begin, int64_t end, T* values) {
+      std::vector<int32_t> indices(rows * k);
+      cpu::topk(x.data(), values, indices.data(), n, M, k, begin, end);
+    });
+    expect_pieces<int32_t>(rows, k, [&](int64_t begin, int64_t end, int32_t* indices) {
+      std::vector<T> values(rows * k);
+      cpu::topk(x.data(), values.data(), indices, n, M, k, begin, end);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace vmoe

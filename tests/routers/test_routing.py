@@ -1,0 +1,316 @@
+"""Capacity, and what a routing does: dispatch, combine, dense tensors, metrics, refusals."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+import vmoe_routers as vr
+
+SHAPE = (3, 7, 5)  # G, T, E
+
+
+def gates(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype).softmax(-1)
+
+
+def some_mask(groups, tokens):
+    mask = torch.ones(groups, tokens, dtype=torch.bool)
+    mask[0, 1] = mask[0, 4] = mask[1, 0] = mask[-1, -1] = False
+    return mask
+
+
+def make(kind, mask=None):
+    if kind == "soft":
+        return vr.SoftRouting(torch.randn(3, 7, 10, dtype=torch.float64), 5, mask)
+    if kind == "expert_choice":
+        return vr.expert_choice(gates(*SHAPE), 2, weights=gates(*SHAPE), mask=mask)
+    return vr.token_choice(gates(*SHAPE), 2, 2, weights=gates(*SHAPE), mask=mask)
+
+
+KINDS = ("token_choice", "expert_choice", "soft")
+
+
+# Capacity
+
+
+def naive_capacity(tokens, experts, factor, rounding, multiple):
+    exact = Fraction(tokens) * Fraction(factor) / experts
+    slots = math.ceil(exact) if rounding == "ceil" else round(exact)  # half to even
+    slots = max(slots, 1)
+    while multiple > 1 and slots % multiple:
+        slots += 1
+    return slots
+
+
+@pytest.mark.parametrize("rounding", ["ceil", "round"])
+@pytest.mark.parametrize("multiple", [0, 1, 2, 4, 8])
+def test_capacity_is_the_rounded_share(rounding, multiple):
+    for tokens in (0, 1, 2, 3, 6, 10, 49, 196, 392):
+        for experts in (1, 2, 4, 7, 32):
+            for factor in (0.125, 0.5, 1, 1.25, 2):  # exact in binary
+                wanted = naive_capacity(tokens, experts, factor, rounding, multiple)
+                assert vr.capacity(tokens, experts, factor, rounding, multiple) == wanted
+
+
+def test_capacity_defaults_and_halves():
+    assert vr.capacity(49, 8, 1.0) == 8  # ceil(6.125) = 7, then a multiple of 4
+    assert vr.capacity(10, 4, 1.0, "round", 1) == 2  # 2.5 to even
+    assert vr.capacity(14, 4, 1.0, "round", 1) == 4  # 3.5 to even
+    assert vr.capacity(1, 32, 1.0, "round", 1) == 1  # 0 becomes 1
+    assert vr.capacity(1, 32, 1.0, "round", 4) == 4
+    assert isinstance(vr.capacity(10, 4, 0.7), int)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((-1, 4, 1.0), ValueError, "tokens.* -1"),
+        ((2.5, 4, 1.0), TypeError, "tokens.*int.*float"),
+        ((8, 0, 1.0), ValueError, "num_experts.* 0"),
+        ((8, "4", 1.0), TypeError, "num_experts.*int.*str"),
+        ((8, 4, 0), ValueError, "factor.*> 0.* 0"),
+        ((8, 4, -1.0), ValueError, "factor.*> 0.* -1"),
+        ((8, 4, math.nan), ValueError, "factor.*nan"),
+        ((8, 4, math.inf), ValueError, "factor.*inf"),
+        ((8, 4, "1"), TypeError, "factor.*number.*str"),
+        ((8, 4, 1.0, "floor"), ValueError, "rounding.*'ceil', 'round'.*'floor'"),
+        ((8, 4, 1.0, "ceil", -4), ValueError, "multiple_of.* -4"),
+        ((8, 4, 1.0, "ceil", True), TypeError, "multiple_of.*int.*bool"),
+    ],
+)
+def test_capacity_refuses(arguments, error, words):
+    with pytest.raises(error, match=f"^capacity: {words}"):
+        vr.capacity(*arguments)
+
+
+# Dispatch and combine
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dispatch_and_combine_are_the_dense_tensors(kind, masked):
+    routing = make(kind, some_mask(3, 7) if masked else None)
+    G, T, E, C = 3, 7, 5, 2
+    D, B = routing.dispatch_tensor(), routing.combine_tensor()
+    assert D.shape == B.shape == (G, T, E, C)
+    assert (routing.num_groups, routing.num_tokens) == (G, T)
+    assert (routing.num_experts, routing.capacity) == (E, C)
+    x = torch.randn(G, T, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(G, E, C, 4, dtype=torch.float64, requires_grad=True)
+    slots, out = torch.zeros(G, E, C, 3).double(), torch.zeros(G, T, 4).double()
+    for g in range(G):
+        for t in range(T):
+            for e in range(E):
+                for c in range(C):
+                    slots[g, e, c] = slots[g, e, c] + D[g, t, e, c] * x[g, t]
+                    out[g, t] = out[g, t] + B[g, t, e, c] * y[g, e, c]
+    torch.testing.assert_close(routing.dispatch(x), slots, atol=1e-12, rtol=0)
+    torch.testing.assert_close(routing.combine(y), out, atol=1e-12, rtol=0)
+    for ours, theirs, at in ((routing.dispatch(x), slots, x), (routing.combine(y), out, y)):
+        v = torch.randn_like(ours)
+        (wanted,) = torch.autograd.grad(theirs, at, v, retain_graph=True)
+        (got,) = torch.autograd.grad(ours, at, v)
+        torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dispatch_and_combine_keep_the_dtype(kind, dtype):
+    routing = make(kind)
+    x, y = torch.randn(3, 7, 3), torch.randn(3, 5, 2, 4)
+    tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}[dtype]
+    for function, value in ((routing.dispatch, x), (routing.combine, y)):
+        narrow = function(value.to(dtype))
+        assert narrow.dtype == dtype
+        wide = function(value.to(dtype).double())
+        torch.testing.assert_close(narrow.double(), wide, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dispatch_and_combine_take_any_strides(kind):
+    routing = make(kind)
+    x, y = torch.randn(3, 7, 6).double(), torch.randn(3, 5, 2, 8).double()
+    for function, value in ((routing.dispatch, x), (routing.combine, y)):
+        strided = torch.empty(*value.shape[:-1], 2 * value.shape[-1]).double()[..., ::2]
+        strided.copy_(value)
+        assert torch.equal(function(strided), function(value))
+        turned = value.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(function(turned), function(value))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("method", "value", "error", "words"),
+    [
+        ("dispatch", torch.zeros(3, 6, 4), ValueError, r"3, 7, 4.*3, 6, 4"),
+        ("dispatch", torch.zeros(2, 7, 4), ValueError, r"3, 7, 4.*2, 7, 4"),
+        ("dispatch", torch.zeros(7, 4), ValueError, r"3 axes.*7, 4"),
+        ("dispatch", torch.zeros(3, 7, 4).int(), TypeError, r"float.*int32"),
+        ("dispatch", torch.zeros(3, 7, 4, device="meta"), ValueError, r"on meta.*on cpu|on cpu.*on meta"),
+        ("dispatch", [[1.0]], TypeError, r"Tensor.*list"),
+        ("combine", torch.zeros(3, 5, 3, 4), ValueError, r"3, 5, 2, 4.*3, 5, 3, 4"),
+        ("combine", torch.zeros(3, 4, 2, 4), ValueError, r"3, 5, 2, 4.*3, 4, 2, 4"),
+        ("combine", torch.zeros(5, 2, 4), ValueError, r"4 axes.*5, 2, 4"),
+        ("combine", torch.zeros(3, 5, 2, 4).long(), TypeError, r"float.*int64"),
+        ("combine", torch.zeros(3, 5, 2, 4, device="meta"), ValueError, r"on meta.*on cpu|on cpu.*on meta"),
+        ("combine", None, TypeError, r"Tensor.*NoneType"),
+    ],
+    ids=lambda value: str(list(value.shape)) if isinstance(value, torch.Tensor) else None,
+)
+def test_refusals_name_the_argument(kind, method, value, error, words):
+    routing = make(kind)
+    with pytest.raises(error, match=words) as raised:
+        getattr(routing, method)(value)
+    name = "x" if method == "dispatch" else "y"
+    assert f" {name} " in str(raised.value)
+
+
+# Metrics
+
+
+def naive_metrics(routing, table, mask):
+    """By counting in the dense dispatch tensor and in the table of gates [G, T, E]."""
+    D = routing.dispatch_tensor()
+    G, T, E, C = D.shape
+    load = [[0] * E for _ in range(G)]
+    taken, entropies = [], []
+    for g in range(G):
+        for t in range(T):
+            for e in range(E):
+                load[g][e] += int(D[g, t, e].sum())
+            if mask is None or mask[g, t]:
+                taken.append(bool(D[g, t].any()))
+                p = [float(v / table[g, t].sum()) for v in table[g, t]]
+                entropies.append(-sum(v * math.log(v) for v in p if v > 0))
+    total = [sum(load[g][e] for g in range(G)) for e in range(E)]
+    mean = sum(total) / E
+    std = math.sqrt(sum((v - mean) ** 2 for v in total) / E)
+    return {
+        "load": load,
+        "utilisation": sum(total) / (G * E * C),
+        "load_cv": std / mean,
+        "entropy": sum(entropies) / len(entropies),
+        "dropped": 1 - sum(taken) / len(taken),
+        "dead_experts": sum(v == 0 for v in total),
+    }
+
+
+def assert_metrics(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert not got[name].requires_grad
+        torch.testing.assert_close(
+            got[name].double(), torch.tensor(value).double(), atol=1e-6, rtol=1e-6, msg=name
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("slots", [1, 2, 9])
+def test_metrics_of_token_choice(top_k, slots, masked):
+    # Expert 4 is last for every token: dead at K < 5.
+    select = gates(*SHAPE)
+    select[..., 4] = 0
+    weights = gates(*SHAPE).requires_grad_()
+    mask = some_mask(3, 7) if masked else None
+    routing = vr.token_choice(select, top_k, slots, weights=weights, mask=mask)
+    wanted = naive_metrics(routing, weights.detach(), mask)
+    requests = top_k * (int(mask.sum()) if masked else 21)
+    wanted["dropped_requests"] = 1 - float(routing.dispatch_tensor().sum()) / requests
+    assert wanted["dead_experts"] == 1
+    assert slots != 1 or wanted["dropped_requests"] > 0
+    assert_metrics(routing.metrics, wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("slots", [1, 2, 7])
+def test_metrics_of_expert_choice(slots, masked):
+    mask = some_mask(3, 7) if masked else None
+    weights = gates(*SHAPE)
+    routing = vr.expert_choice(gates(*SHAPE), slots, weights=weights, mask=mask)
+    wanted = naive_metrics(routing, weights.detach(), mask)
+    assert slots != 1 or wanted["dropped"] > 0
+    assert_metrics(routing.metrics, wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_metrics_of_soft(masked):
+    mask = some_mask(3, 7) if masked else None
+    routing = make("soft", mask)
+    B = routing.combine_tensor()
+    load = B.sum((1, 3))  # what the tokens draw from an expert
+    total = load.sum(0)
+    entropies = []
+    for g in range(3):
+        for t in range(7):
+            if mask is None or mask[g, t]:
+                p = B[g, t].sum(-1)
+                entropies.append(-(p * p.log()).sum().item())
+    wanted = {
+        "load": load.tolist(),
+        "utilisation": 1.0,
+        "load_cv": float(((total - total.mean()) ** 2).mean().sqrt() / total.mean()),
+        "entropy": sum(entropies) / len(entropies),
+        "dropped": 0.0,
+        "dead_experts": 0,
+    }
+    assert_metrics(routing.metrics, wanted)
+
+
+def test_metrics_where_nothing_was_asked():
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    for routing in (
+        vr.token_choice(gates(2, 4, 3), 2, 2, mask=nothing),
+        vr.token_choice(gates(2, 0, 3), 2, 2),
+        vr.token_choice(gates(0, 4, 3), 2, 2),
+        vr.expert_choice(gates(2, 4, 3), 2, mask=nothing),
+        vr.expert_choice(gates(2, 0, 3), 2),
+        vr.expert_choice(gates(0, 4, 3), 2),
+        vr.SoftRouting(torch.zeros(2, 4, 6), 3, nothing),
+        vr.SoftRouting(torch.zeros(2, 0, 6), 3),
+        vr.SoftRouting(torch.zeros(0, 4, 6), 3),
+    ):
+        metrics = routing.metrics
+        assert all(value.isfinite().all() for value in metrics.values())
+        assert metrics["load"].sum() == metrics["dropped"] == metrics["entropy"] == 0
+        assert metrics["dead_experts"] == 3
+        assert metrics.get("dropped_requests", 0) == 0, "nothing was asked, so nothing was dropped"
+
+
+def test_metrics_and_losses_are_computed_only_when_read(monkeypatch):
+    calls = []
+
+    def count(name, returns=None):
+        def counted(*args, **kwargs):
+            calls.append(name)
+            return returns(*args, **kwargs) if returns else torch.tensor(2.0)
+
+        return counted
+
+    monkeypatch.setattr(vr.SparseRouting, "_load", count("metrics", vr.SparseRouting._load))
+    routing = vr.token_choice(
+        gates(*SHAPE),
+        1,
+        2,
+        losses={"used": count("used"), "unused": count("unused")},
+        loss_weights={"used": 0.5, "unused": 0.0},
+    )
+    routing.combine(routing.dispatch(torch.randn(3, 7, 4)))
+    assert calls == []
+    assert routing.aux_loss == 1.0
+    assert calls == ["used"], "a loss of weight 0 is not computed"
+    calls.clear()
+    assert routing.losses == {"used": 2.0, "unused": 2.0}
+    assert sorted(calls) == ["unused", "used"]
+    calls.clear()
+    assert routing.metrics["load"].sum() > 0
+    assert calls == ["metrics"]
+
+
+def test_a_routing_without_losses():
+    for routing in (make(kind) for kind in KINDS):
+        assert routing.losses == {}
+        assert routing.aux_loss == 0
+        assert routing.aux_loss.shape == ()

@@ -1,0 +1,233 @@
+"""Soft MoE against its formulas."""
+
+import math
+
+import pytest
+import torch
+
+import vmoe_routers as vr
+
+
+def soft(**options):
+    options = {"dtype": torch.float64, **options}
+    return vr.create_router("soft", 6, 4, slots_per_expert=options.pop("slots", 3), **options)
+
+
+def naive_logits(router, x):
+    """<x / |x|, scale * Phi / |Phi|>, one number at a time: [G, T, E, C]."""
+    phi, scale = router.phi.detach(), router.scale.item()
+    D, E, C = phi.shape
+    logits = torch.zeros(*x.shape[:2], E, C, dtype=x.dtype)
+    for g in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            unit = x[g, t] / math.sqrt(float(x[g, t] @ x[g, t]) + 1e-6)
+            for e in range(E):
+                for c in range(C):
+                    column = phi[:, e, c]
+                    column = scale * column / math.sqrt(float(column @ column) + 1e-6)
+                    logits[g, t, e, c] = unit @ column
+    return logits
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_tensors_are_the_two_softmaxes(scale, slots):
+    router = soft(slots=slots, scale_init=scale)
+    x = torch.randn(2, 5, 6).double() * torch.tensor([1e-3, 0.1, 1.0, 30.0, 0.0])[:, None]
+    logits = naive_logits(router, x)
+    exp = logits.exp()
+    D = exp / exp.sum(1, keepdim=True)
+    B = exp / exp.sum((2, 3), keepdim=True)
+    routing = router(x)
+    torch.testing.assert_close(routing.dispatch_tensor(), D, atol=1e-12, rtol=0)
+    torch.testing.assert_close(routing.combine_tensor(), B, atol=1e-12, rtol=0)
+    y = torch.randn(2, 4, slots, 6).double()
+    torch.testing.assert_close(routing.dispatch(x), torch.einsum("gtec,gtd->gecd", D, x))
+    torch.testing.assert_close(routing.combine(y), torch.einsum("gtec,gecd->gtd", B, y))
+
+
+def test_weights_sum_to_one():
+    routing = soft(scale_init=20.0)(torch.randn(3, 17, 6).double())
+    D, B = routing.dispatch_tensor(), routing.combine_tensor()
+    assert D.min() >= 0
+    assert B.min() >= 0
+    torch.testing.assert_close(D.sum(1), torch.ones(3, 4, 3).double())
+    torch.testing.assert_close(B.sum((2, 3)), torch.ones(3, 17).double())
+
+
+def test_permuting_tokens_permutes_outputs():
+    router = soft(scale_init=5.0)
+    x = torch.randn(2, 9, 6).double()
+    order = torch.randperm(9)
+    routing, permuted = router(x), router(x[:, order])
+    y = torch.randn(2, 4, 3, 6).double()
+    torch.testing.assert_close(permuted.dispatch(x[:, order]), routing.dispatch(x))
+    torch.testing.assert_close(permuted.combine(y), routing.combine(y)[:, order])
+
+
+def test_a_huge_scale_is_a_hard_assignment():
+    # As many slots as tokens, every slot's Phi along one token of its own.
+    router = vr.create_router("soft", 12, 4, slots_per_expert=3, scale_init=1e4).double()
+    x = torch.linalg.qr(torch.randn(12, 12).double())[0]
+    place = torch.randperm(12)
+    with torch.no_grad():
+        router.phi.copy_(x[place].T.reshape(12, 4, 3) * 0.3)
+    x = (x * torch.linspace(0.5, 4, 12)[:, None])[None]
+    routing = router(x)
+    hard = torch.zeros(12, 12).double()
+    hard[place, torch.arange(12)] = 1
+    hard = hard.reshape(1, 12, 4, 3)
+    torch.testing.assert_close(routing.dispatch_tensor(), hard, atol=1e-9, rtol=0)
+    torch.testing.assert_close(routing.combine_tensor(), hard, atol=1e-9, rtol=0)
+    torch.testing.assert_close(routing.combine(routing.dispatch(x)), x, atol=1e-8, rtol=0)
+
+
+def test_equal_logits_give_means():
+    router = soft()
+    torch.nn.init.zeros_(router.phi)
+    x = torch.randn(2, 5, 6).double()
+    routing = router(x)
+    wanted = x.mean(1)[:, None, None].expand(2, 4, 3, 6)
+    torch.testing.assert_close(routing.dispatch(x), wanted)
+    y = torch.randn(2, 4, 3, 2).double()
+    wanted = y.mean((1, 2))[:, None].expand(2, 5, 2)
+    torch.testing.assert_close(routing.combine(y), wanted)
+
+
+def test_noise_in_training_is_not_divided_by_experts():
+    router = vr.create_router("soft", 6, 8, slots_per_expert=16, noise_std=0.5)
+    x = torch.randn(4, 200, 6)
+    clean = router.eval()(x).logits
+    assert torch.equal(router(x).logits, clean), "none in eval"
+    noise = (router.train()(x).logits - clean).detach()
+    assert noise.numel() == 4 * 200 * 8 * 16
+    assert abs(noise.std() - 0.5) < 0.01
+    assert abs(noise.mean()) < 0.01
+    # Every slot, token and group has its own.
+    assert noise.flatten().unique().numel() > 0.5 * noise.numel()
+    quiet = vr.create_router("soft", 6, 8)
+    assert torch.equal(quiet.train()(x).logits, quiet.eval()(x).logits), "off by default"
+
+
+def test_phi_at_the_start():
+    router = vr.create_router("soft", 64, 16, slots_per_expert=8)
+    assert router.phi.shape == (64, 16, 8)
+    assert router.scale.shape == ()
+    assert router.scale == 1
+    assert {name for name, _ in router.named_parameters()} == {"phi", "scale"}
+    assert router.phi.abs().max() <= 2 / 8
+    # A normal of std 1/8 cut at two of them has 0.8796 of it.
+    assert abs(router.phi.std() * 8 - 0.8796) < 0.03
+    assert vr.create_router("soft", 8, 4, scale_init=16.0).scale == 16
+
+
+@pytest.mark.parametrize(
+    ("factor", "tokens", "experts", "slots"),
+    [(1.0, 49, 8, 6), (1.0, 16, 32, 1), (2.0, 16, 32, 1), (0.5, 20, 4, 2), (0.5, 28, 4, 4)],
+)
+def test_slots_by_factor(factor, tokens, experts, slots):
+    router = vr.create_router("soft", 8, experts, capacity_factor=factor, num_tokens=tokens)
+    assert router.phi.shape == (8, experts, slots)  # round, half to even, at least 1
+    assert router(torch.randn(2, tokens + 3, 8)).capacity == slots, "Phi has its shape for good"
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4])
+def test_masked_tokens_neither_give_nor_take(garbage):
+    router = soft(scale_init=4.0)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 1, 1]]).bool()
+    real = torch.randn(2, 5, 6).double()
+    x = torch.full((2, 7, 6), garbage).double()
+    x[mask] = real.flatten(0, 1)
+    routing, alone = router(x, mask), router(real)
+    y = torch.randn(2, 4, 3, 6).double()
+    torch.testing.assert_close(routing.dispatch(x), alone.dispatch(real))
+    out = routing.combine(y)
+    torch.testing.assert_close(out[mask], alone.combine(y).flatten(0, 1))
+    assert (out[~mask] == 0).all()
+    assert (routing.dispatch_tensor()[~mask] == 0).all()
+    assert (routing.combine_tensor()[~mask] == 0).all()
+    for name, value in alone.metrics.items():
+        torch.testing.assert_close(routing.metrics[name], value, msg=name)
+
+
+def test_a_group_of_masked_tokens_only():
+    router = soft()
+    x = torch.randn(2, 5, 6).double().requires_grad_()
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1] = False
+    routing = router(x, mask)
+    slots = routing.dispatch(x)
+    out = routing.combine(slots + 1)
+    assert (slots[1] == 0).all()
+    assert (out[1] == 0).all()
+    assert (routing.dispatch_tensor()[1] == 0).all()
+    (out.sum() + out.square().sum()).backward()
+    for grad in (x.grad, router.phi.grad, router.scale.grad):
+        assert grad.isfinite().all()
+    assert (x.grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1)])
+def test_small_groups(shape):
+    router = soft()
+    x = torch.randn(*shape, 6).double().requires_grad_()
+    routing = router(x)
+    slots = routing.dispatch(x)
+    assert slots.shape == (shape[0], 4, 3, 6)
+    if shape[1] == 0:
+        assert (slots == 0).all(), "no token, no input"
+    if shape[1] == 1:
+        torch.testing.assert_close(slots, x[:, :, None, None].expand(2, 1, 4, 3, 6)[:, 0])
+    out = routing.combine(slots)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert router.phi.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_token_stays_in_its_group(bad):
+    router = soft()
+    x = torch.randn(3, 5, 6).double()
+    clean = router(x)
+    slots = clean.dispatch(x)
+    x[1, 2, 3] = bad
+    routing = router(x)
+    got = routing.dispatch(x)
+    assert torch.equal(got[[0, 2]], slots[[0, 2]])
+    assert got[1].isnan().all(), "and does not pass unseen"
+
+
+def test_zero_tokens_and_large_ones():
+    router = soft(dtype=torch.float32, scale_init=1e3)
+    x = torch.randn(2, 6, 6)
+    x[0, 0] = 0
+    x[0, 1] *= 1e4
+    x[1] *= 1e-4
+    x.requires_grad_()
+    routing = router(x)
+    out = routing.combine(routing.dispatch(x))
+    assert out.isfinite().all()
+    out.sum().backward()
+    for grad in (x.grad, router.phi.grad, router.scale.grad):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"slots_per_expert": 0}, ValueError, "slots_per_expert.*>= 1.* 0"),
+        ({"slots_per_expert": 1.5}, TypeError, "slots_per_expert.*int.*float"),
+        ({"slots_per_expert": 2, "capacity_factor": 1.0}, ValueError, "slots_per_expert.*not both"),
+        ({"capacity_factor": 1.0}, ValueError, "capacity_factor needs num_tokens"),
+        ({"capacity_factor": 0.0, "num_tokens": 4}, ValueError, "factor.*> 0.* 0"),
+        ({"capacity_factor": 1.0, "num_tokens": 0}, ValueError, "num_tokens.*>= 1.* 0"),
+        ({"scale_init": 0.0}, ValueError, "scale_init.*> 0.* 0"),
+        ({"noise_std": -1.0}, ValueError, "noise_std.*>= 0.* -1"),
+        ({"noise_std": "1"}, TypeError, "noise_std.*number.*str"),
+        ({"top_k": 2}, TypeError, "'soft'.*'top_k'.*slots_per_expert"),
+        ({"batch_priority": True}, TypeError, "'soft'.*'batch_priority'"),
+    ],
+)
+def test_refusals(options, error, words):
+    with pytest.raises(error, match=words):
+        vr.create_router("soft", 8, 4, **options)

@@ -1,0 +1,3 @@
+torch_target: str
+cuda_built: bool
+cuda_architectures: str
