@@ -3,6 +3,7 @@
 # make test ARGS="-k topk".
 PYTHON ?= python3
 bin := .venv/bin
+MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 

@@ -18,7 +18,7 @@
 // L-BFGS: memory 10, backtracking line search, stops at the same tolerance before
 // the update; where no step improves it stops too (the objective has kinks).
 // A row that is all -inf is an absent token: n counts the others, its plan is 0.
-// A group with NaN or +inf gets NaN. float64 inside.
+// A column that is all -inf stays 0. A group with NaN or +inf gets NaN. float64 inside.
 #pragma once
 
 #include <cstdint>
@@ -42,10 +42,7 @@ template <typename T>
 void ksparse_transport(
     const T* similarity,  // [G, T, E]
     T* plan,              // [G, T, E]
-    int64_t tokens,
-    int64_t E,
-    const TransportOptions& options,
-    int64_t group_begin,
+    int64_t tokens, int64_t E, const TransportOptions& options, int64_t group_begin,
     int64_t group_end);
 
 }  // namespace cpu

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+// clang-format off: a schema is a line
 STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("topk(Tensor x, int k, int dim) -> (Tensor values, Tensor indices)");
   m.def("assign_slots(Tensor expert, Tensor? priority, int num_experts, int capacity) -> (Tensor slot, Tensor source)");
@@ -17,6 +18,7 @@ STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("soft_mix(Tensor logits, Tensor values, int dim) -> Tensor");
   m.def("soft_mix_backward(Tensor grad, Tensor logits, Tensor values, int dim) -> (Tensor grad_logits, Tensor grad_values)");
 }
+// clang-format on
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the CPU kernels of vmoe_routers with torch's dispatcher.";

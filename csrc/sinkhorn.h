@@ -16,7 +16,9 @@
 // rows sum to 1. With tolerance > 0 a group stops once error <= tolerance.
 // A row that is all -inf is an absent token: n counts the others, its plan is 0.
 // A group with NaN or +inf among its logits gets NaN. Potentials are float64: the
-// exponents stay exact to float32 rounding for |logits| up to 1e4 and beyond.
+// exponents stay exact to float32 rounding for |logits| up to 1e4 and beyond. Where
+// the logits of a group are within 200 of each other (over epsilon) the iteration
+// runs on exp(M), else on logarithms: the same numbers, without an exp an entry and step.
 //
 // Two gradients: of the iterations done (unrolled; f_i is recomputed from h_i, so
 // that one [T, E] tensor and I * E numbers are all that is kept), and of the fixed
@@ -34,13 +36,8 @@ void sinkhorn(
     double* history,  // [G, I, E]
     double* error,    // [G]
     int32_t* steps,   // [G]
-    int64_t tokens,
-    int64_t E,
-    int64_t iterations,
-    double epsilon,
-    double tolerance,
-    int64_t group_begin,
-    int64_t group_end);
+    int64_t tokens, int64_t E, int64_t iterations, double epsilon, double tolerance,
+    int64_t group_begin, int64_t group_end);
 
 template <typename T>
 void sinkhorn_backward(
@@ -49,11 +46,7 @@ void sinkhorn_backward(
     const double* history,  // [G, I, E]
     const int32_t* steps,   // [G]
     T* grad_logits,         // [G, T, E]
-    int64_t tokens,
-    int64_t E,
-    int64_t iterations,
-    double epsilon,
-    int64_t group_begin,
+    int64_t tokens, int64_t E, int64_t iterations, double epsilon, int64_t group_begin,
     int64_t group_end);
 
 template <typename T>
@@ -61,10 +54,6 @@ void sinkhorn_implicit_backward(
     const T* grad,   // [G, T, E] of the plan
     const T* plan,   // [G, T, E]
     T* grad_logits,  // [G, T, E]
-    int64_t tokens,
-    int64_t E,
-    double epsilon,
-    int64_t group_begin,
-    int64_t group_end);
+    int64_t tokens, int64_t E, double epsilon, int64_t group_begin, int64_t group_end);
 
 }  // namespace vmoe::cpu

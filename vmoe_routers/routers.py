@@ -27,6 +27,7 @@ from vmoe_routers.ops._checks import (
     check_positive,
     check_tensor,
     compute_dtype,
+    without_autocast,
 )
 from vmoe_routers.routing import (
     Routing,
@@ -137,7 +138,7 @@ class SparseRouter(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
         _check_tokens(self, x, mask, self.dim, "weight", self.weight)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
             noise_std = self.noise_std / self.num_experts if self.training else 0.0
@@ -327,7 +328,7 @@ class SoftRouter(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SoftRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
         _check_tokens(self, x, mask, self.dim, "phi", self.phi)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.scale.to(dtype) * _unit(self.phi.to(dtype).flatten(1), 0)
             logits = _unit(x.to(dtype), -1) @ phi

@@ -415,7 +415,7 @@ def _check_gates(where: str, gates: Tensor, weights: Tensor | None, mask: Tensor
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """values [G, N] at index [G, E, C], 0 where the index is negative."""
-    if values.shape[1] == 0:
-        return values.new_zeros(index.shape)
-    taken = values.gather(1, index.flatten(1).clamp(min=0).long()).view(index.shape)
-    return taken.masked_fill(index < 0, 0)
+    # A zero behind the last value is there to be taken, also from a group without values.
+    padded = torch.nn.functional.pad(values, (0, 1))
+    where = torch.where(index < 0, values.shape[1], index)
+    return padded.gather(1, where.flatten(1).long()).view(index.shape)

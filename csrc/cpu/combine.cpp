@@ -51,10 +51,10 @@ void combine_backward(
 
 #define VMOE_INSTANTIATE(T)                                                                        \
   template void combine(                                                                           \
-      const T*, const T*, const int32_t*, const int32_t*, T*, int64_t, int64_t, int64_t, int64_t, \
+      const T*, const T*, const int32_t*, const int32_t*, T*, int64_t, int64_t, int64_t, int64_t,  \
       int64_t, int64_t, int64_t);                                                                  \
   template void combine_backward(                                                                  \
-      const T*, const T*, const T*, const int32_t*, T*, T*, int64_t, int64_t, int64_t, int64_t,   \
+      const T*, const T*, const T*, const int32_t*, T*, T*, int64_t, int64_t, int64_t, int64_t,    \
       int64_t, int64_t, int64_t);
 VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)

@@ -14,13 +14,15 @@ void ksparse_projection(
   for (int64_t row = row_begin; row < row_end; ++row) {
     const T* value = x + row * n;
     T* p = out + row * n;
+    std::fill(p, p + n, T{0});
     select(value, 1, n, k, picks);
+    if (picks.empty()) continue;
     const double tau = simplex_threshold(value, 1, picks);
-    std::fill(p, p + n, std::isnan(tau) ? std::numeric_limits<T>::quiet_NaN() : T{0});
-    if (std::isnan(tau)) continue;
+    if (std::isnan(tau)) std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
     const double largest = value[picks[0].index];
     for (const auto& pick : picks) {
-      p[pick.index] = static_cast<T>(std::max(value[pick.index] - largest - tau, 0.0));
+      const double share = value[pick.index] - largest - tau;
+      if (share > 0) p[pick.index] = static_cast<T>(share);
     }
   }
 }

@@ -46,6 +46,7 @@ class SemiDual {
   void project(const Vector& alpha, int64_t e, Emit&& emit) {
     for (int64_t t = 0; t < tokens_; ++t) u_[t] = alpha[t] + columns_[e * tokens_ + t];
     select(u_.data(), 1, tokens_, k_, picks_);
+    if (picks_.empty()) return;
     const double tau = simplex_threshold(u_.data(), scale_, picks_);
     const double largest = u_[picks_[0].index];
     for (const auto& pick : picks_) {

@@ -13,8 +13,7 @@ namespace vmoe::cpu {
 // in order. `picks` is scratch that a caller keeps between rows.
 template <typename T>
 void select(
-    const T* value, int64_t stride, int64_t n, int64_t k,
-    std::vector<Pick<OrderKey<T>>>& picks) {
+    const T* value, int64_t stride, int64_t n, int64_t k, std::vector<Pick<OrderKey<T>>>& picks) {
   using P = Pick<OrderKey<T>>;
   const auto first = [](const P& a, const P& b) { return a.before(b); };
   picks.clear();

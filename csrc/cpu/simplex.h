@@ -11,7 +11,7 @@ namespace vmoe::cpu {
 // entries read as (value[...] - largest) / scale: relative to the largest, nothing
 // is lost to cancellation where all are large. An entry's share is then
 // max((value - largest) / scale - tau, 0). NaN where the largest is not finite.
-// In float64.
+// In float64. There is at least one pick.
 template <typename T>
 double simplex_threshold(
     const T* value, double scale, const std::vector<Pick<OrderKey<T>>>& picks) {

@@ -15,25 +15,28 @@ double max_or_nan(double high, double value) {
   return !(value <= high) && !std::isnan(high) ? value : high;
 }
 
-// One group's problem: M = logits / epsilon, its tokens and potentials.
+// What both domains know of a group: M = logits / epsilon and how many tokens are there.
 template <typename T>
-struct Problem {
+struct Group {
   const T* logits;
   int64_t tokens;
   int64_t E;
   double inverse_epsilon;
-  double log_marginal = 0;                 // log(n / E)
-  std::vector<double> f{}, h{};            // [T], [E]
-  std::vector<double> high{}, total{};     // [E], scratch of the column update
+  double log_marginal;              // log(n / E)
+  double high = -kInf, low = kInf;  // of the M that are not -inf; NaN stays
 
-  Problem(const T* logits_, int64_t tokens_, int64_t E_, double epsilon)
+  Group(const T* logits_, int64_t tokens_, int64_t E_, double epsilon)
       : logits(logits_), tokens(tokens_), E(E_), inverse_epsilon(1 / epsilon) {
-    f.assign(tokens, 0);
-    h.assign(E, 0);
     int64_t present = 0;
     for (int64_t t = 0; t < tokens; ++t) {
       bool any = false;
-      for (int64_t e = 0; e < E; ++e) any |= !(logits[t * E + e] == -kInf);
+      for (int64_t e = 0; e < E; ++e) {
+        const double m = M(t, e);
+        if (m == -kInf) continue;
+        any = true;
+        high = max_or_nan(high, m);
+        low = std::min(low, m);
+      }
       present += any;
     }
     log_marginal = std::log(static_cast<double>(present) / static_cast<double>(E));
@@ -41,53 +44,142 @@ struct Problem {
 
   double M(int64_t t, int64_t e) const { return logits[t * E + e] * inverse_epsilon; }
 
+  // exp(M) and every product with a potential fit float64 where the logits are no
+  // further apart than this: |potentials| <= spread + log, and products have two.
+  bool fits_scaling() const { return high > -kInf && high - low <= 200; }
+};
+
+// The iteration on the potentials' logarithms: right for any logits, an exp for
+// every entry and update.
+template <typename T>
+class LogDomain {
+ public:
+  explicit LogDomain(const Group<T>& group)
+      : group_(group), f_(group.tokens, 0), h_(group.E, 0), high_(group.E), total_(group.E) {}
+
   // total[e] = logsumexp_t(M[t, e] + f[t]); -inf for a column that no token can reach.
-  void column_logsumexp() {
-    high.assign(E, -kInf);
-    total.assign(E, 0);
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t e = 0; e < E; ++e) high[e] = max_or_nan(high[e], M(t, e) + f[t]);
+  void sum_columns() {
+    std::fill(high_.begin(), high_.end(), -kInf);
+    std::fill(total_.begin(), total_.end(), 0);
+    for (int64_t t = 0; t < group_.tokens; ++t) {
+      for (int64_t e = 0; e < group_.E; ++e)
+        high_[e] = max_or_nan(high_[e], group_.M(t, e) + f_[t]);
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t e = 0; e < E; ++e) {
-        if (high[e] != -kInf) total[e] += std::exp(M(t, e) + f[t] - high[e]);
+    for (int64_t t = 0; t < group_.tokens; ++t) {
+      for (int64_t e = 0; e < group_.E; ++e) {
+        if (high_[e] != -kInf) total_[e] += std::exp(group_.M(t, e) + f_[t] - high_[e]);
       }
     }
-    for (int64_t e = 0; e < E; ++e) {
-      total[e] = high[e] == -kInf ? -kInf : high[e] + std::log(total[e]);
+    for (int64_t e = 0; e < group_.E; ++e) {
+      total_[e] = high_[e] == -kInf ? -kInf : high_[e] + std::log(total_[e]);
+    }
+  }
+
+  void update_columns() {
+    for (int64_t e = 0; e < group_.E; ++e) {
+      h_[e] = total_[e] == -kInf ? -kInf : group_.log_marginal - total_[e];
     }
   }
 
   // f = -logsumexp_e(M + h); -inf for an absent token, whose plan is then 0.
-  void row_update() {
-    for (int64_t t = 0; t < tokens; ++t) {
+  void update_rows() {
+    for (int64_t t = 0; t < group_.tokens; ++t) {
       double top = -kInf, sum = 0;
-      for (int64_t e = 0; e < E; ++e) top = max_or_nan(top, M(t, e) + h[e]);
-      if (top == -kInf) {
-        f[t] = -kInf;
-        continue;
+      for (int64_t e = 0; e < group_.E; ++e) top = max_or_nan(top, group_.M(t, e) + h_[e]);
+      for (int64_t e = 0; e < group_.E && top != -kInf; ++e) {
+        sum += std::exp(group_.M(t, e) + h_[e] - top);
       }
-      for (int64_t e = 0; e < E; ++e) sum += std::exp(M(t, e) + h[e] - top);
-      f[t] = -(top + std::log(sum));
+      f_[t] = top == -kInf ? -kInf : -(top + std::log(sum));
     }
   }
 
-  void column_update() {
-    for (int64_t e = 0; e < E; ++e) h[e] = total[e] == -kInf ? -kInf : log_marginal - total[e];
+  // Deviation of column e's sum from n/E, as a ratio; after sum_columns().
+  double ratio(int64_t e) const {
+    return total_[e] == -kInf ? 0 : std::exp(total_[e] + h_[e] - group_.log_marginal);
   }
 
-  // Relative deviation of the column sums, `total` being that of the current f.
-  double column_error() const {
-    if (log_marginal == -kInf) return 0;  // nobody is there
-    double worst = 0;
-    for (int64_t e = 0; e < E; ++e) {
-      const double ratio = total[e] == -kInf ? 0 : std::exp(total[e] + h[e] - log_marginal);
-      const double off = std::abs(ratio - 1);
-      if (!(off <= worst)) worst = off;  // NaN stays
-    }
-    return worst;
-  }
+  double weight(int64_t t, int64_t e) const { return std::exp(group_.M(t, e) + f_[t] + h_[e]); }
+  void clear_rows() { std::fill(f_.begin(), f_.end(), 0); }
+  void get_columns(double* h) const { std::copy(h_.begin(), h_.end(), h); }
+  void set_columns(const double* h) { std::copy(h, h + group_.E, h_.begin()); }
+
+ private:
+  const Group<T>& group_;
+  std::vector<double> f_, h_, high_, total_;
 };
+
+// The same on exp(M): an exp for every entry once, products after that. Where
+// Group::fits_scaling().
+template <typename T>
+class ScalingDomain {
+ public:
+  explicit ScalingDomain(const Group<T>& group)
+      : group_(group), K_(group.tokens * group.E), u_(group.tokens), v_(group.E), total_(group.E) {
+    // Shifted by the largest entry, which f = 0 and the h handed out undo.
+    for (int64_t t = 0; t < group.tokens; ++t) {
+      for (int64_t e = 0; e < group.E; ++e) {
+        K_[t * group.E + e] = std::exp(group.M(t, e) - group.high);
+      }
+    }
+    clear_rows();
+  }
+
+  void sum_columns() {
+    std::fill(total_.begin(), total_.end(), 0);
+    for (int64_t t = 0; t < group_.tokens; ++t) {
+      const double* row = K_.data() + t * group_.E;
+      for (int64_t e = 0; e < group_.E; ++e) total_[e] += row[e] * u_[t];
+    }
+  }
+
+  void update_columns() {
+    const double marginal = std::exp(group_.log_marginal);
+    for (int64_t e = 0; e < group_.E; ++e) v_[e] = total_[e] == 0 ? 0 : marginal / total_[e];
+  }
+
+  void update_rows() {
+    for (int64_t t = 0; t < group_.tokens; ++t) {
+      const double* row = K_.data() + t * group_.E;
+      double sum = 0;
+      for (int64_t e = 0; e < group_.E; ++e) sum += row[e] * v_[e];
+      u_[t] = sum == 0 ? 0 : 1 / sum;
+    }
+  }
+
+  double ratio(int64_t e) const { return total_[e] * v_[e] / std::exp(group_.log_marginal); }
+  double weight(int64_t t, int64_t e) const { return u_[t] * K_[t * group_.E + e] * v_[e]; }
+  void clear_rows() { std::fill(u_.begin(), u_.end(), 1); }
+
+  void get_columns(double* h) const {
+    for (int64_t e = 0; e < group_.E; ++e) h[e] = std::log(v_[e]) - group_.high;
+  }
+  void set_columns(const double* h) {
+    for (int64_t e = 0; e < group_.E; ++e) v_[e] = std::exp(h[e] + group_.high);
+  }
+
+ private:
+  const Group<T>& group_;
+  std::vector<double> K_, u_, v_, total_;
+};
+
+// body(domain) with the domain that the group's logits allow.
+template <typename T, typename Body>
+void in_domain(const Group<T>& group, Body&& body) {
+  if (group.fits_scaling()) {
+    body(ScalingDomain<T>(group));
+  } else {
+    body(LogDomain<T>(group));
+  }
+}
+
+// max_e |column sum / (n/E) - 1|; NaN stays.
+template <typename Domain>
+double column_error(const Domain& domain, int64_t E, double log_marginal) {
+  if (log_marginal == -kInf) return 0;  // nobody is there
+  double worst = 0;
+  for (int64_t e = 0; e < E; ++e) worst = max_or_nan(worst, std::abs(domain.ratio(e) - 1));
+  return worst;
+}
 
 }  // namespace
 
@@ -97,26 +189,29 @@ void sinkhorn(
     int64_t E, int64_t iterations, double epsilon, double tolerance, int64_t group_begin,
     int64_t group_end) {
   for (int64_t g = group_begin; g < group_end; ++g) {
-    Problem<T> problem(logits + g * tokens * E, tokens, E, epsilon);
+    const Group<T> group(logits + g * tokens * E, tokens, E, epsilon);
     double* kept = history + g * iterations * E;
     std::fill(kept, kept + iterations * E, 0);
-    int64_t step = 0;
-    for (; step < iterations; ++step) {
-      problem.column_logsumexp();
-      if (tolerance > 0 && step > 0 && problem.column_error() <= tolerance) break;
-      problem.column_update();
-      problem.row_update();
-      std::copy(problem.h.begin(), problem.h.end(), kept + step * E);
-    }
-    if (step == iterations) problem.column_logsumexp();
-    steps[g] = static_cast<int32_t>(step);
-    error[g] = problem.column_error();
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t e = 0; e < E; ++e) {
-        plan[(g * tokens + t) * E + e] =
-            static_cast<T>(std::exp(problem.M(t, e) + problem.f[t] + problem.h[e]));
+    in_domain(group, [&](auto domain) {
+      int64_t step = 0;
+      for (; step < iterations; ++step) {
+        domain.sum_columns();
+        if (tolerance > 0 && step > 0 && column_error(domain, E, group.log_marginal) <= tolerance) {
+          break;
+        }
+        domain.update_columns();
+        domain.update_rows();
+        domain.get_columns(kept + step * E);
       }
-    }
+      if (step == iterations) domain.sum_columns();
+      steps[g] = static_cast<int32_t>(step);
+      error[g] = column_error(domain, E, group.log_marginal);
+      for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t e = 0; e < E; ++e) {
+          plan[(g * tokens + t) * E + e] = static_cast<T>(domain.weight(t, e));
+        }
+      }
+    });
   }
 }
 
@@ -130,62 +225,57 @@ void sinkhorn_backward(
     int64_t group_end) {
   std::vector<double> out(tokens * E), df(tokens), dh(E);
   for (int64_t g = group_begin; g < group_end; ++g) {
-    Problem<T> problem(logits + g * tokens * E, tokens, E, epsilon);
-    const int64_t last = steps[g];
-    const auto use_step = [&](int64_t step) {
-      const double* kept = history + (g * iterations + step - 1) * E;
-      std::copy(kept, kept + E, problem.h.begin());
-    };
-    const auto weight = [&](int64_t t, int64_t e) {
-      return std::exp(problem.M(t, e) + problem.f[t] + problem.h[e]);
-    };
-    std::fill(out.begin(), out.end(), 0);
-    if (last > 0) {
-      use_step(last);
-      problem.row_update();
-    }
-    std::fill(dh.begin(), dh.end(), 0);
-    for (int64_t t = 0; t < tokens; ++t) {
-      df[t] = 0;
-      for (int64_t e = 0; e < E; ++e) {
-        const double d = grad[(g * tokens + t) * E + e] * weight(t, e);
-        out[t * E + e] = d;
-        df[t] += d;
-        dh[e] += d;
+    const Group<T> group(logits + g * tokens * E, tokens, E, epsilon);
+    const double* kept = history + g * iterations * E;
+    const double inverse_marginal = group.log_marginal == -kInf ? 0 : std::exp(-group.log_marginal);
+    in_domain(group, [&](auto domain) {
+      const auto use_columns = [&](int64_t step) { domain.set_columns(kept + (step - 1) * E); };
+      int64_t step = steps[g];
+      if (step > 0) {
+        use_columns(step);
+        domain.update_rows();
       }
-    }
-    for (int64_t step = last; step > 0; --step) {
-      // Row update: the potentials are those of this step.
-      for (int64_t t = 0; t < tokens; ++t) {
-        for (int64_t e = 0; e < E; ++e) {
-          const double d = df[t] * weight(t, e);
-          out[t * E + e] -= d;
-          dh[e] -= d;
-        }
-      }
-      // Column update: f of the step before, h of this one.
-      if (step == 1) {
-        std::fill(problem.f.begin(), problem.f.end(), 0);
-      } else {
-        use_step(step - 1);
-        problem.row_update();
-        use_step(step);
-      }
-      const double inverse_marginal =
-          problem.log_marginal == -kInf ? 0 : std::exp(-problem.log_marginal);
+      std::fill(dh.begin(), dh.end(), 0);
       for (int64_t t = 0; t < tokens; ++t) {
         df[t] = 0;
         for (int64_t e = 0; e < E; ++e) {
-          const double d = dh[e] * weight(t, e) * inverse_marginal;
-          out[t * E + e] -= d;
-          df[t] -= d;
+          const double d = grad[(g * tokens + t) * E + e] * domain.weight(t, e);
+          out[t * E + e] = d;
+          df[t] += d;
+          dh[e] += d;
         }
       }
-      std::fill(dh.begin(), dh.end(), 0);
-      if (step > 1) use_step(step - 1);
-    }
+      for (; step > 0; --step) {
+        // Row update: the potentials are those of this step.
+        for (int64_t t = 0; t < tokens; ++t) {
+          for (int64_t e = 0; e < E; ++e) {
+            const double d = df[t] * domain.weight(t, e);
+            out[t * E + e] -= d;
+            dh[e] -= d;
+          }
+        }
+        // Column update: f of the step before, h of this one.
+        if (step == 1) {
+          domain.clear_rows();
+        } else {
+          use_columns(step - 1);
+          domain.update_rows();
+          use_columns(step);
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+          df[t] = 0;
+          for (int64_t e = 0; e < E; ++e) {
+            const double d = dh[e] * domain.weight(t, e) * inverse_marginal;
+            out[t * E + e] -= d;
+            df[t] -= d;
+          }
+        }
+        std::fill(dh.begin(), dh.end(), 0);
+        if (step > 1) use_columns(step - 1);
+      }
+    });
     for (int64_t i = 0; i < tokens * E; ++i) {
-      grad_logits[g * tokens * E + i] = static_cast<T>(out[i] * problem.inverse_epsilon);
+      grad_logits[g * tokens * E + i] = static_cast<T>(out[i] * group.inverse_epsilon);
     }
   }
 }
@@ -250,21 +340,20 @@ void sinkhorn_implicit_backward(
       u[t] = row[t] == 0 ? 0 : u[t] / row[t];
       for (int64_t e = 0; e < E; ++e) {
         const int64_t i = t * E + e;
-        grad_logits[g * tokens * E + i] =
-            static_cast<T>(P[i] * (dP[i] - u[t] - v[e]) / epsilon);
+        grad_logits[g * tokens * E + i] = static_cast<T>(P[i] * (dP[i] - u[t] - v[e]) / epsilon);
       }
     }
   }
 }
 
-#define VMOE_INSTANTIATE(T)                                                                       \
-  template void sinkhorn(                                                                         \
-      const T*, T*, double*, double*, int32_t*, int64_t, int64_t, int64_t, double, double,       \
-      int64_t, int64_t);                                                                          \
-  template void sinkhorn_backward(                                                                \
-      const T*, const T*, const double*, const int32_t*, T*, int64_t, int64_t, int64_t, double,  \
-      int64_t, int64_t);                                                                          \
-  template void sinkhorn_implicit_backward(                                                       \
+#define VMOE_INSTANTIATE(T)                                                                        \
+  template void sinkhorn(                                                                          \
+      const T*, T*, double*, double*, int32_t*, int64_t, int64_t, int64_t, double, double,         \
+      int64_t, int64_t);                                                                           \
+  template void sinkhorn_backward(                                                                 \
+      const T*, const T*, const double*, const int32_t*, T*, int64_t, int64_t, int64_t, double,    \
+      int64_t, int64_t);                                                                           \
+  template void sinkhorn_implicit_backward(                                                        \
       const T*, const T*, T*, int64_t, int64_t, double, int64_t, int64_t);
 VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)

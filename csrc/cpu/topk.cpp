@@ -6,8 +6,8 @@ namespace vmoe::cpu {
 
 template <typename T>
 void topk(
-    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k,
-    int64_t row_begin, int64_t row_end) {
+    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t row_begin,
+    int64_t row_end) {
   std::vector<Pick<OrderKey<T>>> picks;
   for (int64_t row = row_begin; row < row_end; ++row) {
     const T* column = x + (row / M) * n * M + row % M;

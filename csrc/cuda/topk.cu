@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(
 
 template <typename T, int kThreads>
 void launch(
-    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k,
-    int64_t rows, cudaStream_t stream) {
+    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t rows,
+    cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(rows < (1 << 20) ? rows : (1 << 20));
   topk_kernel<T, kThreads><<<blocks, kThreads, 0, stream>>>(x, values, indices, n, M, k, rows);
 }
@@ -59,8 +59,8 @@ void launch(
 
 template <typename T>
 void topk(
-    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k,
-    int64_t rows, CUstream_st* stream) {
+    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t rows,
+    CUstream_st* stream) {
   if (rows == 0 || k == 0) return;
   if (n <= 256) {
     launch<T, 32>(x, values, indices, n, M, k, rows, stream);
@@ -69,7 +69,9 @@ void topk(
   }
 }
 
-template void topk(const float*, float*, int32_t*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
-template void topk(const double*, double*, int32_t*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
+template void topk(
+    const float*, float*, int32_t*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
+template void topk(
+    const double*, double*, int32_t*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
 
 }  // namespace vmoe::cuda

@@ -12,8 +12,8 @@ std::tuple<Tensor, Tensor> assign_slots(
   STD_TORCH_CHECK(E >= 0 && C >= 0, "assign_slots: num_experts ", E, ", capacity ", C);
   const int64_t G = expert_.size(0), tokens = expert_.size(1), K = expert_.size(2);
   STD_TORCH_CHECK(
-      tokens * K <= INT32_MAX && E * C <= INT32_MAX,
-      "assign_slots: ", tokens * K, " requests and ", E * C, " slots a group do not fit int32");
+      tokens * K <= INT32_MAX && E * C <= INT32_MAX, "assign_slots: ", tokens * K, " requests and ",
+      E * C, " slots a group do not fit int32");
   if (priority_) check_shape("assign_slots", "priority", *priority_, {G, tokens});
   const Tensor expert = packed(expert_);
   const Tensor priority = priority_ ? packed(*priority_) : empty({0}, expert, ScalarType::Float);

@@ -16,7 +16,8 @@ std::tuple<Tensor, Tensor> invert_slots(const Tensor& token_, int64_t tokens) {
   Tensor slots = empty({G, S}, token);
   parallel(G, S + tokens, [&](int64_t begin, int64_t end) {
     cpu::invert_slots(
-        read<int32_t>(token), write<int32_t>(offsets), write<int32_t>(slots), S, tokens, begin, end);
+        read<int32_t>(token), write<int32_t>(offsets), write<int32_t>(slots), S, tokens, begin,
+        end);
   });
   return {offsets, slots};
 }

@@ -10,20 +10,21 @@ Tensor ksparse_transport(
     double learning_rate, double tolerance, double gamma) {
   check_dim("ksparse_transport", "similarity", similarity_, 3);
   const int64_t G = similarity_.size(0), tokens = similarity_.size(1), E = similarity_.size(2);
-  STD_TORCH_CHECK(k >= std::min<int64_t>(1, tokens) && k <= tokens, "ksparse_transport: k = ", k, " of ", tokens, " tokens");
+  STD_TORCH_CHECK(
+      k >= std::min<int64_t>(1, tokens) && k <= tokens, "ksparse_transport: k = ", k, " of ",
+      tokens, " tokens");
   STD_TORCH_CHECK(
       solver == "adam" || solver == "lbfgs", "ksparse_transport: solver '", solver, "'");
   STD_TORCH_CHECK(gamma > 0, "ksparse_transport: gamma = ", gamma);
   const TransportOptions options{
-      k, iterations, solver == "adam" ? Solver::kAdam : Solver::kLbfgs, learning_rate, tolerance,
-      gamma};
+      k,         iterations, solver == "adam" ? Solver::kAdam : Solver::kLbfgs, learning_rate,
+      tolerance, gamma};
   const Tensor similarity = packed(similarity_);
   Tensor plan = empty({G, tokens, E}, similarity);
   by_dtype("ksparse_transport", similarity, [&](auto zero) {
     using T = decltype(zero);
     parallel(G, tokens * E * (iterations + 1), [&](int64_t begin, int64_t end) {
-      cpu::ksparse_transport(
-          read<T>(similarity), write<T>(plan), tokens, E, options, begin, end);
+      cpu::ksparse_transport(read<T>(similarity), write<T>(plan), tokens, E, options, begin, end);
     });
   });
   return plan;

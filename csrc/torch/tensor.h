@@ -59,7 +59,8 @@ inline Tensor packed(const Tensor& tensor) {
 }
 
 inline Tensor empty(
-    std::initializer_list<int64_t> shape, const Tensor& like, std::optional<ScalarType> dtype = {}) {
+    std::initializer_list<int64_t> shape, const Tensor& like,
+    std::optional<ScalarType> dtype = {}) {
   return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
 }
 
@@ -77,9 +78,12 @@ T* write(const Tensor& tensor) {
 template <typename Body>
 void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Double: return body(double{});
-    default: STD_TORCH_CHECK(false, op, ": float32 or float64 wanted");
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    default:
+      STD_TORCH_CHECK(false, op, ": float32 or float64 wanted");
   }
 }
 

@@ -191,6 +191,54 @@ TYPED_TEST(Sinkhorn, LargeLogitsStayExact) {
   EXPECT_NEAR(result.error[0], 0, 1e-11);
 }
 
+TYPED_TEST(Sinkhorn, WideLogitsAreNoOtherCase) {
+  using T = TypeParam;
+  // On both sides of where exp(M) itself can be iterated on.
+  const Shape shape{1, 8, 4};
+  for (const double spread : {150.0, 199.0, 201.0, 400.0, 1000.0}) {
+    for (const int64_t iterations : {1, 3, 20, 500}) {
+      SCOPED_TRACE(::testing::Message() << "spread " << spread << ", " << iterations);
+      auto logits = uniform<T>(shape.size(), 25, 0, spread);
+      logits[3] = 0;
+      logits[30] = static_cast<T>(spread);
+      expect_near(
+          sinkhorn(shape, logits, {iterations, 1, 0}).plan,
+          scaled_kernel(8, 4, logits, iterations, 1), kRoundingOfLarge<T>);
+    }
+  }
+}
+
+TYPED_TEST(Sinkhorn, MasksLetPotentialsGrow) {
+  using T = TypeParam;
+  // Tokens reach two experts each, and all but the last prefer the second: from expert
+  // to expert the potentials add up, far beyond what the logits alone allow.
+  const int64_t E = 12;
+  std::vector<T> chain(E * E, -kInf<T>);
+  for (int64_t t = 0; t < E; ++t) {
+    chain[t * E + t] = -90;
+    if (t + 1 < E) chain[t * E + t + 1] = 90;
+  }
+  // Three of four tokens want the one expert that has two places: no plan can be, and
+  // the potentials part by log(3/2) an iteration, for ever.
+  std::vector<T> crowd{0, -kInf<T>, 0, -kInf<T>, 0, -kInf<T>, 0, 0};
+  for (const int64_t iterations : {1, 20, 500, 5000}) {
+    SCOPED_TRACE(::testing::Message() << iterations << " iterations");
+    const Options options{iterations, 1, 0};
+    expect_near(
+        sinkhorn({1, E, E}, chain, options).plan, scaled_kernel(E, E, chain, iterations, 1),
+        kRoundingOfLarge<T>);
+    expect_near(
+        sinkhorn({1, 4, 2}, crowd, options).plan, scaled_kernel(4, 2, crowd, iterations, 1),
+        kRoundingOfLarge<T>);
+    for (const T grad : unrolled({1, E, E}, uniform<T>(E * E, 26), chain, options)) {
+      EXPECT_TRUE(std::isfinite(grad));
+    }
+    for (const T grad : unrolled({1, 4, 2}, uniform<T>(8, 27), crowd, options)) {
+      EXPECT_TRUE(std::isfinite(grad));
+    }
+  }
+}
+
 TYPED_TEST(Sinkhorn, StopsAtTheTolerance) {
   using T = TypeParam;
   const Shape shape{3, 12, 4};
@@ -382,6 +430,18 @@ TEST(SinkhornBackward, IsTheGradientOfTheIterationsDone) {
   }
 }
 
+TEST(SinkhornBackward, DoesNotDependOnAnExpertsShift) {
+  const Shape shape{1, 6, 3};
+  const auto logits = uniform<double>(shape.size(), 28);
+  const auto grad = uniform<double>(shape.size(), 29);
+  for (const double shift : {150.0, 300.0, 1e4}) {
+    auto shifted = logits;
+    for (int64_t i = 0; i < shape.size(); i += 3) shifted[i] += shift;
+    expect_near(
+        unrolled(shape, grad, shifted), unrolled(shape, grad, logits), kRoundingOfLarge<double>);
+  }
+}
+
 TEST(SinkhornBackward, CountsOnlyTheStepsBeforeTheTolerance) {
   const Shape shape{2, 6, 3};
   const auto logits = uniform<double>(shape.size(), 17);
@@ -429,6 +489,25 @@ TEST(SinkhornImplicitBackward, PlanInSeparateBlocks) {
       [&](const std::vector<double>& moved) {
         return inner(grad, sinkhorn(shape, moved, converged).plan);
       });
+  // The gradient of any plan in blocks is that of its blocks.
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    std::vector<double> blocks(shape.size(), 0), wanted(shape.size(), 0);
+    for (const int64_t half : {0, 1}) {
+      const Shape block{1, 4, 2};
+      std::vector<double> part, part_grad;
+      for (int64_t i = 0; i < 8; ++i) {
+        part_grad.push_back(grad[(half * 4 + i / 2) * 4 + half * 2 + i % 2]);
+      }
+      part = sinkhorn(block, uniform<double>(8, 2 * seed + half, -5, 5)).plan;
+      const auto alone = implicit(block, part_grad, part);
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t at = (half * 4 + i / 2) * 4 + half * 2 + i % 2;
+        blocks[at] = part[i];
+        wanted[at] = alone[i];
+      }
+    }
+    expect_near(implicit(shape, grad, blocks), wanted, 1e-9);
+  }
   // A hard plan does not move at all.
   std::vector<double> hard(shape.size(), 0);
   for (int64_t t = 0; t < 8; ++t) hard[t * 4 + t % 4] = 1;

@@ -96,6 +96,12 @@ def test_takes_no_gradient(device):
     assert not any(out.requires_grad for out in assign_slots(expert, 3, 2, priority))
 
 
+def test_priorities_of_float64_are_not_rounded(device):
+    priority = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64, device=device)
+    expert = torch.zeros(1, 2, 1, dtype=torch.int32, device=device)
+    assert assign_slots(expert, 1, 1, priority)[1].tolist() == [[[1]]]
+
+
 def test_special_priorities(device):
     priority = torch.tensor([[0.0, -INF, NAN, INF, -0.0, NAN]], device=device)
     expert = torch.zeros(1, 6, 1, dtype=torch.int32, device=device)

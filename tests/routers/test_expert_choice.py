@@ -134,9 +134,7 @@ def test_routers(name, combine, factor, training):
     wanted = torch.stack([fill(select[g], slots) for g in range(G)])
     routing = router(x)
     assert torch.equal(routing.dispatch_tensor(), wanted)
-    torch.testing.assert_close(
-        routing.combine_tensor(), wanted * weigh[..., None], atol=1e-11, rtol=0
-    )
+    torch.testing.assert_close(routing.combine_tensor(), wanted * weigh[..., None], atol=1e-11, rtol=0)
 
 
 def test_the_sparse_plan_is_filled_up_with_zero_plan_tokens():
@@ -282,9 +280,7 @@ def test_gradient_of_the_gates(name, combine):
         inside = gates * support
         inside = inside - inside.sum(1, keepdim=True) / support.sum(1, keepdim=True)
         gates = plan + (inside - inside.detach()) * support
-    (wanted,) = torch.autograd.grad(
-        (routing.dispatch_tensor() * gates[..., None] * v).sum(), weight
-    )
+    (wanted,) = torch.autograd.grad((routing.dispatch_tensor() * gates[..., None] * v).sum(), weight)
     assert wanted.abs().max() > 1e-3
     torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
 

@@ -43,7 +43,7 @@ def naive(name, logits, noisy, std, top_k, mask):
             total += squared_cv(load)
         elif name == "balance":
             gates = [softmax(row) for row in noisy_rows]
-            first = [max(range(E), key=lambda e: (row[e], -e)) for row in noisy_rows]  # noqa: B023
+            first = [max(range(E), key=lambda e: (row[e], -e)) for row in noisy_rows]
             f = [first.count(e) / len(keep) for e in range(E)]
             P = [sum(gate[e] for gate in gates) / len(keep) for e in range(E)]
             total += E * sum(a * b for a, b in zip(f, P, strict=True))
@@ -206,13 +206,9 @@ def test_weights():
     x = torch.randn(2, 9, 6)
     options = {"importance_loss_weight": 0.5, "load_loss_weight": 0.0, "z_loss_weight": 0.25}
     routing = vr.create_router("softmax_token_choice", 6, 4, **options)(x)
-    torch.testing.assert_close(
-        routing.aux_loss, 0.5 * routing.losses["importance"] + 0.25 * routing.losses["z"]
-    )
+    torch.testing.assert_close(routing.aux_loss, 0.5 * routing.losses["importance"] + 0.25 * routing.losses["z"])
     routing = vr.create_router("softmax_token_choice", 6, 4)(x)
-    torch.testing.assert_close(
-        routing.aux_loss, 0.005 * (routing.losses["importance"] + routing.losses["load"])
-    )
+    torch.testing.assert_close(routing.aux_loss, 0.005 * (routing.losses["importance"] + routing.losses["load"]))
     for name in vr.ROUTERS[1:]:
         routing = vr.create_router(name, 6, 4)(x)
         assert routing.aux_loss == 0, "off by default"

@@ -201,9 +201,7 @@ def assert_metrics(got, wanted):
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         assert not got[name].requires_grad
-        torch.testing.assert_close(
-            got[name].double(), torch.tensor(value).double(), atol=1e-6, rtol=1e-6, msg=name
-        )
+        torch.testing.assert_close(got[name].double(), torch.tensor(value).double(), atol=1e-6, rtol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -16,7 +16,7 @@ def soft(**options):
 def naive_logits(router, x):
     """<x / |x|, scale * Phi / |Phi|>, one number at a time: [G, T, E, C]."""
     phi, scale = router.phi.detach(), router.scale.item()
-    D, E, C = phi.shape
+    _, E, C = phi.shape
     logits = torch.zeros(*x.shape[:2], E, C, dtype=x.dtype)
     for g in range(x.shape[0]):
         for t in range(x.shape[1]):

@@ -52,9 +52,7 @@ def test_buffers_fill_in_order(slots, top_k, batch_priority, masked):
     gates[2] = (gates[2] * 4).round() / 4  # many ties
     weights = torch.rand(G, T, E).double()
     mask = torch.rand(G, T) > 0.3 if masked else None
-    routing = vr.token_choice(
-        gates, top_k, slots, batch_priority=batch_priority, weights=weights, mask=mask
-    )
+    routing = vr.token_choice(gates, top_k, slots, batch_priority=batch_priority, weights=weights, mask=mask)
     wanted = torch.stack(
         [
             fill(
@@ -138,9 +136,7 @@ def test_renormalize_divides_by_what_was_asked_for(top_k):
 
 @pytest.mark.parametrize("batch_priority", [False, True])
 def test_ties_go_to_the_lower_index(batch_priority):
-    D = vr.token_choice(
-        torch.full((2, 6, 4), 0.25), 2, 3, batch_priority=batch_priority
-    ).dispatch_tensor()
+    D = vr.token_choice(torch.full((2, 6, 4), 0.25), 2, 3, batch_priority=batch_priority).dispatch_tensor()
     wanted = torch.zeros(6, 4, 3)
     for t in range(3):  # the first three tokens fill experts 0 and 1
         wanted[t, 0, t] = wanted[t, 1, t] = 1
@@ -235,23 +231,17 @@ def test_routers(name, combine, top_k, batch_priority, training):
         weigh = select if combine == "plan" else logits.softmax(-1)
     slots = math.ceil(T * top_k * 0.7 / E)
     slots += -slots % 4
-    wanted = torch.stack(
-        [fill(select[g], top_k, slots, batch_priority=batch_priority) for g in range(G)]
-    )
+    wanted = torch.stack([fill(select[g], top_k, slots, batch_priority=batch_priority) for g in range(G)])
     routing = router(x)
     assert torch.equal(routing.dispatch_tensor(), wanted)
-    torch.testing.assert_close(
-        routing.combine_tensor(), wanted * weigh[..., None], atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(routing.combine_tensor(), wanted * weigh[..., None], atol=1e-12, rtol=0)
 
 
 def test_sinkhorn_options():
     x = torch.randn(2, 10, 5).double()
     make = vr.create_router
     for options in ({"iterations": 3}, {"epsilon": 0.5}, {"iterations": 1, "epsilon": 2.0}):
-        router = make(
-            "sinkhorn_token_choice", 5, 4, combine="plan", dtype=torch.float64, **options
-        ).eval()
+        router = make("sinkhorn_token_choice", 5, 4, combine="plan", dtype=torch.float64, **options).eval()
         logits = torch.einsum("gtd,ed->gte", x, router.weight.detach())
         plan = sinkhorn(logits, **options)
         torch.testing.assert_close(router(x).weights.detach(), plan, atol=1e-12, rtol=0)
@@ -270,9 +260,9 @@ def test_sinkhorn_options():
 
 @pytest.mark.parametrize("name", ["softmax_token_choice", "sinkhorn_token_choice"])
 def test_batch_priority_makes_it_equivariant(name):
-    router = vr.create_router(
-        name, 6, 4, batch_priority=True, capacity_factor=0.5, capacity_multiple_of=1
-    ).double().eval()
+    router = (
+        vr.create_router(name, 6, 4, batch_priority=True, capacity_factor=0.5, capacity_multiple_of=1).double().eval()
+    )
     x = torch.randn(2, 16, 6).double()
     order = torch.randperm(16)
     out = router(x).combine_tensor().sum(-1)

@@ -22,6 +22,7 @@ Kernels of dense layers are (in, out) there and [out, in] here; those of the exp
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class _Entry(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    parameter: nn.Parameter
+    parameter: Tensor
     rows: slice = slice(None)
     layout: Callable[[Tensor], Tensor] | None = None
 
@@ -47,22 +48,25 @@ def load_flax(module: nn.Module, params: Mapping[str, Any]) -> nn.Module:
     """Copy the reference's parameters into `module`, in place, and return it.
 
     module   a model of `vit_moe` (or a timm VisionTransformer of the same form), a `MoEMlp`, or a router
-    params   path -> array (numpy or torch, of a floating dtype), such as {"Encoder/encoderblock_0/...": ...} for a
+    params   path -> array (numpy, jax or torch, of a floating dtype), such as {"Encoder/encoderblock_0/...": ...} for a
              model, {"Router/dense/kernel": ..., "Mlp/Dense_0/kernel": ...} for a MoE layer, {"dense/kernel": ...} or
              {"mu": ..., "scale": ...} for a router. Nested mappings count as paths, and a "params/" before every path
              is accepted. Values are converted to the parameters' dtype and device.
 
-    The two must match exactly. Arrays that are missing, left over, of another shape or not floating: one ValueError
-    that names each with what came and what was wanted; the module is as it was then.
+    The two must match exactly. Arrays that are missing, left over, given twice, of another shape or not floating: one
+    ValueError that names each with what came and what was wanted; the module is as it was then. TypeError: a module or
+    params of another kind.
     """
     if not isinstance(params, Mapping):
         raise TypeError(f"load_flax: params is a {type(params).__name__}, wanted a mapping of paths to arrays")
-    arrays = dict(_flatten(params))
-    if arrays and all(path.startswith("params/") for path in arrays):
-        arrays = {path.removeprefix("params/"): array for path, array in arrays.items()}
+    found = list(_flatten(params))
+    if all(path.startswith("params/") for path, _ in found):
+        found = [(path.removeprefix("params/"), array) for path, array in found]
+    arrays = dict(found)
     entries = list(_entries(module))
     filled = {id(entry.parameter) for entry in entries}
-    problems = [
+    problems = [f"{path}: given {n} times" for path, n in Counter(path for path, _ in found).items() if n > 1]
+    problems += [
         f"{type(module).__name__}.{name}, shape {tuple(parameter.shape)}: has no counterpart in the reference's models"
         for name, parameter in module.named_parameters()
         if id(parameter) not in filled
@@ -103,15 +107,22 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _tensor(array: Any) -> Tensor | None:
-    """`array` as a tensor; bfloat16 also as numpy holds it (by extension, or read from npz: two bytes); else None."""
+    """`array` as a tensor of a floating dtype; None: it is not one.
+
+    bfloat16 is also taken as numpy holds it: by ml_dtypes' extension, or, read from npz, as two bytes.
+    """
     if not isinstance(array, Tensor):
         dtype = getattr(array, "dtype", None)
-        if getattr(dtype, "name", None) == "bfloat16" or getattr(dtype, "str", None) == "|V2":
-            array = torch.as_tensor(array.view("int16")).view(torch.bfloat16)
-        elif getattr(dtype, "kind", None) == "f":
-            array = torch.as_tensor(array)
-        else:
+        two_bytes = getattr(dtype, "name", None) == "bfloat16" or getattr(dtype, "str", None) == "|V2"
+        if not two_bytes and (getattr(dtype, "kind", None) != "f" or getattr(dtype, "itemsize", 16) > 8):
             return None
+        import numpy as np  # there with such an array; the package itself does without
+
+        array = np.asarray(array)
+        # torch takes native byte order, no negative stride, and warns of memory that may not be written to
+        native = array.dtype if two_bytes else array.dtype.newbyteorder("=")
+        array = np.require(array, native, ["C_CONTIGUOUS", "WRITEABLE"])
+        array = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if two_bytes else torch.from_numpy(array)
     return array if array.is_floating_point() else None
 
 
@@ -221,5 +232,5 @@ def _norm(path: str, norm: nn.Module) -> Iterator[_Entry]:
             yield _same(f"{path}bias", norm.bias)
 
 
-def _same(path: str, parameter: nn.Parameter) -> _Entry:
+def _same(path: str, parameter: Tensor) -> _Entry:
     return _Entry(path, tuple(parameter.shape), parameter)

@@ -7,16 +7,17 @@ optimisers' parameter groups) works on the other.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vmoe_routers.moe import MoEMlp
+from vmoe_routers.moe import GeluTanh, MoEMlp
+from vmoe_routers.ops._checks import check_choice, check_flag, check_int, check_positive
+from vmoe_routers.routers import ROUTERS
 
 try:
     from timm.models.vision_transformer import VisionTransformer
@@ -41,13 +42,19 @@ SIZES: dict[str, dict[str, int]] = {
 POOLINGS = ("avg", "token", "map")
 POSITIONS = ("learned", "sincos")
 
+# arguments of MoEMlp that follow from the model's own
+_DERIVED = ("in_features", "hidden_features", "out_features", "act_layer", "drop", "norm_layer", "device", "dtype")
+
 
 def moe_block_indices(depth: int, rule: str | Sequence[int]) -> tuple[int, ...]:
     """The blocks, of 0 .. depth - 1, that hold a MoE layer.
 
     rule: "last_half" (Soft MoE, arXiv 2308.00951; the larger half of an odd depth), "every_2" (blocks 1, 3, 5, ...;
     V-MoE, arXiv 2106.05974) or any "every_<n>", "last_<n>", or the indices themselves. Ascending. At least one.
+
+    Raises ValueError for a rule that is none of these, or that names no block or one that is not there.
     """
+    check_int("moe_block_indices", "depth", depth, 1)
     if isinstance(rule, str):
         match = re.fullmatch(r"(last|every)_([1-9]\d*)", rule)
         if rule == "last_half":
@@ -105,7 +112,7 @@ def vit_moe(
     pos_embed       "learned": drawn from N(0, pos_embed_std^2); "sincos": fixed, two-dimensional (arXiv 2104.02057)
     proj_drop_rate  dropout in the MLPs and experts and after attention
     drop_path_rate  stochastic depth, growing linearly to this rate at the last block
-    router_options  every other option of `MoEMlp` and its router: top_k, capacity_factor, slots_per_expert, ...
+    router_options  every further option of `MoEMlp` and its router: top_k, capacity_factor, slots_per_expert, ...
                     Soft with a capacity factor needs num_tokens: it is worked out here (tokens of an image, the class
                     token among them, times group_size)
 
@@ -115,35 +122,37 @@ def vit_moe(
     The trunk is drawn before the MoE layers, so the same `torch.manual_seed` gives the same trunk for every router
     (and for the dense model): compare routers on equal starting points.
 
-    Raises ValueError naming the argument, for sizes that do not fit together and names that do not exist.
+    Raises TypeError or ValueError naming the argument: sizes that do not fit together, names that do not exist.
     """
+    where = "vit_moe"
     image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
-    counts = {"in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    for name, value in {**counts, "group_size": group_size}.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"vit_moe: {name} is {value!r}, wanted a positive int")
-    if type(num_classes) is not int or num_classes < 0:
-        raise ValueError(f"vit_moe: num_classes is {num_classes!r}, wanted a positive int, or 0 for no head")
     if image[0] % patch[0] or image[1] % patch[1]:
-        raise ValueError(f"vit_moe: img_size {img_size} is not a multiple of patch_size {patch_size}")
+        raise ValueError(f"{where}: img_size {img_size} is not a multiple of patch_size {patch_size}")
+    check_int(where, "in_chans", in_chans, 1)
+    check_int(where, "num_classes", num_classes, 0)
+    check_int(where, "embed_dim", embed_dim, 1)
+    check_int(where, "depth", depth, 1)
+    check_int(where, "num_heads", num_heads, 1)
     if embed_dim % num_heads:
-        raise ValueError(f"vit_moe: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-    if not 1 <= embed_dim * mlp_ratio < math.inf:
-        raise ValueError(f"vit_moe: mlp_ratio is {mlp_ratio!r}, wanted a hidden width of at least 1")
-    if global_pool not in POOLINGS:
-        raise ValueError(f"vit_moe: global_pool is {global_pool!r}, wanted one of {POOLINGS}")
-    if pos_embed not in POSITIONS:
-        raise ValueError(f"vit_moe: pos_embed is {pos_embed!r}, wanted one of {POSITIONS}")
-    if not 0 <= pos_embed_std < math.inf:
-        raise ValueError(f"vit_moe: pos_embed_std is {pos_embed_std!r}, wanted a standard deviation")
-    for name, value in {"proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"vit_moe: {name} is {value!r}, wanted a rate in [0, 1)")
+        raise ValueError(f"{where}: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+    if embed_dim * check_positive(where, "mlp_ratio", mlp_ratio) < 1:
+        raise ValueError(f"{where}: mlp_ratio is {mlp_ratio}, wanted a hidden width of at least 1")
+    check_int(where, "group_size", group_size, 1)
+    check_choice(where, "global_pool", global_pool, POOLINGS)
+    check_flag(where, "qk_norm", qk_norm)
+    check_choice(where, "pos_embed", pos_embed, POSITIONS)
+    check_positive(where, "pos_embed_std", pos_embed_std, zero=True)
+    for name, rate in {"proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}.items():
+        if check_positive(where, name, rate, zero=True) >= 1:
+            raise ValueError(f"{where}: {name} is {rate}, wanted a rate in [0, 1)")
+    check_choice(where, "router", router, (*ROUTERS, None))
     if router is None and router_options:
-        raise ValueError(f"vit_moe: router is None (a dense model), but came with {sorted(router_options)}")
+        raise ValueError(f"{where}: router is None (a dense model), but came with {sorted(router_options)}")
+    for name in _DERIVED:
+        if name in router_options:
+            raise TypeError(f"{where}: {name!r} is no option, it follows from the model's other arguments")
     moe_at = () if router is None else moe_block_indices(depth, moe_blocks)
 
-    act_layer = partial(nn.GELU, approximate="tanh")
     model = VisionTransformer(
         img_size=image,
         patch_size=patch,
@@ -153,34 +162,37 @@ def vit_moe(
         depth=depth,
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
-        global_pool=global_pool,
+        global_pool=cast(Any, global_pool),  # timm has a Literal
         class_token=global_pool == "token",
         fc_norm=False,  # the encoder's norm comes before the pooling, also for "avg"
         no_embed_class=pos_embed == "sincos",  # a learned table has a row for the class token, a fixed one has not
         proj_drop_rate=proj_drop_rate,
         drop_path_rate=drop_path_rate,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        act_layer=act_layer,
+        act_layer=GeluTanh,
         weight_init="skip",
     )
+    blocks: Any = model.blocks
     if qk_norm:
-        attentions = [block.attn for block in model.blocks] + ([model.attn_pool] if global_pool == "map" else [])
-        for attention in attentions:
+        for attention in [block.attn for block in blocks] + ([model.attn_pool] if global_pool == "map" else []):
             attention.q_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False)
             attention.k_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False)
     if pos_embed == "sincos":
+        grid = image[0] // patch[0], image[1] // patch[1]
         del model.pos_embed
-        model.register_buffer("pos_embed", _sincos_positions(*model.patch_embed.grid_size, embed_dim))
+        model.register_buffer("pos_embed", _sincos_positions(*grid, embed_dim))
     _init_trunk(model, pos_embed_std)
 
+    if router is None:
+        return model
     if router == "soft" and router_options.get("capacity_factor") is not None:
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         router_options.setdefault("num_tokens", tokens * group_size)
     for i in moe_at:
-        model.blocks[i].mlp = MoEMlp(
+        blocks[i].mlp = MoEMlp(
             embed_dim,
             int(embed_dim * mlp_ratio),
-            act_layer=act_layer,
+            act_layer=GeluTanh,
             drop=proj_drop_rate,
             num_experts=num_experts,
             router=router,
@@ -191,7 +203,7 @@ def vit_moe(
 
 
 def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
     if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
         raise ValueError(f"vit_moe: {name} is {size!r}, wanted a positive int or a pair of them")
     return pair
@@ -210,7 +222,7 @@ def _sincos_positions(height: int, width: int, dim: int) -> Tensor:
 
 
 @torch.no_grad()
-def _init_trunk(model: VisionTransformer, pos_embed_std: float) -> None:
+def _init_trunk(model: Any, pos_embed_std: float) -> None:
     """Draw every parameter but LayerNorm's as the reference models do (its own defaults, 1 and 0, are right)."""
     fused = {"qkv": 3, "kv": 2}  # kernels stored as one, drawn as several
     for name, module in model.named_modules():

@@ -1,9 +1,10 @@
-"""Checks of arguments, in the user's words: who asks, what came, what was wanted."""
+"""Checks of arguments, in the user's words (who asks, what came, what was wanted), and their preparation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -95,6 +96,12 @@ def check_mask(where: str, mask: object, like_name: str, like: Tensor, axes: str
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a kernel computes in: float64 stays, everything else is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which `x` and what is computed from it keep their dtype."""
+    # torch.autocast knows no meta device.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def fill_absent(x: Tensor, mask: Tensor | None) -> Tensor:

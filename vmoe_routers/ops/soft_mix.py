@@ -13,6 +13,7 @@ from vmoe_routers.ops._checks import (
     check_tensor,
     compute_dtype,
     refuse_second_derivative,
+    without_autocast,
 )
 
 
@@ -42,7 +43,9 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     check_shape("soft_mix", "values", values, shape, "G, T, D" if dim == 1 else "G, S, D")
     check_device("soft_mix", "values", values, "logits", logits)
     dtype = compute_dtype(torch.promote_types(logits.dtype, values.dtype))
-    out = torch.ops.vmoe_routers.soft_mix(logits.to(dtype), values.to(dtype), dim)
+    # The kernel's products are torch's, which autocast would make bfloat16.
+    with without_autocast(values):
+        out = torch.ops.vmoe_routers.soft_mix(logits.to(dtype), values.to(dtype), dim)
     return out.to(values.dtype)
 
 
@@ -63,7 +66,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     logits, values = ctx.saved_tensors
-    return *torch.ops.vmoe_routers.soft_mix_backward(grad, logits, values, ctx.dim), None
+    with without_autocast(values):
+        return *torch.ops.vmoe_routers.soft_mix_backward(grad, logits, values, ctx.dim), None
 
 
 torch.library.register_autograd("vmoe_routers::soft_mix", _backward, setup_context=_setup_context)

@@ -1,0 +1,113 @@
+"""The study's figures: what is drawn is what the data say, whatever the runs lack."""
+
+import csv
+
+import pytest
+from records import run, study, variant
+
+from vmoe_routers.study import figures
+from vmoe_routers.study.summary import summarise
+
+
+def drawn(ax, gid):
+    """The line of this id, as lists of x and y."""
+    (line,) = [line for line in ax.lines if line.get_gid() == gid]
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def test_figure_1_draws_its_data():
+    runs = study(seeds=3, capacities=(0.5, 1.0))
+    data, rows = figures.figure_1_data(runs), summarise(runs)
+    figure = figures.figure_1(runs)
+    assert [point["name"] for point in data] == [row.name for row in rows]
+    for point, row in zip(data, rows):
+        assert (point["loss"], point["loss_error"]) == row.loss
+        assert (point["train_seconds"], point["train_seconds_error"]) == row.train_seconds
+        for ax, key, scale in zip(figure.axes, ("accuracy", "loss"), (100, 1)):
+            assert drawn(ax, row.name) == ([point["train_seconds"]], [point[key] * scale])
+    assert [ax.get_xlabel() for ax in figure.axes] == ["training time (s)"] * 2
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert "Sinkhorn Token Choice, K = 2, plan combine" in labels and "size: capacity factor 0.5" in labels
+    assert len(labels) == len(set(labels)) == 11 + 2
+
+
+def test_marker_size_goes_by_capacity():
+    figure = figures.figure_1([run(variant("soft", capacity=c)) for c in (0.5, 1.0, 2.0)])
+    sizes = [
+        line.get_markersize()
+        for name in ("soft-c0.5", "soft-c1", "soft-c2")
+        for line in figure.axes[0].lines
+        if line.get_gid() == name
+    ]
+    assert sizes == pytest.approx([sizes[1] * 0.5**0.5, sizes[1], sizes[1] * 2**0.5])
+
+
+def test_figure_2_needs_transfer():
+    assert figures.figure_2(study(seeds=1)) is None
+    runs = [run(variant(None), transfer=True), run(variant("soft"), transfer=True), run(variant("soft"), 1)]
+    data = figures.figure_2_data(runs)
+    assert [(point["name"], point["seeds"]) for point in data] == [("dense", 1), ("soft-c1", 1)]
+    figure = figures.figure_2(runs)
+    assert drawn(figure.axes[0], "soft-c1")[1] == [100 * runs[1]["transfer"]["accuracy"]]
+    assert "fashion-mnist" in figure.axes[0].get_ylabel()
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_figure_3_draws_its_data(seeds):
+    runs = study(seeds=seeds, capacities=(1.0, 2.0))
+    data = figures.figure_3_data(runs)
+    figure = figures.figure_3(runs)
+    assert len(data) == 2 * 4 * 20 and len(figure.axes) == 4
+    for place, capacity in enumerate(("c1", "c2")):
+        name = f"sinkhorn_token_choice-k2-plan-{capacity}"
+        points = [point for point in data if point["name"] == name]
+        mine = [r for r in runs if r["variant"]["name"] == name]
+        assert points[4]["loss"] == pytest.approx(sum(r["epochs"][4]["loss"] for r in mine) / seeds)
+        epochs, losses = drawn(figure.axes[2 * place + 1], name)
+        assert epochs == list(range(1, 21)) and losses == [point["loss"] for point in points]
+    bands = [len(ax.collections) for ax in figure.axes]
+    assert bands == [4 if seeds > 1 else 0] * 4
+
+
+def test_figure_3_is_left_out_without_sinkhorn_token_choice():
+    runs = [run(variant(router)) for router in (None, "soft", "sinkhorn_expert_choice")]
+    assert figures.figure_3(runs) is None
+    assert [drawing.name for drawing in figures.draw(runs)] == ["figure_1", "figure_load"]
+
+
+def test_figure_3_stops_where_a_seed_does():
+    sinkhorn = variant("sinkhorn_token_choice", 1, "plan")
+    assert len(figures.figure_3_data([run(sinkhorn, 0, epochs=7), run(sinkhorn, 1, epochs=5)])) == 5
+
+
+def test_figure_load_draws_its_data():
+    runs = study(seeds=2)
+    data = figures.figure_load_data(runs)
+    figure = figures.figure_load(runs)
+    assert len(figure.axes) == 10
+    soft = [point for point in data if point["name"] == "soft-c1" and point["block"] == 3]
+    assert drawn(figure.axes[-1], "soft-c1 3") == (list(range(1, 9)), [p["relative_load"] for p in soft])
+    assert sum(point["relative_load"] for point in soft) == pytest.approx(8)
+    assert figures.figure_load([run(variant(None))]) is None
+
+
+def test_copes_with_no_runs_with_nan_and_with_markup():
+    assert figures.draw([]) == []
+    broken = run({**variant("soft"), "label": "$\\frac{"})
+    broken["epochs"][-1].update(loss=float("nan"), accuracy=float("nan"))
+    for drawing in figures.draw([broken, run(variant("sinkhorn_token_choice", 3, "plan"), epochs=1)]):
+        drawing.figure.draw_without_rendering()
+
+
+def test_save_all_writes_pictures_and_numbers(tmp_path):
+    kinds = [variant(None), variant("sinkhorn_token_choice", 2, "plan"), variant("soft")]
+    runs = [run(kind, seed, transfer=kind["router"] == "soft") for kind in kinds for seed in range(2)]
+    paths = figures.save_all(tmp_path / "new", runs)
+    assert [path.stem for path in paths] == ["figure_1", "figure_2", "figure_3", "figure_load"]
+    for path in paths:
+        assert path.read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "new" / "figure_1.csv", newline="", encoding="utf-8") as file:
+        read = list(csv.DictReader(file))
+    for line, point in zip(read, figures.figure_1_data(runs), strict=True):
+        assert line == {key: "" if value is None else str(value) for key, value in point.items()}

@@ -1,0 +1,115 @@
+"""The study's report: complete, self-contained, and deaf to what labels would like to be."""
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import pytest
+from records import run, study, variant
+
+from vmoe_routers.study import report
+from vmoe_routers.study.summary import summarise
+
+MACHINE = {"CPU": "A <fast> one", "date": "2024-02-29 12:00"}
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """Collects tags and text, and fails on tags that do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def write(folder, runs, settings=None):
+    path = report.write_report(folder, runs, settings or {"data": "digits", "command": "study --seeds 3"}, MACHINE)
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_holds_everything(tmp_path):
+    runs = study(seeds=2, transfer=True)
+    _, page = write(tmp_path, runs)
+    for row in summarise(runs):
+        assert row.label in page.text and f"{100 * row.accuracy.mean:.1f} ±" in page.text
+    for words in ("study --seeds 3", "digits", "A <fast> one", "2024-02-29", "not reproduced", "Figure 3", "entropy"):
+        assert words in page.text
+    images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
+    for name, source in zip(("figure_1", "figure_2", "figure_3", "figure_load"), images, strict=True):
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data) == (tmp_path / f"{name}.png").read_bytes()
+    bars = [tag for tag, _ in page.tags if tag == "rect"]
+    assert len(bars) == 10 * 2 * 8  # variants, layers, experts
+
+
+def test_loads_nothing_and_runs_nothing(tmp_path):
+    text, page = write(tmp_path, [run(variant(None)), run(variant("soft"))])
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base"}
+    for tag, attrs in page.tags:
+        assert not any(key.startswith("on") for key in attrs)
+        assert attrs.get("src", "data:").startswith("data:")
+        assert "href" not in attrs or tag == "a"
+    assert not re.search(r"url\(|@import", text)
+
+
+def test_escapes(tmp_path):
+    hostile = '<script>alert("1")</script>&amp;\'$x_{'
+    label = {**variant("soft"), "label": hostile}
+    text, page = write(tmp_path, [run(label), run(variant(None))], {hostile: hostile, "command": hostile})
+    assert "<script" not in text
+    assert page.text.count(hostile) >= 5  # setting's name and value, command, both tables
+
+
+def test_findings_claim_no_more_than_the_numbers():
+    dense, soft, expert = variant(None), variant("soft"), variant("softmax_expert_choice")
+    runs = [run(v, seed) for seed in range(3) for v in (dense, soft, expert)]
+    # Loss: dense 1.0, Soft clearly below, Expert Choice below in the mean, and not in every seed.
+    for r in runs:
+        losses = {
+            "dense": 1.0,
+            "soft-c1": 0.7 + 0.01 * r["seed"],
+            "softmax_expert_choice-c1": [0.9, 0.7, 1.2][r["seed"]],
+        }
+        r["epochs"][-1]["loss"] = losses[r["variant"]["name"]]
+    said = "\n".join(report.findings(runs))
+    assert "Lowest mean validation loss: Soft MoE, 0.710 ± 0.006." in said
+    assert (
+        "Not told apart from the lowest loss (within two standard errors, seed by seed): Softmax Expert Choice." in said
+    )
+    assert "by more than two standard errors: Soft MoE. Above it: none." in said
+    assert "Not resolved against the dense ViT: 1 of 2." in said
+
+
+def test_findings_of_one_seed_compare_nothing():
+    said = "\n".join(report.findings(study(seeds=1)))
+    assert "one seed" in said and "standard errors" not in said and "±" not in said
+
+
+@pytest.mark.parametrize("runs", [[], [run(variant(None))], [run(variant("soft"))]])
+def test_copes_with_little(tmp_path, runs):
+    _, page = write(tmp_path / "new", runs, {})
+    assert f"{len(runs)} model" in page.text
+
+
+def test_machine_description():
+    found = report.machine_description()
+    assert {"CPU", "cores", "memory", "system", "Python", "torch", "vmoe_routers", "timm", "date"} <= set(found)
+    assert all(isinstance(value, str) and value for value in found.values())

@@ -1,0 +1,596 @@
+"""The layer: against its formula, alone and in batches, copied, compiled, exported, in timm's place."""
+
+import copy
+import io
+import math
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import vmoe_routers as vr
+
+CASES = [
+    ("softmax_token_choice", {"top_k": 1}),
+    ("softmax_token_choice", {"top_k": 2, "batch_priority": True}),
+    ("softmax_token_choice", {"top_k": 3, "capacity_factor": 0.4, "capacity_multiple_of": 1}),
+    ("softmax_token_choice", {"top_k": 2, "renormalize": True}),
+    ("sinkhorn_token_choice", {"top_k": 1, "combine": "plan"}),
+    ("sinkhorn_token_choice", {"top_k": 2, "batch_priority": True}),
+    ("sinkhorn_token_choice", {"top_k": 3, "combine": "plan", "capacity_factor": 0.5}),
+    ("softmax_expert_choice", {}),
+    ("softmax_expert_choice", {"capacity_factor": 0.3}),
+    ("sinkhorn_expert_choice", {}),
+    ("sinkhorn_expert_choice", {"combine": "plan", "capacity_factor": 2.0}),
+    ("sparsity_constrained_expert_choice", {}),
+    ("sparsity_constrained_expert_choice", {"combine": "plan"}),
+    ("soft", {}),
+    ("soft", {"slots_per_expert": 3, "scale_init": 4.0}),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Everything here is small: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def layer(router, group_size=1, *, features=(5, 7, 6), dtype=torch.float64, **options):
+    made = vr.MoEMlp(*features, num_experts=4, router=router, group_size=group_size, dtype=dtype, **options)
+    with torch.no_grad():  # or the biases are 0
+        made.experts.b1.normal_()
+        made.experts.b2.normal_()
+    return made
+
+
+gelu_tanh = partial(F.gelu, approximate="tanh")
+
+
+def einsum_form(layer, routing, x, act=gelu_tanh):
+    """Section by section, with the routing's own dense tensors; x [B, T, D]."""
+    D, B = routing.dispatch_tensor(), routing.combine_tensor()
+    groups = x.reshape(D.shape[0], D.shape[1], -1)
+    slots = torch.einsum("gtec,gtd->gecd", D.to(x.dtype), groups)
+    experts = layer.experts
+    done = []
+    for e in range(D.shape[2]):
+        hidden = act(slots[:, e] @ experts.w1[e] + experts.b1[e])
+        done.append(hidden @ experts.w2[e] + experts.b2[e])
+    out = torch.einsum("gtec,gecd->gtd", B, torch.stack(done, 1))
+    return out.reshape(*x.shape[:2], -1)
+
+
+def gradients(out, inputs, v):
+    return torch.autograd.grad((out * v).sum(), inputs, retain_graph=True)
+
+
+# Against the formula
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_layer_is_the_einsum_form(router, options, group_size, training):
+    moe = layer(router, group_size, **options).train(training)
+    x = torch.randn(4, 6, 5).double().requires_grad_()
+    out = moe(x)
+    assert out.shape == (4, 6, 6)
+    assert out.dtype == x.dtype
+    (routing,) = moe.routings
+    assert (routing.num_groups, routing.num_tokens) == (4 // group_size, 6 * group_size)
+    wanted = einsum_form(moe, routing, x)
+    torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-12)
+    v = torch.randn_like(out)
+    inputs = [x, *moe.parameters()]
+    for got, want in zip(gradients(out, inputs, v), gradients(wanted, inputs, v), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-10)
+    router_gradient = gradients(moe(x), list(moe.router.parameters()), v)
+    assert all(gradient.abs().max() > 1e-6 for gradient in router_gradient)
+
+
+GRADCHECK = [
+    *((name, options) for name, options in CASES if not name.startswith("sparsity")),
+    ("sparsity_constrained_expert_choice", {}),
+    # No gradient flows through the potentials: at their start they are constants.
+    ("sparsity_constrained_expert_choice", {"combine": "plan", "iterations": 0}),
+    ("sinkhorn_token_choice", {"combine": "plan", "gradient": "implicit", "iterations": 300}),
+]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("router", "options"), GRADCHECK)
+def test_gradcheck(router, options, training):
+    moe = layer(router, 2, features=(3, 4, 2), **options).train(training)
+    if router != "soft":
+        torch.nn.init.orthogonal_(moe.router.weight, 3.0)  # logits far apart
+    noise = {}
+    moe.router.draw_noise = lambda logits: noise.setdefault("once", torch.randn_like(logits))
+    x = torch.randn(2, 4, 3).double().requires_grad_()
+    names, values = zip(*moe.named_parameters(), strict=True)
+
+    def function(x, *values):
+        return torch.func.functional_call(moe, dict(zip(names, values, strict=True)), (x,))
+
+    def auxiliary(x, *values):
+        function(x, *values)
+        return vr.aux_loss(moe)
+
+    assert torch.autograd.gradcheck(function, (x, *values), fast_mode=True)
+    if router == "softmax_token_choice":
+        assert torch.autograd.gradcheck(auxiliary, (x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_a_second_derivative_is_refused(router, options):
+    moe = layer(router, **options)
+    x = torch.randn(2, 6, 5).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(moe(x).square().sum(), x, create_graph=True)
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"derivative|differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_any_strides(router, options):
+    moe = layer(router, 2, **options).eval()
+    x = torch.randn(4, 6, 5).double()
+    wanted = moe(x)
+    for other in (
+        torch.empty(4, 6, 10).double()[..., ::2].copy_(x),
+        x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        x.flip(1).flip(1).transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        other = other.requires_grad_()
+        out = moe(other)
+        torch.testing.assert_close(out, wanted, atol=1e-12, rtol=0)
+        out.sum().backward()
+        assert other.grad.isfinite().all()
+    alike = x[:1, :1].expand(4, 6, 5)
+    torch.testing.assert_close(moe(alike), moe(alike.contiguous()), atol=1e-12, rtol=0)
+
+
+# Batches and groups
+
+
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_an_image_does_not_depend_on_its_batch(router, options):
+    moe = layer(router, dtype=torch.float32, **options).eval()
+    x = torch.randn(5, 6, 5)
+    together = moe(x)
+    for i in range(5):
+        torch.testing.assert_close(moe(x[i : i + 1])[0], together[i], atol=1e-6, rtol=0)
+    torch.testing.assert_close(moe(x.flip(0)).flip(0), together, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_a_bad_image_does_not_reach_the_others(router, options, bad):
+    moe = layer(router, dtype=torch.float32, **options).eval()
+    x = torch.randn(4, 6, 5)
+    wanted = moe(x)
+    x[2, 3, 1] = bad
+    out = moe(x)
+    others = [0, 1, 3]
+    torch.testing.assert_close(out[others], wanted[others], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("router", ["softmax_expert_choice", "sinkhorn_expert_choice", "soft"])
+def test_permuting_tokens_permutes_outputs(router):
+    moe = layer(router).eval()
+    x = torch.randn(3, 8, 5).double()
+    order = torch.randperm(8)
+    torch.testing.assert_close(moe(x[:, order]), moe(x)[:, order], atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_in_eval_the_last_group_may_be_smaller(router, options):
+    moe = layer(router, 3, **options).eval()
+    x = torch.randn(8, 6, 5).double()
+    out = moe(x)
+    assert [(r.num_groups, r.num_tokens) for r in moe.routings] == [(2, 18), (1, 12)]
+    torch.testing.assert_close(out[:6], moe(x[:6]), atol=1e-12, rtol=0)
+    torch.testing.assert_close(out[6:], moe(x[6:]), atol=1e-12, rtol=0)
+    assert moe(x[:2]).shape == (2, 6, 6)
+    assert [(r.num_groups, r.num_tokens) for r in moe.routings] == [(1, 12)]
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_in_training_it_may_not(router):
+    moe = layer(router, 3)
+    moe(torch.randn(3, 6, 5).double())
+    routings, random = moe.routings, torch.get_rng_state()
+    before = copy.deepcopy(moe.state_dict())
+    with pytest.raises(ValueError, match=r"MoEMlp: .*8 images.*group_size=3"):
+        moe(torch.randn(8, 6, 5, generator=torch.Generator().manual_seed(0)).double())
+    assert moe.routings is routings
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[key]) for key, value in moe.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0), (2, 1), (2, 2)])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_small_batches(router, options, training, shape):
+    moe = layer(router, 2, **options).train(training)
+    x = torch.randn(*shape, 5).double().requires_grad_()
+    out = moe(x)
+    assert out.shape == (*shape, 6)
+    (out.sum() + vr.aux_loss(moe)).backward()
+    for name, value in (("x", x), *moe.named_parameters()):
+        assert value.grad is not None, name
+        assert value.grad.isfinite().all(), name
+
+
+# Masks
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_padding(router, options, group_size):
+    """Zeros out where the mask is False, and the others as without padding at equal capacity."""
+    real, padded = 6, 9
+    factor = options.get("capacity_factor", 1.0)
+    more = {} if router == "soft" else {"capacity_factor": factor * real / padded}
+    torch.manual_seed(1)
+    alone = layer(router, group_size, **options).eval()
+    torch.manual_seed(1)
+    moe = layer(router, group_size, **{**options, **more}).eval()
+    mask = torch.stack([torch.randperm(padded) < real for _ in range(4)])
+    tokens = torch.randn(4, real, 5).double()
+    x = torch.full((4, padded, 5), 9.0).double()
+    x[mask] = tokens.flatten(0, 1)
+    x.requires_grad_()
+    wanted, out = alone(tokens), moe(x, mask)
+    assert alone.routings[0].capacity == moe.routings[0].capacity
+    assert (out[~mask] == 0).all()
+    torch.testing.assert_close(out[mask], wanted.flatten(0, 1), atol=1e-12, rtol=0)
+    torch.testing.assert_close(vr.aux_loss(moe), vr.aux_loss(alone))
+    out.sum().backward()
+    assert (x.grad[~mask] == 0).all()
+    # Also where the last group is smaller.
+    odd = moe(x.detach()[:3], mask[:3])
+    assert (odd[~mask[:3]] == 0).all()
+    if group_size == 1:
+        torch.testing.assert_close(odd, out.detach()[:3], atol=1e-12, rtol=0)
+
+
+# Auxiliary loss
+
+
+def test_aux_loss_sums_the_layers():
+    first = layer("softmax_token_choice", 2, features=(5, 7, 5))
+    second = layer("sinkhorn_token_choice", 1, features=(5, 7, 5), z_loss_weight=0.5)
+    third = layer("soft", features=(5, 7, 5))
+    model = torch.nn.Sequential(first, torch.nn.Sequential(second, torch.nn.GELU()), third)
+    assert vr.aux_loss(model) == 0, "before the first forward"
+    model(torch.randn(4, 6, 5).double())
+    a, b = first.routings[0].losses, second.routings[0].losses
+    wanted = 0.005 * (a["importance"] + a["load"]) + 0.5 * b["z"]
+    torch.testing.assert_close(vr.aux_loss(model), wanted)
+    assert vr.aux_loss(model).shape == ()
+    vr.aux_loss(model).backward()
+    assert first.router.weight.grad.abs().max() > 0
+    assert second.router.weight.grad.abs().max() > 0
+    kept = vr.aux_loss(model)
+    model(torch.randn(4, 6, 5).double())
+    assert vr.aux_loss(model) != kept, "of the last forward"
+
+
+def test_aux_loss_of_a_smaller_last_group():
+    """The mean over the groups, which are three here and not two."""
+    moe = layer("softmax_token_choice", 2, importance_loss_weight=1.0).eval()
+    x = torch.randn(5, 6, 5).double()
+    moe(x)
+    got = vr.aux_loss(moe)
+    each = []
+    for part in (x[:2], x[2:4], x[4:]):
+        moe(part)
+        each.append(vr.aux_loss(moe))
+    torch.testing.assert_close(got, torch.stack(each).mean())
+
+
+def test_aux_loss_without_layers():
+    assert vr.aux_loss(torch.nn.Linear(2, 2)) == 0
+    loss = vr.aux_loss(torch.nn.Sequential())
+    assert loss.shape == ()
+
+
+# Experts
+
+
+def test_arguments():
+    moe = vr.MoEMlp(6, num_experts=3)
+    assert moe.experts.w1.shape == (3, 6, 6)
+    assert moe.experts.w2.shape == (3, 6, 6)
+    assert isinstance(moe.router, vr.SoftRouter)
+    assert moe.group_size == 1
+    assert moe.router.slots_per_expert == 1
+    assert vr.MoEMlp(6).router.num_experts == 32
+    assert vr.MoEMlp(6, 8, 9, num_experts=2)(torch.randn(2, 3, 6)).shape == (2, 3, 9)
+    bare = vr.MoEMlp(6, 8, num_experts=2, bias=False)
+    assert bare.experts.b1 is None
+    assert bare.experts.b2 is None
+    assert bare(torch.zeros(2, 3, 6)).abs().max() == 0
+    relu = vr.MoEMlp(6, 8, 6, torch.nn.ReLU, num_experts=2, router="softmax_expert_choice").eval()
+    x = torch.randn(2, 4, 6)
+    out = relu(x)
+    D, B = relu.routings[0].dispatch_tensor(), relu.routings[0].combine_tensor()
+    hidden = (torch.einsum("gtec,gtd,edf->gecf", D, x, relu.experts.w1)).relu()
+    torch.testing.assert_close(out, torch.einsum("gtec,gecf,efd->gtd", B, hidden, relu.experts.w2))
+
+
+def test_experts_at_the_start():
+    experts = vr.Experts(5, 40, 160, 30)
+    bounds = {"w1": math.sqrt(6 / 200), "w2": math.sqrt(6 / 190)}
+    for name, bound in bounds.items():
+        weight = getattr(experts, name)
+        for e in range(5):  # Xavier uniform of every expert by itself
+            assert 0.97 * bound < weight[e].abs().max() <= bound
+            assert abs(weight[e].std() / bound * math.sqrt(3) - 1) < 0.05
+        assert not torch.equal(weight[0], weight[1]), "each from its own draw"
+    assert experts.b1.abs().max() == experts.b2.abs().max() == 0
+    same = vr.Experts(5, 40, 160, 30, same_init=True)
+    for weight in (same.w1, same.w2):
+        assert (weight == weight[:1]).all()
+        assert weight.requires_grad
+        assert weight.is_leaf
+
+
+def test_dropout_is_off_in_eval():
+    moe = vr.MoEMlp(6, 32, num_experts=2, drop=0.5)
+    x = torch.randn(2, 5, 6)
+    assert not torch.equal(moe(x), moe(x))
+    assert torch.equal(moe.eval()(x), moe(x))
+    plain = vr.MoEMlp(6, 32, num_experts=2).eval()
+    plain.load_state_dict(moe.state_dict())
+    assert torch.equal(plain(x), moe(x))
+
+
+# Copies, dtypes, compilers
+
+
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_copies(router, options):
+    moe = layer(router, 2, **options)
+    x = torch.randn(4, 6, 5).double()
+    (moe(x).sum() + vr.aux_loss(moe)).backward()  # a graph hangs on it
+    torch.manual_seed(5)
+    wanted = moe(x)
+    assert moe.routings
+    saved = io.BytesIO()
+    torch.save(moe.state_dict(), saved)
+    saved.seek(0)
+    loaded = layer(router, 2, **options)
+    assert not loaded.load_state_dict(torch.load(saved)).missing_keys
+    for twin in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe)), loaded):
+        torch.manual_seed(5)
+        assert torch.equal(twin(x), wanted)
+        with torch.no_grad():
+            next(twin.parameters()).add_(1)
+    torch.manual_seed(5)
+    assert torch.equal(moe(x), wanted), "the copies share nothing"
+
+
+def test_state_dict_has_no_more_than_the_parameters():
+    moe = layer("softmax_token_choice", 2)
+    moe(torch.randn(4, 6, 5).double())
+    names = ["router.weight", "experts.w1", "experts.b1", "experts.w2", "experts.b2"]
+    assert sorted(moe.state_dict()) == sorted(names)
+    moe = layer("soft")
+    assert sorted(moe.state_dict()) == sorted(["router.phi", "router.scale", *names[1:]])
+
+
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_bfloat16(router, options):
+    moe = layer(router, 2, dtype=torch.float32, **options).eval().to(torch.bfloat16)
+    wide = copy.deepcopy(moe).float()
+    x = torch.randn(4, 6, 5).bfloat16().requires_grad_()
+    out = moe(x)
+    assert out.dtype == torch.bfloat16
+    wanted = wide(x.float())
+    assert torch.equal(moe.routings[0].dispatch_tensor(), wide.routings[0].dispatch_tensor()), "routing is in float32"
+    torch.testing.assert_close(out.float(), wanted, atol=0.06, rtol=0.03)
+    out.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    for parameter in moe.parameters():
+        assert parameter.grad.dtype == torch.bfloat16
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("router", "options"), CASES)
+def test_autocast(router, options, training):
+    moe = layer(router, 2, dtype=torch.float32, **options).train(training)
+    x = torch.randn(4, 6, 5).requires_grad_()
+    torch.manual_seed(5)
+    wanted = moe(x)
+    D = moe.routings[0].dispatch_tensor()
+    for value in (x, x.bfloat16()):
+        torch.manual_seed(5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = moe(value)
+        assert moe.routings[0].combine_tensor().dtype == torch.float32
+        if value is x:
+            assert torch.equal(moe.routings[0].dispatch_tensor(), D)
+            torch.testing.assert_close(out.float(), wanted, atol=0.06, rtol=0.03)
+        (out.float().sum() + vr.aux_loss(moe)).backward()
+        for parameter in moe.parameters():
+            assert parameter.grad.dtype == torch.float32
+            assert parameter.grad.isfinite().all()
+
+
+def test_inference_mode():
+    for router in vr.ROUTERS:
+        moe = layer(router).eval()
+        x = torch.randn(2, 6, 5).double()
+        wanted = moe(x)
+        with torch.inference_mode():
+            torch.testing.assert_close(moe(x), wanted)
+            assert moe.routings[0].metrics["load"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_activation_checkpointing(router):
+    moe = layer(router, 2)
+    x = torch.randn(4, 6, 5).double().requires_grad_()
+    results = []
+    for function in (moe, partial(torch.utils.checkpoint.checkpoint, moe, use_reentrant=False)):
+        torch.manual_seed(5)
+        results.append(gradients(function(x), [x, *moe.parameters()], 1.0))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_compile(router, training):
+    torch._dynamo.reset()
+    moe = layer(router, 2, features=(8, 16, 8), dtype=torch.float32).train(training)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 6, 8).requires_grad_()
+    inputs = [x, *moe.parameters()]
+    results = []
+    for function in (moe, compiled):
+        torch.manual_seed(5)
+        out = function(x)
+        loss = out.square().sum() + vr.aux_loss(moe)
+        results.append([out, vr.aux_loss(moe), *gradients(loss, inputs, 1.0)])
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert moe.routings[0].metrics["load"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("router", ["softmax_token_choice", "soft"])
+def test_compile_of_a_training_step(router):
+    """The auxiliary loss and a mask inside."""
+    torch._dynamo.reset()
+    moe = layer(router, dtype=torch.float32)
+    x = torch.randn(2, 6, 5)
+    mask = torch.rand(2, 6) > 0.3
+
+    def step(x, mask):
+        return moe(x, mask).square().sum() + vr.aux_loss(moe)
+
+    torch.manual_seed(5)
+    wanted = gradients(step(x, mask), list(moe.parameters()), 1.0)
+    torch.manual_seed(5)
+    loss = torch.compile(step, fullgraph=True, backend="aot_eager")(x, mask)
+    for got, want in zip(gradients(loss, list(moe.parameters()), 1.0), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_export(router):
+    moe = layer(router, dtype=torch.float32).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(moe, (torch.randn(4, 6, 5),), dynamic_shapes={"x": {0: batch}})
+    for size in (1, 4, 7):
+        x = torch.randn(size, 6, 5)
+        torch.testing.assert_close(program.module()(x), moe(x), atol=1e-6, rtol=0)
+
+
+# In timm's place
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_in_place_of_timms_mlp(router):
+    from timm.models.vision_transformer import Block
+
+    mlp = partial(vr.MoEMlp, num_experts=4, router=router, group_size=2)
+    block = Block(12, num_heads=3, mlp_ratio=2.0, qkv_bias=True, proj_drop=0.1, mlp_layer=mlp)
+    assert isinstance(block.mlp, vr.MoEMlp)
+    assert block.mlp.experts.w1.shape == (4, 12, 24)
+    assert block.mlp.experts.drop.p == 0.1
+    x = torch.randn(4, 9, 12).requires_grad_()
+    out = block(x)
+    assert out.shape == x.shape
+    (out.sum() + vr.aux_loss(block)).backward()
+    for parameter in block.mlp.parameters():
+        assert parameter.grad.isfinite().all()
+    block.eval()
+    inner = []
+    block.mlp.register_forward_hook(lambda module, args, out: inner.append((args[0], out)))
+    block(x)
+    ((tokens, mixed),) = inner
+    # timm's blocks hand their own activation over, GELU in its exact form.
+    wanted = einsum_form(block.mlp, block.mlp.routings[0], tokens, F.gelu)
+    torch.testing.assert_close(mixed, wanted)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((0,), {}, ValueError, "in_features.*>= 1.* 0"),
+        ((8.0,), {}, TypeError, "in_features.*int.*float"),
+        ((8, 0), {}, ValueError, "hidden_features.*>= 1.* 0"),
+        ((8, 16, "8"), {}, TypeError, "out_features.*int.*str"),
+        ((8,), {"num_experts": 0}, ValueError, "num_experts.*>= 1.* 0"),
+        ((8,), {"num_experts": 2.0}, TypeError, "num_experts.*int.*float"),
+        ((8,), {"group_size": 0}, ValueError, "group_size.*>= 1.* 0"),
+        ((8,), {"group_size": None}, TypeError, "group_size.*int.*NoneType"),
+        ((8,), {"router": "hash"}, ValueError, "'softmax_token_choice'.*'soft'.*'hash'"),
+        ((8,), {"router": "soft", "top_k": 2}, TypeError, "'soft'.*'top_k'.*slots_per_expert"),
+        ((8,), {"routr": "soft"}, TypeError, "'routr'"),
+        (
+            (8,),
+            {"router": "softmax_token_choice", "num_experts": 4, "top_k": 5},
+            ValueError,
+            r"top_k.*\[1, 4\].* 5",
+        ),
+        ((8,), {"router": "softmax_token_choice", "top_k": 0}, ValueError, r"top_k.* 0"),
+        (
+            (8,),
+            {"router": "softmax_expert_choice", "capacity_factor": 0.0},
+            ValueError,
+            "capacity_factor.*> 0.* 0",
+        ),
+        ((8,), {"norm_layer": torch.nn.LayerNorm}, ValueError, "norm_layer.*None"),
+    ],
+)
+def test_constructor_refuses(arguments, options, error, words):
+    with pytest.raises(error, match=words):
+        vr.MoEMlp(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "error", "words"),
+    [
+        (torch.zeros(6, 5), None, ValueError, r"x.*3 axes.*\[6, 5\]"),
+        (torch.zeros(4, 6, 7), None, ValueError, r"x.*5.*, 7\]"),
+        (torch.zeros(4, 6, 5).int(), None, TypeError, "x.*float.*int32"),
+        (torch.zeros(4, 6, 5).bfloat16(), None, TypeError, "x.*bfloat16|bfloat16.*x"),
+        (torch.zeros(4, 6, 5, device="meta"), None, ValueError, "x.*meta.*cpu"),
+        (None, None, TypeError, "x.*Tensor.*NoneType"),
+        (torch.zeros(4, 6, 5), torch.ones(5, 6).bool(), ValueError, r"mask.*\[4, 6\].*\[5, 6\]"),
+        (torch.zeros(4, 6, 5), torch.ones(6, 4).bool(), ValueError, r"mask.*\[4, 6\].*\[6, 4\]"),
+        (torch.zeros(4, 6, 5), torch.ones(4, 5).bool(), ValueError, r"mask.*\[4, 6\].*\[4, 5\]"),
+        (torch.zeros(4, 6, 5), torch.ones(4, 6, 1).bool(), ValueError, r"mask.*\[4, 6, 1\]"),
+        (torch.zeros(4, 6, 5), torch.ones(4, 6), TypeError, "mask.*bool.*float32"),
+        (torch.zeros(4, 6, 5), [True], TypeError, "mask.*Tensor.*list"),
+        (
+            torch.zeros(4, 6, 5),
+            torch.ones(4, 6, device="meta").bool(),
+            ValueError,
+            "mask.*meta.*cpu",
+        ),
+    ],
+    ids=range(13),
+)
+@pytest.mark.parametrize("router", ["softmax_token_choice", "softmax_expert_choice", "soft"])
+def test_forward_refuses(router, x, mask, error, words):
+    moe = layer(router, 2, dtype=torch.float32)
+    good = torch.randn(4, 6, 5)
+    moe(good)
+    routings = moe.routings
+    before = copy.deepcopy(moe.state_dict())
+    with pytest.raises(error, match=words):
+        moe(x, mask)
+    assert moe.routings is routings, "an error leaves the last routing"
+    assert all(torch.equal(value, before[key]) for key, value in moe.state_dict().items())

@@ -1,0 +1,7 @@
+"""The study: a dense ViT and the six routers, head to head on real images."""
+
+from vmoe_routers.study.settings import Settings
+from vmoe_routers.study.study import run_study
+from vmoe_routers.study.variants import Variant, variants
+
+__all__ = ["Settings", "Variant", "run_study", "variants"]

@@ -1,0 +1,176 @@
+"""The study's figures, from the records of its runs.
+
+Every figure has a `<figure>_data` function, which gives the numbers as a list of dicts, and a
+function that draws just those. Figures are `matplotlib.figure.Figure` objects: nothing here
+touches pyplot or a display.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from vmoe_routers.study import plots
+from vmoe_routers.study.plots import Data
+from vmoe_routers.study.summary import Run, by_variant, stat, summarise, summarise_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure of the study: `name` for its files, `title` and `caption` for the report."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    data: Data
+
+
+def draw(runs: Sequence[Run]) -> list[Drawing]:
+    """Every figure that the runs have numbers for, in the order of the report."""
+    found = []
+    for name, title, caption, collect, paint in _FIGURES:
+        data = collect(runs)
+        if data:
+            found.append(Drawing(name, title, caption, paint(data), data))
+    return found
+
+
+def save(folder: Path | str, name: str, figure: Figure, data: Data) -> Path:
+    """Writes `name.png` and, beside it, the drawn numbers as `name.csv`; returns the picture's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(data[0]) if data else [])
+        writer.writeheader()
+        writer.writerows(data)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def save_all(folder: Path | str, runs: Sequence[Run]) -> list[Path]:
+    """Draws and saves every figure that the runs have numbers for; returns the pictures' paths."""
+    return [save(folder, drawing.name, drawing.figure, drawing.data) for drawing in draw(runs)]
+
+
+def figure_1(runs: Sequence[Run]) -> Figure | None:
+    """Training time against validation accuracy and loss; None without runs."""
+    return _paint(figure_1_data(runs), plots.paint_figure_1)
+
+
+def figure_2(runs: Sequence[Run]) -> Figure | None:
+    """Training time against 10-shot transfer accuracy; None where no run has it."""
+    return _paint(figure_2_data(runs), plots.paint_figure_2)
+
+
+def figure_3(runs: Sequence[Run]) -> Figure | None:
+    """Sinkhorn Token Choice over the epochs, softmax against plan combine; None where no run is of it."""
+    return _paint(figure_3_data(runs), plots.paint_figure_3)
+
+
+def figure_load(runs: Sequence[Run]) -> Figure | None:
+    """Load of the experts of every MoE layer, from the most to the least loaded; None without MoE layers."""
+    return _paint(figure_load_data(runs), plots.paint_figure_load)
+
+
+def _paint(data: Data, paint: Callable[[Data], Figure]) -> Figure | None:
+    return paint(data) if data else None
+
+
+def figure_1_data(runs: Iterable[Run]) -> Data:
+    """One dict per variant: seconds of training, accuracy in 0..1 and loss, with standard errors."""
+    return [
+        _point(row, train_seconds=row.train_seconds, accuracy=row.accuracy, loss=row.loss) for row in summarise(runs)
+    ]
+
+
+def figure_2_data(runs: Iterable[Run]) -> Data:
+    """One dict per variant that has it: seconds of training and transfer accuracy, with standard errors."""
+    runs = [run for run in runs if run["transfer"]]
+    names = {run["variant"]["name"]: run["transfer"]["data"] for run in runs}
+    return [
+        _point(row, data=names[row.name], train_seconds=row.train_seconds, transfer_accuracy=row.transfer)
+        for row in summarise(runs)
+    ]
+
+
+def _point(row: Any, **values: Any) -> dict[str, Any]:
+    keys = ("name", "label", "router", "top_k", "combine", "capacity_factor", "seeds")
+    point = {key: getattr(row, key) for key in keys}
+    for key, value in values.items():
+        if isinstance(value, tuple):
+            point |= {key: value[0], f"{key}_error": value[1]}
+        else:
+            point[key] = value
+    return point
+
+
+def figure_3_data(runs: Iterable[Run]) -> Data:
+    """One dict per variant of Sinkhorn Token Choice and epoch: accuracy in 0..1 and loss, with standard errors."""
+    data = []
+    for group in by_variant(runs):
+        variant = group[0]["variant"]
+        if variant["router"] != "sinkhorn_token_choice":
+            continue
+        # Up to the epoch that every seed has reached: a mean over fewer would make a step in the curve.
+        for epochs in zip(*(run["epochs"] for run in group), strict=False):
+            keys = ("name", "label", "top_k", "combine", "capacity_factor")
+            point = {key: variant[key] for key in keys} | {"seeds": len(group), "epoch": epochs[0]["epoch"]}
+            for key in ("accuracy", "loss"):
+                mean, error = stat(epoch[key] for epoch in epochs)
+                point |= {key: mean, f"{key}_error": error}
+            data.append(point)
+    return data
+
+
+def figure_load_data(runs: Iterable[Run]) -> Data:
+    """One dict per variant, MoE layer and rank: mean tokens per image, and these over the even share."""
+    data = []
+    for row in summarise_layers(runs):
+        layer = {"name": row.name, "label": row.label, "router": row.router, "block": row.block}
+        even = math.fsum(row.load) / len(row.load)
+        for rank, load in enumerate(row.load, start=1):
+            data.append(layer | {"rank": rank, "load": load, "relative_load": load / even if even else 0.0})
+    return data
+
+
+_FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[Data], Figure]], ...] = (
+    (
+        "figure_1",
+        "Figure 1. Training time against validation accuracy and loss",
+        "One point per variant: mean over seeds after the last epoch, bars are standard errors. Shape and colour are "
+        "the router, white inside is K = 1, a dot is plan-valued combine, size is the capacity factor. Good is to the "
+        "left, and up in accuracy, down in loss.",
+        figure_1_data,
+        plots.paint_figure_1,
+    ),
+    (
+        "figure_2",
+        "Figure 2. Training time against 10-shot transfer accuracy",
+        "Ridge regression on frozen features, ten images a class of another data set. Marks as in Figure 1.",
+        figure_2_data,
+        plots.paint_figure_2,
+    ),
+    (
+        "figure_3",
+        "Figure 3. Sinkhorn Token Choice: softmax against plan-valued combine",
+        "Mean over seeds with a band of one standard error. The first quarter of the epochs may lie outside the frame.",
+        figure_3_data,
+        plots.paint_figure_3,
+    ),
+    (
+        "figure_load",
+        "Load of the experts",
+        "Tokens that each expert took on the validation set, over the even share (dotted); experts sorted by load in "
+        "every seed, then the mean over seeds. One line per MoE layer, later blocks darker.",
+        figure_load_data,
+        plots.paint_figure_load,
+    ),
+)

@@ -1,0 +1,231 @@
+"""How the study's figures are drawn, from the numbers that `vmoe_routers.study.figures` collects."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+Data = list[dict[str, Any]]
+
+
+class Style(NamedTuple):
+    """How a router looks in every figure."""
+
+    title: str
+    marker: str
+    color: str
+
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; the marker says the same again.
+STYLES: dict[str | None, Style] = {
+    None: Style("Dense ViT", "*", "#222222"),
+    "softmax_token_choice": Style("Softmax Token Choice", "o", "#0072B2"),
+    "sinkhorn_token_choice": Style("Sinkhorn Token Choice", "s", "#56B4E9"),
+    "softmax_expert_choice": Style("Softmax Expert Choice", "^", "#D55E00"),
+    "sinkhorn_expert_choice": Style("Sinkhorn Expert Choice", "v", "#E69F00"),
+    "sparsity_constrained_expert_choice": Style("Sparsity-constrained Expert Choice", "D", "#CC79A7"),
+    "soft": Style("Soft MoE", "p", "#009E73"),
+}
+_K_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_GRID = {"color": "#e6e6e6", "linewidth": 0.8}
+
+
+def style(router: str | None) -> Style:
+    """The router's style; grey for a router of somebody's own."""
+    return STYLES.get(router) or Style(str(router), "h", "#888888")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, with air around the panels."""
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.03)
+    return figure
+
+
+def paint_figure_1(data: Data) -> Figure:
+    """Training time against validation accuracy and loss."""
+    panels = [("accuracy", "validation accuracy (%)", 100.0), ("loss", "validation loss (nats)", 1.0)]
+    return _scatter(data, panels)
+
+
+def paint_figure_2(data: Data) -> Figure:
+    """Training time against 10-shot transfer accuracy."""
+    label = f"10-shot accuracy on {', '.join(sorted({point['data'] for point in data}))} (%)"
+    return _scatter(data, [("transfer_accuracy", label, 100.0)])
+
+
+def _scatter(data: Data, panels: list[tuple[str, str, float]]) -> Figure:
+    """Training time against each panel's (key, label, scale); the legend stands under the panels."""
+    figure = _figure(11.5 if len(panels) > 1 else 8.5, 6.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    kinds: dict[tuple, list[dict[str, Any]]] = {}
+    for point in data:
+        kinds.setdefault((point["router"], point["top_k"], point["combine"] == "plan"), []).append(point)
+    for ax, (key, label, scale) in zip(axes, panels, strict=True):
+        for kind, points in kinds.items():
+            _draw_kind(ax, kind, points, key, scale)
+        ax.set_xlabel("training time (s)")
+        ax.set_ylabel(label, parse_math=False)
+        ax.grid(**_GRID)
+        ax.set_axisbelow(True)
+        ax.margins(0.08)
+        ax.spines[["top", "right"]].set_visible(False)
+    _scatter_legend(figure, data, list(kinds), columns=3 if len(panels) > 1 else 2)
+    return figure
+
+
+def _draw_kind(ax: Axes, kind: tuple, points: Data, key: str, scale: float) -> None:
+    """The points of one router, K and combine; a thin line joins its capacities."""
+    color = style(kind[0]).color
+    x = [point["train_seconds"] for point in points]
+    y = [point[key] * scale for point in points]
+    x_error = [point["train_seconds_error"] or 0.0 for point in points]
+    y_error = [(point[f"{key}_error"] or 0.0) * scale for point in points]
+    ax.errorbar(x, y, y_error, x_error, fmt="none", ecolor=color, elinewidth=1.0, alpha=0.7, zorder=2)
+    if len(points) > 1:
+        ax.plot(x, y, color=color, linewidth=0.8, alpha=0.5, zorder=1)
+    for point, at_x, at_y in zip(points, x, y, strict=True):
+        for artist in _markers(kind, _size(point["capacity_factor"])):
+            artist.set_data([at_x], [at_y])
+            artist.set_zorder(3)
+            ax.add_line(artist)
+        artist.set_gid(point["name"])
+    ax.autoscale_view()
+
+
+def _size(capacity_factor: float | None) -> float:
+    """Marker diameter in points: area goes by capacity factor, within what can be seen and told apart."""
+    return 9.0 * math.sqrt(min(max(capacity_factor or 1.0, 0.2), 5.0))
+
+
+def _markers(kind: tuple, size: float) -> tuple[Line2D, ...]:
+    """The artists of one point: shape and colour for the router, white inside for K = 1, a dot for the plan."""
+    router, top_k, plan = kind
+    look = style(router)
+    size *= 1.5 if look.marker == "*" else 0.85 if look.marker in "Ds" else 1.0
+    face = "white" if top_k == 1 else look.color
+    fill: Any = "bottom" if top_k is not None and top_k > 2 else "full"
+    common: dict[str, Any] = {"linestyle": "none", "markeredgewidth": 1.6, "fillstyle": fill}
+    marker = Line2D([], [], marker=look.marker, color=look.color, markersize=size, markerfacecolor=face, **common)
+    if not plan:
+        return (marker,)
+    dot = Line2D([], [], marker="o", color="#222222", markersize=0.4 * size, linestyle="none", markeredgewidth=0)
+    return (marker, dot)
+
+
+def _scatter_legend(figure: Figure, data: Data, kinds: list[tuple], columns: int) -> None:
+    handles: list[Any] = []  # tuples of artists, which HandlerTuple draws over one another
+    labels = []
+    for router, top_k, plan in kinds:
+        handles.append(_markers((router, top_k, plan), _size(1.0)))
+        labels.append(style(router).title + (f", K = {top_k}" if top_k else "") + (", plan combine" if plan else ""))
+    for capacity in sorted({point["capacity_factor"] for point in data} - {None}):
+        grey = {"color": "#999999", "linestyle": "none", "markeredgewidth": 0}
+        handles.append((Line2D([], [], marker="o", markersize=_size(capacity), **grey),))
+        labels.append(f"size: capacity factor {capacity:g}")
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        handler_map={tuple: HandlerTuple(ndivide=1)},
+    )
+
+
+def paint_figure_3(data: Data) -> Figure:
+    """A row of two panels per capacity factor; colour is K, line style is what weighs in combine."""
+    capacities = sorted({point["capacity_factor"] or 1.0 for point in data})
+    figure = _figure(11.5, 1.2 + 3.9 * len(capacities))
+    grid = figure.subplots(len(capacities), 2, squeeze=False, sharex=True)
+    top_ks = sorted({point["top_k"] or 1 for point in data})
+    legend: dict[str, Line2D] = {}
+    for capacity, axes in zip(capacities, grid, strict=True):
+        here = [point for point in data if (point["capacity_factor"] or 1.0) == capacity]
+        curves: dict[str, Data] = {}
+        for point in here:
+            curves.setdefault(point["name"], []).append(point)
+        for ax, (key, label, scale) in zip(
+            axes, [("accuracy", "validation accuracy (%)", 100.0), ("loss", "validation loss (nats)", 1.0)], strict=True
+        ):
+            for curve in curves.values():
+                top_k, plan = curve[0]["top_k"] or 1, curve[0]["combine"] == "plan"
+                color = _K_COLORS[top_ks.index(top_k) % len(_K_COLORS)]
+                line = _draw_curve(ax, curve, key, scale, color, "--" if plan else "-")
+                legend[f"K = {top_k}, {'plan' if plan else 'softmax'} combine"] = line
+            _frame_late_epochs(ax, list(curves.values()), key, scale)
+            ax.set_ylabel(label)
+            ax.grid(**_GRID)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if len(capacities) > 1:
+                ax.set_title(f"capacity factor {capacity:g}", fontsize=10)
+    for ax in grid[-1]:
+        ax.set_xlabel("epoch")
+    figure.legend(
+        legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9, handlelength=3
+    )
+    return figure
+
+
+def _draw_curve(ax: Axes, curve: Data, key: str, scale: float, color: str, linestyle: str) -> Line2D:
+    epochs = [point["epoch"] for point in curve]
+    mean = [point[key] * scale for point in curve]
+    errors = [point[f"{key}_error"] for point in curve]
+    (line,) = ax.plot(epochs, mean, linestyle, color=color, linewidth=1.8, gid=curve[0]["name"])
+    if None not in errors:
+        low = [value - error * scale for value, error in zip(mean, errors, strict=True)]
+        high = [value + error * scale for value, error in zip(mean, errors, strict=True)]
+        ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    return line
+
+
+def _frame_late_epochs(ax: Axes, curves: list[Data], key: str, scale: float) -> None:
+    """Cuts the first quarter of the epochs off the y axis, where differences of the rest would vanish beside it."""
+    late = [point for curve in curves for point in curve[len(curve) // 4 :]]
+    values = [(point[key] + sign * (point[f"{key}_error"] or 0.0)) * scale for point in late for sign in (-1, 1)]
+    values = [value for value in values if math.isfinite(value)]
+    if values and max(values) > min(values):
+        margin = 0.05 * (max(values) - min(values))
+        ax.set_ylim(min(values) - margin, max(values) + margin)
+
+
+def paint_figure_load(data: Data) -> Figure:
+    """A small panel per variant, a line per MoE layer: load over the even share, later blocks darker."""
+    variants: dict[str, dict[int, Data]] = {}
+    for point in data:
+        variants.setdefault(point["name"], {}).setdefault(point["block"], []).append(point)
+    columns = min(4, len(variants))
+    rows = math.ceil(len(variants) / columns)
+    figure = _figure(2.8 * max(columns, 2), 0.6 + 2.0 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for ax in grid.flat[len(variants) :]:
+        ax.remove()
+    for ax, (name, blocks) in zip(grid.flat, variants.items(), strict=False):
+        _draw_load(ax, name, blocks)
+    grid[0, 0].set_ylim(bottom=0)  # last: the panels share the axis, and a limit stops it from growing
+    figure.supxlabel("expert, from most to least loaded", fontsize=10)
+    figure.supylabel("load / even share", fontsize=10)
+    return figure
+
+
+def _draw_load(ax: Axes, name: str, blocks: dict[int, Data]) -> None:
+    first = next(iter(blocks.values()))[0]
+    for place, (block, points) in enumerate(blocks.items(), start=1):
+        shade = {"color": style(first["router"]).color, "alpha": 0.2 + 0.8 * place / len(blocks)}
+        ranks, loads = ([point[key] for point in points] for key in ("rank", "relative_load"))
+        ax.plot(ranks, loads, marker="o", markersize=3, linewidth=1.5, gid=f"{name} {block}", **shade)
+    ax.axhline(1.0, color="#222222", linewidth=1.0, linestyle=":", zorder=1)
+    ax.set_title(first["label"].replace(" Choice, ", " Choice\n"), fontsize=8.5, parse_math=False)
+    ax.tick_params(labelsize=8)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.grid(**_GRID)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)

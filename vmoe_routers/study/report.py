@@ -1,0 +1,282 @@
+"""The study's report: one HTML file that holds everything, pictures and all, and loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmoe_routers.study import figures
+from vmoe_routers.study.summary import Row, Run, Stat, by_variant, loss, paired, stat, summarise, summarise_layers
+from vmoe_routers.study.tables import is_clear, results_table, routing_table
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 80rem; padding: 1.5rem 1.25rem 4rem; background: #fff; color: #1c2126;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0 .25rem; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem; border-bottom: 1px solid #d9dee3; }
+h3 { font-size: 1rem; margin: 0 0 .5rem; }
+p, li { max-width: 48rem; }
+p.lead, figcaption, .note { color: #57606a; font-size: .9rem; }
+ul { padding-left: 1.2rem; margin: .5rem 0; }
+code { font: .85em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: #f3f5f7; padding: .1em .35em;
+  border-radius: 3px; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .35rem 2rem; margin: .8rem 0; }
+dl div { display: flex; justify-content: space-between; gap: 1rem; font-size: .9rem;
+  border-bottom: 1px dotted #d9dee3; }
+dl div.long { grid-column: 1 / -1; }
+dl.wide { grid-template-columns: 1fr; max-width: 48rem; }
+dt { color: #57606a; white-space: nowrap; }
+dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .74rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .3rem; text-align: right; vertical-align: bottom; white-space: nowrap; }
+td, tbody th { vertical-align: middle; }
+th:first-child, td.name { text-align: left; }
+tbody th { font-weight: 500; white-space: normal; min-width: 9.5rem; }
+thead th { font-weight: 600; white-space: normal; }
+thead tr:last-child th { border-bottom: 1.5px solid #8b949e; }
+thead th small { display: block; font-weight: 400; color: #57606a; min-height: 1.3em; }
+th.group { text-align: center; font-weight: 400; color: #57606a; border-bottom: 1px solid #d9dee3; }
+tbody tr { border-bottom: 1px solid #eceff2; }
+tbody tr.first { border-top: 2px solid #d9dee3; }
+td.clear { font-weight: 700; }
+.key { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .45em; }
+figure { margin: 0 0 2.4rem; }
+figure img { display: block; max-width: 100%; height: auto; }
+figcaption { max-width: 48rem; margin-top: .4rem; }
+svg { display: block; margin-left: auto; }
+@media print {
+  @page { size: A4 landscape; margin: 12mm; }
+  html { font-size: 11px; }
+  body { max-width: none; padding: 0; font-size: 11px; }
+  h2 { break-after: avoid; }
+  figure, tr { break-inside: avoid; }
+  figure img { max-height: 140mm; width: auto; max-width: 100%; }
+  .scroll { overflow: visible; }
+  table { font-size: 7.5px; }
+}
+"""
+
+_READING = """
+<p>Every model has the same trunk, recipe, data order and augmentation; per seed the same trunk initialisation too. Only
+what stands in place of the MLP in the MoE blocks differs. Numbers are means over seeds after the last epoch, ± the
+standard error of the mean. <em>Minus dense</em> is the mean of the differences seed by seed, with a standard error of
+its own; <b>bold</b> where it is more than two of them from 0. <em>Slots</em> are the expert inputs really computed per
+image and MoE layer, for the dense ViT its tokens; <em>MLP FLOPs</em> those of MLPs, experts and routing in a forward
+pass. <em>Dropped</em> is the share of tokens that no expert took, <em>load CV</em> the standard deviation of the
+experts' load over its mean, <em>used</em> the share of slots that held a token.</p>
+<p>The limits: small models on small images for a short time, times as they were on the machine below. The results of
+<a href="https://arxiv.org/abs/2401.15969">the paper</a>, on JFT and ImageNet with 32 experts, are not reproduced
+here, and what wins here need not win there. Two standard errors over a few seeds are a rough yardstick and there are
+many comparisons: some that look clear will be chance. These are the results as they came, whether or not they agree
+with the paper.</p>
+"""
+
+
+def write_report(
+    folder: Path | str, runs: Sequence[Run], settings: Mapping[str, Any], machine: Mapping[str, Any]
+) -> Path:
+    """Writes `report.html` and, beside it, every figure of it as PNG and CSV.
+
+    Args:
+        folder: where to write; made if it is not there.
+        runs: the records of the runs.
+        settings: what was asked for, by name; "command", if there, is what the user typed
+            (default: this process's arguments).
+        machine: as `machine_description` gives it.
+
+    Returns:
+        The report's path.
+    """
+    settings = dict(settings)
+    command = settings.pop("command", None) or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    rows = summarise(runs)
+    when = f"; {escape(str(machine['date']))}" if "date" in machine else ""
+    seeds = max((row.seeds for row in rows), default=0)
+    body = [
+        "<h1>Routers in vision mixtures of experts, head to head</h1>",
+        f'<p class="lead">{_count(len(rows), "model")}, {_count(len(runs), "run")}, {_count(seeds, "seed")}'
+        f"{' each' if all(row.seeds == seeds for row in rows) else ' at most'}{when}</p>",
+        "<h2>What was run</h2>",
+        f"<p><code>{escape(str(command))}</code></p>",
+        _definitions(settings),
+        "<h2>How to read this, and how far it goes</h2>",
+        _READING,
+        "<h2>In short</h2>",
+        _list(findings(runs)),
+        "<h2>Results</h2>",
+        results_table(rows),
+        "<h2>Figures</h2>",
+        *(_figure(folder, drawing) for drawing in figures.draw(runs)),
+        "<h2>Routing, layer by layer</h2>",
+        routing_table(summarise_layers(runs)),
+        "<h2>Machine and versions</h2>",
+        _definitions(machine, "wide"),
+    ]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Routers, head to head</title><style>{_STYLE}</style></head>\n<body>\n"
+    )
+    path = Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+    return path
+
+
+def findings(runs: Sequence[Run]) -> list[str]:
+    """What the numbers say, in sentences that claim no more than two paired standard errors allow."""
+    rows = [row for row in summarise(runs) if math.isfinite(row.loss.mean)]
+    if not rows:
+        return ["No run has a finite loss."]
+    lowest = min(rows, key=lambda row: row.loss.mean)
+    highest = max(rows, key=lambda row: row.accuracy.mean)
+    said = [
+        f"Lowest mean validation loss: {lowest.label}, {_pm(lowest.loss, '.3f')}. "
+        f"Highest mean accuracy: {highest.label}, {_pm(highest.accuracy, '.1f', 100)} %."
+    ]
+    if all(row.seeds == 1 for row in rows):
+        said.append("With one seed nothing says how much of a difference is chance; run more to know.")
+    else:
+        said += _compare(runs, rows, lowest)
+    steps = sorted((row for row in rows if row.router and row.step_ratio), key=lambda row: row.step_ratio or 0.0)
+    if steps:
+        first, last = steps[0], steps[-1]
+        said.append(
+            f"A training step took from {first.step_ratio:.2f} times the dense ViT's ({first.label}) "
+            f"to {last.step_ratio:.2f} times ({last.label})."
+        )
+    return said
+
+
+def _compare(runs: Sequence[Run], rows: list[Row], lowest: Row) -> list[str]:
+    """Which losses two standard errors tell apart: from the lowest, and from the dense ViT's."""
+    groups = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
+    differences = {row.label: paired(groups[row.name], groups[lowest.name], loss) for row in rows if row is not lowest}
+    close = [label for label, values in differences.items() if not (values and is_clear(stat(values)))]
+    said = []
+    # Labels have commas of their own.
+    if differences:
+        which = "; ".join(close) or "none"
+        said.append(f"Not told apart from the lowest loss (within two standard errors, seed by seed): {which}.")
+    against = {row.label: row.loss_difference for row in rows if row.loss_difference is not None}
+    if against:
+        clear = {label: value.mean for label, value in against.items() if is_clear(value)}
+        below = "; ".join(label for label, mean in clear.items() if mean < 0) or "none"
+        above = "; ".join(label for label, mean in clear.items() if mean > 0) or "none"
+        said.append(f"Loss below the dense ViT's by more than two standard errors: {below}. Above it: {above}.")
+        said.append(f"Not resolved against the dense ViT: {len(against) - len(clear)} of {len(against)}.")
+    return said
+
+
+def _figure(folder: Path | str, drawing: figures.Drawing) -> str:
+    """The figure, saved beside the report and inside it."""
+    path = figures.save(folder, drawing.name, drawing.figure, drawing.data)
+    data = base64.b64encode(path.read_bytes()).decode()
+    title = escape(drawing.title)
+    width = round(96 * drawing.figure.get_figwidth())  # CSS has 96 pixels to the inch
+    picture = f'<img alt="{title}" width="{width}" src="data:image/png;base64,{data}">'
+    return f"<figure><h3>{title}</h3>{picture}<figcaption>{escape(drawing.caption)}</figcaption></figure>"
+
+
+def _definitions(values: Mapping[str, Any], kind: str = "") -> str:
+    items = []
+    for key, value in values.items():
+        words = _words(value)
+        long = ' class="long"' if len(words) > 24 else ""
+        items.append(f"<div{long}><dt>{escape(str(key).replace('_', ' '))}</dt><dd>{escape(words)}</dd></div>")
+    return f'<dl class="{kind}">{"".join(items)}</dl>'
+
+
+def _list(sentences: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in sentences)}</ul>"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _words(value: Any) -> str:
+    """A setting's value for people."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_words(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_words, value)) or "none"
+    return str(value)
+
+
+def _pm(value: Stat, form: str, scale: float = 1.0) -> str:
+    error = "" if value.error is None else f" ± {value.error * scale:{form}}"
+    return f"{value.mean * scale:{form}}{error}"
+
+
+def machine_description() -> dict[str, str]:
+    """This machine and the versions that matter, in words; every key is there on every machine but the GPU's."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    found = {
+        "CPU": f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
+        "cores": f"{cores} used of {os.cpu_count()}",
+        "memory": _memory(),
+    }
+    if torch.cuda.is_available():
+        found["GPU"] = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+    return found | {
+        "system": _system(),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "vmoe_routers": _version("vmoe_routers"),
+        "timm": _version("timm"),
+        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return "unknown"
+
+
+def _system() -> str:
+    kernel = f"{platform.system()} {platform.release()} {platform.machine()}"
+    try:
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {kernel}"
+    except (OSError, KeyError):
+        return kernel
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,132 @@
+"""One run: a variant trained from a seed, and its record on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from vmoe_routers.moe import MoEMlp
+from vmoe_routers.study.cost import cost
+from vmoe_routers.study.settings import Settings
+from vmoe_routers.study.variants import Variant, build
+from vmoe_routers.training import Images, evaluate, few_shot_accuracy, train
+
+RECORD_VERSION = 1  # goes up when a record of the same settings would come out differently
+
+
+def record_path(settings: Settings, variant: Variant, seed: int) -> Path:
+    """Where a run's record lies: its name holds a hash of all that the result depends on."""
+    # Only what a run depends on: other routers, more seeds or another place change nothing in it.
+    others = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "seeds", "workers")
+    of_run = {key: value for key, value in asdict(settings).items() if key not in others}
+    text = json.dumps([RECORD_VERSION, of_run, asdict(variant), seed], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return settings.output / "runs" / f"{variant.name}-seed{seed}-{digest}.json"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A finished run's record, or None."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Writes a record whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(path)
+
+
+def run(
+    settings: Settings,
+    variant: Variant,
+    seed: int,
+    data: Images,
+    transfer: Images | None,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Trains a variant from a seed and measures it; the record as in `vmoe_routers.study.summary`."""
+    model = build(variant, settings, data, seed)
+    # The largest share of the test images in whole groups at once.
+    batch = max(settings.group_size, 512 // settings.group_size * settings.group_size)
+    epochs: list[dict[str, float]] = []
+
+    def after(epoch) -> None:
+        accuracy, loss = evaluate(model, data.test_images, data.test_labels, batch)
+        epochs.append({**asdict(epoch), "accuracy": accuracy, "loss": loss})
+        on_epoch()
+
+    durations = train(model, data, settings.recipe(seed), after)
+    statistics_of = _LayerStatistics(model)
+    evaluate(model, data.test_images, data.test_labels, batch, statistics_of.add)
+    return {
+        "variant": variant.describe(),
+        "seed": seed,
+        "epochs": epochs,
+        "train_seconds": epochs[-1]["seconds"],
+        "step_ms": 1e3 * statistics.median(durations),
+        "cost": cost(model),
+        "layers": statistics_of.means(),
+        "transfer": None if transfer is None else _transfer(model, transfer, batch, seed),
+    }
+
+
+class _LayerStatistics:
+    """The MoE layers' metrics, averaged over the images of the batches."""
+
+    def __init__(self, model: VisionTransformer):
+        self.layers = [(i, b.mlp) for i, b in enumerate(model.blocks) if isinstance(b.mlp, MoEMlp)]
+        self.images = 0
+        self.sums: list[dict[str, Tensor]] = [{} for _ in self.layers]
+
+    def add(self, images: int) -> None:
+        """Adds the batch that the layers have just seen."""
+        self.images += images
+        for (_, layer), sums in zip(self.layers, self.sums, strict=True):
+            # In eval the last group may be smaller and have a routing of its own.
+            total = sum(routing.num_groups * routing.num_tokens for routing in layer.routings)
+            for routing in layer.routings:
+                share = images * routing.num_groups * routing.num_tokens / total
+                for name, value in routing.metrics.items():
+                    value = value.sum(0).double() if name == "load" else value.double() * share
+                    sums[name] = sums[name] + value if name in sums else value
+
+    def means(self) -> list[dict[str, Any]]:
+        """One dict a layer: loads per image, of all images, and the means of the other metrics."""
+        layers = []
+        for (block, _), sums in zip(self.layers, self.sums, strict=True):
+            load = sums["load"] / self.images
+            layer = {name: float(value / self.images) for name, value in sums.items() if name != "load"}
+            layer["load_cv"] = float(load.std(correction=0) / load.mean())
+            layer["dead_experts"] = int((load == 0).sum())
+            layers.append({"block": block, "load": load.tolist(), **layer})
+        return layers
+
+
+@torch.no_grad()
+def _transfer(model: VisionTransformer, data: Images, batch: int, seed: int) -> dict[str, Any]:
+    """10-shot accuracy of a probe on the features before the head."""
+    model.eval()
+    device = next(model.parameters()).device
+
+    def features(images: Tensor) -> Tensor:
+        parts = [model.forward_head(model.forward_features(x.to(device)), pre_logits=True) for x in images.split(batch)]
+        return torch.cat(parts).cpu()
+
+    accuracy = few_shot_accuracy(
+        features(data.train_images), data.train_labels, features(data.test_images), data.test_labels, seed=seed
+    )
+    return {"data": data.name, "accuracy": accuracy}

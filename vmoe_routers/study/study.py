@@ -1,0 +1,159 @@
+"""Runs a study: what is missing, then table, figures and report."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import queue
+import signal
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vmoe_routers.study import report, summary
+from vmoe_routers.study.runs import read_record, record_path, run, write_record
+from vmoe_routers.study.settings import Settings
+from vmoe_routers.study.variants import Variant, build, variants
+from vmoe_routers.training import Images, load
+from vmoe_routers.training.data import fit
+
+Job = tuple[Variant, int]
+
+
+def run_study(settings: Settings, console: Console | None = None) -> Path:
+    """Runs what has no record yet, then writes table, figures and report.
+
+    Records lie in ``settings.output / "runs"``, one a run: interrupted, a study goes on
+    where it stopped.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        ValueError: settings or data that do not fit; in words for the user.
+        KeyboardInterrupt: interrupted; what is finished is kept.
+    """
+    console = console or Console()
+    data = _load(settings)[0]
+    found = variants(settings)
+    for variant in found:
+        build(variant, settings, data, seed=0)  # says now what does not fit, not in a worker
+    if len(data.train_labels) < settings.batch_size:
+        raise ValueError(f"{len(data.train_labels)} training images are less than one batch of {settings.batch_size}")
+    # Seed by seed: an interrupted study has whole comparisons.
+    jobs = [(variant, seed) for seed in range(settings.seeds) for variant in found]
+    missing = [job for job in jobs if read_record(record_path(settings, *job)) is None]
+    console.print(
+        f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test images of "
+        f"{data.size} x {data.size}, {data.num_classes} classes; {len(found)} models x {settings.seeds} seeds, "
+        f"{len(jobs) - len(missing)} of {len(jobs)} runs done before"
+    )
+    if missing:
+        _run_all(settings, missing, console)
+    records = [record for job in jobs if (record := read_record(record_path(settings, *job)))]
+    return _write(settings, data, records, console)
+
+
+def _load(settings: Settings) -> tuple[Images, Images | None]:
+    data = load(settings.data, image_size=settings.image_size, max_images=settings.max_images)
+    if settings.transfer_data is None:
+        return data, None
+    transfer = load(settings.transfer_data, max_images=settings.max_images)
+    return data, fit(transfer, data.size, data.channels)
+
+
+def _run_all(settings: Settings, jobs: list[Job], console: Console) -> None:
+    """Runs the jobs side by side, a thread each: models this small gain nothing from more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = settings.workers or (cores if settings.device == "cpu" else 1)
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        finished = manager.Queue()
+        executor = ProcessPoolExecutor(
+            min(workers, len(jobs)), context, initializer=_start_worker, initargs=(settings, finished)
+        )
+        try:
+            with _progress(console) as progress:
+                task = progress.add_task("training", total=len(jobs) * settings.epochs)
+                futures = [executor.submit(_work, job) for job in jobs]
+                _watch(futures, finished, lambda: progress.advance(task), progress.console)
+        except KeyboardInterrupt:
+            console.print("interrupted; what is finished is kept, and the same command goes on from there")
+            raise
+        finally:
+            for process in list((executor._processes or {}).values()):
+                process.terminate()
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _watch(futures: list[Future], finished: Any, advance: Any, console: Console) -> None:
+    """Shows epochs as they end and runs as they finish, until all have."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+        while True:
+            try:
+                finished.get_nowait()
+            except queue.Empty:
+                break
+            advance()
+        for future in done:
+            record = future.result()
+            last = record["epochs"][-1]
+            console.print(
+                f"  {record['variant']['label']:<42} seed {record['seed']}   accuracy {last['accuracy']:.3f}   "
+                f"loss {last['loss']:.3f}   {record['train_seconds']:5.1f} s",
+                highlight=False,
+            )
+
+
+def _start_worker(settings: Settings, finished: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
+    _worker_state().update(settings=settings, finished=finished, data=_load(settings))
+
+
+@cache
+def _worker_state() -> dict[str, Any]:
+    """What a worker process keeps between its runs."""
+    return {}
+
+
+def _work(job: Job) -> dict[str, Any]:
+    state = _worker_state()
+    variant, seed = job
+    settings, (data, transfer) = state["settings"], state["data"]
+    record = run(settings, variant, seed, data, transfer, lambda: state["finished"].put(None))
+    write_record(record_path(settings, variant, seed), record)
+    return record
+
+
+def _write(settings: Settings, data: Images, records: list[dict[str, Any]], console: Console) -> Path:
+    """Table, figures and report of the records."""
+    rows = summary.summarise(records)
+    summary.print_table(rows, console)
+    summary.write_csv(rows, settings.output / "table.csv")
+    described = json.loads(json.dumps({**asdict(settings), "data": data.name}, default=str))
+    path = report.write_report(settings.output, records, described, report.machine_description())
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    return path

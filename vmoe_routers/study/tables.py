@@ -1,0 +1,91 @@
+"""The report's tables, as HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from vmoe_routers.study.plots import style
+from vmoe_routers.study.summary import LayerRow, Row, Stat, shown_columns
+
+
+def is_clear(difference: Stat | None) -> bool:
+    """Whether a difference is more than two standard errors away from 0; never with one seed."""
+    return difference is not None and difference.error is not None and abs(difference.mean) > 2 * difference.error
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    """The table of `vmoe_routers.study.summary.COLUMNS` as HTML; clear differences to dense have class "clear"."""
+    columns = shown_columns(rows)
+    groups: dict[str, int] = {}
+    for column in columns:
+        groups[column.group] = groups.get(column.group, 0) + 1
+    lines = ["<table><thead><tr><th></th>"]
+    lines += [f'<th class="group" colspan="{count}">{escape(group)}</th>' for group, count in groups.items()]
+    lines += ["</tr><tr><th>variant</th>"]
+    lines += [f"<th>{escape(column.title)}<small>{escape(column.unit)}</small></th>" for column in columns]
+    lines += ["</tr></thead><tbody>"]
+    for row in rows:
+        cells = [f"<tr><th>{_key(row.router)}{escape(row.label)}</th>"]
+        for column in columns:
+            clear = column.key.endswith("_difference") and is_clear(getattr(row, column.key))
+            cells.append(f"<td{' class=clear' if clear else ''}>{escape(column.text(row)).replace('±', ' ±')}</td>")
+        lines.append("".join(cells) + "</tr>")
+    return _scroll(lines)
+
+
+def routing_table(rows: Sequence[LayerRow]) -> str:
+    """The routing statistics, a line per variant and MoE layer, with the load as small bars."""
+    if not rows:
+        return "<p>No run has a MoE layer.</p>"
+    fields = [
+        ("utilisation", "slots used", "%", ".0f", 100.0),
+        ("load_cv", "load CV", "", ".2f", 1.0),
+        ("dropped", "dropped", "%", ".1f", 100.0),
+        ("entropy", "entropy", "nats", ".2f", 1.0),
+        ("dead_experts", "dead", "experts", ".1f", 1.0),
+    ]
+    lines = ["<table><thead><tr><th>variant</th><th>block</th><th>load<small>per expert</small></th>"]
+    lines += [f"<th>{title}<small>{unit}</small></th>" for _, title, unit, _, _ in fields]
+    lines += ["</tr></thead><tbody>"]
+    before = None
+    for row in rows:
+        named = f"{_key(row.router)}{escape(row.label)}" if row.name != before else ""
+        cells = [f"<td>{row.block}</td><td>{_bars(row.load, style(row.router).color)}</td>"]
+        for key, _, _, form, scale in fields:
+            value = getattr(row, key)
+            cells.append(f"<td>{'-' if value is None else format(value * scale, form)}</td>")
+        lines.append(f"<tr{' class=first' if named else ''}><th>{named}</th>{''.join(cells)}</tr>")
+        before = row.name
+    note = (
+        '<p class="note">Means over seeds on the validation set. Bars: load of the experts from the most to the least '
+        "loaded, sorted in every seed; the line is the even share, and the full height twice that.</p>"
+    )
+    return note + _scroll(lines)
+
+
+def _bars(load: Sequence[float], color: str) -> str:
+    """A bar per expert, as SVG; a bar above twice the even share is cut at the top."""
+    even = math.fsum(load) / len(load) or 1.0
+    wide, high = max(2, min(9, 180 // len(load))), 28
+    bars = []
+    for place, value in enumerate(load):
+        height = high * min(value / even / 2, 1.0) if math.isfinite(value) else 0.0
+        box = f'x="{place * wide}" y="{high - height:.1f}" width="{wide - 1}" height="{height:.1f}"'
+        bars.append(f"<rect {box}><title>{value:.2f} tokens per image</title></rect>")
+    width = len(load) * wide
+    line = f'<path d="M0 {high / 2}H{width}" stroke="#1c2126" stroke-width=".7" stroke-dasharray="2 2"/>'
+    return (
+        f'<svg width="{width}" height="{high}" fill="{color}" role="img" aria-label="load">{"".join(bars)}{line}</svg>'
+    )
+
+
+def _key(router: str | None) -> str:
+    """The router's colour in the figures."""
+    return f'<span class="key" style="background:{style(router).color}"></span>'
+
+
+def _scroll(lines: list[str]) -> str:
+    """The table of these lines, in a box that scrolls where the window is too narrow for it."""
+    return "\n".join(['<div class="scroll">', *lines, "</tbody></table></div>"])

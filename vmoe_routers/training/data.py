@@ -1,0 +1,189 @@
+"""Small image data sets as tensors: digits, IDX files, folders of images."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that cannot be read, in words that say what to do."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A classification data set in memory.
+
+    Attributes:
+        name: for tables and reports.
+        train_images, test_images: [N, channels, height, width] float32 in [0, 1], square.
+        train_labels, test_labels: [N] int64, in [0, num_classes).
+        num_classes: at least 2.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_classes: int
+
+    @property
+    def size(self) -> int:
+        """Height and width of an image, in pixels."""
+        return self.train_images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for colour."""
+        return self.train_images.shape[1]
+
+
+def load(data: str, *, image_size: int | None = None, max_images: int | None = None) -> Images:
+    """Reads a data set.
+
+    Args:
+        data: "digits" (scikit-learn's 1,797 handwritten digits of 8 x 8 pixels); a folder
+            with IDX files such as train-images-idx3-ubyte.gz (MNIST, Fashion-MNIST); or a
+            folder of images by class, with train/ and val/ (or test/) inside.
+        image_size: resize to this height and width; None keeps them (folders of images: 32).
+        max_images: at most so many training images and as many for testing, the first of each.
+
+    Raises:
+        DataError: nothing there, or nothing that can be read.
+    """
+    folder = Path(data)
+    if data == "digits":
+        images = _load_digits()
+    elif not folder.is_dir():
+        raise DataError(f"no folder {data!r}: --data takes 'digits', a folder with IDX files, or a folder with train/")
+    elif (folder / "train").is_dir():
+        images = _load_image_folder(folder, image_size or 32, max_images)
+    else:
+        images = _load_idx_folder(folder)
+    if max_images is not None:
+        images = replace(
+            images,
+            train_images=images.train_images[:max_images],
+            train_labels=images.train_labels[:max_images],
+            test_images=images.test_images[:max_images],
+            test_labels=images.test_labels[:max_images],
+        )
+    return fit(images, image_size or images.size, images.channels)
+
+
+def fit(images: Images, size: int, channels: int) -> Images:
+    """The same images at another size and number of channels."""
+    return replace(
+        images,
+        train_images=_fit(images.train_images, size, channels),
+        test_images=_fit(images.test_images, size, channels),
+    )
+
+
+def _fit(x: Tensor, size: int, channels: int) -> Tensor:
+    if x.shape[-2:] != (size, size):
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+    if x.shape[1] != channels:
+        x = x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    return x.contiguous()
+
+
+def _load_digits() -> Images:
+    from sklearn.datasets import load_digits
+
+    pixels, target = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(target)
+    # They lie in the order of the writers: shuffled once, the same for everybody.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1437], order[1437:]
+    return Images("digits", images[train], labels[train], images[test], labels[test], 10)
+
+
+def _load_idx_folder(folder: Path) -> Images:
+    train_images, train_labels, test_images, test_labels = (
+        read_idx(_find_idx(folder, f"{part}-ubyte"))
+        for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    )
+    for images, labels, which in ((train_images, train_labels, "train"), (test_images, test_labels, "t10k")):
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(images):
+            raise DataError(
+                f"{folder}: the {which} files do not fit: images {list(images.shape)}, labels {list(labels.shape)}"
+            )
+    return Images(
+        folder.name,
+        train_images.unsqueeze(1).float() / 255,
+        train_labels.long(),
+        test_images.unsqueeze(1).float() / 255,
+        test_labels.long(),
+        int(max(train_labels.max(), test_labels.max())) + 1,
+    )
+
+
+def _find_idx(folder: Path, stem: str) -> Path:
+    for path in (folder / stem, folder / f"{stem}.gz"):
+        if path.is_file():
+            return path
+    raise DataError(f"{folder}: no {stem} or {stem}.gz, and no train/ folder either")
+
+
+def read_idx(path: Path) -> Tensor:
+    """A file in the IDX format of MNIST, plain or gzipped: a uint8 tensor of its shape.
+
+    Raises:
+        DataError: not an IDX file of bytes, or one of another length than its header says.
+    """
+    opener: Callable = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            raw = file.read()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise DataError(f"{path}: not an IDX file of bytes (it begins with {raw[:4].hex() or 'nothing'})")
+    axes = raw[3]
+    start = 4 + 4 * axes
+    shape = struct.unpack(f">{axes}I", raw[4:start]) if len(raw) >= start else ()
+    size = torch.Size(shape).numel()
+    if not shape or len(raw) - start != size:
+        raise DataError(f"{path}: its header says {list(shape)}, but {max(len(raw) - start, 0)} bytes follow")
+    # bytearray: torch warns of memory that it may not write to.
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[start:].view(shape)
+
+
+def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Images:
+    try:
+        from torchvision.datasets import ImageFolder
+        from torchvision.transforms import v2
+    except (ImportError, RuntimeError) as error:
+        # A torchvision that does not fit torch raises RuntimeError on import.
+        raise DataError(
+            f"folders of images need a torchvision that fits this torch: pip install torchvision ({error})"
+        ) from error
+    test_folder = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+    if test_folder is None:
+        raise DataError(f"{folder}: has train/ but neither val/ nor test/")
+    to_tensor = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    parts = []
+    for part in (folder / "train", test_folder):
+        try:
+            found = ImageFolder(str(part), transform=to_tensor)
+        except FileNotFoundError as error:
+            raise DataError(f"{part}: wanted a folder of images for every class: {error}") from error
+        # Evenly over the classes, which lie one after the other.
+        count = min(len(found), max_images or len(found))
+        chosen = torch.linspace(0, len(found) - 1, count).long().tolist()
+        pairs = [found[i] for i in chosen]
+        parts.append((torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs]), found.classes))
+    (train_images, train_labels, classes), (test_images, test_labels, test_classes) = parts
+    if classes != test_classes:
+        raise DataError(f"{folder}: train/ has the classes {classes}, {test_folder.name}/ has {test_classes}")
+    return Images(folder.name, train_images, train_labels, test_images, test_labels, len(classes))

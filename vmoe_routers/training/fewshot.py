@@ -1,0 +1,94 @@
+"""Few-shot transfer: a linear probe on frozen features, in closed form.
+
+As the authors' reference code measures it: ten examples a class, whitened by their
+mean and standard deviation, ridge regression on +-1 targets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+L2_REGULARISERS = tuple(2.0**i for i in range(-10, 20))
+BIAS = 100.0  # the constant feature, regularised like the rest
+
+
+def sample_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
+    """Indices of `shots` examples of every class, class by class: the first of a permutation each."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in range(int(labels.max()) + 1):
+        (members,) = np.nonzero(labels.numpy() == label)
+        chosen.append(torch.from_numpy(rng.permutation(members)[:shots]))
+    return torch.cat(chosen)
+
+
+def probe_seed(seed: int, sub_seed: int) -> int:
+    """The generator's seed for a study's seed and the number of the draw."""
+    return hash((seed, sub_seed)) % 2**31
+
+
+def whiten(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Features [N, D] to float64 [N, D + 1]: standardised, with the constant appended."""
+    white = (features.double() - mean) / std
+    return torch.cat([white, white.new_full((len(white), 1), BIAS)], dim=1)
+
+
+def shot_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation + 1e-5 of the shots, both [1, D] float64."""
+    features = features.double()
+    return features.mean(0, keepdim=True), features.std(0, keepdim=True, correction=0) + 1e-5
+
+
+def fit_ridge(white: Tensor, labels: Tensor, num_classes: int, l2: tuple[float, ...]) -> Tensor:
+    """Weights [len(l2), D + 1, classes] of ``min |white W - targets|^2 + l2 |W|^2``, targets 2 * onehot - 1."""
+    targets = 2 * torch.nn.functional.one_hot(labels, num_classes).double() - 1
+    values, vectors = torch.linalg.eigh(white.T @ white)
+    projected = vectors.T @ (white.T @ targets)
+    # One eigendecomposition serves every regulariser.
+    return torch.stack([vectors @ (projected / (values.clamp(min=0) + penalty).unsqueeze(1)) for penalty in l2])
+
+
+def few_shot_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    shots: int = 10,
+    seed: int = 0,
+    draws: int = 3,
+) -> float:
+    """Accuracy in [0, 1] of a probe on `shots` examples a class, mean over `draws`.
+
+    Args:
+        train_features, train_labels: [N, D] and [N]; the shots are drawn from them, and the
+            regulariser is chosen on (at most 1,000 of) those not drawn.
+        test_features, test_labels: [M, D] and [M]; only measured on.
+        shots: examples a class; a class with fewer gives all it has.
+        seed: which examples.
+        draws: how often they are drawn.
+    """
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    accuracies = []
+    for draw in range(draws):
+        chosen = sample_shots(train_labels, shots, probe_seed(seed, draw))
+        rest = torch.ones(len(train_labels), dtype=torch.bool)
+        rest[chosen] = False
+        mean, std = shot_statistics(train_features[chosen])
+        weights = fit_ridge(
+            whiten(train_features[chosen], mean, std), train_labels[chosen], num_classes, L2_REGULARISERS
+        )
+        held_out = rest.nonzero().squeeze(1)[:1000]
+        scores = _accuracies(whiten(train_features[held_out], mean, std), train_labels[held_out], weights)
+        best = weights[int(scores.argmax())].unsqueeze(0)
+        accuracies.append(float(_accuracies(whiten(test_features, mean, std), test_labels, best)))
+    return sum(accuracies) / draws
+
+
+def _accuracies(white: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Accuracy of each of weights [L, D + 1, classes]: [L]."""
+    predicted = torch.einsum("nd,ldc->lnc", white, weights).argmax(-1)
+    return (predicted == labels).double().mean(1)

@@ -1,0 +1,148 @@
+"""A training loop for images that fit in memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmoe_routers.moe import aux_loss
+from vmoe_routers.training.data import Images
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs, batch_size: the last, incomplete batch of an epoch is left out.
+        learning_rate: peak of AdamW's; linear warm-up, then a cosine to 0.
+        warmup: share of the steps.
+        weight_decay: decoupled, on matrices only.
+        clip: largest norm of the gradient.
+        shift: random shifts by up to so many pixels in both directions.
+        seed: of data order, shifts, noise and dropout.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    shift: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What `train` reports after an epoch: training time so far and the epoch's mean loss."""
+
+    epoch: int
+    seconds: float
+    train_loss: float
+
+
+def train(
+    model: nn.Module,
+    data: Images,
+    recipe: Recipe,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> list[float]:
+    """Trains `model` on data's training images, in place.
+
+    The loss is the cross-entropy plus the routers' auxiliary losses. Order and shifts
+    depend on `recipe.seed` alone, so that different models see the same images.
+
+    Returns:
+        The duration of every step, in seconds.
+    """
+    device = next(model.parameters()).device
+    images, labels = data.train_images.to(device), data.train_labels.to(device)
+    steps_per_epoch = len(labels) // recipe.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(f"train: {len(labels)} images are less than one batch of {recipe.batch_size}")
+    optimizer = _optimizer(model, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(recipe, steps_per_epoch * recipe.epochs))
+    generator = torch.Generator().manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    durations: list[float] = []
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        order = torch.randperm(len(labels), generator=generator).to(device)
+        losses = []
+        for step in range(steps_per_epoch):
+            chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            start = time.perf_counter()
+            x = random_shift(images[chosen], recipe.shift, generator)
+            loss = F.cross_entropy(model(x), labels[chosen])
+            (loss + aux_loss(model).to(device)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            durations.append(time.perf_counter() - start)
+            losses.append(loss.detach())
+        on_epoch(Epoch(epoch, sum(durations), float(torch.stack(losses).mean())))
+    return durations
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    # Norms, biases (an expert's too: [E, F]), scales and positions are not decayed.
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and not name.endswith((".b1", ".b2", "pos_embed", "cls_token"))
+        (decayed if matrix else rest).append(parameter)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+
+
+def _schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    warmup = max(1, round(recipe.warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return factor
+
+
+def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Every image [N, channels, height, width] moved by its own random offset, zeros moving in."""
+    if pixels == 0:
+        return images
+    count, _, height, width = images.shape
+    offsets = torch.randint(2 * pixels + 1, (2, count, 1), generator=generator).to(images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    padded = F.pad(images, [pixels] * 4)
+    which = torch.arange(count, device=images.device)
+    # Indexing around a slice puts the indexed axes first: [N, height, width, channels].
+    return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, images: Tensor, labels: Tensor, batch_size: int, on_batch: Callable[[int], None] = lambda n: None
+) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy, in eval mode.
+
+    `on_batch` is called with the size of every batch while the layers still hold its routings.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    right = loss = 0.0
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        logits, y = model(x.to(device)), y.to(device)
+        right += float((logits.argmax(-1) == y).sum())
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        on_batch(len(y))
+    return right / len(labels), loss / len(labels)
