@@ -21,6 +21,11 @@ void assign_slots(
     const T* priority,      // [G, T] or null
     int32_t* slot,          // [G, T, K]
     int32_t* source,        // [G, E, C]
-    int64_t tokens, int64_t K, int64_t E, int64_t C, int64_t group_begin, int64_t group_end);
+    int64_t tokens,
+    int64_t K,
+    int64_t E,
+    int64_t C,
+    int64_t group_begin,
+    int64_t group_end);
 
 }  // namespace vmoe::cpu

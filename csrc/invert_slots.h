@@ -17,6 +17,9 @@ void invert_slots(
     const int32_t* token,  // [G, S]
     int32_t* offsets,      // [G, T + 1]
     int32_t* slots,        // [G, S]
-    int64_t S, int64_t tokens, int64_t group_begin, int64_t group_end);
+    int64_t S,
+    int64_t tokens,
+    int64_t group_begin,
+    int64_t group_end);
 
 }  // namespace vmoe::cpu

@@ -18,6 +18,9 @@ template <typename T>
 void ksparse_projection(
     const T* x,  // [N, n]
     T* out,      // [N, n]
-    int64_t n, int64_t k, int64_t row_begin, int64_t row_end);
+    int64_t n,
+    int64_t k,
+    int64_t row_begin,
+    int64_t row_end);
 
 }  // namespace vmoe::cpu

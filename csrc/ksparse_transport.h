@@ -42,7 +42,10 @@ template <typename T>
 void ksparse_transport(
     const T* similarity,  // [G, T, E]
     T* plan,              // [G, T, E]
-    int64_t tokens, int64_t E, const TransportOptions& options, int64_t group_begin,
+    int64_t tokens,
+    int64_t E,
+    const TransportOptions& options,
+    int64_t group_begin,
     int64_t group_end);
 
 }  // namespace cpu

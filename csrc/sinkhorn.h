@@ -36,8 +36,13 @@ void sinkhorn(
     double* history,  // [G, I, E]
     double* error,    // [G]
     int32_t* steps,   // [G]
-    int64_t tokens, int64_t E, int64_t iterations, double epsilon, double tolerance,
-    int64_t group_begin, int64_t group_end);
+    int64_t tokens,
+    int64_t E,
+    int64_t iterations,
+    double epsilon,
+    double tolerance,
+    int64_t group_begin,
+    int64_t group_end);
 
 template <typename T>
 void sinkhorn_backward(
@@ -46,7 +51,11 @@ void sinkhorn_backward(
     const double* history,  // [G, I, E]
     const int32_t* steps,   // [G]
     T* grad_logits,         // [G, T, E]
-    int64_t tokens, int64_t E, int64_t iterations, double epsilon, int64_t group_begin,
+    int64_t tokens,
+    int64_t E,
+    int64_t iterations,
+    double epsilon,
+    int64_t group_begin,
     int64_t group_end);
 
 template <typename T>
@@ -54,6 +63,10 @@ void sinkhorn_implicit_backward(
     const T* grad,   // [G, T, E] of the plan
     const T* plan,   // [G, T, E]
     T* grad_logits,  // [G, T, E]
-    int64_t tokens, int64_t E, double epsilon, int64_t group_begin, int64_t group_end);
+    int64_t tokens,
+    int64_t E,
+    double epsilon,
+    int64_t group_begin,
+    int64_t group_end);
 
 }  // namespace vmoe::cpu

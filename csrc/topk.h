@@ -19,7 +19,9 @@ void topk(
     const T* x,        // [N, n, M]
     T* values,         // [N, M, k]
     int32_t* indices,  // [N, M, k]
-    int64_t n, int64_t M, int64_t k,
+    int64_t n,
+    int64_t M,
+    int64_t k,
     int64_t row_begin,  // rows [row_begin, row_end) of N * M
     int64_t row_end);
 
@@ -32,7 +34,9 @@ void topk(
     const T* x,        // [N, n, M]
     T* values,         // [N, M, k]
     int32_t* indices,  // [N, M, k]
-    int64_t n, int64_t M, int64_t k,
+    int64_t n,
+    int64_t M,
+    int64_t k,
     int64_t rows,  // N * M
     CUstream_st* stream);
 

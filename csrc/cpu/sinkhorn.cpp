@@ -24,20 +24,22 @@ struct Group {
   double inverse_epsilon;
   double log_marginal;              // log(n / E)
   double high = -kInf, low = kInf;  // of the M that are not -inf; NaN stays
+  bool complete = true;             // no -inf but in the rows of absent tokens
 
   Group(const T* logits_, int64_t tokens_, int64_t E_, double epsilon)
       : logits(logits_), tokens(tokens_), E(E_), inverse_epsilon(1 / epsilon) {
     int64_t present = 0;
     for (int64_t t = 0; t < tokens; ++t) {
-      bool any = false;
+      int64_t reachable = 0;
       for (int64_t e = 0; e < E; ++e) {
         const double m = M(t, e);
         if (m == -kInf) continue;
-        any = true;
+        ++reachable;
         high = max_or_nan(high, m);
         low = std::min(low, m);
       }
-      present += any;
+      present += reachable > 0;
+      complete = complete && (reachable == 0 || reachable == E);
     }
     log_marginal = std::log(static_cast<double>(present) / static_cast<double>(E));
   }
@@ -45,8 +47,9 @@ struct Group {
   double M(int64_t t, int64_t e) const { return logits[t * E + e] * inverse_epsilon; }
 
   // exp(M) and every product with a potential fit float64 where the logits are no
-  // further apart than this: |potentials| <= spread + log, and products have two.
-  bool fits_scaling() const { return high > -kInf && high - low <= 200; }
+  // further apart than this: |potentials| <= spread + log, and products have two. With
+  // forbidden pairs there may be no plan, and potentials grow with the iterations.
+  bool fits_scaling() const { return complete && high > -kInf && high - low <= 200; }
 };
 
 // The iteration on the potentials' logarithms: right for any logits, an exp for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.routers import SoftRouter
@@ -28,7 +28,7 @@ def cost(model: VisionTransformer) -> dict[str, float]:
     for block in model.blocks:
         # queries, keys, values and the output; scores and their sums
         flops += 2 * tokens * 4 * width * width + 4 * tokens * tokens * width
-        layer_slots, layer_flops = _mlp_cost(block.mlp, tokens, width)
+        layer_slots, layer_flops = _mlp_cost(block.get_submodule("mlp"), tokens, width)
         mlp_flops += layer_flops
         if isinstance(block.mlp, MoEMlp):
             slots.append(layer_slots)
@@ -40,7 +40,7 @@ def cost(model: VisionTransformer) -> dict[str, float]:
     }
 
 
-def _mlp_cost(mlp: nn.Module | Tensor, tokens: int, width: int) -> tuple[float, float]:
+def _mlp_cost(mlp: nn.Module, tokens: int, width: int) -> tuple[float, float]:
     """Slots and operations per image of one block's MLP."""
     if not isinstance(mlp, MoEMlp):
         return tokens, 2.0 * tokens * sum(m.weight.numel() for m in mlp.modules() if isinstance(m, nn.Linear))

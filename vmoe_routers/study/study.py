@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from timm.layers import set_fused_attn
 
 from vmoe_routers.study import report, summary
 from vmoe_routers.study.runs import read_record, record_path, run, write_record
@@ -130,6 +131,8 @@ def _watch(futures: list[Future], finished: Any, advance: Any, console: Console)
 def _start_worker(settings: Settings, finished: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
+    if settings.device == "cpu":
+        set_fused_attn(False)  # a few tokens a head: plain products are faster there
     _worker_state().update(settings=settings, finished=finished, data=_load(settings))
 
 

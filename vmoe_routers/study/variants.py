@@ -89,6 +89,7 @@ def build(variant: Variant, settings: Settings, data: Images, seed: int) -> Visi
         embed_dim=settings.width,
         depth=settings.depth,
         num_heads=settings.heads,
+        mlp_ratio=settings.mlp_ratio,
         router=variant.router,
         # A learned table of the usual std 0.02 starves short trainings.
         pos_embed_std=1.0,

@@ -101,7 +101,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         matrix = parameter.ndim >= 2 and not name.endswith((".b1", ".b2", "pos_embed", "cls_token"))
         (decayed if matrix else rest).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
 
 
 def _schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
