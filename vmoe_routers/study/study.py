@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from timm.layers import set_fused_attn
+from timm.layers.config import set_fused_attn
 
 from vmoe_routers.study import report, summary
 from vmoe_routers.study.runs import read_record, record_path, run, write_record
