@@ -14,7 +14,8 @@ study: .venv/installed
 
 test: .venv/installed
 	$(bin)/cmake -S . -B build/cpp $(CMAKE_ARGS) && $(bin)/cmake --build build/cpp --parallel $(shell nproc)
-	build/cpp/tests/cpp/cpp_tests --gtest_brief=1
+	for isa in $$(build/cpp/tests/cpp/cpp_tests --list-isas); do \
+	  build/cpp/tests/cpp/cpp_tests --isa=$$isa --gtest_brief=1 || exit 1; done
 	$(bin)/pytest $(ARGS)
 
 lint: .venv/lint

@@ -13,19 +13,26 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace vmoe::cpu {
 
-template <typename T>
-void assign_slots(
-    const int32_t* expert,  // [G, T, K]
-    const T* priority,      // [G, T] or null
-    int32_t* slot,          // [G, T, K]
-    int32_t* source,        // [G, E, C]
-    int64_t tokens,
-    int64_t K,
-    int64_t E,
-    int64_t C,
-    int64_t group_begin,
-    int64_t group_end);
+VMOE_EACH_ISA(
+
+    template <typename T> void assign_slots(
+        const int32_t* expert,  // [G, T, K]
+        const T* priority,      // [G, T] or null
+        int32_t* slot,          // [G, T, K]
+        int32_t* source,        // [G, E, C]
+        int64_t tokens,
+        int64_t K,
+        int64_t E,
+        int64_t C,
+        int64_t group_begin,
+        int64_t group_end);
+
+)
+
+VMOE_BY_ISA(assign_slots)
 
 }  // namespace vmoe::cpu

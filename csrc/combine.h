@@ -15,37 +15,45 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace vmoe::cpu {
 
-template <typename T>
-void combine(
-    const T* y,              // [E, G, C, D]
-    const T* gate,           // [G, E, C] or null
-    const int32_t* offsets,  // [G, T + 1]
-    const int32_t* slots,    // [G, E * C]
-    T* out,                  // [G, T, D]
-    int64_t G,
-    int64_t tokens,
-    int64_t E,
-    int64_t C,
-    int64_t D,
-    int64_t row_begin,  // rows of out, [row_begin, row_end) of G * T
-    int64_t row_end);
+VMOE_EACH_ISA(
 
-template <typename T>
-void combine_backward(
-    const T* grad_out,     // [G, T, D]
-    const T* y,            // [E, G, C, D]
-    const T* gate,         // [G, E, C]
-    const int32_t* token,  // [G, E, C]
-    T* grad_y,             // [E, G, C, D]
-    T* grad_gate,          // [G, E, C]
-    int64_t G,
-    int64_t tokens,
-    int64_t E,
-    int64_t C,
-    int64_t D,
-    int64_t row_begin,  // rows of grad_y, [row_begin, row_end) of E * G * C
-    int64_t row_end);
+    template <typename T> void combine(
+        const T* y,              // [E, G, C, D]
+        const T* gate,           // [G, E, C] or null
+        const int32_t* offsets,  // [G, T + 1]
+        const int32_t* slots,    // [G, E * C]
+        T* out,                  // [G, T, D]
+        int64_t G,
+        int64_t tokens,
+        int64_t E,
+        int64_t C,
+        int64_t D,
+        int64_t row_begin,  // rows of out, [row_begin, row_end) of G * T
+        int64_t row_end);
+
+    template <typename T>
+    void combine_backward(
+        const T* grad_out,     // [G, T, D]
+        const T* y,            // [E, G, C, D]
+        const T* gate,         // [G, E, C]
+        const int32_t* token,  // [G, E, C]
+        T* grad_y,             // [E, G, C, D]
+        T* grad_gate,          // [G, E, C]
+        int64_t G,
+        int64_t tokens,
+        int64_t E,
+        int64_t C,
+        int64_t D,
+        int64_t row_begin,  // rows of grad_y, [row_begin, row_end) of E * G * C
+        int64_t row_end);
+
+)
+
+VMOE_BY_ISA(combine)
+VMOE_BY_ISA(combine_backward)
 
 }  // namespace vmoe::cpu

@@ -11,18 +11,26 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace vmoe::cpu {
 
-void dispatch(
-    const char* x,         // [G, T, row_bytes]
-    const int32_t* token,  // [G, E, C]
-    char* out,             // [E, G, C, row_bytes]
-    int64_t G,
-    int64_t tokens,
-    int64_t E,
-    int64_t C,
-    int64_t row_bytes,
-    int64_t row_begin,  // rows of out, [row_begin, row_end) of E * G * C
-    int64_t row_end);
+VMOE_EACH_ISA(
+
+    void dispatch(
+        const char* x,         // [G, T, row_bytes]
+        const int32_t* token,  // [G, E, C]
+        char* out,             // [E, G, C, row_bytes]
+        int64_t G,
+        int64_t tokens,
+        int64_t E,
+        int64_t C,
+        int64_t row_bytes,
+        int64_t row_begin,  // rows of out, [row_begin, row_end) of E * G * C
+        int64_t row_end);
+
+)
+
+VMOE_BY_ISA(dispatch)
 
 }  // namespace vmoe::cpu

@@ -11,15 +11,23 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace vmoe::cpu {
 
-void invert_slots(
-    const int32_t* token,  // [G, S]
-    int32_t* offsets,      // [G, T + 1]
-    int32_t* slots,        // [G, S]
-    int64_t S,
-    int64_t tokens,
-    int64_t group_begin,
-    int64_t group_end);
+VMOE_EACH_ISA(
+
+    void invert_slots(
+        const int32_t* token,  // [G, S]
+        int32_t* offsets,      // [G, T + 1]
+        int32_t* slots,        // [G, S]
+        int64_t S,
+        int64_t tokens,
+        int64_t group_begin,
+        int64_t group_end);
+
+)
+
+VMOE_BY_ISA(invert_slots)
 
 }  // namespace vmoe::cpu

@@ -12,15 +12,22 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace vmoe::cpu {
 
-template <typename T>
-void ksparse_projection(
-    const T* x,  // [N, n]
-    T* out,      // [N, n]
-    int64_t n,
-    int64_t k,
-    int64_t row_begin,
-    int64_t row_end);
+VMOE_EACH_ISA(
+
+    template <typename T> void ksparse_projection(
+        const T* x,  // [N, n]
+        T* out,      // [N, n]
+        int64_t n,
+        int64_t k,
+        int64_t row_begin,
+        int64_t row_end);
+
+)
+
+VMOE_BY_ISA(ksparse_projection)
 
 }  // namespace vmoe::cpu

@@ -23,6 +23,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace vmoe {
 
 enum class Solver { kAdam, kLbfgs };
@@ -38,15 +40,20 @@ struct TransportOptions {
 
 namespace cpu {
 
-template <typename T>
-void ksparse_transport(
-    const T* similarity,  // [G, T, E]
-    T* plan,              // [G, T, E]
-    int64_t tokens,
-    int64_t E,
-    const TransportOptions& options,
-    int64_t group_begin,
-    int64_t group_end);
+VMOE_EACH_ISA(
+
+    template <typename T> void ksparse_transport(
+        const T* similarity,  // [G, T, E]
+        T* plan,              // [G, T, E]
+        int64_t tokens,
+        int64_t E,
+        const TransportOptions& options,
+        int64_t group_begin,
+        int64_t group_end);
+
+)
+
+VMOE_BY_ISA(ksparse_transport)
 
 }  // namespace cpu
 }  // namespace vmoe

@@ -2,6 +2,34 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+
+namespace {
+
+using vmoe::cpu::Isa;
+
+constexpr std::pair<const char*, Isa> kLevels[] = {
+    {"base", Isa::kBase}, {"v2", Isa::kV2}, {"v3", Isa::kV3}, {"v4", Isa::kV4}};
+
+std::string isa() {
+  for (const auto& [name, level] : kLevels) {
+    if (level == vmoe::cpu::isa()) return name;
+  }
+  return "";
+}
+
+void use_isa(const std::string& wanted) {
+  for (const auto& [name, level] : kLevels) {
+    if (wanted == name && vmoe::cpu::use_isa(level)) return;
+  }
+  throw std::invalid_argument("use_isa: this CPU and build cannot run '" + wanted + "'");
+}
+
+}  // namespace
+
 // clang-format off: a schema is a line
 STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("topk(Tensor x, int k, int dim) -> (Tensor values, Tensor indices)");
@@ -22,6 +50,8 @@ STABLE_TORCH_LIBRARY(vmoe_routers, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the CPU kernels of vmoe_routers with torch's dispatcher.";
+  m.def("isa", &isa, "The ISA level whose CPU kernels are in use: base, v2, v3 or v4.");
+  m.def("use_isa", &use_isa, "For tests and benchmarks: uses the kernels of another ISA level.");
   m.attr("torch_target") = "2.11";
   m.attr("cuda_built") = VMOE_CUDA_BUILT;
   m.attr("cuda_architectures") = VMOE_CUDA_ARCHITECTURES;

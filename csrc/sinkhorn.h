@@ -27,46 +27,55 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace vmoe::cpu {
 
-template <typename T>
-void sinkhorn(
-    const T* logits,  // [G, T, E]
-    T* plan,          // [G, T, E]
-    double* history,  // [G, I, E]
-    double* error,    // [G]
-    int32_t* steps,   // [G]
-    int64_t tokens,
-    int64_t E,
-    int64_t iterations,
-    double epsilon,
-    double tolerance,
-    int64_t group_begin,
-    int64_t group_end);
+VMOE_EACH_ISA(
 
-template <typename T>
-void sinkhorn_backward(
-    const T* grad,          // [G, T, E] of the plan
-    const T* logits,        // [G, T, E]
-    const double* history,  // [G, I, E]
-    const int32_t* steps,   // [G]
-    T* grad_logits,         // [G, T, E]
-    int64_t tokens,
-    int64_t E,
-    int64_t iterations,
-    double epsilon,
-    int64_t group_begin,
-    int64_t group_end);
+    template <typename T> void sinkhorn(
+        const T* logits,  // [G, T, E]
+        T* plan,          // [G, T, E]
+        double* history,  // [G, I, E]
+        double* error,    // [G]
+        int32_t* steps,   // [G]
+        int64_t tokens,
+        int64_t E,
+        int64_t iterations,
+        double epsilon,
+        double tolerance,
+        int64_t group_begin,
+        int64_t group_end);
 
-template <typename T>
-void sinkhorn_implicit_backward(
-    const T* grad,   // [G, T, E] of the plan
-    const T* plan,   // [G, T, E]
-    T* grad_logits,  // [G, T, E]
-    int64_t tokens,
-    int64_t E,
-    double epsilon,
-    int64_t group_begin,
-    int64_t group_end);
+    template <typename T>
+    void sinkhorn_backward(
+        const T* grad,          // [G, T, E] of the plan
+        const T* logits,        // [G, T, E]
+        const double* history,  // [G, I, E]
+        const int32_t* steps,   // [G]
+        T* grad_logits,         // [G, T, E]
+        int64_t tokens,
+        int64_t E,
+        int64_t iterations,
+        double epsilon,
+        int64_t group_begin,
+        int64_t group_end);
+
+    template <typename T>
+    void sinkhorn_implicit_backward(
+        const T* grad,   // [G, T, E] of the plan
+        const T* plan,   // [G, T, E]
+        T* grad_logits,  // [G, T, E]
+        int64_t tokens,
+        int64_t E,
+        double epsilon,
+        int64_t group_begin,
+        int64_t group_end);
+
+)
+
+VMOE_BY_ISA(sinkhorn)
+VMOE_BY_ISA(sinkhorn_backward)
+VMOE_BY_ISA(sinkhorn_implicit_backward)
 
 }  // namespace vmoe::cpu

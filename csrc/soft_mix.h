@@ -14,26 +14,34 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace vmoe::cpu {
 
-template <typename T>
-void soft_mix(
-    const T* logits,  // [G, T, S]
-    T* weights,       // [G, T, S]
-    int64_t tokens,
-    int64_t S,
-    bool over_tokens,
-    int64_t group_begin,
-    int64_t group_end);
+VMOE_EACH_ISA(
 
-template <typename T>
-void soft_mix_backward(
-    const T* weights,  // [G, T, S]
-    T* grad,           // [G, T, S]  in: of the weights; out: of the logits
-    int64_t tokens,
-    int64_t S,
-    bool over_tokens,
-    int64_t group_begin,
-    int64_t group_end);
+    template <typename T> void soft_mix(
+        const T* logits,  // [G, T, S]
+        T* weights,       // [G, T, S]
+        int64_t tokens,
+        int64_t S,
+        bool over_tokens,
+        int64_t group_begin,
+        int64_t group_end);
+
+    template <typename T>
+    void soft_mix_backward(
+        const T* weights,  // [G, T, S]
+        T* grad,           // [G, T, S]  in: of the weights; out: of the logits
+        int64_t tokens,
+        int64_t S,
+        bool over_tokens,
+        int64_t group_begin,
+        int64_t group_end);
+
+)
+
+VMOE_BY_ISA(soft_mix)
+VMOE_BY_ISA(soft_mix_backward)
 
 }  // namespace vmoe::cpu

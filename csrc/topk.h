@@ -10,20 +10,27 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 struct CUstream_st;
 
 namespace vmoe::cpu {
 
-template <typename T>
-void topk(
-    const T* x,        // [N, n, M]
-    T* values,         // [N, M, k]
-    int32_t* indices,  // [N, M, k]
-    int64_t n,
-    int64_t M,
-    int64_t k,
-    int64_t row_begin,  // rows [row_begin, row_end) of N * M
-    int64_t row_end);
+VMOE_EACH_ISA(
+
+    template <typename T> void topk(
+        const T* x,        // [N, n, M]
+        T* values,         // [N, M, k]
+        int32_t* indices,  // [N, M, k]
+        int64_t n,
+        int64_t M,
+        int64_t k,
+        int64_t row_begin,  // rows [row_begin, row_end) of N * M
+        int64_t row_end);
+
+)
+
+VMOE_BY_ISA(topk)
 
 }  // namespace vmoe::cpu
 

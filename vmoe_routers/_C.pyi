@@ -1,3 +1,6 @@
 torch_target: str
 cuda_built: bool
 cuda_architectures: str
+
+def isa() -> str: ...
+def use_isa(isa: str) -> None: ...

@@ -2,7 +2,7 @@
 
 #include "select.h"
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 
 template <typename T>
 void assign_slots(
@@ -37,4 +37,4 @@ template void assign_slots(
     const int32_t*, const double*, int32_t*, int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t,
     int64_t);
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

@@ -4,7 +4,7 @@
 
 #include "../slot_row.h"
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 
 template <typename T>
 void combine(
@@ -60,4 +60,4 @@ VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)
 #undef VMOE_INSTANTIATE
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

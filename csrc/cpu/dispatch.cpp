@@ -4,7 +4,7 @@
 
 #include "../slot_row.h"
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 
 void dispatch(
     const char* x, const int32_t* token, char* out, int64_t G, int64_t tokens, int64_t E, int64_t C,
@@ -21,4 +21,4 @@ void dispatch(
   }
 }
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

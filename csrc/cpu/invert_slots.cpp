@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 
 void invert_slots(
     const int32_t* token, int32_t* offsets, int32_t* slots, int64_t S, int64_t tokens,
@@ -28,4 +28,4 @@ void invert_slots(
   }
 }
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

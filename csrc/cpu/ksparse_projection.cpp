@@ -5,7 +5,7 @@
 
 #include "simplex.h"
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 
 template <typename T>
 void ksparse_projection(
@@ -30,4 +30,4 @@ void ksparse_projection(
 template void ksparse_projection(const float*, float*, int64_t, int64_t, int64_t, int64_t);
 template void ksparse_projection(const double*, double*, int64_t, int64_t, int64_t, int64_t);
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

@@ -6,7 +6,7 @@
 
 #include "simplex.h"
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
 using Vector = std::vector<double>;
@@ -185,4 +185,4 @@ template void ksparse_transport(
 template void ksparse_transport(
     const double*, double*, int64_t, int64_t, const TransportOptions&, int64_t, int64_t);
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

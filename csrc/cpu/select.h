@@ -7,7 +7,7 @@
 
 #include "../order.h"
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 
 // Leaves the k first of value[0], value[stride], ... (n of them) in picks[0, k),
 // in order. `picks` is scratch that a caller keeps between rows.
@@ -43,4 +43,4 @@ void select(
   std::sort(picks.begin(), picks.end(), first);
 }
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

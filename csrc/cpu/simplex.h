@@ -5,7 +5,7 @@
 
 #include "select.h"
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 
 // The projection's threshold for the k picks of `value`, which are in order, with
 // entries read as (value[...] - largest) / scale: relative to the largest, nothing
@@ -28,4 +28,4 @@ double simplex_threshold(
   return tau;
 }
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -362,4 +362,4 @@ VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)
 #undef VMOE_INSTANTIATE
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
 // Both softmaxes walk the matrix row by row, as it lies in memory. `line` picks the
@@ -71,4 +71,4 @@ template void soft_mix(const double*, double*, int64_t, int64_t, bool, int64_t, 
 template void soft_mix_backward(const float*, float*, int64_t, int64_t, bool, int64_t, int64_t);
 template void soft_mix_backward(const double*, double*, int64_t, int64_t, bool, int64_t, int64_t);
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

@@ -2,7 +2,7 @@
 
 #include "select.h"
 
-namespace vmoe::cpu {
+namespace vmoe::cpu::VMOE_ISA {
 
 template <typename T>
 void topk(
@@ -22,4 +22,4 @@ void topk(
 template void topk(const float*, float*, int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t);
 template void topk(const double*, double*, int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t);
 
-}  // namespace vmoe::cpu
+}  // namespace vmoe::cpu::VMOE_ISA

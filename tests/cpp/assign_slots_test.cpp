@@ -26,7 +26,7 @@ class AssignSlots : public ::testing::Test {
       const Shape& shape, const std::vector<int32_t>& expert, const std::vector<T>* priority) {
     const auto [G, tokens, K, E, C] = shape;
     Guarded<int32_t> slot(G * tokens * K), source(G * E * C);
-    cpu::assign_slots<T>(
+    cpu::assign_slots(
         expert.data(), priority ? priority->data() : nullptr, slot.data(), source.data(), tokens, K,
         E, C, 0, G);
     EXPECT_TRUE(slot.fences_stand() && source.fences_stand());
@@ -82,7 +82,8 @@ TYPED_TEST(AssignSlots, ServesFirstChoicesFirst) {
   // Three tokens want expert 0: token 2 as its first choice, 0 and 1 as their second.
   const std::vector<int32_t> expert{1, 0, 1, 0, 0, 1};
   std::vector<int32_t> slot(6), source(4);
-  cpu::assign_slots<T>(expert.data(), nullptr, slot.data(), source.data(), 3, 2, 2, 2, 0, 1);
+  cpu::assign_slots(
+      expert.data(), static_cast<const T*>(nullptr), slot.data(), source.data(), 3, 2, 2, 2, 0, 1);
   EXPECT_EQ(slot, (std::vector<int32_t>{2, 1, 3, -1, 0, -1}));
   EXPECT_EQ(source, (std::vector<int32_t>{4, 1, 0, 2}));
 }

@@ -6,7 +6,13 @@ documented form. `vmoe_routers.ops.reference` has them all in plain PyTorch.
 
 import torch
 
-from vmoe_routers import _C
+try:
+    from vmoe_routers import _C
+except ImportError as error:
+    raise ImportError(
+        "vmoe_routers has no compiled kernels here: install it (pip install .), and do not "
+        f"import its source folder in their stead ({error})"
+    ) from error
 
 if _C.cuda_built and torch.version.cuda:
     from vmoe_routers import _C_cuda  # noqa: F401  (registers the CUDA kernels)

@@ -1,0 +1,224 @@
+// simd -- one small vector layer, width-generic: every kernel is written once.
+//
+// Built on the vector extension of GCC and Clang, so that the compiler picks the
+// instructions of the ISA level a file is compiled for (../isa.h); intrinsics only
+// where the extension has no word for it (fused multiply-add, compress).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace vmoe::cpu::VMOE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct IntOf;
+template <>
+struct IntOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+
+// Vec<T>: kVectorBytes of T. Mask<T>: as many integers, all bits set where true.
+template <typename T>
+struct Lanes {
+  static constexpr int64_t width = kVectorBytes / sizeof(T);
+  typedef T Vec __attribute__((vector_size(kVectorBytes)));
+  typedef typename IntOf<T>::type Mask __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vec = typename Lanes<T>::Vec;
+template <typename T>
+using Mask = typename Lanes<T>::Mask;
+template <typename T>
+constexpr int64_t kWidth = Lanes<T>::width;
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof(v));
+}
+
+template <typename T>
+inline Vec<T> splat(T value) {
+  return Vec<T>{} + value;
+}
+
+// The first `count` < width entries; the others are `fill`.
+template <typename T>
+inline Vec<T> load_some(const T* p, int64_t count, T fill) {
+  Vec<T> v = splat(fill);
+  memcpy(&v, p, count * sizeof(T));
+  return v;
+}
+
+template <typename T>
+inline void store_some(T* p, Vec<T> v, int64_t count) {
+  memcpy(p, &v, count * sizeof(T));
+}
+
+template <typename T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// a * b + c, rounded once where the ISA level can.
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+template <typename T>
+inline T sum(Vec<T> v) {
+  T total[kWidth<T>];
+  store(total, v);
+  for (int64_t half = kWidth<T> / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) total[i] += total[i + half];
+  }
+  return total[0];
+}
+
+// e^x. Relative error below 2e-7 (float) and 5e-16 (double) where the result is a
+// normal number; below that 0, above infinity; NaN stays NaN.
+inline Vec<float> exp(Vec<float> x) {
+  const Vec<float> low = splat(-87.33654f), high = splat(88.72284f);
+  const Vec<float> shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Vec<float> y = x < low ? low : x;
+  y = y > high ? high : y;
+  const Vec<float> shifted = fma(y, splat(1.44269504f), shift);
+  const Vec<float> n = shifted - shift;
+  Vec<float> r = fma(n, splat(-0.693359375f), y);
+  r = fma(n, splat(2.12194440e-4f), r);
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  // 2^n in two halves, so that n = 128 does not overflow the exponent field.
+  const Mask<float> k = (Mask<float>)shifted - (Mask<float>)shift;
+  const Mask<float> half = k >> 1;
+  const Vec<float> a = (Vec<float>)((half + 127) << 23);
+  const Vec<float> b = (Vec<float>)((k - half + 127) << 23);
+  p = p * a * b;
+  p = x < low ? Vec<float>{} : p;
+  return x > high ? splat(std::numeric_limits<float>::infinity()) : p;
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  const Vec<double> low = splat(-708.3964185322641), high = splat(709.782712893384);
+  const Vec<double> shift = splat(6755399441055744.0);  // 1.5 * 2^52
+  Vec<double> y = x < low ? low : x;
+  y = y > high ? high : y;
+  const Vec<double> shifted = fma(y, splat(1.4426950408889634), shift);
+  const Vec<double> n = shifted - shift;
+  Vec<double> r = fma(n, splat(-6.93145751953125e-1), y);
+  r = fma(n, splat(-1.42860682030941723212e-6), r);
+  // Taylor to r^13 on |r| <= ln(2) / 2.
+  Vec<double> p = splat(1.0 / 6227020800);
+  p = fma(p, r, splat(1.0 / 479001600));
+  p = fma(p, r, splat(1.0 / 39916800));
+  p = fma(p, r, splat(1.0 / 3628800));
+  p = fma(p, r, splat(1.0 / 362880));
+  p = fma(p, r, splat(1.0 / 40320));
+  p = fma(p, r, splat(1.0 / 5040));
+  p = fma(p, r, splat(1.0 / 720));
+  p = fma(p, r, splat(1.0 / 120));
+  p = fma(p, r, splat(1.0 / 24));
+  p = fma(p, r, splat(1.0 / 6));
+  p = fma(p, r, splat(0.5));
+  p = fma(p, r * r, r) + 1.0;
+  const Mask<double> k = (Mask<double>)shifted - (Mask<double>)shift;
+  const Mask<double> half = k >> 1;
+  const Vec<double> a = (Vec<double>)((half + 1023) << 52);
+  const Vec<double> b = (Vec<double>)((k - half + 1023) << 52);
+  p = p * a * b;
+  p = x < low ? Vec<double>{} : p;
+  return x > high ? splat(std::numeric_limits<double>::infinity()) : p;
+}
+
+// r[i][j] becomes r[j][i], for width vectors of width lanes: log2(width) rounds of
+// exchanging blocks between rows i and i + block.
+template <typename T, int64_t kBlock, int... J>
+inline void transpose_round(Vec<T>* r, std::integer_sequence<int, J...>) {
+  constexpr int64_t W = kWidth<T>;
+  for (int64_t i = 0; i < W; ++i) {
+    if (i & kBlock) continue;
+    const Vec<T> a = r[i], b = r[i + kBlock];
+    r[i] = __builtin_shufflevector(a, b, ((J & kBlock) ? W + J - kBlock : J)...);
+    r[i + kBlock] = __builtin_shufflevector(a, b, ((J & kBlock) ? W + J : J + kBlock)...);
+  }
+}
+
+template <typename T, int64_t kBlock = kWidth<T> / 2>
+inline void transpose(Vec<T>* r) {
+  transpose_round<T, kBlock>(r, std::make_integer_sequence<int, kWidth<T>>{});
+  if constexpr (kBlock > 1) transpose<T, kBlock / 2>(r);
+}
+
+// Writes index + lane of the lanes set in `mask`, in order; returns how many. May
+// write up to width entries: leave room.
+template <typename T>
+inline int64_t compress_index(int32_t* out, Mask<T> mask, int32_t index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 bits = _mm512_movepi32_mask((__m512i)mask);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    _mm512_mask_compressstoreu_epi32(out, bits, _mm512_add_epi32(lanes, _mm512_set1_epi32(index)));
+    return __builtin_popcount(bits);
+  }
+#endif
+  int64_t count = 0;
+  for (int64_t lane = 0; lane < kWidth<T>; ++lane) {
+    out[count] = index + static_cast<int32_t>(lane);
+    count -= mask[lane];  // true is -1
+  }
+  return count;
+}
+
+}  // namespace vmoe::cpu::VMOE_ISA
