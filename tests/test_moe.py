@@ -594,3 +594,16 @@ def test_forward_refuses(router, x, mask, error, words):
         moe(x, mask)
     assert moe.routings is routings, "an error leaves the last routing"
     assert all(torch.equal(value, before[key]) for key, value in moe.state_dict().items())
+
+
+def test_router_made_before():
+    router = vr.TokenChoiceRouter(6, 4, affinity=vr.affinity.SparsityConstrained(), top_k=2)
+    layer = vr.MoEMlp(6, num_experts=4, router=router)
+    assert layer.router is router
+    assert layer(torch.rand(2, 5, 6)).shape == (2, 5, 6)
+    with pytest.raises(TypeError, match="top_k must be given to the router"):
+        vr.MoEMlp(6, num_experts=4, router=router, top_k=1)
+    with pytest.raises(ValueError, match="router must have width 6 and 8 experts, got 6 and 4"):
+        vr.MoEMlp(6, num_experts=8, router=router)
+    with pytest.raises(TypeError, match="router must be a name or a router"):
+        vr.MoEMlp(6, num_experts=4, router=torch.nn.Linear(6, 4))

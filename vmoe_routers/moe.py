@@ -17,7 +17,7 @@ from vmoe_routers.ops._checks import (
     check_positive,
     check_tensor,
 )
-from vmoe_routers.routers import create_router
+from vmoe_routers.routers import SoftRouter, SparseRouter, create_router
 from vmoe_routers.routing import Routing
 
 GeluTanh = partial(nn.GELU, approximate="tanh")
@@ -101,7 +101,7 @@ class MoEMlp(nn.Module):
         act_layer: makes the activation of an expert.
         drop: dropout within the experts.
         num_experts: E.
-        router: one of `vmoe_routers.ROUTERS`.
+        router: one of `vmoe_routers.ROUTERS`, or a router that was made already.
         group_size: images that are routed together. With 1 an image's result does
             not depend on the others in its batch.
         bias, same_init: of `Experts`.
@@ -126,7 +126,7 @@ class MoEMlp(nn.Module):
         drop: float = 0.0,
         *,
         num_experts: int = 32,
-        router: str = "soft",
+        router: str | nn.Module = "soft",
         group_size: int = 1,
         bias: bool = True,
         same_init: bool = False,
@@ -147,7 +147,10 @@ class MoEMlp(nn.Module):
         check_positive("MoEMlp", "drop", drop, zero=True)
         self.in_features = in_features
         self.group_size = check_int("MoEMlp", "group_size", group_size, 1)
-        self.router = create_router(router, in_features, num_experts, device=device, dtype=dtype, **router_options)
+        if isinstance(router, nn.Module):
+            self.router = _check_router(router, in_features, num_experts, router_options)
+        else:
+            self.router = create_router(router, in_features, num_experts, device=device, dtype=dtype, **router_options)
         self.experts = Experts(
             num_experts,
             in_features,
@@ -209,6 +212,18 @@ class MoEMlp(nn.Module):
     def extra_repr(self) -> str:
         """What print(layer) shows."""
         return f"group_size={self.group_size}"
+
+
+def _check_router(router: nn.Module, dim: int, num_experts: int, options: dict[str, Any]) -> nn.Module:
+    if not isinstance(router, (SparseRouter, SoftRouter)):
+        raise TypeError(f"MoEMlp: router must be a name or a router of vmoe_routers, got {type(router).__name__}")
+    if options:
+        raise TypeError(f"MoEMlp: {', '.join(options)} must be given to the router, which was made already")
+    if (router.dim, router.num_experts) != (dim, num_experts):
+        raise ValueError(
+            f"MoEMlp: router must have width {dim} and {num_experts} experts, got {router.dim} and {router.num_experts}"
+        )
+    return router
 
 
 def aux_loss(model: nn.Module) -> Tensor:

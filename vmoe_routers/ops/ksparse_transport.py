@@ -44,7 +44,8 @@ def ksparse_transport(
         k: most tokens per expert, 1 <= k <= T (0 where T is 0).
         iterations: the most steps of the solver.
         solver: "adam" (betas 0.9 and 0.999, eps 1e-8), the router's, or "lbfgs",
-            for converged plans; give it some hundred iterations.
+            for converged plans; give it some hundred iterations. Where k < T the
+            semi-dual has kinks, at which L-BFGS may stop before rows sum to 1.
         learning_rate: Adam's.
         tolerance: stop a group once the gradient's norm is at most this.
         gamma: strength of the quadratic regularisation.
