@@ -3,38 +3,77 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
-
-from jsonargparse import ArgumentParser
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from vmoe_routers import __version__
 
-
-def _parser() -> ArgumentParser:
+if TYPE_CHECKING:
     from vmoe_routers.study import Settings
-
-    description = "Routers in vision mixtures of experts."
-    parser = ArgumentParser(prog="vmoe-routers", version=__version__, description=description)
-    commands = parser.add_subcommands(required=True)
-    study = ArgumentParser(description="A dense ViT and the six routers head to head, on real images.")
-    study.add_class_arguments(Settings, as_group=False)
-    commands.add_subcommand("study", study, help="the head-to-head, with table, figures and report")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status. What the user can mend comes in one line."""
-    from vmoe_routers.study import Settings, run_study
-
-    parsed = _parser().parse_args(arguments)
     try:
-        run_study(Settings(**vars(parsed.study)))
-    except ValueError as error:
-        print(f"vmoe-routers: {error}", file=sys.stderr)
-        return 2
+        settings = _parse(sys.argv[1:] if arguments is None else arguments)
+        from vmoe_routers.study import run_study
+
+        run_study(settings)
+    except ImportError as error:
+        message = f"{error}; what the study needs comes with: pip install 'vmoe_routers[study]'"
+    except ArgumentError as error:
+        message = f"{error} (vmoe-routers study --help lists what there is)"
+    except (ValueError, OSError) as error:
+        message = str(error)
     except KeyboardInterrupt:
         return 130
-    return 0
+    else:
+        return 0
+    print("vmoe-routers:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _parse(arguments: Sequence[str]) -> Settings:
+    # Here, so that a missing package is told in one line too.
+    from jsonargparse import ArgumentParser
+
+    from vmoe_routers.study import Settings
+
+    parser = ArgumentParser(
+        prog="vmoe-routers",
+        version=__version__,
+        description="Routers in vision mixtures of experts.",
+        exit_on_error=False,
+    )
+    study = ArgumentParser(
+        description="A dense ViT and the six routers head to head, on real images. Lists are written with commas, "
+        "--top_k 1,2; dashes in names do as well, --top-k.",
+        exit_on_error=False,
+    )
+    study.add_class_arguments(Settings, as_group=False)
+    commands = parser.add_subcommands(required=True)
+    commands.add_subcommand("study", study, help="the head-to-head, with table, figures and report")
+    lists = {f"--{field.name}" for field in fields(Settings) if str(field.type).startswith("list")}
+    return Settings(**vars(parser.parse_args(_spelled_out(arguments, lists)).study))
+
+
+def _spelled_out(arguments: Sequence[str], lists: set[str]) -> list[str]:
+    """Arguments as jsonargparse wants them: ``--top-k 1,2`` becomes ``--top_k [1,2]``."""
+    found, option = [], ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            option = "--" + name[2:].replace("-", "_")
+            found.append(option + equals + (_in_brackets(value) if equals and option in lists else value))
+        else:
+            found.append(_in_brackets(argument) if option in lists else argument)
+    return found
+
+
+def _in_brackets(value: str) -> str:
+    return value if value.startswith("[") else f"[{value}]"
 
 
 if __name__ == "__main__":

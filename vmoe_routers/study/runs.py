@@ -35,10 +35,10 @@ def record_path(settings: Settings, variant: Variant, seed: int) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A finished run's record, or None."""
+    """A finished run's record, or None: not there, or not to be read."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -74,6 +74,9 @@ def run(
     durations = train(model, data, settings.recipe(seed), after)
     statistics_of = _LayerStatistics(model)
     evaluate(model, data.test_images, data.test_labels, batch, statistics_of.add)
+    # The last group of the test images may have been smaller; the cost is that of a whole one.
+    with torch.no_grad():
+        model(data.train_images[: settings.group_size].to(settings.device))
     return {
         "variant": variant.describe(),
         "seed": seed,
@@ -102,16 +105,21 @@ class _LayerStatistics:
             total = sum(routing.num_groups * routing.num_tokens for routing in layer.routings)
             for routing in layer.routings:
                 share = images * routing.num_groups * routing.num_tokens / total
-                for name, value in routing.metrics.items():
-                    value = value.sum(0).double() if name == "load" else value.double() * share
+                metrics = {name: value.double() for name, value in routing.metrics.items()}
+                load, utilisation = metrics.pop("load").sum(0), metrics.pop("utilisation")
+                slots = routing.num_groups * routing.num_experts * routing.capacity
+                found = {name: value * share for name, value in metrics.items()}
+                found |= {"load": load, "filled": utilisation * slots, "slots": load.new_tensor(slots)}
+                for name, value in found.items():
                     sums[name] = sums[name] + value if name in sums else value
 
     def means(self) -> list[dict[str, Any]]:
         """One dict a layer: loads per image, of all images, and the means of the other metrics."""
         layers = []
         for (block, _), sums in zip(self.layers, self.sums, strict=True):
-            load = sums["load"] / self.images
-            layer = {name: float(value / self.images) for name, value in sums.items() if name != "load"}
+            sums = dict(sums)
+            load, utilisation = sums.pop("load") / self.images, float(sums.pop("filled") / sums.pop("slots"))
+            layer = {name: float(value / self.images) for name, value in sums.items()} | {"utilisation": utilisation}
             layer["load_cv"] = float(load.std(correction=0) / load.mean())
             layer["dead_experts"] = int((load == 0).sum())
             layers.append({"block": block, "load": load.tolist(), **layer})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +70,9 @@ class Settings:
         for name in ("seeds", "epochs", "batch_size", "patch_size", "width", "depth", "heads", "num_experts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("image_size", "max_images"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.group_size < 1 or self.batch_size % self.group_size:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}")
         for router in self.routers:
@@ -77,8 +81,8 @@ class Settings:
         for k in self.top_k:
             if not 1 <= k <= self.num_experts:
                 raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {k}")
-        if not all(factor > 0 for factor in self.capacity_factors):
-            raise ValueError(f"capacity_factors must be positive, got {self.capacity_factors}")
+        if not all(0 < factor < math.inf for factor in self.capacity_factors):
+            raise ValueError(f"capacity_factors must be positive and finite, got {self.capacity_factors}")
         if self.workers < 0 or self.shift < 0:
             raise ValueError(f"workers and shift must be at least 0, got {self.workers} and {self.shift}")
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import queue
 import signal
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.layers.config import set_fused_attn
 
-from vmoe_routers.study import report, summary
+from vmoe_routers.study import summary
 from vmoe_routers.study.runs import read_record, record_path, run, write_record
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build, variants
 from vmoe_routers.training import Images, load
 from vmoe_routers.training.data import fit
+from vmoe_routers.training.fewshot import SHOTS
 
 Job = tuple[Variant, int]
 
@@ -39,22 +43,31 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
 
     Raises:
         ValueError: settings or data that do not fit; in words for the user.
+        OSError: an output folder that cannot be written.
         KeyboardInterrupt: interrupted; what is finished is kept.
     """
-    console = console or Console()
-    data = _load(settings)[0]
+    console = console or Console(markup=False, emoji=False)  # names and paths may have brackets
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {settings.device!r}: torch finds no CUDA here")
+    data, transfer = _load(settings)
     found = variants(settings)
     for variant in found:
         build(variant, settings, data, seed=0)  # says now what does not fit, not in a worker
     if len(data.train_labels) < settings.batch_size:
         raise ValueError(f"{len(data.train_labels)} training images are less than one batch of {settings.batch_size}")
+    if transfer is not None and len(transfer.train_labels) <= SHOTS * transfer.num_classes:
+        raise ValueError(
+            f"{transfer.name}: {SHOTS}-shot transfer wants more than {SHOTS * transfer.num_classes} training images "
+            f"for {transfer.num_classes} classes, there are {len(transfer.train_labels)}"
+        )
+    settings.output.mkdir(parents=True, exist_ok=True)  # says now if it cannot
     # Seed by seed: an interrupted study has whole comparisons.
     jobs = [(variant, seed) for seed in range(settings.seeds) for variant in found]
     missing = [job for job in jobs if read_record(record_path(settings, *job)) is None]
     console.print(
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test images of "
-        f"{data.size} x {data.size}, {data.num_classes} classes; {len(found)} models x {settings.seeds} seeds, "
-        f"{len(jobs) - len(missing)} of {len(jobs)} runs done before"
+        f"{data.size} x {data.size}, {data.num_classes} classes\n"
+        f"models: {len(found)}, seeds: {settings.seeds}, runs: {len(jobs)}, done before: {len(jobs) - len(missing)}"
     )
     if missing:
         _run_all(settings, missing, console)
@@ -75,23 +88,33 @@ def _run_all(settings: Settings, jobs: list[Job], console: Console) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = settings.workers or (cores if settings.device == "cpu" else 1)
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        finished = manager.Queue()
-        executor = ProcessPoolExecutor(
-            min(workers, len(jobs)), context, initializer=_start_worker, initargs=(settings, finished)
-        )
-        try:
-            with _progress(console) as progress:
-                task = progress.add_task("training", total=len(jobs) * settings.epochs)
+    finished = context.SimpleQueue()
+    executor = ProcessPoolExecutor(
+        min(workers, len(jobs)), context, initializer=_start_worker, initargs=(settings, finished)
+    )
+    try:
+        with _progress(console) as progress:
+            task = progress.add_task("training", total=len(jobs) * settings.epochs)
+            with _deaf_to_ctrl_c():
                 futures = [executor.submit(_work, job) for job in jobs]
-                _watch(futures, finished, lambda: progress.advance(task), progress.console)
-        except KeyboardInterrupt:
-            console.print("interrupted; what is finished is kept, and the same command goes on from there")
-            raise
-        finally:
-            for process in list((executor._processes or {}).values()):
-                process.terminate()
-            executor.shutdown(wait=True, cancel_futures=True)
+            _watch(futures, finished, lambda: progress.advance(task), progress.console)
+    except KeyboardInterrupt:
+        console.print("interrupted; what is finished is kept, and the same command goes on from there")
+        raise
+    finally:
+        for process in list((executor._processes or {}).values()):
+            process.terminate()
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C from their first moment on: it is the parent that decides."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _progress(console: Console) -> Progress:
@@ -107,33 +130,39 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _watch(futures: list[Future], finished: Any, advance: Any, console: Console) -> None:
+def _watch(futures: list[Future], finished: SimpleQueue, advance: Callable[[], None], console: Console) -> None:
     """Shows epochs as they end and runs as they finish, until all have."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-        while True:
-            try:
-                finished.get_nowait()
-            except queue.Empty:
-                break
+        while not finished.empty():
+            finished.get()
             advance()
         for future in done:
             record = future.result()
             last = record["epochs"][-1]
+            # In 80 columns.
             console.print(
-                f"  {record['variant']['label']:<42} seed {record['seed']}   accuracy {last['accuracy']:.3f}   "
-                f"loss {last['loss']:.3f}   {record['train_seconds']:5.1f} s",
+                f"{record['variant']['label']:<40} seed {record['seed']}  acc. {last['accuracy']:.3f}  "
+                f"loss {last['loss']:.3f}  {record['train_seconds']:4.1f} s",
                 highlight=False,
             )
 
 
-def _start_worker(settings: Settings, finished: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+def _start_worker(settings: Settings, finished: SimpleQueue) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     if settings.device == "cpu":
         set_fused_attn(False)  # a few tokens a head: plain products are faster there
     _worker_state().update(settings=settings, finished=finished, data=_load(settings))
+
+
+def _leave_with_parent() -> None:
+    """Ends this worker when its parent is gone, however that came; else it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @cache
@@ -153,6 +182,8 @@ def _work(job: Job) -> dict[str, Any]:
 
 def _write(settings: Settings, data: Images, records: list[dict[str, Any]], console: Console) -> Path:
     """Table, figures and report of the records."""
+    from vmoe_routers.study import report  # with matplotlib, which a worker need not wait for
+
     rows = summary.summarise(records)
     summary.print_table(rows, console)
     summary.write_csv(rows, settings.output / "table.csv")

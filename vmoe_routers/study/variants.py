@@ -54,7 +54,7 @@ class Variant:
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """Every variant of a study, the dense model first."""
+    """Every variant of a study once, the dense model first."""
     found = [Variant()]
     for factor in settings.capacity_factors:
         for router in settings.routers:
@@ -63,8 +63,8 @@ def variants(settings: Settings) -> list[Variant]:
                 combines = combines[:1]
             for combine in combines:
                 for k in settings.top_k if router.endswith("token_choice") else [None]:
-                    found.append(Variant(router, factor, k, combine))
-    return found
+                    found.append(Variant(router, float(factor), k, combine))
+    return list(dict.fromkeys(found))
 
 
 def build(variant: Variant, settings: Settings, data: Images, seed: int) -> VisionTransformer:

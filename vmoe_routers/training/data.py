@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +70,8 @@ def load(data: str, *, image_size: int | None = None, max_images: int | None = N
         images = _load_image_folder(folder, image_size or 32, max_images)
     else:
         images = _load_idx_folder(folder)
+    if images.num_classes < 2:
+        raise DataError(f"{data}: wanted at least 2 classes, got {images.num_classes}")
     if max_images is not None:
         images = replace(
             images,
@@ -145,15 +149,14 @@ def read_idx(path: Path) -> Tensor:
     try:
         with opener(path, "rb") as file:
             raw = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise DataError(f"{path}: not an IDX file of bytes (it begins with {raw[:4].hex() or 'nothing'})")
     axes = raw[3]
     start = 4 + 4 * axes
     shape = struct.unpack(f">{axes}I", raw[4:start]) if len(raw) >= start else ()
-    size = torch.Size(shape).numel()
-    if not shape or len(raw) - start != size:
+    if not shape or len(raw) - start != math.prod(shape):
         raise DataError(f"{path}: its header says {list(shape)}, but {max(len(raw) - start, 0)} bytes follow")
     # bytearray: torch warns of memory that it may not write to.
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[start:].view(shape)
@@ -163,8 +166,8 @@ def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Image
     try:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
-    except (ImportError, RuntimeError) as error:
-        # A torchvision that does not fit torch raises RuntimeError on import.
+    except (ImportError, RuntimeError, AttributeError) as error:
+        # A torchvision that does not fit torch raises the last two on import.
         raise DataError(
             f"folders of images need a torchvision that fits this torch: pip install torchvision ({error})"
         ) from error
@@ -181,9 +184,15 @@ def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Image
         # Evenly over the classes, which lie one after the other.
         count = min(len(found), max_images or len(found))
         chosen = torch.linspace(0, len(found) - 1, count).long().tolist()
-        pairs = [found[i] for i in chosen]
+        try:
+            pairs = [found[i] for i in chosen]
+        except (OSError, SyntaxError) as error:  # so Pillow's broken PNG files
+            raise DataError(f"{part}: an image cannot be read: {error}") from error
         parts.append((torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs]), found.classes))
     (train_images, train_labels, classes), (test_images, test_labels, test_classes) = parts
     if classes != test_classes:
-        raise DataError(f"{folder}: train/ has the classes {classes}, {test_folder.name}/ has {test_classes}")
+        raise DataError(
+            f"{folder}: train/ and {test_folder.name}/ must have the same classes, "
+            f"only in one of them: {', '.join(sorted({*classes} ^ {*test_classes})[:5])}"
+        )
     return Images(folder.name, train_images, train_labels, test_images, test_labels, len(classes))

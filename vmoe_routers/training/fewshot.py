@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 L2_REGULARISERS = tuple(2.0**i for i in range(-10, 20))
+SHOTS = 10
 BIAS = 100.0  # the constant feature, regularised like the rest
 
 
@@ -57,7 +58,7 @@ def few_shot_accuracy(
     test_features: Tensor,
     test_labels: Tensor,
     *,
-    shots: int = 10,
+    shots: int = SHOTS,
     seed: int = 0,
     draws: int = 3,
 ) -> float:

@@ -1,0 +1,225 @@
+"""One run: the models of a seed, what they cost, what is recorded, and where the record lies."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import vmoe_routers as vr
+from vmoe_routers.study import Settings, Variant, variants
+from vmoe_routers.study.cost import cost
+from vmoe_routers.study.runs import _LayerStatistics, read_record, record_path, run, write_record
+from vmoe_routers.study.variants import build
+from vmoe_routers.training import Images, evaluate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = Settings(width=16, depth=2, heads=2, num_experts=4, group_size=4, batch_size=16, epochs=2)
+DENSE, SOFT = Variant(), Variant("soft", 1.0)
+EXPERT_CHOICE = Variant("softmax_expert_choice", 1.0)
+
+
+def made_up(train=16, test=10, seed=0):
+    """Images like the digits, of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(train + test, 1, 8, 8, generator=generator)
+    labels = torch.arange(train + test) % 10
+    return Images("made up", images[:train], labels[:train], images[train:], labels[train:], 10)
+
+
+def trunk(model):
+    layers = [f"blocks.{i}.mlp" for i, block in enumerate(model.blocks) if isinstance(block.mlp, vr.MoEMlp)]
+    return {name: p for name, p in model.named_parameters() if not name.startswith(tuple(layers))}
+
+
+def test_variants():
+    found = variants(TINY)
+    assert found[0] == DENSE and len(found) == len(set(found)) == 1 + 2 + 4 + 4
+    assert {v.router for v in found[1:]} == set(vr.ROUTERS)
+    assert len({v.name for v in found}) == len({v.label for v in found}) == 11
+    assert len(variants(replace(TINY, plan_combine=False))) == 9
+    assert len(variants(replace(TINY, capacity_factors=[0.5, 1.0, 2.0], top_k=[1]))) == 1 + 3 * 7
+    twice = replace(TINY, routers=["soft", "soft"], capacity_factors=[1, 1.0])
+    assert variants(twice) == [DENSE, SOFT]
+
+
+def test_one_seed_is_one_trunk():
+    data = made_up()
+    models = {variant: build(variant, TINY, data, seed=5) for variant in variants(TINY)}
+    shared = trunk(models[SOFT])
+    assert len(shared) > 15 and not any("router" in name for name in shared)
+    for variant, model in models.items():
+        found = trunk(model)
+        extra = set(found) - set(shared)  # the dense model has MLPs where the others have experts
+        assert all(variant == DENSE and name.startswith("blocks.1.mlp.") for name in extra)
+        for name, parameter in shared.items():
+            assert torch.equal(parameter, found[name]), (variant.name, name)
+    again, other = build(SOFT, TINY, data, seed=5), build(SOFT, TINY, data, seed=6)
+    for name, parameter in models[SOFT].named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    for name in ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.router.phi"):
+        assert not torch.equal(models[SOFT].get_parameter(name), other.get_parameter(name)), name
+
+
+def test_settings_reach_the_model():
+    settings = replace(TINY, scale_init=3.0, mlp_ratio=1.5)
+    layer = build(Variant("sinkhorn_token_choice", 0.5, 2, "plan"), settings, made_up(), 0).blocks[1].mlp
+    assert (layer.group_size, layer.router.top_k, layer.router.capacity_factor) == (4, 2, 0.5)
+    assert layer.router.affinity.combine == "plan" and layer.experts.w1.shape == (4, 16, 24)
+    soft = build(SOFT, settings, made_up(), 0).blocks[1].mlp
+    assert soft.group_size == 1 and float(soft.router.scale.detach()) == 3 and soft.router.phi.shape == (16, 4, 4)
+
+
+# Of an image of 8 x 8 pixels in patches of 2 x 2: 16 tokens of width 16; hidden width 32.
+TRUNK = 2 * 16 * (2 * 2 * 16) + 2 * (16 * 10) + 2 * (2 * 16 * 4 * 16 * 16 + 2 * 2 * 16 * 16 * 16)
+MLP = 2 * 16 * (16 * 32 + 32 * 16)
+ROUTER = 2 * 16 * 4 * 16
+
+
+def expert_flops(slots):
+    return 2 * slots * (16 * 32 + 32 * 16)
+
+
+@pytest.mark.parametrize(("variant", "slots", "layer"), [
+    (DENSE, 16, MLP),
+    # 64 tokens in a group of 4 images: C = 16 slots for each of 4 experts
+    (EXPERT_CHOICE, 4 * 16 / 4, expert_flops(16) + ROUTER),
+    (Variant("sinkhorn_expert_choice", 0.3), 4 * 5 / 4, expert_flops(5) + ROUTER),  # 4.8, rounded up
+    # Token Choice rounds up to a multiple of 4
+    (Variant("softmax_token_choice", 0.3), 4 * 8 / 4, expert_flops(8) + ROUTER),
+    (Variant("softmax_token_choice", 1.0, 2), 4 * 32 / 4, expert_flops(32) + ROUTER),
+    (Variant("sinkhorn_token_choice", 1.0, 1, "plan"), 4 * 16 / 4, expert_flops(16) + ROUTER),
+    # logits, dispatch and combine: three products of 16 tokens, 16 or 32 slots and width 16
+    (SOFT, 16, expert_flops(16) + 3 * 2 * 16 * 16 * 16),
+    (Variant("soft", 2.0), 32, expert_flops(32) + 3 * 2 * 16 * 32 * 16),
+])  # fmt: skip
+def test_cost_by_hand(variant, slots, layer):
+    model = build(variant, TINY, made_up(), 0)
+    model(torch.rand(8, 1, 8, 8))
+    found = cost(model)
+    assert found["slots"] == slots
+    assert found["mlp_flops"] == MLP + layer  # the first block is dense
+    assert found["flops"] == TRUNK + MLP + layer
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch", [4, 8, 16])
+@pytest.mark.parametrize("variant", [
+    Variant("softmax_expert_choice", 0.3), Variant("softmax_token_choice", 0.3, 2), SOFT,
+], ids=lambda v: v.router)  # fmt: skip
+def test_layer_statistics_by_brute_force(variant, batch):
+    """Ten images in groups of four: the last group is of two."""
+    data = made_up()
+    model = build(variant, TINY, data, 0).eval()
+    layer = model.blocks[1].mlp
+    nn.init.normal_(layer.router.phi if variant == SOFT else layer.router.weight)
+    inputs = []
+    hook = layer.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    statistics = _LayerStatistics(model)
+    evaluate(model, data.test_images, data.test_labels, batch, statistics.add)
+    hook.remove()
+
+    size = 1 if variant == SOFT else 4
+    load, entropy, untouched, filled, slots = torch.zeros(4).double(), [], [], 0, 0
+    for group in torch.cat(inputs).split(size):
+        with torch.no_grad():
+            routing = layer.router(group.flatten(0, 1).unsqueeze(0))
+        dispatch, combine = routing.dispatch_tensor()[0].double(), routing.combine_tensor()[0].double()  # [T, E, C]
+        if variant == SOFT:
+            gates = combine.sum(2)
+            load += gates.sum(0)
+        else:
+            gates = routing.weights[0].double()
+            load += dispatch.sum((0, 2))
+            untouched.append((dispatch.sum((1, 2)) == 0).double())
+            filled += dispatch.sum()
+            slots += dispatch.shape[1] * dispatch.shape[2]
+        gates = gates / gates.sum(1, keepdim=True)
+        entropy.append(-(gates * gates.log()).sum(1))
+    load /= 10
+
+    (found,) = statistics.means()
+    assert found["block"] == 1
+    assert found["load"] == pytest.approx(load.tolist(), rel=1e-5)
+    assert found["load_cv"] == pytest.approx(float(load.std(correction=0) / load.mean()), rel=1e-4)
+    assert found["dead_experts"] == int((load == 0).sum())
+    assert found["entropy"] == pytest.approx(float(torch.cat(entropy).mean()), rel=1e-5)
+    if variant == SOFT:
+        assert found["dropped"] == 0 and found["utilisation"] == 1
+        assert sum(found["load"]) == pytest.approx(16)
+    else:
+        assert found["dropped"] == pytest.approx(float(torch.cat(untouched).mean()), rel=1e-5) and found["dropped"] > 0
+        assert found["utilisation"] == pytest.approx(float(filled / slots), rel=1e-5)
+
+
+def test_statistics_of_a_dense_model_are_empty():
+    model = build(DENSE, TINY, made_up(), 0)
+    statistics = _LayerStatistics(model)
+    evaluate(model, made_up().test_images, made_up().test_labels, 8, statistics.add)
+    assert statistics.means() == []
+
+
+@pytest.mark.parametrize("variant", [DENSE, EXPERT_CHOICE], ids=lambda v: v.name)
+def test_record(variant):
+    epochs = []
+    record = run(replace(TINY, epochs=3), variant, 2, made_up(), None, lambda: epochs.append(1))
+    assert json.loads(json.dumps(record)) == record
+    assert record["variant"] == variant.describe() and record["seed"] == 2 and record["transfer"] is None
+    assert len(epochs) == 3 and [epoch["epoch"] for epoch in record["epochs"]] == [1, 3]
+    for epoch in record["epochs"]:
+        assert set(epoch) == {"epoch", "seconds", "train_loss", "accuracy", "loss"} and 0 <= epoch["accuracy"] <= 1
+    assert record["train_seconds"] == record["epochs"][-1]["seconds"] > 0 and record["step_ms"] > 0
+    assert len(record["layers"]) == (variant != DENSE)
+
+
+def test_a_run_can_be_repeated():
+    first, same, other = (run(TINY, EXPERT_CHOICE, seed, made_up(), None)["epochs"][-1] for seed in (0, 0, 1))
+    assert first["loss"] == same["loss"] != other["loss"] and first["train_loss"] == same["train_loss"]
+
+
+def test_cost_is_that_of_whole_groups():
+    """Also where the last test image is a batch of its own."""
+    variant = Variant("softmax_expert_choice", 0.3)
+    small, large = (run(replace(TINY, epochs=1), variant, 0, made_up(test=n), None) for n in (8, 513))
+    assert small["cost"] == large["cost"] and small["cost"]["slots"] == 5
+
+
+def test_transfer():
+    other = made_up(train=120, test=40, seed=1)
+    # The label can be seen in the pixels.
+    for images, labels in ((other.train_images, other.train_labels), (other.test_images, other.test_labels)):
+        images.zero_()[torch.arange(len(labels)), 0, labels // 2, labels % 2 * 4] = 1
+    record = run(TINY, SOFT, 0, made_up(), replace(other, name="others"))
+    assert record["transfer"]["data"] == "others" and record["transfer"]["accuracy"] > 0.9
+
+
+def test_a_record_lies_where_its_settings_say():
+    path = record_path(TINY, SOFT, 0)
+    assert path.parent == Path("study/runs") and path.name.startswith("soft-c1-seed0-")
+    for same in (
+        {"routers": ["soft"]}, {"seeds": 9}, {"workers": 3}, {"top_k": [1]}, {"capacity_factors": [2.0]},
+        {"plan_combine": False},
+    ):  # fmt: skip
+        assert record_path(replace(TINY, **same), SOFT, 0) == path
+    assert record_path(replace(TINY, output=Path("there")), SOFT, 0) == Path("there/runs") / path.name
+    others = [
+        {"data": "x"}, {"transfer_data": "digits"}, {"epochs": 3}, {"batch_size": 8}, {"learning_rate": 1e-3},
+        {"image_size": 4}, {"max_images": 5}, {"shift": 0}, {"patch_size": 4}, {"width": 32}, {"mlp_ratio": 1.0},
+        {"depth": 4}, {"heads": 4}, {"num_experts": 8}, {"group_size": 2}, {"scale_init": 1.0}, {"device": "cuda"},
+    ]  # fmt: skip
+    paths = [record_path(replace(TINY, **other), SOFT, 0) for other in others]
+    paths += [path, record_path(TINY, SOFT, 1), record_path(TINY, Variant("soft", 2.0), 0)]
+    assert len(set(paths)) == len(others) + 3
+
+
+@pytest.mark.parametrize("content", [b"", b'{"variant": {"na', b"\xff\xfe\x00garbage"])
+def test_a_corrupted_record_is_none(tmp_path, content):
+    path = tmp_path / "runs" / "record.json"
+    assert read_record(path) is None
+    write_record(path, {"loss": 1.5})
+    assert read_record(path) == {"loss": 1.5} and [path] == list(path.parent.iterdir())
+    path.write_bytes(content)
+    assert read_record(path) is None

@@ -1,0 +1,126 @@
+"""A whole study: what is run, what is kept, what is written."""
+
+import csv
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from vmoe_routers.study import Settings, run_study, study, variants
+from vmoe_routers.study.runs import read_record, record_path, run, write_record
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = Settings(
+    routers=["softmax_expert_choice", "soft"], capacity_factors=[0.5, 1.0], seeds=2, epochs=1, max_images=40,
+    width=16, depth=2, heads=2, num_experts=4, group_size=4, batch_size=16,
+)  # fmt: skip
+
+
+class Stop:
+    """Runs in this process, one after the other; Ctrl-C after so many."""
+
+    def __init__(self):
+        self.done, self.after = [], None
+
+    def __call__(self, settings, jobs, console):
+        data, transfer = study._load(settings)
+        for job in jobs:
+            if len(self.done) == self.after:
+                raise KeyboardInterrupt
+            write_record(record_path(settings, *job), run(settings, *job, data, transfer))
+            self.done.append(job)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    stop = Stop()
+    monkeypatch.setattr(study, "_run_all", stop)
+    return stop
+
+
+def silent():
+    return Console(file=io.StringIO(), width=120)
+
+
+def test_interrupted_and_gone_on_with(tmp_path, here):
+    settings = replace(TINY, output=tmp_path / "new" / "folder")
+    jobs = [(variant, seed) for seed in range(2) for variant in variants(settings)]
+    here.after = 6
+    with pytest.raises(KeyboardInterrupt):
+        run_study(settings, silent())
+    assert here.done == jobs[:6]  # seed by seed
+    assert len(list((settings.output / "runs").iterdir())) == 6
+
+    # The same again, but for one record that is broken.
+    broken = record_path(settings, *jobs[2])
+    broken.write_text('{"variant"')
+    here.done, here.after = [], None
+    console = silent()
+    path = run_study(settings, console)
+    assert here.done == [jobs[2], *jobs[6:]]
+    assert read_record(broken)["variant"]["name"] == jobs[2][0].name
+    said = console.file.getvalue()
+    assert "40 training and 40 test images of 8 x 8, 10 classes" in said
+    assert "models: 5, seeds: 2, runs: 10, done before: 5" in said
+    assert f"report: {path}" in said.replace("\n", "")
+
+    assert path == settings.output / "report.html"
+    report = path.read_text(encoding="utf-8")
+    with open(settings.output / "table.csv", newline="", encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {variant.name for variant in variants(settings)}
+    for variant in variants(settings):
+        assert variant.label in report and rows[variant.name]["seeds"] == "2"
+    for name in ("figure_1.png", "figure_1.csv", "figure_load.png"):
+        assert (settings.output / name).stat().st_size
+
+    # Fewer routers and seeds: all of it is there.
+    here.done = []
+    run_study(replace(settings, routers=["soft"], seeds=1), silent())
+    assert here.done == []
+    with open(settings.output / "table.csv", newline="", encoding="utf-8") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["dense", "soft-c0.5", "soft-c1"]
+
+
+def test_transfer_gives_figure_2(tmp_path, here):
+    settings = replace(
+        TINY, routers=[], seeds=1, transfer_data="digits", max_images=150, output=tmp_path / "with [b]brackets[/b]"
+    )
+    console = Console(file=io.StringIO(), width=200, markup=False)
+    path = run_study(settings, console)
+    assert (settings.output / "figure_2.png").stat().st_size
+    assert f"report: {path}" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"batch_size": 64}, "40 training images are less than one batch of 64"),
+    ({"patch_size": 3}, "img_size 8 is not a multiple of patch_size 3"),
+    ({"heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
+    ({"transfer_data": "digits"}, "10-shot transfer wants more than 100 training images for 10 classes, there are 40"),
+    ({"transfer_data": "nowhere"}, "no folder 'nowhere'"),
+])  # fmt: skip
+def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run_study(replace(TINY, output=tmp_path / "study", **changes), silent())
+    assert here.done == [] and not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"batch_size": 30, "group_size": 8}, "batch_size 30 must be a multiple of group_size 8"),
+    ({"group_size": 0}, "group_size"),
+    ({"seeds": 0}, "seeds must be at least 1, got 0"),
+    ({"epochs": -1}, "epochs must be at least 1"),
+    ({"max_images": 0}, "max_images must be at least 1"),
+    ({"image_size": -8}, "image_size must be at least 1"),
+    ({"routers": ["soft", "hard"]}, "no router 'hard'; there are softmax_token_choice, "),
+    ({"top_k": [1, 9]}, "top_k must be between 1 and num_experts = 8, got 9"),
+    ({"top_k": [0]}, "top_k must be between 1"),
+    ({"capacity_factors": [1.0, 0.0]}, "capacity_factors must be positive"),
+    ({"capacity_factors": [float("inf")]}, "capacity_factors must be positive"),
+    ({"workers": -1}, "workers and shift must be at least 0"),
+])  # fmt: skip
+def test_settings_refuse(changes, words):
+    with pytest.raises(ValueError, match=words):
+        Settings(**changes)
