@@ -1,4 +1,4 @@
-# make study | test | lint | format. The first run makes .venv with all that is needed; later ones
+# make study | test | bench | lint | format. The first run makes .venv with all that is needed; later ones
 # find it there and compile only what changed. ARGS is passed on: make study ARGS="--seeds 1",
 # make test ARGS="-k topk".
 PYTHON ?= python3
@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test lint format
+.PHONY: study test bench lint format
 
 study: .venv/installed
 	$(bin)/vmoe-routers study $(ARGS)
@@ -17,6 +17,9 @@ test: .venv/installed
 	for isa in $$(build/cpp/tests/cpp/cpp_tests --list-isas); do \
 	  build/cpp/tests/cpp/cpp_tests --isa=$$isa --gtest_brief=1 || exit 1; done
 	$(bin)/pytest $(ARGS)
+
+bench: .venv/bench
+	$(bin)/python -m benchmarks.run $(ARGS)
 
 lint: .venv/lint
 	$(bin)/ruff check . && $(bin)/ruff format --check . && $(bin)/pyright --pythonpath $(bin)/python
@@ -28,6 +31,10 @@ format: .venv/lint
 
 .venv/installed: scripts/setup.sh $(compiled)
 	scripts/setup.sh $(PYTHON)
+	touch $@
+
+.venv/bench: .venv/installed
+	$(bin)/pip install --quiet --no-build-isolation --editable ".[bench]"
 	touch $@
 
 .venv/lint: .venv/installed

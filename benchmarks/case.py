@@ -1,0 +1,97 @@
+"""What is measured: a case is data, made of variants that compute the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+FORWARD = "forward"
+BACKWARD = "forward + backward"
+OURS = "ours"
+
+# "ours"; "naive": what a user writes first; "index": well-written torch; "compiled": torch.compile of that;
+# "peer": an installed package; "dense": the dense MLP of the same FLOPs.
+ROLES = ("ours", "naive", "index", "compiled", "peer", "dense")
+
+
+@dataclass(frozen=True)
+class Size:
+    """T tokens in each of `images` images, E experts, width D, K experts a token."""
+
+    images: int = 64
+    tokens: int = 196
+    experts: int = 32
+    width: int = 384
+    top_k: int = 2
+
+    @property
+    def rows(self) -> int:
+        return self.images * self.tokens
+
+    def __str__(self) -> str:
+        return f"n={self.rows} T={self.tokens} E={self.experts} D={self.width} K={self.top_k}"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that the case has to do: multiply-adds as 2 flops, bytes moved to and from memory, exponentials."""
+
+    flops: float = 0
+    bytes: float = 0
+    exps: float = 0
+
+    def __add__(self, other: Floor) -> Floor:
+        return Floor(self.flops + other.flops, self.bytes + other.bytes, self.exps + other.exps)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the case.
+
+    `call` gives the outputs, those with a gradient first. `leaves` are what the gradient is taken of; `canonical`
+    and `canonical_gradients` bring results into the shape of ours. `different` says why it is another function, or
+    nothing: then its results are asserted equal to ours. `different_gradient` says so of the gradients alone.
+    """
+
+    name: str
+    role: str
+    call: Callable[[], Sequence[Tensor]]
+    leaves: Sequence[Tensor] = ()
+    canonical: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
+    canonical_gradients: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
+    different: str = ""
+    different_gradient: str = ""
+    forward_only: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """Variants of one op at one size; the first is ours.
+
+    `allowed` is the share of an output's entries that may differ by more than `tolerance` (of its largest entry):
+    where a choice between nearly equal values is part of the function, and nowhere else.
+    """
+
+    op: str
+    title: str
+    size: Size
+    variants: Sequence[Variant]
+    floors: dict[str, Floor]
+    tolerance: float = 1e-5
+    allowed: float = 0.0
+    skipped: Sequence[str] = field(default_factory=tuple)
+
+    def with_variants(self, variants: Sequence[Variant]) -> Case:
+        return replace(self, variants=variants)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case to be built: `build(size, device)`."""
+
+    op: str
+    build: Callable[[Size, str], Case]
+    default: Size = Size()
+    quick: Size = Size(images=16)

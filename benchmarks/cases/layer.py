@@ -1,0 +1,168 @@
+"""The whole layer of each router, against torch's forms, packages, and the dense MLP of the same FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import layers, peers
+from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from vmoe_routers import MoEMlp
+
+EINSUM_BYTES = 256 << 20  # a dispatch tensor larger than this is not built
+
+
+def floors(rows: int, size: Size, extra: int = 0) -> dict[str, Floor]:
+    """Two products over `rows` rows, and three times that with gradients; weights and rows moved once a product."""
+    D, E = size.width, size.experts
+    flops = 2 * 2 * rows * D * 4 * D + extra
+    moved = 4 * (2 * size.rows * D + 8 * E * D * D)
+    return {FORWARD: Floor(flops=flops, bytes=moved), BACKWARD: Floor(flops=3 * flops, bytes=3 * moved)}
+
+
+def dense(x: torch.Tensor, rows: int) -> Variant:
+    """An MLP over `rows` rows, 4 times as wide within: what the experts' products cost without routing."""
+    D = x.shape[2]
+    first, second = nn.Linear(D, 4 * D, device=x.device), nn.Linear(4 * D, D, device=x.device)
+    xs = torch.randn(rows, D, device=x.device, requires_grad=True)
+    return Variant(
+        "dense MLP, same FLOPs",
+        "dense",
+        lambda: [second(F.gelu(first(xs), approximate="tanh"))],
+        leaves=(xs, *first.parameters(), *second.parameters()),
+        different="dense",
+    )
+
+
+def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_k: int = 1) -> Case:
+    size = replace(size, top_k=top_k)
+    options = {"top_k": top_k} if router.endswith("token_choice") else {}
+    group = size.images if one_group else 1
+    make = partial(MoEMlp, size.width, 4 * size.width, num_experts=size.experts, router=router, group_size=group)
+    layer = make(device=device, **options).eval()
+    x = torch.randn(size.images, size.tokens, size.width, device=device, requires_grad=True)
+    grouped = x.view(size.images // group, group * size.tokens, size.width)
+    experts = layer.experts
+    leaves = (x, layer.router.weight, experts.w1, experts.b1, experts.w2, experts.b2)
+    variant = partial(Variant, leaves=leaves)
+
+    def torch_form(form):
+        return lambda: [form(layer, x.view(grouped.shape)).view_as(x)]
+
+    variants = [
+        variant("ours", "ours", lambda: [layer(x)]),
+        variant("torch gather + bmm + index_add", "index", torch_form(layers.gather_bmm)),
+    ]
+    skipped = []
+    if router == "softmax_token_choice":
+        variants.append(variant("loop over experts", "index", torch_form(layers.loop)))
+        variants.append(variant("grouped_mm", "index", torch_form(layers.grouped)))
+        dense_bytes = 4 * size.rows * size.experts * layer.router.slots(grouped.shape[1] * top_k)
+        if dense_bytes <= EINSUM_BYTES:
+            variants.append(variant("one-hot einsum", "naive", torch_form(layers.einsum)))
+        else:
+            skipped.append(f"one-hot einsum: its dispatch tensor alone would be {dense_bytes >> 20} MiB")
+    variants.append(dense(x, size.rows * top_k))
+    return Case(
+        op="layer",
+        title=f"layer, {router}, K={top_k}, " + ("one group" if one_group else "per image"),
+        size=size,
+        variants=tuple(variants),
+        floors=floors(size.rows * top_k, size),
+        # A choice between experts a rounding apart may fall otherwise, and moves a token.
+        tolerance=1e-3,
+        allowed=1e-2,
+        skipped=tuple(skipped),
+    )
+
+
+def top2(size: Size, device: str) -> Case:
+    """The function of the mixture-of-experts package: top-2, renormalised, no biases, exact GELU."""
+    layer = MoEMlp(
+        size.width,
+        4 * size.width,
+        act_layer=nn.GELU,
+        num_experts=size.experts,
+        router="softmax_token_choice",
+        top_k=2,
+        renormalize=True,
+        bias=False,
+        capacity_rounding="round",
+        capacity_multiple_of=1,
+        device=device,
+    ).eval()
+    x = torch.randn(size.images, size.tokens, size.width, device=device, requires_grad=True)
+    leaves = (x, layer.router.weight, layer.experts.w1, layer.experts.w2)
+    variants = [Variant("ours", "ours", lambda: [layer(x)], leaves=leaves)]
+    skipped: list[str] = []
+    peers.add(variants, skipped, peers.mixture_of_experts, layer, x, layer.router.slots(size.tokens * 2))
+    variants.append(dense(x, size.rows * 2))
+    return Case(
+        op="layer",
+        title="layer, top-2 renormalised, no biases, per image",
+        size=size,
+        variants=tuple(variants),
+        floors=floors(2 * size.rows, size),
+        tolerance=1e-3,
+        allowed=1e-2,
+        skipped=tuple(skipped),
+    )
+
+
+def soft(size: Size, device: str) -> Case:
+    slots = max(1, round(size.tokens / size.experts))
+    layer = MoEMlp(
+        size.width,
+        4 * size.width,
+        act_layer=nn.GELU,
+        num_experts=size.experts,
+        router="soft",
+        slots_per_expert=slots,
+        device=device,
+    ).eval()
+    # Of length sqrt(D): for such tokens soft-moe-pytorch is the same function.
+    x = F.normalize(torch.randn(size.images, size.tokens, size.width, device=device), dim=-1) * size.width**0.5
+    x.requires_grad_()
+    experts = layer.experts
+    leaves = (x, layer.router.phi, layer.router.scale, experts.w1, experts.b1, experts.w2, experts.b2)
+    variant = partial(Variant, leaves=leaves)
+    variants = [
+        variant("ours", "ours", lambda: [layer(x)]),
+        variant("bwconrad's form", "naive", lambda: [layers.soft_einsum(layer, x)]),
+        variant("torch softmax + bmm", "index", lambda: [layers.soft(layer, x)]),
+    ]
+    skipped: list[str] = []
+    peers.add(variants, skipped, peers.soft_moe_pytorch, layer, x)
+    rows = size.images * size.experts * slots
+    variants.append(dense(x, rows))
+    mixing = 3 * 2 * size.images * size.tokens * size.experts * slots * size.width
+    return Case(
+        op="layer",
+        title="layer, soft",
+        size=size,
+        variants=tuple(variants),
+        floors=floors(rows, size, mixing),
+        tolerance=1e-3,
+        skipped=tuple(skipped),
+    )
+
+
+QUICK = Size(images=4, experts=8, width=192)
+NAMES = (
+    "sinkhorn_token_choice",
+    "softmax_expert_choice",
+    "sinkhorn_expert_choice",
+    "sparsity_constrained_expert_choice",
+)
+ENTRIES = (
+    Entry("layer", partial(sparse, router="softmax_token_choice"), quick=QUICK),
+    Entry("layer", partial(sparse, router="softmax_token_choice", top_k=2), quick=QUICK),
+    Entry("layer", partial(sparse, router="softmax_token_choice", one_group=False), quick=QUICK),
+    *(Entry("layer", partial(sparse, router=name), quick=QUICK) for name in NAMES),
+    Entry("layer", top2, quick=QUICK),
+    Entry("layer", soft, quick=QUICK),
+)

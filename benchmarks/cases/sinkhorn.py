@@ -1,0 +1,59 @@
+"""Sinkhorn, 20 iterations: the whole batch as one group, and per image."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from benchmarks import forms, peers
+from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from vmoe_routers import sinkhorn
+
+ITERATIONS = 20
+
+
+def build(size: Size, device: str, *, one_group: bool) -> Case:
+    G, T, E = (1, size.rows, size.experts) if one_group else (size.images, size.tokens, size.experts)
+    logits = torch.randn(G, T, E, device=device, requires_grad=True)
+    variant = partial(Variant, leaves=(logits,))
+    variants = [
+        variant("ours", "ours", lambda: [sinkhorn(logits, iterations=ITERATIONS)]),
+        variant(
+            "ours, implicit gradient",
+            "ours",
+            lambda: [sinkhorn(logits, iterations=ITERATIONS, gradient="implicit")],
+            different_gradient="that of the fixed point",
+        ),
+        variant("log domain", "naive", lambda: [forms.sinkhorn_log(logits, ITERATIONS)]),
+        variant("scaling loop", "index", lambda: [forms.sinkhorn(logits, ITERATIONS)]),
+    ]
+    skipped = []
+    if one_group:
+        variants.append(
+            variant(
+                "Megatron-LM's loop",
+                "peer",
+                lambda: [forms.sinkhorn_megatron(logits, ITERATIONS)],
+                different="other marginals (1/n, 1/E), rows first",
+            )
+        )
+        peers.add(variants, skipped, peers.pot_sinkhorn, logits, ITERATIONS)
+    # K is read once an iteration at least, from memory where it does not fit a cache; backward goes the same way.
+    once = 4 * G * T * E
+    forward = Floor(flops=4 * ITERATIONS * G * T * E, bytes=2 * once, exps=G * T * E)
+    return Case(
+        op="sinkhorn",
+        title="Sinkhorn, one group" if one_group else "Sinkhorn, per image",
+        size=size,
+        variants=tuple(variants),
+        floors={FORWARD: forward, BACKWARD: forward + Floor(flops=8 * ITERATIONS * G * T * E, bytes=2 * once)},
+        tolerance=1e-4,
+        skipped=tuple(skipped),
+    )
+
+
+ENTRIES = (
+    Entry("sinkhorn", partial(build, one_group=True), quick=Size()),
+    Entry("sinkhorn", partial(build, one_group=False), quick=Size(images=16)),
+)

@@ -1,0 +1,73 @@
+"""Correctness before timing: every variant's outputs and gradients against ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import BACKWARD, Case, Variant
+
+
+def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """One fixed direction for every output that has a gradient."""
+    made = []
+    for output in outputs:
+        generator = torch.Generator().manual_seed(len(made))
+        made.append(torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device))
+    return made
+
+
+def differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [output for output in outputs if output.requires_grad]
+
+
+def runner(variant: Variant, direction: str) -> Callable[[], Sequence[Tensor]]:
+    """What is timed: the call without a graph, or the call and its gradients."""
+    if direction != BACKWARD:
+
+        def forward():
+            with torch.no_grad():
+                return variant.call()
+
+        return forward
+    # The cotangent is drawn in the shape of ours, and given to each variant in its own.
+    grad = cotangents(differentiable(variant.call()))
+
+    def both():
+        return torch.autograd.grad(differentiable(variant.call()), variant.leaves, grad)
+
+    return both
+
+
+def mismatch(a: Tensor, b: Tensor, tolerance: float) -> float:
+    """The share of entries that differ: integers at all, others by more than tolerance * max |b|."""
+    if a.shape != b.shape:
+        raise AssertionError(f"shape {list(a.shape)}, ours has {list(b.shape)}")
+    if not b.is_floating_point():
+        return (a.long() != b.long()).double().mean().item()
+    scale = b.abs().amax().clamp(min=1e-30) if b.numel() else 1.0
+    return (~((a - b).abs() <= tolerance * scale)).double().mean().item()
+
+
+def check(case: Case, variant: Variant, direction: str) -> None:
+    """Raises AssertionError where `variant` gives something else than ours, and does not say so."""
+    if variant.different or (direction == BACKWARD and variant.different_gradient):
+        return
+    results = []
+    for one in (variant, case.variants[0]):
+        outputs = list(one.canonical(one.call()))
+        if direction == BACKWARD:
+            grad = cotangents(differentiable(outputs))
+            outputs = list(one.canonical_gradients(torch.autograd.grad(differentiable(outputs), one.leaves, grad)))
+        results.append([output.detach() for output in outputs])
+    if len(results[0]) != len(results[1]):
+        raise AssertionError(f"{variant.name}: {len(results[0])} results, ours has {len(results[1])}")
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        share = mismatch(a, b, case.tolerance)
+        if not share <= case.allowed:
+            raise AssertionError(
+                f"{case.title}, {direction}, {variant.name}: {100 * share:.3g} % of the entries of result {i} differ "
+                f"from ours by more than {case.tolerance:g} of the largest (allowed {100 * case.allowed:g} %)"
+            )

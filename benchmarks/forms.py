@@ -1,0 +1,177 @@
+"""The ops as people write them in torch: the naive forms (one-hot, log-domain) and well-written index forms.
+
+Each computes what the op of the same name computes, at no more cost than torch needs; torch.compile takes the
+index forms.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def topk_one_hot(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k times argmax, and the winner masked out: the form of the early MoE codes."""
+    gates = logits.softmax(-1)
+    left, values, indices = gates, [], []
+    for _ in range(k):
+        index = left.argmax(-1)
+        chosen = F.one_hot(index, gates.shape[-1]).to(gates.dtype)
+        values.append((gates * chosen).sum(-1))
+        indices.append(index)
+        left = left * (1 - chosen)
+    return torch.stack(values, -1), torch.stack(indices, -1)
+
+
+def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return logits.softmax(-1).topk(k)
+
+
+def topk_then_normalize(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The softmax of the chosen alone: no [n, E] of probabilities is written."""
+    best, index = logits.topk(k)
+    return (best - logits.logsumexp(-1, keepdim=True)).exp(), index
+
+
+def slots_one_hot(expert: Tensor, E: int, C: int, priority: Tensor) -> tuple[Tensor, Tensor]:
+    """Position in the buffer by a cumulative sum of one-hot requests, [G, K * T, E]."""
+    G, T, K = expert.shape
+    order = priority.argsort(dim=1, descending=True, stable=True)
+    served = expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T)
+    one_hot = F.one_hot(served, E)
+    position = ((one_hot.cumsum(1) - 1) * one_hot).sum(-1)
+    return _write_slots(served, position, order, (G, T, K, E, C))
+
+
+def slots(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same by one stable sort of the requests by expert."""
+    G, T, K = expert.shape
+    if priority is None:
+        order = torch.arange(T, device=expert.device).expand(G, T)
+        served = expert.long().transpose(1, 2).reshape(G, K * T)
+    else:
+        order = priority.argsort(dim=1, descending=True, stable=True)
+        served = expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T)
+    by_expert, request = served.sort(dim=1, stable=True)
+    count = torch.zeros(G, E, dtype=torch.long, device=expert.device).scatter_add_(1, served, torch.ones_like(served))
+    start = count.cumsum(1) - count
+    rank = torch.arange(K * T, device=expert.device) - start.gather(1, by_expert)
+    position = torch.empty_like(rank).scatter_(1, request, rank)
+    return _write_slots(served, position, order, (G, T, K, E, C))
+
+
+def _write_slots(served: Tensor, position: Tensor, order: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    G, T, K, E, C = shape
+    request = (order[:, None] * K + torch.arange(K, device=order.device)[:, None]).reshape(G, K * T)
+    kept = position < C
+    place = torch.where(kept, served * C + position, -1)
+    slot = torch.empty_like(place).scatter_(1, request, place).view(G, T, K)
+    source = torch.full((G, E * C + 1), -1, device=order.device)
+    source.scatter_(1, torch.where(kept, place, E * C), request)
+    return slot, source[:, : E * C].view(G, E, C)
+
+
+def sinkhorn_log(logits: Tensor, iterations: int = 20) -> Tensor:
+    """Log domain: two logsumexp an iteration."""
+    n, E = logits.shape[1:]
+    f = logits.new_zeros(logits.shape[0], n, 1)
+    h = f
+    target = torch.tensor(n / E, device=logits.device).log()
+    for _ in range(iterations):
+        h = target - (logits + f).logsumexp(1, keepdim=True)
+        f = -(logits + h).logsumexp(2, keepdim=True)
+    return (logits + f + h).exp()
+
+
+def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
+    """Scaling: one exp, then two matrix-vector products an iteration."""
+    n, E = logits.shape[1:]
+    # A shift of the rows changes no plan, only the scale of u, which begins as if there were none.
+    shift = logits.detach().amax(2, keepdim=True)
+    K = (logits - shift).exp()
+    u = shift.exp().transpose(1, 2)  # [G, 1, n]
+    v = u
+    for _ in range(iterations):
+        v = (n / E) / (u @ K)  # [G, 1, E]
+        u = 1 / (K @ v.transpose(1, 2)).transpose(1, 2)
+    return u.transpose(1, 2) * K * v
+
+
+def sinkhorn_megatron(logits: Tensor, iterations: int = 20) -> Tensor:
+    """The loop of Megatron-LM's router, with a fixed number of iterations instead of its tolerance."""
+    cost = logits[0].exp()
+    d0, d1 = torch.ones_like(cost[:, 0]), torch.ones_like(cost[0])
+    for _ in range(iterations):
+        d0 = (1 / d0.size(0)) * 1 / (torch.sum(d1 * cost, 1) + 1e-8)
+        d1 = (1 / d1.size(0)) * 1 / (torch.sum(d0.unsqueeze(1) * cost, 0) + 1e-8)
+    return (d1 * cost * d0.unsqueeze(1))[None]
+
+
+def ksparse_plan(alpha: Tensor, S: Tensor, k: int, b: float) -> Tensor:
+    """b P_k((alpha + S) / b) of every column: the k largest, projected onto the simplex, written back."""
+    best, index = (((alpha[..., None] + S) / b).transpose(1, 2)).topk(k)
+    total = best.cumsum(-1)
+    r = torch.arange(1, k + 1, device=S.device, dtype=S.dtype)
+    rho = (1 + r * best > total).sum(-1, keepdim=True).clamp(min=1)
+    tau = (total.gather(-1, rho - 1) - 1) / rho
+    p = torch.zeros(S.shape[0], S.shape[2], S.shape[1], dtype=S.dtype, device=S.device)
+    return b * p.scatter(-1, index, (best - tau).relu()).transpose(1, 2)
+
+
+def ksparse_transport(
+    S: Tensor, k: int, iterations: int = 20, learning_rate: float = 0.01, tolerance: float = 1e-3
+) -> Tensor:
+    """Adam on the semi-dual of all groups at once, one batched top-k an iteration; the gradient is the projection's."""
+    b = S.shape[1] / S.shape[2]
+    with torch.no_grad():
+        alpha = torch.zeros_like(S[..., 0])
+        m, v = torch.zeros_like(alpha), torch.zeros_like(alpha)
+        running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
+        for i in range(1, iterations + 1):
+            gradient = 1 - ksparse_plan(alpha, S, k, b).sum(2)
+            m = 0.9 * m + 0.1 * gradient
+            v = 0.999 * v + 0.001 * gradient.square()
+            update = learning_rate * (m / (1 - 0.9**i)) / ((v / (1 - 0.999**i)).sqrt() + 1e-8)
+            alpha = torch.where(running, alpha + update, alpha)
+            running = running & ~(gradient.norm(dim=1, keepdim=True) <= tolerance)
+    return ksparse_plan(alpha, S, k, b)
+
+
+def gather_rows(x: Tensor, token: Tensor) -> Tensor:
+    """Rows of x [n, D] by slot; `token` [S] has n where a slot is empty."""
+    return F.pad(x, (0, 0, 0, 1)).index_select(0, token)
+
+
+def add_rows(y: Tensor, gate: Tensor, token: Tensor, n: int) -> Tensor:
+    """The weighted rows y [S, D] added into their tokens."""
+    return y.new_zeros(n + 1, y.shape[1]).index_add(0, token, y * gate[:, None])[:n]
+
+
+def sum_slots(y: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
+    """The same from the token's side: slot [n, K] with -1 for dropped, gate by slot; no scattered sum."""
+    there = slot >= 0
+    where = slot.clamp(min=0)
+    weight = gate[where] * there
+    return (y.index_select(0, where.flatten()).view(*slot.shape, -1) * weight[..., None]).sum(1)
+
+
+def soft_mix(logits: Tensor, x: Tensor) -> Tensor:
+    """Dispatch and combine of Soft MoE with nothing between: two softmaxes, two batched products."""
+    slots = logits.softmax(1).transpose(1, 2) @ x
+    return logits.softmax(2) @ slots
+
+
+def soft_mix_one_exp(logits: Tensor, x: Tensor) -> Tensor:
+    """One exp for both softmaxes, the normalisers applied to the outputs."""
+    e = (logits - logits.detach().amax((1, 2), keepdim=True)).exp()
+    slots = (e.transpose(1, 2) @ x) / e.sum(1)[..., None]
+    return (e @ slots) / e.sum(2, keepdim=True)
+
+
+def soft_mix_einsum(logits: Tensor, x: Tensor, E: int) -> Tensor:
+    """As the packages write it: [g, t, e, c] tensors and einsum."""
+    by_expert = logits.unflatten(2, (E, -1))
+    slots = torch.einsum("gtd,gtec->gecd", x, by_expert.softmax(1))
+    combine = by_expert.flatten(2).softmax(-1).view_as(by_expert)
+    return torch.einsum("gecd,gtec->gtd", slots, combine)

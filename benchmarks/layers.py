@@ -1,0 +1,136 @@
+"""The whole layer as people write it in torch, on the weights of one of ours and computing the same function."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import forms
+from vmoe_routers import MoEMlp, TokenChoiceRouter
+from vmoe_routers.affinity import Sinkhorn, Softmax, SparsityConstrained
+
+
+def _affinity(affinity: object, logits: Tensor, C: int) -> tuple[Tensor, Tensor]:
+    """What selects and what weighs."""
+    gates = logits.softmax(-1)
+    if isinstance(affinity, Softmax):
+        return gates.detach(), gates
+    with torch.no_grad():
+        if isinstance(affinity, Sinkhorn):
+            return forms.sinkhorn(logits, affinity.iterations), gates
+        assert isinstance(affinity, SparsityConstrained)
+        plan = forms.ksparse_transport(gates, C, affinity.iterations, affinity.learning_rate, affinity.tolerance)
+        # Among the zeros the lower index goes first, as in ours: torch.topk promises no order of equals.
+        index = torch.arange(plan.shape[1], device=plan.device, dtype=plan.dtype).view(1, -1, 1)
+        return torch.where(plan > 0, plan, -index), gates
+
+
+def route(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens x [G, T, D] to the row of every slot, [E, G, C] in [0, G * T] (G * T: empty), and its gate."""
+    router = layer.router
+    G, T, _ = x.shape
+    logits = F.linear(x, router.weight)
+    if isinstance(router, TokenChoiceRouter):
+        K = router.top_k
+        E, C = router.num_experts, router.slots(T * K)
+        choose, gates = _affinity(router.affinity, logits, C)
+        expert = choose.topk(K).indices
+        kept = gates.gather(2, expert)
+        _, source = forms.slots(expert, E, C)
+        gate = F.pad(kept.flatten(1), (0, 1)).gather(1, torch.where(source < 0, T * K, source).flatten(1))
+        token, gate = source.div(K, rounding_mode="floor"), gate.view(source.shape)
+    else:
+        C = min(router.slots(T), T)
+        choose, gates = _affinity(router.affinity, logits, C)
+        token = choose.topk(C, dim=1).indices
+        gate, token = gates.gather(1, token).transpose(1, 2), token.transpose(1, 2)
+    first = torch.arange(G, device=x.device).view(G, 1, 1) * T
+    rows = torch.where(token < 0, G * T, first + token)
+    return rows.transpose(0, 1), gate.transpose(0, 1)
+
+
+def mlp(layer: MoEMlp, x: Tensor) -> Tensor:
+    """The experts on x [E, N, D], as two batched products."""
+    e = layer.experts
+    if e.b1 is None or e.b2 is None:
+        return torch.bmm(e.act(torch.bmm(x, e.w1)), e.w2)
+    return torch.baddbmm(e.b2[:, None], e.act(torch.baddbmm(e.b1[:, None], x, e.w1)), e.w2)
+
+
+def gather_bmm(layer: MoEMlp, x: Tensor) -> Tensor:
+    """Gather into buffers, batched products, index_add: the well-written form with a capacity."""
+    rows, gate = route(layer, x)
+    flat, rows = x.flatten(0, 1), rows.reshape(rows.shape[0], -1)
+    y = mlp(layer, forms.gather_rows(flat, rows.flatten()).view(*rows.shape, -1))
+    return forms.add_rows(y.flatten(0, 1), gate.reshape(-1), rows.flatten(), flat.shape[0]).view_as(x)
+
+
+def loop(layer: MoEMlp, x: Tensor) -> Tensor:
+    """A loop over the experts' own rows, index_add into the result: transformers' eager form.
+
+    The weights are unbound once: `w1[e]` under autograd would make a gradient of all experts' size for each.
+    """
+    rows, gate = route(layer, x)
+    flat, e = x.flatten(0, 1), layer.experts
+    n = flat.shape[0]
+    out = torch.zeros_like(flat)
+    parameters = zip(e.w1.unbind(), e.b1.unbind(), e.w2.unbind(), e.b2.unbind(), strict=True)
+    for mine, weight, (w1, b1, w2, b2) in zip(rows.flatten(1), gate.flatten(1), parameters, strict=True):
+        there = (mine < n).nonzero().squeeze(1)
+        token = mine[there]
+        hidden = e.act(torch.addmm(b1, flat[token], w1))
+        out = out.index_add_(0, token, torch.addmm(b2, hidden, w2) * weight[there, None])
+    return out.view_as(x)
+
+
+def grouped(layer: MoEMlp, x: Tensor) -> Tensor:
+    """Ragged rows through torch's grouped_mm: transformers' grouped_mm form."""
+    rows, gate = route(layer, x)
+    flat, e = x.flatten(0, 1), layer.experts
+    n = flat.shape[0]
+    there = rows.flatten(1) < n
+    count = there.sum(1)
+    token, weight = rows.flatten(1)[there], gate.flatten(1)[there]
+    owner = torch.repeat_interleave(count)
+    offsets = count.cumsum(0).int()
+    hidden = e.act(F.grouped_mm(flat[token], e.w1, offs=offsets) + e.b1[owner])
+    y = F.grouped_mm(hidden, e.w2, offs=offsets) + e.b2[owner]
+    return torch.zeros_like(flat).index_add(0, token, y * weight[:, None]).view_as(x)
+
+
+def einsum(layer: MoEMlp, x: Tensor) -> Tensor:
+    """One-hot dispatch and combine tensors [G, T, E, C]: the form of V-MoE and GShard."""
+    rows, gate = route(layer, x)
+    G, T, _ = x.shape
+    all_rows = torch.arange(G * T, device=x.device).view(G, T, 1, 1)
+    one_hot = (rows.transpose(0, 1)[:, None] == all_rows).to(x.dtype)
+    inputs = torch.einsum("gtec,gtd->egcd", one_hot, x)
+    y = mlp(layer, inputs.flatten(1, 2)).view_as(inputs)
+    return torch.einsum("gtec,egcd->gtd", one_hot * gate.transpose(0, 1)[:, None], y)
+
+
+def soft_logits(layer: MoEMlp, x: Tensor) -> Tensor:
+    phi = layer.router.scale * F.normalize(layer.router.phi.flatten(1), dim=0)
+    return F.normalize(x, dim=-1) @ phi
+
+
+def soft(layer: MoEMlp, x: Tensor) -> Tensor:
+    """Soft MoE with two softmaxes and batched products."""
+    logits = soft_logits(layer, x)
+    G, E = x.shape[0], layer.router.num_experts
+    slots = (logits.softmax(1).transpose(1, 2) @ x).view(G, E, -1, x.shape[2])
+    y = mlp(layer, slots.transpose(0, 1).flatten(1, 2)).view(E, G, -1, x.shape[2]).transpose(0, 1)
+    return logits.softmax(2) @ y.flatten(1, 2)
+
+
+def soft_einsum(layer: MoEMlp, x: Tensor) -> Tensor:
+    """Soft MoE as bwconrad's soft-moe writes it: einsum over [b, m, n, p] and a list of experts."""
+    router, e = layer.router, layer.experts
+    phi = router.scale * F.normalize(router.phi, dim=0)
+    logits = torch.einsum("bmd,dnp->bmnp", F.normalize(x, dim=2), phi)
+    slots = torch.einsum("bmd,bmnp->bnpd", x, logits.softmax(1))
+    parameters = zip(e.w1.unbind(), e.b1.unbind(), e.w2.unbind(), e.b2.unbind(), strict=True)
+    ys = [e.act(slots[:, i] @ w1 + b1) @ w2 + b2 for i, (w1, b1, w2, b2) in enumerate(parameters)]
+    combine = logits.flatten(2).softmax(2).view_as(logits)
+    return torch.einsum("bnpd,bmnp->bmd", torch.stack(ys, 1), combine)

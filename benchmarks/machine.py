@@ -1,0 +1,48 @@
+"""Where and with what a run was made."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+import vmoe_routers
+from vmoe_routers import _C
+
+PACKAGES = ("torch", "numpy", "soft-moe-pytorch", "st-moe-pytorch", "mixture-of-experts", "POT", "transformers")
+
+
+def cpu_name() -> str:
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    found = {"vmoe_routers": vmoe_routers.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(device: str) -> dict:
+    """Device, versions, date and ISA level, for the table's head and the JSON."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    return {
+        "device": device,
+        "name": name,
+        "cores": os.cpu_count(),
+        "isa": _C.isa(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "versions": versions(),
+    }

@@ -1,0 +1,113 @@
+"""Figures of a run: the ratios to ours, and every variant under the machine's roof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+
+# Okabe and Ito's palette: told apart by colour-blind readers too; the markers say the same.
+LOOKS = {
+    "ours": ("#000000", "o"),
+    "naive": ("#E69F00", "v"),
+    "index": ("#0072B2", "s"),
+    "compiled": ("#56B4E9", "D"),
+    "peer": ("#009E73", "^"),
+    "dense": ("#CC79A7", "x"),
+}
+
+
+def _label(result: dict) -> str:
+    direction = "fwd" if result["direction"] == "forward" else "fwd + bwd"
+    return f"{result['title']}, {direction}\n{result['size']}, {result['threads']} thr"
+
+
+def _legend(axes, roles: set[str], lines=(), **where) -> None:
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=role)
+        for role, (colour, marker) in LOOKS.items()
+        if role in roles
+    ]
+    axes.legend(handles=[*lines, *handles], frameon=False, **where)
+
+
+def ratio_figure(results: list[dict]) -> Figure:
+    """Time of every variant over ours, with its interval."""
+    figure = Figure(figsize=(9, 1.2 + 0.42 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    roles = set()
+    for row, result in enumerate(results):
+        for v in result["variants"][1:]:
+            colour, marker = LOOKS[v["role"]]
+            ratio = v["ratio"]
+            axes.plot([ratio["low"], ratio["high"]], [row, row], color=colour, linewidth=1)
+            hollow = "none" if v["different"] and marker != "x" else colour
+            axes.plot(ratio["median"], row, marker=marker, color=colour, mfc=hollow, ms=6, linestyle="")
+            roles.add(v["role"])
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("time / time of ours (hollow: a different function)")
+    labels = [_label(result) + (" UNSTABLE" if result["unstable"] else "") for result in results]
+    axes.set_yticks(range(len(results)), labels, fontsize=7)
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.grid(axis="x", which="both", color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _legend(axes, roles, loc="lower right", bbox_to_anchor=(1, 1), ncols=5, borderaxespad=0.2)
+    return figure
+
+
+def roofline_figure(results: list[dict], ceilings: dict, threads: int) -> Figure:
+    """flop/s against flop per byte of the cases that multiply, under the GEMM and the bandwidth roofs."""
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.subplots()
+    shown = [r for r in results if r["threads"] == threads and r["floor"]["flops"] and r["floor"]["bytes"]]
+    intensity = [r["floor"]["flops"] / r["floor"]["bytes"] for r in shown] or [1.0]
+    left, right = min(intensity) / 3, max(intensity) * 3
+    gemm = max(ceilings["gemm"], ceilings["gemm_layer"])
+    for level, style in zip(ceilings["read"], (":", "--", "-"), strict=False):
+        rate = max(ceilings["read"][level], ceilings["copy"][level])
+        xs = [left, min(max(gemm / rate, left), right), right]
+        axes.plot(xs, [min(gemm, rate * x) for x in xs], color="0.4", linestyle=style, label=f"roof, {level}")
+    roles = set()
+    for result, x in zip(shown, intensity, strict=False):
+        for v in result["variants"]:
+            colour, marker = LOOKS[v["role"]]
+            axes.plot(x, result["floor"]["flops"] / v["seconds"], marker=marker, color=colour, ms=5, linestyle="")
+            roles.add(v["role"])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(left, right)
+    axes.set_ylim(top=3 * gemm)
+    axes.set_xlabel("flop per byte that the case must move")
+    axes.set_ylabel("flop/s (of the case's own flops)")
+    axes.set_title(f"{threads} thread(s)", loc="left", fontsize=10)
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for x in sorted(set(intensity)):
+        here = [r for r, other in zip(shown, intensity, strict=False) if other == x]
+        lowest = min(r["floor"]["flops"] / v["seconds"] for r in here for v in r["variants"])
+        names = ", ".join(dict.fromkeys(r["op"] for r in here))
+        axes.annotate(
+            names, (x, lowest), (0, -8), textcoords="offset points", rotation=90, ha="center", va="top", size=7
+        )
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for the names
+    _legend(axes, roles, axes.lines[: len(ceilings["read"])], loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def save_plots(run: dict, stem: Path) -> list[Path]:
+    """`<stem>-ratios.png` and `<stem>-roofline-<threads>.png`."""
+    written = [stem.with_name(f"{stem.name}-ratios.png")]
+    ratio_figure(run["results"]).savefig(written[0], dpi=130)
+    for found in run["ceilings"]:
+        threads = found["threads"]
+        if not any(result["floor"]["flops"] for result in run["results"]):
+            break
+        written.append(stem.with_name(f"{stem.name}-roofline-{threads}.png"))
+        roofline_figure(run["results"], found["ceilings"], threads).savefig(written[-1], dpi=130)
+    return written

@@ -1,0 +1,92 @@
+"""What a run prints."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.targets import best_peer
+
+
+def seconds(value: float) -> str:
+    """Three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def mebibytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:.3g}"
+
+
+def print_machine(console: Console, machine: dict, ceilings: list[dict]) -> None:
+    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    console.print(f"{machine['name']}, {machine['cores']} cores, ISA {machine['isa']}, {machine['date']}; {packages}")
+    for found in ceilings:
+        rates = found["ceilings"]
+        read = ", ".join(f"{level} {rate / 1e9:.3g}" for level, rate in rates["read"].items())
+        copy = ", ".join(f"{level} {rate / 1e9:.3g}" for level, rate in rates["copy"].items())
+        console.print(
+            f"Ceilings, {found['threads']} thread(s): GEMM 2048^3 {rates['gemm'] / 1e9:.4g} GFLOP/s, "
+            f"at the layer's shape {rates['gemm_layer'] / 1e9:.4g}; read {read} GB/s; copy {copy} GB/s (both ways); "
+            f"exp {rates['exp'] / 1e9:.3g} G/s"
+        )
+
+
+def print_result(console: Console, result: dict) -> None:
+    """The table of one case in one direction."""
+    floor = result["floor"]
+    head = f"{result['title']}, {result['direction']}  [{result['size']}, {result['threads']} thread(s)]"
+    again = result["again"]
+    mark = "  [bold red]UNSTABLE[/]" if result["unstable"] else ""
+    console.print(f"\n[bold]{head}[/]", highlight=False)
+    table = Table(
+        *("variant", "time", "time / ours", "95 %", "floor / time", "saved MiB", "peak MiB", ""),
+        box=None,
+        pad_edge=False,
+    )
+    for column in table.columns[1:7]:
+        column.justify = "right"
+    best = best_peer(result)
+    for v in result["variants"]:
+        notes = [f"different function: {v['different']}"] if v["different"] else []
+        notes += ["best peer"] if v["name"] == best else []
+        table.add_row(
+            v["name"],
+            seconds(v["seconds"]),
+            f"{v['ratio']['median']:.2f}",
+            f"{v['ratio']['low']:.2f}-{v['ratio']['high']:.2f}",
+            f"{floor['seconds'] / v['seconds']:.2%}",
+            mebibytes(v["saved_bytes"]),
+            mebibytes(v["peak_bytes"]),
+            "; ".join(notes),
+        )
+    console.print(table)
+    console.print(
+        f"floor {seconds(floor['seconds'])} ({floor['by']}); A/A {again['median']:.3f} "
+        f"({again['low']:.3f}-{again['high']:.3f}){mark}; results equal to {result['tolerance']:g}"
+        + (f" but for {result['allowed']:.1%}" if result["allowed"] else ""),
+        highlight=False,
+    )
+    for line in result["skipped"]:
+        console.print(f"[yellow]skipped[/] {line}", highlight=False)
+
+
+def print_verdicts(console: Console, verdicts: list[dict]) -> None:
+    if not verdicts:
+        return
+    console.print("\n[bold]Targets[/] (times faster than; of a layer against the dense MLP: its time over ours)")
+    table = Table("case", "size", "thr", "against", "target", "reached", "", box=None, pad_edge=False)
+    for v in sorted(verdicts, key=lambda v: v["factor"]):
+        verdict = "[green]met[/]" if v["factor"] >= 1 else "[red]missed[/]"
+        table.add_row(
+            f"{v['title']}, {v['direction']}",
+            v["size"],
+            str(v["threads"]),
+            v["against"],
+            f"{v['target']:.3g}",
+            f"{v['ratio']:.3g}",
+            f"{verdict}, {v['factor']:.2f} of it" + (" [bold red]UNSTABLE[/]" if v["unstable"] else ""),
+        )
+    console.print(table)

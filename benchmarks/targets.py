@@ -1,0 +1,83 @@
+"""The ratios to reach, as data, and a run's verdict on them. They are for one thread of a CPU, float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.case import BACKWARD, FORWARD
+
+BEST = "best peer"  # the fastest of all that is not ours and not the dense MLP, and computes the same
+
+
+@dataclass(frozen=True)
+class Target:
+    """`title` begins a case's title. Of `against` (a variant's name, `BEST`) the time over ours must be >= `ratio`."""
+
+    title: str
+    direction: str
+    against: str
+    ratio: float
+
+
+TARGETS = (
+    Target("softmax + top-k", FORWARD, "torch softmax + topk", 15),
+    Target("softmax + top-k", BACKWARD, "torch softmax + topk", 8),
+    Target("expert choice, per image", FORWARD, "torch softmax + topk(dim=1)", 6),
+    Target("expert choice, one group", FORWARD, "torch softmax + topk(dim=1)", 5),
+    Target("slots with batch priority, one group", FORWARD, "torch stable sort", 12),
+    Target("slots with batch priority, one group", FORWARD, "one-hot cumsum", 50),
+    Target("Sinkhorn, one group", FORWARD, "scaling loop", 3),
+    Target("Sinkhorn, one group", FORWARD, "Megatron-LM's loop", 8),
+    Target("Sinkhorn, one group", FORWARD, "log domain", 20),
+    Target("Sinkhorn, one group", BACKWARD, "scaling loop", 5),
+    Target("Sinkhorn, one group", BACKWARD, "log domain", 12),
+    Target("k-sparse transport, Adam", FORWARD, "torch topk, batched", 10),
+    Target("k-sparse transport, L-BFGS", FORWARD, "POT smooth_ot_semi_dual", 10),
+    Target("dispatch + combine", FORWARD, "torch gather, both ways", 4),
+    Target("dispatch + combine", FORWARD, "one-hot einsum", 60),
+    Target("dispatch + combine", BACKWARD, "torch gather, both ways", 3),
+    # ours <= 0.95 and 1.1 of the dense MLP
+    Target("layer, softmax_", FORWARD, "dense MLP, same FLOPs", 1 / 0.95),
+    Target("layer, softmax_", BACKWARD, "dense MLP, same FLOPs", 1 / 1.1),
+    Target("layer, softmax_token_choice", FORWARD, BEST, 1.2),
+    Target("layer, softmax_token_choice", BACKWARD, BEST, 1.3),
+    Target("layer, soft", FORWARD, "bwconrad's form", 1.4),
+    Target("layer, soft", FORWARD, "soft-moe-pytorch", 2),
+)
+EXACT = {"layer, soft"}  # titles that also begin others
+
+
+def best_peer(result: dict) -> str | None:
+    """The fastest variant beside ours that computes the same function."""
+    peers = [v for v in result["variants"] if v["role"] not in ("ours", "dense") and not v["different"]]
+    return min(peers, key=lambda v: v["ratio"]["median"])["name"] if peers else None
+
+
+def verdicts(results: list[dict]) -> list[dict]:
+    """For every target and every result it is about: the ratio, and by what factor it is met (>= 1) or missed."""
+    found = []
+    for target in TARGETS:
+        for result in results:
+            title = result["title"]
+            fits = title == target.title if target.title in EXACT else title.startswith(target.title)
+            if not fits or result["direction"] != target.direction:
+                continue
+            name = best_peer(result) if target.against == BEST else target.against
+            variant = next((v for v in result["variants"] if v["name"] == name), None)
+            if variant is None:
+                continue
+            reached = variant["ratio"]["median"]
+            found.append(
+                {
+                    "title": title,
+                    "size": result["size"],
+                    "threads": result["threads"],
+                    "direction": target.direction,
+                    "against": f"{target.against}: {name}" if target.against == BEST else target.against,
+                    "target": target.ratio,
+                    "ratio": reached,
+                    "factor": reached / target.ratio,
+                    "unstable": result["unstable"],
+                }
+            )
+    return found
