@@ -28,7 +28,8 @@ from vmoe_routers.routers import SoftRouter
 GOLDEN = Path(__file__).parent / "golden"
 TABLE = Path(__file__).parents[1] / "docs" / "parity.md"
 COMMAND = "python tests/parity.py"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+# The probe of few-shot transfer has tests of its own.
+FILES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith("fewshot"))
 
 EXACT = 0.0
 GATE = 1e-6  # absolute

@@ -3,11 +3,39 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "../order.h"
 
 namespace vmoe::cpu::VMOE_ISA {
+
+// Sorts n picks that are in ascending order of index: radix passes from the lowest byte
+// up, which are stable, so that ties need no comparison. `scratch` has room for n.
+template <typename Key>
+void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
+  constexpr int64_t kComparing = 64;  // below, clearing the counters costs more
+  if (n < kComparing) {
+    std::sort(picks, picks + n, [](const auto& a, const auto& b) { return a.before(b); });
+    return;
+  }
+  constexpr int kBytes = sizeof(Key);
+  const auto digit = [](Key key, int byte) { return ~(key >> (8 * byte)) & 0xFF; };
+  int32_t starts[kBytes][256] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    for (int byte = 0; byte < kBytes; ++byte) ++starts[byte][digit(picks[i].key, byte)];
+  }
+  Pick<Key>*from = picks, *to = scratch;
+  for (int byte = 0; byte < kBytes; ++byte) {
+    int32_t* start = starts[byte];
+    if (start[digit(from[0].key, byte)] == n) continue;  // all keys share this byte
+    int32_t total = 0;
+    for (int value = 0; value < 256; ++value) total += std::exchange(start[value], total);
+    for (int64_t i = 0; i < n; ++i) to[start[digit(from[i].key, byte)]++] = from[i];
+    std::swap(from, to);
+  }
+  if (from != picks) std::copy(from, from + n, picks);
+}
 
 // Leaves the k first of value[0], value[stride], ... (n of them) in picks[0, k),
 // in order. `picks` is scratch that a caller keeps between rows.
@@ -33,13 +61,20 @@ void select(
     }
     return;
   }
+  if (k == n) {  // a sort; the second half is its scratch
+    picks.resize(2 * n);
+    for (int64_t i = 0; i < n; ++i) {
+      picks[i] = {order_key(value[i * stride]), static_cast<int32_t>(i)};
+    }
+    sort_picks(picks.data(), picks.data() + n, n);
+    picks.resize(n);
+    return;
+  }
   for (int64_t i = 0; i < n; ++i) {
     picks.push_back({order_key(value[i * stride]), static_cast<int32_t>(i)});
   }
-  if (k < n) {
-    std::nth_element(picks.begin(), picks.begin() + k, picks.end(), first);
-    picks.resize(k);
-  }
+  std::nth_element(picks.begin(), picks.begin() + k, picks.end(), first);
+  picks.resize(k);
   std::sort(picks.begin(), picks.end(), first);
 }
 

@@ -37,8 +37,17 @@ template <>
 struct IntOf<double> {
   using type = int64_t;
 };
+template <>
+struct IntOf<int32_t> {
+  using type = int32_t;
+};
+template <>
+struct IntOf<int64_t> {
+  using type = int64_t;
+};
 
-// Vec<T>: kVectorBytes of T. Mask<T>: as many integers, all bits set where true.
+// Vec<T>: kVectorBytes of T, a float or a signed integer. Mask<T>: as many integers, all
+// bits set where true.
 template <typename T>
 struct Lanes {
   static constexpr int64_t width = kVectorBytes / sizeof(T);
@@ -69,22 +78,89 @@ inline Vec<T> splat(T value) {
   return Vec<T>{} + value;
 }
 
-// The first `count` < width entries; the others are `fill`.
+// 0, 1, 2, ... in the integers of a mask.
+template <typename T>
+inline Mask<T> lane_index() {
+  return []<int... J>(std::integer_sequence<int, J...>) {
+    return Mask<T>{J...};
+  }(std::make_integer_sequence<int, kWidth<T>>{});
+}
+
+// The first `count` < width entries; the others are `fill`. By masks where the ISA level
+// has them: a vector put together in memory is slow to load back.
 template <typename T>
 inline Vec<T> load_some(const T* p, int64_t count, T fill) {
+#if defined(__AVX512F__)
+  const uint32_t first = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_mask_loadu_epi32((__m512i)splat(fill), first, p);
+  } else {
+    return (Vec<T>)_mm512_mask_loadu_epi64((__m512i)splat(fill), first, p);
+  }
+#elif defined(__AVX2__)
+  const Mask<T> first = lane_index<T>() < static_cast<typename IntOf<T>::type>(count);
+  if constexpr (sizeof(T) == 4) {
+    const auto v = (Vec<T>)_mm256_maskload_epi32((const int*)p, (__m256i)first);
+    return first ? v : splat(fill);
+  } else {
+    const auto v = (Vec<T>)_mm256_maskload_epi64((const long long*)p, (__m256i)first);
+    return first ? v : splat(fill);
+  }
+#else
   Vec<T> v = splat(fill);
   memcpy(&v, p, count * sizeof(T));
   return v;
+#endif
 }
 
 template <typename T>
 inline void store_some(T* p, Vec<T> v, int64_t count) {
+#if defined(__AVX512F__)
+  const uint32_t first = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, first, (__m512i)v);
+  } else {
+    _mm512_mask_storeu_epi64(p, first, (__m512i)v);
+  }
+#elif defined(__AVX2__)
+  const Mask<T> first = lane_index<T>() < static_cast<typename IntOf<T>::type>(count);
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_epi32((int*)p, (__m256i)first, (__m256i)v);
+  } else {
+    _mm256_maskstore_epi64((long long*)p, (__m256i)first, (__m256i)v);
+  }
+#else
   memcpy(p, &v, count * sizeof(T));
+#endif
 }
 
 template <typename T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
+}
+
+template <typename T>
+inline Vec<T> min(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+
+// Bit i: lane i of the mask.
+template <typename T>
+inline uint32_t lane_bits(Mask<T> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)mask);
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps((__m256)mask);
+  return _mm256_movemask_pd((__m256d)mask);
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) return _mm_movemask_ps((__m128)mask);
+  return _mm_movemask_pd((__m128d)mask);
+#else
+  uint32_t bits = 0;
+  for (int64_t lane = 0; lane < kWidth<T>; ++lane) bits |= (mask[lane] & 1u) << lane;
+  return bits;
+#endif
 }
 
 // a * b + c, rounded once where the ISA level can.
@@ -112,14 +188,36 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-template <typename T>
+inline Vec<double> sqrt(Vec<double> v) {
+#if defined(__AVX512F__)
+  // Without a mask GCC 12 warns of an uninitialised register.
+  return (Vec<double>)_mm512_maskz_sqrt_pd(0xFF, (__m512d)v);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(__x86_64__)
+  return (Vec<double>)_mm_sqrt_pd((__m128d)v);
+#elif defined(__aarch64__)
+  return (Vec<double>)vsqrtq_f64((float64x2_t)v);
+#else
+  for (int64_t i = 0; i < kWidth<double>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// Adds lane i + kHalf to lane i, then at half the distance: a tree, and no trip to memory.
+template <typename T, int64_t kHalf, int... J>
+inline Vec<T> sum_round(Vec<T> v, std::integer_sequence<int, J...>) {
+  return v + __builtin_shufflevector(v, v, ((J + kHalf) % kWidth<T>)...);
+}
+
+template <typename T, int64_t kHalf = kWidth<T> / 2>
 inline T sum(Vec<T> v) {
-  T total[kWidth<T>];
-  store(total, v);
-  for (int64_t half = kWidth<T> / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) total[i] += total[i + half];
+  v = sum_round<T, kHalf>(v, std::make_integer_sequence<int, kWidth<T>>{});
+  if constexpr (kHalf > 1) {
+    return sum<T, kHalf / 2>(v);
+  } else {
+    return v[0];
   }
-  return total[0];
 }
 
 // e^x. Relative error below 2e-7 (float) and 5e-16 (double) where the result is a
@@ -201,16 +299,35 @@ inline void transpose(Vec<T>* r) {
   if constexpr (kBlock > 1) transpose<T, kBlock / 2>(r);
 }
 
-// Writes index + lane of the lanes set in `mask`, in order; returns how many. May
-// write up to width entries: leave room.
+// Writes the lanes of `v` set in `mask`, in order; returns how many. May write up to
+// width entries: leave room.
+template <typename T>
+inline int64_t compress(T* out, Mask<T> mask, Vec<T> v) {
+#if defined(__AVX512F__)
+  // Through a register: compressing straight to memory is microcode on some CPUs.
+  const uint32_t bits = lane_bits<T>(mask);
+  if constexpr (sizeof(T) == 4) {
+    store(out, (Vec<T>)_mm512_maskz_compress_epi32(bits, (__m512i)v));
+  } else {
+    store(out, (Vec<T>)_mm512_maskz_compress_epi64(bits, (__m512i)v));
+  }
+  return __builtin_popcount(bits);
+#else
+  int64_t count = 0;
+  for (int64_t lane = 0; lane < kWidth<T>; ++lane) {
+    out[count] = v[lane];
+    count -= mask[lane];  // true is -1
+  }
+  return count;
+#endif
+}
+
+// The same of index + lane.
 template <typename T>
 inline int64_t compress_index(int32_t* out, Mask<T> mask, int32_t index) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    const __mmask16 bits = _mm512_movepi32_mask((__m512i)mask);
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    _mm512_mask_compressstoreu_epi32(out, bits, _mm512_add_epi32(lanes, _mm512_set1_epi32(index)));
-    return __builtin_popcount(bits);
+    return compress<int32_t>(out, mask, lane_index<T>() + index);
   }
 #endif
   int64_t count = 0;

@@ -1,27 +1,138 @@
 #include "../soft_mix.h"
 
-#include <cmath>
+#include <algorithm>
 #include <limits>
 #include <vector>
+
+#include "simd.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// Both softmaxes walk the matrix row by row, as it lies in memory. `line` picks the
-// accumulator: a row's (over slots) or a column's (over tokens).
-struct Walk {
+// A matrix [tokens, S] as both softmaxes walk it: row by row, as it lies in memory, and
+// in vectors along the slots. What is left of a row is one vector more, filled up: every
+// entry gets the same arithmetic wherever it stands.
+template <typename T>
+struct Rows {
+  static constexpr int64_t W = kWidth<T>;
   int64_t tokens, S;
-  bool over_tokens;
 
-  int64_t lines() const { return over_tokens ? S : tokens; }
+  // Row accumulators have room for whole vectors.
+  int64_t padded() const { return (S + W - 1) / W * W; }
 
+  // body(s, count): slots [s, s + count), count <= width.
   template <typename Body>
-  void operator()(Body&& body) const {
-    for (int64_t t = 0; t < tokens; ++t) {
-      for (int64_t s = 0; s < S; ++s) body(t * S + s, over_tokens ? s : t);
-    }
+  void each_vector(Body&& body) const {
+    int64_t s = 0;
+    for (; s + W <= S; s += W) body(s, W);
+    if (s < S) body(s, S - s);
+  }
+
+  static Vec<T> get(const T* p, int64_t count, T fill) {
+    return count == W ? load(p) : load_some(p, count, fill);
+  }
+  static void put(T* p, Vec<T> v, int64_t count) {
+    count == W ? store(p, v) : store_some(p, v, count);
   }
 };
+
+// What a line's largest entry says of the others. Shift: where there is nothing but -inf,
+// 0, so that the exponentials are 0 and not NaN. Scale: their sum is then 0, else at least
+// 1. The maximum may pass over a NaN: the sum does not, and makes the line NaN.
+template <typename T>
+Vec<T> shift(Vec<T> high) {
+  return high == splat(-std::numeric_limits<T>::infinity()) ? Vec<T>{} : high;
+}
+template <typename T>
+Vec<T> scale(Vec<T> total) {
+  return total == Vec<T>{} ? Vec<T>{} : T{1} / total;
+}
+
+template <typename T>
+void slots_softmax(const Rows<T>& rows, const T* in, T* out) {
+  constexpr T kLow = -std::numeric_limits<T>::infinity();
+  for (int64_t t = 0; t < rows.tokens; ++t, in += rows.S, out += rows.S) {
+    Vec<T> high = splat(kLow);
+    rows.each_vector(
+        [&](int64_t s, int64_t count) { high = max<T>(rows.get(in + s, count, kLow), high); });
+    T lanes[kWidth<T>];
+    store(lanes, high);
+    high = shift<T>(splat(*std::max_element(lanes, lanes + kWidth<T>)));
+    Vec<T> total{};
+    rows.each_vector([&](int64_t s, int64_t count) {
+      const Vec<T> e = exp(rows.get(in + s, count, kLow) - high);
+      rows.put(out + s, e, count);
+      total += e;
+    });
+    const Vec<T> by = scale<T>(splat(sum<T>(total)));
+    rows.each_vector([&](int64_t s, int64_t count) {
+      rows.put(out + s, rows.get(out + s, count, 0) * by, count);
+    });
+  }
+}
+
+// A maximum and a sum a slot; `high` and `total` are scratch of padded() each.
+template <typename T>
+void tokens_softmax(const Rows<T>& rows, const T* in, T* out, T* high, T* total) {
+  constexpr T kLow = -std::numeric_limits<T>::infinity();
+  const int64_t S = rows.S, padded = rows.padded();
+  std::fill(high, high + padded, kLow);
+  std::fill(total, total + padded, T{0});
+  for (int64_t t = 0; t < rows.tokens; ++t) {
+    rows.each_vector([&](int64_t s, int64_t count) {
+      store(high + s, max<T>(rows.get(in + t * S + s, count, kLow), load(high + s)));
+    });
+  }
+  for (int64_t s = 0; s < padded; s += kWidth<T>) store(high + s, shift<T>(load(high + s)));
+  for (int64_t t = 0; t < rows.tokens; ++t) {
+    rows.each_vector([&](int64_t s, int64_t count) {
+      const Vec<T> e = exp(rows.get(in + t * S + s, count, kLow) - load(high + s));
+      rows.put(out + t * S + s, e, count);
+      store(total + s, load(total + s) + e);
+    });
+  }
+  for (int64_t s = 0; s < padded; s += kWidth<T>) store(total + s, scale<T>(load(total + s)));
+  for (int64_t t = 0; t < rows.tokens; ++t) {
+    rows.each_vector([&](int64_t s, int64_t count) {
+      rows.put(out + t * S + s, rows.get(out + t * S + s, count, 0) * load(total + s), count);
+    });
+  }
+}
+
+template <typename T>
+void slots_softmax_backward(const Rows<T>& rows, const T* w, T* d) {
+  for (int64_t t = 0; t < rows.tokens; ++t, w += rows.S, d += rows.S) {
+    Vec<T> total{};
+    rows.each_vector([&](int64_t s, int64_t count) {
+      total = fma(rows.get(w + s, count, 0), rows.get(d + s, count, 0), total);
+    });
+    const Vec<T> mean = splat(sum<T>(total));
+    rows.each_vector([&](int64_t s, int64_t count) {
+      rows.put(d + s, rows.get(w + s, count, 0) * (rows.get(d + s, count, 0) - mean), count);
+    });
+  }
+}
+
+// `mean` is scratch of padded().
+template <typename T>
+void tokens_softmax_backward(const Rows<T>& rows, const T* w, T* d, T* mean) {
+  const int64_t S = rows.S;
+  std::fill(mean, mean + rows.padded(), T{0});
+  for (int64_t t = 0; t < rows.tokens; ++t) {
+    rows.each_vector([&](int64_t s, int64_t count) {
+      const int64_t i = t * S + s;
+      const Vec<T> product = rows.get(w + i, count, 0) * rows.get(d + i, count, 0);
+      store(mean + s, load(mean + s) + product);
+    });
+  }
+  for (int64_t t = 0; t < rows.tokens; ++t) {
+    rows.each_vector([&](int64_t s, int64_t count) {
+      const int64_t i = t * S + s;
+      const Vec<T> away = rows.get(d + i, count, 0) - load(mean + s);
+      rows.put(d + i, rows.get(w + i, count, 0) * away, count);
+    });
+  }
+}
 
 }  // namespace
 
@@ -29,25 +140,16 @@ template <typename T>
 void soft_mix(
     const T* logits, T* weights, int64_t tokens, int64_t S, bool over_tokens, int64_t group_begin,
     int64_t group_end) {
-  constexpr T kInf = std::numeric_limits<T>::infinity();
-  const Walk walk{tokens, S, over_tokens};
-  std::vector<T> high(walk.lines()), total(walk.lines());
+  const Rows<T> rows{tokens, S};
+  std::vector<T> high(rows.padded()), total(rows.padded());
   for (int64_t g = group_begin; g < group_end; ++g) {
     const T* in = logits + g * tokens * S;
     T* out = weights + g * tokens * S;
-    high.assign(high.size(), -kInf);
-    total.assign(total.size(), 0);
-    walk([&](int64_t i, int64_t line) {
-      // Written so that NaN replaces the maximum, stays, and makes the line NaN.
-      if (!(in[i] <= high[line]) && high[line] == high[line]) high[line] = in[i];
-    });
-    walk([&](int64_t i, int64_t line) {
-      out[i] = high[line] == -kInf ? T{0} : std::exp(in[i] - high[line]);
-      total[line] += out[i];
-    });
-    walk([&](int64_t i, int64_t line) {
-      if (high[line] != -kInf) out[i] /= total[line];
-    });
+    if (over_tokens) {
+      tokens_softmax(rows, in, out, high.data(), total.data());
+    } else {
+      slots_softmax(rows, in, out);
+    }
   }
 }
 
@@ -55,14 +157,16 @@ template <typename T>
 void soft_mix_backward(
     const T* weights, T* grad, int64_t tokens, int64_t S, bool over_tokens, int64_t group_begin,
     int64_t group_end) {
-  const Walk walk{tokens, S, over_tokens};
-  std::vector<T> mean(walk.lines());
+  const Rows<T> rows{tokens, S};
+  std::vector<T> mean(rows.padded());
   for (int64_t g = group_begin; g < group_end; ++g) {
     const T* w = weights + g * tokens * S;
     T* d = grad + g * tokens * S;
-    mean.assign(mean.size(), 0);
-    walk([&](int64_t i, int64_t line) { mean[line] += w[i] * d[i]; });
-    walk([&](int64_t i, int64_t line) { d[i] = w[i] * (d[i] - mean[line]); });
+    if (over_tokens) {
+      tokens_softmax_backward(rows, w, d, mean.data());
+    } else {
+      slots_softmax_backward(rows, w, d);
+    }
   }
 }
 

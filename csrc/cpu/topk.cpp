@@ -1,21 +1,259 @@
 #include "../topk.h"
 
+#include <memory>
+
+#include "keys.h"
 #include "select.h"
 
 namespace vmoe::cpu::VMOE_ISA {
+namespace {
+
+// What the kernels below share. Row (a, m) is x[a, :, m].
+template <typename T>
+struct Axis {
+  const T* x;        // [N, n, M]
+  T* values;         // [N, M, k]
+  int32_t* indices;  // [N, M, k]
+  int64_t n, M, k;
+  const T* end;  // of what may be read: the last matrix [n, M] that has a row of ours
+
+  const T* column(int64_t row) const { return x + (row / M) * n * M + row % M; }
+
+  // A vector that may reach into the next row; only behind the last one it is cut.
+  Vec<T> load_within(const T* p) const {
+    return end - p >= kWidth<T> ? load(p) : load_some(p, end - p, T{0});
+  }
+
+  // `from` is column(row). The value is read again: a key has lost its sign of zero and
+  // its NaN's payload.
+  void write(const T* from, int64_t row, int64_t j, int32_t index) const {
+    values[row * k + j] = from[index * M];
+    indices[row * k + j] = index;
+  }
+};
+
+// The K first entries so far of one row a lane, in order.
+template <typename T, int K>
+class Leaders {
+ public:
+  Leaders() {
+    for (int j = 0; j < K; ++j) keys_[j] = splat(kNoKey<T>);
+  }
+
+  // Indices only grow, so an entry that ties with a leader stays behind it.
+  void insert(Vec<T> value, int64_t index) {
+    const Keys key = signed_key<T>(value);
+    if constexpr (K > 2) {
+      if (!lane_bits<T>(key > keys_[K - 1])) return;  // the rule, after some entries
+    }
+    const Keys place = splat(static_cast<SignedKey<T>>(index));
+    for (int j = K - 1; j > 0; --j) {
+      const auto from_above = key > keys_[j - 1], here = key > keys_[j];
+      keys_[j] = from_above ? keys_[j - 1] : here ? key : keys_[j];
+      places_[j] = from_above ? places_[j - 1] : here ? place : places_[j];
+    }
+    const auto here = key > keys_[0];
+    keys_[0] = here ? key : keys_[0];
+    places_[0] = here ? place : places_[0];
+  }
+
+  // Lane i is row `row` + i, for i < count.
+  void write(const Axis<T>& axis, int64_t row, int64_t count) const {
+    const T* from = axis.column(row);
+    const int64_t step = axis.M == 1 ? axis.n : 1;
+    for (int j = 0; j < K; ++j) {
+      SignedKey<T> place[kWidth<T>];
+      store(place, places_[j]);
+      for (int64_t i = 0; i < count; ++i) {
+        axis.write(from + i * step, row + i, j, static_cast<int32_t>(place[i]));
+      }
+    }
+  }
+
+ private:
+  using Keys = Vec<SignedKey<T>>;
+  Keys keys_[K], places_[K] = {};
+};
+
+// Rows [row, row + count), count <= width, that lie one behind another (M = 1).
+template <typename T, int K>
+void few_of_rows(const Axis<T>& axis, int64_t row, int64_t count) {
+  constexpr int64_t W = kWidth<T>;
+  Leaders<T, K> leaders;
+  for (int64_t i = 0; i < axis.n; i += W) {
+    Vec<T> block[W];
+    for (int64_t r = 0; r < W; ++r) {
+      // Lanes without a row of their own repeat the last one.
+      block[r] = axis.load_within(axis.x + (row + std::min(r, count - 1)) * axis.n + i);
+    }
+    transpose<T>(block);
+    for (int64_t j = 0; j < std::min(W, axis.n - i); ++j) leaders.insert(block[j], i + j);
+  }
+  leaders.write(axis, row, count);
+}
+
+// Rows [row, row + count), count <= width, that lie side by side (of one matrix).
+template <typename T, int K>
+void few_of_columns(const Axis<T>& axis, int64_t row, int64_t count) {
+  Leaders<T, K> leaders;
+  const T* from = axis.column(row);
+  for (int64_t i = 0; i < axis.n; ++i) leaders.insert(axis.load_within(from + i * axis.M), i);
+  leaders.write(axis, row, count);
+}
+
+constexpr int kFew = 8;
+
+template <typename T, int K = 1>
+void few(const Axis<T>& axis, int64_t row, int64_t count) {
+  if constexpr (K < kFew) {
+    if (axis.k > K) return few<T, K + 1>(axis, row, count);
+  }
+  axis.M == 1 ? few_of_rows<T, K>(axis, row, count) : few_of_columns<T, K>(axis, row, count);
+}
+
+// Many picks a row: the row's keys in one piece, a cut, the picks that pass it, sorted.
+template <typename T>
+class Many {
+ public:
+  explicit Many(const Axis<T>& axis)
+      : axis_(axis),
+        // One vector more than needed: with a power of two, all rows would share cache sets.
+        stride_((axis.n + W - 1) / W * W + W),
+        keys_(new Key[(axis.M == 1 ? 1 : W) * stride_]),
+        kept_(new Key[stride_]),
+        places_(new int32_t[stride_]),
+        picks_(new P[2 * axis.k]) {}
+
+  // Rows that lie side by side: transposed on the way into the buffer.
+  void columns(int64_t row, int64_t count) {
+    Vec<Key> low = splat(std::numeric_limits<Key>::max()), high = splat(kNoKey<T>);
+    const T* from = axis_.column(row);
+    for (int64_t i = 0; i < axis_.n; i += W) {
+      Vec<Key> block[W];
+      for (int64_t r = 0; r < W; ++r) {
+        block[r] = splat(kNoKey<T>);
+        if (i + r >= axis_.n) continue;
+        block[r] = signed_key<T>(axis_.load_within(from + (i + r) * axis_.M));
+        low = min<Key>(low, block[r]);
+        high = max<Key>(high, block[r]);
+      }
+      transpose<Key>(block);
+      for (int64_t r = 0; r < count; ++r) store(keys_.get() + r * stride_ + i, block[r]);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      pick(row + r, keys_.get() + r * stride_, low[r], high[r]);
+    }
+  }
+
+  void row(int64_t row) {
+    Key low = std::numeric_limits<Key>::max(), high = kNoKey<T>;
+    const T* from = axis_.column(row);
+    Key* keys = keys_.get();
+    for (int64_t i = 0; i < axis_.n; i += W) {
+      store(keys + i, signed_key<T>(axis_.load_within(from + i)));
+    }
+    store(keys + axis_.n, splat(kNoKey<T>));
+    for (int64_t i = 0; i < axis_.n; ++i) {
+      low = std::min(low, keys[i]);
+      high = std::max(high, keys[i]);
+    }
+    pick(row, keys, low, high);
+  }
+
+ private:
+  using Key = SignedKey<T>;
+  using P = Pick<OrderKey<T>>;
+  static constexpr int64_t W = kWidth<T>;
+
+  void pick(int64_t row, const Key* keys, Key low, Key high) {
+    const int64_t k = axis_.k;
+    auto [cut, ties] = find_cut(keys, axis_.n, k, low, high, kept_.get());
+    Key* chosen = kept_.get();
+    int32_t* places = places_.get();
+    int64_t passed = 0;
+    for (int64_t i = 0; i < axis_.n; i += W) {
+      const Vec<Key> key = load(keys + i);
+      const Mask<Key> passes = key >= splat(cut);
+      if (!lane_bits<Key>(passes)) continue;
+      compress<Key>(chosen + passed, passes, key);
+      passed += compress_index<Key>(places + passed, passes, static_cast<int32_t>(i));
+    }
+    if (passed > k) {  // more ties than places
+      int64_t stay = 0;
+      for (int64_t i = 0; i < passed; ++i) {
+        if (chosen[i] == cut && ties-- <= 0) continue;
+        chosen[stay] = chosen[i];
+        places[stay++] = places[i];
+      }
+    }
+    k <= kRanking ? rank(row) : sort(row);
+  }
+
+  // Writes the chosen in order. Few: each counts those before it, all larger keys and,
+  // by a bound lower by one, the equal ones of lower index. No branch to predict.
+  void rank(int64_t row) {
+    Key* chosen = kept_.get();
+    store(chosen + axis_.k, splat(kNoKey<T>));
+    const T* from = axis_.column(row);
+    for (int64_t i = 0; i < axis_.k; ++i) {
+      Vec<Key> before{};
+      for (int64_t j = 0; j < axis_.k; j += W) {
+        const Mask<Key> earlier = lane_index<Key>() < splat(static_cast<Key>(i - j));
+        before -= load(chosen + j) > splat(chosen[i]) + earlier;
+      }
+      axis_.write(from, row, sum<Key>(before), places_[i]);
+    }
+  }
+
+  void sort(int64_t row) {
+    P* picks = picks_.get();
+    for (int64_t i = 0; i < axis_.k; ++i) picks[i] = {unsigned_key<T>(kept_[i]), places_[i]};
+    sort_picks(picks, picks + axis_.k, axis_.k);
+    const T* from = axis_.column(row);
+    for (int64_t j = 0; j < axis_.k; ++j) axis_.write(from, row, j, picks[j].index);
+  }
+
+  static constexpr int64_t kRanking = 8 * W;
+
+  const Axis<T>& axis_;
+  int64_t stride_;
+  std::unique_ptr<Key[]> keys_;        // [width or 1, stride]
+  std::unique_ptr<Key[]> kept_;        // [stride]  scratch of the cut, then the chosen keys
+  std::unique_ptr<int32_t[]> places_;  // [stride]  where they were
+  std::unique_ptr<P[]> picks_;         // [2, k]
+};
+
+}  // namespace
 
 template <typename T>
 void topk(
     const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t row_begin,
     int64_t row_end) {
-  std::vector<Pick<OrderKey<T>>> picks;
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const T* column = x + (row / M) * n * M + row % M;
-    select(column, M, n, k, picks);
-    for (int64_t j = 0; j < k; ++j) {
-      values[row * k + j] = column[picks[j].index * M];
-      indices[row * k + j] = picks[j].index;
+  constexpr int64_t W = kWidth<T>;
+  if (k == 0 || row_begin >= row_end) return;
+  const T* end = x + ((row_end - 1) / M + 1) * n * M;
+  const Axis<T> axis{x, values, indices, n, M, k, end};
+  if (M == 1 && row_end - row_begin < W / 2) {  // most lanes would idle
+    std::vector<Pick<OrderKey<T>>> picks;
+    for (int64_t row = row_begin; k <= kFew && row < row_end; ++row) {
+      select(x + row * n, 1, n, k, picks);
+      for (int64_t j = 0; j < k; ++j) axis.write(x + row * n, row, j, picks[j].index);
     }
+    if (k <= kFew) return;
+  }
+  std::unique_ptr<Many<T>> many = k <= kFew ? nullptr : std::make_unique<Many<T>>(axis);
+  for (int64_t row = row_begin; row < row_end;) {
+    // No further than a vector, and where M > 1 not into the next matrix.
+    const int64_t matrix_end = M == 1 ? row_end : (row / M + 1) * M;
+    const int64_t count = std::min({W, row_end - row, matrix_end - row});
+    if (!many) {
+      few<T>(axis, row, count);
+    } else if (M > 1) {
+      many->columns(row, count);
+    } else {
+      for (int64_t r = row; r < row + count; ++r) many->row(r);
+    }
+    row += count;
   }
 }
 

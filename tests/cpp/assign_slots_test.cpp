@@ -65,6 +65,9 @@ TYPED_TEST(AssignSlots, RanksRequests) {
         {1, 20, 4, 4, 5},
         {2, 9, 3, 1, 30},
         {1, 8, 2, 5, 0},
+        {1, 63, 2, 3, 40},
+        {1, 64, 1, 2, 20},
+        {2, 300, 3, 7, 90},
         {1, 40, 2, 3, 1}}) {
     for (uint64_t seed = 0; seed < 4; ++seed) {
       const auto expert = integers(shape.G * shape.T * shape.K, seed, 0, shape.E - 1);
@@ -96,6 +99,19 @@ TYPED_TEST(AssignSlots, PriorityDecidesWhoIsDropped) {
   cpu::assign_slots(expert.data(), priority.data(), slot.data(), source.data(), 6, 1, 1, 4, 0, 1);
   EXPECT_EQ(source, (std::vector<int32_t>{4, 3, 0, 1}));
   EXPECT_EQ(slot, (std::vector<int32_t>{2, 3, -1, 1, 0, -1}));
+}
+
+TYPED_TEST(AssignSlots, ManyTokensOfStrangePriority) {
+  using T = TypeParam;
+  const std::vector<T> strange{0, -T{0}, -kInf<T>, kInf<T>, kNaN<T>, -kNaN<T>, T{1e-30}, -T{1e30}};
+  std::mt19937_64 random(9);
+  const Shape shape{1, 400, 2, 5, 70};
+  std::vector<T> priority(shape.T);
+  for (T& value : priority) value = strange[random() % strange.size()];
+  const auto expert = integers(shape.T * shape.K, 10, 0, shape.E - 1);
+  this->expect_ranks(shape, expert, &priority);
+  const std::vector<T> all_equal(shape.T, T{3});
+  this->expect_ranks(shape, expert, &all_equal);
 }
 
 TYPED_TEST(AssignSlots, ExpertOutOfRangeIsNoRequest) {

@@ -68,7 +68,15 @@ TYPED_TEST_SUITE(SoftMix, Floats);
 TYPED_TEST(SoftMix, IsASoftmax) {
   using T = TypeParam;
   for (const Shape& shape :
-       {Shape{1, 1, 1}, {3, 5, 4}, {2, 1, 7}, {2, 7, 1}, {1, 64, 33}, {2, 16, 16}}) {
+       {Shape{1, 1, 1},
+        {3, 5, 4},
+        {2, 1, 7},
+        {2, 7, 1},
+        {1, 64, 33},
+        {2, 16, 16},
+        {2, 3, 15},
+        {2, 3, 17},
+        {1, 5, 47}}) {
     this->expect_softmax(shape, uniform<T>(shape.size(), 1, -8, 8));
     this->expect_softmax(shape, tied<T>(shape.size(), 2));
   }
@@ -128,7 +136,7 @@ TYPED_TEST(SoftMix, LineThatIsNotThereGetsZeros) {
 
 TYPED_TEST(SoftMix, NaNFillsItsLineAndNoOther) {
   using T = TypeParam;
-  const Shape shape{2, 3, 4};
+  const Shape shape{2, 3, 19};
   for (const bool over_tokens : {false, true}) {
     for (const T rest : {T{1}, -kInf<T>, kInf<T>}) {
       for (int64_t bad = 0; bad < shape.size(); ++bad) {
@@ -145,6 +153,33 @@ TYPED_TEST(SoftMix, NaNFillsItsLineAndNoOther) {
         });
       }
     }
+  }
+}
+
+// Equal lines get equal bits wherever they stand: whole vectors and the rest agree.
+TYPED_TEST(SoftMix, PlaceDoesNotMatter) {
+  using T = TypeParam;
+  const int64_t length = 23;
+  const auto line = uniform<T>(length, 9), line_grad = uniform<T>(length, 10);
+  for (const bool over_tokens : {false, true}) {
+    const Shape shape = over_tokens ? Shape{1, length, 37} : Shape{1, 37, length};
+    std::vector<T> logits(shape.size()), grad(shape.size());
+    for_lines(shape, over_tokens, [&](const std::vector<int64_t>& at) {
+      for (int64_t i = 0; i < length; ++i) {
+        logits[at[i]] = line[i];
+        grad[at[i]] = line_grad[i];
+      }
+    });
+    const auto weights = soft_mix(shape, logits, over_tokens);
+    const auto logits_grad = soft_mix_backward(shape, weights, grad, over_tokens);
+    std::vector<int64_t> first;
+    for_lines(shape, over_tokens, [&](const std::vector<int64_t>& at) {
+      if (first.empty()) first = at;
+      for (int64_t i = 0; i < length; ++i) {
+        EXPECT_EQ(weights[at[i]], weights[first[i]]);
+        EXPECT_EQ(logits_grad[at[i]], logits_grad[first[i]]);
+      }
+    });
   }
 }
 

@@ -56,6 +56,51 @@ TYPED_TEST(Topk, IsAStableSort) {
   }
 }
 
+// Around the widths of vectors, where rows are padded and blocks are cut.
+TYPED_TEST(Topk, RowsAndColumnsOfAnyNumber) {
+  using T = TypeParam;
+  for (const int64_t count : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}) {
+    for (const int64_t n : {1, 3, 8, 15, 16, 17, 31, 40}) {
+      for (const int64_t k : {1, 2, 5, 8, 9, 17}) {
+        if (k > n) continue;
+        for (const auto& x : {uniform<T>(2 * n * count, n), tied<T>(2 * n * count, k)}) {
+          this->expect_sorted(x, 2 * count, n, 1, k);
+          this->expect_sorted(x, 2, n, count, k);
+        }
+      }
+    }
+  }
+}
+
+// Around where the picks are sorted another way, and where the cut moves its candidates.
+TYPED_TEST(Topk, ManyPicks) {
+  using T = TypeParam;
+  for (const int64_t M : {1, 2, 17}) {
+    for (const int64_t n : {128, 129, 300, 1500}) {
+      for (const int64_t k : {9, 10, 63, 64, 65, 127, 128, 129, 299, 300, 1499, 1500}) {
+        if (k > n) continue;
+        this->expect_sorted(uniform<T>(n * M, n + k), 1, n, M, k);
+        this->expect_sorted(tied<T>(n * M, n + k, 2), 1, n, M, k);
+        this->expect_sorted(tied<T>(n * M, n + k, n / 3), 1, n, M, k);
+        this->expect_sorted(std::vector<T>(n * M, T{-1}), 1, n, M, k);
+      }
+    }
+  }
+}
+
+// One entry far away: the integers between are almost all empty.
+TYPED_TEST(Topk, ManyPicksOfAWideRange) {
+  using T = TypeParam;
+  for (const T far : {kInf<T>, -kInf<T>, kNaN<T>, std::numeric_limits<T>::lowest()}) {
+    auto x = uniform<T>(700, 3, 1, 1 + 1e-5);
+    x[333] = far;
+    for (const int64_t k : {9, 40, 400, 699}) this->expect_sorted(x, 1, 700, 1, k);
+  }
+  std::vector<T> x;
+  for (int i = 0; i < 600; ++i) x.push_back(std::ldexp(i % 2 ? T{-1} : T{1}, i % 120 - 60));
+  for (const int64_t k : {9, 40, 301, 599}) this->expect_sorted(x, 1, 600, 1, k);
+}
+
 TYPED_TEST(Topk, TakesExtremes) {
   using T = TypeParam;
   using Limits = std::numeric_limits<T>;
@@ -73,6 +118,12 @@ TYPED_TEST(Topk, TakesExtremes) {
       T{1e4},
       -T{1e4}};
   std::mt19937_64 random(2);
+  for (const int64_t k : {9, 100, 150, 600}) {
+    std::vector<T> x(3 * 600);
+    for (T& value : x) value = special[random() % special.size()];
+    this->expect_sorted(x, 3, 600, 1, k);
+    this->expect_sorted(x, 1, 600, 3, k);
+  }
   for (const int64_t k : {1, 3, 8, 9, 24}) {
     std::vector<T> x(4 * 24);
     for (T& value : x) value = special[random() % special.size()];
@@ -107,7 +158,7 @@ TYPED_TEST(Topk, EmptyShapes) {
 TYPED_TEST(Topk, PiecesMakeTheWhole) {
   using T = TypeParam;
   for (const int64_t k : {3, 12}) {
-    const int64_t N = 4, n = 15, M = 3, rows = N * M;
+    const int64_t N = 4, n = 15, M = 19, rows = N * M;
     const auto x = tied<T>(N * n * M, 3, 5);
     expect_pieces<T>(rows, k, [&](int64_t begin, int64_t end, T* values) {
       std::vector<int32_t> indices(rows * k);

@@ -1,0 +1,86 @@
+// keys -- order.h's keys in vectors, and the k-th of them.
+//
+// The keys here are signed, because every ISA level compares signed lanes: they are
+// order_key with its top bit turned. The lowest signed integer is nobody's key.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "../order.h"
+#include "simd.h"
+
+namespace vmoe::cpu::VMOE_ISA {
+
+template <typename T>
+using SignedKey = typename IntOf<T>::type;
+
+template <typename T>
+constexpr SignedKey<T> kNoKey = std::numeric_limits<SignedKey<T>>::min();
+
+template <typename T>
+inline Vec<SignedKey<T>> signed_key(Vec<T> value) {
+  using Keys = Vec<SignedKey<T>>;
+  constexpr SignedKey<T> kLast = std::numeric_limits<SignedKey<T>>::max();
+  const Keys bits = (Keys)(value + T{0});  // -0 becomes +0: the two tie
+  const Keys key = bits ^ ((bits < 0) & kLast);
+  return value == value ? key : splat<SignedKey<T>>(kLast);
+}
+
+template <typename T>
+inline OrderKey<T> unsigned_key(SignedKey<T> key) {
+  return static_cast<OrderKey<T>>(key) ^ static_cast<OrderKey<T>>(kNoKey<T>);
+}
+
+// How a row is cut: the picks are all keys above `key`, and the first `ties` equal to it.
+template <typename Key>
+struct Cut {
+  Key key;
+  int64_t ties;
+};
+
+template <typename Key>
+inline int64_t count_from(Key key, const Key* keys, int64_t n) {
+  Vec<Key> count{};
+  for (int64_t i = 0; i < n; i += kWidth<Key>) count -= load(keys + i) >= splat(key);
+  return sum<Key>(count);
+}
+
+// Where to cut n keys, all in [low, high], for 1 <= k <= n picks. Bisects the integers
+// between low and high and counts; when half of the keys are out of the race, the others
+// move together in `kept`. Both arrays have room for n rounded up to whole vectors and
+// one vector more, and `keys` is filled up with kNoKey.
+template <typename Key>
+Cut<Key> find_cut(const Key* keys, int64_t n, int64_t k, Key low, Key high, Key* kept) {
+  using Unsigned = std::make_unsigned_t<Key>;
+  constexpr int64_t kFew = 8 * kWidth<Key>;  // moving them gains nothing
+  int64_t from_low = n, above_high = 0;      // how many are >= low, and > high
+  int64_t gone_above = 0;                    // of these, not in `keys` any more
+  while (from_low > k && low < high) {
+    const Unsigned half = (static_cast<Unsigned>(high) - static_cast<Unsigned>(low) + 1) / 2;
+    const Key middle = static_cast<Key>(static_cast<Unsigned>(low) + half);
+    const int64_t count = gone_above + count_from(middle, keys, n);
+    if (count >= k) {
+      low = middle;
+      from_low = count;
+    } else {
+      high = middle - 1;
+      above_high = count;
+    }
+    if (n > kFew && 2 * (from_low - above_high) <= n) {
+      int64_t left = 0;
+      for (int64_t i = 0; i < n; i += kWidth<Key>) {
+        const Vec<Key> key = load(keys + i);
+        left += compress<Key>(kept + left, (key >= splat(low)) & (key <= splat(high)), key);
+      }
+      store(kept + left, splat(std::numeric_limits<Key>::min()));
+      keys = kept;
+      n = left;
+      gone_above = above_high;
+    }
+  }
+  return {low, from_low == k ? k : k - above_high};
+}
+
+}  // namespace vmoe::cpu::VMOE_ISA

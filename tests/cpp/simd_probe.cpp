@@ -1,0 +1,56 @@
+#include "simd_probe.h"
+
+#include "cpu/simd.h"
+
+namespace vmoe::cpu::VMOE_ISA {
+
+void vector_bytes(int64_t* bytes) { *bytes = kVectorBytes; }
+
+template <typename T>
+void exp_each(const T* x, T* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth<T> <= n; i += kWidth<T>) store(out + i, exp(load(x + i)));
+  if (i < n) store_some(out + i, exp(load_some(x + i, n - i, T{0})), n - i);
+}
+
+template <typename T>
+void transpose_block(const T* x, T* out) {
+  Vec<T> block[kWidth<T>];
+  for (int64_t r = 0; r < kWidth<T>; ++r) block[r] = load(x + r * kWidth<T>);
+  transpose<T>(block);
+  for (int64_t r = 0; r < kWidth<T>; ++r) store(out + r * kWidth<T>, block[r]);
+}
+
+template <typename T>
+void compress_vector(
+    const T* x, const int32_t* chosen, int32_t first, T* entries, int32_t* places, uint32_t* bits) {
+  Mask<T> mask{};
+  for (int64_t i = 0; i < kWidth<T>; ++i) mask[i] = -chosen[i];
+  compress<T>(entries, mask, load(x));
+  compress_index<T>(places, mask, first);
+  *bits = lane_bits<T>(mask);
+}
+
+template <typename T>
+void copy_some(const T* x, int64_t count, T fill, T* all, T* out) {
+  const Vec<T> v = load_some(x, count, fill);
+  store(all, v);
+  store_some(out, v, count);
+}
+
+template <typename T>
+void sum_vector(const T* x, T* out) {
+  *out = sum<T>(load(x));
+}
+
+#define VMOE_INSTANTIATE(T)                                                                        \
+  template void exp_each(const T*, T*, int64_t);                                                   \
+  template void transpose_block(const T*, T*);                                                     \
+  template void compress_vector(const T*, const int32_t*, int32_t, T*, int32_t*, uint32_t*);       \
+  template void copy_some(const T*, int64_t, T, T*, T*);                                           \
+  template void sum_vector(const T*, T*);
+VMOE_INSTANTIATE(float)
+VMOE_INSTANTIATE(double)
+#undef VMOE_INSTANTIATE
+
+}  // namespace vmoe::cpu::VMOE_ISA

@@ -1,0 +1,41 @@
+// simd_probe -- csrc/cpu/simd.h behind plain pointers, once per ISA level like the kernels,
+// so that its tests run on the level that the others run on.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace vmoe::cpu {
+
+VMOE_EACH_ISA(
+
+    void vector_bytes(int64_t* bytes);
+
+    template <typename T> void exp_each(const T* x, T* out, int64_t n);
+
+    // [width, width]
+    template <typename T> void transpose_block(const T* x, T* out);
+
+    // Of one vector: the entries set in `chosen` (0 or 1), their places + first, both with
+    // room for width, and bit i for entry i.
+    template <typename T> void compress_vector(
+        const T* x, const int32_t* chosen, int32_t first, T* entries, int32_t* places,
+        uint32_t* bits);
+
+    // Loads and stores `count` < width entries; `all` gets the whole vector.
+    template <typename T> void copy_some(const T* x, int64_t count, T fill, T* all, T* out);
+
+    // Of one vector: the sum of its entries.
+    template <typename T> void sum_vector(const T* x, T* out);
+
+)
+
+VMOE_BY_ISA(vector_bytes)
+VMOE_BY_ISA(exp_each)
+VMOE_BY_ISA(transpose_block)
+VMOE_BY_ISA(compress_vector)
+VMOE_BY_ISA(copy_some)
+VMOE_BY_ISA(sum_vector)
+
+}  // namespace vmoe::cpu
