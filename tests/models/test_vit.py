@@ -1,5 +1,8 @@
 """vit_moe: shapes, placement, poolings, positions, what reaches the layers, and what is refused."""
 
+import runpy
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -281,3 +284,30 @@ def test_sizes():
 def test_refuses(error, names, options):
     with pytest.raises(error, match=names):
         tiny(**options)
+
+
+@pytest.mark.parametrize(
+    ("failure", "advice"),
+    [
+        (ModuleNotFoundError("No module named 'timm'"), "pip install timm"),
+        # a torchvision that was built for another torch, at its first import and at the next
+        (RuntimeError("operator torchvision::nms does not exist"), "install --force-reinstall --no-deps torchvision"),
+        (
+            AttributeError("partially initialized module 'torchvision'"),
+            "install --force-reinstall --no-deps torchvision",
+        ),
+    ],
+)
+def test_says_what_to_install_where_timm_does_not_import(monkeypatch, failure, advice):
+    class Broken:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "timm.models.vision_transformer":
+                raise failure
+
+    source = sys.modules[vit_moe.__module__].__file__
+    monkeypatch.delitem(sys.modules, "timm.models.vision_transformer")
+    monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+    with pytest.raises(ImportError, match=advice) as raised:
+        runpy.run_path(source)
+    assert str(failure) in str(raised.value)
