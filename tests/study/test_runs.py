@@ -17,7 +17,7 @@ from vmoe_routers.training import Images, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = Settings(width=16, depth=2, heads=2, num_experts=4, group_size=4, batch_size=16, epochs=2)
+TINY = Settings(width=16, depth=2, heads=2, mlp_ratio=2.0, num_experts=4, group_size=4, batch_size=16, epochs=2)
 DENSE, SOFT = Variant(), Variant("soft", 1.0)
 EXPERT_CHOICE = Variant("softmax_expert_choice", 1.0)
 
