@@ -20,6 +20,11 @@ def tables(routing):
     return routing.dispatch_tensor(), routing.combine_tensor()
 
 
+def assert_same_tables(routing, wanted):
+    for got, want in zip(tables(routing), wanted, strict=True):
+        assert torch.equal(got, want)
+
+
 # Names
 
 
@@ -70,8 +75,7 @@ def test_a_name_is_a_composition(name, composed):
     torch.manual_seed(2)
     wanted = tables(by_name(x))
     torch.manual_seed(2)
-    for got, want in zip(tables(by_hand(x)), wanted, strict=True):
-        assert torch.equal(got, want)
+    assert_same_tables(by_hand(x), wanted)
 
 
 def test_other_combinations_come_free():
@@ -184,8 +188,7 @@ def test_strides_do_not_matter(name, options):
         for got, want in zip(tables(router(other)), wanted, strict=True):
             torch.testing.assert_close(got, want)
     mask = torch.rand(9, 2).T > 0.3
-    for got, want in zip(tables(router(x, mask)), tables(router(x, mask.contiguous())), strict=True):
-        assert torch.equal(got, want)
+    assert_same_tables(router(x, mask), tables(router(x, mask.contiguous())))
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -196,8 +199,7 @@ def test_copies(name, options):
     other = vr.create_router(name, 6, 4, **options).eval()
     other.load_state_dict(router.state_dict())
     for twin in (copy.deepcopy(router), pickle.loads(pickle.dumps(router)), other):
-        for got, want in zip(tables(twin(x)), wanted, strict=True):
-            assert torch.equal(got, want)
+        assert_same_tables(twin(x), wanted)
         assert repr(twin) == repr(router)
 
 
@@ -266,8 +268,7 @@ def test_a_mask_of_true_is_no_mask(name, options):
     router = vr.create_router(name, 6, 4, **options).eval()
     x = torch.randn(2, 9, 6)
     mask = torch.ones(2, 9, dtype=torch.bool)
-    for got, want in zip(tables(router(x, mask)), tables(router(x)), strict=True):
-        assert torch.equal(got, want)
+    assert_same_tables(router(x, mask), tables(router(x)))
 
 
 # Odd input
@@ -476,5 +477,4 @@ def test_forward_refuses(name, x, mask, error, words):
     assert torch.equal(torch.get_rng_state(), random), "no noise was drawn"
     for key, value in router.state_dict().items():
         assert torch.equal(value, before[key])
-    for got, want in zip(tables(router.eval()(good)), wanted, strict=True):
-        assert torch.equal(got, want)
+    assert_same_tables(router.eval()(good), wanted)

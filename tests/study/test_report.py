@@ -8,9 +8,9 @@ import pytest
 from records import run, study, variant
 
 from vmoe_routers.study import report
+from vmoe_routers.study.machine import machine_description
 from vmoe_routers.study.summary import summarise
 
-MACHINE = {"CPU": "A <fast> one", "date": "2024-02-29 12:00"}
 VOID = {"meta", "img"}
 
 
@@ -39,7 +39,7 @@ class Page(HTMLParser):
 
 
 def write(folder, runs, settings=None):
-    path = report.write_report(folder, runs, settings or {"data": "digits", "command": "study --seeds 3"}, MACHINE)
+    path = report.write_report(folder, runs, settings or {"data": "digits", "command": "study --seeds 3"})
     text = path.read_text(encoding="utf-8")
     return text, Page(text)
 
@@ -91,16 +91,14 @@ def test_findings_claim_no_more_than_the_numbers():
         r["epochs"][-1]["loss"] = losses[r["variant"]["name"]]
     said = "\n".join(report.findings(runs))
     assert "Lowest mean validation loss: Soft MoE, 0.710 ± 0.006." in said
-    assert (
-        "Not told apart from the lowest loss (within two standard errors, seed by seed): Softmax Expert Choice." in said
-    )
-    assert "by more than two standard errors: Soft MoE. Above it: none." in said
+    assert "Not told apart from the lowest loss at 95 %, seed by seed: Softmax Expert Choice." in said
+    assert "clearly below the dense ViT's, at 95 %: Soft MoE. Above it: none." in said
     assert "Not resolved against the dense ViT: 1 of 2." in said
 
 
 def test_findings_of_one_seed_compare_nothing():
-    said = "\n".join(report.findings(study(seeds=1)))
-    assert "one seed" in said and "standard errors" not in said and "±" not in said
+    said = "\n".join(line for line in report.findings(study(seeds=1)) if "step" not in line)
+    assert "one seed" in said and "95 %" not in said and "±" not in said
 
 
 @pytest.mark.parametrize("runs", [[], [run(variant(None))], [run(variant("soft"))]])
@@ -109,7 +107,35 @@ def test_copes_with_little(tmp_path, runs):
     assert f"{len(runs)} model" in page.text
 
 
+def test_says_where_and_when_the_runs_were_made(tmp_path):
+    runs = study(seeds=2)
+    _, page = write(tmp_path, runs)
+    assert "2 seeds each; 2024-02-29 12:00 UTC to 2024-02-29 12:01 UTC" in page.text
+    assert "22 runs, 2024-02-29" in page.text and "Steps timed 2024-02-29 13:00 UTC" in page.text
+    assert "another machine" not in page.text
+    for r in runs:
+        r["timing"]["machine"] = {"CPU": "the timing's"}
+    runs[3]["machine"] = {"CPU": "a second one"}
+    _, page = write(tmp_path, runs)
+    assert "21 runs, 2024-02-29 12:00" in page.text and "1 run, 2024-02-29" in page.text
+    assert "a second one" in page.text and "on another machine" in page.text and "the timing's" in page.text
+
+
+def test_a_narrow_mlp_is_explained(tmp_path):
+    assert "usual is 4" in write(tmp_path, study(seeds=1), {"mlp_ratio": 1.0})[1].text
+    assert "usual is 4" not in write(tmp_path, study(seeds=1), {"mlp_ratio": 4.0})[1].text
+
+
+@pytest.mark.parametrize(("program", "command"), [
+    ("/somewhere/vmoe_routers/__main__.py", "python -m vmoe_routers study --output 'a b'"),
+    ("/bin/vmoe-routers", "vmoe-routers study --output 'a b'"),
+])  # fmt: skip
+def test_names_the_command(tmp_path, monkeypatch, program, command):
+    monkeypatch.setattr("sys.argv", [program, "study", "--output", "a b"])
+    assert command in write(tmp_path, study(seeds=1), {"data": "digits"})[1].text
+
+
 def test_machine_description():
-    found = report.machine_description()
-    assert {"CPU", "cores", "memory", "system", "Python", "torch", "vmoe_routers", "timm", "date"} <= set(found)
+    found = machine_description()
+    assert {"CPU", "cores", "memory", "system", "Python", "torch", "vmoe_routers", "timm"} <= set(found)
     assert all(isinstance(value, str) and value for value in found.values())

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import vmoe_routers as vr
-from vmoe_routers.study import Settings, Variant, variants
+from vmoe_routers.study import Settings, Variant, runs, timing, variants
 from vmoe_routers.study.cost import cost
-from vmoe_routers.study.runs import _LayerStatistics, read_record, record_path, run, write_record
+from vmoe_routers.study.runs import _LayerStatistics, fingerprint, read_record, record_path, run, write_record
 from vmoe_routers.study.variants import build
 from vmoe_routers.training import Images, evaluate
 
@@ -171,7 +171,8 @@ def test_record(variant):
     assert len(epochs) == 3 and [epoch["epoch"] for epoch in record["epochs"]] == [1, 3]
     for epoch in record["epochs"]:
         assert set(epoch) == {"epoch", "seconds", "train_loss", "accuracy", "loss"} and 0 <= epoch["accuracy"] <= 1
-    assert record["train_seconds"] == record["epochs"][-1]["seconds"] > 0 and record["step_ms"] > 0
+    assert record["epochs"][-1]["seconds"] > 0 and record["steps"] == 3
+    assert record["machine"]["torch"] == torch.__version__ and record["date"]
     assert len(record["layers"]) == (variant != DENSE)
 
 
@@ -197,22 +198,57 @@ def test_transfer():
 
 
 def test_a_record_lies_where_its_settings_say():
-    path = record_path(TINY, SOFT, 0)
+    path = record_path(TINY, "inputs", "soft-c1-seed0")
     assert path.parent == Path("study/runs") and path.name.startswith("soft-c1-seed0-")
     for same in (
         {"routers": ["soft"]}, {"seeds": 9}, {"workers": 3}, {"top_k": [1]}, {"capacity_factors": [2.0]},
-        {"plan_combine": False},
+        {"plan_combine": False}, {"data": "x"}, {"transfer_data": "digits"},
     ):  # fmt: skip
-        assert record_path(replace(TINY, **same), SOFT, 0) == path
-    assert record_path(replace(TINY, output=Path("there")), SOFT, 0) == Path("there/runs") / path.name
+        assert record_path(replace(TINY, **same), "inputs", "soft-c1-seed0") == path
+    there = replace(TINY, output=Path("there"))
+    assert record_path(there, "inputs", "soft-c1-seed0") == Path("there/runs") / path.name
     others = [
-        {"data": "x"}, {"transfer_data": "digits"}, {"epochs": 3}, {"batch_size": 8}, {"learning_rate": 1e-3},
+        {"epochs": 3}, {"batch_size": 8}, {"learning_rate": 1e-3},
         {"image_size": 4}, {"max_images": 5}, {"shift": 0}, {"patch_size": 4}, {"width": 32}, {"mlp_ratio": 1.0},
         {"depth": 4}, {"heads": 4}, {"num_experts": 8}, {"group_size": 2}, {"scale_init": 1.0}, {"device": "cuda"},
     ]  # fmt: skip
-    paths = [record_path(replace(TINY, **other), SOFT, 0) for other in others]
-    paths += [path, record_path(TINY, SOFT, 1), record_path(TINY, Variant("soft", 2.0), 0)]
-    assert len(set(paths)) == len(others) + 3
+    paths = [record_path(replace(TINY, **other), "inputs", "soft-c1-seed0") for other in others]
+    paths += [path, record_path(TINY, "inputs", "soft-c1-seed1"), record_path(TINY, "others", "soft-c1-seed0")]
+    paths += [record_path(TINY, "inputs", "soft-c1-seed0", {"top_k": 1})]
+    assert len({path.stem[-12:] for path in paths}) == len(others) + 4
+
+
+def test_fingerprint_is_of_the_images_and_the_versions(monkeypatch):
+    data, other = made_up(), made_up(seed=1)
+    assert fingerprint(data, None) == fingerprint(made_up(), None)
+    labels = data.train_labels.clone()
+    labels[3] += 1
+    different = [
+        fingerprint(data, None), fingerprint(other, None), fingerprint(data, other), fingerprint(other, data),
+        fingerprint(made_up(train=15, test=11), None), fingerprint(replace(data, train_labels=labels), None),
+    ]  # fmt: skip
+    monkeypatch.setattr(runs, "__version__", "another")
+    different.append(fingerprint(data, None))
+    assert len(set(different)) == 7
+
+
+def test_steps_are_timed_in_turns(monkeypatch):
+    turns = []
+    monkeypatch.setattr(timing, "Step", lambda model, *_: lambda images, labels: turns.append((id(model), len(images))))
+    rounds = []
+    found = [DENSE, SOFT, EXPERT_CHOICE]
+    record = timing.time_steps(TINY, found, made_up(train=40), lambda: rounds.append(len(turns)))
+    assert rounds == list(range(3, 3 * (timing.ROUNDS + timing.WARM_UP) + 1, 3))
+    assert {count for _, count in turns} == {TINY.batch_size}
+    orders = [tuple(model for model, _ in turns[i : i + 3]) for i in range(0, len(turns), 3)]
+    assert all(len(set(order)) == 3 for order in orders) and len(set(orders)) > 3
+    assert set(record["step_ms"]) == {variant.name for variant in found}
+    assert all(len(times) == timing.ROUNDS and min(times) > 0 for times in record["step_ms"].values())
+
+
+def test_timed_steps_train():
+    record = timing.time_steps(TINY, [DENSE, SOFT], made_up())
+    assert json.loads(json.dumps(record)) == record and record["machine"] and record["date"]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"variant": {"na', b"\xff\xfe\x00garbage"])

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from vmoe_routers.study import Settings, run_study, study, variants
-from vmoe_routers.study.runs import read_record, record_path, run, write_record
+from vmoe_routers.study import Settings, Variant, run_study, study, variants
+from vmoe_routers.study.runs import read_record, run, write_record
+from vmoe_routers.study.timing import time_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,13 +25,16 @@ class Stop:
     def __init__(self):
         self.done, self.after = [], None
 
-    def __call__(self, settings, jobs, console):
+    def __call__(self, settings, jobs, timing, console):
         data, transfer = study._load(settings)
         for job in jobs:
             if len(self.done) == self.after:
                 raise KeyboardInterrupt
-            write_record(record_path(settings, *job), run(settings, *job, data, transfer))
-            self.done.append(job)
+            write_record(job.path, run(settings, job.variant, job.seed, data, transfer))
+            self.done.append((job.variant, job.seed))
+        if not timing.is_done():
+            write_record(timing.path, time_steps(settings, timing.variants, data))
+            self.done.append("timing")
 
 
 @pytest.fixture
@@ -54,12 +58,12 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     assert len(list((settings.output / "runs").iterdir())) == 6
 
     # The same again, but for one record that is broken.
-    broken = record_path(settings, *jobs[2])
+    (broken,) = settings.output.glob(f"runs/{jobs[2][0].name}-seed0-*.json")
     broken.write_text('{"variant"')
     here.done, here.after = [], None
     console = silent()
     path = run_study(settings, console)
-    assert here.done == [jobs[2], *jobs[6:]]
+    assert here.done == [jobs[2], *jobs[6:], "timing"]
     assert read_record(broken)["variant"]["name"] == jobs[2][0].name
     said = console.file.getvalue()
     assert "40 training and 40 test images of 8 x 8, 10 classes" in said
@@ -82,6 +86,23 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     assert here.done == []
     with open(settings.output / "table.csv", newline="", encoding="utf-8") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["dense", "soft-c0.5", "soft-c1"]
+
+    # Another router: its runs, and the steps of all in turns once more.
+    more = replace(settings, routers=["soft", "sinkhorn_expert_choice"], seeds=1)
+    run_study(more, silent())
+    assert here.done == [(v, 0) for v in variants(more) if v.router == "sinkhorn_expert_choice"] + ["timing"]
+
+
+def test_other_images_at_the_same_place_are_run_anew(tmp_path, here, monkeypatch):
+    settings = replace(TINY, routers=[], seeds=1, output=tmp_path)
+    run_study(settings, silent())
+    run_study(settings, silent())
+    assert here.done == [(Variant(), 0), "timing"]
+    data, transfer = study._load(settings)
+    changed = replace(data, train_images=1 - data.train_images), transfer
+    monkeypatch.setattr(study, "_load", lambda settings: changed)
+    run_study(settings, silent())
+    assert here.done == 2 * [(Variant(), 0), "timing"]
 
 
 def test_transfer_gives_figure_2(tmp_path, here):

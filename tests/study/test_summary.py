@@ -11,7 +11,7 @@ from records import run, study, variant
 from rich.console import Console
 
 from vmoe_routers import ROUTERS
-from vmoe_routers.study import summary
+from vmoe_routers.study import columns, summary
 from vmoe_routers.study.summary import summarise
 
 SOFT = variant("soft")
@@ -33,7 +33,6 @@ def test_means_and_standard_errors():
         for value, expected in [
             (row.accuracy, last(mine, "accuracy")),
             (row.loss, last(mine, "loss")),
-            (row.train_seconds, [r["train_seconds"] for r in mine]),
             (row.transfer, [r["transfer"]["accuracy"] for r in mine]),
         ]:
             assert value.mean == pytest.approx(np.mean(expected))
@@ -49,16 +48,43 @@ def test_differences_are_paired_by_seed():
         expected = last(common, key) - last(dense[1:], key)
         assert value.mean == pytest.approx(expected.mean())
         assert value.error == pytest.approx(expected.std(ddof=1) / np.sqrt(3))
-    ratios = [a["step_ms"] / b["step_ms"] for a, b in zip(common, dense[1:])]
-    assert row.step_ratio == pytest.approx(np.median(ratios))
-    assert dense_row.accuracy_difference is None and dense_row.step_ratio == 1
+    assert dense_row.accuracy_difference is None
+
+
+def test_times_are_medians_over_rounds():
+    dense, soft = run(variant(None)), run(SOFT)
+    dense["timing"]["step_ms"] = [10.0, 10.0, 20.0, 11.0, 9.0]
+    soft["timing"]["step_ms"] = [15.0, 14.0, 32.0, 99.0, 18.0]  # 1.5, 1.4, 1.6, 9, 2 times as long
+    soft["steps"] = 200
+    dense_row, row = summarise([dense, soft])
+    assert (row.step_ms.mean, row.step_ratio.mean, row.train_seconds.mean) == (18.0, 1.6, 3.6)
+    # Deviations from the median 1.6: 0.1, 0.2, 0, 7.4, 0.4.
+    assert row.step_ratio.error == pytest.approx(0.2 * 1.4826 * np.sqrt(np.pi / 2 / 5))
+    assert row.train_seconds.error == pytest.approx(0.2 * row.step_ms.error)
+    assert dense_row.step_ratio[:2] == (1.0, 0.0)
+
+
+def test_standard_error_of_a_median():
+    samples = np.random.default_rng(0).normal(5, 2, (2000, 25))
+    errors = [summary.median_stat(sample.tolist()).error for sample in samples]
+    assert np.mean(errors) == pytest.approx(np.median(samples, axis=1).std(), rel=0.1)
+    assert summary.median_stat([3.0]) == (3.0, None, 1)
+
+
+def test_clear_is_a_95_percent_interval():
+    assert summary.stat([1.0, 1.1, 0.9]).is_clear() and not summary.stat([1.0, 2.0, 0.1]).is_clear()
+    # 4.303 standard errors for three values
+    assert summary.Stat(4.31, 1.0, 3).is_clear() and not summary.Stat(-4.29, 1.0, 3).is_clear()
+    assert not summary.Stat(4.31, None).is_clear()
+    samples = np.random.default_rng(1).normal(0, 1, (2000, 3))
+    assert np.mean([summary.stat(sample).is_clear() for sample in samples]) == pytest.approx(0.05, abs=0.015)
 
 
 def test_differences_without_a_common_seed_or_dense():
     without = summarise([run(SOFT, 0)])[0]
     assert without.loss_difference is None and without.step_ratio is None and without.flops_ratio is None
     apart = summarise([run(SOFT, 0), run(variant(None), 1)])[1]
-    assert apart.loss_difference is None and apart.step_ratio is None and apart.flops_ratio is not None
+    assert apart.loss_difference is None and apart.step_ratio is not None and apart.flops_ratio is not None
 
 
 def test_routing_figures_are_means_over_layers_and_seeds():
@@ -98,15 +124,15 @@ def test_refuses_two_runs_of_one_seed():
 def test_one_seed_has_no_error():
     dense, row = summarise([run(SOFT), run(variant(None))])
     assert row.loss.error is None and row.loss_difference.error is None
-    columns = {column.key: column for column in summary.COLUMNS}
-    assert columns["loss"].text(row).endswith("±-")
-    assert columns["loss_difference"].text(dense) == "-"
-    assert columns["transfer"].text(row) == "-"
+    by_key = {column.key: column for column in columns.COLUMNS}
+    assert by_key["loss"].text(row).endswith("±-")
+    assert by_key["loss_difference"].text(dense) == "-"
+    assert by_key["transfer"].text(row) == "-"
 
 
 def test_csv_round_trip(tmp_path):
     rows = summarise([*study(seeds=2, transfer=True), run(variant("soft", capacity=3.0))])
-    summary.write_csv(rows, tmp_path / "table.csv")
+    columns.write_csv(rows, tmp_path / "table.csv")
     with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
         read = list(csv.DictReader(file))
     assert len(read) == len(rows)
@@ -115,7 +141,7 @@ def test_csv_round_trip(tmp_path):
         for field in dataclasses.fields(row):
             value = getattr(row, field.name)
             if f"{field.name}_error" in line:
-                mean, error = value or (None, None)
+                mean, error = value[:2] if value else (None, None)
                 cells |= {field.name: mean, f"{field.name}_error": error}
             else:
                 cells[field.name] = value
@@ -127,7 +153,7 @@ def test_csv_round_trip(tmp_path):
 def test_printed_table_fits(width, seeds):
     rows = summarise(study(seeds=seeds, transfer=True))
     console = Console(width=width, record=True, file=io.StringIO())
-    summary.print_table(rows, console)
+    columns.print_table(rows, console)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -138,5 +164,5 @@ def test_printed_table_fits(width, seeds):
 def test_printed_label_is_no_markup():
     hostile = {**SOFT, "label": "[red]Soft[/blue]"}
     console = Console(width=120, record=True, file=io.StringIO())
-    summary.print_table(summarise([run(hostile)]), console)
+    columns.print_table(summarise([run(hostile)]), console)
     assert "[red]Soft[/blue]" in console.export_text()

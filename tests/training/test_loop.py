@@ -64,10 +64,9 @@ def test_train_reports_and_learns():
     torch.manual_seed(0)
     model, reports = Linear(), []
     images = replace(data(), train_images=F.one_hot(torch.arange(20) % 3, 16).view(-1, 1, 4, 4).float() * 20)
-    durations = train(model, images, replace(RECIPE, epochs=20, learning_rate=0.1, shift=0), reports.append)
-    assert len(durations) == 40 and all(duration > 0 for duration in durations)
+    assert train(model, images, replace(RECIPE, epochs=20, learning_rate=0.1, shift=0), reports.append) == 40
     assert [report.epoch for report in reports] == list(range(1, 21))
-    assert reports[-1].seconds == pytest.approx(sum(durations)) and reports[0].seconds < reports[-1].seconds
+    assert 0 < reports[0].seconds < reports[-1].seconds
     assert reports[-1].train_loss < 0.2 < reports[0].train_loss
 
 

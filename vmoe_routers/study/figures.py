@@ -85,7 +85,7 @@ def _paint(data: Data, paint: Callable[[Data], Figure]) -> Figure | None:
 
 
 def figure_1_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant: seconds of training, accuracy in 0..1 and loss, with standard errors."""
+    """One dict per variant: seconds of training steps, accuracy in 0..1 and loss, with standard errors."""
     return [
         _point(row, train_seconds=row.train_seconds, accuracy=row.accuracy, loss=row.loss) for row in summarise(runs)
     ]
@@ -124,8 +124,8 @@ def figure_3_data(runs: Iterable[Run]) -> Data:
             keys = ("name", "label", "top_k", "combine", "capacity_factor")
             point = {key: variant[key] for key in keys} | {"seeds": len(group), "epoch": epochs[0]["epoch"]}
             for key in ("accuracy", "loss"):
-                mean, error = stat(epoch[key] for epoch in epochs)
-                point |= {key: mean, f"{key}_error": error}
+                found = stat(epoch[key] for epoch in epochs)
+                point |= {key: found.mean, f"{key}_error": found.error}
             data.append(point)
     return data
 
@@ -145,7 +145,8 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
     (
         "figure_1",
         "Figure 1. Training time against validation accuracy and loss",
-        "One point per variant: mean over seeds after the last epoch, bars are standard errors. Shape and colour are "
+        "One point per variant: mean over seeds after the last epoch, bars are standard errors. Training time is the "
+        "number of steps times the median step, timed with all variants in turns. Shape and colour are "
         "the router, white inside is K = 1, a dot is plan-valued combine, size is the capacity factor. Good is to the "
         "left, and up in accuracy, down in loss.",
         figure_1_data,

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vmoe_routers.study import figures
 from vmoe_routers.study.summary import Row, Run, Stat, by_variant, loss, paired, stat, summarise, summarise_layers
-from vmoe_routers.study.tables import is_clear, results_table, routing_table
+from vmoe_routers.study.tables import results_table, routing_table
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -75,21 +70,21 @@ _READING = """
 <p>Every model has the same trunk, recipe, data order and augmentation; per seed the same trunk initialisation too. Only
 what stands in place of the MLP in the MoE blocks differs. Numbers are means over seeds after the last epoch, ± the
 standard error of the mean. <em>Minus dense</em> is the mean of the differences seed by seed, with a standard error of
-its own; <b>bold</b> where it is more than two of them from 0. <em>Slots</em> are the expert inputs really computed per
+its own; <b>bold</b> where 0 lies outside its 95 % interval by Student's t, which for 3 seeds are 4.3 of them.
+<em>Step</em> is the median time of a training step, <em>training</em> that times the number of steps: after the
+training all variants took turns in one process, a step each a round, ± the standard error over the rounds.
+<em>Slots</em> are the expert inputs really computed per
 image and MoE layer, for the dense ViT its tokens; <em>MLP FLOPs</em> those of MLPs, experts and routing in a forward
 pass. <em>Dropped</em> is the share of tokens that no expert took, <em>load CV</em> the standard deviation of the
 experts' load over its mean, <em>used</em> the share of slots that held a token.</p>
-<p>The limits: small models on small images for a short time, times as they were on the machine below. The results of
-<a href="https://arxiv.org/abs/2401.15969">the paper</a>, on JFT and ImageNet with 32 experts, are not reproduced
-here, and what wins here need not win there. Two standard errors over a few seeds are a rough yardstick and there are
-many comparisons: some that look clear will be chance. These are the results as they came, whether or not they agree
-with the paper.</p>
+<p>The limits: small models on small images for a short time, times as they were on the machine named below. The
+results of <a href="https://arxiv.org/abs/2401.15969">the paper</a>, on JFT and ImageNet with 32 experts,
+are not reproduced here, and what wins here need not win there. There are many comparisons: of twenty that are
+pure chance, one will look clear. These are the results as they came, whether or not they agree with the paper.</p>
 """
 
 
-def write_report(
-    folder: Path | str, runs: Sequence[Run], settings: Mapping[str, Any], machine: Mapping[str, Any]
-) -> Path:
+def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str, Any]) -> Path:
     """Writes `report.html` and, beside it, every figure of it as PNG and CSV.
 
     Args:
@@ -97,23 +92,22 @@ def write_report(
         runs: the records of the runs.
         settings: what was asked for, by name; "command", if there, is what the user typed
             (default: this process's arguments).
-        machine: as `machine_description` gives it.
 
     Returns:
         The report's path.
     """
     settings = dict(settings)
-    command = settings.pop("command", None) or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = settings.pop("command", None) or _command()
     rows = summarise(runs)
-    when = f"; {escape(str(machine['date']))}" if "date" in machine else ""
     seeds = max((row.seeds for row in rows), default=0)
     body = [
         "<h1>Routers in vision mixtures of experts, head to head</h1>",
         f'<p class="lead">{_count(len(rows), "model")}, {_count(len(runs), "run")}, {_count(seeds, "seed")}'
-        f"{' each' if all(row.seeds == seeds for row in rows) else ' at most'}{when}</p>",
+        f"{' each' if all(row.seeds == seeds for row in rows) else ' at most'}; {escape(_dates(runs))}</p>",
         "<h2>What was run</h2>",
         f"<p><code>{escape(str(command))}</code></p>",
         _definitions(settings),
+        *_notes(settings),
         "<h2>How to read this, and how far it goes</h2>",
         _READING,
         "<h2>In short</h2>",
@@ -125,7 +119,7 @@ def write_report(
         "<h2>Routing, layer by layer</h2>",
         routing_table(summarise_layers(runs)),
         "<h2>Machine and versions</h2>",
-        _definitions(machine, "wide"),
+        *_machines(runs),
     ]
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -139,7 +133,7 @@ def write_report(
 
 
 def findings(runs: Sequence[Run]) -> list[str]:
-    """What the numbers say, in sentences that claim no more than two paired standard errors allow."""
+    """What the numbers say, in sentences that claim no more than paired 95 % intervals allow."""
     rows = [row for row in summarise(runs) if math.isfinite(row.loss.mean)]
     if not rows:
         return ["No run has a finite loss."]
@@ -153,34 +147,76 @@ def findings(runs: Sequence[Run]) -> list[str]:
         said.append("With one seed nothing says how much of a difference is chance; run more to know.")
     else:
         said += _compare(runs, rows, lowest)
-    steps = sorted((row for row in rows if row.router and row.step_ratio), key=lambda row: row.step_ratio or 0.0)
+    steps = sorted((row.step_ratio, row.label) for row in rows if row.router and row.step_ratio)
     if steps:
-        first, last = steps[0], steps[-1]
+        (first, first_label), (last, last_label) = steps[0], steps[-1]
         said.append(
-            f"A training step took from {first.step_ratio:.2f} times the dense ViT's ({first.label}) "
-            f"to {last.step_ratio:.2f} times ({last.label})."
+            f"A training step took from {_pm(first, '.2f')} times the dense ViT's ({first_label}) "
+            f"to {_pm(last, '.2f')} times ({last_label})."
         )
     return said
 
 
 def _compare(runs: Sequence[Run], rows: list[Row], lowest: Row) -> list[str]:
-    """Which losses two standard errors tell apart: from the lowest, and from the dense ViT's."""
+    """Which losses the seeds tell apart: from the lowest, and from the dense ViT's."""
     groups = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
     differences = {row.label: paired(groups[row.name], groups[lowest.name], loss) for row in rows if row is not lowest}
-    close = [label for label, values in differences.items() if not (values and is_clear(stat(values)))]
+    close = [label for label, values in differences.items() if not (values and stat(values).is_clear())]
     said = []
     # Labels have commas of their own.
     if differences:
         which = "; ".join(close) or "none"
-        said.append(f"Not told apart from the lowest loss (within two standard errors, seed by seed): {which}.")
+        said.append(f"Not told apart from the lowest loss at 95 %, seed by seed: {which}.")
     against = {row.label: row.loss_difference for row in rows if row.loss_difference is not None}
     if against:
-        clear = {label: value.mean for label, value in against.items() if is_clear(value)}
+        clear = {label: value.mean for label, value in against.items() if value.is_clear()}
         below = "; ".join(label for label, mean in clear.items() if mean < 0) or "none"
         above = "; ".join(label for label, mean in clear.items() if mean > 0) or "none"
-        said.append(f"Loss below the dense ViT's by more than two standard errors: {below}. Above it: {above}.")
+        said.append(f"Loss clearly below the dense ViT's, at 95 %: {below}. Above it: {above}.")
         said.append(f"Not resolved against the dense ViT: {len(against) - len(clear)} of {len(against)}.")
     return said
+
+
+def _command() -> str:
+    """What the user typed."""
+    name = Path(sys.argv[0]).name
+    program = ["python", "-m", "vmoe_routers"] if name == "__main__.py" else [name]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def _notes(settings: Mapping[str, Any]) -> list[str]:
+    """What a reader who knows the usual models would stumble over."""
+    ratio = settings.get("mlp_ratio", 4)
+    if ratio == 4:
+        return []
+    return [
+        f"<p>The MLPs and experts are {_words(ratio)} token widths wide within; usual is 4. Narrower ones make the "
+        "study shorter, give an expert less to contribute, and make routing a larger part of a step than it is in a "
+        "usual model.</p>"
+    ]
+
+
+def _dates(runs: Sequence[Run]) -> str:
+    """When they were run: from the first to the last."""
+    dates = sorted({run["date"] for run in runs})
+    return " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "nothing was run"
+
+
+def _machines(runs: Sequence[Run]) -> list[str]:
+    """Every machine that the runs and their timing come from, and when; runs may be of several."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(json.dumps(run["machine"]), []).append(run)
+    parts = []
+    for machine, of in found.items():
+        parts.append(f"<p>{_count(len(of), 'run')}, {escape(_dates(of))}</p>")
+        parts.append(_definitions(json.loads(machine), "wide"))
+    timings = {json.dumps(run["timing"]["machine"]): run["timing"]["date"] for run in runs}
+    for machine, date in timings.items():
+        parts.append(f"<p>Steps timed {escape(date)}{'' if machine in found else ', on another machine'}</p>")
+        if machine not in found:
+            parts.append(_definitions(json.loads(machine), "wide"))
+    return parts
 
 
 def _figure(folder: Path | str, drawing: figures.Drawing) -> str:
@@ -228,55 +264,3 @@ def _words(value: Any) -> str:
 def _pm(value: Stat, form: str, scale: float = 1.0) -> str:
     error = "" if value.error is None else f" ± {value.error * scale:{form}}"
     return f"{value.mean * scale:{form}}{error}"
-
-
-def machine_description() -> dict[str, str]:
-    """This machine and the versions that matter, in words; every key is there on every machine but the GPU's."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    found = {
-        "CPU": f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
-        "cores": f"{cores} used of {os.cpu_count()}",
-        "memory": _memory(),
-    }
-    if torch.cuda.is_available():
-        found["GPU"] = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
-    return found | {
-        "system": _system(),
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "vmoe_routers": _version("vmoe_routers"),
-        "timm": _version("timm"),
-        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(filter(None, names), platform.processor() or platform.machine())
-
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return "unknown"
-
-
-def _system() -> str:
-    kernel = f"{platform.system()} {platform.release()} {platform.machine()}"
-    try:
-        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {kernel}"
-    except (OSError, KeyError):
-        return kernel
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

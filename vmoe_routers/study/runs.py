@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,23 +14,46 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vmoe_routers import __version__
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.study.cost import cost
+from vmoe_routers.study.machine import here_and_now
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Images, evaluate, few_shot_accuracy, train
 
-RECORD_VERSION = 1  # goes up when a record of the same settings would come out differently
+RECORD_VERSION = 2  # goes up when a record of the same settings would come out differently
 
 
-def record_path(settings: Settings, variant: Variant, seed: int) -> Path:
-    """Where a run's record lies: its name holds a hash of all that the result depends on."""
-    # Only what a run depends on: other routers, more seeds or another place change nothing in it.
+def fingerprint(data: Images, transfer: Images | None) -> str:
+    """A hash of what a result depends on beside the settings: the images themselves, and the versions."""
+    digest = hashlib.sha256(f"{RECORD_VERSION} {__version__} {torch.__version__}".encode())
+    for images in (data, transfer):
+        digest.update(repr(images and images.name).encode())
+        if images is not None:
+            for tensor in (images.train_images, images.train_labels, images.test_images, images.test_labels):
+                digest.update(repr(tuple(tensor.shape)).encode())
+                digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def record_path(settings: Settings, inputs: str, name: str, *of: Any) -> Path:
+    """Where a record lies: its name holds a hash of all that its numbers depend on.
+
+    Args:
+        settings: those that a single run does not depend on (other routers, more seeds,
+            another place) are left out of the hash.
+        inputs: the `fingerprint` of the data.
+        name: begins the file's name.
+        of: what else the record is of, such as the variant and the seed.
+    """
+    # The data themselves are in the fingerprint, wherever they lie.
     others = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "seeds", "workers")
+    others += ("data", "transfer_data")
     of_run = {key: value for key, value in asdict(settings).items() if key not in others}
-    text = json.dumps([RECORD_VERSION, of_run, asdict(variant), seed], sort_keys=True)
+    text = json.dumps([inputs, of_run, name, *of], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return settings.output / "runs" / f"{variant.name}-seed{seed}-{digest}.json"
+    return settings.output / "runs" / f"{name}-{digest}.json"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -71,7 +93,7 @@ def run(
             epochs.append({**asdict(epoch), "accuracy": accuracy, "loss": loss})
         on_epoch()
 
-    durations = train(model, data, settings.recipe(seed), after)
+    steps = train(model, data, settings.recipe(seed), after)
     statistics_of = _LayerStatistics(model)
     evaluate(model, data.test_images, data.test_labels, batch, statistics_of.add)
     # The last group of the test images may have been smaller; the cost is that of a whole one.
@@ -81,11 +103,11 @@ def run(
         "variant": variant.describe(),
         "seed": seed,
         "epochs": epochs,
-        "train_seconds": epochs[-1]["seconds"],
-        "step_ms": 1e3 * statistics.median(durations),
+        "steps": steps,
         "cost": cost(model),
         "layers": statistics_of.means(),
         "transfer": None if transfer is None else _transfer(model, transfer, batch, seed),
+        **here_and_now(),
     }
 
 

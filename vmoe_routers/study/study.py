@@ -14,22 +14,42 @@ from dataclasses import asdict
 from functools import cache
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.layers.config import set_fused_attn
 
-from vmoe_routers.study import summary
-from vmoe_routers.study.runs import read_record, record_path, run, write_record
+from vmoe_routers.study.columns import print_table, write_csv
+from vmoe_routers.study.runs import fingerprint, read_record, record_path, run, write_record
 from vmoe_routers.study.settings import Settings
+from vmoe_routers.study.summary import summarise
+from vmoe_routers.study.timing import ROUNDS, WARM_UP, time_steps
 from vmoe_routers.study.variants import Variant, build, variants
 from vmoe_routers.training import Images, load
 from vmoe_routers.training.data import fit
 from vmoe_routers.training.fewshot import SHOTS
 
-Job = tuple[Variant, int]
+
+class Job(NamedTuple):
+    """A run to be done, and where its record goes."""
+
+    variant: Variant
+    seed: int
+    path: Path
+
+
+class Timing(NamedTuple):
+    """The steps to be timed, of these variants, and where the record goes."""
+
+    variants: list[Variant]
+    path: Path
+
+    def is_done(self) -> bool:
+        """Whether there is a record of all of them."""
+        record = read_record(self.path)
+        return record is not None and {variant.name for variant in self.variants} <= set(record["step_ms"])
 
 
 def run_study(settings: Settings, console: Console | None = None) -> Path:
@@ -61,17 +81,26 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
             f"for {transfer.num_classes} classes, there are {len(transfer.train_labels)}"
         )
     settings.output.mkdir(parents=True, exist_ok=True)  # says now if it cannot
+    inputs = fingerprint(data, transfer)
     # Seed by seed: an interrupted study has whole comparisons.
-    jobs = [(variant, seed) for seed in range(settings.seeds) for variant in found]
-    missing = [job for job in jobs if read_record(record_path(settings, *job)) is None]
+    jobs = [
+        Job(variant, seed, record_path(settings, inputs, f"{variant.name}-seed{seed}", asdict(variant)))
+        for seed in range(settings.seeds)
+        for variant in found
+    ]
+    missing = [job for job in jobs if read_record(job.path) is None]
+    timing = Timing(found, record_path(settings, inputs, "steps"))
     console.print(
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test images of "
         f"{data.size} x {data.size}, {data.num_classes} classes\n"
         f"models: {len(found)}, seeds: {settings.seeds}, runs: {len(jobs)}, done before: {len(jobs) - len(missing)}"
     )
-    if missing:
-        _run_all(settings, missing, console)
-    records = [record for job in jobs if (record := read_record(record_path(settings, *job)))]
+    if missing or not timing.is_done():
+        _run_all(settings, missing, timing, console)
+    records = [record for job in jobs if (record := read_record(job.path))]
+    timed = read_record(timing.path) or {}
+    for record in records:
+        record["timing"] = timed | {"step_ms": timed["step_ms"][record["variant"]["name"]]}
     return _write(settings, data, records, console)
 
 
@@ -83,21 +112,27 @@ def _load(settings: Settings) -> tuple[Images, Images | None]:
     return data, fit(transfer, data.size, data.channels)
 
 
-def _run_all(settings: Settings, jobs: list[Job], console: Console) -> None:
-    """Runs the jobs side by side, a thread each: models this small gain nothing from more."""
+def _run_all(settings: Settings, jobs: list[Job], timing: Timing, console: Console) -> None:
+    """Runs the jobs side by side, a thread each: models this small gain nothing from more. Then times the steps."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = settings.workers or (cores if settings.device == "cpu" else 1)
     context = multiprocessing.get_context("spawn")
     finished = context.SimpleQueue()
     executor = ProcessPoolExecutor(
-        min(workers, len(jobs)), context, initializer=_start_worker, initargs=(settings, finished)
+        max(1, min(workers, len(jobs))), context, initializer=_start_worker, initargs=(settings, finished)
     )
     try:
         with _progress(console) as progress:
             task = progress.add_task("training", total=len(jobs) * settings.epochs)
             with _deaf_to_ctrl_c():
                 futures = [executor.submit(_work, job) for job in jobs]
+                if not jobs:
+                    executor.submit(int)  # starts a worker, deaf as well
             _watch(futures, finished, lambda: progress.advance(task), progress.console)
+            if not timing.is_done():
+                # Alone, now that all the others are done.
+                task = progress.add_task("timing", total=WARM_UP + ROUNDS)
+                _watch([executor.submit(_time, timing)], finished, lambda: progress.advance(task), progress.console)
     except KeyboardInterrupt:
         console.print("interrupted; what is finished is kept, and the same command goes on from there")
         raise
@@ -122,7 +157,6 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("epochs"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -138,13 +172,12 @@ def _watch(futures: list[Future], finished: SimpleQueue, advance: Callable[[], N
         while not finished.empty():
             finished.get()
             advance()
-        for future in done:
-            record = future.result()
+        for record in filter(None, [future.result() for future in done]):
             last = record["epochs"][-1]
             # In 80 columns.
             console.print(
                 f"{record['variant']['label']:<40} seed {record['seed']}  acc. {last['accuracy']:.3f}  "
-                f"loss {last['loss']:.3f}  {record['train_seconds']:4.1f} s",
+                f"loss {last['loss']:.3f}  {last['seconds']:4.1f} s",
                 highlight=False,
             )
 
@@ -173,21 +206,26 @@ def _worker_state() -> dict[str, Any]:
 
 def _work(job: Job) -> dict[str, Any]:
     state = _worker_state()
-    variant, seed = job
     settings, (data, transfer) = state["settings"], state["data"]
-    record = run(settings, variant, seed, data, transfer, lambda: state["finished"].put(None))
-    write_record(record_path(settings, variant, seed), record)
+    record = run(settings, job.variant, job.seed, data, transfer, lambda: state["finished"].put(None))
+    write_record(job.path, record)
     return record
+
+
+def _time(timing: Timing) -> None:
+    state = _worker_state()
+    data, _ = state["data"]
+    write_record(timing.path, time_steps(state["settings"], timing.variants, data, lambda: state["finished"].put(None)))
 
 
 def _write(settings: Settings, data: Images, records: list[dict[str, Any]], console: Console) -> Path:
     """Table, figures and report of the records."""
     from vmoe_routers.study import report  # with matplotlib, which a worker need not wait for
 
-    rows = summary.summarise(records)
-    summary.print_table(rows, console)
-    summary.write_csv(rows, settings.output / "table.csv")
+    rows = summarise(records)
+    print_table(rows, console)
+    write_csv(rows, settings.output / "table.csv")
     described = json.loads(json.dumps({**asdict(settings), "data": data.name}, default=str))
-    path = report.write_report(settings.output, records, described, report.machine_description())
+    path = report.write_report(settings.output, records, described)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return path

@@ -6,13 +6,9 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from vmoe_routers.study.columns import shown_columns
 from vmoe_routers.study.plots import style
-from vmoe_routers.study.summary import LayerRow, Row, Stat, shown_columns
-
-
-def is_clear(difference: Stat | None) -> bool:
-    """Whether a difference is more than two standard errors away from 0; never with one seed."""
-    return difference is not None and difference.error is not None and abs(difference.mean) > 2 * difference.error
+from vmoe_routers.study.summary import LayerRow, Row
 
 
 def results_table(rows: Sequence[Row]) -> str:
@@ -29,7 +25,8 @@ def results_table(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [f"<tr><th>{_key(row.router)}{escape(row.label)}</th>"]
         for column in columns:
-            clear = column.key.endswith("_difference") and is_clear(getattr(row, column.key))
+            value = getattr(row, column.key)
+            clear = column.key.endswith("_difference") and value is not None and value.is_clear()
             cells.append(f"<td{' class=clear' if clear else ''}>{escape(column.text(row)).replace('±', ' ±')}</td>")
         lines.append("".join(cells) + "</tr>")
     return _scroll(lines)

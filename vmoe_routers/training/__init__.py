@@ -2,6 +2,6 @@
 
 from vmoe_routers.training.data import DataError, Images, load
 from vmoe_routers.training.fewshot import few_shot_accuracy
-from vmoe_routers.training.loop import Recipe, evaluate, train
+from vmoe_routers.training.loop import Recipe, Step, evaluate, train
 
-__all__ = ["DataError", "Images", "Recipe", "evaluate", "few_shot_accuracy", "load", "train"]
+__all__ = ["DataError", "Images", "Recipe", "Step", "evaluate", "few_shot_accuracy", "load", "train"]

@@ -48,50 +48,71 @@ class Epoch:
     train_loss: float
 
 
+class Step:
+    """One training step of `model` after another: loss, gradient, clipping, AdamW, schedule.
+
+    The loss is the cross-entropy plus the routers' auxiliary losses.
+
+    Args:
+        model: trained in place.
+        recipe: how.
+        steps: of the whole training, for the schedule.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, steps: int):
+        self.model = model
+        self.clip = recipe.clip
+        self.device = next(model.parameters()).device
+        self.optimizer = _optimizer(model, recipe)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(recipe, steps))
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The batch's cross-entropy before the step; returns when the device is done."""
+        loss = F.cross_entropy(self.model(images), labels)
+        (loss + aux_loss(self.model).to(self.device)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return loss.detach()
+
+
 def train(
     model: nn.Module,
     data: Images,
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-) -> list[float]:
+) -> int:
     """Trains `model` on data's training images, in place.
 
-    The loss is the cross-entropy plus the routers' auxiliary losses. Order and shifts
-    depend on `recipe.seed` alone, so that different models see the same images.
+    Order and shifts depend on `recipe.seed` alone, so that different models see the same
+    images.
 
     Returns:
-        The duration of every step, in seconds.
+        The number of steps.
     """
     device = next(model.parameters()).device
     images, labels = data.train_images.to(device), data.train_labels.to(device)
     steps_per_epoch = len(labels) // recipe.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"train: {len(labels)} images are less than one batch of {recipe.batch_size}")
-    optimizer = _optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(recipe, steps_per_epoch * recipe.epochs))
+    train_step = Step(model, recipe, steps_per_epoch * recipe.epochs)
     generator = torch.Generator().manual_seed(recipe.seed)
     torch.manual_seed(recipe.seed)
-    durations: list[float] = []
+    seconds = 0.0
     for epoch in range(1, recipe.epochs + 1):
         model.train()
         order = torch.randperm(len(labels), generator=generator).to(device)
         losses = []
+        start = time.perf_counter()
         for step in range(steps_per_epoch):
             chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            start = time.perf_counter()
-            x = random_shift(images[chosen], recipe.shift, generator)
-            loss = F.cross_entropy(model(x), labels[chosen])
-            (loss + aux_loss(model).to(device)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            durations.append(time.perf_counter() - start)
-            losses.append(loss.detach())
-        on_epoch(Epoch(epoch, sum(durations), float(torch.stack(losses).mean())))
-    return durations
+            losses.append(train_step(random_shift(images[chosen], recipe.shift, generator), labels[chosen]))
+        seconds += time.perf_counter() - start
+        on_epoch(Epoch(epoch, seconds, float(torch.stack(losses).mean())))
+    return steps_per_epoch * recipe.epochs
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

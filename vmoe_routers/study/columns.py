@@ -1,0 +1,114 @@
+"""The columns of the study's table, and the table as CSV and in the terminal; the report's is in `tables`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vmoe_routers.study.summary import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of the table: `key` is the field of `Row`, `scale` turns it into `unit`."""
+
+    key: str
+    group: str
+    title: str
+    unit: str
+    format: str
+    scale: float = 1.0
+    has_error: bool = False
+    in_terminal: bool = True
+
+    def text(self, row: Row) -> str:
+        """The cell in words: "97.2±0.1"; "±-" where one seed gives no error, "-" where there is nothing."""
+        value = getattr(row, self.key)
+        if value is None:
+            return "-"
+        if not self.has_error:
+            return format(value * self.scale, self.format)
+        error = "-" if value.error is None else format(value.error * self.scale, self.format.lstrip("+"))
+        return f"{format(value.mean * self.scale, self.format)}±{error}"
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("seeds", "", "seeds", "", ".0f", in_terminal=False),
+    Column("accuracy", "validation", "accuracy", "%", ".1f", 100, has_error=True),
+    Column("loss", "validation", "loss", "nats", ".3f", has_error=True),
+    Column("accuracy_difference", "minus dense", "Δ acc.", "points", "+.1f", 100, has_error=True),
+    Column("loss_difference", "minus dense", "Δ loss", "nats", "+.3f", has_error=True),
+    Column("transfer", "transfer", "10-shot", "%", ".1f", 100, has_error=True),
+    Column("train_seconds", "cost", "training", "s", ".0f", has_error=True, in_terminal=False),
+    Column("step_ms", "cost", "step", "ms", ".1f", has_error=True, in_terminal=False),
+    Column("step_ratio", "cost", "step", "×dense", ".2f", has_error=True),
+    Column("slots", "cost", "slots", "/image", ".1f"),
+    Column("mlp_flops_ratio", "cost", "MLP FLOPs", "×dense", ".2f"),
+    Column("mlp_flops", "cost", "MLP FLOPs", "M", ".2f", 1e-6, in_terminal=False),
+    Column("flops_ratio", "cost", "FLOPs", "×dense", ".2f", in_terminal=False),
+    Column("flops", "cost", "FLOPs", "M", ".2f", 1e-6, in_terminal=False),
+    Column("parameters", "cost", "weights", "M", ".2f", 1e-6, in_terminal=False),
+    Column("dropped", "routing", "dropped", "%", ".1f", 100),
+    Column("load_cv", "routing", "load", "CV", ".2f"),
+    Column("utilisation", "routing", "used", "%", ".0f", 100, in_terminal=False),
+    Column("dead_experts", "routing", "dead", "experts", ".1f", in_terminal=False),
+)
+
+_VARIANT = ("name", "label", "router", "top_k", "combine", "capacity_factor")
+
+
+def shown_columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns that say something: seeds where they differ, the others where at least one row has them."""
+    found = [column for column in COLUMNS if any(getattr(row, column.key) is not None for row in rows)]
+    return [column for column in found if column.key != "seeds" or len({row.seeds for row in rows}) > 1]
+
+
+_LABEL_WIDTH = 21  # of the terminal's table at least; longer labels go over several lines
+
+
+def write_csv(rows: Sequence[Row], path: Path | str) -> None:
+    """The table in full precision and base units (accuracy in 0..1, FLOPs); nothing there is an empty cell."""
+    header = [*_VARIANT]
+    for column in COLUMNS:
+        header += [column.key, f"{column.key}_error"] if column.has_error else [column.key]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for row in rows:
+            cells = [getattr(row, key) for key in _VARIANT]
+            for column in COLUMNS:
+                value = getattr(row, column.key)
+                cells += (value[:2] if value else (None, None)) if column.has_error else (value,)
+            writer.writerow(cells)
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """The columns marked `in_terminal`, in at most 120 characters; in a narrower terminal, those that fit.
+
+    The report and the CSV have them all.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.caption = Text(
+        "Δ: minus dense, seed by seed; ±: standard error over seeds, of the step over rounds", style="dim"
+    )
+    table.caption_justify = "left"
+    table.add_column(Text("variant"))
+    cells: list[list[str]] = []
+    room = console.width - _LABEL_WIDTH
+    for column in (column for column in shown_columns(rows) if column.in_terminal):
+        texts = [column.text(row) for row in rows]
+        room -= 2 + max(map(len, (column.title, column.unit, *texts)))
+        if room < 0:
+            break
+        table.add_column(Text(f"{column.title}\n{column.unit}"), justify="right", no_wrap=True)
+        cells.append(texts)
+    for row, *texts in zip(rows, *cells, strict=True):
+        table.add_row(Text(row.label), *map(Text, texts))
+    console.print(table)

@@ -1,0 +1,46 @@
+"""How long a training step of every variant takes: all of them in one process, in turns.
+
+The times of the runs themselves would not do: runs train side by side, on a machine that may
+be busy with something else in one hour and not in the next.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vmoe_routers.study.machine import here_and_now
+from vmoe_routers.study.settings import Settings
+from vmoe_routers.study.variants import Variant, build
+from vmoe_routers.training import Images, Step
+
+ROUNDS = 25  # every round times one step of every variant, in an order of its own
+WARM_UP = 3
+
+
+def time_steps(
+    settings: Settings, variants: Sequence[Variant], data: Images, on_round: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Times training steps on one batch.
+
+    Returns:
+        step_ms: by variant's name, a number per round; machine and date.
+    """
+    images = data.train_images[: settings.batch_size].to(settings.device)
+    labels = data.train_labels[: settings.batch_size].to(settings.device)
+    steps: dict[str, Step] = {}
+    for variant in variants:
+        model = build(variant, settings, data, seed=0).train()
+        steps[variant.name] = Step(model, settings.recipe(seed=0), WARM_UP + ROUNDS)
+    order = random.Random(0)
+    step_ms: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + ROUNDS):
+        for name in order.sample(list(steps), len(steps)):
+            start = time.perf_counter()
+            steps[name](images, labels)
+            if turn >= WARM_UP:
+                step_ms[name].append(1e3 * (time.perf_counter() - start))
+        on_round()
+    return {"step_ms": step_ms, **here_and_now()}
