@@ -123,7 +123,7 @@ def _run_all(settings: Settings, jobs: list[Job], timing: Timing, console: Conso
     )
     try:
         with _progress(console) as progress:
-            task = progress.add_task("training", total=len(jobs) * settings.epochs)
+            task = progress.add_task("training", total=len(jobs) * settings.epochs, unit="epochs")
             with _deaf_to_ctrl_c():
                 futures = [executor.submit(_work, job) for job in jobs]
                 if not jobs:
@@ -131,7 +131,7 @@ def _run_all(settings: Settings, jobs: list[Job], timing: Timing, console: Conso
             _watch(futures, finished, lambda: progress.advance(task), progress.console)
             if not timing.is_done():
                 # Alone, now that all the others are done.
-                task = progress.add_task("timing", total=WARM_UP + ROUNDS)
+                task = progress.add_task("timing", total=WARM_UP + ROUNDS, unit="rounds")
                 _watch([executor.submit(_time, timing)], finished, lambda: progress.advance(task), progress.console)
     except KeyboardInterrupt:
         console.print("interrupted; what is finished is kept, and the same command goes on from there")
@@ -157,6 +157,7 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
