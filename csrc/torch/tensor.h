@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -79,10 +80,26 @@ inline void use_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #endif
 }
 
+// On the device of `like`. Not new_empty, which goes through the dispatcher twice.
 inline Tensor empty(
     std::initializer_list<int64_t> shape, const Tensor& like,
     std::optional<ScalarType> dtype = {}) {
-  Tensor tensor = torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  std::array<int64_t, 8> strides;
+  STD_TORCH_CHECK(shape.size() <= strides.size());
+  int64_t stride = 1;
+  for (size_t axis = shape.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(1, shape.begin()[axis]);
+  }
+  int32_t type, device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides.data(), type, device,
+      like.get_device_index(), &handle));
+  const Tensor tensor(handle);
   use_huge_pages(tensor);
   return tensor;
 }
