@@ -50,7 +50,7 @@ def _(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Ten
 
 @torch.library.register_fake("vmoe_routers::combine_backward")
 def _(grad: Tensor, y: Tensor, gate: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), y.new_empty(gate.shape)
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
 def _setup_context(ctx, inputs, output):
