@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "half.h"
 #include "isa.h"
 
 namespace vmoe::cpu {
@@ -29,6 +30,10 @@ VMOE_EACH_ISA(
     // Of one vector: the sum of its entries.
     template <typename T> void sum_vector(const T* x, T* out);
 
+    // cpu/half.h, for BFloat16 and Float16.
+    template <typename Half> void widen_each(const Half* x, float* out, int64_t n);
+    template <typename Half> void narrow_each(const float* x, Half* out, int64_t n);
+
 )
 
 VMOE_BY_ISA(vector_bytes)
@@ -37,5 +42,7 @@ VMOE_BY_ISA(transpose_block)
 VMOE_BY_ISA(compress_vector)
 VMOE_BY_ISA(copy_some)
 VMOE_BY_ISA(sum_vector)
+VMOE_BY_ISA(widen_each)
+VMOE_BY_ISA(narrow_each)
 
 }  // namespace vmoe::cpu
