@@ -113,6 +113,12 @@ inline Vec<T> load_some(const T* p, int64_t count, T fill) {
 #endif
 }
 
+// The vector at `p`, cut at `end`, behind which nothing may be read.
+template <typename T>
+inline Vec<T> load_within(const T* p, const T* end) {
+  return end - p >= kWidth<T> ? load(p) : load_some(p, end - p, T{0});
+}
+
 template <typename T>
 inline void store_some(T* p, Vec<T> v, int64_t count) {
 #if defined(__AVX512F__)
@@ -132,6 +138,17 @@ inline void store_some(T* p, Vec<T> v, int64_t count) {
 #else
   memcpy(p, &v, count * sizeof(T));
 #endif
+}
+
+// The same where `count` may be width and more: then the whole vector.
+template <typename T>
+inline Vec<T> get(const T* p, int64_t count, T fill) {
+  return count >= kWidth<T> ? load(p) : load_some(p, count, fill);
+}
+
+template <typename T>
+inline void put(T* p, Vec<T> v, int64_t count) {
+  count >= kWidth<T> ? store(p, v) : store_some(p, v, count);
 }
 
 template <typename T>

@@ -1,0 +1,79 @@
+// softmax_gather -- gates, softmax over the experts, at the places that were chosen.
+//
+//   logits   [G, T, E]                  float32 | float64
+//   indices  [G, T, K] or [G, E, C]     int32       experts of every token (dim 2), or tokens
+//                                                   of every expert (dim 1)
+//   values   like indices, logits' dtype            gate of that token and expert
+//   norms    [2, G, T]                  same dtype   largest logit of the token, and 1 over its
+//                                                   sum of exponentials: what the backward needs
+//
+//   gate[t, e] = exp(logits[t, e] - norms[0, t]) * norms[1, t]
+//
+// An index outside of the axis has the value 0 and no gradient. A token whose logits are all -inf is not there: norms
+// 0 and 0, gates 0. One with NaN or +inf has NaN gates. The gates of a token depend on its own logits alone, to the
+// bit, and are the same in softmax_topk.
+//
+// Gradient, with d[t, e] the gradient of that gate (0 where not chosen):
+// grad_logits = gate (d - sum_e gate d). The gates are made again from logits and norms.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace vmoe::cpu {
+
+VMOE_EACH_ISA(
+
+    template <typename T> void softmax_norms(
+        const T* logits,  // [tokens, E]
+        T* high,          // [tokens]  norms[0]
+        T* scale,         // [tokens]  norms[1]
+        int64_t E,
+        int64_t begin,  // tokens [begin, end)
+        int64_t end);
+
+    template <typename T>
+    void softmax_gather(
+        const T* logits,         // [G, T, E]
+        const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
+        const T* high,           // [G, T]
+        const T* scale,          // [G, T]
+        T* values,               // as indices
+        int64_t tokens,
+        int64_t E,
+        int64_t K,
+        bool by_expert,
+        int64_t row_begin,  // rows of K indices, [row_begin, row_end) of G * T or G * E
+        int64_t row_end);
+
+    template <typename T>
+    void softmax_scatter(  // the gradient of the picks to their places
+        const T* grad,           // as indices
+        const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
+        T* grad_gates,           // [G, T, E]  added to
+        int64_t tokens,
+        int64_t E,
+        int64_t K,
+        bool by_expert,
+        int64_t row_begin,  // as of softmax_gather
+        int64_t row_end);
+
+    template <typename T>
+    void softmax_gather_backward(
+        const T* logits,  // [tokens, E]
+        const T* high,    // [tokens]
+        const T* scale,   // [tokens]
+        T* grad,          // [tokens, E]  in: of the gates; out: of the logits
+        int64_t E,
+        int64_t begin,  // tokens [begin, end)
+        int64_t end);
+
+)
+
+VMOE_BY_ISA(softmax_norms)
+VMOE_BY_ISA(softmax_gather)
+VMOE_BY_ISA(softmax_scatter)
+VMOE_BY_ISA(softmax_gather_backward)
+
+}  // namespace vmoe::cpu
