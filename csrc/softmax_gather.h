@@ -9,11 +9,11 @@
 //
 //   gate[t, e] = exp(logits[t, e] - norms[0, t]) * norms[1, t]
 //
-// An index outside of the axis has the value 0 and no gradient. A token whose logits are all -inf is not there: norms
-// 0 and 0, gates 0. One with NaN or +inf has NaN gates. The gates of a token depend on its own logits alone, to the
-// bit, and are the same in softmax_topk.
+// An index outside of the axis has the value 0 and no gradient. A token whose logits are all
+// -inf is not there: norms and gates are 0. One with NaN or +inf has NaN gates. The gates of a
+// token depend on its own logits alone, to the bit, and are the same in softmax_topk.
 //
-// Gradient, with d[t, e] the gradient of that gate (0 where not chosen):
+// Gradient, with d[t, e] that of the value of gate[t, e] (0 where not chosen):
 // grad_logits = gate (d - sum_e gate d). The gates are made again from logits and norms.
 #pragma once
 
@@ -47,16 +47,18 @@ VMOE_EACH_ISA(
         int64_t row_begin,  // rows of K indices, [row_begin, row_end) of G * T or G * E
         int64_t row_end);
 
+    // The three steps of the backward.
     template <typename T>
-    void softmax_scatter(  // the gradient of the picks to their places
+    void softmax_dots(
         const T* grad,           // as indices
+        const T* values,         // as indices
         const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
-        T* grad_gates,           // [G, T, E]  added to
+        T* dots,                 // [G, T]  added to: sum of a token's grad * value
         int64_t tokens,
         int64_t E,
         int64_t K,
         bool by_expert,
-        int64_t row_begin,  // as of softmax_gather
+        int64_t row_begin,  // as of softmax_gather; by expert only whole groups
         int64_t row_end);
 
     template <typename T>
@@ -64,16 +66,31 @@ VMOE_EACH_ISA(
         const T* logits,  // [tokens, E]
         const T* high,    // [tokens]
         const T* scale,   // [tokens]
-        T* grad,          // [tokens, E]  in: of the gates; out: of the logits
+        const T* dots,    // [tokens]
+        T* grad_logits,   // [tokens, E]  -dots * gates
         int64_t E,
         int64_t begin,  // tokens [begin, end)
         int64_t end);
+
+    template <typename T>
+    void softmax_scatter(
+        const T* grad,           // as indices
+        const T* values,         // as indices
+        const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
+        T* grad_logits,          // [G, T, E]  grad * value is added
+        int64_t tokens,
+        int64_t E,
+        int64_t K,
+        bool by_expert,
+        int64_t row_begin,  // as of softmax_gather
+        int64_t row_end);
 
 )
 
 VMOE_BY_ISA(softmax_norms)
 VMOE_BY_ISA(softmax_gather)
-VMOE_BY_ISA(softmax_scatter)
+VMOE_BY_ISA(softmax_dots)
 VMOE_BY_ISA(softmax_gather_backward)
+VMOE_BY_ISA(softmax_scatter)
 
 }  // namespace vmoe::cpu

@@ -6,12 +6,12 @@
 //                                                         of every expert (dim 1)
 //   norms    [2, G, T]                       same dtype   of softmax_gather.h
 //
-// The order is that of order.h, on the gates of softmax_gather.h as computed, in the logits' dtype: logits whose gates
-// round to one number (underflow to 0, say) tie, and go to the lower index. So the result is bit by bit that of topk
-// on those gates. NaN gates rank first.
+// The order is that of order.h, on the gates of softmax_gather.h as computed in the logits'
+// dtype: bit by bit the result of topk on those gates. Logits whose gates round to one number
+// (underflow to 0, say) tie, and go to the lower index. NaN gates rank first.
 //
-// A token whose logits are all -inf is not there: its picks have the index -1 and the value 0, and no expert chooses
-// it; an expert with fewer than C tokens to choose from has -1 and 0 behind them.
+// A token whose logits are all -inf is not there: its picks have the index -1 and the value 0,
+// and no expert chooses it; an expert that runs out of tokens gets -1 and 0 likewise.
 //
 // Gradient: that of softmax_gather at the indices.
 #pragma once

@@ -20,11 +20,12 @@ class Leaders {
   }
 
   // Indices only grow, so an entry that ties with a leader stays behind it.
-  void insert(Keys key, int64_t index) {
+  void insert(Keys key, int64_t index) { insert(key, splat(static_cast<SignedKey<T>>(index))); }
+
+  void insert(Keys key, Keys place) {
     if constexpr (K > 2) {
       if (!lane_bits<T>(key > keys_[K - 1])) return;  // the rule, after some entries
     }
-    const Keys place = splat(static_cast<SignedKey<T>>(index));
     for (int j = K - 1; j > 0; --j) {
       const auto from_above = key > keys_[j - 1], here = key > keys_[j];
       keys_[j] = from_above ? keys_[j - 1] : here ? key : keys_[j];

@@ -41,14 +41,13 @@ void slots_softmax(const Rows<T>& rows, const T* in, T* out) {
     high = softmax_shift<T>(splat(*std::max_element(lanes, lanes + kWidth<T>)));
     Vec<T> total{};
     rows.each_vector([&](int64_t s, int64_t count) {
-      const Vec<T> e = exp(get(in + s, count, kLow) - high);
+      const Vec<T> e = exp_negative(get(in + s, count, kLow) - high);
       put(out + s, e, count);
       total += e;
     });
     const Vec<T> by = softmax_scale<T>(splat(sum<T>(total)));
-    rows.each_vector([&](int64_t s, int64_t count) {
-      put(out + s, get(out + s, count, T{0}) * by, count);
-    });
+    rows.each_vector(
+        [&](int64_t s, int64_t count) { put(out + s, get(out + s, count, T{0}) * by, count); });
   }
 }
 
@@ -67,12 +66,13 @@ void tokens_softmax(const Rows<T>& rows, const T* in, T* out, T* high, T* total)
   for (int64_t s = 0; s < padded; s += kWidth<T>) store(high + s, softmax_shift<T>(load(high + s)));
   for (int64_t t = 0; t < rows.tokens; ++t) {
     rows.each_vector([&](int64_t s, int64_t count) {
-      const Vec<T> e = exp(get(in + t * S + s, count, kLow) - load(high + s));
+      const Vec<T> e = exp_negative(get(in + t * S + s, count, kLow) - load(high + s));
       put(out + t * S + s, e, count);
       store(total + s, load(total + s) + e);
     });
   }
-  for (int64_t s = 0; s < padded; s += kWidth<T>) store(total + s, softmax_scale<T>(load(total + s)));
+  for (int64_t s = 0; s < padded; s += kWidth<T>)
+    store(total + s, softmax_scale<T>(load(total + s)));
   for (int64_t t = 0; t < rows.tokens; ++t) {
     rows.each_vector([&](int64_t s, int64_t count) {
       put(out + t * S + s, get(out + t * S + s, count, T{0}) * load(total + s), count);

@@ -33,12 +33,16 @@ class RowSoftmax {
 
   // `rows` [count, E], 1 <= count <= width; nothing may be read from `end` on.
   void read(const T* rows, int64_t count, const T* end) {
+    const T* row[W];
+    // Lanes without a row of their own repeat the last one.
+    for (int64_t r = 0; r < W; ++r) row[r] = rows + std::min(r, count - 1) * E_;
     Vec<T> high = splat(-std::numeric_limits<T>::infinity());
     for (int64_t e = 0; e < E_; e += W) {
       Vec<T> block[W];
-      for (int64_t r = 0; r < W; ++r) {
-        // Lanes without a row of their own repeat the last one.
-        block[r] = load_within(rows + std::min(r, count - 1) * E_ + e, end);
+      if (end - row[W - 1] - e >= W) {
+        for (int64_t r = 0; r < W; ++r) block[r] = load(row[r] + e);
+      } else {
+        for (int64_t r = 0; r < W; ++r) block[r] = load_within(row[r] + e, end);
       }
       transpose<T>(block);
       for (int64_t j = 0; j < std::min(W, E_ - e); ++j) {
@@ -47,13 +51,13 @@ class RowSoftmax {
       }
     }
     high_ = softmax_shift<T>(high);
-    Vec<T> even{}, odd{};
+    Vec<T> total{};
     for (int64_t e = 0; e < E_; ++e) {
-      const Vec<T> power = exp(load(entry(e)) - high_);
+      const Vec<T> power = exp_negative(load(entry(e)) - high_);
       store(entry(e), power);
-      (e % 2 ? odd : even) += power;
+      total += power;
     }
-    total_ = even + odd;
+    total_ = total;
     scale_ = softmax_scale<T>(total_);
   }
 
@@ -61,7 +65,7 @@ class RowSoftmax {
   Vec<T> gate(int64_t e) const { return load(entry(e)) * scale_; }
   Vec<T> high() const { return high_; }
   Vec<T> scale() const { return scale_; }
-  Mask<T> absent() const { return total_ == Vec<T>{}; }  // -inf alone
+  Mask<T> absent() const { return total_ == Vec<T>{}; }   // -inf alone
   Mask<T> undefined() const { return total_ != total_; }  // NaN
 
  private:

@@ -5,23 +5,25 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The logits [G, T, E] as the rows of indices see them.
-struct Picks {
-  int64_t tokens, E;
-  bool by_expert;
+// The picks of one row of indices, in the logits [G, T, E].
+struct Row {
+  int64_t first;   // the place of index 0
+  int64_t stride;  // from one index to the next
+  int64_t places;  // indices in [0, places) are picks
 
-  int64_t places() const { return by_expert ? tokens : E; }  // of an index
-  int64_t token(int64_t row, int64_t index) const {
-    return by_expert ? row / E * tokens + index : row;
-  }
-  int64_t expert(int64_t row, int64_t index) const { return by_expert ? row % E : index; }
+  Row(int64_t row, int64_t tokens, int64_t E, bool by_expert)
+      : first(by_expert ? row / E * tokens * E + row % E : row * E),
+        stride(by_expert ? E : 1),
+        places(by_expert ? tokens : E) {}
+
+  bool picks(int32_t index) const { return index >= 0 && index < places; }
+  int64_t place(int32_t index) const { return first + index * stride; }
 };
 
 }  // namespace
 
 template <typename T>
-void softmax_norms(
-    const T* logits, T* high, T* scale, int64_t E, int64_t begin, int64_t end) {
+void softmax_norms(const T* logits, T* high, T* scale, int64_t E, int64_t begin, int64_t end) {
   constexpr int64_t W = kWidth<T>;
   RowSoftmax<T> softmax(E);
   for (int64_t t = begin; t < end; t += W) {
@@ -37,81 +39,86 @@ void softmax_gather(
     const T* logits, const int32_t* indices, const T* high, const T* scale, T* values,
     int64_t tokens, int64_t E, int64_t K, bool by_expert, int64_t row_begin, int64_t row_end) {
   constexpr int64_t W = kWidth<T>;
-  const Picks picks{tokens, E, by_expert};
-  int64_t row = row_begin, j = 0;
-  // A vector of picks at a time, whichever rows they are of.
-  for (int64_t i = row_begin * K; i < row_end * K; i += W) {
-    const int64_t count = std::min(W, row_end * K - i);
-    T entry[W] = {}, shift[W] = {}, by[W] = {};
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const int32_t index = indices[i + lane];
-      if (index >= 0 && index < picks.places()) {
-        const int64_t t = picks.token(row, index);
-        entry[lane] = logits[t * E + picks.expert(row, index)];
-        shift[lane] = high[t];
-        by[lane] = scale[t];
+  T entry[W] = {}, shift[W] = {}, by[W] = {};
+  int64_t waiting = 0, done = row_begin * K;
+  const auto write = [&] {  // a vector of picks at a time, whichever rows they are of
+    put(values + done, exp_negative(load(entry) - load(shift)) * load(by), waiting);
+    done += waiting;
+    waiting = 0;
+  };
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const Row row(r, tokens, E, by_expert);
+    for (int64_t i = r * K; i < (r + 1) * K; ++i) {
+      entry[waiting] = shift[waiting] = by[waiting] = 0;
+      if (row.picks(indices[i])) {
+        const int64_t place = row.place(indices[i]);
+        const int64_t t = by_expert ? place / E : r;
+        entry[waiting] = logits[place];
+        shift[waiting] = high[t];
+        by[waiting] = scale[t];
       }
-      if (++j == K) {
-        j = 0;
-        ++row;
-      }
+      if (++waiting == W) write();
     }
-    put(values + i, exp(load(entry) - load(shift)) * load(by), count);
   }
+  if (waiting) write();
 }
 
 template <typename T>
-void softmax_scatter(
-    const T* grad, const int32_t* indices, T* grad_gates, int64_t tokens, int64_t E, int64_t K,
-    bool by_expert, int64_t row_begin, int64_t row_end) {
-  const Picks picks{tokens, E, by_expert};
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    for (int64_t i = row * K; i < (row + 1) * K; ++i) {
-      if (indices[i] < 0 || indices[i] >= picks.places()) continue;
-      grad_gates[picks.token(row, indices[i]) * E + picks.expert(row, indices[i])] += grad[i];
+void softmax_dots(
+    const T* grad, const T* values, const int32_t* indices, T* dots, int64_t tokens, int64_t E,
+    int64_t K, bool by_expert, int64_t row_begin, int64_t row_end) {
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const Row row(r, tokens, E, by_expert);
+    T* first = dots + (by_expert ? r / E * tokens : r);  // the token of index 0
+    for (int64_t i = r * K; i < (r + 1) * K; ++i) {
+      if (row.picks(indices[i])) first[by_expert ? indices[i] : 0] += grad[i] * values[i];
     }
   }
 }
 
 template <typename T>
 void softmax_gather_backward(
-    const T* logits, const T* high, const T* scale, T* grad, int64_t E, int64_t begin,
-    int64_t end) {
+    const T* logits, const T* high, const T* scale, const T* dots, T* grad_logits, int64_t E,
+    int64_t begin, int64_t end) {
   constexpr int64_t W = kWidth<T>;
-  constexpr T kLow = -std::numeric_limits<T>::infinity();  // behind the row's end: gates of 0
-  const std::unique_ptr<T[]> gates(new T[E + W]);
   for (int64_t t = begin; t < end; ++t) {
     const T* row = logits + t * E;
-    T* d = grad + t * E;
-    const Vec<T> shift = splat(high[t]), by = splat(scale[t]);
-    Vec<T> total{};
-    for (int64_t e = 0; e < E; e += W) {
-      const Vec<T> gate = exp(get(row + e, E - e, kLow) - shift) * by;
-      store(gates.get() + e, gate);
-      total = fma(gate, get(d + e, E - e, T{0}), total);
-    }
-    const Vec<T> mean = splat(sum<T>(total));
-    for (int64_t e = 0; e < E; e += W) {
-      put(d + e, load(gates.get() + e) * (get(d + e, E - e, T{0}) - mean), E - e);
+    T* out = grad_logits + t * E;
+    const Vec<T> shift = splat(high[t]), by = splat(-dots[t] * scale[t]);
+    int64_t e = 0;
+    for (; e + W <= E; e += W) store(out + e, exp_negative(load(row + e) - shift) * by);
+    if (e < E) {
+      const Vec<T> rest = exp_negative(load_some(row + e, E - e, high[t]) - shift) * by;
+      store_some(out + e, rest, E - e);
     }
   }
 }
 
-template void softmax_norms(const float*, float*, float*, int64_t, int64_t, int64_t);
-template void softmax_norms(const double*, double*, double*, int64_t, int64_t, int64_t);
-template void softmax_gather(
-    const float*, const int32_t*, const float*, const float*, float*, int64_t, int64_t, int64_t,
-    bool, int64_t, int64_t);
-template void softmax_gather(
-    const double*, const int32_t*, const double*, const double*, double*, int64_t, int64_t, int64_t,
-    bool, int64_t, int64_t);
-template void softmax_scatter(
-    const float*, const int32_t*, float*, int64_t, int64_t, int64_t, bool, int64_t, int64_t);
-template void softmax_scatter(
-    const double*, const int32_t*, double*, int64_t, int64_t, int64_t, bool, int64_t, int64_t);
-template void softmax_gather_backward(
-    const float*, const float*, const float*, float*, int64_t, int64_t, int64_t);
-template void softmax_gather_backward(
-    const double*, const double*, const double*, double*, int64_t, int64_t, int64_t);
+template <typename T>
+void softmax_scatter(
+    const T* grad, const T* values, const int32_t* indices, T* grad_logits, int64_t tokens,
+    int64_t E, int64_t K, bool by_expert, int64_t row_begin, int64_t row_end) {
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const Row row(r, tokens, E, by_expert);
+    for (int64_t i = r * K; i < (r + 1) * K; ++i) {
+      if (row.picks(indices[i])) grad_logits[row.place(indices[i])] += grad[i] * values[i];
+    }
+  }
+}
+
+#define VMOE_INSTANTIATE(T)                                                                        \
+  template void softmax_norms(const T*, T*, T*, int64_t, int64_t, int64_t);                        \
+  template void softmax_gather(                                                                    \
+      const T*, const int32_t*, const T*, const T*, T*, int64_t, int64_t, int64_t, bool, int64_t,  \
+      int64_t);                                                                                    \
+  template void softmax_dots(                                                                      \
+      const T*, const T*, const int32_t*, T*, int64_t, int64_t, int64_t, bool, int64_t, int64_t);  \
+  template void softmax_gather_backward(                                                           \
+      const T*, const T*, const T*, const T*, T*, int64_t, int64_t, int64_t);                      \
+  template void softmax_scatter(                                                                   \
+      const T*, const T*, const int32_t*, T*, int64_t, int64_t, int64_t, bool, int64_t, int64_t);
+VMOE_INSTANTIATE(float)
+VMOE_INSTANTIATE(double)
+#undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cpu::VMOE_ISA

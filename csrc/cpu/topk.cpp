@@ -72,12 +72,68 @@ void few_of_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   write_leaders(leaders, axis, row, count);
 }
 
+// The same of longer columns. The K-th largest of the maxima of blocks is no more than that
+// of all entries, and not much less: few entries reach it, and they alone are ranked. Where
+// many do (ties, or a column in order), false, and nothing done.
+template <typename T, int K>
+bool few_of_long_columns(const Axis<T>& axis, int64_t row, int64_t count) {
+  using Key = SignedKey<T>;
+  constexpr int64_t W = kWidth<T>, kBlock = 4, kRoom = 32;
+  const T* from = axis.column(row);
+  const std::unique_ptr<Key[]> keys(new Key[axis.n * W]);
+  Vec<Key> best[K], high = splat(kNoKey<T>);
+  for (int j = 0; j < K; ++j) best[j] = high;
+  for (int64_t i = 0; i < axis.n; ++i) {
+    const Vec<Key> key = signed_key<T>(load_within(from + i * axis.M, axis.end));
+    store(keys.get() + i * W, key);
+    high = max<Key>(key, high);
+    if (i % kBlock < kBlock - 1) continue;
+    for (int j = 0; j < K; ++j) {
+      const Vec<Key> other = best[j];
+      best[j] = max<Key>(other, high);
+      high = min<Key>(other, high);
+    }
+    high = splat(kNoKey<T>);
+  }
+  const Vec<Key> bound = best[K - 1];
+
+  // Those that reach it, lane by lane, in order of index.
+  Key reached[kRoom * W], places[kRoom * W] = {};
+  std::fill(reached, reached + kRoom * W, kNoKey<T>);
+  int64_t filled[W] = {}, most = 0;
+  constexpr int64_t kRows = 64;
+  int32_t at[(kRows + 1) * W];
+  for (int64_t first = 0; first < axis.n; first += kRows) {
+    int64_t found = 0;
+    for (int64_t i = first; i < std::min(first + kRows, axis.n); ++i) {
+      const Mask<Key> reaches = load(keys.get() + i * W) >= bound;
+      found += compress_index<Key>(at + found, reaches, static_cast<int32_t>(i * W));
+    }
+    for (int64_t f = 0; f < found; ++f) {
+      const int64_t lane = at[f] % W, j = filled[lane]++;
+      if (j == kRoom) return false;
+      reached[j * W + lane] = keys[at[f]];
+      places[j * W + lane] = at[f] / W;
+      most = std::max(most, j + 1);
+    }
+  }
+  Leaders<T, K> leaders;
+  for (int64_t j = 0; j < most; ++j) leaders.insert(load(reached + j * W), load(places + j * W));
+  write_leaders(leaders, axis, row, count);
+  return true;
+}
+
 template <typename T, int K = 1>
 void few(const Axis<T>& axis, int64_t row, int64_t count) {
   if constexpr (K < kFew) {
     if (axis.k > K) return few<T, K + 1>(axis, row, count);
   }
-  axis.M == 1 ? few_of_rows<T, K>(axis, row, count) : few_of_columns<T, K>(axis, row, count);
+  if (axis.M == 1) return few_of_rows<T, K>(axis, row, count);
+  if constexpr (K > 2) {
+    const bool long_enough = axis.n >= 64 && axis.n <= 1024;  // keys that the cache holds
+    if (long_enough && few_of_long_columns<T, K>(axis, row, count)) return;
+  }
+  few_of_columns<T, K>(axis, row, count);
 }
 
 // Many picks a row: the row's keys in one piece, a cut, the picks that pass it, sorted.

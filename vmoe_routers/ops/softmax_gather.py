@@ -52,15 +52,15 @@ def _(logits: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("vmoe_routers::softmax_gather_backward")
-def _(grad: Tensor, logits: Tensor, indices: Tensor, norms: Tensor, dim: int) -> Tensor:
+def _(grad: Tensor, values: Tensor, logits: Tensor, indices: Tensor, norms: Tensor, dim: int) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def _setup_context(ctx, inputs, output):
     logits, indices, ctx.dim = inputs
-    _, norms = output
+    values, norms = output
     ctx.mark_non_differentiable(norms)
-    ctx.save_for_backward(logits, indices, norms)
+    ctx.save_for_backward(values, logits, indices, norms)
 
 
 def _backward(ctx, grad, _):

@@ -60,9 +60,9 @@ def _(logits: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx, inputs, output):
     logits, _, ctx.dim = inputs
-    _, indices, norms = output
+    values, indices, norms = output
     ctx.mark_non_differentiable(indices, norms)
-    ctx.save_for_backward(logits, indices, norms)
+    ctx.save_for_backward(values, logits, indices, norms)
 
 
 def _backward(ctx, grad, *_):
