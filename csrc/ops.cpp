@@ -33,6 +33,9 @@ void use_isa(const std::string& wanted) {
 // clang-format off: a schema is a line
 STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("topk(Tensor x, int k, int dim) -> (Tensor values, Tensor indices)");
+  m.def("softmax_gather(Tensor logits, Tensor indices, int dim) -> (Tensor values, Tensor norms)");
+  m.def("softmax_gather_backward(Tensor grad, Tensor values, Tensor logits, Tensor indices, Tensor norms, int dim) -> Tensor");
+  m.def("softmax_topk(Tensor logits, int k, int dim) -> (Tensor values, Tensor indices, Tensor norms)");
   m.def("assign_slots(Tensor expert, Tensor? priority, int num_experts, int capacity) -> (Tensor slot, Tensor source)");
   m.def("invert_slots(Tensor token, int num_tokens) -> (Tensor offsets, Tensor slots)");
   m.def("dispatch(Tensor x, Tensor token, Tensor offsets, Tensor slots) -> Tensor");

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vmoe_routers import ops
+from vmoe_routers.gates import Gates, as_gates
 from vmoe_routers.ops._checks import (
     check_choice,
     check_device,
@@ -181,7 +182,8 @@ class SparseRouting(Routing):
     Attributes:
         token: [G, E, C] int32, the token in every slot, or -1: empty.
         gate: [G, E, C], its weight in the combine tensor, 0 where empty.
-        weights: [G, T, E], what the gates were taken from.
+        weights: [G, T, E], what the gates were taken from; made on reading where the
+            router did without.
         slot: [G, T, K] int32, the slot of every request (Token Choice), or None.
     """
 
@@ -189,7 +191,7 @@ class SparseRouting(Routing):
         self,
         token: Tensor,
         gate: Tensor,
-        weights: Tensor,
+        weights: Tensor | Gates,
         *,
         expert: Tensor | None = None,
         slot: Tensor | None = None,
@@ -198,14 +200,19 @@ class SparseRouting(Routing):
         loss_weights: Mapping[str, float] | None = None,
     ):
         groups, experts, slots = token.shape
-        shape = (groups, weights.shape[1], experts, slots)
+        self._weights = as_gates(weights)
+        shape = (groups, self._weights.source.shape[1], experts, slots)
         super().__init__(shape, mask, losses or {}, loss_weights or {})
         self.token = token
         self.gate = gate
-        self.weights = weights
         self.expert = expert
         self.slot = slot
         self._offsets, self._slots = ops.invert_slots(token, self.num_tokens)
+
+    @property
+    def weights(self) -> Tensor:
+        """See `SparseRouting`."""
+        return self._weights.dense()
 
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`. A view: the experts come first in memory."""
@@ -309,12 +316,12 @@ class SoftRouting(Routing):
 
 
 def token_choice(
-    gates: Tensor,
+    gates: Tensor | Gates,
     top_k: int,
     capacity: int,
     *,
     batch_priority: bool = False,
-    weights: Tensor | None = None,
+    weights: Tensor | Gates | None = None,
     renormalize: bool = False,
     mask: Tensor | None = None,
     losses: Mapping[str, Callable[[], Tensor]] | None = None,
@@ -323,7 +330,7 @@ def token_choice(
     """Every token asks its `top_k` experts for a place (V-MoE, arXiv 2106.05974).
 
     Args:
-        gates: [G, T, E] floating point, select. Ties go to the lower index; a gate
+        gates: [G, T, E] floating point, or a `Gates`; select. Ties go to the lower index; a gate
             of -inf is never asked for.
         top_k: experts per token, 1 <= K <= E.
         capacity: C, slots per expert and group.
@@ -338,16 +345,15 @@ def token_choice(
         TypeError, ValueError: a wrong shape, dtype, device or number.
     """
     gates, weights = _check_gates("token_choice", gates, weights, mask)
-    top_k = check_int("token_choice", "top_k", top_k, 1, gates.shape[2])
+    num_experts = gates.source.shape[2]
+    top_k = check_int("token_choice", "top_k", top_k, 1, num_experts)
     capacity = check_int("token_choice", "capacity", capacity, 1)
     check_flag("token_choice", "batch_priority", batch_priority)
     check_flag("token_choice", "renormalize", renormalize)
-    best, expert = ops.topk(fill_absent(gates.detach(), mask), top_k)
-    expert = expert.masked_fill(best == -math.inf, -1)
-    slot, source = ops.assign_slots(expert, gates.shape[2], capacity, best[..., 0] if batch_priority else None)
-    kept = weights.gather(2, expert.clamp(min=0).long())
+    best, kept, expert = _choose(gates, weights, top_k, 2, mask)
+    slot, source = ops.assign_slots(expert, num_experts, capacity, best[..., 0] if batch_priority else None)
     if renormalize:
-        total = kept.masked_fill(expert < 0, 0).sum(-1, keepdim=True)
+        total = kept.sum(-1, keepdim=True)
         kept = kept / total.clamp(min=torch.finfo(total.dtype).tiny)
     return SparseRouting(
         source.div(top_k, rounding_mode="floor"),
@@ -362,10 +368,10 @@ def token_choice(
 
 
 def expert_choice(
-    gates: Tensor,
+    gates: Tensor | Gates,
     capacity: int,
     *,
-    weights: Tensor | None = None,
+    weights: Tensor | Gates | None = None,
     mask: Tensor | None = None,
     losses: Mapping[str, Callable[[], Tensor]] | None = None,
     loss_weights: Mapping[str, float] | None = None,
@@ -373,7 +379,7 @@ def expert_choice(
     """Every expert takes the tokens of its `capacity` largest gates (arXiv 2202.09368).
 
     Args:
-        gates: [G, T, E] floating point, select. Ties go to the lower index; a gate
+        gates: [G, T, E] floating point, or a `Gates`; select. Ties go to the lower index; a gate
             of -inf is never taken, the slot stays empty.
         capacity: C, slots per expert and group; more than T is clamped to T.
         weights: [G, T, E], go into the combine tensor; `gates` where left out.
@@ -385,12 +391,10 @@ def expert_choice(
     """
     gates, weights = _check_gates("expert_choice", gates, weights, mask)
     capacity = check_int("expert_choice", "capacity", capacity, 1)
-    best, token = ops.topk(fill_absent(gates.detach(), mask), min(capacity, gates.shape[1]), dim=1)
-    token = token.masked_fill(best == -math.inf, -1)
-    kept = weights.transpose(1, 2).gather(2, token.clamp(min=0).long())
+    _, kept, token = _choose(gates, weights, min(capacity, gates.source.shape[1]), 1, mask)
     return SparseRouting(
         token,
-        kept.masked_fill(token < 0, 0),
+        kept,
         weights,
         mask=mask,
         losses=losses,
@@ -398,19 +402,33 @@ def expert_choice(
     )
 
 
-def _check_gates(where: str, gates: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _check_gates(
+    where: str, gates: Tensor | Gates, weights: Tensor | Gates | None, mask: Tensor | None
+) -> tuple[Gates, Gates]:
     """gates and weights, which are the gates where left out."""
-    gates = check_floating(where, "gates", check_tensor(where, "gates", gates, "G T E"))
-    if gates.shape[2] == 0:
-        raise ValueError(f"{where}: gates must have at least one expert, got {list(gates.shape)}")
+    choosing = as_gates(gates)
+    source = check_floating(where, "gates", check_tensor(where, "gates", choosing.source, "G T E"))
+    if source.shape[2] == 0:
+        raise ValueError(f"{where}: gates must have at least one expert, got {list(source.shape)}")
     if mask is not None:
-        check_mask(where, mask, "gates", gates)
-    if weights is None:
-        return gates, gates
-    weights = check_floating(where, "weights", weights)
-    check_shape(where, "weights", weights, gates.shape, "G, T, E")
-    check_device(where, "weights", weights, "gates", gates)
-    return gates, weights
+        check_mask(where, mask, "gates", source)
+    if weights is None or weights is gates:
+        return choosing, choosing
+    weighing = as_gates(weights)
+    check_floating(where, "weights", weighing.source)
+    check_shape(where, "weights", weighing.source, source.shape, "G, T, E")
+    check_device(where, "weights", weighing.source, "gates", source)
+    return choosing, weighing
+
+
+def _choose(gates: Gates, weights: Gates, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the k chosen: what they were chosen by, without gradient, what they weigh, and the indices."""
+    if weights is gates:
+        kept, indices = gates.choose(k, dim, mask)
+        return kept.detach(), kept, indices
+    with torch.no_grad():
+        best, indices = gates.choose(k, dim, mask)
+    return best, weights.at(indices, dim), indices
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
         title="expert choice, one group" if one_group else "expert choice, per image",
         size=size,
         variants=(
-            variant("ours", "ours", lambda: ops.topk(logits.softmax(-1), C, dim=1)),
+            variant("ours", "ours", lambda: ops.softmax_topk(logits, C, dim=1)),
             variant(
                 "torch sort",
                 "naive",

@@ -15,6 +15,13 @@ void exp_each(const T* x, T* out, int64_t n) {
 }
 
 template <typename T>
+void exp_negative_each(const T* x, T* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth<T>) {
+    put(out + i, exp_negative(get(x + i, n - i, T{0})), n - i);
+  }
+}
+
+template <typename T>
 void transpose_block(const T* x, T* out) {
   Vec<T> block[kWidth<T>];
   for (int64_t r = 0; r < kWidth<T>; ++r) block[r] = load(x + r * kWidth<T>);
@@ -62,6 +69,7 @@ void narrow_each(const float* x, Half* out, int64_t n) {
 
 #define VMOE_INSTANTIATE(T)                                                                        \
   template void exp_each(const T*, T*, int64_t);                                                   \
+  template void exp_negative_each(const T*, T*, int64_t);                                          \
   template void transpose_block(const T*, T*);                                                     \
   template void compress_vector(const T*, const int32_t*, int32_t, T*, int32_t*, uint32_t*);       \
   template void copy_some(const T*, int64_t, T, T*, T*);                                           \

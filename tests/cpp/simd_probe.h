@@ -15,6 +15,8 @@ VMOE_EACH_ISA(
 
     template <typename T> void exp_each(const T* x, T* out, int64_t n);
 
+    template <typename T> void exp_negative_each(const T* x, T* out, int64_t n);
+
     // [width, width]
     template <typename T> void transpose_block(const T* x, T* out);
 
@@ -38,6 +40,7 @@ VMOE_EACH_ISA(
 
 VMOE_BY_ISA(vector_bytes)
 VMOE_BY_ISA(exp_each)
+VMOE_BY_ISA(exp_negative_each)
 VMOE_BY_ISA(transpose_block)
 VMOE_BY_ISA(compress_vector)
 VMOE_BY_ISA(copy_some)
