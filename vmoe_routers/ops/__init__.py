@@ -25,6 +25,7 @@ from vmoe_routers.ops.invert_slots import invert_slots
 from vmoe_routers.ops.ksparse_projection import ksparse_projection
 from vmoe_routers.ops.ksparse_transport import ksparse_transport
 from vmoe_routers.ops.sinkhorn import sinkhorn
+from vmoe_routers.ops.soft_logits import soft_logits
 from vmoe_routers.ops.soft_mix import soft_mix
 from vmoe_routers.ops.topk import topk
 
@@ -37,6 +38,7 @@ __all__ = [
     "ksparse_projection",
     "ksparse_transport",
     "sinkhorn",
+    "soft_logits",
     "soft_mix",
     "topk",
 ]
