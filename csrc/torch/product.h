@@ -18,8 +18,7 @@ template <typename T>
 Tensor strided(const T* data, int64_t rows, int64_t columns, int64_t row, int64_t column) {
   constexpr auto dtype = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(
-      const_cast<T*>(data), {rows, columns}, {row, column}, cpu, dtype);
+  return torch::stable::from_blob(const_cast<T*>(data), {rows, columns}, {row, column}, cpu, dtype);
 }
 
 // A packed matrix [rows, columns]; its memory stays the caller's.

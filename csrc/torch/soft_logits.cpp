@@ -56,8 +56,7 @@ std::tuple<Tensor, Tensor> soft_logits_backward(
         for (int64_t g = G * part / parts; g < G * (part + 1) / parts; ++g) {
           const T* tokens_g = read<T>(x) + g * tokens * D;
           T* out = write<T>(grad_x) + g * tokens * D;
-          cpu::soft_logits(
-              tokens_g, read<T>(grad) + g * tokens * S, scaled.get(), D, S, 0, tokens);
+          cpu::soft_logits(tokens_g, read<T>(grad) + g * tokens * S, scaled.get(), D, S, 0, tokens);
           const Tensor products = matrix(scaled.get(), tokens, S);
           multiply_add(matrix(total, D, S), transposed(tokens_g, tokens, D), products);
           multiply(matrix(out, tokens, D), products, phi);
