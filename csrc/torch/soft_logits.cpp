@@ -22,20 +22,19 @@ Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
   Tensor logits = empty({G, tokens, S}, x);
   by_dtype("soft_logits", x, [&](auto zero) {
     using T = decltype(zero);
-    parallel_products(G, tokens * S, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) {
-        const T* tokens_g = read<T>(x) + g * tokens * D;
-        T* out = write<T>(logits) + g * tokens * S;
-        multiply(matrix(out, tokens, S), matrix(tokens_g, tokens, D), phi);
-        cpu::soft_logits(tokens_g, out, out, D, S, 0, tokens);
-      }
+    parallel_groups(G, tokens * (D + S), [&](int64_t first, int64_t count) {
+      const int64_t rows = count * tokens;
+      const T* in = read<T>(x) + first * tokens * D;
+      T* out = write<T>(logits) + first * tokens * S;
+      multiply(matrix(out, rows, S), matrix(in, rows, D), phi);
+      cpu::soft_logits(in, out, out, D, S, 0, rows);
     });
   });
   return logits;
 }
 
-// Phi's gradient is a sum over groups: in kParts runs of groups whatever the number of
-// threads, each with a sum of its own, added in order.
+// Phi's gradient is a sum over groups: in at most kParts parts whatever the number of
+// threads, each with a total of its own, added in order. A part is worth a call or more.
 std::tuple<Tensor, Tensor> soft_logits_backward(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& phi_in) {
   constexpr int64_t kParts = 16;
@@ -44,23 +43,26 @@ std::tuple<Tensor, Tensor> soft_logits_backward(
   const int64_t G = x.size(0), tokens = x.size(1), D = x.size(2), S = phi.size(0);
   check_shape("soft_logits_backward", "grad", grad, {G, tokens, S});
   check_dtype("soft_logits_backward", "grad", grad, x.scalar_type());
-  const int64_t parts = std::clamp<int64_t>(G, 1, kParts);
+  const int64_t together = groups_together(2 * tokens * (D + S));
+  const int64_t parts = std::clamp<int64_t>(G / together, 1, kParts);
   Tensor grad_x = empty({G, tokens, D}, x), totals = empty({parts, D, S}, x);
   by_dtype("soft_logits_backward", x, [&](auto zero) {
     using T = decltype(zero);
-    parallel_products(parts, tokens * S, [&](int64_t begin, int64_t end) {
-      const auto scaled = scratch<T>(tokens * S);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      const auto scaled = scratch<T>(std::min(together, G) * tokens * S);
       for (int64_t part = begin; part < end; ++part) {
         T* total = write<T>(totals) + part * D * S;
         std::fill(total, total + D * S, T{0});
-        for (int64_t g = G * part / parts; g < G * (part + 1) / parts; ++g) {
-          const T* tokens_g = read<T>(x) + g * tokens * D;
-          T* out = write<T>(grad_x) + g * tokens * D;
-          cpu::soft_logits(tokens_g, read<T>(grad) + g * tokens * S, scaled.get(), D, S, 0, tokens);
-          const Tensor products = matrix(scaled.get(), tokens, S);
-          multiply_add(matrix(total, D, S), transposed(tokens_g, tokens, D), products);
-          multiply(matrix(out, tokens, D), products, phi);
-          cpu::soft_logits_backward(tokens_g, out, D, 0, tokens);
+        const int64_t last = G * (part + 1) / parts;
+        for (int64_t first = G * part / parts; first < last; first += together) {
+          const int64_t rows = std::min(together, last - first) * tokens;
+          const T* in = read<T>(x) + first * tokens * D;
+          T* out = write<T>(grad_x) + first * tokens * D;
+          cpu::soft_logits(in, read<T>(grad) + first * tokens * S, scaled.get(), D, S, 0, rows);
+          const Tensor products = matrix(scaled.get(), rows, S);
+          multiply_add(matrix(total, D, S), transposed(in, rows, D), products);
+          multiply(matrix(out, rows, D), products, phi);
+          cpu::soft_logits_backward(in, out, D, 0, rows);
         }
       }
     });

@@ -13,19 +13,26 @@ template <typename T>
 struct Slots {
   int64_t E, G, C, D;
 
-  void take(const T* slots, int64_t g, T* rows) const {
-    each(g, [&](int64_t from, int64_t to) { memcpy(rows + to, slots + from, C * D * sizeof(T)); });
+  // Groups [first, first + count) to rows [count, S, D].
+  void take(const T* slots, int64_t first, int64_t count, T* rows) const {
+    each(first, count, [&](int64_t slot, int64_t row) {
+      memcpy(rows + row, slots + slot, C * D * sizeof(T));
+    });
   }
-  void put(const T* rows, int64_t g, T* slots) const {
-    each(g, [&](int64_t to, int64_t from) { memcpy(slots + to, rows + from, C * D * sizeof(T)); });
+  void put(const T* rows, int64_t first, int64_t count, T* slots) const {
+    each(first, count, [&](int64_t slot, int64_t row) {
+      memcpy(slots + slot, rows + row, C * D * sizeof(T));
+    });
   }
 
  private:
-  // body(offset in the slots, offset in the rows) for each expert's.
+  // body(offset in slots, offset in rows) of every expert's C slots of a group.
   template <typename Body>
-  void each(int64_t g, Body&& body) const {
+  void each(int64_t first, int64_t count, Body&& body) const {
     if (C * D == 0) return;
-    for (int64_t e = 0; e < E; ++e) body((e * G + g) * C * D, e * C * D);
+    for (int64_t g = 0; g < count; ++g) {
+      for (int64_t e = 0; e < E; ++e) body((e * G + first + g) * C * D, (g * E + e) * C * D);
+    }
   }
 };
 
@@ -54,20 +61,21 @@ Tensor soft_mix(
   by_dtype("soft_mix", logits, [&](auto zero) {
     using T = decltype(zero);
     const Slots<T> slots{num_experts, G, C, D};
-    parallel_products(G, 4 * tokens * S, [&](int64_t begin, int64_t end) {
-      const auto weights = scratch<T>(tokens * S), rows = scratch<T>(S * D);
-      const Tensor slot_rows = matrix(rows.get(), S, D);
-      for (int64_t g = begin; g < end; ++g) {
-        cpu::soft_mix(read<T>(logits) + g * tokens * S, weights.get(), tokens, S, dim == 1, 0, 1);
-        if (dim == 1) {
-          const T* x = read<T>(values) + g * tokens * D;
-          multiply(slot_rows, transposed(weights.get(), tokens, S), matrix(x, tokens, D));
-          slots.put(rows.get(), g, write<T>(out));
-        } else {
-          T* y = write<T>(out) + g * tokens * D;
-          slots.take(read<T>(values), g, rows.get());
-          multiply(matrix(y, tokens, D), matrix(weights.get(), tokens, S), slot_rows);
-        }
+    parallel_groups(G, 2 * tokens * S + (tokens + S) * D, [&](int64_t first, int64_t count) {
+      const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
+      const T* in = read<T>(logits) + first * tokens * S;
+      cpu::soft_mix(in, weights.get(), tokens, S, dim == 1, 0, count);
+      const Tensor slot_rows = matrices(rows.get(), count, S, D);
+      if (dim == 1) {
+        const T* x = read<T>(values) + first * tokens * D;
+        const Tensor to_slots = transposed(weights.get(), count, tokens, S);
+        multiply(slot_rows, to_slots, matrices(x, count, tokens, D));
+        slots.put(rows.get(), first, count, write<T>(out));
+      } else {
+        T* y = write<T>(out) + first * tokens * D;
+        slots.take(read<T>(values), first, count, rows.get());
+        const Tensor to_tokens = matrices(weights.get(), count, tokens, S);
+        multiply(matrices(y, count, tokens, D), to_tokens, slot_rows);
       }
     });
   });
@@ -98,24 +106,24 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
     const Slots<T> slots{num_experts, G, C, D};
     const Tensor& by_token = dim == 1 ? values : grad;
     const Tensor& by_slot = dim == 1 ? grad : values;
-    parallel_products(G, 6 * tokens * S, [&](int64_t begin, int64_t end) {
-      const auto weights = scratch<T>(tokens * S), rows = scratch<T>(S * D);
-      const Tensor slot_rows = matrix(rows.get(), S, D);
-      for (int64_t g = begin; g < end; ++g) {
-        const T* token_rows = read<T>(by_token) + g * tokens * D;
-        T* out = write<T>(grad_logits) + g * tokens * S;
-        cpu::soft_mix(read<T>(logits) + g * tokens * S, weights.get(), tokens, S, dim == 1, 0, 1);
-        slots.take(read<T>(by_slot), g, rows.get());
-        multiply(
-            matrix(out, tokens, S), matrix(token_rows, tokens, D), transposed(rows.get(), S, D));
-        cpu::soft_mix_backward(weights.get(), out, tokens, S, dim == 1, 0, 1);
-        if (dim == 1) {
-          T* grad_x = write<T>(grad_values) + g * tokens * D;
-          multiply(matrix(grad_x, tokens, D), matrix(weights.get(), tokens, S), slot_rows);
-        } else {
-          multiply(slot_rows, transposed(weights.get(), tokens, S), matrix(token_rows, tokens, D));
-          slots.put(rows.get(), g, write<T>(grad_values));
-        }
+    parallel_groups(G, 3 * tokens * S + (2 * tokens + S) * D, [&](int64_t first, int64_t count) {
+      const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
+      const T* in = read<T>(logits) + first * tokens * S;
+      T* out = write<T>(grad_logits) + first * tokens * S;
+      const Tensor slot_rows = matrices(rows.get(), count, S, D);
+      const Tensor token_rows = matrices(read<T>(by_token) + first * tokens * D, count, tokens, D);
+      cpu::soft_mix(in, weights.get(), tokens, S, dim == 1, 0, count);
+      slots.take(read<T>(by_slot), first, count, rows.get());
+      const Tensor by_slot_t = transposed(rows.get(), count, S, D);
+      multiply(matrices(out, count, tokens, S), token_rows, by_slot_t);
+      cpu::soft_mix_backward(weights.get(), out, tokens, S, dim == 1, 0, count);
+      if (dim == 1) {
+        T* grad_x = write<T>(grad_values) + first * tokens * D;
+        const Tensor to_tokens = matrices(weights.get(), count, tokens, S);
+        multiply(matrices(grad_x, count, tokens, D), to_tokens, slot_rows);
+      } else {
+        multiply(slot_rows, transposed(weights.get(), count, tokens, S), token_rows);
+        slots.put(rows.get(), first, count, write<T>(grad_values));
       }
     });
   });
