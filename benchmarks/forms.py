@@ -156,22 +156,35 @@ def sum_slots(y: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
     return (y.index_select(0, where.flatten()).view(*slot.shape, -1) * weight[..., None]).sum(1)
 
 
-def soft_mix(logits: Tensor, x: Tensor) -> Tensor:
+def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1) @ phi
+
+
+def soft_mix(x: Tensor, phi: Tensor) -> Tensor:
     """Dispatch and combine of Soft MoE with nothing between: two softmaxes, two batched products."""
+    logits = soft_logits(x, phi)
     slots = logits.softmax(1).transpose(1, 2) @ x
     return logits.softmax(2) @ slots
 
 
-def soft_mix_one_exp(logits: Tensor, x: Tensor) -> Tensor:
+def soft_mix_one_exp(x: Tensor, phi: Tensor) -> Tensor:
     """One exp for both softmaxes, the normalisers applied to the outputs."""
+    logits = soft_logits(x, phi)
     e = (logits - logits.detach().amax((1, 2), keepdim=True)).exp()
     slots = (e.transpose(1, 2) @ x) / e.sum(1)[..., None]
     return (e @ slots) / e.sum(2, keepdim=True)
 
 
-def soft_mix_einsum(logits: Tensor, x: Tensor, E: int) -> Tensor:
+def soft_mix_attention(x: Tensor, phi: Tensor) -> Tensor:
+    """Two attentions: slots attend to tokens, then tokens to slots. No logits are kept."""
+    tokens, slots = F.normalize(x, dim=-1)[:, None], phi.t().expand(x.shape[0], 1, -1, -1)
+    mixed = F.scaled_dot_product_attention(slots, tokens, x[:, None], scale=1.0)
+    return F.scaled_dot_product_attention(tokens, slots, mixed, scale=1.0)[:, 0]
+
+
+def soft_mix_einsum(x: Tensor, phi: Tensor, E: int) -> Tensor:
     """As the packages write it: [g, t, e, c] tensors and einsum."""
-    by_expert = logits.unflatten(2, (E, -1))
-    slots = torch.einsum("gtd,gtec->gecd", x, by_expert.softmax(1))
-    combine = by_expert.flatten(2).softmax(-1).view_as(by_expert)
+    logits = torch.einsum("gtd,dec->gtec", F.normalize(x, dim=-1), phi.unflatten(1, (E, -1)))
+    slots = torch.einsum("gtd,gtec->gecd", x, logits.softmax(1))
+    combine = logits.flatten(2).softmax(-1).view_as(logits)
     return torch.einsum("gecd,gtec->gtd", slots, combine)

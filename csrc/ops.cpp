@@ -46,8 +46,10 @@ STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("sinkhorn_implicit_backward(Tensor grad, Tensor plan, float epsilon) -> Tensor");
   m.def("ksparse_projection(Tensor x, int k) -> Tensor");
   m.def("ksparse_transport(Tensor similarity, int k, int iterations, str solver, float learning_rate, float tolerance, float gamma) -> Tensor");
-  m.def("soft_mix(Tensor logits, Tensor values, int dim) -> Tensor");
-  m.def("soft_mix_backward(Tensor grad, Tensor logits, Tensor values, int dim) -> (Tensor grad_logits, Tensor grad_values)");
+  m.def("soft_logits(Tensor x, Tensor phi) -> Tensor");
+  m.def("soft_logits_backward(Tensor grad, Tensor x, Tensor phi) -> (Tensor grad_x, Tensor grad_phi)");
+  m.def("soft_mix(Tensor logits, Tensor values, int dim, int num_experts) -> Tensor");
+  m.def("soft_mix_backward(Tensor grad, Tensor logits, Tensor values, int dim, int num_experts) -> (Tensor grad_logits, Tensor grad_values)");
 }
 // clang-format on
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmoe_routers import ops
 from vmoe_routers.affinity import Affinity, Sinkhorn, Softmax, SparsityConstrained
 from vmoe_routers.losses import balance_loss, importance_loss, load_loss, z_loss
 from vmoe_routers.ops._checks import (
@@ -330,8 +331,8 @@ class SoftRouter(nn.Module):
         _check_tokens(self, x, mask, self.dim, "phi", self.phi)
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
-            phi = self.scale.to(dtype) * _unit(self.phi.to(dtype).flatten(1), 0)
-            logits = _unit(x.to(dtype), -1) @ phi
+            phi = self.scale.to(dtype) * _unit_columns(self.phi.to(dtype).flatten(1))
+            logits = ops.soft_logits(x, phi)
             if self.training and self.noise_std > 0:
                 by_slot = logits.unflatten(2, (self.num_experts, self.slots_per_expert))
                 logits = logits + self.noise_std * self.draw_noise(by_slot).flatten(2)
@@ -345,8 +346,8 @@ class SoftRouter(nn.Module):
         )
 
 
-def _unit(x: Tensor, dim: int) -> Tensor:
-    return x * (x.square().sum(dim, keepdim=True) + 1e-6).rsqrt()
+def _unit_columns(x: Tensor) -> Tensor:
+    return x * (x.square().sum(0, keepdim=True) + 1e-6).rsqrt()
 
 
 # name -> router, affinity (None: the router has none), defaults of its own

@@ -275,15 +275,14 @@ class SoftRouting(Routing):
         self.logits = fill_absent(logits, mask)
 
     def dispatch(self, x: Tensor) -> Tensor:
-        """See `Routing.dispatch`: every slot a mean of the tokens."""
+        """See `Routing.dispatch`: every slot a mean of the tokens. A view: the experts come first in memory."""
         x = self._check("dispatch", "x", x, "G T D", self.logits)
-        slots = ops.soft_mix(self.logits, x, dim=1)
-        return slots.unflatten(1, (self.num_experts, self.capacity))
+        return ops.soft_mix(self._by_expert(self.logits), x, dim=1)
 
     def combine(self, y: Tensor) -> Tensor:
         """See `Routing.combine`: every token a mean of the slots."""
         y = self._check("combine", "y", y, "G E C D", self.logits)
-        return ops.soft_mix(self.logits, y.flatten(1, 2), dim=2)
+        return ops.soft_mix(self._by_expert(self.logits), y, dim=2)
 
     def dispatch_tensor(self) -> Tensor:
         """See `Routing.dispatch_tensor`: softmax over the tokens."""
@@ -297,6 +296,9 @@ class SoftRouting(Routing):
         dense = self.logits.softmax(dim)
         if self.mask is not None:
             dense = dense.masked_fill(~self.mask.unsqueeze(-1), 0)
+        return self._by_expert(dense)
+
+    def _by_expert(self, dense: Tensor) -> Tensor:
         return dense.unflatten(2, (self.num_experts, self.capacity))
 
     def _zero(self) -> Tensor:

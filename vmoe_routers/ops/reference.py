@@ -279,6 +279,13 @@ def _lbfgs(S: Tensor, k: int, gamma: float) -> Tensor:
     return alpha.detach()[0]
 
 
+def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
+    """<x / |x|, phi> (arXiv 2308.00951, section 2.3), [G, T, D] and [D, S] -> [G, T, S]."""
+    wide = _wide(x)
+    unit = wide * (wide.square().sum(2, keepdim=True) + 1e-6).rsqrt()
+    return torch.einsum("gtd,ds->gts", unit, _wide(phi))
+
+
 def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     """Soft MoE's mixing (arXiv 2308.00951, equations 1 to 3): softmax of the logits times values.
 
