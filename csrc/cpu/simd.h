@@ -75,7 +75,7 @@ inline void store(T* p, Vec<T> v) {
 
 template <typename T>
 inline Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x, which the compiler knows; x + 0 is not, where x is -0
 }
 
 // 0, 1, 2, ... in the integers of a mask.
@@ -185,6 +185,17 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
+#endif
+}
+
+// What rounding took from a * b when it became `product`.
+inline Vec<float> product_error(Vec<float> a, Vec<float> b, Vec<float> product) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fma(a, b, -product);
+#else
+  typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+  const Wide exact = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+  return __builtin_convertvector(exact - __builtin_convertvector(product, Wide), Vec<float>);
 #endif
 }
 
