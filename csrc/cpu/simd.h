@@ -291,6 +291,25 @@ inline Vec<double> exp(Vec<double> x) {
   return x > high ? splat(std::numeric_limits<double>::infinity()) : p;
 }
 
+// ln(x) of a normal number. Relative error below 3e-16 (fdlibm's e_log, without its cases).
+inline Vec<double> log(Vec<double> x) {
+  // x = 2^k m with m in [1/sqrt(2), sqrt(2))
+  const Mask<double> above = (Mask<double>)x - 0x3fe6a09e667f3bcd;
+  const Mask<double> k = above >> 52;
+  const Vec<double> m = (Vec<double>)((Mask<double>)x - (k << 52));
+  const Vec<double> n = __builtin_convertvector(k, Vec<double>);
+  const Vec<double> f = m - 1.0, s = f / (f + 2.0), z = s * s, half = 0.5 * f * f;
+  Vec<double> p = splat(1.479819860511658591e-1);
+  p = fma(p, z, splat(1.531383769920937332e-1));
+  p = fma(p, z, splat(1.818357216161805012e-1));
+  p = fma(p, z, splat(2.222219843214978396e-1));
+  p = fma(p, z, splat(2.857142874366239149e-1));
+  p = fma(p, z, splat(3.999999999940941908e-1));
+  p = fma(p, z, splat(6.666666666666735130e-1));
+  const Vec<double> low = fma(s, fma(p, z, half), n * 1.90821492927058770002e-10);
+  return n * 6.93147180369123816490e-01 - ((half - low) - f);
+}
+
 // r[i][j] becomes r[j][i], for width vectors of width lanes: log2(width) rounds of
 // exchanging blocks between rows i and i + block.
 template <typename T, int64_t kBlock, int... J>

@@ -311,7 +311,7 @@ class ScalingDomain {
     u_.make(blocks_);
     first_u_.make(blocks_);
     partial_.make(group.pieces * ((E_ + kWidth<double> - 1) / kWidth<double>));
-    v_.resize(E_);
+    v_.assign(E_ + kWidth<double>, 0);
     total_.resize(E_ + kWidth<double>);
     const double inverse = group.inverse_epsilon;
     inverse_ = static_cast<C>(inverse);
@@ -364,7 +364,11 @@ class ScalingDomain {
   double ratio(int64_t e) const { return total_[e] * v_[e] / group_->marginal(); }
 
   void get_columns(double* h) const {
-    for (int64_t e = 0; e < E_; ++e) h[e] = log_scale_ + std::log(static_cast<double>(v_[e]));
+    for (int64_t e = 0; e < E_; e += kWidth<double>) {
+      const Vec<double> value = log_scale_ + log(widen(&v_[e]));
+      const int64_t width = E_ - e;
+      width < kWidth<double> ? store_some(h + e, value, width) : store(h + e, value);
+    }
   }
 
   void write_plan() {
@@ -537,7 +541,7 @@ class ScalingDomain {
     for (int64_t e = 0; e < E_; e += W) {
       const int64_t width = std::min(W, E_ - e);
       Vec<C> square[W];
-      for (int64_t i = 0; i < width; ++i) square[i] = load(tile + (e + i) * W);
+      for (int64_t i = 0; i < W; ++i) square[i] = load(tile + std::min(e + i, E_ - 1) * W);
       transpose<C>(square);
       for (int64_t i = 0; i < there; ++i) store_row(rows + i * E_ + e, square[i], width);
     }
@@ -653,13 +657,14 @@ class ScalingDomain {
   void sum_pieces(int64_t scratch_vectors, Body&& body) {
     constexpr int64_t kWide = kWidth<double>, kBlocks = kPiece / W;
     const int64_t stride = (E_ + kWide - 1) / kWide * kWide;
+    const int64_t room = E_ + scratch_vectors;
+    room_.make((group_->pieces / grain(E_) + 1) * room);
     group_->parallel(group_->pieces, grain(E_), [&](int64_t first, int64_t last) {
-      Vectors<C> room;
-      room.make(E_ + scratch_vectors);
-      C* sums = room[0];
+      // No range but this one begins between two multiples of the grain.
+      C* sums = room_[first / grain(E_) * room];
       for (int64_t piece = first; piece < last; ++piece) {
         for (int64_t e = 0; e < E_; ++e) store(sums + e * W, Vec<C>{});
-        body(piece * kBlocks, std::min((piece + 1) * kBlocks, blocks_), sums, room[E_]);
+        body(piece * kBlocks, std::min((piece + 1) * kBlocks, blocks_), sums, sums + E_ * W);
         for (int64_t e = 0; e < E_; e += kWide) {
           Vec<double> lanes[kWide];
           for (int64_t i = 0; i < kWide; ++i) {
@@ -722,12 +727,13 @@ class ScalingDomain {
   Vectors<C> own_;                   // [blocks - in_place, E]  of K
   Vectors<C> u_, first_u_;           // [blocks]
   Vectors<C> sums_;                  // [pieces, E]
+  Vectors<C> room_;                  // a pass's own, for each range
   Vectors<C> taken_;                 // [blocks, E]
   Vectors<C> collected_;             // [blocks, slots, 2]
   Vectors<double> partial_;          // [pieces, E rounded up to vectors]
   std::vector<OfColumn> of_column_;  // [slots, E]
-  std::vector<C> v_;
-  std::vector<double> total_;  // [E], and room for a vector
+  std::vector<C> v_;                 // [E], and room for a vector
+  std::vector<double> total_;        // [E], and room for a vector
 };
 
 // max_e |column sum / (n/E) - 1|; NaN stays.
