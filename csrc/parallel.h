@@ -5,29 +5,32 @@
 // they give in one order: the result does not depend on the number of threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 namespace vmoe {
 
 struct Parallel {
-  using Body = void (*)(int64_t begin, int64_t end, void* context);
+  using Body = void (*)(int64_t begin, int64_t end, const void* context);
 
-  // Calls body(begin, end, context) for ranges that make up [0, count), none of them
-  // smaller than `grain` but the last. Null: one call, here.
-  void (*loop)(int64_t count, int64_t grain, Body body, void* context) = nullptr;
+  // Calls body(begin, end, context) for ranges that make up [0, count). Null: no threads.
+  void (*loop)(int64_t count, Body body, const void* context) = nullptr;
 
+  // Calls f(begin, end) for ranges that make up [0, count) and begin at multiples of the
+  // grain: begin / grain numbers them, for scratch of their own.
   template <typename F>
-  void operator()(int64_t count, int64_t grain, F&& f) const {
+  void operator()(int64_t count, int64_t grain, const F& f) const {
     if (!loop || count <= grain) {
       if (count > 0) f(int64_t{0}, count);
       return;
     }
-    using Function = std::remove_reference_t<F>;
-    const Body body = [](int64_t begin, int64_t end, void* context) {
-      (*static_cast<Function*>(context))(begin, end);
+    const auto grains = [&](int64_t begin, int64_t end) {
+      f(begin * grain, std::min(end * grain, count));
     };
-    loop(count, grain, body, &f);
+    const Body body = [](int64_t begin, int64_t end, const void* context) {
+      (*static_cast<decltype(&grains)>(context))(begin, end);
+    };
+    loop((count + grain - 1) / grain, body, &grains);
   }
 };
 

@@ -105,9 +105,9 @@ void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
     return parallel(
         groups, elements_each, [&](int64_t begin, int64_t end) { body(begin, end, Parallel{}); });
   }
-  const Parallel inside{[](int64_t count, int64_t grain, Parallel::Body piece, void* context) {
+  const Parallel inside{[](int64_t count, Parallel::Body piece, const void* context) {
     torch::stable::parallel_for(
-        0, count, grain, [=](int64_t begin, int64_t end) { piece(begin, end, context); });
+        0, count, 1, [=](int64_t begin, int64_t end) { piece(begin, end, context); });
   }};
   body(0, groups, inside);
 }
