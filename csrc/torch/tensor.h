@@ -19,6 +19,7 @@
 #include <tuple>
 
 #include "../half.h"
+#include "../parallel.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -151,6 +152,21 @@ template <typename Body>
 void parallel(int64_t count, int64_t elements_each, Body&& body) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_each));
   torch::stable::parallel_for(0, count, grain, body);
+}
+
+// body(begin, end, inside) over the groups: in parallel where there are as many as
+// threads, else one after another, with the threads handed on to split each of them.
+template <typename Body>
+void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
+  if (groups >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    return parallel(
+        groups, elements_each, [&](int64_t begin, int64_t end) { body(begin, end, Parallel{}); });
+  }
+  const Parallel inside{[](int64_t count, Parallel::Body piece, const void* context) {
+    torch::stable::parallel_for(
+        0, count, 1, [=](int64_t begin, int64_t end) { piece(begin, end, context); });
+  }};
+  body(0, groups, inside);
 }
 
 #ifdef VMOE_DEVICE_CUDA
