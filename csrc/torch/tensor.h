@@ -58,6 +58,10 @@ inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(packed(*tensor)) : std::nullopt;
+}
+
 inline Tensor empty(
     std::initializer_list<int64_t> shape, const Tensor& like,
     std::optional<ScalarType> dtype = {}) {
