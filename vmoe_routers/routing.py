@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmoe_routers import ops
@@ -72,7 +73,10 @@ class Routing(ABC):
     Attributes:
         num_groups, num_tokens, num_experts, capacity: G, T, E and C.
         mask: [G, T] bool, True = real token, or None.
+        filled: [G, E] int32, the slots at the front of every buffer that may hold a token; None: all.
     """
+
+    filled: Tensor | None = None
 
     def __init__(
         self,
@@ -206,6 +210,13 @@ class SparseRouting(Routing):
         self.expert = expert
         self.slot = slot
         self._offsets, self._slots = ops.invert_slots(token, self.num_tokens)
+
+    @cached_property
+    def filled(self) -> Tensor:  # type: ignore[override]
+        """See `Routing`: a buffer's slots up to its last token."""
+        last = torch.arange(1, self.capacity + 1, device=self.token.device, dtype=torch.int32)
+        # The zero in front is for buffers without slots.
+        return F.pad((self.token >= 0) * last, (1, 0)).amax(-1)
 
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`. A view: the experts come first in memory."""
@@ -416,6 +427,6 @@ def _check_gates(where: str, gates: Tensor, weights: Tensor | None, mask: Tensor
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """values [G, N] at index [G, E, C], 0 where the index is negative."""
     # A zero behind the last value is there to be taken, also from a group without values.
-    padded = torch.nn.functional.pad(values, (0, 1))
+    padded = F.pad(values, (0, 1))
     where = torch.where(index < 0, values.shape[1], index)
     return padded.gather(1, where.flatten(1).long()).view(index.shape)
