@@ -73,10 +73,7 @@ class Routing(ABC):
     Attributes:
         num_groups, num_tokens, num_experts, capacity: G, T, E and C.
         mask: [G, T] bool, True = real token, or None.
-        filled: [G, E] int32, the slots at the front of every buffer that may hold a token; None: all.
     """
-
-    filled: Tensor | None = None
 
     def __init__(
         self,
@@ -105,6 +102,11 @@ class Routing(ABC):
     @abstractmethod
     def combine_tensor(self) -> Tensor:
         """The dense combine tensor B, [G, T, E, C]."""
+
+    @property
+    def filled(self) -> Tensor | None:
+        """[G, E] int32: behind so many slots of an expert's buffer there is no token. None: all are filled."""
+        return None
 
     @cached_property
     def losses(self) -> dict[str, Tensor]:
@@ -211,9 +213,9 @@ class SparseRouting(Routing):
         self.slot = slot
         self._offsets, self._slots = ops.invert_slots(token, self.num_tokens)
 
-    @cached_property
-    def filled(self) -> Tensor:  # type: ignore[override]
-        """See `Routing`: a buffer's slots up to its last token."""
+    @property
+    def filled(self) -> Tensor:
+        """See `Routing.filled`."""
         last = torch.arange(1, self.capacity + 1, device=self.token.device, dtype=torch.int32)
         # The zero in front is for buffers without slots.
         return F.pad((self.token >= 0) * last, (1, 0)).amax(-1)

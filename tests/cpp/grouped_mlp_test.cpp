@@ -159,10 +159,10 @@ TYPED_TEST(GroupedMlp, AddsBiasesAndRows) {
   });
 }
 
-using Run = std::tuple<int64_t, int64_t, int64_t>;
+using Piece = std::tuple<int64_t, int64_t, int64_t>;
 
-std::vector<Run> runs(const FilledRows& rows, int64_t expert, int64_t begin, int64_t end) {
-  std::vector<Run> found;
+std::vector<Piece> runs(const FilledRows& rows, int64_t expert, int64_t begin, int64_t end) {
+  std::vector<Piece> found;
   rows.each_run(expert, begin, end, [&](int64_t row, int64_t at, int64_t count) {
     found.push_back({row, at, count});
   });
@@ -175,9 +175,9 @@ TEST(FilledRows, NumbersTheFilledRowsOfEverySegment) {
   EXPECT_EQ(rows.count(0), 10);
   EXPECT_EQ(rows.count(1), 0);
   EXPECT_EQ(rows.count(2), 15);  // cut to [0, 5]
-  EXPECT_EQ(runs(rows, 0, 0, 10), (std::vector<Run>{{0, 0, 3}, {10, 3, 5}, {15, 8, 2}}));
-  EXPECT_EQ(runs(rows, 0, 2, 5), (std::vector<Run>{{2, 2, 1}, {10, 3, 2}}));
-  EXPECT_EQ(runs(rows, 0, 3, 4), (std::vector<Run>{{10, 3, 1}}));
+  EXPECT_EQ(runs(rows, 0, 0, 10), (std::vector<Piece>{{0, 0, 3}, {10, 3, 5}, {15, 8, 2}}));
+  EXPECT_EQ(runs(rows, 0, 2, 5), (std::vector<Piece>{{2, 2, 1}, {10, 3, 2}}));
+  EXPECT_EQ(runs(rows, 0, 3, 4), (std::vector<Piece>{{10, 3, 1}}));
   EXPECT_TRUE(runs(rows, 1, 0, 0).empty());
   EXPECT_EQ(rows.joined(0, 0, 3), 0);
   EXPECT_EQ(rows.joined(0, 0, 4), -1);
@@ -198,7 +198,7 @@ TEST(FilledRows, KnowsTheGaps) {
 TEST(FilledRows, WithoutCountsAllAreThere) {
   const FilledRows rows(nullptr, 2, 3, 4);
   EXPECT_EQ(rows.count(1), 12);
-  EXPECT_EQ(runs(rows, 1, 2, 11), (std::vector<Run>{{2, 2, 9}}));
+  EXPECT_EQ(runs(rows, 1, 2, 11), (std::vector<Piece>{{2, 2, 9}}));
   rows.each_gap(0, [](int64_t, int64_t) { FAIL(); });
 }
 

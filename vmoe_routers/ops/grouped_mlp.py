@@ -151,9 +151,7 @@ def _backward(ctx, grad, _):
     x, w1, b1, w2, filled, hidden = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     of_x, of_weights = wanted[0], any(wanted[1:5])
-    grads = torch.ops.vmoe_routers.grouped_mlp_backward(
-        grad, x, w1, b1, w2, filled, hidden, ctx.act, of_x, of_weights
-    )
+    grads = torch.ops.vmoe_routers.grouped_mlp_backward(grad, x, w1, b1, w2, filled, hidden, ctx.act, of_x, of_weights)
     return *(value if want else None for value, want in zip(grads, wanted, strict=False)), None, None, None
 
 
