@@ -50,6 +50,8 @@ STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("soft_logits_backward(Tensor grad, Tensor x, Tensor phi) -> (Tensor grad_x, Tensor grad_phi)");
   m.def("soft_mix(Tensor logits, Tensor values, int dim, int num_experts) -> Tensor");
   m.def("soft_mix_backward(Tensor grad, Tensor logits, Tensor values, int dim, int num_experts) -> (Tensor grad_logits, Tensor grad_values)");
+  m.def("grouped_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? filled, str act, bool save) -> (Tensor y, Tensor hidden)");
+  m.def("grouped_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? filled, Tensor hidden, str act, bool of_x, bool of_weights) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
 }
 // clang-format on
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmoe_routers import ops
@@ -102,6 +103,11 @@ class Routing(ABC):
     @abstractmethod
     def combine_tensor(self) -> Tensor:
         """The dense combine tensor B, [G, T, E, C]."""
+
+    @property
+    def filled(self) -> Tensor | None:
+        """[G, E] int32: behind so many slots of an expert's buffer there is no token. None: all are filled."""
+        return None
 
     @cached_property
     def losses(self) -> dict[str, Tensor]:
@@ -213,6 +219,13 @@ class SparseRouting(Routing):
     def weights(self) -> Tensor:
         """See `SparseRouting`."""
         return self._weights.dense()
+
+    @property
+    def filled(self) -> Tensor:
+        """See `Routing.filled`."""
+        last = torch.arange(1, self.capacity + 1, device=self.token.device, dtype=torch.int32)
+        # The zero in front is for buffers without slots.
+        return F.pad((self.token >= 0) * last, (1, 0)).amax(-1)
 
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`. A view: the experts come first in memory."""
@@ -436,6 +449,6 @@ def _choose(gates: Gates, weights: Gates, k: int, dim: int, mask: Tensor | None)
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """values [G, N] at index [G, E, C], 0 where the index is negative."""
     # A zero behind the last value is there to be taken, also from a group without values.
-    padded = torch.nn.functional.pad(values, (0, 1))
+    padded = F.pad(values, (0, 1))
     where = torch.where(index < 0, values.shape[1], index)
     return padded.gather(1, where.flatten(1).long()).view(index.shape)

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from benchmarks.case import Entry
-from benchmarks.cases import assign_slots, dispatch, expert_choice, ksparse_transport, layer, sinkhorn, soft_mix, topk
+from benchmarks.cases import (
+    assign_slots,
+    dispatch,
+    expert_choice,
+    grouped_mlp,
+    ksparse_transport,
+    layer,
+    sinkhorn,
+    soft_mix,
+    topk,
+)
 
-MODULES = (topk, expert_choice, assign_slots, sinkhorn, ksparse_transport, dispatch, soft_mix, layer)
+MODULES = (topk, expert_choice, assign_slots, sinkhorn, ksparse_transport, dispatch, grouped_mlp, soft_mix, layer)
 OPS = tuple(module.ENTRIES[0].op for module in MODULES)
 
 

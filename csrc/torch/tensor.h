@@ -66,6 +66,10 @@ inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(packed(*tensor)) : std::nullopt;
+}
+
 // Asks for huge pages where memory is large: an output of tens of MB comes fresh from the system
 // and is faulted in page by page as a kernel writes it, which costs several times the writing.
 // NumPy does the same, from the same size on.
