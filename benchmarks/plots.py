@@ -16,6 +16,7 @@ LOOKS = {
     "compiled": ("#56B4E9", "D"),
     "peer": ("#009E73", "^"),
     "dense": ("#CC79A7", "x"),
+    "yardstick": ("#D55E00", "+"),
 }
 
 
@@ -97,6 +98,41 @@ def roofline_figure(results: list[dict], ceilings: dict, threads: int) -> Figure
         )
     axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for the names
     _legend(axes, roles, axes.lines[: len(ceilings["read"])], loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+OP_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999", "#6A3D9A", "#B2DF8A")
+
+
+def scaling_figure(curves: list[dict]) -> Figure:
+    """Time against tokens, experts and groups; one thread solid, two dashed."""
+    axes_names = list(dict.fromkeys(curve["axis"] for curve in curves))
+    colours = dict(zip(dict.fromkeys(curve["op"] for curve in curves), OP_COLOURS, strict=False))
+    figure = Figure(figsize=(5.2 * len(axes_names), 5.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(axes_names), squeeze=False)[0], axes_names, strict=True):
+        for curve in (c for c in curves if c["axis"] == name):
+            xs = [p["x"] for p in curve["points"]]
+            for threads, style in (("1", "-"), ("2", "--")):
+                ys = [1e3 * p["seconds"][threads] for p in curve["points"]]
+                label = f"{curve['op']}: {curve['slope']['1']:.2f} ({curve['expected']:g})" if threads == "1" else None
+                marker = "o" if threads == "1" else ""
+                axes.plot(xs, ys, style, color=colours[curve["op"]], marker=marker, ms=3, lw=1.3, label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(name)
+        axes.set_ylabel("ms, forward")
+        axes.grid(color="0.92", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(
+            frameon=False,
+            fontsize=8,
+            title="slope of the larger half (the algorithm's)",
+            title_fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.13),
+            ncols=2,
+        )
+    figure.suptitle("one thread solid, two dashed", fontsize=9, x=0.01, ha="left")
     return figure
 
 
