@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, replace
 
 import torch
@@ -15,14 +16,21 @@ from benchmarks.timer import is_unstable, measure
 
 
 def with_compiled(case: Case) -> Case:
-    """The case with torch.compile of its index forms."""
+    """The case with torch.compile of its first index form."""
     torch.compiler.reset()
-    compiled = [
-        replace(v, name=f"torch.compile of {v.name}", role="compiled", call=torch.compile(v.call))
-        for v in case.variants
-        if v.role == "index"
-    ]
-    return replace(case, variants=(*case.variants, *compiled))
+    form = next((v for v in case.variants if v.role == "index"), None)
+    if form is None:
+        return case
+    compiled = replace(form, name=f"torch.compile of {form.name}", role="compiled", call=torch.compile(form.call))
+    return replace(case, variants=(*case.variants, compiled))
+
+
+def without_naive(case: Case) -> Case:
+    """The case without the naive forms, which says so."""
+    naive = [v.name for v in case.variants if v.role == "naive"]
+    lines = [f"{name}: measured with the first number of threads and the default size" for name in naive]
+    kept = tuple(v for v in case.variants if v.role != "naive")
+    return replace(case, variants=kept, skipped=(*case.skipped, *lines))
 
 
 def usable(case: Case, direction: str, skipped: list[str]) -> list[Variant]:
@@ -43,24 +51,28 @@ def usable(case: Case, direction: str, skipped: list[str]) -> list[Variant]:
     return kept
 
 
-def measure_job(job: Job, device: str, rounds: int, ceilings: Ceilings) -> list[dict]:
+def measure_job(job: Job, options: argparse.Namespace, ceilings: Ceilings) -> list[dict]:
     """Rows of results, one a direction."""
     torch.manual_seed(0)
-    case = job.entry.build(job.size, device)
-    if job.compiled:
+    case = job.entry.build(job.size, options.device)
+    if not job.whole:
+        case = without_naive(case)
+    elif not (options.quick or options.no_compile):
         case = with_compiled(case)
-    peak = peaks(job.entry.op, job.index, job.size, job.threads) if job.memory and device == "cpu" else {}
-    return [measure_case(case, direction, job, device, rounds, ceilings, peak) for direction in case.floors]
+    peak = {}
+    if job.whole and options.memory and options.device == "cpu" and case.op != "overhead":
+        peak = peaks(case.op, job.index, job.size, job.threads)
+    return [measure_case(case, direction, job, options, ceilings, peak) for direction in case.floors]
 
 
 def measure_case(
-    case: Case, direction: str, job: Job, device: str, rounds: int, ceilings: Ceilings, peak: dict[str, int]
+    case: Case, direction: str, job: Job, options: argparse.Namespace, ceilings: Ceilings, peak: dict[str, int]
 ) -> dict:
     """Times, ratios, fractions of the floor, memory."""
     skipped = list(case.skipped)
     variants = usable(case, direction, skipped)
     calls = {variant.name: runner(variant, direction) for variant in variants}
-    timings, again = measure(calls, rounds=rounds, device=device)
+    timings, again = measure(calls, rounds=options.rounds, device=options.device)
     return {
         "op": case.op,
         "title": case.title,

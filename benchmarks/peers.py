@@ -29,6 +29,11 @@ def add(variants: list[Variant], skipped: list[str], make: Callable[..., Variant
         skipped.append(f"{make.__name__}: {error}")
 
 
+def _silent() -> contextlib.AbstractContextManager[object]:
+    """POT 0.9.7 prints a shape in every k-sparse projection."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
 def pot_sinkhorn(logits: Tensor, iterations: int) -> Variant:
     """POT's Sinkhorn-Knopp on torch tensors: the same iterations in the same order."""
     import ot
@@ -53,9 +58,10 @@ def pot_ksparse(similarity: Tensor, k: int, iterations: int) -> Variant:
     rows, columns = torch.ones(T).double().numpy(), torch.full((E,), T / E).double().numpy()
 
     def call():
-        plan = smooth_ot_semi_dual(
-            rows, columns, cost, 1.0, "sparsity_constrained", max_nz=k, stopThr=1e-3, numItermax=iterations
-        )
+        with _silent():
+            plan = smooth_ot_semi_dual(
+                rows, columns, cost, 1.0, "sparsity_constrained", max_nz=k, stopThr=1e-3, numItermax=iterations
+            )
         return [torch.from_numpy(plan)[None]]
 
     return Variant(
@@ -72,7 +78,7 @@ def pot_projection(x: Tensor, k: int) -> Variant:
     rows = x.detach().flatten(0, 1).numpy()
 
     def call():
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a shape
+        with _silent():
             return [torch.from_numpy(projection_sparse_simplex(rows, k, axis=1)).to(x.dtype).view_as(x)]
 
     return Variant("POT projection_sparse_simplex", "peer", call)

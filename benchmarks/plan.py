@@ -17,14 +17,15 @@ SWEEP = {"experts": (8, 128), "tokens": (49, 256), "width": (192, 768)}
 
 @dataclass(frozen=True)
 class Job:
-    """One case to be built and measured; `index` is the entry's among those of its op."""
+    """One case to be built and measured; `index` is the entry's among those of its op, `whole` whether with all variants
+    and memory.
+    """
 
     entry: Entry
     index: int
     size: Size
     threads: int
-    compiled: bool
-    memory: bool
+    whole: bool
 
 
 def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
@@ -68,16 +69,16 @@ def use_isa(parser: argparse.ArgumentParser, isa: str | None) -> None:
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """All cases; torch.compile, memory and other sizes with the first thread count alone: they say the same with more."""
+    """All cases. With the first thread count and the default size comes all there is to say; a second count and other
+    sizes go without the naive forms, torch.compile and memory, so that a full run stays short.
+    """
     seen: dict[str, int] = {}
     for entry in entries(options.only):
         index = seen[entry.op] = seen.get(entry.op, -1) + 1
-        compiled = not (options.quick or options.no_compile)
         for i, threads in enumerate(options.threads):
-            size = entry.quick if options.quick else entry.default
-            yield Job(entry, index, size, threads, compiled and not i, options.memory and not i)
+            yield Job(entry, index, entry.quick if options.quick else entry.default, threads, whole=not i)
         if options.sweep:
             for part in entry.sweep:
                 for value in SWEEP[part]:
                     size = replace(entry.default, **{part: value})
-                    yield Job(entry, index, size, options.threads[0], False, False)
+                    yield Job(entry, index, size, options.threads[0], whole=False)

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace, console: Console) -> dict:
     with TimeLeft(console, [job.entry.weight for job in plan]) as left:
         for job in plan:
             torch.set_num_threads(job.threads)
-            for result in measure_job(job, options.device, options.rounds, found[job.threads]):
+            for result in measure_job(job, options, found[job.threads]):
                 report["results"].append(result)
                 print_result(console, result)
             gc.collect()

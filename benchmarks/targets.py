@@ -67,7 +67,7 @@ def best_peer(result: dict) -> str | None:
 
 
 def verdicts(results: list[dict]) -> list[dict]:
-    """For every target and every result it is about: what was reached, and by what factor it is met (>= 1) or missed."""
+    """For every target and every result it is about: what was reached, and the factor of it: met from 1 on."""
     found = []
     for limit in LIMITS:
         for result in results:

@@ -25,6 +25,7 @@ def build(size: Size, device: str) -> Case:
     first = torch.arange(G, device=device).view(G, 1, 1)
     rows = torch.where(token < 0, G * T, first * T + token).flatten().long()
     places = torch.where(slot < 0, -1, first * E * C + slot).view(G * T, K).long()
+
     @cache
     def one_hot():
         return (token[:, None] == torch.arange(T, device=device).view(1, T, 1, 1)).to(x.dtype)

@@ -124,12 +124,11 @@ NAMES = (
     "sinkhorn_expert_choice",
     "sparsity_constrained_expert_choice",
 )
-ALL = ("experts", "tokens", "width")
 entry = partial(Entry, "layer", default=DEFAULT, quick=QUICK, weight=6)
 ENTRIES = (
-    entry(partial(sparse, router="softmax_token_choice"), sweep=ALL),
+    entry(partial(sparse, router="softmax_token_choice"), sweep=("experts", "width")),
     entry(partial(sparse, router="softmax_token_choice", top_k=2), weight=12),
     entry(partial(sparse, router="softmax_token_choice", one_group=False)),
     *(entry(partial(sparse, router=name)) for name in NAMES),
-    entry(soft, sweep=ALL),
+    entry(soft, sweep=("tokens",)),
 )

@@ -72,7 +72,7 @@ def top1(size: Size, device: str) -> Case:
 
 def dropless(size: Size, device: str) -> Case:
     """transformers' MoE blocks: top-2, renormalised, no buffers; ours gets buffers that the fullest expert fills."""
-    forms = [BUFFERS, ("loop over experts", layers.loop), ("grouped_mm", layers.grouped)]
+    forms = [BUFFERS, ("grouped_mm", layers.grouped)]
     options = {"top_k": 2, "renormalize": True, "group_size": size.images}
     title = "layer of transformers, top-2 renormalised, nothing dropped, one group"
     layer, x, variants, skipped, case = build(size, device, title, forms, **options)
