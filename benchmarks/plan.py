@@ -17,7 +17,7 @@ SWEEP = {"experts": (8, 128), "tokens": (49, 256), "width": (192, 768)}
 
 @dataclass(frozen=True)
 class Job:
-    """One case to be built and measured; `index` is the entry's among those of its op, `whole` whether with all variants
+    """One case to be built and measured; `index` is the entry's among those of its op; `whole`: with all its variants
     and memory.
     """
 
@@ -75,7 +75,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
     seen: dict[str, int] = {}
     for entry in entries(options.only):
         index = seen[entry.op] = seen.get(entry.op, -1) + 1
-        for i, threads in enumerate(options.threads):
+        for i, threads in enumerate(options.threads[:1] if entry.op == "overhead" else options.threads):
             yield Job(entry, index, entry.quick if options.quick else entry.default, threads, whole=not i)
         if options.sweep:
             for part in entry.sweep:

@@ -42,14 +42,14 @@ def ratio_figure(results: list[dict], title: str) -> Figure:
             for v in result["variants"][1:]:
                 colour, marker = LOOKS[v["role"]]
                 ratio = v["ratio"]
-                axes.plot([ratio["low"], ratio["high"]], [row, row], color=colour, linewidth=1)
+                alpha = 0.3 if result["unstable"] else 1
+                axes.plot([ratio["low"], ratio["high"]], [row, row], color=colour, linewidth=1, alpha=alpha)
                 hollow = "none" if v["different"] and marker not in "x+" else colour
-                axes.plot(ratio["median"], row, marker=marker, color=colour, mfc=hollow, ms=6, linestyle="")
-            if result["unstable"]:
-                axes.annotate("UNSTABLE", (1, row), (0.99, row), ("axes fraction", "data"), ha="right", size=6)
+                axes.plot(ratio["median"], row, marker, color=colour, mfc=hollow, ms=6, alpha=alpha)
         axes.axvline(1, color="black", linewidth=1)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="x", labelsize=7)
@@ -58,7 +58,7 @@ def ratio_figure(results: list[dict], title: str) -> Figure:
         axes.set_axisbelow(True)
     panels[0].set_yticks(range(len(rows)), [f"{case}\n{where}" for case, where in rows], fontsize=7)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.supxlabel(f"time / time of ours (hollow: a different function), {title}", fontsize=9)
+    figure.supxlabel(f"time / time of ours (hollow: a different function; faint: UNSTABLE), {title}", fontsize=9)
     _legend(figure, {v["role"] for r in results for v in r["variants"][1:]}, loc="outside upper center", ncols=7)
     return figure
 

@@ -25,12 +25,13 @@ from benchmarks.compare import runner
 from benchmarks.machine import machine
 from benchmarks.plan import use_isa
 from benchmarks.report import TimeLeft, seconds
-from benchmarks.timer import is_unstable, measure
+from benchmarks.timer import is_unstable, measure, once
 
 THREADS = (1, 2)
 BYTES = 1 << 30  # a point that moves more than this is left out
 SLACK = 0.15  # a slope this far above the algorithm's is too steep
 GAIN = 1.7  # of two threads over one, where the arithmetic and not the memory sets the floor
+LONG = 0.25  # seconds of a call that gets fewer rounds
 LEAVE_OUT = ("layer", "overhead")
 
 
@@ -91,7 +92,10 @@ def point(entry: Entry, size: Size, rounds: int) -> dict | None:
     case = entry.build(size, "cpu")
     if case.floors[FORWARD].bytes > BYTES:
         return None
-    timings, again = measure(by_threads(case), rounds=rounds)
+    calls = by_threads(case)
+    if once(calls[str(THREADS[0])], 1, "cpu") > LONG:
+        rounds = min(rounds, 5)  # these are steady, and would take minutes
+    timings, again = measure(calls, rounds=rounds)
     ratio = timings[str(THREADS[-1])].ratio
     return {
         "title": case.title,
