@@ -15,7 +15,7 @@ from vmoe_routers import MoEMlp
 GATHERED_BYTES = 256 << 20  # more than this of weights, copied for every token, is not built
 
 
-def switch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
+def transformers_switch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
     """Switch Transformers' layer: top-1, the same capacity per sequence, experts without biases."""
     from transformers import SwitchTransformersConfig
     from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
@@ -42,7 +42,7 @@ def switch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
     )
 
 
-def experts(layer: MoEMlp, x: Tensor, implementation: str) -> Variant:
+def transformers_experts(layer: MoEMlp, x: Tensor, implementation: str) -> Variant:
     """Mixtral's router and Nemotron-H's experts, the ones without a third matrix; nothing is dropped."""
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
@@ -76,7 +76,7 @@ def experts(layer: MoEMlp, x: Tensor, implementation: str) -> Variant:
     )
 
 
-def mixtral(layer: MoEMlp, x: Tensor) -> Variant:
+def transformers_mixtral(layer: MoEMlp, x: Tensor) -> Variant:
     """Mixtral's block in its fastest form: three matrices of two thirds of the width, so the same FLOPs."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock

@@ -66,7 +66,7 @@ def top1(size: Size, device: str) -> Case:
     size = replace(size, top_k=1)
     title = "layer of Switch Transformers, top-1, per image"
     layer, x, variants, skipped, case = build(size, device, title, [BUFFERS], top_k=1, **ROUND)
-    peers.add(variants, skipped, hugging_face.switch, layer, x, layer.router.slots(size.tokens))
+    peers.add(variants, skipped, hugging_face.transformers_switch, layer, x, layer.router.slots(size.tokens))
     return case()
 
 
@@ -78,8 +78,8 @@ def dropless(size: Size, device: str) -> Case:
     layer, x, variants, skipped, case = build(size, device, title, forms, **options)
     layer.router.eval_capacity_factor = fullest(layer, x) * size.experts / (2 * size.rows)
     for implementation in ("eager", "grouped_mm", "batched_mm"):
-        peers.add(variants, skipped, hugging_face.experts, layer, x, implementation)
-    peers.add(variants, skipped, hugging_face.mixtral, layer, x)
+        peers.add(variants, skipped, hugging_face.transformers_experts, layer, x, implementation)
+    peers.add(variants, skipped, hugging_face.transformers_mixtral, layer, x)
     return case()
 
 
