@@ -8,15 +8,33 @@ from benchmarks.cases import (
     dispatch,
     expert_choice,
     grouped_mlp,
+    invert_slots,
+    ksparse_projection,
     ksparse_transport,
     layer,
+    overhead,
+    packages,
     sinkhorn,
     soft_mix,
     topk,
 )
 
-MODULES = (topk, expert_choice, assign_slots, sinkhorn, ksparse_transport, dispatch, grouped_mlp, soft_mix, layer)
-OPS = tuple(module.ENTRIES[0].op for module in MODULES)
+MODULES = (
+    topk,
+    expert_choice,
+    assign_slots,
+    invert_slots,
+    sinkhorn,
+    ksparse_projection,
+    ksparse_transport,
+    dispatch,
+    grouped_mlp,
+    soft_mix,
+    layer,
+    packages,
+    overhead,
+)
+OPS = tuple(dict.fromkeys(entry.op for module in MODULES for entry in module.ENTRIES))
 
 
 def entries(op: str | None = None) -> list[Entry]:

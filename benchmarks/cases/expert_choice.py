@@ -47,6 +47,6 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
 
 
 ENTRIES = (
-    Entry("expert_choice", partial(build, one_group=False), quick=Size(images=32)),
-    Entry("expert_choice", partial(build, one_group=True), quick=Size(images=32)),
+    Entry("expert_choice", partial(build, one_group=False), quick=Size(images=32), sweep=("tokens", "experts")),
+    Entry("expert_choice", partial(build, one_group=True), quick=Size(images=32), sweep=("experts",)),
 )

@@ -42,4 +42,4 @@ def build(size: Size, device: str) -> Case:
     )
 
 
-ENTRIES = (Entry("soft_mix", build, quick=Size(images=8)),)
+ENTRIES = (Entry("soft_mix", build, quick=Size(images=8), sweep=("tokens", "width")),)

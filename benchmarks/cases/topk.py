@@ -32,4 +32,4 @@ def build(size: Size, device: str) -> Case:
     )
 
 
-ENTRIES = (Entry("topk", build, quick=Size()),)
+ENTRIES = (Entry("topk", build, quick=Size(), sweep=("experts",)),)
