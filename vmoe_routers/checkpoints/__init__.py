@@ -1,5 +1,7 @@
-"""Parameters from elsewhere: the reference code's flax arrays into modules of this package."""
+"""Models in files: saving and loading, and the reference code's checkpoints read without JAX."""
 
+from vmoe_routers.checkpoints.error import CheckpointError
 from vmoe_routers.checkpoints.flax import load_flax
+from vmoe_routers.checkpoints.vmoe import read_vmoe
 
-__all__ = ["load_flax"]
+__all__ = ["CheckpointError", "load_flax", "read_vmoe"]
