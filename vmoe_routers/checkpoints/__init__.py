@@ -2,6 +2,7 @@
 
 from vmoe_routers.checkpoints.error import CheckpointError
 from vmoe_routers.checkpoints.flax import load_flax
+from vmoe_routers.checkpoints.npz import read_npz
 from vmoe_routers.checkpoints.vmoe import read_vmoe
 
-__all__ = ["CheckpointError", "load_flax", "read_vmoe"]
+__all__ = ["CheckpointError", "load_flax", "read_npz", "read_vmoe"]

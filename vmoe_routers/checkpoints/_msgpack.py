@@ -80,7 +80,7 @@ class Reader:
         """An integer from 0 on, or nil."""
         start = self.position
         kind, value, _ = self._header()
-        if kind == "int" and value is not None and value >= 0 or kind == "constant" and value is None:
+        if value is None if kind == "constant" else kind == "int" and value >= 0:
             return value
         self.position = start
         self.fail(f"{what} is {value if kind in ('int', 'constant') else _a(kind)}, wanted an integer >= 0 or nil")

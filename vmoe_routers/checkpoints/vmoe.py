@@ -18,18 +18,17 @@ the parts of an array must fill it, each element once, before there is memory fo
 from __future__ import annotations
 
 import os
-import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from io import BufferedReader
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vmoe_routers.checkpoints._files import Progress, as_tensor, open_file
 from vmoe_routers.checkpoints._msgpack import Reader
 from vmoe_routers.checkpoints.error import CheckpointError
 
@@ -70,7 +69,6 @@ class _Chunk(NamedTuple):
 
 
 Chunks = dict[tuple[int, Slice], list[_Chunk]]  # of a part of an array, by the array's number
-Progress = Callable[[int, int], None]
 
 
 def read_vmoe(
@@ -84,8 +82,8 @@ def read_vmoe(
                  "params/" hold parameters alone. True: everything, by the paths that are written
     progress     called with the bytes that are read and those that there are to read, after every array
 
-    Tensors on the CPU in the dtypes of the file, bfloat16 among them. The files are read once and not kept open. Memory:
-    the arrays, and one part (what one device held of an array) besides.
+    Tensors on the CPU in the dtypes of the file, bfloat16 among them. Memory: the arrays, and one part (what one device
+    held of an array) besides.
 
     Raises CheckpointError, which names the file: files that are missing, truncated or of another format (Orbax
     directories, TensorFlow's), unknown types, parts that are missing, overlap or are there twice, sizes beyond the
@@ -93,12 +91,17 @@ def read_vmoe(
     """
     prefix = os.fspath(prefix)
     _refuse_other_formats(prefix)
-    with ExitStack() as stack:
-        index = _open(stack, f"{prefix}.index")
+    with ExitStack() as files:
+
+        def reader(name: str) -> Reader:
+            path = f"{prefix}.{name}"
+            return Reader(*files.enter_context(open_file(path)), path)
+
+        index = reader("index")
         if index.size > _MAX_INDEX_BYTES:
             index.fail(f"{index.size} bytes, wanted an index of at most {_MAX_INDEX_BYTES}")
         arrays, shard_count = _read_index(index)
-        shards = [_open(stack, f"{prefix}.data-{i:05d}-of-{shard_count:05d}") for i in range(shard_count)]
+        shards = [reader(f"data-{i:05d}-of-{shard_count:05d}") for i in range(shard_count)]
         _check_sizes(index, arrays, sum(shard.size for shard in shards))
         chunks: Chunks = {}
         for i, shard in enumerate(shards):
@@ -119,30 +122,9 @@ def read_vmoe(
 def _refuse_other_formats(prefix: str) -> None:
     if Path(prefix).is_dir() and not Path(f"{prefix}.index").exists():
         raise CheckpointError(
-            f"{prefix}: a directory. The V-MoE format is files (P.index, P.data-00000-of-0000N; give P); the reference's"
-            " later training runs wrote Orbax directories, which is another format and is not read here"
+            f"{prefix}: a directory. A V-MoE checkpoint P is files (P.index, P.data-00000-of-0000N); the Orbax"
+            " directories of the reference's later training runs are another format, which is not read here"
         )
-
-
-def _open(stack: ExitStack, path: str) -> Reader:
-    file, size = open_file(stack, path)
-    return Reader(file, size, path)
-
-
-def open_file(stack: ExitStack, path: str) -> tuple[BufferedReader, int]:
-    """A regular file and its size; the stack closes it."""
-    try:
-        # A pipe or a device, of which opening alone could hang, is none.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a file")
-        file = stack.enter_context(open(path, "rb"))
-        return file, os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: cannot be opened ({error})") from error
 
 
 # The index
@@ -342,15 +324,6 @@ def _read_part(dtype: torch.dtype, shape: tuple[int, ...], pieces: list[_Chunk],
         shard.read_into(memoryview(buffer)[place : place + piece.size], piece.start)
         place += piece.size
     return as_tensor(buffer, dtype, shape)
-
-
-def as_tensor(buffer: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The little-endian bytes as a tensor, which keeps them."""
-    if not buffer:
-        return torch.empty(shape, dtype=dtype)
-    if dtype == torch.bool:  # which in torch may be no other bytes than 0 and 1
-        return (torch.frombuffer(buffer, dtype=torch.uint8) != 0).reshape(shape)
-    return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
 
 
 def _indices(part: Slice) -> tuple[slice, ...]:
