@@ -69,18 +69,16 @@ class Reader:
             self.fail(f"{what} is {value}, wanted at least {low}")
         return value
 
-    def constant(self, what: str) -> bool | None:
-        """True, False or nil."""
-        kind, value, _ = self._header()
-        if kind != "constant":
-            self.fail(f"{what} is {_a(kind)}, wanted true, false or nil")
-        return value
+    def true(self, what: str) -> None:
+        """True."""
+        if self._header()[:2] != ("constant", True):
+            self.fail(f"{what} is not true")
 
     def integer_or_nil(self, what: str) -> int | None:
         """An integer from 0 on, or nil."""
         start = self.position
         kind, value, _ = self._header()
-        if value is None if kind == "constant" else kind == "int" and value >= 0:
+        if (kind, value) == ("constant", None) or (kind == "int" and (value or 0) >= 0):
             return value
         self.position = start
         self.fail(f"{what} is {value if kind in ('int', 'constant') else _a(kind)}, wanted an integer >= 0 or nil")

@@ -254,7 +254,8 @@ def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chu
     marked = False
     for key in _keys(shard, shard.pairs("a data file")):
         if key == _MARK:
-            marked = shard.constant(_MARK) is True
+            shard.true(_MARK)
+            marked = True
             continue
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key) or int(key) >= len(
             arrays
