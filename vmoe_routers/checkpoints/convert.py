@@ -16,7 +16,7 @@ from vmoe_routers.checkpoints._files import Progress
 from vmoe_routers.checkpoints.error import CheckpointError
 from vmoe_routers.checkpoints.flax import load_flax, reference_path
 from vmoe_routers.checkpoints.npz import read_npz
-from vmoe_routers.checkpoints.pretrained import save_pretrained
+from vmoe_routers.checkpoints.pretrained import make_empty, save_pretrained
 from vmoe_routers.checkpoints.vmoe import read_vmoe
 
 
@@ -54,8 +54,8 @@ def convert(
     """
     is_npz = os.path.isfile(source)
     arrays = read_npz(source, progress=progress) if is_npz else read_vmoe(source, progress=progress)
-    if arrays and all(path.startswith("params/") for path in arrays):
-        arrays = {path.removeprefix("params/"): array for path, array in arrays.items()}
+    if any(path.startswith("params/") for path in arrays):  # beside it is the rest of a training state
+        arrays = {path.removeprefix("params/"): a for path, a in arrays.items() if path.startswith("params/")}
     arrays = {reference_path(path): array for path, array in arrays.items()}
     try:
         arguments = infer_arguments(arrays, img_size)
@@ -72,9 +72,11 @@ def convert(
         raise CheckpointError(f"{source}: a dense model, which has no router {router!r}")
     from vmoe_routers.models import vit_moe
 
+    # Without memory first, which a few shapes beyond belief could exhaust
+    load_flax(make_empty({**arguments, **options}, source), arrays)
     with torch.random.fork_rng(devices=[]):  # what is drawn is written over
         model = vit_moe(**arguments, **options)
-    load_flax(model, arrays)
+    load_flax(model, arrays).eval()
     save_pretrained(model, Path(folder))
     return model
 
@@ -99,6 +101,7 @@ def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -
         raise CheckpointError(f"blocks {sorted(blocks)[:20]}, wanted encoderblock_0 and those that follow")
     moe = [i for i in sorted(blocks) if any(path.startswith(f"Encoder/encoderblock_{i}/Moe/") for path in arrays)]
     block = "Encoder/encoderblock_0/"
+    hidden = shape(f"{block}Moe/Mlp/Dense_0/kernel", 3) if 0 in moe else shape(f"{block}Mlp/Dense_0/kernel", 2)
     arguments: dict[str, Any] = {
         "patch_size": height if height == width else (height, width),
         "in_chans": channels,
@@ -106,9 +109,7 @@ def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -
         "embed_dim": embed_dim,
         "depth": len(blocks),
         "num_heads": shape(f"{block}SelfAttention/query/kernel", 3)[1],
-        "mlp_ratio": _ratio(
-            shape(f"{block}{'Moe/' if 0 in moe else ''}Mlp/Dense_0/kernel", 3 if 0 in moe else 2)[-1], embed_dim
-        ),
+        "mlp_ratio": _ratio(hidden[-1], embed_dim),
         "global_pool": "token" if "cls" in arrays else "map" if "MapHead/probe" in arrays else "avg",
         "qk_norm": f"{block}SelfAttention/query_ln/scale" in arrays,
         "pre_logits": "pre_logits/kernel" in arrays,

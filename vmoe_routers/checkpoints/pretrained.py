@@ -1,7 +1,7 @@
 """Models in folders: config.json and model.safetensors, the names and the form that the Hugging Face hub knows.
 
-config.json holds the arguments of `vit_moe`, model.safetensors every parameter and buffer whole, by its name. Nothing in
-them depends on how many processes, or what device, the model was on.
+config.json holds the arguments of `vit_moe`, model.safetensors every parameter and buffer whole, by its name. Nothing
+in them depends on how many processes, or what device, the model was on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vmoe_routers.checkpoints._files import open_file
 from vmoe_routers.checkpoints.error import CheckpointError
+from vmoe_routers.ops._checks import FLOATS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
@@ -37,8 +38,8 @@ def save_pretrained(
     Dtypes are kept. Tensors that share memory are written each by itself. Which parameters are frozen, dropout's rates
     apart from the arguments, and hooks are not kept.
 
-    Raises CheckpointError: a model that vit_moe did not make, or that was changed since, so that its arguments no longer
-    make it; an argument that JSON cannot hold; a folder that cannot be written.
+    Raises CheckpointError: a model that vit_moe did not make, or that was changed since, so that its arguments make
+    another; an argument that JSON cannot hold; a folder that cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -49,7 +50,9 @@ def save_pretrained(
         )
     config = {**config, "num_classes": getattr(model, "num_classes", config["num_classes"])}
     tensors = {name: _whole(name, tensor) for name, tensor in (state_dict or model.state_dict()).items()}
-    _compare(_make(config, "save_pretrained"), tensors, "save_pretrained: the model is not what its moe_config makes")
+    _compare(
+        make_empty(config, "save_pretrained"), tensors, "save_pretrained: the model is not what its moe_config makes"
+    )
     from vmoe_routers import __version__  # which is set after this module is imported
 
     try:
@@ -70,6 +73,7 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         _replace(folder / CONFIG, lambda path: path.write_text(text + "\n"))
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it the owner's alone
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error})") from error
 
@@ -92,8 +96,8 @@ def from_pretrained(
 
     Parameters have the dtypes of the file. No random number is drawn.
 
-    Raises CheckpointError, which names the file: absent, damaged, of a newer format, or with tensors other than those of
-    the model that the arguments make (every difference is listed).
+    Raises CheckpointError, which names the file: absent, damaged, of a newer format, or with tensors other than those
+    of the model that the arguments make (every difference is listed).
     """
     config_path, weights_path = (
         _locate(os.fspath(source), name, revision, cache_dir, token, local_files_only) for name in (CONFIG, WEIGHTS)
@@ -157,22 +161,18 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _check_counts(arguments, shapes, config_path)
             # Without memory, so that arguments beyond belief cost none
-            model = _make(arguments, config_path)
+            model = make_empty(arguments, config_path)
             _compare(model, shapes, f"{weights_path}: not the model of {config_path}")
             tensors = {name: file.get_tensor(name).clone() for name in shapes}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights_path}: no safetensors file, or a damaged one ({error})") from error
-    wrong = [
-        name for name, there in model.state_dict().items() if there.is_floating_point() != _floating(tensors[name])
-    ]
-    if wrong:
-        raise CheckpointError(f"{weights_path}: {', '.join(wrong)}: of a dtype that is not the model's kind")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:  # what all of a model's are
+            raise CheckpointError(
+                f"{weights_path}: {name} is {tensor.dtype}, wanted one of {', '.join(map(str, FLOATS))}"
+            )
     model.load_state_dict(tensors, assign=True)
     return model.eval()
-
-
-def _floating(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: str) -> None:
@@ -187,8 +187,8 @@ def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]],
             raise CheckpointError(f"{path}: {name} is {count}, more than there are parameters for in {WEIGHTS}")
 
 
-def _make(arguments: dict[str, Any], where: str) -> Any:
-    """The model without memory."""
+def make_empty(arguments: dict[str, Any], where: str) -> Any:
+    """The model of these arguments, without memory. CheckpointError, which begins with `where`: there is none."""
     from vmoe_routers.models import vit_moe
 
     try:
@@ -214,7 +214,7 @@ def _compare(model: nn.Module, found: Mapping[str, Any], problem: str) -> None:
 def _whole(name: str, tensor: Tensor) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter):
         raise CheckpointError(
-            f"save_pretrained: {name} is a {type(tensor).__name__}, wanted a whole tensor: gather it, and give state_dict"
+            f"save_pretrained: {name} is a {type(tensor).__name__}, wanted a whole tensor, which state_dict can bring"
         )
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
