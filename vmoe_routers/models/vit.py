@@ -8,6 +8,7 @@ optimisers' parameter groups) works on the other.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -95,6 +96,7 @@ def vit_moe(
     group_size: int = 1,
     global_pool: str = "avg",
     qk_norm: bool = False,
+    pre_logits: bool = False,
     pos_embed: str = "learned",
     pos_embed_std: float = 0.02,
     proj_drop_rate: float = 0.0,
@@ -109,6 +111,7 @@ def vit_moe(
     group_size      images that are routed together; the batch must be a multiple of it in training
     global_pool     "avg": mean of the encoder's normalised tokens; "token": class token; "map": attention pooling
     qk_norm         LayerNorm over the head width (scale, no bias) on queries and keys
+    pre_logits      a dense layer of the model's width and tanh between pooling and head, which older ViTs have
     pos_embed       "learned": drawn from N(0, pos_embed_std^2); "sincos": fixed, two-dimensional (arXiv 2104.02057)
     proj_drop_rate  dropout in the MLPs and experts and after attention
     drop_path_rate  stochastic depth, growing linearly to this rate at the last block
@@ -122,8 +125,12 @@ def vit_moe(
     The trunk is drawn before the MoE layers, so the same `torch.manual_seed` gives the same trunk for every router
     (and for the dense model): compare routers on equal starting points.
 
+    The model keeps these arguments as `moe_config`, which `vmoe_routers.checkpoints.save_pretrained` writes.
+
     Raises TypeError or ValueError naming the argument: sizes that do not fit together, names that do not exist.
     """
+    config = dict(locals())
+    config |= config.pop("router_options")
     where = "vit_moe"
     image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
     if image[0] % patch[0] or image[1] % patch[1]:
@@ -140,6 +147,7 @@ def vit_moe(
     check_int(where, "group_size", group_size, 1)
     check_choice(where, "global_pool", global_pool, POOLINGS)
     check_flag(where, "qk_norm", qk_norm)
+    check_flag(where, "pre_logits", pre_logits)
     check_choice(where, "pos_embed", pos_embed, POSITIONS)
     check_positive(where, "pos_embed_std", pos_embed_std, zero=True)
     for name, rate in {"proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}.items():
@@ -172,7 +180,10 @@ def vit_moe(
         act_layer=GeluTanh,
         weight_init="skip",
     )
+    setattr(model, "moe_config", config)  # noqa: B010  (timm's class declares none)
     blocks: Any = model.blocks
+    if pre_logits:  # timm's place for what comes between pooling and head
+        model.fc_norm = nn.Sequential(OrderedDict(dense=nn.Linear(embed_dim, embed_dim), act=nn.Tanh()))
     if qk_norm:
         for attention in [block.attn for block in blocks] + ([model.attn_pool] if global_pool == "map" else []):
             attention.q_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False)
