@@ -1,6 +1,6 @@
 // product -- torch's matrix products on pieces of packed memory, for loops over groups.
 //
-// Inside parallel_groups() each product runs on the one thread that calls it, and what it
+// Inside parallel_runs() each product runs on the one thread that calls it, and what it
 // makes stays in that thread's cache for the next step. The shims do not go through the
 // dispatcher.
 #pragma once
@@ -73,7 +73,7 @@ inline int64_t groups_together(int64_t elements_each) {
 // body(first, count) for every such run of groups. The runs are the same whatever the
 // number of threads.
 template <typename Body>
-void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
+void parallel_runs(int64_t groups, int64_t elements_each, Body&& body) {
   const int64_t together = groups_together(elements_each);
   torch::stable::parallel_for(
       0, (groups + together - 1) / together, 1, [&](int64_t begin, int64_t end) {

@@ -22,7 +22,7 @@ Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
   Tensor logits = empty({G, tokens, S}, x);
   by_dtype("soft_logits", x, [&](auto zero) {
     using T = decltype(zero);
-    parallel_groups(G, tokens * (D + S), [&](int64_t first, int64_t count) {
+    parallel_runs(G, tokens * (D + S), [&](int64_t first, int64_t count) {
       const int64_t rows = count * tokens;
       const T* in = read<T>(x) + first * tokens * D;
       T* out = write<T>(logits) + first * tokens * S;

@@ -61,7 +61,7 @@ Tensor soft_mix(
   by_dtype("soft_mix", logits, [&](auto zero) {
     using T = decltype(zero);
     const Slots<T> slots{num_experts, G, C, D};
-    parallel_groups(G, 2 * tokens * S + (tokens + S) * D, [&](int64_t first, int64_t count) {
+    parallel_runs(G, 2 * tokens * S + (tokens + S) * D, [&](int64_t first, int64_t count) {
       const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
       const T* in = read<T>(logits) + first * tokens * S;
       cpu::soft_mix(in, weights.get(), tokens, S, dim == 1, 0, count);
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
     const Slots<T> slots{num_experts, G, C, D};
     const Tensor& by_token = dim == 1 ? values : grad;
     const Tensor& by_slot = dim == 1 ? grad : values;
-    parallel_groups(G, 3 * tokens * S + (2 * tokens + S) * D, [&](int64_t first, int64_t count) {
+    parallel_runs(G, 3 * tokens * S + (2 * tokens + S) * D, [&](int64_t first, int64_t count) {
       const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
       const T* in = read<T>(logits) + first * tokens * S;
       T* out = write<T>(grad_logits) + first * tokens * S;

@@ -67,7 +67,8 @@ def check_positive(where: str, name: str, value: object, *, zero: bool = False) 
     """`value` is a finite number > 0, or >= 0 with `zero`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    # Comparisons alone, false for NaN: under torch.compile(dynamic=True) a float may be a symbol.
+    if not 0 <= value < math.inf or (value == 0 and not zero):
         raise ValueError(f"{where}: {name} must be {'>=' if zero else '>'} 0, got {value}")
     return float(value)
 
