@@ -36,7 +36,7 @@ def route(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, router.weight)
     if isinstance(router, TokenChoiceRouter):
         K = router.top_k
-        E, C = router.num_experts, router.slots(T * K)
+        E, C = router.num_experts, router.slots(T)
         choose, gates = _affinity(router.affinity, logits, C)
         expert = choose.topk(K).indices
         kept = gates.gather(2, expert)
@@ -46,7 +46,7 @@ def route(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Tensor]:
         gate = F.pad(kept.flatten(1), (0, 1)).gather(1, torch.where(source < 0, T * K, source).flatten(1))
         token, gate = source.div(K, rounding_mode="floor"), gate.view(source.shape)
     else:
-        C = min(router.slots(T), T)
+        C = router.slots(T)
         choose, gates = _affinity(router.affinity, logits, C)
         token = choose.topk(C, dim=1).indices
         gate, token = gates.gather(1, token).transpose(1, 2), token.transpose(1, 2)

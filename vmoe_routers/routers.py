@@ -193,8 +193,12 @@ class TokenChoiceRouter(SparseRouter):
         self.batch_priority = check_flag(type(self).__name__, "batch_priority", batch_priority)
         self.renormalize = check_flag(type(self).__name__, "renormalize", renormalize)
 
+    def slots(self, tokens: int) -> int:
+        """See `SparseRouter.slots`; every token asks for K."""
+        return super().slots(tokens * self.top_k)
+
     def _route(self, logits, noisy, noise_std, mask):
-        slots = self.slots(logits.shape[1] * self.top_k)
+        slots = self.slots(logits.shape[1])
         gates, weights = self.affinity(logits, noisy, slots, mask)
         return token_choice(
             gates,
@@ -217,7 +221,11 @@ class ExpertChoiceRouter(SparseRouter):
     """Every expert chooses its C best tokens of the group.
 
     Capacity is rounded to the nearest (half to even) and not to a multiple by
-    default, so that equal factors cost as much as Soft MoE. See `SparseRouter`.
+    default, so that equal factors cost as much as Soft MoE.
+
+    Args:
+        renormalize: divide a token's gates by their sum over the experts that took it.
+        The others: see `SparseRouter`.
     """
 
     def __init__(
@@ -228,6 +236,7 @@ class ExpertChoiceRouter(SparseRouter):
         *,
         capacity_rounding: str = "round",
         capacity_multiple_of: int = 1,
+        renormalize: bool = False,
         **options: Any,
     ):
         super().__init__(
@@ -238,16 +247,21 @@ class ExpertChoiceRouter(SparseRouter):
             capacity_multiple_of=capacity_multiple_of,
             **options,
         )
+        self.renormalize = check_flag(type(self).__name__, "renormalize", renormalize)
+
+    def slots(self, tokens: int) -> int:
+        """See `SparseRouter.slots`; at most as many as tokens."""
+        # An empty group has no token for a slot; expert_choice clamps 1 to it.
+        return max(1, min(super().slots(tokens), tokens))
 
     def _route(self, logits, noisy, noise_std, mask):
-        tokens = logits.shape[1]
-        # An empty group has no token for a slot; expert_choice clamps 1 to it.
-        slots = max(1, min(self.slots(tokens), tokens))
+        slots = self.slots(logits.shape[1])
         gates, weights = self.affinity(logits, noisy, slots, mask)
         return expert_choice(
             gates,
             slots,
             weights=weights,
+            renormalize=self.renormalize,
             mask=mask,
             losses=self._losses(logits, noisy, noise_std, 1, mask),
             loss_weights=self.loss_weights,
@@ -321,6 +335,10 @@ class SoftRouter(nn.Module):
         std = math.sqrt(1 / self.dim)
         nn.init.trunc_normal_(self.phi, std=std, a=-2 * std, b=2 * std)
         nn.init.constant_(self.scale, self.scale_init)
+
+    def slots(self, tokens: int) -> int:
+        """C, the slots per expert: fixed by Phi, whatever the tokens."""
+        return self.slots_per_expert
 
     def draw_noise(self, logits: Tensor) -> Tensor:
         """Standard normal noise in the shape of the logits [G, T, E, C]."""

@@ -387,6 +387,7 @@ def expert_choice(
     capacity: int,
     *,
     weights: Tensor | Gates | None = None,
+    renormalize: bool = False,
     mask: Tensor | None = None,
     losses: Mapping[str, Callable[[], Tensor]] | None = None,
     loss_weights: Mapping[str, float] | None = None,
@@ -398,6 +399,7 @@ def expert_choice(
             of -inf is never taken, the slot stays empty.
         capacity: C, slots per expert and group; more than T is clamped to T.
         weights: [G, T, E], go into the combine tensor; `gates` where left out.
+        renormalize: divide a token's weights by their sum over the experts that took it.
         mask: [G, T] bool, True = real token; others are never taken.
         losses, loss_weights: see `Routing`.
 
@@ -406,7 +408,11 @@ def expert_choice(
     """
     gates, weights = _check_gates("expert_choice", gates, weights, mask)
     capacity = check_int("expert_choice", "capacity", capacity, 1)
-    _, kept, token = _choose(gates, weights, min(capacity, gates.source.shape[1]), 1, mask)
+    check_flag("expert_choice", "renormalize", renormalize)
+    tokens = gates.source.shape[1]
+    _, kept, token = _choose(gates, weights, min(capacity, tokens), 1, mask)
+    if renormalize:
+        kept = _share(kept, token, tokens)
     return SparseRouting(
         token,
         kept,
@@ -444,6 +450,14 @@ def _choose(gates: Gates, weights: Gates, k: int, dim: int, mask: Tensor | None)
     with torch.no_grad():
         best, indices = gates.choose(k, dim, mask)
     return best, weights.at(indices, dim), indices
+
+
+def _share(kept: Tensor, token: Tensor, tokens: int) -> Tensor:
+    """kept [G, E, C] over the sum of what is kept of the same token; 0 in empty slots."""
+    groups, experts, slots = kept.shape
+    ones = kept.new_ones(experts, groups, slots, 1)
+    total = ops.combine(ones, kept, token, *ops.invert_slots(token, tokens)).squeeze(2)
+    return kept / _take(total, token).clamp(min=torch.finfo(kept.dtype).tiny)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
     if router == "softmax_token_choice":
         variants.append(variant("loop over experts", "index", torch_form(layers.loop)))
         variants.append(variant("grouped_mm", "index", torch_form(layers.grouped)))
-        dense_bytes = 4 * size.rows * size.experts * layer.router.slots(grouped.shape[1] * top_k)
+        dense_bytes = 4 * size.rows * size.experts * layer.router.slots(grouped.shape[1])
         if dense_bytes <= EINSUM_BYTES:
             variants.append(variant("one-hot einsum", "naive", torch_form(layers.einsum)))
         else:

@@ -57,7 +57,7 @@ def top2(size: Size, device: str) -> Case:
     title = "layer of lucidrains' packages, top-2 renormalised, per image"
     layer, x, variants, skipped, case = build(size, device, title, [BUFFERS], top_k=2, renormalize=True, **ROUND)
     for peer in (peers.mixture_of_experts, peers.st_moe_pytorch):
-        peers.add(variants, skipped, peer, layer, x, layer.router.slots(size.tokens * 2))
+        peers.add(variants, skipped, peer, layer, x, layer.router.slots(size.tokens))
     return case()
 
 

@@ -67,7 +67,8 @@ std::tuple<Tensor, Tensor> soft_logits_backward(
       }
     });
   });
-  return {grad_x, sum(totals, 0)};
+  const std::vector<int64_t> axes{0};  // outlives the call, which keeps a reference
+  return {grad_x, sum(totals, axes)};
 }
 
 }  // namespace
