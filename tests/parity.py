@@ -36,8 +36,8 @@ GATE = 1e-6  # absolute
 OUTPUT = 1e-5  # absolute
 SOFT = 2e-6  # absolute; of the largest value where tokens are a thousand times the usual
 SOFT_ROUNDED = 1e-6  # absolute, where we make the reference's two roundings to bfloat16 too
-# The same of a model: of thousands of numbers rounded to bfloat16 behind a few layers of float32 rounding, one or two lie
-# at a middle and may fall to the other side, by 2**-8 of themselves.
+# The same of a model: of thousands of numbers rounded to bfloat16, one or two lie at a middle and may fall to the other
+# side behind a few layers of float32 rounding, by 2**-8 of themselves.
 SOFT_ROUNDED_MODEL = 5e-5
 SOFT_BFLOAT16 = 5e-3  # absolute, where we do not
 SINKHORN_PLAN = 2e-5  # relative, of every entry
