@@ -55,19 +55,23 @@ FilledRows rows_of(const Sizes& sizes, const std::optional<Tensor>& filled) {
   return {filled ? read<int32_t>(*filled) : nullptr, sizes.E, sizes.G, C};
 }
 
-// A tensor upon memory, for torch's product.
+// Tensors upon memory, for torch's product: [rows, columns], and its transpose.
+template <typename T>
+Tensor strided(
+    const T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+  return torch::stable::from_blob(
+      const_cast<T*>(data), {rows, columns}, {row_stride, column_stride},
+      torch::headeronly::DeviceType::CPU, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+}
+
 template <typename T>
 Tensor matrix(const T* data, int64_t rows, int64_t columns, int64_t row_stride) {
-  return torch::stable::from_blob(
-      const_cast<T*>(data), {rows, columns}, {row_stride, 1}, torch::headeronly::DeviceType::CPU,
-      sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+  return strided(data, rows, columns, row_stride, 1);
 }
 
 template <typename T>
 Tensor transposed(const T* data, int64_t rows, int64_t columns, int64_t row_stride) {
-  return torch::stable::from_blob(
-      const_cast<T*>(data), {columns, rows}, {1, row_stride}, torch::headeronly::DeviceType::CPU,
-      sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
+  return strided(data, columns, rows, 1, row_stride);
 }
 
 // out = a b, or out += a b. Torch's CPU product itself, behind the dispatcher: neither autocast
@@ -106,6 +110,12 @@ std::vector<Block> blocks_of(const FilledRows& rows, int64_t E, int64_t size) {
     }
   }
   return blocks;
+}
+
+int64_t most_rows(const std::vector<Block>& blocks) {
+  int64_t most = 0;
+  for (const Block& block : blocks) most = std::max(most, block.end - block.begin);
+  return most;
 }
 
 // An expert's rows of a block: where they lie if no gap is between them, else copied to `to`.
@@ -170,7 +180,7 @@ std::tuple<Tensor, Tensor> grouped_mlp(
   Tensor y = empty({E, N, out}, x), hidden = empty({E, save ? N : 0, F}, x);
   const FilledRows rows = rows_of(sizes, filled);
   const std::vector<Block> blocks = blocks_of(rows, E, kRows);
-  const int64_t most = 2 * kRows;
+  const int64_t most = most_rows(blocks);
   by_dtype("grouped_mlp", x, [&](auto zero) {
     using T = decltype(zero);
     clear_gaps<T>(rows, sizes, out, y);
@@ -239,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_mlp_backward(
   by_dtype(op, x, [&](auto zero) {
     using T = decltype(zero);
     if (of_x) clear_gaps<T>(rows, sizes, D, grad_x);
-    const int64_t most = 3 * kRowsBackward / 2;
+    const int64_t most = most_rows(blocks);
     const int64_t scratch_size = most * (2 * D + out + 2 * width);
     each_task<T>(E * parts, scratch_size, x, [&](int64_t task, T* scratch) {
       const int64_t e = task / parts, part = task % parts;
