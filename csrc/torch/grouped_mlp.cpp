@@ -83,9 +83,12 @@ void product(const Tensor& a, const Tensor& b, const Tensor& out, bool add = fal
 }
 
 // body(task, scratch) for every task, in parallel; whoever is free takes the next one, since
-// experts are not equally busy. What a task computes does not depend on who does.
+// experts are not equally busy. What a task computes does not depend on who does: products may
+// round differently by the place of their operands in a cache line, so every scratch begins one.
 template <typename T, typename Body>
-void each_task(int64_t tasks, int64_t scratch_size, const Tensor& like, Body&& body) {
+void each_task(int64_t tasks, int64_t scratch_elements, const Tensor& like, Body&& body) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t scratch_size = (scratch_elements + line - 1) / line * line;
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   const Tensor scratch = empty({workers, scratch_size}, like);
   std::atomic<int64_t> next{0};

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -24,12 +25,15 @@ def check_tensor(where: str, name: str, value: object, axes: str) -> Tensor:
     return value
 
 
-def check_floating(where: str, name: str, value: object) -> Tensor:
-    """`value` is a tensor of float16, bfloat16, float32 or float64."""
+def check_floating(where: str, name: str, value: object, *, tangent: bool = False) -> Tensor:
+    """`value` is a tensor of float16, bfloat16, float32 or float64; a dual one of forward-mode AD only if `tangent`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{where}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    # torch would pass the kernels by with a tangent of 0.
+    if not tangent and forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{where}: {name} has a tangent of forward-mode AD, wanted none: use backward")
     return value
 
 

@@ -52,7 +52,7 @@ def grouped_mlp(
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or `act`.
     """
-    x = check_floating("grouped_mlp", "x", check_tensor("grouped_mlp", "x", x, "E N D"))
+    x = check_floating("grouped_mlp", "x", check_tensor("grouped_mlp", "x", x, "E N D"), tangent=True)
     w1 = check_tensor("grouped_mlp", "w1", w1, "E D F")
     w2 = check_tensor("grouped_mlp", "w2", w2, "E F D'")
     experts, width, hidden = x.shape[0], x.shape[2], w1.shape[2]
