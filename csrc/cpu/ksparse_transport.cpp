@@ -130,7 +130,7 @@ class SemiDual {
   };
 
   // Columns of a range at least: some us of work, and few ranges that need scratch.
-  int64_t grain() const { return std::max({int64_t{1}, 65536 / (size_ + 1), (E_ + 63) / 64}); }
+  int64_t grain() const { return std::max({int64_t{1}, 16384 / (size_ + 1), (E_ + 63) / 64}); }
 
   // Calls body(begin, end) for ranges of tokens, their number no matter of threads.
   template <typename Body>

@@ -220,7 +220,7 @@ class LogDomain {
   template <typename Join, typename Value>
   void reduce_columns(std::vector<double>& out, double first, Join&& join, Value&& value) {
     group_.each_piece([&](int64_t piece, int64_t begin, int64_t end) {
-      double* partial = &partial_[piece * group_.E];
+      double* partial = partial_.data() + piece * group_.E;
       std::fill(partial, partial + group_.E, first);
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t e = 0; e < group_.E; ++e) partial[e] = join(partial[e], value(t, e));
@@ -266,7 +266,7 @@ template <typename C>
 class Vectors {
  public:
   void make(int64_t count) { room_.make(count); }
-  C* operator[](int64_t i) const { return room_.get()[i].lane; }
+  C* operator[](int64_t i) const { return reinterpret_cast<C*>(room_.get()) + i * kWidth<C>; }
 
  private:
   Room<Block<C>> room_;
