@@ -11,11 +11,19 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
+
+#include "../half.h"
+#include "../parallel.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #ifdef VMOE_DEVICE_CUDA
 #include <cuda_runtime.h>
@@ -58,10 +66,47 @@ inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(packed(*tensor)) : std::nullopt;
+}
+
+// Asks for huge pages where memory is large: an output of tens of MB comes fresh from the system
+// and is faulted in page by page as a kernel writes it, which costs several times the writing.
+// NumPy does the same, from the same size on.
+inline void use_huge_pages([[maybe_unused]] const Tensor& tensor) {
+#if defined(__linux__) && !defined(VMOE_DEVICE_CUDA)
+  constexpr size_t kLarge = size_t{1} << 22, kPage = 4096;
+  const size_t size = tensor.numel() * tensor.element_size();
+  if (size < kLarge) return;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  // Advice: where it is refused nothing is lost.
+  madvise(reinterpret_cast<void*>(first), (begin + size - first) / kPage * kPage, MADV_HUGEPAGE);
+#endif
+}
+
+// On the device of `like`. Not new_empty, which goes through the dispatcher twice.
 inline Tensor empty(
     std::initializer_list<int64_t> shape, const Tensor& like,
     std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  std::array<int64_t, 8> strides;
+  STD_TORCH_CHECK(shape.size() <= strides.size());
+  int64_t stride = 1;
+  for (size_t axis = shape.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(1, shape.begin()[axis]);
+  }
+  int32_t type, device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides.data(), type, device,
+      like.get_device_index(), &handle));
+  const Tensor tensor(handle);
+  use_huge_pages(tensor);
+  return tensor;
 }
 
 template <typename T>
@@ -87,12 +132,45 @@ void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
   }
 }
 
+// Calls body(Row{}) with the type of the tensor's rows, 16 bits among them.
+template <typename Body>
+void by_row_dtype(const char* op, const Tensor& tensor, Body&& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    case ScalarType::Half:
+      return body(Float16{});
+    default:
+      return by_dtype(op, tensor, body);
+  }
+}
+
+// The dtype that rows of this one are computed in, Compute<Row>.
+inline ScalarType compute_dtype(const Tensor& rows) {
+  return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // body(begin, end) over [0, count), in parallel where a share is worth a thread:
 // about 16k elements, some 10 us of work.
 template <typename Body>
 void parallel(int64_t count, int64_t elements_each, Body&& body) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_each));
   torch::stable::parallel_for(0, count, grain, body);
+}
+
+// body(begin, end, inside) over the groups: in parallel where there are as many as
+// threads, else one after another, with the threads handed on to split each of them.
+template <typename Body>
+void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
+  if (groups >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    return parallel(
+        groups, elements_each, [&](int64_t begin, int64_t end) { body(begin, end, Parallel{}); });
+  }
+  const Parallel inside{[](int64_t count, Parallel::Body piece, const void* context) {
+    torch::stable::parallel_for(
+        0, count, 1, [=](int64_t begin, int64_t end) { piece(begin, end, context); });
+  }};
+  body(0, groups, inside);
 }
 
 #ifdef VMOE_DEVICE_CUDA
