@@ -14,7 +14,7 @@ from vmoe_routers.checkpoints import CheckpointError, load_flax, read_npz, read_
 from vmoe_routers.models import vit_moe
 
 TINY = parity.GOLDEN / "ckpt" / "tiny"
-EXPECTED = parity.GOLDEN / "ckpt" / "tiny_expected.npz"
+EXPECTED = parity.GOLDEN / "ckpt_tiny_expected.npz"
 DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64".split()
 
 
