@@ -4,18 +4,18 @@ import os
 import random
 import tracemalloc
 
-import format as vmoe_format
 import parity
 import pytest
 import torch
-from format import MARK, Ext, Pairs, chunk, leaf, pack, raw, slice_nd
+import vmoe_writer
+from vmoe_writer import MARK, Ext, Pairs, chunk, leaf, pack, raw, slice_nd
 
 from vmoe_routers.checkpoints import CheckpointError, load_flax, read_npz, read_vmoe
+from vmoe_routers.checkpoints.vmoe import DTYPES
 from vmoe_routers.models import vit_moe
 
 TINY = parity.GOLDEN / "ckpt" / "tiny"
 EXPECTED = parity.GOLDEN / "ckpt_tiny_expected.npz"
-DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64".split()
 
 
 def equal(found, wanted):
@@ -48,7 +48,7 @@ def test_the_references_own_checkpoint_gives_its_logits():
 def tree():
     numbers = torch.arange(5 * 6 * 7)
     layers = {f"layer_{i}": {"kernel": torch.randn(4, 3), "bias": torch.full((3,), float(i))} for i in range(12)}
-    kinds = {dtype: (numbers[:10] % 2).to(getattr(torch, dtype)) for dtype in DTYPES}
+    kinds = {name: (numbers[:10] % 2).to(dtype) for name, dtype in DTYPES.items()}
     odd = {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "cut": numbers.float().reshape(5, 6, 7)}
     return {"layers": layers, "kinds": kinds, **odd}
 
@@ -61,18 +61,18 @@ def flat(tree, path=""):
 @pytest.mark.parametrize("shards", [1, 2, 5])
 def test_shards_slices_and_chunks(tmp_path, shards):
     given = tree()
-    index, data = vmoe_format.content(given, {"cut": (2, 3, 2)}, shards)
+    index, data = vmoe_writer.content(given, {"cut": (2, 3, 2)}, shards)
     calls = []
-    found = read_vmoe(vmoe_format.write(tmp_path, index, data), progress=lambda *call: calls.append(call))
+    found = read_vmoe(vmoe_writer.write(tmp_path, index, data), progress=lambda *call: calls.append(call))
     wanted = dict(flat(given))
     assert found.keys() == wanted.keys() and all(equal(found[path], wanted[path]) for path in wanted)
     assert len(calls) == len(wanted) and calls[-1][0] == calls[-1][1] > 0
 
 
 def test_without_version_and_only_the_parameters(tmp_path):
-    index, data = vmoe_format.content({"params": {"cls": torch.ones(2)}, "opt": {"m": torch.zeros(2)}})
+    index, data = vmoe_writer.content({"params": {"cls": torch.ones(2)}, "opt": {"m": torch.zeros(2)}})
     del index["version"]
-    prefix = vmoe_format.write(tmp_path, index, data)
+    prefix = vmoe_writer.write(tmp_path, index, data)
     assert read_vmoe(prefix).keys() == {"cls"}
     assert read_vmoe(str(prefix), whole_state=True).keys() == {"params/cls", "opt/m"}
 
@@ -81,10 +81,11 @@ def test_without_version_and_only_the_parameters(tmp_path):
 
 
 A = torch.arange(4.0)
+RAW = raw(A)
 WHOLE = ((0, 4),)
 
 
-def part(data=raw(A), where=WHOLE, shape=(4,), dtype="float32", code=1, slice_code=6):
+def part(data=RAW, where=WHOLE, shape=(4,), dtype="float32", code=1, slice_code=6):
     return [[chunk(shape, dtype, data, code)], Ext(slice_code, slice_nd(where))]
 
 
@@ -140,7 +141,7 @@ HOSTILE = {
     "no mark": (index(), {"0": [part()]}, "is missing"),
     "false mark": (index(), {MARK: False, "0": [part()]}, "is not true"),
     "no leaf": (index(), {MARK: True}, "slice [0:4] is missing"),
-    **{f"name {name!r}": ({"shard_count": 1, "index": {name: leaf((4,), "float32", [WHOLE], [0])}}, shard(), "is no name")
+    **{f"name {name!r}": (index() | {"index": {name: leaf((4,), "float32", [WHOLE], [0])}}, shard(), "is no name")
        for name in ("", "..", "a/b", "a\\b", "a\0")},
 }  # fmt: skip
 
@@ -148,16 +149,16 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile(tmp_path, case):
     of_index, of_shard, message = HOSTILE[case]
-    prefix = vmoe_format.write(tmp_path, of_index, [of_shard])
+    prefix = vmoe_writer.write(tmp_path, of_index, [of_shard])
     with pytest.raises(CheckpointError) as error:
         read_vmoe(prefix)
     assert message in str(error.value) and str(error.value).startswith(str(tmp_path / "checkpoint."))
 
 
 def test_the_file_that_the_hostile_ones_are_made_of(tmp_path):
-    assert equal(read_vmoe(vmoe_format.write(tmp_path, index(), [shard()]))["a"], A)
+    assert equal(read_vmoe(vmoe_writer.write(tmp_path, index(), [shard()]))["a"], A)
     parts = part(HALF, ((0, 2),), (2,)), part(raw(A[2:]), ((2, 4),), (2,))
-    assert equal(read_vmoe(vmoe_format.write(tmp_path, index(halves((0, 2), (2, 4))), [shard(*parts)]))["a"], A)
+    assert equal(read_vmoe(vmoe_writer.write(tmp_path, index(halves((0, 2), (2, 4))), [shard(*parts)]))["a"], A)
 
 
 @pytest.mark.parametrize(("data", "message"), [
@@ -171,7 +172,7 @@ def test_the_file_that_the_hostile_ones_are_made_of(tmp_path):
     (b"\x81\xa2\xff\xfe\xc0", "no valid UTF-8"),
 ])  # fmt: skip
 def test_hostile_bytes(tmp_path, data, message):
-    prefix = vmoe_format.write(tmp_path, index(), [shard()])
+    prefix = vmoe_writer.write(tmp_path, index(), [shard()])
     prefix.with_suffix(".index").write_bytes(data)
     with pytest.raises(CheckpointError, match=message):
         read_vmoe(prefix)
@@ -203,7 +204,7 @@ def mutated(draw, data):
 
 def test_fuzz(tmp_path):
     small = {"a": torch.randn(3, 4), "b": {"c": torch.randn(2), "d": torch.tensor(1)}}
-    prefix = vmoe_format.write(tmp_path, *vmoe_format.content(small, {"a": (3, 2)}))
+    prefix = vmoe_writer.write(tmp_path, *vmoe_writer.content(small, {"a": (3, 2)}))
     files = sorted(tmp_path.iterdir())
     whole = {file: file.read_bytes() for file in files}
     draw, refused = random.Random(0), 0
