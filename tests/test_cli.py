@@ -51,6 +51,8 @@ def test_options(arguments, changes):
     ("study --colour red", "--colour red"),
     ("study --device cuda", "torch finds no CUDA here"),
     ("study --max-images 200 --output /dev/null/x", "/dev/null/x"),
+    ("convert", "convert.source"),
+    ("convert nowhere folder", "nowhere.index: there is no such file"),
     ("train", "train"),
     ("", "study"),
 ])  # fmt: skip
@@ -69,7 +71,7 @@ def test_a_missing_package_is_one_line(capsys, monkeypatch):
     assert "jsonargparse" in err and "pip install 'vmoe_routers[study]'" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["convert", "--help"], ["--version"]])
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -78,7 +80,7 @@ def test_help(capsys, arguments):
     if arguments[0] == "study":
         assert all(f"--{field.name}" in out for field in dataclasses.fields(Settings))
     else:
-        assert "study" in out or out.startswith("vmoe-routers ")
+        assert "study" in out or "from_pretrained" in out or out.startswith("vmoe-routers ")
 
 
 def wait_until(true, seconds=120):

@@ -31,6 +31,7 @@ def test_import_is_light():
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     modules = set(done.stdout.split())
     heavy = ("timm", "matplotlib", "sklearn", "torchvision", "rich", "jsonargparse", "scipy", "PIL")
+    heavy += ("safetensors", "huggingface_hub")
     assert modules.isdisjoint(heavy)
     assert not any(name.startswith("vmoe_routers.models") for name in modules)
     assert done.stderr == ""

@@ -43,7 +43,8 @@ def _convert(options: dict[str, Any]) -> None:
 
     from vmoe_routers.checkpoints.convert import convert
 
-    with Progress(TextColumn("reading"), BarColumn(), DownloadColumn(), transient=True) as progress:
+    columns = TextColumn("reading"), BarColumn(), DownloadColumn()
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("reading", total=None)
         model = convert(**options, progress=lambda done, total: progress.update(task, completed=done, total=total))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -1,5 +1,6 @@
 """load_flax: every parameter by its path, strictly, and all of them or none."""
 
+import ast
 import copy
 
 import numpy as np
@@ -275,3 +276,81 @@ def _map_head(x, params):
     hidden = hidden @ params["MapHead/Mlp/Dense_0/kernel"] + params["MapHead/Mlp/Dense_0/bias"]
     hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
     return (y + hidden @ params["MapHead/Mlp/Dense_1/kernel"] + params["MapHead/Mlp/Dense_1/bias"])[:, 0]
+
+
+def test_pre_logits_and_the_names_of_dense_vits():
+    """The names of the code that wrote the dense ViTs, and pre_logits: loaded as under the reference's names."""
+    source = model(router=None, pre_logits=True)
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    params = flax_params(source)
+    renamed = {}
+    for path, array in params.items():
+        path = path.replace("Encoder/", "Transformer/").replace("SelfAttention/", "MultiHeadDotProductAttention_1/")
+        path = path.replace("LayerNorm_1/", "LayerNorm_2/").replace("/Mlp/", "/MlpBlock_3/")
+        renamed["opt/target/" + path] = array
+    for given in (params, renamed):
+        loaded = load_flax(model(router=None, pre_logits=True), given)
+        for name, tensor in source.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    check_refused(model(router=None), params, "pre_logits/kernel: not used")
+
+
+def flax_params(dense):
+    """The name map the other way, for a dense model with a class token."""
+    state, heads = dense.state_dict(), 4
+
+    def linear(path, name, rows=slice(None)):
+        return {f"{path}/kernel": state[f"{name}.weight"][rows].t(), f"{path}/bias": state[f"{name}.bias"][rows]}
+
+    def norm(path, name):
+        return {f"{path}/scale": state[f"{name}.weight"], f"{path}/bias": state[f"{name}.bias"]}
+
+    found = {"cls": state["cls_token"], "Encoder/posembed_input/pos_embedding": state["pos_embed"]}
+    found |= {"embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0)}
+    found |= {"embedding/bias": state["patch_embed.proj.bias"]}
+    for i in range(4):
+        path, name, width = f"Encoder/encoderblock_{i}", f"blocks.{i}", state["cls_token"].shape[2]
+        found |= norm(f"{path}/LayerNorm_0", f"{name}.norm1") | norm(f"{path}/LayerNorm_1", f"{name}.norm2")
+        found |= linear(f"{path}/Mlp/Dense_0", f"{name}.mlp.fc1") | linear(f"{path}/Mlp/Dense_1", f"{name}.mlp.fc2")
+        for j, projection in enumerate(("query", "key", "value")):
+            here = f"{path}/SelfAttention/{projection}"
+            found |= linear(here, f"{name}.attn.qkv", slice(j * width, (j + 1) * width))
+            found[f"{here}/kernel"] = found[f"{here}/kernel"].unflatten(1, (heads, -1))
+            found[f"{here}/bias"] = found[f"{here}/bias"].unflatten(0, (heads, -1))
+        found |= linear(f"{path}/SelfAttention/out", f"{name}.attn.proj")
+        found[f"{path}/SelfAttention/out/kernel"] = found[f"{path}/SelfAttention/out/kernel"].unflatten(0, (heads, -1))
+    return found | norm("Encoder/encoder_norm", "norm") | linear("pre_logits", "fc_norm.dense") | linear("head", "head")
+
+
+@pytest.mark.parametrize(("old", "new", "token"), [(50, 145, 1), (197, 577, 1), (197, 65, 1), (49, 144, 0)])
+def test_position_embeddings_of_another_grid(old, new, token):
+    golden = parity.Golden("vit_zoom")
+    table, side = golden[f"src_{old}"], int((new - token) ** 0.5)
+    module = vit_moe(
+        side, 1, embed_dim=8, depth=1, num_heads=1, router=None, global_pool="token" if token else "avg", num_classes=0
+    )
+    path = "Encoder/posembed_input/pos_embedding"
+    params = {missing: torch.zeros(shape) for missing, shape in _missing(module)}
+    load_flax(module, params | {path: table})
+    torch.testing.assert_close(module.pos_embed.data, golden[f"out_{old}_to_{new}"], rtol=0, atol=parity.OUTPUT)
+    for wrong in (table[..., :4], table[:, :-1], table[0], table[:, :token]):
+        check_refused(module, params | {path: wrong}, f"{path}: shape {tuple(wrong.shape)}, wanted (1, {new}, 8)")
+
+
+def _missing(module):
+    """Paths and shapes of what a module wants, as the error lists them."""
+    with pytest.raises(ValueError) as error:
+        load_flax(module, {})
+    lines = str(error.value).splitlines()[1:]
+    return [(line.split(":")[0].strip(), ast.literal_eval(line.split("wanted shape ")[1])) for line in lines]
+
+
+def test_skip_head():
+    params = parity.Golden("vit_tiny_token_tc").params()
+    for classes in (5, 0, 10):
+        module = model(num_classes=classes)
+        before = copy.deepcopy(module.head.state_dict())
+        load_flax(module, {**params, "pre_logits/kernel": torch.zeros(32, 32)}, skip_head=True)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in module.head.state_dict().items())
+        assert torch.equal(module.cls_token, params["cls"])

@@ -72,6 +72,10 @@ def upcycle(
     layers = [_layer(found[i], f"blocks[{i}]", router, num_experts, group_size, noise, router_options) for i in chosen]
     for i, layer in zip(chosen, layers, strict=True):
         found[i].mlp = layer
+    config: Any = getattr(model, "moe_config", None)
+    if config is not None and config["router"] is None:  # from now on the arguments of what the model is
+        moe = {"router": router, "num_experts": num_experts, "moe_blocks": list(chosen), "group_size": group_size}
+        setattr(model, "moe_config", {**config, **moe, **router_options})  # noqa: B010
     return model
 
 

@@ -1,0 +1,111 @@
+"""read_npz: numpy's files as they are, and those that mean harm."""
+
+import io
+import random
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from vmoe_routers.checkpoints import CheckpointError, read_npz
+
+
+def npz(path, members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return path
+
+
+def npy(header, data=b"", version=b"\x01\x00"):
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text + data
+
+
+def header(dtype="<f4", shape="(2,)", fortran=False):
+    return f"{{'descr': '{dtype}', 'fortran_order': {fortran}, 'shape': {shape}, }}"
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_what_numpy_writes(tmp_path, save):
+    draw = np.random.default_rng(0)
+    ints = [f"{sign}int{n}" for sign in ("", "u") for n in (8, 16, 32, 64)]
+    kinds = ["bool", "float16", "float32", "float64", *ints]
+    arrays = {f"kinds/{kind}": draw.integers(0, 2, (3, 4)).astype(kind) for kind in kinds}
+    arrays |= {"scalar": np.float32(2), "empty": np.zeros((0, 3)), "fortran": np.asfortranarray(draw.random((2, 3, 4)))}
+    save(tmp_path / "a.npz", **arrays)
+    found = read_npz(tmp_path / "a.npz")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].is_contiguous() and np.array_equal(found[name].numpy(), array)
+        assert found[name].numpy().dtype == array.dtype and found[name].shape == np.shape(array)
+
+
+def test_two_bytes_without_a_meaning_are_bfloat16(tmp_path):
+    wanted = torch.randn(3, 4).bfloat16()
+    np.savez(tmp_path / "a.npz", a=wanted.view(torch.int16).numpy().view("V2"))
+    assert torch.equal(read_npz(tmp_path / "a.npz")["a"], wanted)
+
+
+@pytest.mark.parametrize(("member", "message"), [
+    (npy(header("|O"), b"\0" * 8), r"dtype or header '\|O'"),
+    (npy(header(">f4"), b"\0" * 8), "dtype or header '>f4'"),
+    (npy(header(shape="(2000000000000,)"), b"\0" * 8), "in 8 bytes"),
+    (npy(header(shape="(0, 999999999999)")), "in 0 bytes"),
+    (npy(header(shape="(-2,)"), b"\0" * 8), "dtype or header"),
+    (npy(header(shape="(2,)"), b"\0" * 7), "in 7 bytes"),
+    (npy(header(shape="(2,)"), b"\0" * 9), "in 9 bytes"),
+    (npy(header(shape=f"({'1, ' * 40}1)"), b"\0" * 4), "dtype or header"),
+    (npy("(" * 5000), "dtype or header"),
+    (npy("__import__('os').abort()"), "dtype or header"),
+    (npy(header(), b"\0" * 8, b"\x09\x00"), "no array in numpy's format"),
+    (b"\x93NUMPY\x02\x00\xff\xff\xff\x7f", "a header of 2147483647 bytes"),
+    (b"cos\nsystem\n", "no array in numpy's format"),
+    (b"", "no array in numpy's format"),
+])  # fmt: skip
+def test_hostile_members(tmp_path, member, message):
+    path = npz(tmp_path / "a.npz", [("a.npy", member)])
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_npz(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_hostile_archives(tmp_path):
+    path = npz(tmp_path / "bomb.npz", [("a.npy", b"\0" * 10_000_000)], zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="would unfold"):
+        read_npz(path)
+    with pytest.warns(UserWarning, match="Duplicate"):
+        path = npz(tmp_path / "twice.npz", [("a.npy", npy(header(), b"\0" * 8))] * 2)
+    with pytest.raises(CheckpointError, match="twice"):
+        read_npz(path)
+    with pytest.raises(CheckpointError, match=r"'a\.pkl' is no array"):
+        read_npz(npz(tmp_path / "other.npz", [("a.pkl", b"")]))
+    (tmp_path / "no.npz").write_bytes(b"PK\x03\x04 and no more")
+    for name in ("no.npz", "nowhere.npz", "."):
+        with pytest.raises(CheckpointError):
+            read_npz(tmp_path / name)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_fuzz(tmp_path, save):
+    buffer = io.BytesIO()
+    save(buffer, a=np.random.default_rng(0).random((3, 4), np.float32), **{"b/c": np.arange(5)})
+    whole, path = buffer.getvalue(), tmp_path / "a.npz"
+    draw, refused = random.Random(0), 0
+    tracemalloc.start()
+    try:
+        for _ in range(1000):
+            data = bytearray(whole[: draw.randrange(len(whole))] if draw.random() < 0.2 else whole)
+            for _ in range(draw.randrange(1, 4) if data else 0):
+                data[draw.randrange(len(data))] = draw.choice([draw.randrange(256), 0, 255])
+            path.write_bytes(data)
+            try:
+                read_npz(path)
+            except CheckpointError:
+                refused += 1
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert 300 < refused < 1000

@@ -1,0 +1,234 @@
+"""save_pretrained and from_pretrained: round trips, and folders that are not what they should be."""
+
+import copy
+import json
+import pickle
+import random
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vmoe_routers as vr
+from vmoe_routers.checkpoints import CheckpointError, from_pretrained, save_pretrained
+from vmoe_routers.models import upcycle, vit_moe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {"img_size": 16, "patch_size": 8, "num_classes": 5, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def model(router="soft", **options):
+    of_moe = {} if router is None else {"num_experts": 4}
+    return vit_moe(**{**SIZES, "router": router, **of_moe, **options}).eval()
+
+
+def check_same(loaded, saved):
+    ours, theirs = loaded.state_dict(), saved.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]), name
+    images = torch.randn(2, 3, 16, 16, dtype=next(saved.parameters()).dtype)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), saved(images))
+
+
+@pytest.mark.parametrize("options", [
+    *[{"router": name} for name in vr.ROUTERS],
+    {"router": None},
+    {"router": "soft", "capacity_factor": 1.0, "group_size": 2, "moe_blocks": (0,), "pos_embed": "sincos"},
+    {"router": "softmax_token_choice", "top_k": 2, "capacity_factor": 1.05, "drop_path_rate": 0.1},
+    {"global_pool": "map", "qk_norm": True, "patch_size": (8, 4)},
+    {"global_pool": "token", "pre_logits": True, "num_classes": 0},
+], ids=str)  # fmt: skip
+def test_round_trip(tmp_path, options):
+    saved = model(**options)
+    torch.nn.init.normal_(saved.blocks[1].norm1.weight)
+    save_pretrained(saved, tmp_path / "deep" / "folder")
+    state = torch.random.get_rng_state()
+    loaded = from_pretrained(tmp_path / "deep" / "folder")
+    assert torch.equal(state, torch.random.get_rng_state())
+    check_same(loaded, saved)
+    assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
+    names = ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "deep" / "folder").iterdir()) == names
+    save_pretrained(loaded, tmp_path / "again")
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "deep" / "folder" / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_are_kept(tmp_path, dtype):
+    saved = model().to(dtype)
+    saved.head.float()
+    save_pretrained(saved, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.head.weight.dtype == torch.float32 and loaded.blocks[1].mlp.experts.w1.dtype == dtype
+
+
+def test_copies_know_how_they_were_made(tmp_path):
+    saved = model(moe_blocks=[0, 1])
+    for i, other in enumerate((copy.deepcopy(saved), pickle.loads(pickle.dumps(saved)))):
+        save_pretrained(other, tmp_path / str(i))
+        check_same(from_pretrained(tmp_path / str(i)), saved)
+
+
+def test_another_head_since(tmp_path):
+    saved = model()
+    saved.reset_classifier(3)
+    save_pretrained(saved, tmp_path)
+    check_same(from_pretrained(tmp_path), saved)
+
+
+def test_upcycled(tmp_path):
+    dense = model(None)
+    save_pretrained(dense, tmp_path / "dense")
+    options = {"num_experts": 4, "blocks": "last_1", "renormalize": True, "group_size": 2, "top_k": 2}
+    sparse = upcycle(from_pretrained(tmp_path / "dense"), router="softmax_token_choice", **options)
+    save_pretrained(sparse, tmp_path / "sparse")
+    loaded = from_pretrained(tmp_path / "sparse")
+    check_same(loaded, sparse)
+    assert loaded.blocks[1].mlp.router.top_k == 2 and loaded.blocks[1].mlp.group_size == 2
+
+
+def test_shared_tensors_and_a_state_dict_from_elsewhere(tmp_path):
+    saved = model(moe_blocks=[0, 1])
+    saved.blocks[1].mlp.experts = saved.blocks[0].mlp.experts
+    save_pretrained(saved, tmp_path)
+    check_same(from_pretrained(tmp_path), saved)
+    other = {name: torch.full_like(tensor, 0.5) for name, tensor in saved.state_dict().items()}
+    save_pretrained(saved, tmp_path, state_dict=other)
+    assert (from_pretrained(tmp_path).head.weight == 0.5).all()
+
+
+def test_arguments_can_be_changed(tmp_path):
+    save_pretrained(model("softmax_token_choice", top_k=1), tmp_path)
+    changed = from_pretrained(tmp_path, top_k=2, group_size=2)
+    assert changed.blocks[1].mlp.router.top_k == 2 and changed.blocks[1].mlp.group_size == 2
+    with pytest.raises(CheckpointError, match=r"(?s)differences.*experts\.w1: shape \[4, 16, 64\], wanted"):
+        from_pretrained(tmp_path, num_experts=2)
+
+
+def test_refuses_to_save_what_could_not_be_loaded(tmp_path):
+    changed = model()
+    changed.blocks[0].mlp = vr.MoEMlp(16, 64, num_experts=4)
+    with pytest.raises(CheckpointError, match="not what its moe_config makes"):
+        save_pretrained(changed, tmp_path)
+    with pytest.raises(CheckpointError, match="has no moe_config"):
+        save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_pretrained(model(), tmp_path / "file" / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_pretrained(model(), tmp_path)
+    return tmp_path
+
+
+def with_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["arguments"] |= changes.pop("arguments", {})
+    path.write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"format_version": 2, "vmoe_routers_version": "9.1"}, "written by vmoe_routers 9.1; this version reads up to 1"),
+    ({"format_version": "1"}, "no configuration of a model"),
+    ({"architecture": "os.system"}, "no configuration of a model"),
+    ({"arguments": {"depth": 10**9}}, "depth is 1000000000, more than"),
+    ({"arguments": {"num_experts": 10**9}}, "num_experts is 1000000000, more than"),
+    ({"arguments": {"embed_dim": 10**12}}, "config.json"),
+    ({"arguments": {"img_size": 8 * 10**9}}, "config.json"),
+    ({"arguments": {"mlp_ratio": float("inf")}}, "the arguments make no model"),
+    ({"arguments": {"depth": "2"}}, "the arguments make no model"),
+    ({"arguments": {"colour": "red"}}, "colour"),
+    ({"arguments": {"router": "hard"}}, "hard"),
+    ({"arguments": {"device": "cuda"}}, "device"),
+    ({"arguments": {"depth": 1}}, "wanted no such tensor"),
+])  # fmt: skip
+def test_refuses_configurations(folder, changes, message):
+    with_config(folder, **copy.deepcopy(changes))
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", "null", "\xff", "[" * 100_000, '{"format_version": 1}'])
+def test_refuses_what_is_no_configuration(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"config\.json: no"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\0" * 7, struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 3) + b"{}}",
+    struct.pack("<Q", 71) + b'{"head.bias": {"dtype": "F32", "shape": [9999], "data_offsets": [0, 8]}}' + b"\0" * 8,
+])  # fmt: skip
+def test_refuses_what_is_no_safetensors(folder, data):
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no safetensors file, or a damaged one"):
+        from_pretrained(folder)
+
+
+def test_refuses_other_tensors_and_absent_files(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    bias = tensors.pop("head.bias")
+    for changed, message in [
+        (tensors, "head.bias: missing"),
+        (tensors | {"head.bias": bias, "more": bias.clone()}, "more: shape .5., wanted no such tensor"),
+        (tensors | {"head.bias": bias[:3]}, "head.bias: shape .3., wanted shape .5."),
+        (tensors | {"head.bias": bias.int()}, "head.bias is torch.int32"),
+    ]:
+        save_file(changed, path)
+        with pytest.raises(CheckpointError, match=message):
+            from_pretrained(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: there is no such file"):
+        from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"config\.json: there is no such file"):
+        from_pretrained(folder / "no" / "such")
+
+
+def test_a_repository_on_the_hub(folder, monkeypatch):
+    asked = []
+
+    def download(repository, name, **options):
+        asked.append((repository, name, options["revision"], options["local_files_only"]))
+        return str(folder / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert from_pretrained("user/name", revision="v1").num_classes == 5
+    assert asked == [("user/name", name, "v1", False) for name in ("config.json", "model.safetensors")]
+
+    def offline(*_, **__):
+        raise FileNotFoundError("offline")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(CheckpointError, match="user/name: no such folder here, and the hub does not give config"):
+        from_pretrained("user/name")
+
+
+def test_fuzz(folder):
+    paths = [folder / "config.json", folder / "model.safetensors"]
+    whole = {path: path.read_bytes() for path in paths}
+    header = 8 + struct.unpack("<Q", whole[paths[1]][:8])[0]
+    draw, refused = random.Random(0), 0
+    for _ in range(300):
+        path = draw.choice(paths)
+        data = bytearray(whole[path])
+        if draw.random() < 0.2:
+            del data[draw.randrange(len(data)) :]
+        else:
+            data[draw.randrange(min(header, len(data)))] = draw.randrange(256)
+        path.write_bytes(data)
+        try:
+            from_pretrained(folder)
+        except CheckpointError:
+            refused += 1
+        path.write_bytes(whole[path])
+    assert 150 < refused < 300
