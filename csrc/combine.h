@@ -1,13 +1,14 @@
 // combine -- the experts' outputs, summed into their tokens.
 //
-//   y        [E, G, C, D]  float32 | float64
-//   gate     [G, E, C]     same dtype, or null: 1 everywhere
+//   y        [E, G, C, D]  float16 | bfloat16 | float32 | float64
+//   gate     [G, E, C]     what y is computed in (half.h), or null: 1 everywhere
 //   offsets  [G, T + 1]    int32   of invert_slots
 //   slots    [G, E * C]    int32   of invert_slots
-//   out      [G, T, D]     same dtype   out[g, t] = sum over the slots s of t: gate[g, s] y[s]
+//   out      [G, T, D]     y's dtype   out[g, t] = sum over the slots s of t: gate[g, s] y[s]
 //
 // Y = B Y~ of the paper's formulation, with B = D * gate. A token without a slot
-// gets zeros. Slots are added in ascending order, so the sum is deterministic.
+// gets zeros. Slots are added in ascending order, so the sum is deterministic; it is
+// rounded to 16 bits once.
 //
 // Gradient: grad_y[s] = gate[s] grad_out[token[s]], grad_gate[s] = <grad_out[token[s]], y[s]>,
 // both zero where the slot is empty.
@@ -15,18 +16,19 @@
 
 #include <cstdint>
 
+#include "half.h"
 #include "isa.h"
 
 namespace vmoe::cpu {
 
 VMOE_EACH_ISA(
 
-    template <typename T> void combine(
-        const T* y,              // [E, G, C, D]
-        const T* gate,           // [G, E, C] or null
-        const int32_t* offsets,  // [G, T + 1]
-        const int32_t* slots,    // [G, E * C]
-        T* out,                  // [G, T, D]
+    template <typename Row> void combine(
+        const Row* y,              // [E, G, C, D]
+        const Compute<Row>* gate,  // [G, E, C] or null
+        const int32_t* offsets,    // [G, T + 1]
+        const int32_t* slots,      // [G, E * C]
+        Row* out,                  // [G, T, D]
         int64_t G,
         int64_t tokens,
         int64_t E,
@@ -35,14 +37,14 @@ VMOE_EACH_ISA(
         int64_t row_begin,  // rows of out, [row_begin, row_end) of G * T
         int64_t row_end);
 
-    template <typename T>
+    template <typename Row>
     void combine_backward(
-        const T* grad_out,     // [G, T, D]
-        const T* y,            // [E, G, C, D]
-        const T* gate,         // [G, E, C]
-        const int32_t* token,  // [G, E, C]
-        T* grad_y,             // [E, G, C, D]
-        T* grad_gate,          // [G, E, C]
+        const Row* grad_out,       // [G, T, D]
+        const Row* y,              // [E, G, C, D]
+        const Compute<Row>* gate,  // [G, E, C]
+        const int32_t* token,      // [G, E, C]
+        Row* grad_y,               // [E, G, C, D]
+        Compute<Row>* grad_gate,   // [G, E, C]
         int64_t G,
         int64_t tokens,
         int64_t E,

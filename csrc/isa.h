@@ -49,8 +49,8 @@
 
 namespace vmoe::cpu {
 
-// base: whatever the compiler was told (arm64, ...). v2: SSE4.2, v3: AVX2 and FMA,
-// v4: AVX-512 F, BW, CD, DQ and VL.
+// base: whatever the compiler was told (arm64, ...). v2: SSE4.2, v3: AVX2, FMA and
+// F16C, v4: AVX-512 F, BW, CD, DQ and VL.
 enum class Isa { kBase, kV2, kV3, kV4 };
 
 // The level in use: the best that this CPU has and the build contains, unless lowered.

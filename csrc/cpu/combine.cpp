@@ -1,63 +1,144 @@
 #include "../combine.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "../slot_row.h"
+#include "half.h"
 
 namespace vmoe::cpu::VMOE_ISA {
+namespace {
 
-template <typename T>
+// Vectors of a row that are summed at once: enough chains to hide the latency of an fma.
+constexpr int64_t kBlock = 4;
+
+template <typename Row>
+struct Weighted {
+  const Row* row;
+  Compute<Row> weight;
+};
+
+// out[d] = sum over `from` of weight * row[d]. Every d adds in the same order by the same
+// fma, so that a value does not depend on where in the row it stands.
+template <bool kStream, typename Row>
+void weighted_sum(const std::vector<Weighted<Row>>& from, Row* out, int64_t D) {
+  using T = Compute<Row>;
+  constexpr int64_t W = kWidth<T>;
+  int64_t d = 0;
+  for (; d + kBlock * W <= D; d += kBlock * W) {
+    Vec<T> total[kBlock] = {};
+    for (const auto& [row, weight] : from) {
+      for (int64_t i = 0; i < kBlock; ++i) {
+        total[i] = fma(splat(weight), load_wide(row + d + i * W), total[i]);
+      }
+    }
+    for (int64_t i = 0; i < kBlock; ++i) store_narrow<kStream>(out + d + i * W, total[i]);
+  }
+  for (; d < D; d += W) {
+    const int64_t count = D - d < W ? D - d : W;
+    Vec<T> total{};
+    for (const auto& [row, weight] : from) {
+      const Vec<T> v = count < W ? load_wide(row + d, count) : load_wide(row + d);
+      total = fma(splat(weight), v, total);
+    }
+    if (count < W) {
+      store_narrow(out + d, total, count);
+    } else {
+      store_narrow<kStream>(out + d, total);
+    }
+  }
+}
+
+// to[d] = weight * from[d]; returns <from, y>, in kBlock sums that are added as a tree.
+template <bool kStream, typename Row>
+Compute<Row> scale_and_dot(const Row* from, const Row* y, Compute<Row> weight, Row* to, int64_t D) {
+  using T = Compute<Row>;
+  constexpr int64_t W = kWidth<T>;
+  Vec<T> dot[kBlock] = {};
+  int64_t d = 0;
+  for (; d + kBlock * W <= D; d += kBlock * W) {
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const Vec<T> v = load_wide(from + d + i * W);
+      store_narrow<kStream>(to + d + i * W, splat(weight) * v);
+      dot[i] = fma(v, load_wide(y + d + i * W), dot[i]);
+    }
+  }
+  for (int64_t i = 0; d < D; d += W, ++i) {
+    const int64_t count = D - d;
+    if (count < W) {
+      const Vec<T> v = load_wide(from + d, count);
+      store_narrow(to + d, splat(weight) * v, count);
+      dot[i] = fma(v, load_wide(y + d, count), dot[i]);
+    } else {
+      const Vec<T> v = load_wide(from + d);
+      store_narrow<kStream>(to + d, splat(weight) * v);
+      dot[i] = fma(v, load_wide(y + d), dot[i]);
+    }
+  }
+  static_assert(kBlock == 4);
+  return sum<T>((dot[0] + dot[1]) + (dot[2] + dot[3]));
+}
+
+}  // namespace
+
+template <typename Row>
 void combine(
-    const T* y, const T* gate, const int32_t* offsets, const int32_t* slots, T* out, int64_t G,
-    int64_t tokens, int64_t E, int64_t C, int64_t D, int64_t row_begin, int64_t row_end) {
+    const Row* y, const Compute<Row>* gate, const int32_t* offsets, const int32_t* slots, Row* out,
+    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D, int64_t row_begin,
+    int64_t row_end) {
+  const bool past_caches = streams(out, G * tokens, D * sizeof(Row));
+  std::vector<Weighted<Row>> from;
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t g = row / tokens, t = row % tokens;
     const int32_t* start = offsets + g * (tokens + 1) + t;
-    T* sum = out + row * D;
-    std::fill(sum, sum + D, T{0});
+    from.clear();
     for (int32_t i = start[0]; i < start[1]; ++i) {
       const int64_t s = slots[g * E * C + i];
-      const T weight = gate ? gate[g * E * C + s] : T{1};
-      const T* from = y + row_of_slot(g, s, G, C) * D;
-      for (int64_t d = 0; d < D; ++d) sum[d] += weight * from[d];
+      from.push_back({y + row_of_slot(g, s, G, C) * D, gate ? gate[g * E * C + s] : 1});
+    }
+    if (past_caches) {
+      weighted_sum<true>(from, out + row * D, D);
+    } else {
+      weighted_sum<false>(from, out + row * D, D);
     }
   }
+  if (past_caches) finish_streams();
 }
 
-template <typename T>
+template <typename Row>
 void combine_backward(
-    const T* grad_out, const T* y, const T* gate, const int32_t* token, T* grad_y, T* grad_gate,
-    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D, int64_t row_begin,
-    int64_t row_end) {
+    const Row* grad_out, const Row* y, const Compute<Row>* gate, const int32_t* token, Row* grad_y,
+    Compute<Row>* grad_gate, int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D,
+    int64_t row_begin, int64_t row_end) {
+  const bool past_caches = streams(grad_y, E * G * C, D * sizeof(Row));
   for (int64_t row = row_begin; row < row_end; ++row) {
     const SlotRow at = slot_of_row(row, G, E, C);
     const int32_t t = token[at.slot];
-    T* to = grad_y + row * D;
+    Row* to = grad_y + row * D;
     if (t < 0 || t >= tokens) {
-      std::fill(to, to + D, T{0});
-      grad_gate[at.slot] = T{0};
+      std::fill(to, to + D, Row{});
+      grad_gate[at.slot] = 0;
       continue;
     }
-    const T* from = grad_out + (at.group * tokens + t) * D;
-    const T weight = gate[at.slot];
-    T dot = 0;
-    for (int64_t d = 0; d < D; ++d) {
-      to[d] = weight * from[d];
-      dot += from[d] * y[row * D + d];
-    }
-    grad_gate[at.slot] = dot;
+    const Row* from = grad_out + (at.group * tokens + t) * D;
+    grad_gate[at.slot] = past_caches
+                             ? scale_and_dot<true>(from, y + row * D, gate[at.slot], to, D)
+                             : scale_and_dot<false>(from, y + row * D, gate[at.slot], to, D);
   }
+  if (past_caches) finish_streams();
 }
 
-#define VMOE_INSTANTIATE(T)                                                                        \
+#define VMOE_INSTANTIATE(Row)                                                                      \
   template void combine(                                                                           \
-      const T*, const T*, const int32_t*, const int32_t*, T*, int64_t, int64_t, int64_t, int64_t,  \
-      int64_t, int64_t, int64_t);                                                                  \
+      const Row*, const Compute<Row>*, const int32_t*, const int32_t*, Row*, int64_t, int64_t,     \
+      int64_t, int64_t, int64_t, int64_t, int64_t);                                                \
   template void combine_backward(                                                                  \
-      const T*, const T*, const T*, const int32_t*, T*, T*, int64_t, int64_t, int64_t, int64_t,    \
-      int64_t, int64_t, int64_t);
+      const Row*, const Row*, const Compute<Row>*, const int32_t*, Row*, Compute<Row>*, int64_t,   \
+      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)
+VMOE_INSTANTIATE(BFloat16)
+VMOE_INSTANTIATE(Float16)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cpu::VMOE_ISA

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../slot_row.h"
+#include "stream.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 
@@ -10,15 +11,24 @@ void dispatch(
     const char* x, const int32_t* token, char* out, int64_t G, int64_t tokens, int64_t E, int64_t C,
     int64_t row_bytes, int64_t row_begin, int64_t row_end) {
   if (row_bytes == 0) return;  // the pointers may be null
+  const bool past_caches = streams(out, E * G * C, row_bytes);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const SlotRow at = slot_of_row(row, G, E, C);
     const int32_t t = token[at.slot];
-    if (t >= 0 && t < tokens) {
-      memcpy(out + row * row_bytes, x + (at.group * tokens + t) * row_bytes, row_bytes);
+    char* to = out + row * row_bytes;
+    if (t < 0 || t >= tokens) {
+      memset(to, 0, row_bytes);
+      continue;
+    }
+    const char* from = x + (at.group * tokens + t) * row_bytes;
+    if (past_caches) {
+      for (int64_t i = 0; i < row_bytes; i += kVectorBytes)
+        stream(to + i, load((const int32_t*)(from + i)));
     } else {
-      memset(out + row * row_bytes, 0, row_bytes);
+      memcpy(to, from, row_bytes);
     }
   }
+  if (past_caches) finish_streams();
 }
 
 }  // namespace vmoe::cpu::VMOE_ISA

@@ -19,17 +19,17 @@ Tensor combine(
   check_dtype("combine", "slots", slots_, ScalarType::Int);
   if (gate_) {
     check_shape("combine", "gate", *gate_, {G, E, C});
-    check_dtype("combine", "gate", *gate_, y_.scalar_type());
+    check_dtype("combine", "gate", *gate_, compute_dtype(y_));
   }
   const Tensor y = packed(y_), offsets = packed(offsets_), slots = packed(slots_);
-  const Tensor gate = gate_ ? packed(*gate_) : empty({0}, y);
+  const std::optional<Tensor> gate = gate_ ? std::optional(packed(*gate_)) : std::nullopt;
   Tensor out = empty({G, tokens, D}, y);
-  by_dtype("combine", y, [&](auto zero) {
-    using T = decltype(zero);
+  by_row_dtype("combine", y, [&](auto zero) {
+    using Row = decltype(zero);
     parallel(G * tokens, 2 * D, [&](int64_t begin, int64_t end) {
       cpu::combine(
-          read<T>(y), gate_ ? read<T>(gate) : nullptr, read<int32_t>(offsets), read<int32_t>(slots),
-          write<T>(out), G, tokens, E, C, D, begin, end);
+          read<Row>(y), gate ? read<Compute<Row>>(*gate) : nullptr, read<int32_t>(offsets),
+          read<int32_t>(slots), write<Row>(out), G, tokens, E, C, D, begin, end);
     });
   });
   return out;
@@ -45,18 +45,18 @@ std::tuple<Tensor, Tensor> combine_backward(
   check_shape("combine_backward", "gate", gate_, {G, E, C});
   check_shape("combine_backward", "token", token_, {G, E, C});
   check_dtype("combine_backward", "y", y_, grad_.scalar_type());
-  check_dtype("combine_backward", "gate", gate_, grad_.scalar_type());
+  check_dtype("combine_backward", "gate", gate_, compute_dtype(y_));
   check_dtype("combine_backward", "token", token_, ScalarType::Int);
   const Tensor grad = packed(grad_), y = packed(y_), gate = packed(gate_);
   const Tensor token = packed(token_);
   Tensor grad_y = empty({E, G, C, D}, y);
-  Tensor grad_gate = empty({G, E, C}, y);
-  by_dtype("combine_backward", y, [&](auto zero) {
-    using T = decltype(zero);
+  Tensor grad_gate = empty({G, E, C}, gate);
+  by_row_dtype("combine_backward", y, [&](auto zero) {
+    using Row = decltype(zero);
     parallel(E * G * C, 2 * D, [&](int64_t begin, int64_t end) {
       cpu::combine_backward(
-          read<T>(grad), read<T>(y), read<T>(gate), read<int32_t>(token), write<T>(grad_y),
-          write<T>(grad_gate), G, tokens, E, C, D, begin, end);
+          read<Row>(grad), read<Row>(y), read<Compute<Row>>(gate), read<int32_t>(token),
+          write<Row>(grad_y), write<Compute<Row>>(grad_gate), G, tokens, E, C, D, begin, end);
     });
   });
   return {grad_y, grad_gate};

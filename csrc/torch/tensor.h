@@ -17,6 +17,12 @@
 #include <string>
 #include <tuple>
 
+#include "../half.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #ifdef VMOE_DEVICE_CUDA
 #include <cuda_runtime.h>
 #define VMOE_DEVICE CUDA
@@ -58,10 +64,27 @@ inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Asks for huge pages where memory is large: an output of tens of MB comes fresh from the system
+// and is faulted in page by page as a kernel writes it, which costs several times the writing.
+// NumPy does the same, from the same size on.
+inline void use_huge_pages([[maybe_unused]] const Tensor& tensor) {
+#if defined(__linux__) && !defined(VMOE_DEVICE_CUDA)
+  constexpr size_t kLarge = size_t{1} << 22, kPage = 4096;
+  const size_t size = tensor.numel() * tensor.element_size();
+  if (size < kLarge) return;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  // Advice: where it is refused nothing is lost.
+  madvise(reinterpret_cast<void*>(first), (begin + size - first) / kPage * kPage, MADV_HUGEPAGE);
+#endif
+}
+
 inline Tensor empty(
     std::initializer_list<int64_t> shape, const Tensor& like,
     std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  Tensor tensor = torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  use_huge_pages(tensor);
+  return tensor;
 }
 
 template <typename T>
@@ -85,6 +108,24 @@ void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
     default:
       STD_TORCH_CHECK(false, op, ": float32 or float64 wanted");
   }
+}
+
+// Calls body(Row{}) with the type of the tensor's rows, 16 bits among them.
+template <typename Body>
+void by_row_dtype(const char* op, const Tensor& tensor, Body&& body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    case ScalarType::Half:
+      return body(Float16{});
+    default:
+      return by_dtype(op, tensor, body);
+  }
+}
+
+// The dtype that rows of this one are computed in, Compute<Row>.
+inline ScalarType compute_dtype(const Tensor& rows) {
+  return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // body(begin, end) over [0, count), in parallel where a share is worth a thread:

@@ -40,9 +40,7 @@ def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tens
     check_shape("combine", "gate", gate, (groups, experts, capacity), "G, E, C")
     check_device("combine", "gate", gate, "y", y)
     check_device("combine", "token", token, "y", y)
-    dtype = compute_dtype(y.dtype)
-    out = torch.ops.vmoe_routers.combine(y.to(dtype), gate.to(dtype), token, offsets, slots)
-    return out.to(y.dtype)
+    return torch.ops.vmoe_routers.combine(y, gate.to(compute_dtype(y.dtype)), token, offsets, slots)
 
 
 @torch.library.register_fake("vmoe_routers::combine")

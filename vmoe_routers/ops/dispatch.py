@@ -62,10 +62,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     # Every gate 1: the rows that were copied from a token are summed into it.
-    dtype = grad.dtype
-    wide = grad.float() if dtype in (torch.float16, torch.bfloat16) else grad
-    grad_x = torch.ops.vmoe_routers.combine(wide, None, *ctx.saved_tensors)
-    return grad_x.to(dtype), None, None, None
+    return torch.ops.vmoe_routers.combine(grad, None, *ctx.saved_tensors), None, None, None
 
 
 torch.library.register_autograd("vmoe_routers::dispatch", _backward, setup_context=_setup_context)

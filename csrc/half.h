@@ -1,0 +1,33 @@
+// half -- the 16-bit floating-point types, as bits: rows are kept in them, and computed in float.
+#pragma once
+
+#include <cstdint>
+
+namespace vmoe {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct ComputeOf {
+  using type = T;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using type = float;
+};
+template <>
+struct ComputeOf<Float16> {
+  using type = float;
+};
+
+// What rows of T are computed in: float, or double for double.
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+}  // namespace vmoe
