@@ -17,6 +17,10 @@ except ImportError as error:
 if _C.cuda_built and torch.version.cuda:
     from vmoe_routers import _C_cuda  # noqa: F401  (registers the CUDA kernels)
 
+from vmoe_routers.ops._cuda import refuse_missing
+
+WITHOUT_CUDA = refuse_missing()
+
 from vmoe_routers.ops.assign_slots import assign_slots
 from vmoe_routers.ops.combine import combine
 from vmoe_routers.ops.dispatch import dispatch
