@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 FORWARD = "forward"
+RECORDED = "forward with a graph"  # what a call costs when its gradient may be asked for later
 BACKWARD = "forward + backward"
 OURS = "ours"
 
 # "ours"; "naive": what a user writes first; "index": well-written torch; "compiled": torch.compile of that;
-# "peer": an installed package; "dense": the dense MLP of the same FLOPs.
-ROLES = ("ours", "naive", "index", "compiled", "peer", "dense")
+# "peer": an installed package; "dense": the dense MLP of the same FLOPs; "yardstick": torch.add beside a tiny call.
+ROLES = ("ours", "naive", "index", "compiled", "peer", "dense", "yardstick")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,6 @@ class Variant:
     canonical_gradients: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
     different: str = ""
     different_gradient: str = ""
-    forward_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,18 @@ class Case:
     allowed: float = 0.0
     skipped: Sequence[str] = field(default_factory=tuple)
 
-    def with_variants(self, variants: Sequence[Variant]) -> Case:
-        return replace(self, variants=variants)
-
 
 @dataclass(frozen=True)
 class Entry:
-    """A case to be built: `build(size, device)`."""
+    """A case to be built: `build(size, device)`.
+
+    `sweep` names the parts of the size that are worth changing; `weight` is about how long the case takes beside the
+    others, for the time left.
+    """
 
     op: str
     build: Callable[[Size, str], Case]
     default: Size = Size()
     quick: Size = Size(images=16)
+    sweep: Sequence[str] = ()
+    weight: float = 1.0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.case import BACKWARD, Case, Variant
+from benchmarks.case import BACKWARD, FORWARD, RECORDED, Case, Variant
 
 
 def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -23,9 +23,16 @@ def differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
     return [output for output in outputs if output.requires_grad]
 
 
+def applies(variant: Variant, direction: str) -> bool:
+    """Whether it goes that way: a variant without leaves has no gradient."""
+    return direction == FORWARD or bool(variant.leaves)
+
+
 def runner(variant: Variant, direction: str) -> Callable[[], Sequence[Tensor]]:
     """What is timed: the call without a graph, or the call and its gradients."""
-    if direction != BACKWARD:
+    if direction == RECORDED:
+        return variant.call
+    if direction == FORWARD:
 
         def forward():
             with torch.no_grad():

@@ -72,6 +72,31 @@ def _write_slots(served: Tensor, position: Tensor, order: Tensor, shape: tuple[i
     return slot, source[:, : E * C].view(G, E, C)
 
 
+def invert_slots_mask(token: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """Slots of every token from a mask [G, T, S] of who is where."""
+    G, S = token.shape[0], token[0].numel()
+    there = token.view(G, 1, S) == torch.arange(T, device=token.device).view(T, 1)
+    group, _, slot = there.nonzero().unbind(1)
+    return _by_token(there.sum(2), group, slot, S)
+
+
+def invert_slots(token: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """The same by one stable sort of the slots by token, empty slots last."""
+    G, S = token.shape[0], token[0].numel()
+    owner = torch.where((token < 0) | (token >= T), T, token).view(G, S)
+    ordered, slot = owner.sort(dim=1, stable=True)
+    every = torch.arange(T + 1, device=token.device, dtype=ordered.dtype).expand(G, T + 1).contiguous()
+    return torch.searchsorted(ordered, every, out_int32=True), torch.where(ordered < T, slot, -1).int()
+
+
+def _by_token(count: Tensor, group: Tensor, slot: Tensor, S: int) -> tuple[Tensor, Tensor]:
+    offsets = F.pad(count.cumsum(1), (1, 0))
+    first = F.pad(offsets[:-1, -1].cumsum(0), (1, 0))
+    slots = torch.full((count.shape[0], S), -1, device=count.device)
+    slots[group, torch.arange(group.numel(), device=count.device) - first[group]] = slot
+    return offsets.int(), slots.int()
+
+
 def sinkhorn_log(logits: Tensor, iterations: int = 20) -> Tensor:
     """Log domain: two logsumexp an iteration."""
     n, E = logits.shape[1:]
@@ -108,15 +133,19 @@ def sinkhorn_megatron(logits: Tensor, iterations: int = 20) -> Tensor:
     return (d1 * cost * d0.unsqueeze(1))[None]
 
 
-def ksparse_plan(alpha: Tensor, S: Tensor, k: int, b: float) -> Tensor:
-    """b P_k((alpha + S) / b) of every column: the k largest, projected onto the simplex, written back."""
-    best, index = (((alpha[..., None] + S) / b).transpose(1, 2)).topk(k)
+def ksparse_projection(x: Tensor, k: int) -> Tensor:
+    """The k largest of the last axis, projected onto the simplex, written back."""
+    best, index = x.topk(k)
     total = best.cumsum(-1)
-    r = torch.arange(1, k + 1, device=S.device, dtype=S.dtype)
+    r = torch.arange(1, k + 1, device=x.device, dtype=x.dtype)
     rho = (1 + r * best > total).sum(-1, keepdim=True).clamp(min=1)
     tau = (total.gather(-1, rho - 1) - 1) / rho
-    p = torch.zeros(S.shape[0], S.shape[2], S.shape[1], dtype=S.dtype, device=S.device)
-    return b * p.scatter(-1, index, (best - tau).relu()).transpose(1, 2)
+    return torch.zeros_like(x).scatter(-1, index, (best - tau).relu())
+
+
+def ksparse_plan(alpha: Tensor, S: Tensor, k: int, b: float) -> Tensor:
+    """b P_k((alpha + S) / b) of every column."""
+    return b * ksparse_projection(((alpha[..., None] + S) / b).transpose(1, 2), k).transpose(1, 2)
 
 
 def ksparse_transport(
@@ -156,22 +185,35 @@ def sum_slots(y: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
     return (y.index_select(0, where.flatten()).view(*slot.shape, -1) * weight[..., None]).sum(1)
 
 
-def soft_mix(logits: Tensor, x: Tensor) -> Tensor:
+def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1) @ phi
+
+
+def soft_mix(x: Tensor, phi: Tensor) -> Tensor:
     """Dispatch and combine of Soft MoE with nothing between: two softmaxes, two batched products."""
+    logits = soft_logits(x, phi)
     slots = logits.softmax(1).transpose(1, 2) @ x
     return logits.softmax(2) @ slots
 
 
-def soft_mix_one_exp(logits: Tensor, x: Tensor) -> Tensor:
+def soft_mix_one_exp(x: Tensor, phi: Tensor) -> Tensor:
     """One exp for both softmaxes, the normalisers applied to the outputs."""
+    logits = soft_logits(x, phi)
     e = (logits - logits.detach().amax((1, 2), keepdim=True)).exp()
     slots = (e.transpose(1, 2) @ x) / e.sum(1)[..., None]
     return (e @ slots) / e.sum(2, keepdim=True)
 
 
-def soft_mix_einsum(logits: Tensor, x: Tensor, E: int) -> Tensor:
+def soft_mix_attention(x: Tensor, phi: Tensor) -> Tensor:
+    """Two attentions: slots attend to tokens, then tokens to slots. No logits are kept."""
+    tokens, slots = F.normalize(x, dim=-1)[:, None], phi.t().expand(x.shape[0], 1, -1, -1)
+    mixed = F.scaled_dot_product_attention(slots, tokens, x[:, None], scale=1.0)
+    return F.scaled_dot_product_attention(tokens, slots, mixed, scale=1.0)[:, 0]
+
+
+def soft_mix_einsum(x: Tensor, phi: Tensor, E: int) -> Tensor:
     """As the packages write it: [g, t, e, c] tensors and einsum."""
-    by_expert = logits.unflatten(2, (E, -1))
-    slots = torch.einsum("gtd,gtec->gecd", x, by_expert.softmax(1))
-    combine = by_expert.flatten(2).softmax(-1).view_as(by_expert)
+    logits = torch.einsum("gtd,dec->gtec", F.normalize(x, dim=-1), phi.unflatten(1, (E, -1)))
+    slots = torch.einsum("gtd,gtec->gecd", x, logits.softmax(1))
+    combine = logits.flatten(2).softmax(-1).view_as(logits)
     return torch.einsum("gecd,gtec->gtd", slots, combine)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,15 +36,17 @@ def route(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, router.weight)
     if isinstance(router, TokenChoiceRouter):
         K = router.top_k
-        E, C = router.num_experts, router.slots(T * K)
+        E, C = router.num_experts, router.slots(T)
         choose, gates = _affinity(router.affinity, logits, C)
         expert = choose.topk(K).indices
         kept = gates.gather(2, expert)
+        if router.renormalize:
+            kept = kept / kept.sum(2, keepdim=True)
         _, source = forms.slots(expert, E, C)
         gate = F.pad(kept.flatten(1), (0, 1)).gather(1, torch.where(source < 0, T * K, source).flatten(1))
         token, gate = source.div(K, rounding_mode="floor"), gate.view(source.shape)
     else:
-        C = min(router.slots(T), T)
+        C = router.slots(T)
         choose, gates = _affinity(router.affinity, logits, C)
         token = choose.topk(C, dim=1).indices
         gate, token = gates.gather(1, token).transpose(1, 2), token.transpose(1, 2)
@@ -66,6 +71,14 @@ def gather_bmm(layer: MoEMlp, x: Tensor) -> Tensor:
     return forms.add_rows(y.flatten(0, 1), gate.reshape(-1), rows.flatten(), flat.shape[0]).view_as(x)
 
 
+def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return x @ w if b is None else torch.addmm(b, x, w)
+
+
+def _unbind(parameter: Tensor | None) -> Iterable[Tensor | None]:
+    return itertools.repeat(None) if parameter is None else parameter.unbind()
+
+
 def loop(layer: MoEMlp, x: Tensor) -> Tensor:
     """A loop over the experts' own rows, index_add into the result: transformers' eager form.
 
@@ -75,12 +88,12 @@ def loop(layer: MoEMlp, x: Tensor) -> Tensor:
     flat, e = x.flatten(0, 1), layer.experts
     n = flat.shape[0]
     out = torch.zeros_like(flat)
-    parameters = zip(e.w1.unbind(), e.b1.unbind(), e.w2.unbind(), e.b2.unbind(), strict=True)
+    parameters = zip(*(_unbind(p) for p in (e.w1, e.b1, e.w2, e.b2)), strict=False)
     for mine, weight, (w1, b1, w2, b2) in zip(rows.flatten(1), gate.flatten(1), parameters, strict=True):
         there = (mine < n).nonzero().squeeze(1)
         token = mine[there]
-        hidden = e.act(torch.addmm(b1, flat[token], w1))
-        out = out.index_add_(0, token, torch.addmm(b2, hidden, w2) * weight[there, None])
+        hidden = e.act(_linear(flat[token], w1, b1))
+        out = out.index_add_(0, token, _linear(hidden, w2, b2) * weight[there, None])
     return out.view_as(x)
 
 
@@ -92,10 +105,13 @@ def grouped(layer: MoEMlp, x: Tensor) -> Tensor:
     there = rows.flatten(1) < n
     count = there.sum(1)
     token, weight = rows.flatten(1)[there], gate.flatten(1)[there]
-    owner = torch.repeat_interleave(count)
     offsets = count.cumsum(0).int()
-    hidden = e.act(F.grouped_mm(flat[token], e.w1, offs=offsets) + e.b1[owner])
-    y = F.grouped_mm(hidden, e.w2, offs=offsets) + e.b2[owner]
+    y = F.grouped_mm(flat[token], e.w1, offs=offsets)
+    if e.b1 is None or e.b2 is None:
+        y = F.grouped_mm(e.act(y), e.w2, offs=offsets)
+    else:
+        owner = torch.repeat_interleave(count)
+        y = F.grouped_mm(e.act(y + e.b1[owner]), e.w2, offs=offsets) + e.b2[owner]
     return torch.zeros_like(flat).index_add(0, token, y * weight[:, None]).view_as(x)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.case import Variant
+from benchmarks.case import Entry, Size, Variant
+from benchmarks.compare import applies, runner
 
 
 def saved_bytes(variant: Variant) -> int:
@@ -48,31 +52,55 @@ def peak_bytes(run) -> int:
     return max(0, _status("VmHWM") - before)
 
 
-def peak_in_child(op: str, index: int, name: str, size: dict, threads: int, direction: str) -> int | None:
-    """`peak_bytes` of one run in a fresh process, or None where it cannot be told."""
-    request = {"op": op, "index": index, "name": name, "size": size, "threads": threads, "direction": direction}
+def peaks(op: str, index: int, size: Size, threads: int) -> dict[str, int]:
+    """`peak_bytes` of every variant and direction of a case, "name, direction"; empty where it cannot be told."""
+    request = {"op": op, "index": index, "size": asdict(size), "threads": threads}
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(request)]
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 
 
 def main() -> None:
-    from benchmarks.case import Size
+    """Forks before any thread is started, once a variant and direction: what one leaves behind, none other finds."""
     from benchmarks.cases import entries
-    from benchmarks.compare import runner
 
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
-    torch.manual_seed(0)
     entry, size = entries(request["op"])[request["index"]], Size(**request["size"])
+    entry.build(replace(size, images=1), "cpu")  # imports the packages, once for all forks
+    number = 0
+    while _in_child(lambda: _print_peak(entry, size, number)):  # noqa: B023
+        number += 1
+
+
+def _in_child(work: Callable[[], bool]) -> bool:
+    """What `work` returns in a fork of this process."""
+    child = os.fork()
+    if not child:
+        code = 1
+        with contextlib.suppress(Exception):
+            code = 0 if work() else 1
+        sys.stdout.flush()
+        os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def _print_peak(entry: Entry, size: Size, number: int) -> bool:
+    """Runs and prints the peak of one variant in one direction, the `number`-th; False behind the last."""
 
     def prepare(size: Size):
+        torch.manual_seed(0)
         case = entry.build(size, "cpu")
-        return runner(next(v for v in case.variants if v.name == request["name"]), request["direction"])
+        every = [(v, d) for d in case.floors for v in case.variants if applies(v, d)]
+        return every[number : number + 1]
 
-    prepare(replace(size, images=1))()  # the libraries' own buffers and threads
-    print(peak_bytes(prepare(size)))
+    for small in prepare(replace(size, images=1)):
+        runner(*small)()  # the libraries' own buffers and threads
+    for variant, direction in prepare(size):
+        print(json.dumps([f"{variant.name}, {direction}", peak_bytes(runner(variant, direction))]))
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Installed packages beside ours, with our weights put in. One that is not installed is skipped, which the output
-says: `pip install soft-moe-pytorch mixture-of-experts POT` before a run to keep.
+says: `pip install -e '.[bench]'` before a run to keep. transformers' blocks are in `benchmarks.hugging_face`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import io
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,11 @@ def add(variants: list[Variant], skipped: list[str], make: Callable[..., Variant
         skipped.append(f"{make.__name__}: not installed ({error.name or error})")
     except NotComparable as error:
         skipped.append(f"{make.__name__}: {error}")
+
+
+def _silent() -> contextlib.AbstractContextManager[object]:
+    """POT 0.9.7 prints a shape in every k-sparse projection."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def pot_sinkhorn(logits: Tensor, iterations: int) -> Variant:
@@ -51,14 +58,30 @@ def pot_ksparse(similarity: Tensor, k: int, iterations: int) -> Variant:
     rows, columns = torch.ones(T).double().numpy(), torch.full((E,), T / E).double().numpy()
 
     def call():
-        plan = smooth_ot_semi_dual(
-            rows, columns, cost, 1.0, "sparsity_constrained", max_nz=k, stopThr=1e-3, numItermax=iterations
-        )
+        with _silent():
+            plan = smooth_ot_semi_dual(
+                rows, columns, cost, 1.0, "sparsity_constrained", max_nz=k, stopThr=1e-3, numItermax=iterations
+            )
         return [torch.from_numpy(plan)[None]]
 
     return Variant(
         "POT smooth_ot_semi_dual", "peer", call, different="its own line search and stop, at most as many iterations"
     )
+
+
+def pot_projection(x: Tensor, k: int) -> Variant:
+    """POT's projection of the rows of a matrix, in NumPy."""
+    from ot.utils import projection_sparse_simplex
+
+    if x.device.type != "cpu":
+        raise NotComparable("NumPy only")
+    rows = x.detach().flatten(0, 1).numpy()
+
+    def call():
+        with _silent():
+            return [torch.from_numpy(projection_sparse_simplex(rows, k, axis=1)).to(x.dtype).view_as(x)]
+
+    return Variant("POT projection_sparse_simplex", "peer", call)
 
 
 def soft_moe_pytorch(layer: MoEMlp, x: Tensor) -> Variant:
@@ -115,3 +138,42 @@ def mixture_of_experts(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
         leaves=(x, peer.gate.w_gating, peer.experts.w1, peer.experts.w2),
         canonical_gradients=lambda grads: [grads[0], grads[1].T, grads[2], grads[3]],
     )
+
+
+def st_moe_pytorch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
+    """lucidrains' ST-MoE with top-2 gating, second choices always taken, and experts like ours in their place."""
+    from st_moe_pytorch import MoE
+
+    T, D = x.shape[1:]
+    E, _, F = layer.experts.w1.shape
+    factor = 2.0
+    if max(4, min(T, int(T * factor / E))) != capacity:
+        raise NotComparable(f"its capacity is not {capacity} here")
+    mlps = [nn.Sequential(nn.Linear(D, F, bias=False), nn.GELU(), nn.Linear(F, D, bias=False)) for _ in range(E)]
+    peer = MoE(
+        D,
+        num_experts=E,
+        threshold_eval=0.0,
+        capacity_factor_eval=factor,
+        experts=nn.ModuleList(mlps),
+        straight_through_dispatch_tensor=False,  # it would be another gradient, and more work
+    )
+    peer = peer.to(x.device).eval()
+    with torch.no_grad():
+        peer.gate.to_gates.weight.copy_(layer.router.weight)
+        for i, mlp in enumerate(mlps):
+            mlp[0].weight.copy_(layer.experts.w1[i].T)
+            mlp[2].weight.copy_(layer.experts.w2[i].T)
+    return Variant(
+        "st-moe-pytorch",
+        "peer",
+        lambda: [peer(x)[0]],
+        leaves=(x, peer.gate.to_gates.weight, *(m[0].weight for m in mlps), *(m[2].weight for m in mlps)),
+        canonical_gradients=lambda grads: [*grads[:2], *stacked(grads[2:])],
+    )
+
+
+def stacked(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of E first and E second linears' weights, as ours has them: [E, D, F] and [E, F, D]."""
+    E = len(grads) // 2
+    return [torch.stack([g.T for g in grads[:E]]), torch.stack([g.T for g in grads[E:]])]

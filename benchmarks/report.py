@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from benchmarks.targets import best_peer
+
+
+class TimeLeft:
+    """How far a run is: a bar on a terminal, elsewhere a line after every case."""
+
+    def __init__(self, console: Console, weights: Sequence[float]):
+        self._weights, self._number = weights, 0
+        self._start = time.perf_counter()
+        self._console = console
+        columns = (BarColumn(), TextColumn("{task.completed} of {task.total} cases, {task.description} left"))
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("?", total=len(weights))
+
+    def __enter__(self) -> TimeLeft:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def done(self) -> None:
+        """One case more; what is left goes by the weights of the cases."""
+        self._number += 1
+        took = (time.perf_counter() - self._start) / sum(self._weights[: self._number])
+        left = f"{took * sum(self._weights[self._number :]) / 60:.1f} min"
+        self._bar.update(self._task, advance=1, description=left)
+        if not self._console.is_terminal:
+            self._console.print(f"[{self._number} of {len(self._weights)} cases, {left} left]", markup=False)
 
 
 def seconds(value: float) -> str:

@@ -1,10 +1,10 @@
-"""The ratios to reach, as data, and a run's verdict on them. They are for one thread of a CPU, float32."""
+"""What is to be reached, as data, and a run's verdict on it: for one thread of a CPU, float32, the default sizes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.case import BACKWARD, FORWARD
+from benchmarks.case import BACKWARD, FORWARD, RECORDED
 
 BEST = "best peer"  # the fastest of all that is not ours and not the dense MLP, and computes the same
 
@@ -19,6 +19,19 @@ class Target:
     ratio: float
 
 
+@dataclass(frozen=True)
+class Limit:
+    """Seconds that ours may take at most."""
+
+    title: str
+    direction: str
+    seconds: float
+
+
+LIMITS = (
+    Limit("call of ", FORWARD, 10e-6),
+    Limit("call of ", RECORDED, 30e-6),
+)
 TARGETS = (
     Target("softmax + top-k", FORWARD, "torch softmax + topk", 15),
     Target("softmax + top-k", BACKWARD, "torch softmax + topk", 8),
@@ -49,13 +62,18 @@ EXACT = {"layer, soft"}  # titles that also begin others
 
 def best_peer(result: dict) -> str | None:
     """The fastest variant beside ours that computes the same function."""
-    peers = [v for v in result["variants"] if v["role"] not in ("ours", "dense") and not v["different"]]
+    peers = [v for v in result["variants"] if v["role"] not in ("ours", "dense", "yardstick") and not v["different"]]
     return min(peers, key=lambda v: v["ratio"]["median"])["name"] if peers else None
 
 
 def verdicts(results: list[dict]) -> list[dict]:
-    """For every target and every result it is about: the ratio, and by what factor it is met (>= 1) or missed."""
+    """For every target and every result it is about: what was reached, and the factor of it: met from 1 on."""
     found = []
+    for limit in LIMITS:
+        for result in results:
+            if result["title"].startswith(limit.title) and result["direction"] == limit.direction:
+                took, most = 1e6 * result["variants"][0]["seconds"], 1e6 * limit.seconds
+                found.append(_verdict(result, "us a call, at most", most, took, most / took))
     for target in TARGETS:
         for result in results:
             title = result["title"]
@@ -67,17 +85,11 @@ def verdicts(results: list[dict]) -> list[dict]:
             if variant is None:
                 continue
             reached = variant["ratio"]["median"]
-            found.append(
-                {
-                    "title": title,
-                    "size": result["size"],
-                    "threads": result["threads"],
-                    "direction": target.direction,
-                    "against": f"{target.against}: {name}" if target.against == BEST else target.against,
-                    "target": target.ratio,
-                    "ratio": reached,
-                    "factor": reached / target.ratio,
-                    "unstable": result["unstable"],
-                }
-            )
+            against = f"{target.against}: {name}" if target.against == BEST else target.against
+            found.append(_verdict(result, against, target.ratio, reached, reached / target.ratio))
     return found
+
+
+def _verdict(result: dict, against: str, target: float, reached: float, factor: float) -> dict:
+    same = {name: result[name] for name in ("title", "size", "default", "threads", "direction", "unstable")}
+    return {**same, "against": against, "target": target, "ratio": reached, "factor": factor}

@@ -24,6 +24,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "parallel.h"
 
 namespace vmoe {
 
@@ -49,7 +50,8 @@ VMOE_EACH_ISA(
         int64_t E,
         const TransportOptions& options,
         int64_t group_begin,
-        int64_t group_end);
+        int64_t group_end,
+        const Parallel& parallel);
 
 )
 

@@ -33,6 +33,9 @@ void use_isa(const std::string& wanted) {
 // clang-format off: a schema is a line
 STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("topk(Tensor x, int k, int dim) -> (Tensor values, Tensor indices)");
+  m.def("softmax_gather(Tensor logits, Tensor indices, int dim) -> (Tensor values, Tensor norms)");
+  m.def("softmax_gather_backward(Tensor grad, Tensor values, Tensor logits, Tensor indices, Tensor norms, int dim) -> Tensor");
+  m.def("softmax_topk(Tensor logits, int k, int dim) -> (Tensor values, Tensor indices, Tensor norms)");
   m.def("assign_slots(Tensor expert, Tensor? priority, int num_experts, int capacity) -> (Tensor slot, Tensor source)");
   m.def("invert_slots(Tensor token, int num_tokens) -> (Tensor offsets, Tensor slots)");
   m.def("dispatch(Tensor x, Tensor token, Tensor offsets, Tensor slots) -> Tensor");
@@ -43,8 +46,12 @@ STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("sinkhorn_implicit_backward(Tensor grad, Tensor plan, float epsilon) -> Tensor");
   m.def("ksparse_projection(Tensor x, int k) -> Tensor");
   m.def("ksparse_transport(Tensor similarity, int k, int iterations, str solver, float learning_rate, float tolerance, float gamma) -> Tensor");
-  m.def("soft_mix(Tensor logits, Tensor values, int dim) -> Tensor");
-  m.def("soft_mix_backward(Tensor grad, Tensor logits, Tensor values, int dim) -> (Tensor grad_logits, Tensor grad_values)");
+  m.def("soft_logits(Tensor x, Tensor phi) -> Tensor");
+  m.def("soft_logits_backward(Tensor grad, Tensor x, Tensor phi) -> (Tensor grad_x, Tensor grad_phi)");
+  m.def("soft_mix(Tensor logits, Tensor values, int dim, int num_experts) -> Tensor");
+  m.def("soft_mix_backward(Tensor grad, Tensor logits, Tensor values, int dim, int num_experts) -> (Tensor grad_logits, Tensor grad_values)");
+  m.def("grouped_mlp(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? filled, str act, bool save) -> (Tensor y, Tensor hidden)");
+  m.def("grouped_mlp_backward(Tensor grad, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? filled, Tensor hidden, str act, bool of_x, bool of_weights) -> (Tensor grad_x, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
 }
 // clang-format on
 

@@ -29,6 +29,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "parallel.h"
 
 namespace vmoe::cpu {
 
@@ -46,7 +47,8 @@ VMOE_EACH_ISA(
         double epsilon,
         double tolerance,
         int64_t group_begin,
-        int64_t group_end);
+        int64_t group_end,
+        const Parallel& parallel);
 
     template <typename T>
     void sinkhorn_backward(
@@ -60,7 +62,8 @@ VMOE_EACH_ISA(
         int64_t iterations,
         double epsilon,
         int64_t group_begin,
-        int64_t group_end);
+        int64_t group_end,
+        const Parallel& parallel);
 
     template <typename T>
     void sinkhorn_implicit_backward(
@@ -71,7 +74,8 @@ VMOE_EACH_ISA(
         int64_t E,
         double epsilon,
         int64_t group_begin,
-        int64_t group_end);
+        int64_t group_end,
+        const Parallel& parallel);
 
 )
 

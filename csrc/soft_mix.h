@@ -4,8 +4,9 @@
 //   weights  [G, T, S]  same dtype   softmax of the logits over the tokens (the dispatch
 //                                    tensor) or over the slots (the combine tensor)
 //
-// out = softmax_t(logits)^T values  [G, S, D], or softmax_s(logits) values  [G, T, D]
-// (Puigcerver et al., arXiv 2308.00951, equations 1 and 2); the products are torch's.
+// out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values
+// [G, T, D] (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). The products are
+// torch's, a group at a time: no tensor ever holds the weights of all groups.
 // -inf is "not there"; a line of -inf alone gets zeros, not NaN: a padding token
 // neither gives nor takes.
 //

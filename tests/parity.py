@@ -29,13 +29,17 @@ GOLDEN = Path(__file__).parent / "golden"
 TABLE = Path(__file__).parents[1] / "docs" / "parity.md"
 COMMAND = "python tests/parity.py"
 # The probe of few-shot transfer has tests of its own.
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith("fewshot"))
+OTHER = ("fewshot", "ckpt", "vit_zoom")  # of the probe and of the checkpoints' readers, which have tests of their own
+FILES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith(OTHER))
 
 EXACT = 0.0
 GATE = 1e-6  # absolute
 OUTPUT = 1e-5  # absolute
 SOFT = 2e-6  # absolute; of the largest value where tokens are a thousand times the usual
 SOFT_ROUNDED = 1e-6  # absolute, where we make the reference's two roundings to bfloat16 too
+# Through a whole model a value may lie next to a boundary of that rounding and fall to its other side by the order of
+# the sums in another machine's products: 1e-7 more on the images moves the features by 5e-5.
+SOFT_ROUNDED_MODEL = 1e-4
 SOFT_BFLOAT16 = 5e-3  # absolute, where we do not
 SINKHORN_PLAN = 2e-5  # relative, of every entry
 TRANSPORT_PLAN = 1e-4  # absolute
@@ -357,7 +361,7 @@ def _vit(golden: Golden, name: str, options: dict[str, Any]) -> Quantities:
     with torch.no_grad():
         if name == "soft":
             yield "model logits, without the roundings", absolute(model(images), golden["logits"]), SOFT_BFLOAT16
-            tolerance = SOFT_ROUNDED
+            tolerance = SOFT_ROUNDED_MODEL
             for i in moe["layers"]:
                 model.blocks[i].mlp.forward = partial(rounded_soft, model.blocks[i].mlp)
         features = model.forward_head(model.forward_features(images), pre_logits=True)

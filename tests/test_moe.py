@@ -340,6 +340,20 @@ def test_experts_at_the_start():
         assert weight.is_leaf
 
 
+@pytest.mark.parametrize("act_layer", [vr.moe.GeluTanh, torch.nn.GELU, torch.nn.ReLU])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_experts_compute_the_filled_slots(act_layer, drop):
+    experts = vr.Experts(2, 4, 7, 5, act_layer, drop).eval()
+    with torch.no_grad():
+        experts.b2.normal_()
+    x = torch.randn(3, 2, 6, 4)
+    filled = torch.tensor([[6, 0], [2, 3], [1, 5]], dtype=torch.int32)
+    there = torch.arange(6) < filled[..., None]
+    whole = experts(x)
+    assert whole.shape == (3, 2, 6, 5)
+    torch.testing.assert_close(experts(x, filled), whole * there[..., None])
+
+
 def test_dropout_is_off_in_eval():
     moe = vr.MoEMlp(6, 32, num_experts=2, drop=0.5)
     x = torch.randn(2, 5, 6)

@@ -1,9 +1,10 @@
 """Affinities: from logits [G, T, E] to what selects and what weighs.
 
 An affinity is called with the logits, the same with noise, the capacity C and a
-mask; it returns two tensors [G, T, E]: the router takes its top-k of the first,
-and the second gives the gates of the combine tensor. They are plain values, so
-that any of them goes with any router (`TokenChoiceRouter(affinity=Sinkhorn())`).
+mask; it returns two of gates [G, T, E]: the router takes its top-k of the first, and
+the second gives the gates of the combine tensor. Either is a tensor or, where not all of it
+need be written out, a `Gates`; any affinity goes with any router
+(`TokenChoiceRouter(affinity=Sinkhorn())`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from vmoe_routers.gates import Gates, SoftmaxGates
 from vmoe_routers.ops import ksparse_transport, sinkhorn
 from vmoe_routers.ops._checks import check_choice, check_int, check_positive
 from vmoe_routers.ops.sinkhorn import GRADIENTS
@@ -26,8 +28,8 @@ class Affinity(Protocol):
 
     def __call__(
         self, logits: Tensor, noisy_logits: Tensor, capacity: int, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What selects and what weighs, both [G, T, E]."""
+    ) -> tuple[Tensor | Gates, Tensor | Gates]:
+        """What selects and what weighs, both [G, T, E]; may be the same object."""
         ...
 
 
@@ -37,7 +39,7 @@ class Softmax:
 
     def __call__(self, logits, noisy_logits, capacity, mask):
         """See `Affinity`."""
-        gates = noisy_logits.softmax(-1)
+        gates = SoftmaxGates(noisy_logits)
         return gates, gates
 
 
@@ -71,8 +73,8 @@ class Sinkhorn:
         if self.combine == "plan":
             plan = self._plan(noisy_logits, mask)
             return plan, plan
-        gates = (noisy_logits if self.noisy_softmax else logits).softmax(-1)
-        return self._plan(noisy_logits.detach(), mask), gates
+        weighing = noisy_logits if self.noisy_softmax else logits
+        return self._plan(noisy_logits.detach(), mask), SoftmaxGates(weighing)
 
     def _plan(self, logits: Tensor, mask: Tensor | None) -> Tensor:
         return sinkhorn(
@@ -109,14 +111,13 @@ class SparsityConstrained:
 
     def __call__(self, logits, noisy_logits, capacity, mask):
         """See `Affinity`."""
-        gates = logits.softmax(-1)
-        similarity = gates if self.combine == "plan" else gates.detach()
+        by_plan = self.combine == "plan"
         plan = ksparse_transport(
-            similarity,
+            (logits if by_plan else logits.detach()).softmax(-1),
             min(capacity, logits.shape[1]),
             iterations=self.iterations,
             learning_rate=self.learning_rate,
             tolerance=self.tolerance,
             mask=mask,
         )
-        return plan, plan if self.combine == "plan" else gates
+        return plan, plan if by_plan else SoftmaxGates(logits)

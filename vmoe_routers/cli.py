@@ -1,4 +1,4 @@
-"""The command line: ``vmoe-routers study``."""
+"""The command line: ``vmoe-routers study``, ``vmoe-routers convert``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmoe_routers import __version__
 
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status. What the user can mend comes in one line."""
     try:
-        settings = _parse(sys.argv[1:] if arguments is None else arguments)
-        from vmoe_routers.study import run_study
+        command = _parse(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(command, dict):
+            _convert(command)
+        else:
+            from vmoe_routers.study import run_study
 
-        run_study(settings)
+            run_study(command)
     except ImportError as error:
-        message = f"{error}; what the study needs comes with: pip install 'vmoe_routers[study]'"
+        message = f"{error}; what the commands need comes with: pip install 'vmoe_routers[study]'"
     except ArgumentError as error:
-        message = f"{error} (vmoe-routers study --help lists what there is)"
+        message = f"{error} (vmoe-routers study --help, or convert --help, lists what there is)"
     except (ValueError, OSError) as error:
         message = str(error)
     except KeyboardInterrupt:
@@ -35,10 +38,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _parse(arguments: Sequence[str]) -> Settings:
+def _convert(options: dict[str, Any]) -> None:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from vmoe_routers.checkpoints.convert import convert
+
+    with Progress(TextColumn("reading"), BarColumn(), DownloadColumn(), transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+        model = convert(**options, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{options['folder']}: {parameters:,} parameters")
+    print(", ".join(f"{name} {value}" for name, value in model.moe_config.items()))
+
+
+def _parse(arguments: Sequence[str]) -> Settings | dict[str, Any]:
+    """The study's settings, or the options of `convert`."""
     # Here, so that a missing package is told in one line too.
     from jsonargparse import ArgumentParser
 
+    from vmoe_routers.checkpoints.convert import convert
     from vmoe_routers.study import Settings
 
     parser = ArgumentParser(
@@ -53,10 +71,18 @@ def _parse(arguments: Sequence[str]) -> Settings:
         exit_on_error=False,
     )
     study.add_class_arguments(Settings, as_group=False)
+    conversion = ArgumentParser(
+        description="A V-MoE checkpoint, or a dense ViT in an npz file, to a folder for from_pretrained. "
+        "The architecture is inferred from the parameters.",
+        exit_on_error=False,
+    )
+    conversion.add_function_arguments(convert, as_group=False, as_positional=True, skip={"progress"})
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("study", study, help="the head-to-head, with table, figures and report")
+    commands.add_subcommand("convert", conversion, help="the reference code's checkpoints to safetensors")
     lists = {f"--{field.name}" for field in fields(Settings) if str(field.type).startswith("list")}
-    return Settings(**vars(parser.parse_args(_spelled_out(arguments, lists)).study))
+    parsed = parser.parse_args(_spelled_out(arguments, lists))
+    return Settings(**vars(parsed.study)) if parsed.subcommand == "study" else vars(parsed.convert)
 
 
 def _spelled_out(arguments: Sequence[str], lists: set[str]) -> list[str]:

@@ -25,7 +25,9 @@ GeluTanh = partial(nn.GELU, approximate="tanh")
 
 
 class Experts(nn.Module):
-    """E two-layer MLPs, ``act(x w1 + b1) w2 + b2``, computed as one batched product each.
+    """E two-layer MLPs, ``act(x w1 + b1) w2 + b2``, computed at once by `ops.grouped_mlp`.
+
+    An ``nn.GELU`` without dropout is part of that op, and its module is not called.
 
     Args:
         num_experts: E.
@@ -77,12 +79,22 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Slots x [G, E, C, D] to [G, E, C, D']."""
+    def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
+        """Slots x [G, E, C, D] to [G, E, C, D'].
+
+        Of a buffer only the first `filled` [G, E] int32 slots are computed, the others are zeros; None: all.
+        """
         groups, experts, slots, _ = x.shape
         rows = x.transpose(0, 1).reshape(experts, groups * slots, x.shape[3])
-        y = grouped_mlp(rows, self.w1, self.b1, self.w2, self.b2, self._act_and_drop)
+        filled = None if filled is None else filled.t()
+        y = grouped_mlp(rows, self.w1, self.b1, self.w2, self.b2, self._activation(), filled)
         return self.drop(y).unflatten(1, (groups, slots)).transpose(0, 1)
+
+    def _activation(self) -> str | Callable[[Tensor], Tensor]:
+        drops = self.training and self.drop.p > 0
+        if type(self.act) is nn.GELU and not drops:
+            return "gelu_tanh" if self.act.approximate == "tanh" else "gelu"
+        return self._act_and_drop
 
     def _act_and_drop(self, hidden: Tensor) -> Tensor:
         return self.drop(self.act(hidden))
@@ -202,7 +214,7 @@ class MoEMlp(nn.Module):
         groups = batch // images
         x = x.reshape(groups, images * tokens, width)
         routing = self.router(x, None if mask is None else mask.reshape(groups, images * tokens))
-        y = routing.combine(self.experts(routing.dispatch(x)))
+        y = routing.combine(self.experts(routing.dispatch(x), routing.filled))
         return routing, y.reshape(batch, tokens, y.shape[-1])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmoe_routers import ops
 from vmoe_routers.affinity import Affinity, Sinkhorn, Softmax, SparsityConstrained
 from vmoe_routers.losses import balance_loss, importance_loss, load_loss, z_loss
 from vmoe_routers.ops._checks import (
@@ -192,8 +193,12 @@ class TokenChoiceRouter(SparseRouter):
         self.batch_priority = check_flag(type(self).__name__, "batch_priority", batch_priority)
         self.renormalize = check_flag(type(self).__name__, "renormalize", renormalize)
 
+    def slots(self, tokens: int) -> int:
+        """See `SparseRouter.slots`; every token asks for K."""
+        return super().slots(tokens * self.top_k)
+
     def _route(self, logits, noisy, noise_std, mask):
-        slots = self.slots(logits.shape[1] * self.top_k)
+        slots = self.slots(logits.shape[1])
         gates, weights = self.affinity(logits, noisy, slots, mask)
         return token_choice(
             gates,
@@ -216,7 +221,11 @@ class ExpertChoiceRouter(SparseRouter):
     """Every expert chooses its C best tokens of the group.
 
     Capacity is rounded to the nearest (half to even) and not to a multiple by
-    default, so that equal factors cost as much as Soft MoE. See `SparseRouter`.
+    default, so that equal factors cost as much as Soft MoE.
+
+    Args:
+        renormalize: divide a token's gates by their sum over the experts that took it.
+        The others: see `SparseRouter`.
     """
 
     def __init__(
@@ -227,6 +236,7 @@ class ExpertChoiceRouter(SparseRouter):
         *,
         capacity_rounding: str = "round",
         capacity_multiple_of: int = 1,
+        renormalize: bool = False,
         **options: Any,
     ):
         super().__init__(
@@ -237,16 +247,21 @@ class ExpertChoiceRouter(SparseRouter):
             capacity_multiple_of=capacity_multiple_of,
             **options,
         )
+        self.renormalize = check_flag(type(self).__name__, "renormalize", renormalize)
+
+    def slots(self, tokens: int) -> int:
+        """See `SparseRouter.slots`; at most as many as tokens."""
+        # An empty group has no token for a slot; expert_choice clamps 1 to it.
+        return max(1, min(super().slots(tokens), tokens))
 
     def _route(self, logits, noisy, noise_std, mask):
-        tokens = logits.shape[1]
-        # An empty group has no token for a slot; expert_choice clamps 1 to it.
-        slots = max(1, min(self.slots(tokens), tokens))
+        slots = self.slots(logits.shape[1])
         gates, weights = self.affinity(logits, noisy, slots, mask)
         return expert_choice(
             gates,
             slots,
             weights=weights,
+            renormalize=self.renormalize,
             mask=mask,
             losses=self._losses(logits, noisy, noise_std, 1, mask),
             loss_weights=self.loss_weights,
@@ -321,6 +336,10 @@ class SoftRouter(nn.Module):
         nn.init.trunc_normal_(self.phi, std=std, a=-2 * std, b=2 * std)
         nn.init.constant_(self.scale, self.scale_init)
 
+    def slots(self, tokens: int) -> int:
+        """C, the slots per expert: fixed by Phi, whatever the tokens."""
+        return self.slots_per_expert
+
     def draw_noise(self, logits: Tensor) -> Tensor:
         """Standard normal noise in the shape of the logits [G, T, E, C]."""
         return torch.randn_like(logits)
@@ -330,8 +349,8 @@ class SoftRouter(nn.Module):
         _check_tokens(self, x, mask, self.dim, "phi", self.phi)
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
-            phi = self.scale.to(dtype) * _unit(self.phi.to(dtype).flatten(1), 0)
-            logits = _unit(x.to(dtype), -1) @ phi
+            phi = self.scale.to(dtype) * _unit_columns(self.phi.to(dtype).flatten(1))
+            logits = ops.soft_logits(x, phi)
             if self.training and self.noise_std > 0:
                 by_slot = logits.unflatten(2, (self.num_experts, self.slots_per_expert))
                 logits = logits + self.noise_std * self.draw_noise(by_slot).flatten(2)
@@ -345,8 +364,8 @@ class SoftRouter(nn.Module):
         )
 
 
-def _unit(x: Tensor, dim: int) -> Tensor:
-    return x * (x.square().sum(dim, keepdim=True) + 1e-6).rsqrt()
+def _unit_columns(x: Tensor) -> Tensor:
+    return x * (x.square().sum(0, keepdim=True) + 1e-6).rsqrt()
 
 
 # name -> router, affinity (None: the router has none), defaults of its own

@@ -17,9 +17,11 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmoe_routers import ops
+from vmoe_routers.gates import Gates, as_gates
 from vmoe_routers.ops._checks import (
     check_choice,
     check_device,
@@ -102,6 +104,11 @@ class Routing(ABC):
     def combine_tensor(self) -> Tensor:
         """The dense combine tensor B, [G, T, E, C]."""
 
+    @property
+    def filled(self) -> Tensor | None:
+        """[G, E] int32: behind so many slots of an expert's buffer there is no token. None: all are filled."""
+        return None
+
     @cached_property
     def losses(self) -> dict[str, Tensor]:
         """The auxiliary losses, unweighted scalars by name; see `vmoe_routers.losses`."""
@@ -181,7 +188,8 @@ class SparseRouting(Routing):
     Attributes:
         token: [G, E, C] int32, the token in every slot, or -1: empty.
         gate: [G, E, C], its weight in the combine tensor, 0 where empty.
-        weights: [G, T, E], what the gates were taken from.
+        weights: [G, T, E], what the gates were taken from; made on reading where the
+            router did without.
         slot: [G, T, K] int32, the slot of every request (Token Choice), or None.
     """
 
@@ -189,7 +197,7 @@ class SparseRouting(Routing):
         self,
         token: Tensor,
         gate: Tensor,
-        weights: Tensor,
+        weights: Tensor | Gates,
         *,
         expert: Tensor | None = None,
         slot: Tensor | None = None,
@@ -198,14 +206,26 @@ class SparseRouting(Routing):
         loss_weights: Mapping[str, float] | None = None,
     ):
         groups, experts, slots = token.shape
-        shape = (groups, weights.shape[1], experts, slots)
+        self._weights = as_gates(weights)
+        shape = (groups, self._weights.source.shape[1], experts, slots)
         super().__init__(shape, mask, losses or {}, loss_weights or {})
         self.token = token
         self.gate = gate
-        self.weights = weights
         self.expert = expert
         self.slot = slot
         self._offsets, self._slots = ops.invert_slots(token, self.num_tokens)
+
+    @property
+    def weights(self) -> Tensor:
+        """See `SparseRouting`."""
+        return self._weights.dense()
+
+    @property
+    def filled(self) -> Tensor:
+        """See `Routing.filled`."""
+        last = torch.arange(1, self.capacity + 1, device=self.token.device, dtype=torch.int32)
+        # The zero in front is for buffers without slots.
+        return F.pad((self.token >= 0) * last, (1, 0)).amax(-1)
 
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`. A view: the experts come first in memory."""
@@ -268,15 +288,14 @@ class SoftRouting(Routing):
         self.logits = fill_absent(logits, mask)
 
     def dispatch(self, x: Tensor) -> Tensor:
-        """See `Routing.dispatch`: every slot a mean of the tokens."""
+        """See `Routing.dispatch`: every slot a mean of the tokens. A view: the experts come first in memory."""
         x = self._check("dispatch", "x", x, "G T D", self.logits)
-        slots = ops.soft_mix(self.logits, x, dim=1)
-        return slots.unflatten(1, (self.num_experts, self.capacity))
+        return ops.soft_mix(self._by_expert(self.logits), x, dim=1)
 
     def combine(self, y: Tensor) -> Tensor:
         """See `Routing.combine`: every token a mean of the slots."""
         y = self._check("combine", "y", y, "G E C D", self.logits)
-        return ops.soft_mix(self.logits, y.flatten(1, 2), dim=2)
+        return ops.soft_mix(self._by_expert(self.logits), y, dim=2)
 
     def dispatch_tensor(self) -> Tensor:
         """See `Routing.dispatch_tensor`: softmax over the tokens."""
@@ -290,6 +309,9 @@ class SoftRouting(Routing):
         dense = self.logits.softmax(dim)
         if self.mask is not None:
             dense = dense.masked_fill(~self.mask.unsqueeze(-1), 0)
+        return self._by_expert(dense)
+
+    def _by_expert(self, dense: Tensor) -> Tensor:
         return dense.unflatten(2, (self.num_experts, self.capacity))
 
     def _zero(self) -> Tensor:
@@ -309,12 +331,12 @@ class SoftRouting(Routing):
 
 
 def token_choice(
-    gates: Tensor,
+    gates: Tensor | Gates,
     top_k: int,
     capacity: int,
     *,
     batch_priority: bool = False,
-    weights: Tensor | None = None,
+    weights: Tensor | Gates | None = None,
     renormalize: bool = False,
     mask: Tensor | None = None,
     losses: Mapping[str, Callable[[], Tensor]] | None = None,
@@ -323,7 +345,7 @@ def token_choice(
     """Every token asks its `top_k` experts for a place (V-MoE, arXiv 2106.05974).
 
     Args:
-        gates: [G, T, E] floating point, select. Ties go to the lower index; a gate
+        gates: [G, T, E] floating point, or a `Gates`; select. Ties go to the lower index; a gate
             of -inf is never asked for.
         top_k: experts per token, 1 <= K <= E.
         capacity: C, slots per expert and group.
@@ -338,16 +360,15 @@ def token_choice(
         TypeError, ValueError: a wrong shape, dtype, device or number.
     """
     gates, weights = _check_gates("token_choice", gates, weights, mask)
-    top_k = check_int("token_choice", "top_k", top_k, 1, gates.shape[2])
+    num_experts = gates.source.shape[2]
+    top_k = check_int("token_choice", "top_k", top_k, 1, num_experts)
     capacity = check_int("token_choice", "capacity", capacity, 1)
     check_flag("token_choice", "batch_priority", batch_priority)
     check_flag("token_choice", "renormalize", renormalize)
-    best, expert = ops.topk(fill_absent(gates.detach(), mask), top_k)
-    expert = expert.masked_fill(best == -math.inf, -1)
-    slot, source = ops.assign_slots(expert, gates.shape[2], capacity, best[..., 0] if batch_priority else None)
-    kept = weights.gather(2, expert.clamp(min=0).long())
+    best, kept, expert = _choose(gates, weights, top_k, 2, mask)
+    slot, source = ops.assign_slots(expert, num_experts, capacity, best[..., 0] if batch_priority else None)
     if renormalize:
-        total = kept.masked_fill(expert < 0, 0).sum(-1, keepdim=True)
+        total = kept.sum(-1, keepdim=True)
         kept = kept / total.clamp(min=torch.finfo(total.dtype).tiny)
     return SparseRouting(
         source.div(top_k, rounding_mode="floor"),
@@ -362,10 +383,11 @@ def token_choice(
 
 
 def expert_choice(
-    gates: Tensor,
+    gates: Tensor | Gates,
     capacity: int,
     *,
-    weights: Tensor | None = None,
+    weights: Tensor | Gates | None = None,
+    renormalize: bool = False,
     mask: Tensor | None = None,
     losses: Mapping[str, Callable[[], Tensor]] | None = None,
     loss_weights: Mapping[str, float] | None = None,
@@ -373,10 +395,11 @@ def expert_choice(
     """Every expert takes the tokens of its `capacity` largest gates (arXiv 2202.09368).
 
     Args:
-        gates: [G, T, E] floating point, select. Ties go to the lower index; a gate
+        gates: [G, T, E] floating point, or a `Gates`; select. Ties go to the lower index; a gate
             of -inf is never taken, the slot stays empty.
         capacity: C, slots per expert and group; more than T is clamped to T.
         weights: [G, T, E], go into the combine tensor; `gates` where left out.
+        renormalize: divide a token's weights by their sum over the experts that took it.
         mask: [G, T] bool, True = real token; others are never taken.
         losses, loss_weights: see `Routing`.
 
@@ -385,12 +408,14 @@ def expert_choice(
     """
     gates, weights = _check_gates("expert_choice", gates, weights, mask)
     capacity = check_int("expert_choice", "capacity", capacity, 1)
-    best, token = ops.topk(fill_absent(gates.detach(), mask), min(capacity, gates.shape[1]), dim=1)
-    token = token.masked_fill(best == -math.inf, -1)
-    kept = weights.transpose(1, 2).gather(2, token.clamp(min=0).long())
+    check_flag("expert_choice", "renormalize", renormalize)
+    tokens = gates.source.shape[1]
+    _, kept, token = _choose(gates, weights, min(capacity, tokens), 1, mask)
+    if renormalize:
+        kept = _share(kept, token, tokens)
     return SparseRouting(
         token,
-        kept.masked_fill(token < 0, 0),
+        kept,
         weights,
         mask=mask,
         losses=losses,
@@ -398,24 +423,46 @@ def expert_choice(
     )
 
 
-def _check_gates(where: str, gates: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _check_gates(
+    where: str, gates: Tensor | Gates, weights: Tensor | Gates | None, mask: Tensor | None
+) -> tuple[Gates, Gates]:
     """gates and weights, which are the gates where left out."""
-    gates = check_floating(where, "gates", check_tensor(where, "gates", gates, "G T E"))
-    if gates.shape[2] == 0:
-        raise ValueError(f"{where}: gates must have at least one expert, got {list(gates.shape)}")
+    choosing = as_gates(gates)
+    source = check_floating(where, "gates", check_tensor(where, "gates", choosing.source, "G T E"))
+    if source.shape[2] == 0:
+        raise ValueError(f"{where}: gates must have at least one expert, got {list(source.shape)}")
     if mask is not None:
-        check_mask(where, mask, "gates", gates)
-    if weights is None:
-        return gates, gates
-    weights = check_floating(where, "weights", weights)
-    check_shape(where, "weights", weights, gates.shape, "G, T, E")
-    check_device(where, "weights", weights, "gates", gates)
-    return gates, weights
+        check_mask(where, mask, "gates", source)
+    if weights is None or weights is gates:
+        return choosing, choosing
+    weighing = as_gates(weights)
+    check_floating(where, "weights", weighing.source)
+    check_shape(where, "weights", weighing.source, source.shape, "G, T, E")
+    check_device(where, "weights", weighing.source, "gates", source)
+    return choosing, weighing
+
+
+def _choose(gates: Gates, weights: Gates, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the k chosen: what they were chosen by, without gradient, what they weigh, and the indices."""
+    if weights is gates:
+        kept, indices = gates.choose(k, dim, mask)
+        return kept.detach(), kept, indices
+    with torch.no_grad():
+        best, indices = gates.choose(k, dim, mask)
+    return best, weights.at(indices, dim), indices
+
+
+def _share(kept: Tensor, token: Tensor, tokens: int) -> Tensor:
+    """kept [G, E, C] over the sum of what is kept of the same token; 0 in empty slots."""
+    groups, experts, slots = kept.shape
+    ones = kept.new_ones(experts, groups, slots, 1)
+    total = ops.combine(ones, kept, token, *ops.invert_slots(token, tokens)).squeeze(2)
+    return kept / _take(total, token).clamp(min=torch.finfo(kept.dtype).tiny)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """values [G, N] at index [G, E, C], 0 where the index is negative."""
     # A zero behind the last value is there to be taken, also from a group without values.
-    padded = torch.nn.functional.pad(values, (0, 1))
+    padded = F.pad(values, (0, 1))
     where = torch.where(index < 0, values.shape[1], index)
     return padded.gather(1, where.flatten(1).long()).view(index.shape)

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 from benchmarks.case import Entry
-from benchmarks.cases import assign_slots, dispatch, expert_choice, ksparse_transport, layer, sinkhorn, soft_mix, topk
+from benchmarks.cases import (
+    assign_slots,
+    dispatch,
+    expert_choice,
+    grouped_mlp,
+    invert_slots,
+    ksparse_projection,
+    ksparse_transport,
+    layer,
+    overhead,
+    packages,
+    sinkhorn,
+    soft_mix,
+    topk,
+)
 
-MODULES = (topk, expert_choice, assign_slots, sinkhorn, ksparse_transport, dispatch, soft_mix, layer)
-OPS = tuple(module.ENTRIES[0].op for module in MODULES)
+MODULES = (
+    topk,
+    expert_choice,
+    assign_slots,
+    invert_slots,
+    sinkhorn,
+    ksparse_projection,
+    ksparse_transport,
+    dispatch,
+    grouped_mlp,
+    soft_mix,
+    layer,
+    packages,
+    overhead,
+)
+OPS = tuple(dict.fromkeys(entry.op for module in MODULES for entry in module.ENTRIES))
 
 
 def entries(op: str | None = None) -> list[Entry]:

@@ -31,6 +31,6 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
 
 
 ENTRIES = (
-    Entry("assign_slots", partial(build, one_group=True), quick=Size()),
+    Entry("assign_slots", partial(build, one_group=True), quick=Size(), sweep=("experts",)),
     Entry("assign_slots", partial(build, one_group=False), quick=Size()),
 )

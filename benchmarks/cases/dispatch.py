@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -25,15 +25,18 @@ def build(size: Size, device: str) -> Case:
     first = torch.arange(G, device=device).view(G, 1, 1)
     rows = torch.where(token < 0, G * T, first * T + token).flatten().long()
     places = torch.where(slot < 0, -1, first * E * C + slot).view(G * T, K).long()
-    one_hot = (token[:, None] == torch.arange(T, device=device).view(1, T, 1, 1)).to(x.dtype)
+
+    @cache
+    def one_hot():
+        return (token[:, None] == torch.arange(T, device=device).view(1, T, 1, 1)).to(x.dtype)
 
     def ours():
         offsets, slots = ops.invert_slots(token, T)
         return [ops.combine(ops.dispatch(x, token, offsets, slots), gate, token, offsets, slots)]
 
     def einsum():
-        y = torch.einsum("gtec,gtd->gecd", one_hot, x)
-        return [torch.einsum("gtec,gecd->gtd", one_hot * gate[:, None], y)]
+        y = torch.einsum("gtec,gtd->gecd", one_hot(), x)
+        return [torch.einsum("gtec,gecd->gtd", one_hot() * gate[:, None], y)]
 
     def gather():
         y = forms.gather_rows(x.flatten(0, 1), rows)
@@ -59,4 +62,4 @@ def build(size: Size, device: str) -> Case:
     )
 
 
-ENTRIES = (Entry("dispatch", build, quick=Size(images=16)),)
+ENTRIES = (Entry("dispatch", build, quick=Size(images=16), sweep=("experts", "width")),)

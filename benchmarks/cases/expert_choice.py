@@ -25,7 +25,7 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
         title="expert choice, one group" if one_group else "expert choice, per image",
         size=size,
         variants=(
-            variant("ours", "ours", lambda: ops.topk(logits.softmax(-1), C, dim=1)),
+            variant("ours", "ours", lambda: ops.softmax_topk(logits, C, dim=1)),
             variant(
                 "torch sort",
                 "naive",
@@ -47,6 +47,6 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
 
 
 ENTRIES = (
-    Entry("expert_choice", partial(build, one_group=False), quick=Size(images=32)),
-    Entry("expert_choice", partial(build, one_group=True), quick=Size(images=32)),
+    Entry("expert_choice", partial(build, one_group=False), quick=Size(images=32), sweep=("tokens", "experts")),
+    Entry("expert_choice", partial(build, one_group=True), quick=Size(images=32), sweep=("experts",)),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,11 @@ from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
 from vmoe_routers import MoEMlp
 
 EINSUM_BYTES = 256 << 20  # a dispatch tensor larger than this is not built
+
+
+def make(size: Size, device: str, **options: Any) -> MoEMlp:
+    """Our layer, its experts 4 times as wide within."""
+    return MoEMlp(size.width, 4 * size.width, num_experts=size.experts, device=device, **options).eval()
 
 
 def floors(rows: int, size: Size, extra: int = 0) -> dict[str, Floor]:
@@ -42,8 +48,7 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
     size = replace(size, top_k=top_k)
     options = {"top_k": top_k} if router.endswith("token_choice") else {}
     group = size.images if one_group else 1
-    make = partial(MoEMlp, size.width, 4 * size.width, num_experts=size.experts, router=router, group_size=group)
-    layer = make(device=device, **options).eval()
+    layer = make(size, device, router=router, group_size=group, **options)
     x = torch.randn(size.images, size.tokens, size.width, device=device, requires_grad=True)
     grouped = x.view(size.images // group, group * size.tokens, size.width)
     experts = layer.experts
@@ -61,7 +66,7 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
     if router == "softmax_token_choice":
         variants.append(variant("loop over experts", "index", torch_form(layers.loop)))
         variants.append(variant("grouped_mm", "index", torch_form(layers.grouped)))
-        dense_bytes = 4 * size.rows * size.experts * layer.router.slots(grouped.shape[1] * top_k)
+        dense_bytes = 4 * size.rows * size.experts * layer.router.slots(grouped.shape[1])
         if dense_bytes <= EINSUM_BYTES:
             variants.append(variant("one-hot einsum", "naive", torch_form(layers.einsum)))
         else:
@@ -80,50 +85,9 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
     )
 
 
-def top2(size: Size, device: str) -> Case:
-    """The function of the mixture-of-experts package: top-2, renormalised, no biases, exact GELU."""
-    layer = MoEMlp(
-        size.width,
-        4 * size.width,
-        act_layer=nn.GELU,
-        num_experts=size.experts,
-        router="softmax_token_choice",
-        top_k=2,
-        renormalize=True,
-        bias=False,
-        capacity_rounding="round",
-        capacity_multiple_of=1,
-        device=device,
-    ).eval()
-    x = torch.randn(size.images, size.tokens, size.width, device=device, requires_grad=True)
-    leaves = (x, layer.router.weight, layer.experts.w1, layer.experts.w2)
-    variants = [Variant("ours", "ours", lambda: [layer(x)], leaves=leaves)]
-    skipped: list[str] = []
-    peers.add(variants, skipped, peers.mixture_of_experts, layer, x, layer.router.slots(size.tokens * 2))
-    variants.append(dense(x, size.rows * 2))
-    return Case(
-        op="layer",
-        title="layer, top-2 renormalised, no biases, per image",
-        size=size,
-        variants=tuple(variants),
-        floors=floors(2 * size.rows, size),
-        tolerance=1e-3,
-        allowed=1e-2,
-        skipped=tuple(skipped),
-    )
-
-
 def soft(size: Size, device: str) -> Case:
     slots = max(1, round(size.tokens / size.experts))
-    layer = MoEMlp(
-        size.width,
-        4 * size.width,
-        act_layer=nn.GELU,
-        num_experts=size.experts,
-        router="soft",
-        slots_per_expert=slots,
-        device=device,
-    ).eval()
+    layer = make(size, device, router="soft", slots_per_expert=slots, act_layer=nn.GELU)
     # Of length sqrt(D): for such tokens soft-moe-pytorch is the same function.
     x = F.normalize(torch.randn(size.images, size.tokens, size.width, device=device), dim=-1) * size.width**0.5
     x.requires_grad_()
@@ -151,6 +115,8 @@ def soft(size: Size, device: str) -> Case:
     )
 
 
+# 98 rows an expert at K = 1, the least that the targets are for.
+DEFAULT = Size(images=16)
 QUICK = Size(images=4, experts=8, width=192)
 NAMES = (
     "sinkhorn_token_choice",
@@ -158,11 +124,11 @@ NAMES = (
     "sinkhorn_expert_choice",
     "sparsity_constrained_expert_choice",
 )
+entry = partial(Entry, "layer", default=DEFAULT, quick=QUICK, weight=6)
 ENTRIES = (
-    Entry("layer", partial(sparse, router="softmax_token_choice"), quick=QUICK),
-    Entry("layer", partial(sparse, router="softmax_token_choice", top_k=2), quick=QUICK),
-    Entry("layer", partial(sparse, router="softmax_token_choice", one_group=False), quick=QUICK),
-    *(Entry("layer", partial(sparse, router=name), quick=QUICK) for name in NAMES),
-    Entry("layer", top2, quick=QUICK),
-    Entry("layer", soft, quick=QUICK),
+    entry(partial(sparse, router="softmax_token_choice"), sweep=("experts", "width")),
+    entry(partial(sparse, router="softmax_token_choice", top_k=2), weight=12),
+    entry(partial(sparse, router="softmax_token_choice", one_group=False)),
+    *(entry(partial(sparse, router=name)) for name in NAMES),
+    entry(soft, sweep=("tokens",)),
 )

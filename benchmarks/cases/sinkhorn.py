@@ -54,6 +54,6 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
 
 
 ENTRIES = (
-    Entry("sinkhorn", partial(build, one_group=True), quick=Size()),
+    Entry("sinkhorn", partial(build, one_group=True), quick=Size(), sweep=("experts",)),
     Entry("sinkhorn", partial(build, one_group=False), quick=Size(images=16)),
 )

@@ -1,10 +1,11 @@
-"""Soft MoE's mixing, dispatch and combine, with nothing between them."""
+"""Soft MoE's mixing: logits, dispatch and combine, with nothing between them."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks import forms
 from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
@@ -14,25 +15,31 @@ from vmoe_routers import ops
 def build(size: Size, device: str) -> Case:
     G, T, E, D = size.images, size.tokens, size.experts, size.width
     S = E * max(1, round(T / E))
-    # As the router makes them: products of unit vectors, times the scale.
-    logits = (4 * torch.rand(G, T, S, device=device) - 2).requires_grad_()
     x = torch.randn(G, T, D, device=device, requires_grad=True)
-    variant = partial(Variant, leaves=(logits, x))
-    products = Floor(flops=4 * G * T * S * D, bytes=4 * G * (T * S + 2 * T * D), exps=G * T * S)
-    gradients = Floor(flops=8 * G * T * S * D, bytes=4 * G * (2 * T * S + 2 * T * D))
+    # As the router makes them, at a scale where the logits are of order 1.
+    phi = (D**0.5 * F.normalize(torch.randn(D, S, device=device), dim=0)).requires_grad_()
+    variant = partial(Variant, leaves=(x, phi))
+
+    def ours():
+        logits = ops.soft_logits(x, phi).unflatten(2, (E, -1))
+        return [ops.soft_mix(logits, ops.soft_mix(logits, x, 1), 2)]
+
+    products = Floor(flops=6 * G * T * S * D, bytes=4 * (2 * G * T * D + D * S), exps=G * T * S)
+    gradients = Floor(flops=12 * G * T * S * D, bytes=4 * (3 * G * T * D + 2 * D * S))
     return Case(
         op="soft_mix",
         title="Soft MoE mixing",
         size=size,
         variants=(
-            variant("ours", "ours", lambda: [ops.soft_mix(logits, ops.soft_mix(logits, x, 1), 2)]),
-            variant("einsum over [g, t, e, c]", "naive", lambda: [forms.soft_mix_einsum(logits, x, E)]),
-            variant("torch softmax + bmm", "index", lambda: [forms.soft_mix(logits, x)]),
-            variant("torch, one exp", "index", lambda: [forms.soft_mix_one_exp(logits, x)]),
+            variant("ours", "ours", ours),
+            variant("einsum over [g, t, e, c]", "naive", lambda: [forms.soft_mix_einsum(x, phi, E)]),
+            variant("torch softmax + bmm", "index", lambda: [forms.soft_mix(x, phi)]),
+            variant("torch, one exp", "index", lambda: [forms.soft_mix_one_exp(x, phi)]),
+            variant("torch attention, twice", "index", lambda: [forms.soft_mix_attention(x, phi)]),
         ),
         floors={FORWARD: products, BACKWARD: products + gradients},
         tolerance=1e-4,
     )
 
 
-ENTRIES = (Entry("soft_mix", build, quick=Size(images=8)),)
+ENTRIES = (Entry("soft_mix", build, quick=Size(images=8), sweep=("tokens", "width")),)

@@ -13,7 +13,7 @@ from vmoe_routers import ops
 
 def build(size: Size, device: str) -> Case:
     n, E, K = size.rows, size.experts, size.top_k
-    logits = torch.randn(n, E, device=device, requires_grad=True)
+    logits = torch.randn(1, n, E, device=device, requires_grad=True)
     variant = partial(Variant, leaves=(logits,))
     forward = Floor(bytes=4 * n * E + 8 * n * K, exps=n * E)
     return Case(
@@ -21,7 +21,7 @@ def build(size: Size, device: str) -> Case:
         title="softmax + top-k",
         size=size,
         variants=(
-            variant("ours", "ours", lambda: ops.topk(logits.softmax(-1), K)),
+            variant("ours", "ours", lambda: ops.softmax_topk(logits, K)),
             variant("argmax and mask", "naive", lambda: forms.topk_one_hot(logits, K)),
             variant("torch softmax + topk", "index", lambda: forms.topk(logits, K)),
             variant("torch topk, then softmax of k", "index", lambda: forms.topk_then_normalize(logits, K)),
@@ -32,4 +32,4 @@ def build(size: Size, device: str) -> Case:
     )
 
 
-ENTRIES = (Entry("topk", build, quick=Size()),)
+ENTRIES = (Entry("topk", build, quick=Size(), sweep=("experts",)),)

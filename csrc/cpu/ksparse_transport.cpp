@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
-#include <functional>
 #include <limits>
+#include <memory>
 #include <vector>
 
-#include "../order.h"
-#include "simd.h"
+#include "keys.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
@@ -24,38 +23,44 @@ double dot(const Vector& a, const Vector& b) {
   return sum;
 }
 
-// The semi-dual of one group. Columns are kept contiguous: every step reads each
-// of them from top to bottom.
+// The semi-dual of one group. Columns are kept contiguous: every step reads each of them
+// from top to bottom, and they are shared out among the threads.
 template <typename T>
 class SemiDual {
  public:
-  SemiDual(const T* similarity, int64_t tokens, int64_t E, int64_t k, double gamma)
-      : tokens_(tokens),
+  SemiDual(
+      const T* similarity, int64_t tokens, int64_t E, int64_t k, double gamma,
+      const Parallel& parallel)
+      : parallel_(parallel),
+        tokens_(tokens),
         size_((tokens + kLongest - 1) / kLongest * kLongest),
+        stride_(size_ + kLongest),
         E_(E),
         k_(k),
-        columns_(size_ * E, -std::numeric_limits<T>::infinity()),
-        there_(size_, 0.0),
+        room_((std::min(k, size_) + kLongest) / kLongest * kLongest),
+        columns_(new T[stride_ * E]),
+        there_(size_),
         alpha_before_(size_, 0.0),
         alpha_(size_),
         floor_(E, kUnknown),
-        candidate_(size_ + kWidth<T>),
-        value_(size_),
-        key_(size_),
-        share_(size_) {
-    for (int64_t t = 0; t < tokens; ++t) {
-      bool there = false;
-      for (int64_t e = 0; e < E; ++e) {
-        const T s = similarity[t * E + e];
-        columns_[e * size_ + t] = s;
-        if (std::isnan(s) || s == kInf) bad_ = true;
-        if (s == -kInf) continue;
-        there = true;
-        largest_similarity_ = std::max(largest_similarity_, std::abs(static_cast<double>(s)));
+        count_(E, 0),
+        token_(new int32_t[room_ * E]),
+        share_(new double[room_ * E]),
+        scratch_(new Scratch[(E + grain() - 1) / grain()]) {
+    const int64_t pieces = (size_ + kPiece - 1) / kPiece;
+    std::vector<Seen> seen(pieces);
+    parallel_(pieces, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        seen[i] = read(similarity, i * kPiece, std::min((i + 1) * kPiece, size_));
       }
-      there_[t] = there;
+    });
+    double present = 0;
+    for (const Seen& piece : seen) {
+      present += piece.present;
+      bad_ = bad_ || piece.bad;
+      largest_similarity_ = std::max(largest_similarity_, piece.largest);
     }
-    b_ = dot(there_, there_) / static_cast<double>(E);
+    b_ = present / static_cast<double>(E);
     scale_ = gamma * b_;
   }
 
@@ -65,34 +70,123 @@ class SemiDual {
   // Of every vector over tokens: as many and some without meaning, which stay 0.
   int64_t size() const { return size_; }
 
-  // The negated objective, to be minimised, and its gradient.
-  double evaluate(const Vector& alpha, Vector& gradient) {
-    move_to(alpha);
-    double value = -dot(alpha, there_);
-    for (int64_t t = 0; t < size_; ++t) gradient[t] = -there_[t];
-    for (int64_t e = 0; e < E_; ++e) {
-      project(alpha, e, [&](int64_t t, double u, double p) {
-        value += b_ * (u * p - scale_ / 2 * p * p);
-        gradient[t] += b_ * p;
-      });
-    }
-    return value;
+  // The gradient of the negated objective, to be minimised.
+  void differentiate(const Vector& alpha, Vector& gradient) {
+    project(alpha);
+    each_range([&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) gradient[t] = -there_[t];
+      each_share(begin, end, [&](int64_t t, int64_t, double p) { gradient[t] += b_ * p; });
+    });
+  }
+
+  // The negated objective, at the alpha just differentiated at.
+  double value(const Vector& alpha) const {
+    double sum = -dot(alpha, there_);
+    each_share(0, size_, [&](int64_t t, int64_t e, double p) {
+      const double u = alpha[t] + columns_[e * stride_ + t];
+      sum += b_ * (u * p - scale_ / 2 * p * p);
+    });
+    return sum;
   }
 
   void write_plan(const Vector& alpha, T* plan) {
-    std::fill(plan, plan + tokens_ * E_, bad_ ? std::numeric_limits<T>::quiet_NaN() : T{0});
-    if (!solvable()) return;
-    move_to(alpha);
-    for (int64_t e = 0; e < E_; ++e) {
-      project(alpha, e, [&](int64_t t, double, double p) {
+    if (solvable()) project(alpha);
+    const T empty = bad_ ? std::numeric_limits<T>::quiet_NaN() : T{0};
+    each_range([&](int64_t begin, int64_t end) {
+      std::fill(plan + begin * E_, plan + std::min(end, tokens_) * E_, empty);
+      each_share(begin, end, [&](int64_t t, int64_t e, double p) {
         plan[t * E_ + e] = static_cast<T>(b_ * p);
       });
-    }
+    });
   }
 
  private:
   static constexpr int64_t kLongest = std::max(kWidth<float>, kWidth<double>);
+  static constexpr int64_t kPiece = 512;
   static constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
+  using Key = SignedKey<double>;
+
+  struct Seen {
+    bool bad = false;
+    double present = 0, largest = 0;
+  };
+
+  // Of one column: the candidates, and of them the first `kept`.
+  struct Scratch {
+    std::unique_ptr<int32_t[]> token;
+    std::unique_ptr<double[]> value, share;
+    std::unique_ptr<Key[]> key, left;
+    int64_t kept;
+    double tau;
+
+    void make(int64_t size) {
+      if (token) return;
+      token.reset(new int32_t[size + kLongest]);
+      value.reset(new double[size + kLongest]);
+      share.reset(new double[size + kLongest]);
+      key.reset(new Key[size + kLongest]);
+      left.reset(new Key[size + kLongest]);
+    }
+  };
+
+  // Columns of a range at least: some us of work, and few ranges that need scratch.
+  int64_t grain() const { return std::max({int64_t{1}, 65536 / (size_ + 1), (E_ + 63) / 64}); }
+
+  // Calls body(begin, end) for ranges of tokens, their number no matter of threads.
+  template <typename Body>
+  void each_range(const Body& body) const {
+    parallel_(size_, 4096, [&](int64_t begin, int64_t end) { body(begin, end); });
+  }
+
+  // Calls body(t, e, p) for the non-zeros of the projections, by e, then by t.
+  template <typename Body>
+  void each_share(int64_t begin, int64_t end, const Body& body) const {
+    for (int64_t e = 0; e < E_; ++e) {
+      const int32_t *token = &token_[e * room_], *last = token + count_[e];
+      const double* share = &share_[e * room_];
+      const int32_t* at = std::lower_bound(token, last, static_cast<int32_t>(begin));
+      for (; at != last && *at < end; ++at) body(*at, e, share[at - token]);
+    }
+  }
+
+  // Tokens [begin, end) into the columns, -inf behind the last.
+  Seen read(const T* similarity, int64_t begin, int64_t end) {
+    constexpr int64_t W = kWidth<T>;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    Seen seen;
+    Mask<T> bad{};
+    Vec<T> largest{};
+    for (int64_t t = begin; t < end; t += W) {
+      Mask<T> there{};
+      for (int64_t e = 0; e < E_; e += W) {
+        const int64_t width = std::min(W, E_ - e);
+        Vec<T> square[W];
+        for (int64_t i = 0; i < W; ++i) {
+          const T* from = similarity + (t + i) * E_ + e;
+          square[i] = t + i >= tokens_ ? splat(-inf)
+                      : width == W     ? load(from)
+                                       : load_some(from, width, -inf);
+          const Vec<T> size = square[i] < 0 ? -square[i] : square[i];
+          bad |= ~(square[i] < inf);
+          largest = size < inf && size > largest ? size : largest;
+        }
+        transpose<T>(square);
+        for (int64_t i = 0; i < width; ++i) {
+          there |= square[i] > -inf;
+          store(&columns_[(e + i) * stride_ + t], square[i]);
+        }
+      }
+      for (int64_t i = 0; i < W; ++i) {
+        there_[t + i] = there[i] ? 1 : 0;
+        seen.present += there_[t + i];
+      }
+    }
+    seen.bad = lane_bits<T>(bad) != 0;
+    for (int64_t i = 0; i < W; ++i) {
+      seen.largest = std::max(seen.largest, static_cast<double>(largest[i]));
+    }
+    return seen;
+  }
 
   // What the columns share at one alpha: alpha in T for the filter, by how much the
   // filter's sums may be off, and by how much entries may have fallen since the last one.
@@ -114,118 +208,161 @@ class SemiDual {
     }
   }
 
-  // Calls emit(t, u, p) for the non-zeros of column e's P_k(u / (gamma b)), by t, where
-  // u = alpha + S[:, e].
-  //
+  // The non-zeros of every column's P_k(u / (gamma b)), by t, where u = alpha + S[:, e].
+  void project(const Vector& alpha) {
+    if (k_ <= 0) return;
+    move_to(alpha);
+    parallel_(E_, grain(), [&](int64_t begin, int64_t end) {
+      Scratch& scratch = scratch_[begin / grain()];
+      scratch.make(size_);
+      for (int64_t e = begin; e < end; ++e) project(alpha, e, scratch);
+    });
+  }
+
   // Only entries above a floor are looked at: those that were the k first of the step
   // before, and so k at least, have fallen no further than the deepest fall of alpha. The
   // floor needs no proof, as the result shows whether it was low enough: either the k-th
   // first entry lies on it or above, or the threshold does, below which an entry gets
   // nothing. If neither, everything is looked at.
-  template <typename Emit>
-  void project(const Vector& alpha, int64_t e, Emit&& emit) {
-    if (k_ <= 0) return;
+  void project(const Vector& alpha, int64_t e, Scratch& scratch) {
     // u in T is off by its rounding and alpha's.
     const double slack = 2 * static_cast<double>(std::numeric_limits<T>::epsilon()) *
                          (largest_alpha_ + largest_similarity_);
     double before = floor_[e];
-    if (std::isnan(before)) before = sampled_floor(e);
+    if (std::isnan(before)) before = sampled_floor(e, scratch);
     T floor = static_cast<T>(before - largest_fall_ - 2 * slack);
     if (std::isnan(floor)) floor = -std::numeric_limits<T>::infinity();
     for (;;) {
-      const int64_t count = collect(alpha, e, floor);
+      const int64_t count = collect(alpha, e, floor, scratch);
       const double bound = static_cast<double>(floor) + slack;
-      const double kth = keep_first(count);
-      const double level = threshold();
+      const double kth = keep_first(count, scratch);
+      const double level = threshold(scratch);
       floor_[e] = std::max(kth, level);
       if (floor == -std::numeric_limits<T>::infinity() || floor_[e] >= bound) break;
       floor = -std::numeric_limits<T>::infinity();
     }
-    for (int64_t i = 0; i < kept_; ++i) {
-      const double p = share_[i] - tau_;
-      if (p > 0) emit(candidate_[i], value_[i], p);
+    int32_t* token = &token_[e * room_];
+    double* share = &share_[e * room_];
+    int64_t count = 0;
+    for (int64_t i = 0; i < scratch.kept; ++i) {
+      const double p = scratch.share[i] - scratch.tau;
+      token[count] = scratch.token[i];
+      share[count] = p;
+      count += p > 0;
     }
+    count_[e] = count;
   }
 
   // A floor for the first step, at alpha = 0 or near: from every 16th entry, low enough
   // that k entries are hardly ever missed.
-  double sampled_floor(int64_t e) {
+  double sampled_floor(int64_t e, Scratch& scratch) const {
     constexpr int64_t kStride = 16;
-    const T* column = columns_.data() + e * size_;
+    const T* column = &columns_[e * stride_];
+    double* value = scratch.value.get();
     int64_t sampled = 0;
     for (int64_t t = 0; t < tokens_; t += kStride) {
-      value_[sampled++] = static_cast<double>(alpha_[t]) + static_cast<double>(column[t]);
+      value[sampled++] = static_cast<double>(alpha_[t]) + static_cast<double>(column[t]);
     }
     const double share = static_cast<double>(k_) / kStride;
     const int64_t rank = static_cast<int64_t>(share + 3 * std::sqrt(share) + 1);
     if (rank >= sampled) return -kInf;
-    std::nth_element(
-        value_.begin(), value_.begin() + rank, value_.begin() + sampled, std::greater<>());
-    return value_[rank];
+    const Cut<Key> cut = find_first(sampled, rank + 1, scratch);
+    double least = kInf;
+    for (int64_t i = 0; i < sampled; ++i) {
+      if (scratch.key[i] >= cut.key) least = std::min(least, value[i]);
+    }
+    return least;
   }
 
-  // The entries that are not below the floor: candidate_, by t, and their value_.
-  int64_t collect(const Vector& alpha, int64_t e, T floor) {
-    const T* column = columns_.data() + e * size_;
+  // The entries that are not below the floor, by t, and their values in float64.
+  int64_t collect(const Vector& alpha, int64_t e, T floor, Scratch& scratch) const {
+    const T* column = &columns_[e * stride_];
     const Vec<T> low = splat(floor);
     int64_t count = 0;
     for (int64_t t = 0; t < size_; t += kWidth<T>) {
       const Mask<T> passes = ~(load(&alpha_[t]) + load(column + t) < low);  // NaN passes
+#if !defined(__AVX512F__)
+      // Without a compress instruction a branch is the lesser evil.
       if (lane_bits<T>(passes) == 0) continue;
-      count += compress_index<T>(&candidate_[count], passes, static_cast<int32_t>(t));
+#endif
+      count += compress_index<T>(&scratch.token[count], passes, static_cast<int32_t>(t));
     }
     for (int64_t i = 0; i < count; ++i) {
-      const int32_t t = candidate_[i];
-      value_[i] = alpha[t] + column[t];
+      const int32_t t = scratch.token[i];
+      scratch.value[i] = alpha[t] + column[t];
     }
     return count;
   }
 
-  // Leaves the k first of the candidates (value descending, then t), by t; returns the
-  // k-th value, -inf if there are not as many.
-  double keep_first(int64_t count) {
-    kept_ = std::min(count, k_);
-    if (count < k_) return -kInf;
-    for (int64_t i = 0; i < count; ++i) key_[i] = order_key(value_[i]);
-    const auto last = key_.begin() + (k_ - 1);
-    std::nth_element(key_.begin(), last, key_.begin() + count, std::greater<>());
-    const uint64_t least = *last;
-    int64_t ties = 1;
-    for (auto key = key_.begin(); key != last; ++key) ties += *key == least;
-    double kth = 0;
-    kept_ = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint64_t key = order_key(value_[i]);
-      if (key < least || (key == least && ties-- <= 0)) continue;
-      if (key == least) kth = value_[i];
-      candidate_[kept_] = candidate_[i];
-      value_[kept_++] = value_[i];
+  // Where to cut the n values for k of them; their keys stay behind.
+  static Cut<Key> find_first(int64_t n, int64_t k, Scratch& scratch) {
+    constexpr int64_t W = kWidth<double>;
+    Key* keys = scratch.key.get();
+    Vec<Key> low = splat(std::numeric_limits<Key>::max()), high = splat(kNoKey<double>);
+    for (int64_t i = 0; i < n; i += W) {
+      const Vec<double> value = load(&scratch.value[i]);
+      Vec<Key> key = signed_key<double>(value);
+      const Mask<Key> there = lane_index<Key>() < splat(static_cast<Key>(n - i));
+      low = there ? min<Key>(low, key) : low;
+      key = there ? key : splat(kNoKey<double>);
+      high = max<Key>(high, key);
+      store(keys + i, key);
     }
-    return kth;
+    Key least = low[0], most = high[0];
+    for (int64_t i = 1; i < W; ++i) {
+      least = std::min(least, low[i]);
+      most = std::max(most, high[i]);
+    }
+    return find_cut(keys, n, k, least, most, scratch.left.get());
   }
 
-  // tau_, the threshold of the simplex for what was kept, relative to the largest and over
+  // Leaves the k first of the candidates (value descending, then t), by t; returns the
+  // k-th value, -inf if there are not as many.
+  double keep_first(int64_t count, Scratch& scratch) const {
+    scratch.kept = count;
+    if (count < k_) return -kInf;
+    auto [cut, ties] = find_first(count, k_, scratch);
+    int32_t* token = scratch.token.get();
+    double* value = scratch.value.get();
+    Key* key = scratch.key.get();
+    const auto keep = [&](auto&& stays) {
+      int64_t kept = 0;
+      for (int64_t i = 0; i < scratch.kept; ++i) {
+        token[kept] = token[i];
+        value[kept] = value[i];
+        key[kept] = key[i];
+        kept += stays(key[i]);
+      }
+      scratch.kept = kept;
+    };
+    keep([&](Key k) { return k >= cut; });
+    if (scratch.kept > k_) keep([&](Key k) { return k > cut || ties-- > 0; });
+    return *std::min_element(value, value + scratch.kept);
+  }
+
+  // The threshold of the simplex for what was kept, tau, relative to the largest and over
   // scale_ as in simplex.h; returns where it lies among the values. Entries at or below
   // the threshold are taken out until there are none: mostly all stay at once, and no order is
   // needed. Lanes are places among the kept, not among the tokens: an absent token changes
   // nothing.
-  double threshold() {
-    tau_ = kUnknown;
-    if (kept_ == 0) return -kInf;
+  double threshold(Scratch& scratch) const {
+    scratch.tau = kUnknown;
+    if (scratch.kept == 0) return -kInf;
     constexpr int64_t W = kWidth<double>;
-    const int64_t end = (kept_ + W - 1) / W * W;
-    std::fill(value_.begin() + kept_, value_.begin() + end, -kInf);
+    double *value = scratch.value.get(), *share = scratch.share.get();
+    const int64_t end = (scratch.kept + W - 1) / W * W;
+    std::fill(value + scratch.kept, value + end, -kInf);
     Vec<double> top = splat(-kInf);
-    for (int64_t i = 0; i < end; i += W) top = max<double>(load(&value_[i]), top);
+    for (int64_t i = 0; i < end; i += W) top = max<double>(load(value + i), top);
     double largest = top[0];
     for (int64_t i = 1; i < W; ++i) largest = std::max(largest, top[i]);
-    for (int64_t i = 0; i < end; i += W) store(&share_[i], (load(&value_[i]) - largest) / scale_);
+    for (int64_t i = 0; i < end; i += W) store(share + i, (load(value + i) - largest) / scale_);
     double low = -kInf;
     for (int64_t support = 0;;) {
       Vec<double> total{};
       Mask<double> above{};
       for (int64_t i = 0; i < end; i += W) {
-        const Vec<double> u = load(&share_[i]);
+        const Vec<double> u = load(share + i);
         const Mask<double> in = u > low;
         total += in ? u : Vec<double>{};
         above -= in;  // true is -1
@@ -234,15 +371,17 @@ class SemiDual {
       for (int64_t i = 0; i < W; ++i) count += above[i];
       if (count == support || count == 0) break;
       support = count;
-      low = tau_ = (sum<double>(total) - 1) / static_cast<double>(count);
+      low = scratch.tau = (sum<double>(total) - 1) / static_cast<double>(count);
     }
-    return largest + scale_ * tau_;
+    return largest + scale_ * scratch.tau;
   }
 
-  int64_t tokens_, size_, E_, k_;
+  const Parallel& parallel_;
+  int64_t tokens_, size_, stride_, E_, k_;
+  int64_t room_;  // of a column's non-zeros
   double b_ = 0, scale_ = 0;
   bool bad_ = false;
-  std::vector<T> columns_;  // [E, size]
+  std::unique_ptr<T[]> columns_;  // [E, stride]; a power of two would share cache sets
   Vector there_;
   double largest_similarity_ = 0;
 
@@ -253,13 +392,12 @@ class SemiDual {
 
   Vector floor_;  // [E] of the step before, or NaN
 
-  // Of one column: the candidates, and of them the first kept_.
-  std::vector<int32_t> candidate_;
-  Vector value_;
-  std::vector<uint64_t> key_;
-  Vector share_;  // (value - largest) / scale
-  int64_t kept_ = 0;
-  double tau_ = 0;
+  // The non-zeros of the projections.
+  std::vector<int64_t> count_;        // [E]
+  std::unique_ptr<int32_t[]> token_;  // [E, room]
+  std::unique_ptr<double[]> share_;   // [E, room]
+
+  std::unique_ptr<Scratch[]> scratch_;  // by range of columns
 };
 
 // Betas 0.9 and 0.999; the moments are divided by what they fall short at the start.
@@ -270,11 +408,20 @@ void adam_step(
     const Vec<double> g = load(gradient + t);
     const Vec<double> m = 0.9 * load(mean + t) + 0.1 * g;
     const Vec<double> s = 0.999 * load(square + t) + 0.001 * g * g;
-    const Vec<double> step = rate * (m / mean_share) / (sqrt(s / square_share) + 1e-8);
+    const Vec<double> step = m * (rate / mean_share) / (sqrt(s * (1 / square_share)) + 1e-8);
     store(mean + t, m);
     store(square + t, s);
     store(alpha + t, load(alpha + t) - step);
   }
+}
+
+double norm(const Vector& x) {
+  Vec<double> total{};
+  for (size_t i = 0; i < x.size(); i += kWidth<double>) {
+    const Vec<double> part = load(&x[i]);
+    total += part * part;
+  }
+  return std::sqrt(sum<double>(total));
 }
 
 template <typename T>
@@ -282,13 +429,13 @@ void adam(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   Vector gradient(alpha.size()), mean(alpha.size(), 0), square(alpha.size(), 0);
   double decay1 = 1, decay2 = 1;
   for (int64_t i = 0; i < options.iterations; ++i) {
-    dual.evaluate(alpha, gradient);
+    dual.differentiate(alpha, gradient);
     decay1 *= 0.9;
     decay2 *= 0.999;
     adam_step(
         static_cast<int64_t>(alpha.size()), options.learning_rate, 1 - decay1, 1 - decay2,
         gradient.data(), mean.data(), square.data(), alpha.data());
-    if (std::sqrt(dot(gradient, gradient)) <= options.tolerance) return;
+    if (norm(gradient) <= options.tolerance) return;
   }
 }
 
@@ -303,7 +450,8 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   std::deque<Pair> memory;
   const size_t n = alpha.size();
   Vector gradient(n), direction(n), next(n), next_gradient(n);
-  double value = dual.evaluate(alpha, gradient);
+  dual.differentiate(alpha, gradient);
+  double value = dual.value(alpha);
   for (int64_t i = 0; i < options.iterations; ++i) {
     if (!(std::sqrt(dot(gradient, gradient)) > options.tolerance)) return;
     direction = gradient;
@@ -327,7 +475,8 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
     int halvings = 0;
     for (; halvings < kHalvings; ++halvings, rate /= 2) {
       for (size_t t = 0; t < n; ++t) next[t] = alpha[t] - rate * direction[t];
-      const double next_value = dual.evaluate(next, next_gradient);
+      dual.differentiate(next, next_gradient);
+      const double next_value = dual.value(next);
       if (next_value <= value + 1e-4 * rate * slope) {
         value = next_value;
         break;
@@ -359,9 +508,9 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
 template <typename T>
 void ksparse_transport(
     const T* similarity, T* plan, int64_t tokens, int64_t E, const TransportOptions& options,
-    int64_t group_begin, int64_t group_end) {
+    int64_t group_begin, int64_t group_end, const Parallel& parallel) {
   for (int64_t g = group_begin; g < group_end; ++g) {
-    SemiDual<T> dual(similarity + g * tokens * E, tokens, E, options.k, options.gamma);
+    SemiDual<T> dual(similarity + g * tokens * E, tokens, E, options.k, options.gamma, parallel);
     Vector alpha(dual.size(), 0);
     if (dual.solvable()) {
       (options.solver == Solver::kAdam ? adam<T> : lbfgs<T>)(dual, alpha, options);
@@ -371,8 +520,10 @@ void ksparse_transport(
 }
 
 template void ksparse_transport(
-    const float*, float*, int64_t, int64_t, const TransportOptions&, int64_t, int64_t);
+    const float*, float*, int64_t, int64_t, const TransportOptions&, int64_t, int64_t,
+    const Parallel&);
 template void ksparse_transport(
-    const double*, double*, int64_t, int64_t, const TransportOptions&, int64_t, int64_t);
+    const double*, double*, int64_t, int64_t, const TransportOptions&, int64_t, int64_t,
+    const Parallel&);
 
 }  // namespace vmoe::cpu::VMOE_ISA

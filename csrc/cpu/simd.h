@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -53,6 +54,9 @@ struct Lanes {
   static constexpr int64_t width = kVectorBytes / sizeof(T);
   typedef T Vec __attribute__((vector_size(kVectorBytes)));
   typedef typename IntOf<T>::type Mask __attribute__((vector_size(kVectorBytes)));
+  // As it may stand in memory. With memcpy instead, a vector that is stored somewhere
+  // would live in memory all its life.
+  typedef T Stored __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
 template <typename T>
 using Vec = typename Lanes<T>::Vec;
@@ -63,19 +67,17 @@ constexpr int64_t kWidth = Lanes<T>::width;
 
 template <typename T>
 inline Vec<T> load(const T* p) {
-  Vec<T> v;
-  memcpy(&v, p, sizeof(v));
-  return v;
+  return *reinterpret_cast<const typename Lanes<T>::Stored*>(p);
 }
 
 template <typename T>
 inline void store(T* p, Vec<T> v) {
-  memcpy(p, &v, sizeof(v));
+  *reinterpret_cast<typename Lanes<T>::Stored*>(p) = v;
 }
 
 template <typename T>
 inline Vec<T> splat(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // x - 0 is x, which the compiler knows; x + 0 is not, where x is -0
 }
 
 // 0, 1, 2, ... in the integers of a mask.
@@ -113,6 +115,12 @@ inline Vec<T> load_some(const T* p, int64_t count, T fill) {
 #endif
 }
 
+// The vector at `p`, cut at `end`, behind which nothing may be read.
+template <typename T>
+inline Vec<T> load_within(const T* p, const T* end) {
+  return end - p >= kWidth<T> ? load(p) : load_some(p, end - p, T{0});
+}
+
 template <typename T>
 inline void store_some(T* p, Vec<T> v, int64_t count) {
 #if defined(__AVX512F__)
@@ -132,6 +140,17 @@ inline void store_some(T* p, Vec<T> v, int64_t count) {
 #else
   memcpy(p, &v, count * sizeof(T));
 #endif
+}
+
+// The same where `count` may be width and more: then the whole vector.
+template <typename T>
+inline Vec<T> get(const T* p, int64_t count, T fill) {
+  return count >= kWidth<T> ? load(p) : load_some(p, count, fill);
+}
+
+template <typename T>
+inline void put(T* p, Vec<T> v, int64_t count) {
+  count >= kWidth<T> ? store(p, v) : store_some(p, v, count);
 }
 
 template <typename T>
@@ -188,6 +207,17 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// What rounding took from a * b when it became `product`.
+inline Vec<float> product_error(Vec<float> a, Vec<float> b, Vec<float> product) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fma(a, b, -product);
+#else
+  typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+  const Wide exact = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+  return __builtin_convertvector(exact - __builtin_convertvector(product, Wide), Vec<float>);
+#endif
+}
+
 inline Vec<double> sqrt(Vec<double> v) {
 #if defined(__AVX512F__)
   // Without a mask GCC 12 warns of an uninitialised register.
@@ -220,44 +250,19 @@ inline T sum(Vec<T> v) {
   }
 }
 
-// e^x. Relative error below 2e-7 (float) and 5e-16 (double) where the result is a
-// normal number; below that 0, above infinity; NaN stays NaN.
-inline Vec<float> exp(Vec<float> x) {
-  const Vec<float> low = splat(-87.33654f), high = splat(88.72284f);
-  const Vec<float> shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec<float> y = x < low ? low : x;
-  y = y > high ? high : y;
-  const Vec<float> shifted = fma(y, splat(1.44269504f), shift);
-  const Vec<float> n = shifted - shift;
-  Vec<float> r = fma(n, splat(-0.693359375f), y);
-  r = fma(n, splat(2.12194440e-4f), r);
+// e^r for |r| <= ln(2) / 2.
+inline Vec<float> exp_reduced(Vec<float> r) {
   Vec<float> p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
   p = fma(p, r, splat(8.3334519073e-3f));
   p = fma(p, r, splat(4.1665795894e-2f));
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.0f;
-  // 2^n in two halves, so that n = 128 does not overflow the exponent field.
-  const Mask<float> k = (Mask<float>)shifted - (Mask<float>)shift;
-  const Mask<float> half = k >> 1;
-  const Vec<float> a = (Vec<float>)((half + 127) << 23);
-  const Vec<float> b = (Vec<float>)((k - half + 127) << 23);
-  p = p * a * b;
-  p = x < low ? Vec<float>{} : p;
-  return x > high ? splat(std::numeric_limits<float>::infinity()) : p;
+  return fma(p, r * r, r) + 1.0f;
 }
 
-inline Vec<double> exp(Vec<double> x) {
-  const Vec<double> low = splat(-708.3964185322641), high = splat(709.782712893384);
-  const Vec<double> shift = splat(6755399441055744.0);  // 1.5 * 2^52
-  Vec<double> y = x < low ? low : x;
-  y = y > high ? high : y;
-  const Vec<double> shifted = fma(y, splat(1.4426950408889634), shift);
-  const Vec<double> n = shifted - shift;
-  Vec<double> r = fma(n, splat(-6.93145751953125e-1), y);
-  r = fma(n, splat(-1.42860682030941723212e-6), r);
-  // Taylor to r^13 on |r| <= ln(2) / 2.
+inline Vec<double> exp_reduced(Vec<double> r) {
+  // Taylor to r^13.
   Vec<double> p = splat(1.0 / 6227020800);
   p = fma(p, r, splat(1.0 / 479001600));
   p = fma(p, r, splat(1.0 / 39916800));
@@ -270,14 +275,80 @@ inline Vec<double> exp(Vec<double> x) {
   p = fma(p, r, splat(1.0 / 24));
   p = fma(p, r, splat(1.0 / 6));
   p = fma(p, r, splat(0.5));
-  p = fma(p, r * r, r) + 1.0;
-  const Mask<double> k = (Mask<double>)shifted - (Mask<double>)shift;
-  const Mask<double> half = k >> 1;
-  const Vec<double> a = (Vec<double>)((half + 1023) << 52);
-  const Vec<double> b = (Vec<double>)((k - half + 1023) << 52);
-  p = p * a * b;
-  p = x < low ? Vec<double>{} : p;
-  return x > high ? splat(std::numeric_limits<double>::infinity()) : p;
+  return fma(p, r * r, r) + 1.0;
+}
+
+// What exp takes apart: x = n ln(2) + r, in the numbers of a type.
+template <typename T>
+struct ExpOf;
+template <>
+struct ExpOf<float> {
+  static constexpr float low = -87.33654f, high = 88.72284f;
+  static constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  static constexpr float log2_e = 1.44269504f, ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;
+  static constexpr int mantissa = 23, bias = 127;
+};
+template <>
+struct ExpOf<double> {
+  static constexpr double low = -708.3964185322641, high = 709.782712893384;
+  static constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double log2_e = 1.4426950408889634;
+  static constexpr double ln2 = 6.93145751953125e-1, ln2_rest = 1.42860682030941723212e-6;
+  static constexpr int mantissa = 52, bias = 1023;
+};
+
+// e^x. Relative error below 2e-7 (float) and 5e-16 (double) where the result is a
+// normal number; below that 0, above infinity; NaN stays NaN.
+template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
+inline V exp(V x) {
+  using Of = ExpOf<T>;
+  const V low = splat(Of::low), high = splat(Of::high), to_integer = splat(Of::to_integer);
+  V y = x < low ? low : x;
+  y = y > high ? high : y;
+  const V shifted = fma(y, splat(Of::log2_e), to_integer);
+  const V n = shifted - to_integer;
+  const V r = fma(n, splat(-Of::ln2_rest), fma(n, splat(-Of::ln2), y));
+  // 2^n in two halves, so that the largest n does not overflow the exponent field.
+  const Mask<T> k = (Mask<T>)shifted - (Mask<T>)to_integer;
+  const Mask<T> half = k >> 1;
+  const V a = (V)((half + Of::bias) << Of::mantissa);
+  const V b = (V)((k - half + Of::bias) << Of::mantissa);
+  const V p = exp_reduced(r) * a * b;
+  const V from_low = x < low ? V{} : p;
+  return x > high ? splat(std::numeric_limits<T>::infinity()) : from_low;
+}
+
+// The same of x <= 0 or NaN, as softmaxes have it: a third fewer steps.
+template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
+inline V exp_negative(V x) {
+  using Of = ExpOf<T>;
+  // The rounded number stands in the last bits with the exponent's bias already added.
+  const V low = splat(Of::low), to_integer = splat(Of::to_integer + Of::bias);
+  const V y = x < low ? low : x;
+  const V shifted = fma(y, splat(Of::log2_e), to_integer);
+  const V n = shifted - to_integer;
+  const V r = fma(n, splat(-Of::ln2_rest), fma(n, splat(-Of::ln2), y));
+  const V p = exp_reduced(r) * (V)((Mask<T>)shifted << Of::mantissa);
+  return x < low ? V{} : p;
+}
+
+// ln(x) of a normal number. Relative error below 3e-16 (fdlibm's e_log, without its cases).
+inline Vec<double> log(Vec<double> x) {
+  // x = 2^k m with m in [1/sqrt(2), sqrt(2))
+  const Mask<double> above = (Mask<double>)x - 0x3fe6a09e667f3bcd;
+  const Mask<double> k = above >> 52;
+  const Vec<double> m = (Vec<double>)((Mask<double>)x - (k << 52));
+  const Vec<double> n = __builtin_convertvector(k, Vec<double>);
+  const Vec<double> f = m - 1.0, s = f / (f + 2.0), z = s * s, half = 0.5 * f * f;
+  Vec<double> p = splat(1.479819860511658591e-1);
+  p = fma(p, z, splat(1.531383769920937332e-1));
+  p = fma(p, z, splat(1.818357216161805012e-1));
+  p = fma(p, z, splat(2.222219843214978396e-1));
+  p = fma(p, z, splat(2.857142874366239149e-1));
+  p = fma(p, z, splat(3.999999999940941908e-1));
+  p = fma(p, z, splat(6.666666666666735130e-1));
+  const Vec<double> low = fma(s, fma(p, z, half), n * 1.90821492927058770002e-10);
+  return n * 6.93147180369123816490e-01 - ((half - low) - f);
 }
 
 // r[i][j] becomes r[j][i], for width vectors of width lanes: log2(width) rounds of

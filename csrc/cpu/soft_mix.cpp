@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "simd.h"
+#include "softmax.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
@@ -27,26 +27,7 @@ struct Rows {
     for (; s + W <= S; s += W) body(s, W);
     if (s < S) body(s, S - s);
   }
-
-  static Vec<T> get(const T* p, int64_t count, T fill) {
-    return count == W ? load(p) : load_some(p, count, fill);
-  }
-  static void put(T* p, Vec<T> v, int64_t count) {
-    count == W ? store(p, v) : store_some(p, v, count);
-  }
 };
-
-// What a line's largest entry says of the others. Shift: where there is nothing but -inf,
-// 0, so that the exponentials are 0 and not NaN. Scale: their sum is then 0, else at least
-// 1. The maximum may pass over a NaN: the sum does not, and makes the line NaN.
-template <typename T>
-Vec<T> shift(Vec<T> high) {
-  return high == splat(-std::numeric_limits<T>::infinity()) ? Vec<T>{} : high;
-}
-template <typename T>
-Vec<T> scale(Vec<T> total) {
-  return total == Vec<T>{} ? Vec<T>{} : T{1} / total;
-}
 
 template <typename T>
 void slots_softmax(const Rows<T>& rows, const T* in, T* out) {
@@ -54,20 +35,19 @@ void slots_softmax(const Rows<T>& rows, const T* in, T* out) {
   for (int64_t t = 0; t < rows.tokens; ++t, in += rows.S, out += rows.S) {
     Vec<T> high = splat(kLow);
     rows.each_vector(
-        [&](int64_t s, int64_t count) { high = max<T>(rows.get(in + s, count, kLow), high); });
+        [&](int64_t s, int64_t count) { high = max<T>(get(in + s, count, kLow), high); });
     T lanes[kWidth<T>];
     store(lanes, high);
-    high = shift<T>(splat(*std::max_element(lanes, lanes + kWidth<T>)));
+    high = softmax_shift<T>(splat(*std::max_element(lanes, lanes + kWidth<T>)));
     Vec<T> total{};
     rows.each_vector([&](int64_t s, int64_t count) {
-      const Vec<T> e = exp(rows.get(in + s, count, kLow) - high);
-      rows.put(out + s, e, count);
+      const Vec<T> e = exp_negative(get(in + s, count, kLow) - high);
+      put(out + s, e, count);
       total += e;
     });
-    const Vec<T> by = scale<T>(splat(sum<T>(total)));
-    rows.each_vector([&](int64_t s, int64_t count) {
-      rows.put(out + s, rows.get(out + s, count, 0) * by, count);
-    });
+    const Vec<T> by = softmax_scale<T>(splat(sum<T>(total)));
+    rows.each_vector(
+        [&](int64_t s, int64_t count) { put(out + s, get(out + s, count, T{0}) * by, count); });
   }
 }
 
@@ -80,21 +60,22 @@ void tokens_softmax(const Rows<T>& rows, const T* in, T* out, T* high, T* total)
   std::fill(total, total + padded, T{0});
   for (int64_t t = 0; t < rows.tokens; ++t) {
     rows.each_vector([&](int64_t s, int64_t count) {
-      store(high + s, max<T>(rows.get(in + t * S + s, count, kLow), load(high + s)));
+      store(high + s, max<T>(get(in + t * S + s, count, kLow), load(high + s)));
     });
   }
-  for (int64_t s = 0; s < padded; s += kWidth<T>) store(high + s, shift<T>(load(high + s)));
+  for (int64_t s = 0; s < padded; s += kWidth<T>) store(high + s, softmax_shift<T>(load(high + s)));
   for (int64_t t = 0; t < rows.tokens; ++t) {
     rows.each_vector([&](int64_t s, int64_t count) {
-      const Vec<T> e = exp(rows.get(in + t * S + s, count, kLow) - load(high + s));
-      rows.put(out + t * S + s, e, count);
+      const Vec<T> e = exp_negative(get(in + t * S + s, count, kLow) - load(high + s));
+      put(out + t * S + s, e, count);
       store(total + s, load(total + s) + e);
     });
   }
-  for (int64_t s = 0; s < padded; s += kWidth<T>) store(total + s, scale<T>(load(total + s)));
+  for (int64_t s = 0; s < padded; s += kWidth<T>)
+    store(total + s, softmax_scale<T>(load(total + s)));
   for (int64_t t = 0; t < rows.tokens; ++t) {
     rows.each_vector([&](int64_t s, int64_t count) {
-      rows.put(out + t * S + s, rows.get(out + t * S + s, count, 0) * load(total + s), count);
+      put(out + t * S + s, get(out + t * S + s, count, T{0}) * load(total + s), count);
     });
   }
 }
@@ -104,11 +85,11 @@ void slots_softmax_backward(const Rows<T>& rows, const T* w, T* d) {
   for (int64_t t = 0; t < rows.tokens; ++t, w += rows.S, d += rows.S) {
     Vec<T> total{};
     rows.each_vector([&](int64_t s, int64_t count) {
-      total = fma(rows.get(w + s, count, 0), rows.get(d + s, count, 0), total);
+      total = fma(get(w + s, count, T{0}), get(d + s, count, T{0}), total);
     });
     const Vec<T> mean = splat(sum<T>(total));
     rows.each_vector([&](int64_t s, int64_t count) {
-      rows.put(d + s, rows.get(w + s, count, 0) * (rows.get(d + s, count, 0) - mean), count);
+      put(d + s, get(w + s, count, T{0}) * (get(d + s, count, T{0}) - mean), count);
     });
   }
 }
@@ -121,15 +102,15 @@ void tokens_softmax_backward(const Rows<T>& rows, const T* w, T* d, T* mean) {
   for (int64_t t = 0; t < rows.tokens; ++t) {
     rows.each_vector([&](int64_t s, int64_t count) {
       const int64_t i = t * S + s;
-      const Vec<T> product = rows.get(w + i, count, 0) * rows.get(d + i, count, 0);
+      const Vec<T> product = get(w + i, count, T{0}) * get(d + i, count, T{0});
       store(mean + s, load(mean + s) + product);
     });
   }
   for (int64_t t = 0; t < rows.tokens; ++t) {
     rows.each_vector([&](int64_t s, int64_t count) {
       const int64_t i = t * S + s;
-      const Vec<T> away = rows.get(d + i, count, 0) - load(mean + s);
-      rows.put(d + i, rows.get(w + i, count, 0) * away, count);
+      const Vec<T> away = get(d + i, count, T{0}) - load(mean + s);
+      put(d + i, get(w + i, count, T{0}) * away, count);
     });
   }
 }

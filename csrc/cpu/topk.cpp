@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "keys.h"
+#include "leaders.h"
 #include "select.h"
 
 namespace vmoe::cpu::VMOE_ISA {
@@ -19,11 +20,6 @@ struct Axis {
 
   const T* column(int64_t row) const { return x + (row / M) * n * M + row % M; }
 
-  // A vector that may reach into the next row; only behind the last one it is cut.
-  Vec<T> load_within(const T* p) const {
-    return end - p >= kWidth<T> ? load(p) : load_some(p, end - p, T{0});
-  }
-
   // `from` is column(row). The value is read again: a key has lost its sign of zero and
   // its NaN's payload.
   void write(const T* from, int64_t row, int64_t j, int32_t index) const {
@@ -32,48 +28,19 @@ struct Axis {
   }
 };
 
-// The K first entries so far of one row a lane, in order.
+// Lane i is row `row` + i, for i < count.
 template <typename T, int K>
-class Leaders {
- public:
-  Leaders() {
-    for (int j = 0; j < K; ++j) keys_[j] = splat(kNoKey<T>);
-  }
-
-  // Indices only grow, so an entry that ties with a leader stays behind it.
-  void insert(Vec<T> value, int64_t index) {
-    const Keys key = signed_key<T>(value);
-    if constexpr (K > 2) {
-      if (!lane_bits<T>(key > keys_[K - 1])) return;  // the rule, after some entries
-    }
-    const Keys place = splat(static_cast<SignedKey<T>>(index));
-    for (int j = K - 1; j > 0; --j) {
-      const auto from_above = key > keys_[j - 1], here = key > keys_[j];
-      keys_[j] = from_above ? keys_[j - 1] : here ? key : keys_[j];
-      places_[j] = from_above ? places_[j - 1] : here ? place : places_[j];
-    }
-    const auto here = key > keys_[0];
-    keys_[0] = here ? key : keys_[0];
-    places_[0] = here ? place : places_[0];
-  }
-
-  // Lane i is row `row` + i, for i < count.
-  void write(const Axis<T>& axis, int64_t row, int64_t count) const {
-    const T* from = axis.column(row);
-    const int64_t step = axis.M == 1 ? axis.n : 1;
-    for (int j = 0; j < K; ++j) {
-      SignedKey<T> place[kWidth<T>];
-      store(place, places_[j]);
-      for (int64_t i = 0; i < count; ++i) {
-        axis.write(from + i * step, row + i, j, static_cast<int32_t>(place[i]));
-      }
+void write_leaders(const Leaders<T, K>& leaders, const Axis<T>& axis, int64_t row, int64_t count) {
+  const T* from = axis.column(row);
+  const int64_t step = axis.M == 1 ? axis.n : 1;
+  for (int j = 0; j < K; ++j) {
+    SignedKey<T> place[kWidth<T>];
+    store(place, leaders.place(j));
+    for (int64_t i = 0; i < count; ++i) {
+      axis.write(from + i * step, row + i, j, static_cast<int32_t>(place[i]));
     }
   }
-
- private:
-  using Keys = Vec<SignedKey<T>>;
-  Keys keys_[K], places_[K] = {};
-};
+}
 
 // Rows [row, row + count), count <= width, that lie one behind another (M = 1).
 template <typename T, int K>
@@ -84,12 +51,14 @@ void few_of_rows(const Axis<T>& axis, int64_t row, int64_t count) {
     Vec<T> block[W];
     for (int64_t r = 0; r < W; ++r) {
       // Lanes without a row of their own repeat the last one.
-      block[r] = axis.load_within(axis.x + (row + std::min(r, count - 1)) * axis.n + i);
+      block[r] = load_within(axis.x + (row + std::min(r, count - 1)) * axis.n + i, axis.end);
     }
     transpose<T>(block);
-    for (int64_t j = 0; j < std::min(W, axis.n - i); ++j) leaders.insert(block[j], i + j);
+    for (int64_t j = 0; j < std::min(W, axis.n - i); ++j) {
+      leaders.insert(signed_key<T>(block[j]), i + j);
+    }
   }
-  leaders.write(axis, row, count);
+  write_leaders(leaders, axis, row, count);
 }
 
 // Rows [row, row + count), count <= width, that lie side by side (of one matrix).
@@ -97,18 +66,74 @@ template <typename T, int K>
 void few_of_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   Leaders<T, K> leaders;
   const T* from = axis.column(row);
-  for (int64_t i = 0; i < axis.n; ++i) leaders.insert(axis.load_within(from + i * axis.M), i);
-  leaders.write(axis, row, count);
+  for (int64_t i = 0; i < axis.n; ++i) {
+    leaders.insert(signed_key<T>(load_within(from + i * axis.M, axis.end)), i);
+  }
+  write_leaders(leaders, axis, row, count);
 }
 
-constexpr int kFew = 8;
+// The same of longer columns. The K-th largest of the maxima of blocks is no more than that
+// of all entries, and not much less: few entries reach it, and they alone are ranked. Where
+// many do (ties, or a column in order), false, and nothing done.
+template <typename T, int K>
+bool few_of_long_columns(const Axis<T>& axis, int64_t row, int64_t count) {
+  using Key = SignedKey<T>;
+  constexpr int64_t W = kWidth<T>, kBlock = 4, kRoom = 32;
+  const T* from = axis.column(row);
+  const std::unique_ptr<Key[]> keys(new Key[axis.n * W]);
+  Vec<Key> best[K], high = splat(kNoKey<T>);
+  for (int j = 0; j < K; ++j) best[j] = high;
+  for (int64_t i = 0; i < axis.n; ++i) {
+    const Vec<Key> key = signed_key<T>(load_within(from + i * axis.M, axis.end));
+    store(keys.get() + i * W, key);
+    high = max<Key>(key, high);
+    if (i % kBlock < kBlock - 1) continue;
+    for (int j = 0; j < K; ++j) {
+      const Vec<Key> other = best[j];
+      best[j] = max<Key>(other, high);
+      high = min<Key>(other, high);
+    }
+    high = splat(kNoKey<T>);
+  }
+  const Vec<Key> bound = best[K - 1];
+
+  // Those that reach it, lane by lane, in order of index.
+  Key reached[kRoom * W], places[kRoom * W] = {};
+  std::fill(reached, reached + kRoom * W, kNoKey<T>);
+  int64_t filled[W] = {}, most = 0;
+  constexpr int64_t kRows = 64;
+  int32_t at[(kRows + 1) * W];
+  for (int64_t first = 0; first < axis.n; first += kRows) {
+    int64_t found = 0;
+    for (int64_t i = first; i < std::min(first + kRows, axis.n); ++i) {
+      const Mask<Key> reaches = load(keys.get() + i * W) >= bound;
+      found += compress_index<Key>(at + found, reaches, static_cast<int32_t>(i * W));
+    }
+    for (int64_t f = 0; f < found; ++f) {
+      const int64_t lane = at[f] % W, j = filled[lane]++;
+      if (j == kRoom) return false;
+      reached[j * W + lane] = keys[at[f]];
+      places[j * W + lane] = at[f] / W;
+      most = std::max(most, j + 1);
+    }
+  }
+  Leaders<T, K> leaders;
+  for (int64_t j = 0; j < most; ++j) leaders.insert(load(reached + j * W), load(places + j * W));
+  write_leaders(leaders, axis, row, count);
+  return true;
+}
 
 template <typename T, int K = 1>
 void few(const Axis<T>& axis, int64_t row, int64_t count) {
   if constexpr (K < kFew) {
     if (axis.k > K) return few<T, K + 1>(axis, row, count);
   }
-  axis.M == 1 ? few_of_rows<T, K>(axis, row, count) : few_of_columns<T, K>(axis, row, count);
+  if (axis.M == 1) return few_of_rows<T, K>(axis, row, count);
+  if constexpr (K > 2) {
+    const bool long_enough = axis.n >= 64 && axis.n <= 1024;  // keys that the cache holds
+    if (long_enough && few_of_long_columns<T, K>(axis, row, count)) return;
+  }
+  few_of_columns<T, K>(axis, row, count);
 }
 
 // Many picks a row: the row's keys in one piece, a cut, the picks that pass it, sorted.
@@ -133,7 +158,7 @@ class Many {
       for (int64_t r = 0; r < W; ++r) {
         block[r] = splat(kNoKey<T>);
         if (i + r >= axis_.n) continue;
-        block[r] = signed_key<T>(axis_.load_within(from + (i + r) * axis_.M));
+        block[r] = signed_key<T>(load_within(from + (i + r) * axis_.M, axis_.end));
         low = min<Key>(low, block[r]);
         high = max<Key>(high, block[r]);
       }
@@ -150,7 +175,7 @@ class Many {
     const T* from = axis_.column(row);
     Key* keys = keys_.get();
     for (int64_t i = 0; i < axis_.n; i += W) {
-      store(keys + i, signed_key<T>(axis_.load_within(from + i)));
+      store(keys + i, signed_key<T>(load_within(from + i, axis_.end)));
     }
     store(keys + axis_.n, splat(kNoKey<T>));
     for (int64_t i = 0; i < axis_.n; ++i) {

@@ -23,8 +23,10 @@ Tensor ksparse_transport(
   Tensor plan = empty({G, tokens, E}, similarity);
   by_dtype("ksparse_transport", similarity, [&](auto zero) {
     using T = decltype(zero);
-    parallel(G, tokens * E * (iterations + 1), [&](int64_t begin, int64_t end) {
-      cpu::ksparse_transport(read<T>(similarity), write<T>(plan), tokens, E, options, begin, end);
+    const int64_t work = tokens * E * (iterations + 1);
+    parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
+      cpu::ksparse_transport(
+          read<T>(similarity), write<T>(plan), tokens, E, options, begin, end, inside);
     });
   });
   return plan;

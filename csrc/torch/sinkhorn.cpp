@@ -21,10 +21,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn(
   Tensor steps = empty({G}, logits, ScalarType::Int);
   by_dtype("sinkhorn", logits, [&](auto zero) {
     using T = decltype(zero);
-    parallel(G, tokens * E * iterations * kWorkPerEntry, [&](int64_t begin, int64_t end) {
+    const int64_t work = tokens * E * iterations * kWorkPerEntry;
+    parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::sinkhorn(
           read<T>(logits), write<T>(plan), write<double>(history), write<double>(error),
-          write<int32_t>(steps), tokens, E, iterations, epsilon, tolerance, begin, end);
+          write<int32_t>(steps), tokens, E, iterations, epsilon, tolerance, begin, end, inside);
     });
   });
   return {plan, history, error, steps};
@@ -48,10 +49,11 @@ Tensor sinkhorn_backward(
   Tensor grad_logits = empty({G, tokens, E}, logits);
   by_dtype("sinkhorn_backward", logits, [&](auto zero) {
     using T = decltype(zero);
-    parallel(G, tokens * E * iterations * kWorkPerEntry, [&](int64_t begin, int64_t end) {
+    const int64_t work = tokens * E * iterations * kWorkPerEntry;
+    parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::sinkhorn_backward(
           read<T>(grad), read<T>(logits), read<double>(history), read<int32_t>(steps),
-          write<T>(grad_logits), tokens, E, iterations, epsilon, begin, end);
+          write<T>(grad_logits), tokens, E, iterations, epsilon, begin, end, inside);
     });
   });
   return grad_logits;
@@ -66,9 +68,11 @@ Tensor sinkhorn_implicit_backward(const Tensor& grad_, const Tensor& plan_, doub
   Tensor grad_logits = empty({G, tokens, E}, plan);
   by_dtype("sinkhorn_implicit_backward", plan, [&](auto zero) {
     using T = decltype(zero);
-    parallel(G, (tokens + E) * E * E, [&](int64_t begin, int64_t end) {
+    const int64_t work = (tokens + E) * E * E;
+    parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::sinkhorn_implicit_backward(
-          read<T>(grad), read<T>(plan), write<T>(grad_logits), tokens, E, epsilon, begin, end);
+          read<T>(grad), read<T>(plan), write<T>(grad_logits), tokens, E, epsilon, begin, end,
+          inside);
     });
   });
   return grad_logits;

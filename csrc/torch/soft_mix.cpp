@@ -1,56 +1,130 @@
 #include "../soft_mix.h"
 
-#include "tensor.h"
+#include <cstring>
+
+#include "product.h"
 
 namespace vmoe {
 namespace {
 
-using torch::stable::matmul;
-using torch::stable::transpose;
+// The slots lie as the experts take them, [E, G, C, D]; a group's products take them in one
+// piece, [S, D]. Copied by the thread that multiplies them they need no tensor between.
+template <typename T>
+struct Slots {
+  int64_t E, G, C, D;
 
-Tensor soft_mix_weights(const Tensor& logits, bool over_tokens) {
-  const int64_t G = logits.size(0), tokens = logits.size(1), S = logits.size(2);
-  Tensor weights = empty({G, tokens, S}, logits);
-  by_dtype("soft_mix", logits, [&](auto zero) {
-    using T = decltype(zero);
-    parallel(G, 4 * tokens * S, [&](int64_t begin, int64_t end) {
-      cpu::soft_mix(read<T>(logits), write<T>(weights), tokens, S, over_tokens, begin, end);
+  // Groups [first, first + count) to rows [count, S, D].
+  void take(const T* slots, int64_t first, int64_t count, T* rows) const {
+    each(first, count, [&](int64_t slot, int64_t row) {
+      memcpy(rows + row, slots + slot, C * D * sizeof(T));
     });
-  });
-  return weights;
-}
+  }
+  void put(const T* rows, int64_t first, int64_t count, T* slots) const {
+    each(first, count, [&](int64_t slot, int64_t row) {
+      memcpy(slots + slot, rows + row, C * D * sizeof(T));
+    });
+  }
 
-void check(const char* op, const Tensor& logits, const Tensor& values, int64_t dim) {
+ private:
+  // body(offset in slots, offset in rows) of every expert's C slots of a group.
+  template <typename Body>
+  void each(int64_t first, int64_t count, Body&& body) const {
+    if (C * D == 0) return;
+    for (int64_t g = 0; g < count; ++g) {
+      for (int64_t e = 0; e < E; ++e) body((e * G + first + g) * C * D, (g * E + e) * C * D);
+    }
+  }
+};
+
+void check(
+    const char* op, const Tensor& logits, const Tensor& values, int64_t dim, int64_t num_experts) {
   check_dim(op, "logits", logits, 3);
-  check_dim(op, "values", values, 3);
   STD_TORCH_CHECK(dim == 1 || dim == 2, op, ": dim = ", dim);
-  check_shape(op, "values", values, {logits.size(0), logits.size(dim), values.size(2)});
+  const int64_t G = logits.size(0), S = logits.size(2), E = num_experts;
+  STD_TORCH_CHECK(E >= 1 && S % E == 0, op, ": ", S, " slots of ", E, " experts");
+  check_dim(op, "values", values, dim == 1 ? 3 : 4);
+  if (dim == 1) {
+    check_shape(op, "values", values, {G, logits.size(1), values.size(2)});
+  } else {
+    check_shape(op, "values", values, {E, G, S / E, values.size(3)});
+  }
   check_dtype(op, "values", values, logits.scalar_type());
 }
 
-Tensor soft_mix(const Tensor& logits, const Tensor& values, int64_t dim) {
-  check("soft_mix", logits, values, dim);
-  const Tensor weights = soft_mix_weights(packed(logits), dim == 1);
-  return matmul(dim == 1 ? transpose(weights, 1, 2) : weights, values);
+Tensor soft_mix(
+    const Tensor& logits_in, const Tensor& values_in, int64_t dim, int64_t num_experts) {
+  check("soft_mix", logits_in, values_in, dim, num_experts);
+  const Tensor logits = packed(logits_in), values = packed(values_in);
+  const int64_t G = logits.size(0), tokens = logits.size(1), S = logits.size(2);
+  const int64_t D = values.size(values.dim() - 1), C = S / num_experts;
+  Tensor out = dim == 1 ? empty({num_experts, G, C, D}, logits) : empty({G, tokens, D}, logits);
+  by_dtype("soft_mix", logits, [&](auto zero) {
+    using T = decltype(zero);
+    const Slots<T> slots{num_experts, G, C, D};
+    parallel_runs(G, 2 * tokens * S + (tokens + S) * D, [&](int64_t first, int64_t count) {
+      const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
+      const T* in = read<T>(logits) + first * tokens * S;
+      cpu::soft_mix(in, weights.get(), tokens, S, dim == 1, 0, count);
+      const Tensor slot_rows = matrices(rows.get(), count, S, D);
+      if (dim == 1) {
+        const T* x = read<T>(values) + first * tokens * D;
+        const Tensor to_slots = transposed(weights.get(), count, tokens, S);
+        multiply(slot_rows, to_slots, matrices(x, count, tokens, D));
+        slots.put(rows.get(), first, count, write<T>(out));
+      } else {
+        T* y = write<T>(out) + first * tokens * D;
+        slots.take(read<T>(values), first, count, rows.get());
+        const Tensor to_tokens = matrices(weights.get(), count, tokens, S);
+        multiply(matrices(y, count, tokens, D), to_tokens, slot_rows);
+      }
+    });
+  });
+  return out;
 }
 
-// The weights are made again instead of kept: backward holds logits and values,
-// which the caller has anyway.
+// Backward holds logits and values, which the caller has anyway; the weights are made again.
+// Not so the logits: that would be a product of T * S * D multiply-adds for every T * S
+// numbers read, a third of the forward's work each time.
 std::tuple<Tensor, Tensor> soft_mix_backward(
-    const Tensor& grad, const Tensor& logits, const Tensor& values, int64_t dim) {
-  check("soft_mix_backward", logits, values, dim);
+    const Tensor& grad_in, const Tensor& logits_in, const Tensor& values_in, int64_t dim,
+    int64_t num_experts) {
+  check("soft_mix_backward", logits_in, values_in, dim, num_experts);
+  const Tensor grad = packed(grad_in), logits = packed(logits_in), values = packed(values_in);
   const int64_t G = logits.size(0), tokens = logits.size(1), S = logits.size(2);
-  check_shape("soft_mix_backward", "grad", grad, {G, logits.size(3 - dim), values.size(2)});
+  const int64_t D = values.size(values.dim() - 1), C = S / num_experts;
+  if (dim == 1) {
+    check_shape("soft_mix_backward", "grad", grad, {num_experts, G, C, D});
+  } else {
+    check_shape("soft_mix_backward", "grad", grad, {G, tokens, D});
+  }
   check_dtype("soft_mix_backward", "grad", grad, logits.scalar_type());
-  const Tensor weights = soft_mix_weights(packed(logits), dim == 1);
-  Tensor grad_values = matmul(dim == 1 ? weights : transpose(weights, 1, 2), grad);
-  Tensor grad_logits = dim == 1 ? packed(matmul(values, transpose(grad, 1, 2)))
-                                : packed(matmul(grad, transpose(values, 1, 2)));
+  Tensor grad_logits = empty({G, tokens, S}, logits);
+  Tensor grad_values =
+      dim == 1 ? empty({G, tokens, D}, logits) : empty({num_experts, G, C, D}, logits);
   by_dtype("soft_mix_backward", logits, [&](auto zero) {
     using T = decltype(zero);
-    parallel(G, 2 * tokens * S, [&](int64_t begin, int64_t end) {
-      cpu::soft_mix_backward(
-          read<T>(weights), write<T>(grad_logits), tokens, S, dim == 1, begin, end);
+    const Slots<T> slots{num_experts, G, C, D};
+    const Tensor& by_token = dim == 1 ? values : grad;
+    const Tensor& by_slot = dim == 1 ? grad : values;
+    parallel_runs(G, 3 * tokens * S + (2 * tokens + S) * D, [&](int64_t first, int64_t count) {
+      const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
+      const T* in = read<T>(logits) + first * tokens * S;
+      T* out = write<T>(grad_logits) + first * tokens * S;
+      const Tensor slot_rows = matrices(rows.get(), count, S, D);
+      const Tensor token_rows = matrices(read<T>(by_token) + first * tokens * D, count, tokens, D);
+      cpu::soft_mix(in, weights.get(), tokens, S, dim == 1, 0, count);
+      slots.take(read<T>(by_slot), first, count, rows.get());
+      const Tensor by_slot_t = transposed(rows.get(), count, S, D);
+      multiply(matrices(out, count, tokens, S), token_rows, by_slot_t);
+      cpu::soft_mix_backward(weights.get(), out, tokens, S, dim == 1, 0, count);
+      if (dim == 1) {
+        T* grad_x = write<T>(grad_values) + first * tokens * D;
+        const Tensor to_tokens = matrices(weights.get(), count, tokens, S);
+        multiply(matrices(grad_x, count, tokens, D), to_tokens, slot_rows);
+      } else {
+        multiply(slot_rows, transposed(weights.get(), count, tokens, S), token_rows);
+        slots.put(rows.get(), first, count, write<T>(grad_values));
+      }
     });
   });
   return {grad_logits, grad_values};

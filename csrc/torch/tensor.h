@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -18,6 +19,7 @@
 #include <tuple>
 
 #include "../half.h"
+#include "../parallel.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -64,6 +66,10 @@ inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(packed(*tensor)) : std::nullopt;
+}
+
 // Asks for huge pages where memory is large: an output of tens of MB comes fresh from the system
 // and is faulted in page by page as a kernel writes it, which costs several times the writing.
 // NumPy does the same, from the same size on.
@@ -79,10 +85,26 @@ inline void use_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #endif
 }
 
+// On the device of `like`. Not new_empty, which goes through the dispatcher twice.
 inline Tensor empty(
     std::initializer_list<int64_t> shape, const Tensor& like,
     std::optional<ScalarType> dtype = {}) {
-  Tensor tensor = torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+  std::array<int64_t, 8> strides;
+  STD_TORCH_CHECK(shape.size() <= strides.size());
+  int64_t stride = 1;
+  for (size_t axis = shape.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(1, shape.begin()[axis]);
+  }
+  int32_t type, device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (dtype) type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.begin(), strides.data(), type, device,
+      like.get_device_index(), &handle));
+  const Tensor tensor(handle);
   use_huge_pages(tensor);
   return tensor;
 }
@@ -134,6 +156,21 @@ template <typename Body>
 void parallel(int64_t count, int64_t elements_each, Body&& body) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_each));
   torch::stable::parallel_for(0, count, grain, body);
+}
+
+// body(begin, end, inside) over the groups: in parallel where there are as many as
+// threads, else one after another, with the threads handed on to split each of them.
+template <typename Body>
+void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
+  if (groups >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    return parallel(
+        groups, elements_each, [&](int64_t begin, int64_t end) { body(begin, end, Parallel{}); });
+  }
+  const Parallel inside{[](int64_t count, Parallel::Body piece, const void* context) {
+    torch::stable::parallel_for(
+        0, count, 1, [=](int64_t begin, int64_t end) { piece(begin, end, context); });
+  }};
+  body(0, groups, inside);
 }
 
 #ifdef VMOE_DEVICE_CUDA

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.case import BACKWARD, ROLES, Size, Variant
 from benchmarks.cases import entries
-from benchmarks.compare import check, mismatch, runner
+from benchmarks.compare import applies, check, mismatch, runner
 from benchmarks.targets import TARGETS
 
 TINY = Size(images=2, tokens=48, experts=4, width=16)
@@ -21,7 +21,7 @@ def test_variants_compute_the_same_as_ours(case):
     assert case.variants[0].name == "ours" and not case.variants[0].different
     assert len({v.name for v in case.variants}) == len(case.variants)
     for direction in case.floors:
-        for variant in case.variants:
+        for variant in (v for v in case.variants if applies(v, direction)):
             assert variant.role in ROLES
             check(case, variant, direction)
             runner(variant, direction)()

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks.case import BACKWARD, Variant
-from benchmarks.memory import peak_in_child, saved_bytes
+from benchmarks.case import BACKWARD, Size, Variant
+from benchmarks.memory import peaks, saved_bytes
 
 
 def test_saved_bytes_counts_a_storage_once_and_no_leaf():
@@ -16,8 +16,8 @@ def test_saved_bytes_counts_a_storage_once_and_no_leaf():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_in_a_child_is_that_of_the_graph():
-    size = {"images": 32, "experts": 32}
-    peak = peak_in_child("sinkhorn", 0, "log domain", size, 1, BACKWARD)
+def test_peaks_are_those_of_the_graphs():
+    found = peaks("sinkhorn", 0, Size(images=32, experts=32), 1)
     # 20 iterations, two tensors [n, E] each, at the least.
-    assert peak is not None and peak > 40 * 4 * 32 * 196 * 32
+    assert found[f"log domain, {BACKWARD}"] > 40 * 4 * 32 * 196 * 32
+    assert found["ours, forward"] < found[f"log domain, {BACKWARD}"] / 10

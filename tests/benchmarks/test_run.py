@@ -4,10 +4,13 @@ import json
 import time
 
 import pytest
+import torch
 
-from benchmarks import ceilings, run, tables, timer
+from benchmarks import ceilings, docs, plan, run, scaling, timer
 from benchmarks.case import Entry, Floor, Size
 from benchmarks.cases import topk
+from benchmarks.machine import machine
+from vmoe_routers import _C
 
 CEILINGS = ceilings.Ceilings(
     1e9,
@@ -57,32 +60,70 @@ def test_the_higher_ceiling_counts():
 
 
 def test_options_are_refused(capsys):
-    for wrong in (["--rounds", "3"], ["--threads", "two"], ["--only", "nothing"]):
+    for wrong, message in (
+        (["--rounds", "3"], "at least 15"),
+        (["--threads", "two"], "commas between, got 'two'"),
+        (["--threads", "0"], "at least 1"),
+        (["--only", "nothing"], "invalid choice"),
+        (["--isa", "v9"], "has no level 'v9'"),
+        (["--quick", "--full"], "not allowed with"),
+    ):
         with pytest.raises(SystemExit):
-            run.parse(wrong)
-    assert "at least 15" in capsys.readouterr().err
+            plan.parse(wrong, "")
+        assert message in capsys.readouterr().err
 
 
-def test_run_writes_results_figures_and_page(tmp_path, monkeypatch, capsys):
+def test_the_kernels_of_the_level_asked_for_are_used():
+    best = _C.isa()
+    lowest = "v2" if best.startswith("v") else best
+    try:
+        plan.parse(["--isa", lowest], "")
+        assert machine("cpu")["isa"] == lowest
+    finally:
+        _C.use_isa(best)
+
+
+def test_full_is_threads_memory_and_the_sizes_worth_changing():
+    jobs = list(plan.jobs(plan.parse(["--full"], "")))
+    assert {job.threads for job in jobs} == {1, 2}
+    assert all(job.threads == 1 for job in jobs if job.whole or job.size != job.entry.default)
+    assert {job.size.experts for job in jobs if job.entry.op == "topk"} == {8, 32, 128}
+
+
+def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
     entry = Entry("topk", topk.build, quick=Size(images=1, tokens=32, experts=4))
-    monkeypatch.setattr(run, "entries", lambda op=None: [entry])
-    monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
+    monkeypatch.setattr(plan, "entries", lambda op=None: [entry])
+    monkeypatch.setattr(scaling, "entries", lambda op=None: [entry])
+    monkeypatch.setattr(scaling, "AXES", [scaling.Axis("tokens", (64, 256, 512), lambda n: Size(1, n, 4, 8))])
+    for module in (run, scaling):
+        monkeypatch.setattr(module, "measure_ceilings", lambda *args, **options: CEILINGS)
     results = tmp_path / "benchmarks" / "results"
-    docs = tmp_path / "docs"
-    docs.mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"Before.\n{docs.MARKS[0]}\nold\n{docs.MARKS[1]}\nBehind.\n")
+    threads = torch.get_num_threads()
     run.main(["--quick", "--only", "topk", "--json", str(results / "here.json")])
+    scaling.main(["--rounds", "1", "--json", str(results / "here-scaling.json")])
+    torch.set_num_threads(threads)
     printed = capsys.readouterr().out
-    assert "Targets" in printed and "floor / time" in printed and "A/A" in printed
+    for words in ("Targets", "floor / time", "A/A", "1 of 1 cases", "Time against tokens", "Two threads over one"):
+        assert words in printed
     report = json.loads((results / "here.json").read_text())
     assert [r["direction"] for r in report["results"]] == ["forward", "forward + backward"]
     assert {"isa", "date", "versions"} <= report["machine"].keys()
-    assert sorted(p.name for p in results.glob("*.png")) == ["here-ratios.png"]
-    tables.main(["--results", str(results), "--out", str(docs / "benchmarks.md")])
-    page = (docs / "benchmarks.md").read_text()
-    assert "../benchmarks/results/here-ratios.png" in page and "softmax + top-k, forward" in page
+    assert sorted(p.name for p in results.glob("*.png")) == ["here-ratios.png", "here-scaling.png"]
+    docs.main(["--root", str(tmp_path)])
+    page, readme = (tmp_path / "docs" / "benchmarks.md").read_text(), (tmp_path / "README.md").read_text()
+    assert "../benchmarks/results/here-ratios.png" in page and "../benchmarks/results/here-scaling.png" in page
+    assert "softmax + top-k, forward" in page and "### Scaling" in page
+    assert readme.startswith("Before.") and readme.endswith("Behind.\n") and "old" not in readme
+    assert "| softmax + top-k | torch" in readme
 
 
-def test_no_page_without_a_kept_run(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        tables.main(["--results", str(tmp_path), "--out", str(tmp_path / "page.md")])
-    assert not (tmp_path / "page.md").exists()
+def test_pages_are_what_the_kept_runs_say():
+    for path, text in docs.pages(docs.ROOT).items():
+        assert path.read_text() == text, f"{path.name}: run python -m benchmarks.docs"
+
+
+def test_slope_is_of_the_larger_half():
+    assert scaling.slope([1, 10, 100, 1000, 1e4, 1e5], [5, 5, 5, 10, 100, 1000]) == pytest.approx(1)
+    assert scaling.slope([1, 10], [1, 100]) == pytest.approx(2)

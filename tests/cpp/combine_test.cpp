@@ -1,5 +1,6 @@
 #include "combine.h"
 
+#include "simd_probe.h"
 #include "testing.h"
 
 namespace vmoe {
@@ -200,6 +201,88 @@ TEST(CombineBackward, IsTheGradient) {
   expect_gradient(gradients.gate, gate, [&](const std::vector<double>& moved) {
     return inner(grad, combine(shape, y, &moved, token));
   });
+}
+
+template <typename Half>
+class CombineHalves : public ::testing::Test {
+ public:
+  static std::vector<Half> narrow(const std::vector<float>& x) {
+    std::vector<Half> out(x.size());
+    cpu::narrow_each(x.data(), out.data(), static_cast<int64_t>(x.size()));
+    return out;
+  }
+  static std::vector<float> widen(const std::vector<Half>& x) {
+    std::vector<float> out(x.size());
+    cpu::widen_each(x.data(), out.data(), static_cast<int64_t>(x.size()));
+    return out;
+  }
+};
+using HalfTypes = ::testing::Types<BFloat16, Float16>;
+TYPED_TEST_SUITE(CombineHalves, HalfTypes);
+
+// Bit by bit what the kernel of float gives for the widened rows, rounded once.
+TYPED_TEST(CombineHalves, ComputesInFloat) {
+  using Half = TypeParam;
+  for (const int64_t D : {1, 7, 16, 64, 100, 131}) {
+    const Shape shape{2, 5, 3, 4, D};
+    const auto [G, tokens, E, C, _] = shape;
+    const auto y = this->narrow(uniform<float>(shape.slots() * D, 15));
+    const auto grad = this->narrow(uniform<float>(G * tokens * D, 16));
+    const auto gate = uniform<float>(shape.slots(), 17);
+    const auto token = integers(shape.slots(), 18, -1, tokens);
+    const Lists lists = invert(shape, token);
+
+    Guarded<Half> out(G * tokens * D), grad_y(shape.slots() * D);
+    Guarded<float> grad_gate(shape.slots());
+    cpu::combine(
+        y.data(), gate.data(), lists.offsets.data(), lists.slots.data(), out.data(), G, tokens, E,
+        C, D, 0, G * tokens);
+    cpu::combine_backward(
+        grad.data(), y.data(), gate.data(), token.data(), grad_y.data(), grad_gate.data(), G,
+        tokens, E, C, D, 0, shape.slots());
+    EXPECT_TRUE(out.fences_stand() && grad_y.fences_stand() && grad_gate.fences_stand());
+
+    const auto wide_y = this->widen(y), wide_grad = this->widen(grad);
+    const auto rounded = [&](const std::vector<float>& x) { return this->widen(this->narrow(x)); };
+    EXPECT_EQ(this->widen(out.values()), rounded(combine(shape, wide_y, &gate, token)));
+    const auto gradients = combine_backward(shape, wide_grad, wide_y, gate, token);
+    EXPECT_EQ(this->widen(grad_y.values()), rounded(gradients.y));
+    EXPECT_EQ(grad_gate.values(), gradients.gate);
+  }
+}
+
+// Outputs of which the kernels store past the caches: the same bits as of pieces of them.
+TYPED_TEST(Combine, LargeOutputs) {
+  using T = TypeParam;
+  const int64_t D = 4096 / sizeof(T), tokens = 8200;
+  const auto aligned = [](std::vector<T>& memory) {
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  };
+  const std::vector<T> y = uniform<T>(tokens * D, 19);
+  const std::vector<T> gate = uniform<T>(tokens, 20);
+  std::vector<T> a(tokens * D + 64), b(tokens * D + 64), dot(tokens);
+  std::vector<int32_t> token(tokens), offsets(tokens + 1), slots(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    token[t] = slots[t] = static_cast<int32_t>(tokens - 1 - t);
+    offsets[t] = static_cast<int32_t>(t);
+  }
+  offsets[tokens] = offsets[tokens - 1];  // the last token has no slot
+  token[0] = -1;
+  T* out = aligned(a);
+  T* grad_y = aligned(b);
+  cpu::combine(
+      y.data(), gate.data(), offsets.data(), slots.data(), out, 1, tokens, 1, tokens, D, 0, tokens);
+  cpu::combine_backward(
+      static_cast<const T*>(out), y.data(), gate.data(), token.data(), grad_y, dot.data(), 1,
+      tokens, 1, tokens, D, 0, tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t s = slots[t];
+    for (int64_t d = 0; d < D; d += 97) {
+      const T wanted = t == tokens - 1 ? 0 : gate[s] * y[s * D + d];
+      ASSERT_EQ(out[t * D + d], wanted);
+      ASSERT_EQ(grad_y[s * D + d], t == tokens - 1 ? 0 : gate[s] * wanted);
+    }
+  }
 }
 
 }  // namespace

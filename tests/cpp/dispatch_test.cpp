@@ -89,5 +89,21 @@ TEST(Dispatch, PiecesMakeTheWhole) {
   });
 }
 
+// An output that is stored past the caches.
+TEST(Dispatch, LargeOutput) {
+  const int64_t tokens = 5, C = 8200, width = 4096;
+  const auto token = integers(C, 5, -1, tokens);
+  const auto x = integers(tokens * width / 4, 6, INT32_MIN, INT32_MAX);
+  const auto* from = reinterpret_cast<const char*>(x.data());
+  std::vector<char> memory(C * width + 64, 1);
+  auto* out = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  cpu::dispatch(from, token.data(), out, 1, tokens, 1, C, width, 0, C);
+  const std::vector<char> zeros(width);
+  for (int64_t s = 0; s < C; ++s) {
+    const bool filled = token[s] >= 0 && token[s] < tokens;
+    ASSERT_EQ(memcmp(out + s * width, filled ? from + token[s] * width : zeros.data(), width), 0);
+  }
+}
+
 }  // namespace
 }  // namespace vmoe

@@ -29,7 +29,8 @@ template <typename T>
 std::vector<T> transport(
     const Shape& shape, const std::vector<T>& similarity, const TransportOptions& options) {
   Guarded<T> plan(shape.size());
-  cpu::ksparse_transport(similarity.data(), plan.data(), shape.T, shape.E, options, 0, shape.G);
+  cpu::ksparse_transport(
+      similarity.data(), plan.data(), shape.T, shape.E, options, 0, shape.G, Parallel{});
   EXPECT_TRUE(plan.fences_stand());
   return plan.values();
 }
@@ -320,7 +321,8 @@ TYPED_TEST(KsparseTransport, PiecesMakeTheWhole) {
   for (const auto& solver : {kAdam, kLbfgs}) {
     const auto options = with_iterations(with_k(solver, 3), 10);
     expect_pieces<T>(shape.G, shape.T * shape.E, [&](int64_t begin, int64_t end, T* plan) {
-      cpu::ksparse_transport(similarity.data(), plan, shape.T, shape.E, options, begin, end);
+      cpu::ksparse_transport(
+          similarity.data(), plan, shape.T, shape.E, options, begin, end, Parallel{});
     });
   }
 }

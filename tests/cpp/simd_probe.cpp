@@ -1,5 +1,6 @@
 #include "simd_probe.h"
 
+#include "cpu/half.h"
 #include "cpu/simd.h"
 
 namespace vmoe::cpu::VMOE_ISA {
@@ -11,6 +12,13 @@ void exp_each(const T* x, T* out, int64_t n) {
   int64_t i = 0;
   for (; i + kWidth<T> <= n; i += kWidth<T>) store(out + i, exp(load(x + i)));
   if (i < n) store_some(out + i, exp(load_some(x + i, n - i, T{0})), n - i);
+}
+
+template <typename T>
+void exp_negative_each(const T* x, T* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth<T>) {
+    put(out + i, exp_negative(get(x + i, n - i, T{0})), n - i);
+  }
 }
 
 template <typename T>
@@ -43,14 +51,38 @@ void sum_vector(const T* x, T* out) {
   *out = sum<T>(load(x));
 }
 
+template <typename Half>
+void widen_each(const Half* x, float* out, int64_t n) {
+  constexpr int64_t W = kWidth<float>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, load_wide(x + i));
+  if (i < n) store_some(out + i, load_wide(x + i, n - i), n - i);
+}
+
+template <typename Half>
+void narrow_each(const float* x, Half* out, int64_t n) {
+  constexpr int64_t W = kWidth<float>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_narrow(out + i, load(x + i));
+  if (i < n) store_narrow(out + i, load_some(x + i, n - i, 0.0f), n - i);
+}
+
 #define VMOE_INSTANTIATE(T)                                                                        \
   template void exp_each(const T*, T*, int64_t);                                                   \
+  template void exp_negative_each(const T*, T*, int64_t);                                          \
   template void transpose_block(const T*, T*);                                                     \
   template void compress_vector(const T*, const int32_t*, int32_t, T*, int32_t*, uint32_t*);       \
   template void copy_some(const T*, int64_t, T, T*, T*);                                           \
   template void sum_vector(const T*, T*);
 VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)
+#undef VMOE_INSTANTIATE
+
+#define VMOE_INSTANTIATE(Half)                                                                     \
+  template void widen_each(const Half*, float*, int64_t);                                          \
+  template void narrow_each(const float*, Half*, int64_t);
+VMOE_INSTANTIATE(BFloat16)
+VMOE_INSTANTIATE(Float16)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cpu::VMOE_ISA

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "half.h"
 #include "isa.h"
 
 namespace vmoe::cpu {
@@ -13,6 +14,8 @@ VMOE_EACH_ISA(
     void vector_bytes(int64_t* bytes);
 
     template <typename T> void exp_each(const T* x, T* out, int64_t n);
+
+    template <typename T> void exp_negative_each(const T* x, T* out, int64_t n);
 
     // [width, width]
     template <typename T> void transpose_block(const T* x, T* out);
@@ -29,13 +32,20 @@ VMOE_EACH_ISA(
     // Of one vector: the sum of its entries.
     template <typename T> void sum_vector(const T* x, T* out);
 
+    // cpu/half.h, for BFloat16 and Float16.
+    template <typename Half> void widen_each(const Half* x, float* out, int64_t n);
+    template <typename Half> void narrow_each(const float* x, Half* out, int64_t n);
+
 )
 
 VMOE_BY_ISA(vector_bytes)
 VMOE_BY_ISA(exp_each)
+VMOE_BY_ISA(exp_negative_each)
 VMOE_BY_ISA(transpose_block)
 VMOE_BY_ISA(compress_vector)
 VMOE_BY_ISA(copy_some)
 VMOE_BY_ISA(sum_vector)
+VMOE_BY_ISA(widen_each)
+VMOE_BY_ISA(narrow_each)
 
 }  // namespace vmoe::cpu

@@ -56,6 +56,24 @@ TYPED_TEST(Simd, ExpOfSpecialValues) {
   EXPECT_TRUE(std::isnan(y[10]) && std::isnan(y[11]));
 }
 
+TYPED_TEST(Simd, ExpOfNegativesIsExp) {
+  using T = TypeParam;
+  auto x = uniform<T>(50'000, 8, this->kLowest, 0);
+  const auto small = uniform<T>(1000, 9, -1e-3, 0);
+  x.insert(x.end(), small.begin(), small.end());
+  std::vector<T> y(x.size());
+  cpu::exp_negative_each(static_cast<const T*>(x.data()), y.data(), static_cast<int64_t>(x.size()));
+  const auto wanted = this->exp(x);
+  for (size_t i = 0; i < x.size(); ++i) {
+    EXPECT_LE(std::abs(y[i] - wanted[i]), 2 * this->kError * wanted[i]) << x[i];
+  }
+  const std::vector<T> special{0, -T{0}, -kInf<T>, std::numeric_limits<T>::lowest(), kNaN<T>};
+  y.resize(special.size());
+  cpu::exp_negative_each(special.data(), y.data(), static_cast<int64_t>(special.size()));
+  EXPECT_EQ((std::vector<T>{y.begin(), y.begin() + 4}), (std::vector<T>{1, 1, 0, 0}));
+  EXPECT_TRUE(std::isnan(y[4]));
+}
+
 TYPED_TEST(Simd, ExpIsTheSameInEveryLane) {
   using T = TypeParam;
   for (const T value : uniform<T>(64, 3, this->kLowest, this->kHighest)) {

@@ -51,7 +51,7 @@ def test_reference(device, dtype, shape):
     check_reference(combine, reference.combine, arguments(*shape), dtype, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
 def test_without_a_gate(device, dtype, shape):
     check_reference(combine, reference.combine, arguments(*shape, gated=False), dtype, device)
@@ -73,6 +73,33 @@ def test_gates_of_float32_with_experts_in_half(device, dtype):
     assert (y.grad.dtype, gate.grad.dtype) == (dtype, torch.float32)
     assert_close(y.grad, y64.grad)
     assert_close(gate.grad, gate64.grad, slack=10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_rows_are_summed_in_float32_and_rounded_once(device, dtype):
+    """Bit by bit what float32 rows of the same values give, rounded."""
+    y, gate, *slots = (a.to(device) for a in arguments(2, 7, 37, 3, 4))
+    y, gate, cotangent = y.to(dtype), gate.float(), torch.randn(2, 7, 37, device=device).to(dtype)
+    results = []
+    for rows, grad in ((y, cotangent), (y.float(), cotangent.float())):
+        leaves = [rows.requires_grad_(), gate.clone().requires_grad_()]
+        out = combine(*leaves, *slots)
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for half, wide in zip(*results, strict=True):
+        assert torch.equal(half, wide.to(half.dtype))
+
+
+def test_equal_tokens_get_equal_sums(device):
+    """Wherever they stand: rows of one value, at widths with and without a rest behind whole vectors."""
+    for width in (1, 17, 64, 131):
+        token = torch.arange(6, dtype=torch.int32, device=device).view(1, 2, 3).flip(2)
+        row, gate = torch.randn(1, 1, 1, width, device=device), torch.full((1, 2, 3), 0.3, device=device)
+        y = row.expand(2, 1, 3, width).contiguous().requires_grad_()
+        gate.requires_grad_()
+        out = combine(y, gate, token, *invert_slots(token, 6))
+        out.backward(row[0, 0].expand_as(out))
+        for equal in (out[0], y.grad.flatten(0, 2), gate.grad.view(6, 1)):
+            assert torch.equal(equal, equal[:1].expand_as(equal))
 
 
 def test_is_the_einsum_with_the_combine_tensor(device):
@@ -104,9 +131,11 @@ def test_dispatcher(device, gated):
     check_dispatcher(torch.ops.vmoe_routers.combine.default, [y.requires_grad_(), gate, *slots])
 
 
-def test_dispatcher_of_the_backward(device):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dispatcher_of_the_backward(device, dtype):
     y, gate, token, *_ = (a.to(device) for a in arguments(2, 4, 3, 3, 2))
-    grad = torch.randn(2, 4, 3, dtype=torch.float64, device=device)
+    grad = torch.randn(2, 4, 3, dtype=dtype, device=device)
+    y, gate = y.to(dtype), gate.to(torch.float64 if dtype == torch.float64 else torch.float32)
     check_dispatcher(torch.ops.vmoe_routers.combine_backward.default, [grad, y, gate, token])
 
 

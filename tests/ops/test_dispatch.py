@@ -72,6 +72,19 @@ def test_copies_bit_by_bit(device, dtype):
     assert torch.equal(out.view(6, 2).view(torch.int8), wanted.view(torch.int8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_larger_than_the_caches(device, dtype):
+    """Which are stored otherwise; forward and, by its combine, backward."""
+    width, tokens = 4096 // dtype.itemsize, 8200
+    x = torch.randn(1, tokens, width, device=device).to(dtype).requires_grad_()
+    order = torch.randperm(tokens, device=device)
+    token = order.int().view(1, 1, tokens)
+    out = dispatch(x, token, *invert_slots(token, tokens))
+    assert torch.equal(out[0, 0], x[0, order])
+    out.backward(out.detach())
+    assert torch.equal(x.grad, x)
+
+
 def test_gradient_of_an_empty_slot_goes_nowhere(device):
     token = torch.tensor([[[0, -1]]], dtype=torch.int32, device=device)
     x = torch.randn(1, 2, 3, device=device, requires_grad=True)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import (
     INF,
     NAN,
     assert_close,
     check_compile,
+    check_dispatcher,
     check_gradient,
     check_reference,
     each_dtype,
@@ -27,15 +31,19 @@ SHAPES = [
 ]
 
 
-def arguments(E: int, N: int, D: int, F: int, out: int, *, bias: bool = True) -> list[Tensor | None]:
+GELU = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
+each_act = pytest.mark.parametrize("act", GELU)
+
+
+def arguments(E: int, N: int, D: int, H: int, out: int, *, bias: bool = True) -> list[Tensor | None]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64)
 
-    w1, w2 = normal(E, D, F) / D**0.5, normal(E, F, out) / F**0.5
+    w1, w2 = normal(E, D, H) / D**0.5, normal(E, H, out) / H**0.5
     return [
         normal(E, N, D),
         w1,
-        normal(E, F) if bias else None,
+        normal(E, H) if bias else None,
         w2,
         normal(E, out) if bias else None,
     ]
@@ -81,15 +89,183 @@ def test_is_an_mlp_per_expert(device, bias):
         assert_close(out[e], wanted)
 
 
+@each_dtype
+def test_exact_gelu(device, dtype):
+    slack = 8 if dtype in (torch.bfloat16, torch.float16) else 2
+    inputs = [None if a is None else a.to(device, dtype) for a in arguments(3, 21, 4, 19, 6)]
+    wanted = reference.grouped_mlp(*(a.cpu().double() for a in inputs), F.gelu)
+    out = grouped_mlp(*inputs, "gelu").double().cpu()
+    torch.testing.assert_close(out, wanted, rtol=0, atol=slack * torch.finfo(dtype).eps * wanted.abs().max().item())
+
+
+@each_act
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradient(bias):
-    inputs = [None if a is None else a.requires_grad_() for a in arguments(2, 3, 2, 3, 2, bias=bias)]
-    check_gradient(grouped_mlp, inputs)
+@pytest.mark.parametrize("filled", [None, [[2, 0], [1, 3]]])
+def test_gradient(bias, act, filled):
+    inputs = arguments(2, 6, 2, 3, 2, bias=bias)
+    check_gradient(grouped_mlp, [*inputs, act, None if filled is None else torch.tensor(filled, dtype=torch.int32)])
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2, 3, 4), (0, 1, 3), (2, 4)])
+def test_gradient_of_some(device, frozen):
+    inputs = [a.to(device).requires_grad_(i not in frozen) for i, a in enumerate(arguments(3, 5, 4, 7, 6))]
+    leaves = [a for a in inputs if a.requires_grad]
+    products = grouped_mlp(*inputs, GELU["gelu_tanh"])
+    wanted = torch.autograd.grad(products, leaves, torch.ones_like(products))
+    out = grouped_mlp(*inputs)
+    for gradient, other in zip(torch.autograd.grad(out, leaves, torch.ones_like(out)), wanted, strict=True):
+        assert_close(gradient, other)
+
+
+def test_second_derivative_is_refused():
+    inputs = [a.requires_grad_() for a in arguments(2, 3, 2, 3, 2)]
+    (grad,) = torch.autograd.grad(grouped_mlp(*inputs).square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="grouped_mlp_backward has no derivative"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_compile(device, bias):
     check_compile(grouped_mlp, arguments(2, 3, 2, 3, 2, bias=bias), device)
+
+
+def test_compile_ragged(device):
+    filled = torch.tensor([[1, 3], [0, 2]], dtype=torch.int32)
+    check_compile(grouped_mlp, [*arguments(2, 6, 2, 3, 2), "gelu", filled], device)
+
+
+@each_act
+@pytest.mark.parametrize("bias", [True, False])
+def test_dispatcher(act, bias):
+    op = torch.ops.vmoe_routers.grouped_mlp.default
+    inputs = [None if a is None else a.requires_grad_() for a in arguments(2, 6, 2, 3, 2, bias=bias)]
+    everything = torch.full((2, 2), 3, dtype=torch.int32)
+    check_dispatcher(op, [*inputs, None, act, True])
+    check_dispatcher(op, [*inputs, everything, act, True])  # nothing is written of what is not filled
+    check_dispatcher(op, [*inputs, torch.tensor([[1, 3], [0, 2]], dtype=torch.int32), act, False])
+
+
+RAGGED = [
+    # G, C, counts [E, G]; over a block of rows and in many pieces
+    (1, 12, [[12], [0], [7]]),
+    (3, 4, [[4, 4, 4], [0, 3, 0], [1, 0, 4]]),
+    (5, 80, [[80, 80, 80, 80, 80], [80, 0, 61, 80, 3], [0, 0, 0, 0, 0]]),
+    (2, 900, [[900, 900], [850, 17], [2, 899]]),
+]
+
+
+@each_act
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "slots", "counts"), RAGGED)
+def test_filled_rows_are_those_of_the_padded_form(device, groups, slots, counts, dtype, act):
+    filled = torch.tensor(counts, dtype=torch.int32, device=device)
+    inputs = [a.to(device, dtype).requires_grad_() for a in arguments(3, groups * slots, 4, 9, 6)]
+    there = (torch.arange(slots, device=device) < filled[..., None]).flatten(1).unsqueeze(2)
+    out = grouped_mlp(*inputs, act, filled)
+    padded = grouped_mlp(*inputs, GELU[act])
+    tolerance = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(out, padded.masked_fill(~there, 0), **tolerance)
+
+    cotangent = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, inputs, cotangent)
+    wanted = torch.autograd.grad(padded, inputs, cotangent * there)
+    assert gradients[0].masked_fill(there, 0).count_nonzero() == 0
+    for gradient, other in zip(gradients, wanted, strict=True):
+        size = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(gradient / size, other / size, **tolerance)
+
+
+def test_rows_that_are_not_filled_are_not_read():
+    inputs = [a.requires_grad_() for a in arguments(2, 6, 4, 7, 4)]
+    filled = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
+    wanted = grouped_mlp(*inputs, filled=filled)
+    there = wanted.detach().abs().sum(2) > 0
+    with torch.no_grad():
+        inputs[0][~there] = NAN
+    out = grouped_mlp(*inputs, filled=filled)
+    assert torch.equal(out, wanted)
+    assert not any(g.isnan().any() for g in torch.autograd.grad(out, inputs, torch.full_like(out, 1.0)))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 40])
+def test_threads_change_nothing_but_rounding(experts):
+    inputs = [a.requires_grad_() for a in arguments(experts, 300, 8, 900, 8)]
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out = grouped_mlp(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+        again = grouped_mlp(*inputs)
+        assert torch.equal(out, again)
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_without_saved_products_the_gradient_makes_them_again():
+    x, w1, b1, w2, b2 = arguments(3, 5, 4, 7, 6)
+    op, backward = torch.ops.vmoe_routers.grouped_mlp, torch.ops.vmoe_routers.grouped_mlp_backward
+    gradients = []
+    for save in (True, False):
+        out, hidden = op(x, w1, b1, w2, b2, None, "gelu", save)
+        assert hidden.shape == (3, 5 if save else 0, 7)
+        gradients.append(backward(torch.ones_like(out), x, w1, b1, w2, None, hidden, "gelu", True, True))
+    for a, b in zip(*gradients, strict=True):
+        assert_close(a, b)
+
+
+def test_saves_one_hidden_product():
+    inputs = [a.requires_grad_() for a in arguments(3, 50, 4, 16, 4)]
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
+        grouped_mlp(*inputs)
+    own = {a.data_ptr() for a in inputs}
+    assert [t.shape for pointer, t in saved.items() if pointer not in own] == [(3, 50, 16)]
+    with torch.no_grad():
+        assert not grouped_mlp(*inputs).requires_grad
+
+
+def test_autocast_is_the_products():
+    inputs = [a.float() for a in arguments(3, 5, 4, 7, 6)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = grouped_mlp(*inputs)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, grouped_mlp(*inputs, GELU["gelu_tanh"]))
+
+
+# functorch's rules of forward mode are TorchScript.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_transforms():
+    inputs = arguments(2, 6, 2, 3, 2)
+    filled = torch.tensor([[1, 3], [0, 2]], dtype=torch.int32)
+    x, others = inputs[0], inputs[1:]
+
+    def loss(x):
+        return grouped_mlp(x, *others, filled=filled).square().sum()
+
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(x), x)
+    x.requires_grad_(requires_grad=False)
+    assert_close(torch.func.grad(loss)(x), wanted)
+    assert_close(torch.vmap(torch.func.grad(loss))(x.expand(3, *x.shape)), wanted.expand(3, *x.shape))
+    tangent = torch.randn_like(x)
+    _, moved = torch.func.jvp(loss, (x,), (tangent,))
+    assert_close(moved, (wanted * tangent).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = loss(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, moved)
+
+
+def test_export():
+    class Module(nn.Module):
+        def forward(self, *inputs):
+            return grouped_mlp(*inputs)
+
+    inputs = tuple(a.float() for a in arguments(2, 6, 2, 3, 2))
+    program = torch.export.export(Module(), inputs)
+    assert_close(program.module()(*inputs), grouped_mlp(*inputs))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 7, 4), (3, 0, 4, 7, 4), (3, 5, 4, 7, 0)])
@@ -99,6 +275,14 @@ def test_empty(device, shape):
     assert out.shape == (shape[0], shape[1], shape[4])
     out.sum().backward()
     assert all(torch.equal(a.grad, torch.zeros_like(a)) for a in inputs[:3])
+
+
+def test_without_hidden_columns(device):
+    inputs = [a.to(device).requires_grad_() for a in arguments(3, 5, 4, 0, 6)]
+    out = grouped_mlp(*inputs)
+    assert torch.equal(out, inputs[4].unsqueeze(1).expand_as(out))
+    out.sum().backward()
+    assert torch.equal(inputs[0].grad, torch.zeros_like(inputs[0]))
 
 
 def test_experts_do_not_see_each_other(device):
@@ -144,3 +328,9 @@ def test_refuses():
     for wrong in (b2[0], b2[:, :5], b2[:, None], b2.float()):
         with refused(OP, "b2"):
             grouped_mlp(x, w1, b1, w2, wrong)
+    filled = torch.ones(3, 5, dtype=torch.int32)
+    for wrong in (filled[0], filled[:2], filled[:, :2], filled[:, :0], filled.long(), filled.to("meta"), [[1]]):
+        with refused(OP, "filled"):
+            grouped_mlp(x, w1, b1, w2, b2, filled=wrong)
+    with refused(OP, "act"):
+        grouped_mlp(x, w1, b1, w2, b2, "relu")

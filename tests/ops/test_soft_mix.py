@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from checks import (
@@ -92,20 +94,83 @@ def test_gradient_of_one_argument_alone(device, dim, wanted):
 
 
 @each_dim
-def test_dispatcher(device, dim):
-    logits, values, _ = arguments(2, 4, 3, 2, dim)
-    logits, values = logits.to(device), values.to(device)
-    grad = torch.randn(2, 3 if dim == 1 else 4, 2, dtype=torch.float64, device=device)
-    check_dispatcher(torch.ops.vmoe_routers.soft_mix_backward.default, [grad, logits, values, dim])
-    check_dispatcher(
-        torch.ops.vmoe_routers.soft_mix.default,
-        [logits.requires_grad_(), values.requires_grad_(), dim],
-    )
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_dispatcher(device, dim, num_experts):
+    G, T, D, C = 2, 4, 2, 3 // num_experts
+    tokens, slots = (G, T, D), (num_experts, G, C, D)
+    make = partial(torch.randn, dtype=torch.float64, device=device)
+    logits, values = make(G, T, 3), make(tokens if dim == 1 else slots)
+    grad = make(slots if dim == 1 else tokens)
+    backward = [grad, logits, values, dim, num_experts]
+    check_dispatcher(torch.ops.vmoe_routers.soft_mix_backward.default, backward)
+    forward = [logits.requires_grad_(), values.requires_grad_(), dim, num_experts]
+    check_dispatcher(torch.ops.vmoe_routers.soft_mix.default, forward)
 
 
 @each_dim
 def test_compile(device, dim):
     check_compile(soft_mix, arguments(2, 4, 3, 2, dim), device)
+
+
+# -- slots by expert
+
+
+@each_dim
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("E", "C"), [(3, 4), (1, 5), (5, 1)])
+def test_slots_by_expert_are_the_same_slots(device, dtype, dim, E, C):
+    logits, values, _ = (a.to(device, dtype) if isinstance(a, Tensor) else a for a in arguments(2, 9, E * C, 7, dim))
+
+    def run(by_expert):
+        a, b = logits.clone().requires_grad_(), values.clone().requires_grad_()
+        if by_expert:
+            mixed = soft_mix(a.unflatten(2, (E, C)), b if dim == 1 else b.unflatten(1, (E, C)), dim)
+            assert mixed.shape == ((2, E, C, 7) if dim == 1 else (2, 9, 7))
+            out = mixed.flatten(1, 2) if dim == 1 else mixed
+        else:
+            out = soft_mix(a, b, dim)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), (a, b))
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_slots_by_expert_are_not_copied(device):
+    """In memory the experts come first, as the experts' products want them."""
+    logits, x = torch.randn(2, 9, 3, 4, device=device), torch.randn(2, 9, 7, device=device)
+    assert soft_mix(logits, x, 1).transpose(0, 1).is_contiguous()
+    y = torch.randn(3, 2, 4, 7, device=device, requires_grad=True)
+    logits.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        soft_mix(logits, y.transpose(0, 1), 2)
+    assert {t.data_ptr() for t in kept} == {logits.data_ptr(), y.data_ptr()}
+
+
+@each_dim
+@pytest.mark.parametrize("G", [1, 5, 40])
+def test_does_not_depend_on_threads_or_neighbours(dim, G):
+    logits, values, _ = (a.float() if isinstance(a, Tensor) else a for a in arguments(G, 49, 48, 64, dim))
+    logits.requires_grad_()
+    values.requires_grad_()
+    grad = torch.randn(G, 48 if dim == 1 else 49, 64)
+
+    def run():
+        out = soft_mix(logits, values, dim)
+        return out.detach(), *torch.autograd.grad(out, (logits, values), grad)
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(soft_mix(logits.flip(0), values.flip(0), dim).flip(0), results[0][0])
 
 
 # -- what mixing is
@@ -245,6 +310,12 @@ def test_refuses():
             soft_mix(logits, wrong, 1)
     with refused(OP, "values"):
         soft_mix(logits, values, 2)
+    by_expert = logits.unflatten(2, (2, 3))
+    with refused(OP, "logits"):
+        soft_mix(torch.randn(2, 9, 0, 3), values, 1)
+    for wrong in (values, torch.randn(2, 3, 2, 5), torch.randn(2, 2, 3, 5)[:1]):
+        with refused(OP, "values"):
+            soft_mix(by_expert, wrong, 2)
     for dim in (0, 3, -1, 1.5, None):
         with refused(OP, "dim"):
             soft_mix(logits, values, dim)

@@ -115,6 +115,25 @@ def test_dispatch_and_combine_are_the_dense_tensors(kind, masked):
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_filled_slots(kind, masked):
+    routing = make(kind, some_mask(3, 7) if masked else None)
+    if kind == "soft":
+        assert routing.filled is None
+        return
+    assert routing.filled.dtype == torch.int32
+    assert torch.equal(routing.filled, routing.metrics["load"].int())
+
+
+def test_filled_ends_at_the_last_token():
+    token = torch.tensor([[[2, -1, 0, -1], [-1, -1, -1, -1], [-1, -1, -1, 1]]], dtype=torch.int32)
+    routing = vr.SparseRouting(token, (token >= 0).double(), gates(1, 3, 3))
+    assert routing.filled.tolist() == [[3, 0, 4]]
+    none = vr.SparseRouting(token[..., :0], gates(1, 3, 0), gates(1, 3, 3))
+    assert none.filled.tolist() == [[0, 0, 0]]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dispatch_and_combine_keep_the_dtype(kind, dtype):

@@ -15,7 +15,7 @@ def soft(**options):
 
 def naive_logits(router, x):
     """<x / |x|, scale * Phi / |Phi|>, one number at a time: [G, T, E, C]."""
-    phi, scale = router.phi.detach(), router.scale.item()
+    phi, scale = router.phi.detach().to(x.dtype), router.scale.item()
     _, E, C = phi.shape
     logits = torch.zeros(*x.shape[:2], E, C, dtype=x.dtype)
     for g in range(x.shape[0]):
@@ -210,6 +210,61 @@ def test_zero_tokens_and_large_ones():
     out.sum().backward()
     for grad in (x.grad, router.phi.grad, router.scale.grad):
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 39.0, 1e2, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_of_any_length_at_any_scale(dtype, scale):
+    router = soft(dtype=dtype, scale_init=scale)
+    length = torch.tensor([0, 1e-20, 1e-4, 1, 1e4, 1e18]).to(dtype)
+    x = (torch.randn(3, 6, 6, dtype=dtype) * length[:, None]).requires_grad_()
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[1] = False
+    mask[2, 3:] = False
+    for keep in (None, mask):
+        routing = router(x, keep)
+        exact = naive_logits(router, x.detach().double()).flatten(2)
+        real = torch.ones(3, 6, dtype=torch.bool) if keep is None else keep
+        # A product of such tokens rounds by an epsilon of the scale.
+        atol = 20 * scale * torch.finfo(dtype).eps
+        torch.testing.assert_close(routing.logits.detach().double()[real], exact[real], atol=atol, rtol=0)
+        out = routing.combine(routing.dispatch(x).tanh())
+        grads = torch.autograd.grad(out.square().sum(), (x, router.phi, router.scale))
+        assert all(value.isfinite().all() for value in (out, *grads))
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2, 8), (49, 8, 6, 64), (196, 16, 12, 48)])
+def test_an_image_does_not_depend_on_its_batch_to_the_last_bit(shape):
+    tokens, experts, slots, width = shape
+    router = vr.create_router("soft", width, experts, slots_per_expert=slots, scale_init=4.0).eval()
+    x = torch.randn(9, tokens, width)
+    routing = router(x)
+    mixed = routing.dispatch(x)
+    out = routing.combine(mixed)
+    for g in (0, 4, 8):
+        alone = router(x[g : g + 1])
+        assert torch.equal(alone.dispatch(x[g : g + 1])[0], mixed[g])
+        assert torch.equal(alone.combine(mixed[g : g + 1])[0], out[g])
+
+
+def test_backward_keeps_one_matrix_of_tokens_by_slots():
+    G, T, E, C, D = 3, 20, 4, 6, 16
+    router = vr.create_router("soft", D, E, slots_per_expert=C)
+    x = torch.randn(G, T, D, requires_grad=True)
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        routing = router(x)
+        slots = routing.dispatch(x)
+        routing.combine(slots)
+    sizes = sorted(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values())
+    # The logits, the tokens and the slots; all else has the size of Phi at most.
+    assert [size for size in sizes if size > D * E * C] == sorted([G * T * E * C, G * T * D, G * E * C * D])
+    assert {x.data_ptr(), slots.data_ptr(), routing.logits.data_ptr()} <= kept.keys()
 
 
 @pytest.mark.parametrize(

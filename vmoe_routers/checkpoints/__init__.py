@@ -1,5 +1,9 @@
-"""Parameters from elsewhere: the reference code's flax arrays into modules of this package."""
+"""Models in files: saving and loading, and the reference code's checkpoints read without JAX."""
 
+from vmoe_routers.checkpoints.error import CheckpointError
 from vmoe_routers.checkpoints.flax import load_flax
+from vmoe_routers.checkpoints.npz import read_npz
+from vmoe_routers.checkpoints.pretrained import from_pretrained, save_pretrained
+from vmoe_routers.checkpoints.vmoe import read_vmoe
 
-__all__ = ["load_flax"]
+__all__ = ["CheckpointError", "from_pretrained", "load_flax", "read_npz", "read_vmoe", "save_pretrained"]

@@ -15,19 +15,25 @@ The name map, one function a module (H width, h heads, d = H / h, M hidden width
         Moe/Router/{mu, scale}                       (H, E, P), ()                   mlp.router.phi, scale
     Encoder/encoder_norm                             scale, bias (H)                 norm
     MapHead/{probe, MultiHeadDotProductAttention, LayerNorm, Mlp}                    attn_pool
+    pre_logits/{kernel, bias}                        (H, H), (H)                     fc_norm.dense
     head/{kernel, bias}                              (H, classes), (classes)         head
 
-Kernels of dense layers are (in, out) there and [out, in] here; those of the experts are stored alike.
+Kernels of dense layers are (in, out) there and [out, in] here; those of the experts are stored alike. Dense ViTs in npz
+files have other names for the same (Transformer for Encoder, MlpBlock_3 for Mlp), which are understood too.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.routers import ExpertChoiceRouter, SoftRouter, TokenChoiceRouter
@@ -41,30 +47,39 @@ class _Entry(NamedTuple):
     parameter: Tensor
     rows: slice = slice(None)
     layout: Callable[[Tensor], Tensor] | None = None
+    resize: Callable[[Tensor], Tensor | None] | None = None  # from another shape; None: not from that one
 
 
 @torch.no_grad()
-def load_flax(module: nn.Module, params: Mapping[str, Any]) -> nn.Module:
+def load_flax(module: nn.Module, params: Mapping[str, Any], *, skip_head: bool = False) -> nn.Module:
     """Copy the reference's parameters into `module`, in place, and return it.
 
-    module   a model of `vit_moe` (or a timm VisionTransformer of the same form), a `MoEMlp`, or a router
-    params   path -> array (numpy, jax or torch, of a floating dtype), such as {"Encoder/encoderblock_0/...": ...} for a
-             model, {"Router/dense/kernel": ..., "Mlp/Dense_0/kernel": ...} for a MoE layer, {"dense/kernel": ...} or
-             {"mu": ..., "scale": ...} for a router. Nested mappings count as paths, and a "params/" before every path
-             is accepted. Values are converted to the parameters' dtype and device.
+    module     a model of `vit_moe` (or a timm VisionTransformer of the same form), a `MoEMlp`, or a router
+    params     path -> array (numpy, jax or torch, of a floating dtype): {"Encoder/encoderblock_0/...": ...} for a model
+               (`read_vmoe` and `read_npz` give it), {"Router/dense/kernel": ..., "Mlp/Dense_0/kernel": ...} for a MoE
+               layer, {"dense/kernel": ...} or {"mu": ..., "scale": ...} for a router. Nested mappings count as paths,
+               and a "params/" before every path is accepted. Values are converted to the parameters' dtype and device.
+    skip_head  leave the model's head (and pre_logits) as it is, whatever the params have there: for other classes
 
-    The two must match exactly. Arrays that are missing, left over, given twice, of another shape or not floating: one
-    ValueError that names each with what came and what was wanted; the module is as it was then. TypeError: a module or
-    params of another kind.
+    Position embeddings of another grid are resized as the reference does, linearly with the corners kept, from the
+    square that they are of; a class token's stays as it is.
+
+    In all else the two must match exactly. Arrays that are missing, left over, given twice, of another shape or not
+    floating: one ValueError that names each with what came and what was wanted; the module is as it was then.
+    TypeError: a module or params of another kind.
     """
     if not isinstance(params, Mapping):
         raise TypeError(f"load_flax: params is a {type(params).__name__}, wanted a mapping of paths to arrays")
     found = list(_flatten(params))
     if all(path.startswith("params/") for path, _ in found):
         found = [(path.removeprefix("params/"), array) for path, array in found]
-    arrays = dict(found)
+    found = [(reference_path(path), array) for path, array in found]
     entries = list(_entries(module))
     filled = {id(entry.parameter) for entry in entries}
+    if skip_head:
+        found = [(path, array) for path, array in found if not path.startswith(_HEAD)]
+        entries = [entry for entry in entries if not entry.path.startswith(_HEAD)]
+    arrays = dict(found)
     problems = [f"{path}: given {n} times" for path, n in Counter(path for path, _ in found).items() if n > 1]
     problems += [
         f"{type(module).__name__}.{name}, shape {tuple(parameter.shape)}: has no counterpart in the reference's models"
@@ -81,10 +96,12 @@ def load_flax(module: nn.Module, params: Mapping[str, Any]) -> nn.Module:
         if tensor is None:
             kind = f"{type(array).__name__} of dtype {getattr(array, 'dtype', None)}"
             problems.append(f"{entry.path}: {kind}, wanted a floating-point array of shape {entry.shape}")
-        elif tuple(tensor.shape) != entry.shape:
-            problems.append(f"{entry.path}: shape {tuple(tensor.shape)}, wanted {entry.shape}")
-        else:
+        elif tuple(tensor.shape) == entry.shape:
             tensors[entry.path] = tensor
+        elif entry.resize is not None and (resized := entry.resize(tensor)) is not None:
+            tensors[entry.path] = resized
+        else:
+            problems.append(f"{entry.path}: shape {tuple(tensor.shape)}, wanted {entry.shape}")
     for path, array in arrays.items():
         shape = tuple(getattr(array, "shape", ()))
         problems.append(f"{path}: not used, came with shape {shape}, {type(module).__name__} has no such parameter")
@@ -96,6 +113,29 @@ def load_flax(module: nn.Module, params: Mapping[str, Any]) -> nn.Module:
         target = entry.parameter[entry.rows] if entry.parameter.ndim else entry.parameter
         target.copy_(tensor.reshape(target.shape) if entry.layout is None else entry.layout(tensor))
     return module
+
+
+_HEAD = ("head/", "pre_logits/")
+
+# What the code that wrote the dense ViTs calls the same things (google-research/vision_transformer and big_vision)
+_RENAMED = [
+    (re.compile(r"^opt/target/"), ""),
+    (re.compile(r"^pos_embedding$"), "Encoder/posembed_input/pos_embedding"),
+    (re.compile(r"^Transformer/"), "Encoder/"),
+    (re.compile(r"^(Encoder/encoderblock_\d+/)MultiHeadDotProductAttention_\d/"), r"\1SelfAttention/"),
+    (re.compile(r"^(Encoder/encoderblock_\d+/)MlpBlock_\d/"), r"\1Mlp/"),
+    (re.compile(r"^(Encoder/encoderblock_\d+/)LayerNorm_2/"), r"\1LayerNorm_1/"),
+    (re.compile(r"^MAPHead_0/"), "MapHead/"),
+    (re.compile(r"^(MapHead/)(MultiHeadDotProductAttention|LayerNorm)_0/"), r"\1\2/"),
+    (re.compile(r"^MapHead/MlpBlock_0/"), "MapHead/Mlp/"),
+]
+
+
+def reference_path(path: str) -> str:
+    """The path of the name map, for one of a dense ViT's file."""
+    for pattern, name in _RENAMED:
+        path = pattern.sub(name, path)
+    return path
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -151,7 +191,8 @@ def _vit(model: Any) -> Iterator[_Entry]:
     if model.cls_token is not None:
         yield _same("cls", model.cls_token)
     if isinstance(model.pos_embed, nn.Parameter):  # a fixed table is no parameter, there or here
-        yield _same("Encoder/posembed_input/pos_embedding", model.pos_embed)
+        resize = partial(_resize_positions, grid=model.patch_embed.grid_size, like=model.pos_embed)
+        yield _same("Encoder/posembed_input/pos_embedding", model.pos_embed)._replace(resize=resize)
     for i, block in enumerate(model.blocks):
         path = f"Encoder/encoderblock_{i}/"
         yield from _norm(f"{path}LayerNorm_0/", block.norm1)
@@ -169,8 +210,23 @@ def _vit(model: Any) -> Iterator[_Entry]:
         yield from _attention("MapHead/MultiHeadDotProductAttention/", pool, projections)
         yield from _norm("MapHead/LayerNorm/", pool.norm)
         yield from _mlp("MapHead/Mlp/", pool.mlp)
+    if hasattr(model.fc_norm, "dense"):
+        yield from _dense("pre_logits/", model.fc_norm.dense)
     if isinstance(model.head, nn.Linear):
         yield from _dense("head/", model.head)
+
+
+def _resize_positions(table: Tensor, grid: tuple[int, int], like: Tensor) -> Tensor | None:
+    """[1, n, D] of a square grid to this one, linear and corner-aligned; None: it is of no square, or no table."""
+    prefix = like.shape[1] - grid[0] * grid[1]  # the class token
+    if table.ndim != 3 or (table.shape[0], table.shape[2]) != (1, like.shape[2]) or table.shape[1] <= prefix:
+        return None
+    side = isqrt(table.shape[1] - prefix)
+    if side * side != table.shape[1] - prefix:
+        return None
+    old = table[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2).double()
+    new = interpolate(old, size=grid, mode="bilinear", align_corners=True).to(table.dtype)
+    return torch.cat([table[:, :prefix], new.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _moe(path: str, layer: MoEMlp) -> Iterator[_Entry]:

@@ -2,12 +2,13 @@
 
 Nothing of timm is changed: the model is a `timm.models.VisionTransformer` whose `blocks[i].mlp` is a `MoEMlp`
 where the placement rule says so, so everything that works on the one (feature extraction, checkpointing,
-optimisers' parameter groups) works on the other.
+optimisers' parameter groups) works on the other. Only its forward takes a padding mask beside (`MoEVisionTransformer`).
 """
 
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -15,20 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vmoe_routers.models.transformer import MoEBlock, MoEVisionTransformer
 from vmoe_routers.moe import GeluTanh, MoEMlp
 from vmoe_routers.ops._checks import check_choice, check_flag, check_int, check_positive
 from vmoe_routers.routers import ROUTERS
-
-try:
-    from timm.models.vision_transformer import VisionTransformer
-except ImportError as error:
-    raise ImportError(f"vmoe_routers.models needs timm ({error}): pip install timm") from error
-except (RuntimeError, AttributeError) as error:  # how a torchvision that was built for another torch fails
-    raise ImportError(
-        f"vmoe_routers.models: timm could not be imported, because torchvision does not fit torch {torch.__version__}"
-        f" ({error}). Install the torchvision of that release, from the index that torch came from:"
-        " pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/<cpu|cu...>"
-    ) from error
 
 #: Ti, S, B, L, H (arXiv 2010.11929, table 1): `vit_moe(**SIZES["S"], patch_size=16)`.
 SIZES: dict[str, dict[str, int]] = {
@@ -95,12 +86,14 @@ def vit_moe(
     group_size: int = 1,
     global_pool: str = "avg",
     qk_norm: bool = False,
+    pre_logits: bool = False,
     pos_embed: str = "learned",
     pos_embed_std: float = 0.02,
     proj_drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    dynamic_img_size: bool = False,
     **router_options: Any,
-) -> VisionTransformer:
+) -> MoEVisionTransformer:
     """A vision transformer with MoE layers: images [N, in_chans, height, width] -> logits [N, num_classes].
 
     router          one of `vmoe_routers.ROUTERS`; None makes the dense ViT of the same trunk
@@ -109,9 +102,11 @@ def vit_moe(
     group_size      images that are routed together; the batch must be a multiple of it in training
     global_pool     "avg": mean of the encoder's normalised tokens; "token": class token; "map": attention pooling
     qk_norm         LayerNorm over the head width (scale, no bias) on queries and keys
+    pre_logits      a dense layer of the model's width and tanh between pooling and head, which older ViTs have
     pos_embed       "learned": drawn from N(0, pos_embed_std^2); "sincos": fixed, two-dimensional (arXiv 2104.02057)
     proj_drop_rate  dropout in the MLPs and experts and after attention
     drop_path_rate  stochastic depth, growing linearly to this rate at the last block
+    dynamic_img_size  images of any size, positions resampled on the way (`model.set_input_size` does it once)
     router_options  every further option of `MoEMlp` and its router: top_k, capacity_factor, slots_per_expert, ...
                     Soft with a capacity factor needs num_tokens: it is worked out here (tokens of an image, the class
                     token among them, times group_size)
@@ -122,8 +117,12 @@ def vit_moe(
     The trunk is drawn before the MoE layers, so the same `torch.manual_seed` gives the same trunk for every router
     (and for the dense model): compare routers on equal starting points.
 
+    The model keeps these arguments as `moe_config`, which `vmoe_routers.checkpoints.save_pretrained` writes.
+
     Raises TypeError or ValueError naming the argument: sizes that do not fit together, names that do not exist.
     """
+    config = dict(locals())
+    config |= config.pop("router_options")
     where = "vit_moe"
     image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
     if image[0] % patch[0] or image[1] % patch[1]:
@@ -140,6 +139,8 @@ def vit_moe(
     check_int(where, "group_size", group_size, 1)
     check_choice(where, "global_pool", global_pool, POOLINGS)
     check_flag(where, "qk_norm", qk_norm)
+    check_flag(where, "pre_logits", pre_logits)
+    check_flag(where, "dynamic_img_size", dynamic_img_size)
     check_choice(where, "pos_embed", pos_embed, POSITIONS)
     check_positive(where, "pos_embed_std", pos_embed_std, zero=True)
     for name, rate in {"proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}.items():
@@ -153,7 +154,7 @@ def vit_moe(
             raise TypeError(f"{where}: {name!r} is no option, it follows from the model's other arguments")
     moe_at = () if router is None else moe_block_indices(depth, moe_blocks)
 
-    model = VisionTransformer(
+    model = MoEVisionTransformer(
         img_size=image,
         patch_size=patch,
         in_chans=in_chans,
@@ -168,11 +169,16 @@ def vit_moe(
         no_embed_class=pos_embed == "sincos",  # a learned table has a row for the class token, a fixed one has not
         proj_drop_rate=proj_drop_rate,
         drop_path_rate=drop_path_rate,
+        dynamic_img_size=dynamic_img_size,
+        block_fn=MoEBlock,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         act_layer=GeluTanh,
         weight_init="skip",
     )
+    setattr(model, "moe_config", config)  # noqa: B010  (timm's class declares none)
     blocks: Any = model.blocks
+    if pre_logits:  # timm's place for what comes between pooling and head
+        model.fc_norm = nn.Sequential(OrderedDict(dense=nn.Linear(embed_dim, embed_dim), act=nn.Tanh()))
     if qk_norm:
         for attention in [block.attn for block in blocks] + ([model.attn_pool] if global_pool == "map" else []):
             attention.q_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False)

@@ -29,7 +29,10 @@ from vmoe_routers.ops.invert_slots import invert_slots
 from vmoe_routers.ops.ksparse_projection import ksparse_projection
 from vmoe_routers.ops.ksparse_transport import ksparse_transport
 from vmoe_routers.ops.sinkhorn import sinkhorn
+from vmoe_routers.ops.soft_logits import soft_logits
 from vmoe_routers.ops.soft_mix import soft_mix
+from vmoe_routers.ops.softmax_gather import softmax_gather
+from vmoe_routers.ops.softmax_topk import softmax_topk
 from vmoe_routers.ops.topk import topk
 
 __all__ = [
@@ -41,6 +44,9 @@ __all__ = [
     "ksparse_projection",
     "ksparse_transport",
     "sinkhorn",
+    "soft_logits",
     "soft_mix",
+    "softmax_gather",
+    "softmax_topk",
     "topk",
 ]

@@ -16,8 +16,8 @@ def check_tensor(where: str, name: str, value: object, axes: str) -> Tensor:
     """`value` is a tensor with the axes named, e.g. ``"G T E"``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
-    wanted = axes.split()
-    if value.ndim != len(wanted):
+    if value.ndim != axes.count(" ") + 1:
+        wanted = axes.split()
         raise ValueError(
             f"{where}: {name} must have {len(wanted)} axes [{', '.join(wanted)}], got shape {list(value.shape)}"
         )
@@ -39,9 +39,11 @@ def check_dtype(where: str, name: str, value: Tensor, dtype: torch.dtype) -> Non
         raise TypeError(f"{where}: {name} must be {dtype}, got {value.dtype}")
 
 
-def check_shape(where: str, name: str, value: Tensor, shape: Sequence[int], axes: str) -> None:
-    """`value` has this shape; `axes` names it in the message, e.g. ``"G, T"``."""
-    if tuple(value.shape) != tuple(shape):
+def check_shape(where: str, name: str, value: object, shape: Sequence[int], axes: str) -> None:
+    """`value` is a tensor of this shape; `axes` names it in the message, e.g. ``"G, T"``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.shape != tuple(shape):
         raise ValueError(f"{where}: {name} must be [{axes}] = {list(shape)}, got {list(value.shape)}")
 
 
@@ -65,7 +67,8 @@ def check_positive(where: str, name: str, value: object, *, zero: bool = False) 
     """`value` is a finite number > 0, or >= 0 with `zero`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    # Comparisons alone, false for NaN: under torch.compile(dynamic=True) a float may be a symbol.
+    if not 0 <= value < math.inf or (value == 0 and not zero):
         raise ValueError(f"{where}: {name} must be {'>=' if zero else '>'} 0, got {value}")
     return float(value)
 
@@ -98,10 +101,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in this dtype."""
+    # Asked first: a `to` that does nothing takes as long as a sum of two small tensors.
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which `x` and what is computed from it keep their dtype."""
-    # torch.autocast knows no meta device.
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    # torch.autocast knows no meta device, and takes microseconds to make.
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def fill_absent(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vmoe_routers.ops._checks import (
+    cast,
     check_device,
     check_dtype,
     check_floating,
@@ -47,8 +48,8 @@ def assign_slots(
         priority = check_floating("assign_slots", "priority", priority)
         check_shape("assign_slots", "priority", priority, expert.shape[:2], "G, T")
         check_device("assign_slots", "priority", priority, "expert", expert)
-        priority = priority.detach().to(compute_dtype(priority.dtype))
-    return torch.ops.vmoe_routers.assign_slots(expert, priority, num_experts, capacity)
+        priority = cast(priority.detach(), compute_dtype(priority.dtype))
+    return torch.ops.vmoe_routers.assign_slots.default(expert, priority, num_experts, capacity)
 
 
 @torch.library.register_fake("vmoe_routers::assign_slots")

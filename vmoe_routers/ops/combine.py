@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vmoe_routers.ops._checks import (
+    cast,
     check_device,
     check_floating,
     check_shape,
@@ -33,14 +34,13 @@ def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tens
     """
     y = check_floating("combine", "y", check_tensor("combine", "y", y, "E G C D"))
     gate = check_floating("combine", "gate", gate)
-    offsets = check_tensor("combine", "offsets", offsets, "G T+1")
-    check_slots("combine", token, offsets, slots, offsets.shape[1] - 1)
     experts, groups, capacity, _ = y.shape
-    check_shape("combine", "token", token, (groups, experts, capacity), "G, E, C")
+    tokens = check_tensor("combine", "offsets", offsets, "G T+1").shape[1] - 1
+    check_slots("combine", token, offsets, slots, (groups, experts, capacity), tokens)
     check_shape("combine", "gate", gate, (groups, experts, capacity), "G, E, C")
     check_device("combine", "gate", gate, "y", y)
     check_device("combine", "token", token, "y", y)
-    return torch.ops.vmoe_routers.combine(y, gate.to(compute_dtype(y.dtype)), token, offsets, slots)
+    return torch.ops.vmoe_routers.combine.default(y, cast(gate, compute_dtype(y.dtype)), token, offsets, slots)
 
 
 @torch.library.register_fake("vmoe_routers::combine")
@@ -50,7 +50,7 @@ def _(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Ten
 
 @torch.library.register_fake("vmoe_routers::combine_backward")
 def _(grad: Tensor, y: Tensor, gate: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), y.new_empty(gate.shape)
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -61,9 +61,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     if not ctx.gated:
-        return torch.ops.vmoe_routers.dispatch(grad, *ctx.saved_tensors), None, None, None, None
+        return torch.ops.vmoe_routers.dispatch.default(grad, *ctx.saved_tensors), None, None, None, None
     y, gate, token, _, _ = ctx.saved_tensors
-    grad_y, grad_gate = torch.ops.vmoe_routers.combine_backward(grad, y, gate, token)
+    grad_y, grad_gate = torch.ops.vmoe_routers.combine_backward.default(grad, y, gate, token)
     return grad_y, grad_gate, None, None, None
 
 

@@ -14,17 +14,19 @@ from vmoe_routers.ops._checks import (
 )
 
 
-def check_slots(where: str, token: Tensor, offsets: Tensor, slots: Tensor, tokens: int) -> None:
-    """token [G, E, C] and what `invert_slots` made of it, for T = `tokens`."""
-    check_tensor(where, "token", token, "G E C")
-    groups, experts, capacity = token.shape
-    check_tensor(where, "offsets", offsets, "G T+1")
-    check_tensor(where, "slots", slots, "G E*C")
+def check_slots(
+    where: str, token: Tensor, offsets: Tensor, slots: Tensor, shape: tuple[int, int, int], tokens: int
+) -> None:
+    """token of this shape [G, E, C], and what `invert_slots` made of it, for T = `tokens`."""
+    groups, experts, capacity = shape
+    check_shape(where, "token", token, shape, "G, E, C")
     check_shape(where, "offsets", offsets, (groups, tokens + 1), "G, T + 1")
     check_shape(where, "slots", slots, (groups, experts * capacity), "G, E * C")
-    for name, value in (("token", token), ("offsets", offsets), ("slots", slots)):
-        check_dtype(where, name, value, torch.int32)
-        check_device(where, name, value, "token", token)
+    check_dtype(where, "token", token, torch.int32)
+    check_dtype(where, "offsets", offsets, torch.int32)
+    check_dtype(where, "slots", slots, torch.int32)
+    check_device(where, "offsets", offsets, "token", token)
+    check_device(where, "slots", slots, "token", token)
 
 
 def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
@@ -42,11 +44,11 @@ def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor
         TypeError, ValueError: a wrong shape, dtype or device.
     """
     x = check_floating("dispatch", "x", check_tensor("dispatch", "x", x, "G T D"))
-    check_slots("dispatch", token, offsets, slots, x.shape[1])
-    if token.shape[0] != x.shape[0]:
-        raise ValueError(f"dispatch: token has {token.shape[0]} groups, x has {x.shape[0]}, wanted the same")
+    groups, tokens, _ = x.shape
+    _, experts, capacity = check_tensor("dispatch", "token", token, "G E C").shape
+    check_slots("dispatch", token, offsets, slots, (groups, experts, capacity), tokens)
     check_device("dispatch", "token", token, "x", x)
-    return torch.ops.vmoe_routers.dispatch(x, token, offsets, slots)
+    return torch.ops.vmoe_routers.dispatch.default(x, token, offsets, slots)
 
 
 @torch.library.register_fake("vmoe_routers::dispatch")
@@ -62,7 +64,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     # Every gate 1: the rows that were copied from a token are summed into it.
-    return torch.ops.vmoe_routers.combine(grad, None, *ctx.saved_tensors), None, None, None
+    return torch.ops.vmoe_routers.combine.default(grad, None, *ctx.saved_tensors), None, None, None
 
 
 torch.library.register_autograd("vmoe_routers::dispatch", _backward, setup_context=_setup_context)

@@ -25,7 +25,7 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     token = check_tensor("invert_slots", "token", token, "G E C")
     check_dtype("invert_slots", "token", token, torch.int32)
     num_tokens = check_int("invert_slots", "num_tokens", num_tokens, 0)
-    return torch.ops.vmoe_routers.invert_slots(token, num_tokens)
+    return torch.ops.vmoe_routers.invert_slots.default(token, num_tokens)
 
 
 @torch.library.register_fake("vmoe_routers::invert_slots")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._checks import check_floating, check_int, compute_dtype
+from vmoe_routers.ops._checks import cast, check_floating, check_int, compute_dtype
 
 
 def ksparse_projection(x: Tensor, k: int) -> Tensor:
@@ -32,8 +32,8 @@ def ksparse_projection(x: Tensor, k: int) -> Tensor:
         raise ValueError(f"ksparse_projection: x must have a last axis of at least 1, got {list(x.shape)}")
     k = check_int("ksparse_projection", "k", k, 1, x.shape[-1])
     # Not reshape(-1, n): with no rows at all, -1 would be ambiguous to a reader of shapes.
-    rows = x.to(compute_dtype(x.dtype)).reshape(x.shape[:-1].numel(), x.shape[-1])
-    return torch.ops.vmoe_routers.ksparse_projection(rows, k).reshape(x.shape).to(x.dtype)
+    rows = cast(x, compute_dtype(x.dtype)).reshape(x.shape[:-1].numel(), x.shape[-1])
+    return cast(torch.ops.vmoe_routers.ksparse_projection(rows, k).reshape(x.shape), x.dtype)
 
 
 @torch.library.register_fake("vmoe_routers::ksparse_projection")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vmoe_routers.ops._checks import (
+    cast,
     check_choice,
     check_floating,
     check_int,
@@ -68,9 +69,9 @@ def ksparse_transport(
     gamma = check_positive(where, "gamma", gamma)
     if mask is not None:
         mask = check_mask(where, mask, "similarity", similarity)
-    there = fill_absent(similarity.to(compute_dtype(similarity.dtype)), mask)
+    there = fill_absent(cast(similarity, compute_dtype(similarity.dtype)), mask)
     plan = torch.ops.vmoe_routers.ksparse_transport(there, k, iterations, solver, learning_rate, tolerance, gamma)
-    return plan.to(similarity.dtype)
+    return cast(plan, similarity.dtype)
 
 
 @torch.library.register_fake("vmoe_routers::ksparse_transport")

@@ -30,6 +30,29 @@ def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
     return x.gather(-1, indices), indices.int()
 
 
+def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
+    """softmax(logits, -1) at ``indices``, [G, T, K] of experts (dim 2) or [G, E, C] of tokens (dim 1).
+
+    Zeros where an index is outside of the axis, and for a token whose logits are all -inf.
+    """
+    gates = _gates(logits).movedim(dim, -1)
+    there = (indices >= 0) & (indices < gates.shape[2])
+    gates = F.pad(gates, (0, 1))  # a zero behind the last
+    return gates.gather(2, torch.where(there, indices, gates.shape[2] - 1).long()).to(logits.dtype)
+
+
+def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of softmax(logits, -1), of every token (dim 2) or expert (dim 1).
+
+    A token whose logits are all -inf is not there: index -1, value 0 instead.
+    """
+    masked = _masked(_wide(logits), mask)
+    gates = _gates(masked).masked_fill(~_present(masked)[..., None], -INF)
+    values, indices = topk(gates, k, dim)
+    absent = values == -INF
+    return values.masked_fill(absent, 0).to(logits.dtype), indices.masked_fill(absent, -1)
+
+
 def assign_slots(
     expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -256,6 +279,13 @@ def _lbfgs(S: Tensor, k: int, gamma: float) -> Tensor:
     return alpha.detach()[0]
 
 
+def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
+    """<x / |x|, phi> (arXiv 2308.00951, section 2.3), [G, T, D] and [D, S] -> [G, T, S]."""
+    wide = _wide(x)
+    unit = wide * (wide.square().sum(2, keepdim=True) + 1e-6).rsqrt()
+    return torch.einsum("gtd,ds->gts", unit, _wide(phi))
+
+
 def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     """Soft MoE's mixing (arXiv 2308.00951, equations 1 to 3): softmax of the logits times values.
 
@@ -300,6 +330,13 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 def _present(x: Tensor) -> Tensor:
     """[G, T]: tokens that are there, those whose row [E] is not all -inf."""
     return ~(x == -INF).all(2)
+
+
+def _gates(logits: Tensor) -> Tensor:
+    """softmax over the experts, and zeros for a token that is not there."""
+    wide = _wide(logits)
+    absent = ~_present(wide)[..., None]
+    return wide.masked_fill(absent, 0).softmax(-1).masked_fill(absent, 0)
 
 
 def _logsumexp(x: Tensor, dim: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vmoe_routers.ops._checks import (
+    cast,
     check_choice,
     check_floating,
     check_int,
@@ -88,9 +89,9 @@ def sinkhorn(
     check_choice("sinkhorn", "gradient", gradient, GRADIENTS)
     if mask is not None:
         mask = check_mask("sinkhorn", mask, "logits", logits)
-    there = fill_absent(logits.to(compute_dtype(logits.dtype)), mask)
+    there = fill_absent(cast(logits, compute_dtype(logits.dtype)), mask)
     plan, _, error, steps = torch.ops.vmoe_routers.sinkhorn(there, epsilon, iterations, stop, gradient == "implicit")
-    plan = plan.to(logits.dtype)
+    plan = cast(plan, logits.dtype)
     return (plan, error, steps) if return_error else plan
 
 

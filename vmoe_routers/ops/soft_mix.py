@@ -13,7 +13,6 @@ from vmoe_routers.ops._checks import (
     check_tensor,
     compute_dtype,
     refuse_second_derivative,
-    without_autocast,
 )
 
 
@@ -21,53 +20,67 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     """Mixes `values` by a softmax of `logits` (arXiv 2308.00951, equations 1 to 3).
 
     ``dim = 1``: softmax over the tokens, every slot a mean of tokens.
-    ``dim = 2``: softmax over the slots, every token a mean of slots.
+    ``dim = 2``: softmax over all slots, every token a mean of slots.
 
     Args:
-        logits: [G, T, S] floating point; -inf is "not there".
-        values: [G, T, D] for dim 1, [G, S, D] for dim 2, floating point.
+        logits: [G, T, S], or [G, T, E, C] with S = E * C; floating point; -inf is "not there".
+        values: for dim 1 tokens [G, T, D]; for dim 2 slots, [G, S, D] or [G, E, C, D] as
+            the logits are. Floating point.
         dim: 1 or 2.
 
     Returns:
-        [G, S, D] for dim 1, [G, T, D] for dim 2, in values' dtype. A slot or token
-        whose logits are all -inf gets zeros.
+        For dim 1 slots, [G, S, D] or [G, E, C, D] as the logits are, for dim 2 tokens
+        [G, T, D], in values' dtype. A slot or token whose logits are all -inf gets zeros.
+        Slots [G, E, C, D] are a view, the experts first in memory; such are also taken
+        without a copy.
 
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or dim.
     """
-    logits = check_floating("soft_mix", "logits", check_tensor("soft_mix", "logits", logits, "G T S"))
+    logits = check_floating("soft_mix", "logits", logits)
+    by_expert = logits.ndim == 4
+    check_tensor("soft_mix", "logits", logits, "G T E C" if by_expert else "G T S")
+    if by_expert and logits.shape[2] == 0:
+        raise ValueError(f"soft_mix: logits must have at least one expert, got {list(logits.shape)}")
     values = check_floating("soft_mix", "values", values)
     check_choice("soft_mix", "dim", dim, (1, 2))
-    values = check_tensor("soft_mix", "values", values, "G T D" if dim == 1 else "G S D")
-    shape = (logits.shape[0], logits.shape[dim], values.shape[2])
-    check_shape("soft_mix", "values", values, shape, "G, T, D" if dim == 1 else "G, S, D")
+    axes = "G T D" if dim == 1 else "G E C D" if by_expert else "G S D"
+    values = check_tensor("soft_mix", "values", values, axes)
+    mixed = logits.shape[1:2] if dim == 1 else logits.shape[2:]
+    check_shape("soft_mix", "values", values, (logits.shape[0], *mixed, values.shape[-1]), axes.replace(" ", ", "))
     check_device("soft_mix", "values", values, "logits", logits)
     dtype = compute_dtype(torch.promote_types(logits.dtype, values.dtype))
-    # The kernel's products are torch's, which autocast would make bfloat16.
-    with without_autocast(values):
-        out = torch.ops.vmoe_routers.soft_mix(logits.to(dtype), values.to(dtype), dim)
-    return out.to(values.dtype)
+    # One expert of S slots is [1, G, S, D] in memory: as the public [G, S, D].
+    by_slot = logits if by_expert else logits.unsqueeze(2)
+    mixing = values if dim == 1 else (values if by_expert else values.unsqueeze(1)).transpose(0, 1)
+    out = torch.ops.vmoe_routers.soft_mix(by_slot.to(dtype).flatten(2), mixing.to(dtype), dim, by_slot.shape[2])
+    out = out.to(values.dtype)
+    if dim == 2:
+        return out
+    return out.transpose(0, 1) if by_expert else out.squeeze(0)
 
 
 @torch.library.register_fake("vmoe_routers::soft_mix")
-def _(logits: Tensor, values: Tensor, dim: int) -> Tensor:
-    return values.new_empty(logits.shape[0], logits.shape[3 - dim], values.shape[2])
+def _(logits: Tensor, values: Tensor, dim: int, num_experts: int) -> Tensor:
+    groups, tokens, slots = logits.shape
+    shape = (num_experts, groups, slots // num_experts) if dim == 1 else (groups, tokens)
+    return values.new_empty(*shape, values.shape[-1])
 
 
 @torch.library.register_fake("vmoe_routers::soft_mix_backward")
-def _(grad: Tensor, logits: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, logits: Tensor, values: Tensor, dim: int, num_experts: int) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape), values.new_empty(values.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, values, ctx.dim = inputs
+    logits, values, ctx.dim, ctx.num_experts = inputs
     ctx.save_for_backward(logits, values)
 
 
 def _backward(ctx, grad):
     logits, values = ctx.saved_tensors
-    with without_autocast(values):
-        return *torch.ops.vmoe_routers.soft_mix_backward(grad, logits, values, ctx.dim), None
+    grads = torch.ops.vmoe_routers.soft_mix_backward(grad, logits, values, ctx.dim, ctx.num_experts)
+    return *grads, None, None
 
 
 torch.library.register_autograd("vmoe_routers::soft_mix", _backward, setup_context=_setup_context)

@@ -1,0 +1,73 @@
+"""The experts alone, on buffers that a Token Choice routing filled: ours, and torch's products over them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from vmoe_routers import capacity, ops
+
+
+def build(size: Size, device: str, *, one_group: bool = True) -> Case:
+    E, D, K = size.experts, size.width, size.top_k
+    G = 1 if one_group else size.images
+    C = capacity(size.rows // G * K, E, 1.0)
+    gates = torch.randn(G, size.rows // G, E, device=device)
+    wanted = F.one_hot(gates.topk(K).indices, E).sum((1, 2))  # [G, E]
+    filled = wanted.clamp(max=C).int().t().contiguous()
+    there = (torch.arange(C, device=device) < filled[..., None]).flatten(1)
+    count = there.sum(1)
+    rows, offsets = there.flatten().nonzero().squeeze(1), count.cumsum(0).int()
+    owner = torch.repeat_interleave(count)
+    counts = count.tolist()
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).div_(shape[-2] ** 0.5).requires_grad_()
+
+    x = (torch.randn(E, G * C, D, device=device) * there[..., None]).requires_grad_()
+    w1, b1, w2, b2 = leaf(E, D, 4 * D), leaf(E, 4 * D), leaf(E, 4 * D, D), leaf(E, D)
+    act = partial(F.gelu, approximate="tanh")
+
+    def spread(y: torch.Tensor) -> list[torch.Tensor]:
+        return [y.new_zeros(E * G * C, D).index_copy(0, rows, y).view_as(x)]
+
+    def padded():
+        hidden = act(torch.baddbmm(b1[:, None], x, w1))
+        return [torch.baddbmm(b2[:, None], hidden, w2) * there[..., None]]
+
+    def loop():
+        inputs = x.flatten(0, 1)[rows].split(counts)
+        # Unbound once: w1[e] under autograd would make a gradient of all experts' size for each.
+        parameters = zip(inputs, w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind(), strict=True)
+        return spread(torch.cat([torch.addmm(d, act(torch.addmm(b, i, a)), c) for i, a, b, c, d in parameters]))
+
+    def grouped():
+        hidden = act(F.grouped_mm(x.flatten(0, 1)[rows], w1, offs=offsets) + b1[owner])
+        return spread(F.grouped_mm(hidden, w2, offs=offsets) + b2[owner])
+
+    variant = partial(Variant, leaves=(x, w1, b1, w2, b2))
+    flops = 2 * 2 * len(rows) * D * 4 * D
+    moved = 4 * (2 * len(rows) * D + 8 * E * D * D)
+    return Case(
+        op="grouped_mlp",
+        title="expert MLPs, " + ("one group" if one_group else "per image"),
+        size=size,
+        variants=(
+            variant("ours", "ours", lambda: [ops.grouped_mlp(x, w1, b1, w2, b2, filled=filled)]),
+            variant("torch baddbmm, padded", "index", padded),
+            variant("loop over experts", "index", loop),
+            variant("grouped_mm", "index", grouped),
+        ),
+        floors={FORWARD: Floor(flops=flops, bytes=moved), BACKWARD: Floor(flops=3 * flops, bytes=3 * moved)},
+        tolerance=1e-4,
+    )
+
+
+QUICK = Size(images=4, experts=8, width=192)
+ENTRIES = (
+    Entry("grouped_mlp", build, quick=QUICK),
+    Entry("grouped_mlp", partial(build, one_group=False), quick=QUICK),
+)

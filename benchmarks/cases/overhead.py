@@ -1,0 +1,70 @@
+"""What a call costs on input so small that nothing else does, beside the cheapest call of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import BACKWARD, FORWARD, RECORDED, Case, Entry, Floor, Size, Variant
+from vmoe_routers import ksparse_projection, ksparse_transport, ops, sinkhorn
+
+TINY = Size(images=1, tokens=4, experts=4, width=8, top_k=1)
+
+
+def calls(size: Size, device: str) -> dict[str, tuple[Callable[[], Sequence[Tensor]], tuple[Tensor, ...]]]:
+    """Every op on one tiny group, and what its gradient is taken of."""
+    T, E, D = size.tokens, size.experts, size.width
+    scores = torch.randn(1, T, E, device=device, requires_grad=True)
+    x = torch.randn(1, T, D, device=device, requires_grad=True)
+    y = torch.randn(E, 1, 1, D, device=device, requires_grad=True)
+    gate = torch.rand(1, E, 1, device=device, requires_grad=True)
+    expert = torch.arange(T, dtype=torch.int32, device=device).view(1, T, 1) % E
+    token = ops.assign_slots(expert, E, 1)[1]
+    offsets, slots = ops.invert_slots(token, T)
+    return {
+        "topk": (lambda: ops.topk(scores, 1), (scores,)),
+        "assign_slots": (lambda: ops.assign_slots(expert, E, 1), ()),
+        "invert_slots": (lambda: ops.invert_slots(token, T), ()),
+        "dispatch": (lambda: [ops.dispatch(x, token, offsets, slots)], (x,)),
+        "combine": (lambda: [ops.combine(y, gate, token, offsets, slots)], (y, gate)),
+        "sinkhorn": (lambda: [sinkhorn(scores, iterations=1)], (scores,)),
+        "ksparse_projection": (lambda: [ksparse_projection(scores, 1)], (scores,)),
+        "ksparse_transport": (lambda: [ksparse_transport(scores, 1, iterations=1)], (scores,)),
+        "soft_mix": (lambda: [ops.soft_mix(scores, x, 1)], (scores, x)),
+    }
+
+
+def build(size: Size, device: str, *, name: str) -> Case:
+    call, leaves = calls(size, device)[name]
+    a = torch.randn(1, size.tokens, size.experts, device=device, requires_grad=bool(leaves))
+    b = torch.randn(1, size.tokens, size.experts, device=device)
+    directions = (FORWARD, RECORDED, BACKWARD) if leaves else (FORWARD,)
+    return Case(
+        op="overhead",
+        title=f"call of {name}, tiny input",
+        size=size,
+        variants=(
+            Variant("ours", "ours", call, leaves=leaves),
+            Variant(
+                "torch.add", "yardstick", lambda: [torch.add(a, b)], leaves=(a,), different="torch's cheapest call"
+            ),
+        ),
+        floors=dict.fromkeys(directions, Floor(bytes=8 * a.numel())),
+    )
+
+
+NAMES = (
+    "topk",
+    "assign_slots",
+    "invert_slots",
+    "dispatch",
+    "combine",
+    "sinkhorn",
+    "ksparse_projection",
+    "ksparse_transport",
+    "soft_mix",
+)
+ENTRIES = tuple(Entry("overhead", partial(build, name=name), default=TINY, quick=TINY) for name in NAMES)

@@ -1,0 +1,101 @@
+"""One case, in every direction: correctness, times, floors, memory."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, replace
+
+import torch
+
+from benchmarks.case import BACKWARD, Case, Variant
+from benchmarks.ceilings import Ceilings
+from benchmarks.compare import applies, check, runner
+from benchmarks.memory import peaks, saved_bytes
+from benchmarks.plan import Job
+from benchmarks.timer import is_unstable, measure
+
+
+def with_compiled(case: Case) -> Case:
+    """The case with torch.compile of its first index form."""
+    torch.compiler.reset()
+    form = next((v for v in case.variants if v.role == "index"), None)
+    if form is None:
+        return case
+    compiled = replace(form, name=f"torch.compile of {form.name}", role="compiled", call=torch.compile(form.call))
+    return replace(case, variants=(*case.variants, compiled))
+
+
+def without_naive(case: Case) -> Case:
+    """The case without the naive forms, which says so."""
+    naive = [v.name for v in case.variants if v.role == "naive"]
+    lines = [f"{name}: measured with the first number of threads and the default size" for name in naive]
+    kept = tuple(v for v in case.variants if v.role != "naive")
+    return replace(case, variants=kept, skipped=(*case.skipped, *lines))
+
+
+def usable(case: Case, direction: str, skipped: list[str]) -> list[Variant]:
+    """The variants that compute what they should. A wrong one of ours or of torch's forms is an error of the run."""
+    kept = []
+    for variant in case.variants:
+        if not applies(variant, direction):
+            continue
+        try:
+            check(case, variant, direction)
+            runner(variant, direction)()
+        except Exception as error:
+            if variant.role != "compiled":
+                raise
+            skipped.append(f"{variant.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            continue
+        kept.append(variant)
+    return kept
+
+
+def measure_job(job: Job, options: argparse.Namespace, ceilings: Ceilings) -> list[dict]:
+    """Rows of results, one a direction."""
+    torch.manual_seed(0)
+    case = job.entry.build(job.size, options.device)
+    if not job.whole:
+        case = without_naive(case)
+    elif not (options.quick or options.no_compile):
+        case = with_compiled(case)
+    peak = {}
+    if job.whole and options.memory and options.device == "cpu" and case.op != "overhead":
+        peak = peaks(case.op, job.index, job.size, job.threads)
+    return [measure_case(case, direction, job, options, ceilings, peak) for direction in case.floors]
+
+
+def measure_case(
+    case: Case, direction: str, job: Job, options: argparse.Namespace, ceilings: Ceilings, peak: dict[str, int]
+) -> dict:
+    """Times, ratios, fractions of the floor, memory."""
+    skipped = list(case.skipped)
+    variants = usable(case, direction, skipped)
+    calls = {variant.name: runner(variant, direction) for variant in variants}
+    timings, again = measure(calls, rounds=options.rounds, device=options.device)
+    return {
+        "op": case.op,
+        "title": case.title,
+        "size": str(case.size),
+        "default": job.size == job.entry.default,
+        "direction": direction,
+        "threads": job.threads,
+        "tolerance": case.tolerance,
+        "allowed": case.allowed,
+        "floor": ceilings.floor(case.floors[direction]),
+        "again": asdict(again),
+        "unstable": is_unstable(again),
+        "skipped": skipped,
+        "variants": [
+            {
+                "name": v.name,
+                "role": v.role,
+                "different": v.different or (v.different_gradient if direction == BACKWARD else ""),
+                "seconds": timings[v.name].seconds,
+                "ratio": asdict(timings[v.name].ratio),
+                "saved_bytes": saved_bytes(v) if direction == BACKWARD and v.role != "compiled" else None,
+                "peak_bytes": peak.get(f"{v.name}, {direction}"),
+            }
+            for v in variants
+        ],
+    }

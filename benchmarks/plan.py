@@ -1,0 +1,84 @@
+"""What a run measures: its options, and the jobs that follow from them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.case import Entry, Size
+from benchmarks.cases import OPS, entries
+from vmoe_routers import _C
+
+ROUNDS = 15
+SWEEP = {"experts": (8, 128), "tokens": (49, 256), "width": (192, 768)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to be built and measured; `index` is the entry's among those of its op; `whole`: with all its variants
+    and memory.
+    """
+
+    entry: Entry
+    index: int
+    size: Size
+    threads: int
+    whole: bool
+
+
+def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=description)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help="small layers, nothing compiled")
+    form.add_argument("--full", action="store_true", help="--threads 1,2 --memory --sweep")
+    parser.add_argument("--sweep", action="store_true", help=f"{SWEEP} too, one at a time, where it says something")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--isa", help="the CPU kernels of a lower level: v2, v3 or v4 on x86-64; by default the best")
+    parser.add_argument("--threads", type=_threads, help="thread counts, such as 1,2; by default 1")
+    parser.add_argument("--only", choices=OPS, help="one op")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds of a case, at least {ROUNDS}")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, in processes of their own (Linux)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, and figures beside them")
+    options = parser.parse_args(arguments)
+    if options.rounds < ROUNDS:
+        parser.error(f"--rounds must be at least {ROUNDS}, got {options.rounds}")
+    options.threads = options.threads or ([1, 2] if options.full else [1])
+    options.sweep, options.memory = options.sweep or options.full, options.memory or options.full
+    use_isa(parser, options.isa)
+    return options
+
+
+def _threads(text: str) -> list[int]:
+    counts = [int(count) for count in text.split(",")] if text.replace(",", "").isdigit() else []
+    if not counts or min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"must be numbers of at least 1 with commas between, got {text!r}")
+    return counts
+
+
+def use_isa(parser: argparse.ArgumentParser, isa: str | None) -> None:
+    """Changes to the kernels that were asked for, or ends with a message."""
+    if isa is None:
+        return
+    try:
+        _C.use_isa(isa)
+    except ValueError:
+        parser.error(f"--isa: this CPU, or this build, has no level {isa!r}; the best that it has is {_C.isa()}")
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """All cases. With the first thread count and the default size comes all there is to say; a second count and other
+    sizes go without the naive forms, torch.compile and memory, so that a full run stays short.
+    """
+    seen: dict[str, int] = {}
+    for entry in entries(options.only):
+        index = seen[entry.op] = seen.get(entry.op, -1) + 1
+        for i, threads in enumerate(options.threads[:1] if entry.op == "overhead" else options.threads):
+            yield Job(entry, index, entry.quick if options.quick else entry.default, threads, whole=not i)
+        if options.sweep:
+            for part in entry.sweep:
+                for value in SWEEP[part]:
+                    size = replace(entry.default, **{part: value})
+                    yield Job(entry, index, size, options.threads[0], whole=False)

@@ -1,0 +1,218 @@
+"""How the cost of each op grows: `python -m benchmarks.scaling [--json FILE] [--isa v3] [--only OP]`.
+
+Time against tokens, experts and groups, with one and with two threads by turns in one process; the slope of the
+log-log line through the larger half of the points, beside the slope that the algorithm has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.case import FORWARD, Case, Entry, Size
+from benchmarks.cases import OPS, entries
+from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.compare import runner
+from benchmarks.machine import machine
+from benchmarks.plan import use_isa
+from benchmarks.report import TimeLeft, seconds
+from benchmarks.timer import is_unstable, measure, once
+
+THREADS = (1, 2)
+BYTES = 1 << 30  # a point that moves more than this is left out
+SLACK = 0.15  # a slope this far above the algorithm's is too steep
+GAIN = 1.7  # of two threads over one, where the arithmetic and not the memory sets the floor
+LONG = 0.25  # seconds of a call that gets fewer rounds
+LEAVE_OUT = ("layer", "overhead")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Sizes by the number that grows, and whether they are one group or many."""
+
+    name: str
+    values: tuple[int, ...]
+    size: Callable[[int], Size]
+
+
+AXES = (
+    Axis("tokens", (1_000, 3_000, 10_000, 30_000, 100_000, 200_000), lambda n: Size(1, n, 32, 64)),
+    Axis("experts", (8, 32, 128, 512, 2048, 4096), lambda E: Size(1, 3136, E, 64)),
+    Axis("groups", (1, 4, 16, 64, 256, 1024), lambda G: Size(G, 49, 32, 64)),
+)
+
+
+def expected(op: str, axis: str) -> float:
+    """The algorithm's own exponent."""
+    if op == "soft_mix":  # as many slots as tokens
+        return {"tokens": 2.0, "experts": 0.0, "groups": 1.0}[axis]
+    if axis == "experts" and op in ("assign_slots", "invert_slots", "dispatch"):
+        return 0.0  # the slots stay as many
+    return 1.0
+
+
+def chosen(axis: Axis, only: str | None) -> list[Entry]:
+    """One entry an op: with many groups the one per image, else the one of one group, where there are two."""
+    found: dict[str, Entry] = {}
+    for entry in entries(only):
+        if entry.op in LEAVE_OUT:
+            continue
+        one_group = getattr(entry.build, "keywords", {}).get("one_group")
+        if entry.op not in found or one_group == (axis.name != "groups"):
+            found[entry.op] = entry
+    return list(found.values())
+
+
+def by_threads(case: Case) -> dict[str, Callable[[], object]]:
+    """Ours, forward, with each number of threads."""
+    call = runner(case.variants[0], FORWARD)
+
+    def with_threads(threads: int):
+        def run():
+            torch.set_num_threads(threads)
+            return call()
+
+        return run
+
+    return {str(threads): with_threads(threads) for threads in THREADS}
+
+
+def point(entry: Entry, size: Size, rounds: int) -> dict | None:
+    """Seconds with each number of threads, and the gain of the last over the first; None where it is too large."""
+    torch.manual_seed(0)
+    case = entry.build(size, "cpu")
+    if case.floors[FORWARD].bytes > BYTES:
+        return None
+    calls = by_threads(case)
+    if once(calls[str(THREADS[0])], 1, "cpu") > LONG:
+        rounds = min(rounds, 5)  # these are steady, and would take minutes
+    timings, again = measure(calls, rounds=rounds)
+    ratio = timings[str(THREADS[-1])].ratio
+    return {
+        "title": case.title,
+        "seconds": {name: timing.seconds for name, timing in timings.items()},
+        "gain": {"median": 1 / ratio.median, "low": 1 / ratio.high, "high": 1 / ratio.low},
+        "unstable": is_unstable(again),
+    }
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Of the log-log line through the larger half of the points."""
+    half = len(xs) // 2 if len(xs) > 3 else 0
+    return float(np.polyfit(np.log(xs[half:]), np.log(ys[half:]), 1)[0])
+
+
+def curve(entry: Entry, axis: Axis, rounds: int) -> dict:
+    found = [(value, point(entry, axis.size(value), rounds)) for value in axis.values]
+    points = [{"x": value, **p} for value, p in found if p is not None]
+    xs = [p["x"] for p in points]
+    slopes = {str(n): slope(xs, [p["seconds"][str(n)] for p in points]) for n in THREADS}
+    return {
+        "op": entry.op,
+        "title": points[0]["title"],
+        "axis": axis.name,
+        "points": points,
+        "slope": slopes,
+        "expected": expected(entry.op, axis.name),
+        "unstable": any(p["unstable"] for p in points),
+    }
+
+
+def gains(found: Ceilings, only: str | None, rounds: int) -> list[dict]:
+    """Two threads over one at the default sizes; to be held against `GAIN` where arithmetic sets the floor."""
+    rows = []
+    for entry in entries(only):
+        if entry.op == "overhead":
+            continue
+        torch.manual_seed(0)
+        case = entry.build(entry.default, "cpu")
+        by = found.floor(case.floors[FORWARD])["by"]
+        timings, again = measure(by_threads(case), rounds=rounds)
+        ratio = timings[str(THREADS[-1])].ratio
+        rows.append(
+            {
+                "title": case.title,
+                "size": str(case.size),
+                "by": by,
+                "compute_bound": "bandwidth" not in by,
+                "gain": {"median": 1 / ratio.median, "low": 1 / ratio.high, "high": 1 / ratio.low},
+                "unstable": is_unstable(again),
+            }
+        )
+    return rows
+
+
+def print_curves(console: Console, report: dict) -> None:
+    for axis in AXES:
+        table = Table("op", "slope, 1 thr", "2 thr", "algorithm", "", "smallest", "largest", box=None, pad_edge=False)
+        for c in (c for c in report["curves"] if c["axis"] == axis.name):
+            first, last = c["points"][0], c["points"][-1]
+            ends = [f"{p['x']}: {seconds(p['seconds']['1'])}, {seconds(p['seconds']['2'])}" for p in (first, last)]
+            verdict = "[green]near it[/]" if c["slope"]["1"] <= c["expected"] + SLACK else "[red]steeper[/]"
+            verdict += " [bold red]UNSTABLE[/]" if c["unstable"] else ""
+            table.add_row(c["title"], *(f"{s:.2f}" for s in c["slope"].values()), f"{c['expected']:g}", verdict, *ends)
+        console.print(f"\n[bold]Time against {axis.name}[/] (times with 1 and 2 threads)")
+        console.print(table)
+    console.print(f"\n[bold]Two threads over one[/] (where arithmetic sets the floor, at least {GAIN})")
+    table = Table("case", "size", "floor by", "gain", "95 %", "", box=None, pad_edge=False)
+    for row in report["gains"]:
+        gain, verdict = row["gain"], ""
+        if row["compute_bound"]:
+            reached = gain["median"] / GAIN
+            verdict = f"{'[green]met[/]' if reached >= 1 else '[red]missed[/]'}, {reached:.2f} of it"
+        verdict += " [bold red]UNSTABLE[/]" if row["unstable"] else ""
+        interval = f"{gain['low']:.2f}-{gain['high']:.2f}"
+        table.add_row(row["title"], row["size"], row["by"], f"{gain['median']:.2f}", interval, verdict)
+    console.print(table)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--isa", help="the CPU kernels of a lower level: v2, v3 or v4 on x86-64; by default the best")
+    parser.add_argument("--only", choices=[op for op in OPS if op not in LEAVE_OUT], help="one op")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of a point")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, and the figure beside them")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    use_isa(parser, options.isa)
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    console = Console() if Console().is_terminal else Console(width=160)
+    start = time.perf_counter()
+    torch.set_num_threads(THREADS[0])
+    found = measure_ceilings("cpu", Size(), quick=True)
+    report: dict = {"machine": machine("cpu"), "ceilings": asdict(found), "curves": []}
+    plan = [(axis, entry) for axis in AXES for entry in chosen(axis, options.only)]
+    with TimeLeft(console, [1] * len(plan)) as left:
+        for axis, entry in plan:
+            report["curves"].append(curve(entry, axis, options.rounds))
+            left.done()
+    report["gains"] = gains(found, options.only, options.rounds)
+    report["seconds"] = time.perf_counter() - start
+    print_curves(console, report)
+    if options.json:
+        from benchmarks.plots import scaling_figure
+
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        image = options.json.with_suffix(".png")
+        scaling_figure(report["curves"]).savefig(image, dpi=130)
+        console.print(f"\nwritten: {options.json}, {image}")
+    console.print(f"{report['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+// leaders -- the K first entries so far of as many rows as a vector has lanes.
+#pragma once
+
+#include <cstdint>
+
+#include "keys.h"
+
+namespace vmoe::cpu::VMOE_ISA {
+
+// Above, the rows are cut instead (topk.cpp).
+constexpr int kFew = 8;
+
+template <typename T, int K>
+class Leaders {
+ public:
+  using Keys = Vec<SignedKey<T>>;
+
+  Leaders() {
+    for (int j = 0; j < K; ++j) keys_[j] = splat(kNoKey<T>);
+  }
+
+  // Indices only grow, so an entry that ties with a leader stays behind it.
+  void insert(Keys key, int64_t index) { insert(key, splat(static_cast<SignedKey<T>>(index))); }
+
+  void insert(Keys key, Keys place) {
+    if constexpr (K > 2) {
+      if (!lane_bits<T>(key > keys_[K - 1])) return;  // the rule, after some entries
+    }
+    for (int j = K - 1; j > 0; --j) {
+      const auto from_above = key > keys_[j - 1], here = key > keys_[j];
+      keys_[j] = from_above ? keys_[j - 1] : here ? key : keys_[j];
+      places_[j] = from_above ? places_[j - 1] : here ? place : places_[j];
+    }
+    const auto here = key > keys_[0];
+    keys_[0] = here ? key : keys_[0];
+    places_[0] = here ? place : places_[0];
+  }
+
+  Keys key(int j) const { return keys_[j]; }
+  Keys place(int j) const { return places_[j]; }
+
+ private:
+  Keys keys_[K], places_[K] = {};
+};
+
+}  // namespace vmoe::cpu::VMOE_ISA

@@ -1,0 +1,80 @@
+// softmax -- what every softmax here has in common, and the one over short rows.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+
+#include "simd.h"
+
+namespace vmoe::cpu::VMOE_ISA {
+
+// What a row's largest entry says of the others. Shift: where there is nothing but -inf,
+// 0, so that the exponentials are 0 and not NaN. Scale: their sum is then 0, else at least
+// 1. The maximum may pass over a NaN: the sum does not, and makes the row NaN.
+template <typename T>
+Vec<T> softmax_shift(Vec<T> high) {
+  return high == splat(-std::numeric_limits<T>::infinity()) ? Vec<T>{} : high;
+}
+template <typename T>
+Vec<T> softmax_scale(Vec<T> total) {
+  return total == Vec<T>{} ? Vec<T>{} : T{1} / total;
+}
+
+// Rows of E entries that lie one behind another, width of them at a time: a row a lane, so
+// that sums and maxima run down the entries, and equal rows get equal bits in any lane.
+template <typename T>
+class RowSoftmax {
+ public:
+  static constexpr int64_t W = kWidth<T>;
+
+  explicit RowSoftmax(int64_t E) : E_(E), entries_(new T[E * W]) {}
+
+  // `rows` [count, E], 1 <= count <= width; nothing may be read from `end` on.
+  void read(const T* rows, int64_t count, const T* end) {
+    const T* row[W];
+    // Lanes without a row of their own repeat the last one.
+    for (int64_t r = 0; r < W; ++r) row[r] = rows + std::min(r, count - 1) * E_;
+    Vec<T> high = splat(-std::numeric_limits<T>::infinity());
+    for (int64_t e = 0; e < E_; e += W) {
+      Vec<T> block[W];
+      if (end - row[W - 1] - e >= W) {
+        for (int64_t r = 0; r < W; ++r) block[r] = load(row[r] + e);
+      } else {
+        for (int64_t r = 0; r < W; ++r) block[r] = load_within(row[r] + e, end);
+      }
+      transpose<T>(block);
+      for (int64_t j = 0; j < std::min(W, E_ - e); ++j) {
+        high = max<T>(block[j], high);
+        store(entry(e + j), block[j]);
+      }
+    }
+    high_ = softmax_shift<T>(high);
+    Vec<T> total{};
+    for (int64_t e = 0; e < E_; ++e) {
+      const Vec<T> power = exp_negative(load(entry(e)) - high_);
+      store(entry(e), power);
+      total += power;
+    }
+    total_ = total;
+    scale_ = softmax_scale<T>(total_);
+  }
+
+  int64_t size() const { return E_; }
+  Vec<T> gate(int64_t e) const { return load(entry(e)) * scale_; }
+  Vec<T> high() const { return high_; }
+  Vec<T> scale() const { return scale_; }
+  Mask<T> absent() const { return total_ == Vec<T>{}; }   // -inf alone
+  Mask<T> undefined() const { return total_ != total_; }  // NaN
+
+ private:
+  T* entry(int64_t e) { return entries_.get() + e * W; }
+  const T* entry(int64_t e) const { return entries_.get() + e * W; }
+
+  int64_t E_;
+  std::unique_ptr<T[]> entries_;  // [E, width]
+  Vec<T> high_, total_, scale_;
+};
+
+}  // namespace vmoe::cpu::VMOE_ISA

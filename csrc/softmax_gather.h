@@ -1,0 +1,96 @@
+// softmax_gather -- gates, softmax over the experts, at the places that were chosen.
+//
+//   logits   [G, T, E]                  float32 | float64
+//   indices  [G, T, K] or [G, E, C]     int32       experts of every token (dim 2), or tokens
+//                                                   of every expert (dim 1)
+//   values   like indices, logits' dtype            gate of that token and expert
+//   norms    [2, G, T]                  same dtype   largest logit of the token, and 1 over its
+//                                                   sum of exponentials: what the backward needs
+//
+//   gate[t, e] = exp(logits[t, e] - norms[0, t]) * norms[1, t]
+//
+// An index outside of the axis has the value 0 and no gradient. A token whose logits are all
+// -inf is not there: norms and gates are 0. One with NaN or +inf has NaN gates. The gates of a
+// token depend on its own logits alone, to the bit, and are the same in softmax_topk.
+//
+// Gradient, with d[t, e] that of the value of gate[t, e] (0 where not chosen):
+// grad_logits = gate (d - sum_e gate d). The gates are made again from logits and norms.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace vmoe::cpu {
+
+VMOE_EACH_ISA(
+
+    template <typename T> void softmax_norms(
+        const T* logits,  // [tokens, E]
+        T* high,          // [tokens]  norms[0]
+        T* scale,         // [tokens]  norms[1]
+        int64_t E,
+        int64_t begin,  // tokens [begin, end)
+        int64_t end);
+
+    template <typename T>
+    void softmax_gather(
+        const T* logits,         // [G, T, E]
+        const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
+        const T* high,           // [G, T]
+        const T* scale,          // [G, T]
+        T* values,               // as indices
+        int64_t tokens,
+        int64_t E,
+        int64_t K,
+        bool by_expert,
+        int64_t row_begin,  // rows of K indices, [row_begin, row_end) of G * T or G * E
+        int64_t row_end);
+
+    // The three steps of the backward.
+    template <typename T>
+    void softmax_dots(
+        const T* grad,           // as indices
+        const T* values,         // as indices
+        const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
+        T* dots,                 // [G, T]  added to: sum of a token's grad * value
+        int64_t tokens,
+        int64_t E,
+        int64_t K,
+        bool by_expert,
+        int64_t row_begin,  // as of softmax_gather; by expert only whole groups
+        int64_t row_end);
+
+    template <typename T>
+    void softmax_gather_backward(
+        const T* logits,  // [tokens, E]
+        const T* high,    // [tokens]
+        const T* scale,   // [tokens]
+        const T* dots,    // [tokens]
+        T* grad_logits,   // [tokens, E]  -dots * gates
+        int64_t E,
+        int64_t begin,  // tokens [begin, end)
+        int64_t end);
+
+    template <typename T>
+    void softmax_scatter(
+        const T* grad,           // as indices
+        const T* values,         // as indices
+        const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
+        T* grad_logits,          // [G, T, E]  grad * value is added
+        int64_t tokens,
+        int64_t E,
+        int64_t K,
+        bool by_expert,
+        int64_t row_begin,  // as of softmax_gather
+        int64_t row_end);
+
+)
+
+VMOE_BY_ISA(softmax_norms)
+VMOE_BY_ISA(softmax_gather)
+VMOE_BY_ISA(softmax_dots)
+VMOE_BY_ISA(softmax_gather_backward)
+VMOE_BY_ISA(softmax_scatter)
+
+}  // namespace vmoe::cpu

@@ -1,0 +1,71 @@
+// softmax_topk -- softmax over the experts, and the k largest gates along one axis.
+//
+//   logits   [G, T, E]                       float32 | float64
+//   values   [G, T, K] or [G, E, C]          same dtype   the gates chosen, largest first
+//   indices  like values                     int32        experts of every token (dim 2), or tokens
+//                                                         of every expert (dim 1)
+//   norms    [2, G, T]                       same dtype   of softmax_gather.h
+//
+// The order is that of order.h, on the gates of softmax_gather.h as computed in the logits'
+// dtype: bit by bit the result of topk on those gates. Logits whose gates round to one number
+// (underflow to 0, say) tie, and go to the lower index. NaN gates rank first.
+//
+// A token whose logits are all -inf is not there: its picks have the index -1 and the value 0,
+// and no expert chooses it; an expert that runs out of tokens gets -1 and 0 likewise.
+//
+// Gradient: that of softmax_gather at the indices.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace vmoe::cpu {
+
+VMOE_EACH_ISA(
+
+    template <typename T> void softmax_topk(
+        const T* logits,   // [tokens, E]
+        T* values,         // [tokens, k]
+        int32_t* indices,  // [tokens, k]
+        T* high,           // [tokens]  norms[0]
+        T* scale,          // [tokens]  norms[1]
+        int64_t E,
+        int64_t k,
+        int64_t begin,  // tokens [begin, end)
+        int64_t end);
+
+    // For a choice along the tokens, which needs all gates at once; those of a token that
+    // is not there are -inf.
+    template <typename T>
+    void softmax_gates(
+        const T* logits,  // [G, T, E]
+        T* gates,         // [G, T, E], or by expert [G, E, T]
+        T* high,          // [G, T]
+        T* scale,         // [G, T]
+        int64_t tokens,
+        int64_t E,
+        bool by_expert,
+        int64_t begin,  // tokens [begin, end) of G * T
+        int64_t end);
+
+    // The k largest of every expert of what softmax_gates wrote.
+    template <typename T>
+    void softmax_choose(
+        const T* gates,
+        T* values,         // [G, E, k]
+        int32_t* indices,  // [G, E, k]
+        int64_t tokens,
+        int64_t E,
+        int64_t k,
+        bool by_expert,
+        int64_t begin,  // experts [begin, end) of G * E
+        int64_t end);
+
+)
+
+VMOE_BY_ISA(softmax_topk)
+VMOE_BY_ISA(softmax_gates)
+VMOE_BY_ISA(softmax_choose)
+
+}  // namespace vmoe::cpu

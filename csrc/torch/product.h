@@ -1,0 +1,87 @@
+// product -- torch's matrix products on pieces of packed memory, for loops over groups.
+//
+// Inside parallel_runs() each product runs on the one thread that calls it, and what it
+// makes stays in that thread's cache for the next step. The shims do not go through the
+// dispatcher.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <memory>
+#include <type_traits>
+
+#include "tensor.h"
+
+namespace vmoe {
+
+// Strided memory that stays the caller's.
+template <typename T>
+Tensor view(
+    const T* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
+  constexpr auto dtype = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(
+      const_cast<T*>(data), {sizes.begin(), sizes.size()}, {strides.begin(), strides.size()}, cpu,
+      dtype);
+}
+
+// Packed [rows, columns], and its transpose [columns, rows].
+template <typename T>
+Tensor matrix(const T* data, int64_t rows, int64_t columns) {
+  return view(data, {rows, columns}, {columns, 1});
+}
+template <typename T>
+Tensor transposed(const T* data, int64_t rows, int64_t columns) {
+  return view(data, {columns, rows}, {1, columns});
+}
+
+// `count` of them.
+template <typename T>
+Tensor matrices(const T* data, int64_t count, int64_t rows, int64_t columns) {
+  return view(data, {count, rows, columns}, {rows * columns, columns, 1});
+}
+template <typename T>
+Tensor transposed(const T* data, int64_t count, int64_t rows, int64_t columns) {
+  return view(data, {count, columns, rows}, {rows * columns, 1, columns});
+}
+
+// out = a b, of matrices or of as many matrices.
+inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      out.dim() == 2 ? aoti_torch_cpu_mm_out(out.get(), a.get(), b.get())
+                     : aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
+}
+
+// out += a b, of matrices.
+inline void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
+}
+
+// Memory for one thread's intermediate results, not initialised.
+template <typename T>
+std::unique_ptr<T[]> scratch(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
+}
+
+// How many groups a thread takes at a time: small ones together, so that the calls do not
+// outweigh the work, as far as their elements stay in its cache.
+inline int64_t groups_together(int64_t elements_each) {
+  return std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, elements_each));
+}
+
+// body(first, count) for every such run of groups. The runs are the same whatever the
+// number of threads.
+template <typename Body>
+void parallel_runs(int64_t groups, int64_t elements_each, Body&& body) {
+  const int64_t together = groups_together(elements_each);
+  torch::stable::parallel_for(
+      0, (groups + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t run = begin; run < end; ++run) {
+          const int64_t first = run * together;
+          body(first, std::min(together, groups - first));
+        }
+      });
+}
+
+}  // namespace vmoe

@@ -1,0 +1,81 @@
+#include "../soft_logits.h"
+
+#include "product.h"
+
+namespace vmoe {
+namespace {
+
+using torch::stable::sum;
+using torch::stable::transpose;
+
+void check(const char* op, const Tensor& x, const Tensor& phi) {
+  check_dim(op, "x", x, 3);
+  check_dim(op, "phi", phi, 2);
+  check_shape(op, "phi", phi, {x.size(2), phi.size(1)});
+  check_dtype(op, "phi", phi, x.scalar_type());
+}
+
+Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
+  check("soft_logits", x_in, phi_in);
+  const Tensor x = packed(x_in), phi = packed(phi_in);
+  const int64_t G = x.size(0), tokens = x.size(1), D = x.size(2), S = phi.size(1);
+  Tensor logits = empty({G, tokens, S}, x);
+  by_dtype("soft_logits", x, [&](auto zero) {
+    using T = decltype(zero);
+    parallel_runs(G, tokens * (D + S), [&](int64_t first, int64_t count) {
+      const int64_t rows = count * tokens;
+      const T* in = read<T>(x) + first * tokens * D;
+      T* out = write<T>(logits) + first * tokens * S;
+      multiply(matrix(out, rows, S), matrix(in, rows, D), phi);
+      cpu::soft_logits(in, out, out, D, S, 0, rows);
+    });
+  });
+  return logits;
+}
+
+// Phi's gradient is a sum over groups: in at most kParts parts whatever the number of
+// threads, each with a total of its own, added in order. A part is worth a call or more.
+std::tuple<Tensor, Tensor> soft_logits_backward(
+    const Tensor& grad_in, const Tensor& x_in, const Tensor& phi_in) {
+  constexpr int64_t kParts = 16;
+  check("soft_logits_backward", x_in, phi_in);
+  const Tensor x = packed(x_in), phi = transpose(packed(phi_in), 0, 1), grad = packed(grad_in);
+  const int64_t G = x.size(0), tokens = x.size(1), D = x.size(2), S = phi.size(0);
+  check_shape("soft_logits_backward", "grad", grad, {G, tokens, S});
+  check_dtype("soft_logits_backward", "grad", grad, x.scalar_type());
+  const int64_t together = groups_together(2 * tokens * (D + S));
+  const int64_t parts = std::clamp<int64_t>(G / together, 1, kParts);
+  Tensor grad_x = empty({G, tokens, D}, x), totals = empty({parts, D, S}, x);
+  by_dtype("soft_logits_backward", x, [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      const auto scaled = scratch<T>(std::min(together, G) * tokens * S);
+      for (int64_t part = begin; part < end; ++part) {
+        T* total = write<T>(totals) + part * D * S;
+        std::fill(total, total + D * S, T{0});
+        const int64_t last = G * (part + 1) / parts;
+        for (int64_t first = G * part / parts; first < last; first += together) {
+          const int64_t rows = std::min(together, last - first) * tokens;
+          const T* in = read<T>(x) + first * tokens * D;
+          T* out = write<T>(grad_x) + first * tokens * D;
+          cpu::soft_logits(in, read<T>(grad) + first * tokens * S, scaled.get(), D, S, 0, rows);
+          const Tensor products = matrix(scaled.get(), rows, S);
+          multiply_add(matrix(total, D, S), transposed(in, rows, D), products);
+          multiply(matrix(out, rows, D), products, phi);
+          cpu::soft_logits_backward(in, out, D, 0, rows);
+        }
+      }
+    });
+  });
+  const std::vector<int64_t> axes{0};  // outlives the call, which keeps a reference
+  return {grad_x, sum(totals, axes)};
+}
+
+}  // namespace
+
+VMOE_REGISTER(m) {
+  m.impl("soft_logits", TORCH_BOX(&soft_logits));
+  m.impl("soft_logits_backward", TORCH_BOX(&soft_logits_backward));
+}
+
+}  // namespace vmoe

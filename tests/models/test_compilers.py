@@ -1,0 +1,118 @@
+"""Whole models under torch.compile, torch.export, torch.func, autocast and activation checkpointing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import vmoe_routers as vr
+from vmoe_routers.models import vit_moe
+
+ROUTERS = [None, *vr.ROUTERS]
+
+
+def model_of(router, **options):
+    torch.manual_seed(0)
+    if router is not None:
+        options = {"num_experts": 4, "group_size": 1 if router == "soft" else 2, **options}
+    if router == "soft":
+        options = {"capacity_factor": 1.0, **options}
+    model = vit_moe(8, 2, 1, 10, embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0, router=router, **options)
+    nn.init.normal_(model.head.weight)
+    return model
+
+
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_compiles_once_for_every_batch_size(router, training, compiler):
+    model = model_of(router).train(training)
+    step = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count, batch in enumerate((4, 8, 6)):
+        x = torch.randn(batch, 1, 8, 8)
+        with torch.compiler.set_stance("default" if count == 0 else "fail_on_recompile"):
+            torch.manual_seed(1)
+            found = step(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+        if training:
+            found.square().mean().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_exports_saves_and_reloads(router, tmp_path):
+    model = model_of(router).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    # In groups of two images; of one for Soft MoE.
+    shapes = {"x": {0: 2 * batch if router not in (None, "soft") else batch}}
+    program = torch.export.export(model, (torch.randn(4, 1, 8, 8),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for size in (4, 10):
+        x = torch.randn(size, 1, 8, 8)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_routing_is_float32_under_autocast(router):
+    model = model_of(router, noise_std=0.0).train()
+    x = torch.randn(4, 1, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(x)
+    assert logits.dtype == torch.bfloat16
+    (logits.float().square().mean() + vr.aux_loss(model)).backward()
+    routing = model.blocks[1].mlp.routings[0]
+    assert routing.combine_tensor().dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_copies_pickles_and_moves(router):
+    model = model_of(router).eval()
+    x = torch.randn(2, 1, 8, 8)
+    wanted = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), wanted)
+    double = copy.deepcopy(model).double()
+    assert double(x.double()).dtype == torch.float64
+    torch.testing.assert_close(double(x.double()).float(), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("router", ["soft", "softmax_expert_choice"])
+def test_parametrized_experts(router):
+    model = model_of(router).eval()
+
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    x = torch.randn(2, 1, 8, 8)
+    reference = copy.deepcopy(model)
+    reference.blocks[1].mlp.experts.w1.data /= 2
+    nn.utils.parametrize.register_parametrization(model.blocks[1].mlp.experts, "w1", Halved())
+    torch.testing.assert_close(model(x), reference(x))
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_functional_call_and_gradients(router):
+    """functional_call works; torch's transforms take no custom op with a gradient, and say so."""
+    model = model_of(router).eval()
+    x = torch.randn(2, 1, 8, 8)
+    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+
+    torch.testing.assert_close(loss(parameters), model(x).square().mean())
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(parameters)

@@ -1,0 +1,94 @@
+"""Padding masks through a whole model: what is masked out is as if it were not there."""
+
+import pytest
+import torch
+from torch import nn
+
+import vmoe_routers as vr
+from vmoe_routers.models import vit_moe
+
+
+def model_of(router, **options):
+    torch.manual_seed(0)
+    options = {} if router is None else {"num_experts": 4, **options}
+    model = vit_moe(8, 2, 1, 10, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2.0, router=router, **options)
+    nn.init.normal_(model.head.weight)
+    return model.eval()
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
+@pytest.mark.parametrize("router", [None, *vr.ROUTERS])
+def test_masked_patches_are_not_there(router, global_pool):
+    """Whatever is in them, nothing changes; and no real patch stops to count."""
+    model = model_of(router, global_pool=global_pool)
+    x = torch.randn(3, 1, 8, 8)
+    mask = torch.ones(3, 16, dtype=torch.bool)
+    mask[1, 8:] = False  # the lower half of the second image
+    mask[2, ::2] = False
+    other = x.clone()
+    other[1, :, 4:] = 100.0
+    torch.testing.assert_close(model(x, mask=mask), model(other, mask=mask))
+    assert not torch.allclose(model(x, mask=mask)[1], model(x)[1])
+    other = x.clone()
+    other[1, :, :4] += 1
+    assert not torch.allclose(model(x, mask=mask)[1], model(other, mask=mask)[1])
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
+@pytest.mark.parametrize("router", [None, *vr.ROUTERS])
+def test_a_mask_of_true_is_no_mask(router, global_pool):
+    model = model_of(router, global_pool=global_pool)
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(model(x, mask=torch.ones(3, 16, dtype=torch.bool)), model(x))
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "map"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_of_padding_is_finite(global_pool, dtype):
+    model = model_of("soft", global_pool=global_pool)
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0] = True
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        logits = model(torch.randn(2, 1, 8, 8), mask=mask)
+    assert logits.isfinite().all()
+
+
+def test_gradients_with_checkpointing_are_the_same():
+    x, mask = torch.randn(2, 1, 8, 8), torch.rand(2, 16) > 0.3
+    found = []
+    for enable in (False, True):
+        model = model_of("softmax_expert_choice")
+        model.set_grad_checkpointing(enable)
+        model(x, mask=mask).square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("mask", "error", "words"), [
+    (torch.ones(2, 16), TypeError, "mask must be bool"),
+    (torch.ones(2, 15, dtype=torch.bool), ValueError, r"mask must be \[N, patches\] = \[2, 16\], got \[2, 15\]"),
+    (torch.ones(16, dtype=torch.bool), ValueError, "mask must be"),
+])  # fmt: skip
+def test_refuses(mask, error, words):
+    with pytest.raises(error, match=words):
+        model_of("soft")(torch.randn(2, 1, 8, 8), mask=mask)
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_another_image_size(router):
+    """Only the position embedding and the capacity change."""
+    small = model_of(router, dynamic_img_size=True)
+    large = model_of(router)
+    before = {name: value.clone() for name, value in large.state_dict().items()}
+    large.set_input_size(img_size=(12, 8))
+    after = large.state_dict()
+    assert set(before) == set(after)
+    changed = [n for n in before if before[n].shape != after[n].shape or not torch.equal(before[n], after[n])]
+    assert changed == ["pos_embed"] and after["pos_embed"].shape == (1, 24, 16)
+    x = torch.randn(2, 1, 12, 8)
+    torch.testing.assert_close(small(x), large(x))
+    routing = large.blocks[3].mlp.routings[0]
+    assert routing.num_tokens == 24
+    if router != "soft":
+        assert routing.capacity == large.blocks[3].mlp.router.slots(24)

@@ -1,0 +1,154 @@
+"""upcycle: what it keeps, what it promises, what it refuses."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import vmoe_routers as vr
+from vmoe_routers.models import upcycle, vit_moe
+
+SPARSE = [name for name in vr.ROUTERS if name != "soft"]
+TINY = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 5, "embed_dim": 16, "depth": 4, "num_heads": 2}
+PLAIN = {}
+DEIT = {"class_token": True, "global_pool": "token", "qkv_bias": True}
+DINO = {"init_values": 1e-1, "reg_tokens": 4, "class_token": True, "global_pool": "token", "no_embed_class": True}
+
+
+def dense(**options):
+    torch.manual_seed(0)
+    model = VisionTransformer(**TINY, **options).eval()
+    for parameter in model.parameters():  # biases, heads and layer scales that are not what they start as
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def whole(router, **options):
+    """Options with which every token is taken, with weights that sum to 1."""
+    room = {"top_k": 2, "capacity_factor": 4.0} if router.endswith("token_choice") else {"capacity_factor": 4.0}
+    return {"router": router, "num_experts": 4, "renormalize": True, **room, **options}
+
+
+@pytest.mark.parametrize("kind", [PLAIN, DEIT, DINO], ids=["plain", "deit", "dino"])
+@pytest.mark.parametrize("router", SPARSE)
+def test_starts_where_the_dense_model_was(router, kind):
+    model = dense(**kind)
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        wanted = model(x)
+        sparse = upcycle(copy.deepcopy(model), blocks="every_2", **whole(router)).eval()
+        torch.testing.assert_close(sparse(x), wanted, rtol=1e-4, atol=1e-5)
+        # Without the promise's conditions the outputs are others.
+        less = {"capacity_factor": 1.0} | ({"renormalize": False} if router.endswith("token_choice") else {})
+        other = upcycle(copy.deepcopy(model), blocks="every_2", **whole(router) | less).eval()
+        assert not torch.allclose(other(x), wanted, rtol=1e-4, atol=1e-5)
+        noisy = upcycle(copy.deepcopy(model), blocks="every_2", **whole(router), noise=0.3).eval()
+        assert not torch.allclose(noisy(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_only_the_mlps_of_the_blocks_change(router):
+    model = dense(**DINO)
+    before = copy.deepcopy(model)
+    options = {"capacity_factor": 1.0} if router == "soft" else {}
+    assert upcycle(model, router=router, num_experts=3, blocks=[0, 3], group_size=1, **options) is model
+    for i, (block, old) in enumerate(zip(model.blocks, before.blocks)):
+        assert isinstance(block.mlp, vr.MoEMlp) == (i in (0, 3))
+        if i in (0, 3):
+            experts = block.mlp.experts
+            for e in range(3):
+                assert torch.equal(experts.w1[e], old.mlp.fc1.weight.T) and torch.equal(experts.b1[e], old.mlp.fc1.bias)
+                assert torch.equal(experts.w2[e], old.mlp.fc2.weight.T) and torch.equal(experts.b2[e], old.mlp.fc2.bias)
+            assert not block.mlp.training and type(experts.act) is type(old.mlp.act)
+    rest = {k: v for k, v in before.state_dict().items() if not k.startswith(("blocks.0.mlp", "blocks.3.mlp"))}
+    for key, value in rest.items():
+        assert torch.equal(model.state_dict()[key], value)
+    if router == "soft":
+        assert model.blocks[0].mlp.router.slots_per_expert == round((16 + 5) / 3)
+    model(torch.randn(2, 1, 8, 8)).sum().backward()
+    # The experts' own memory: training one leaves the others.
+    experts.w1.data[0] = 0
+    assert torch.equal(experts.w1[1], old.mlp.fc1.weight.T)
+
+
+def test_noise_breaks_the_symmetry():
+    model = upcycle(dense(), router="soft", num_experts=64, noise=0.5, blocks=[1])
+    w1 = model.blocks[1].mlp.experts.w1.detach()
+    relative = (w1 - w1.mean(0)).std() / dense().blocks[1].mlp.fc1.weight.detach().std()
+    assert float(relative) == pytest.approx(0.5, rel=0.05)
+
+
+def test_dtype_device_dropout_and_bias():
+    torch.manual_seed(0)
+    model = VisionTransformer(**TINY, proj_drop_rate=0.25).double()
+    for block in model.blocks:
+        block.mlp = Mlp(16, 32, bias=False, act_layer=nn.ReLU, drop=0.25).double()
+    layer = upcycle(model, router="softmax_token_choice", num_experts=2).blocks[3].mlp
+    assert layer.experts.w1.dtype == torch.float64 and layer.experts.b1 is None
+    assert layer.experts.drop.p == 0.25 and isinstance(layer.experts.act, nn.ReLU) and layer.training
+
+
+def test_models_of_timm():
+    for name in ("vit_small_patch14_reg4_dinov2", "deit_tiny_patch16_224"):
+        with torch.device("meta"):
+            model = timm.create_model(name, img_size=28 if "14" in name else 32)
+            layer = upcycle(model, router="sinkhorn_expert_choice", num_experts=2).blocks[-1].mlp
+        assert isinstance(layer, vr.MoEMlp) and layer.experts.w1.shape[1:] == (
+            model.embed_dim,
+            4 * model.embed_dim,
+        )
+
+
+def test_its_own_models_too():
+    model = vit_moe(**TINY, router=None)
+    assert isinstance(upcycle(model, router="soft", num_experts=2).blocks[3].mlp, vr.MoEMlp)
+    with pytest.raises(TypeError, match=r"blocks\[2\]\.mlp must be timm's Mlp .*, got MoEMlp"):
+        upcycle(model, router="soft", num_experts=2)
+
+
+def swiglu(model):
+    from timm.layers import SwiGLU
+
+    model.blocks[3].mlp = SwiGLU(16, 32)
+
+
+def normed(model):
+    model.blocks[3].mlp = Mlp(16, 32, norm_layer=nn.LayerNorm)
+
+
+def two_rates(model):
+    model.blocks[3].mlp = Mlp(16, 32, drop=(0.1, 0.2))
+
+
+def half_biased(model):
+    model.blocks[3].mlp = Mlp(16, 32, bias=(True, False))
+
+
+@pytest.mark.parametrize(("change", "options", "error", "words"), [
+    (swiglu, {}, TypeError, r"blocks\[3\]\.mlp must be timm's Mlp .* got SwiGLU; gated MLPs"),
+    (normed, {}, ValueError, "has a norm inside"),
+    (two_rates, {}, ValueError, "two dropout rates, 0.1 and 0.2"),
+    (half_biased, {}, ValueError, "bias in one of its layers"),
+    (None, {"router": "hard"}, ValueError, "router"),
+    (None, {"num_experts": 0}, ValueError, "num_experts"),
+    (None, {"noise": -1.0}, ValueError, "noise"),
+    (None, {"blocks": "last_9"}, ValueError, "moe_blocks"),
+    (None, {"top_k": 3, "router": "softmax_token_choice"}, ValueError, "top_k"),
+])  # fmt: skip
+def test_refuses_and_leaves_the_model(change, options, error, words):
+    model = dense()
+    if change:
+        change(model)
+    mlps = [block.mlp for block in model.blocks]
+    with pytest.raises(error, match=words):
+        upcycle(model, **{"router": "soft", "num_experts": 2, "blocks": "last_half", **options})
+    assert all(block.mlp is mlp for block, mlp in zip(model.blocks, mlps))
+
+
+def test_refuses_other_models():
+    with pytest.raises(TypeError, match=r"model must have transformer blocks as model\.blocks, got Linear"):
+        upcycle(nn.Linear(2, 2), router="soft", num_experts=2)

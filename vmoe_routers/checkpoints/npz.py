@@ -1,0 +1,102 @@
+"""read_npz: numpy's archives of arrays, which the reference's dense ViT checkpoints are in. No pickle, no numpy."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+import zlib
+from math import prod
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.checkpoints._files import Progress, as_tensor, open_file
+from vmoe_routers.checkpoints.error import CheckpointError
+
+# numpy's names of dtypes. It has none for bfloat16, which JAX's files hold as two bytes without a meaning.
+_DTYPES = {
+    "|b1": torch.bool,
+    "|V2": torch.bfloat16,
+    "<V2": torch.bfloat16,
+    **{f"{'|' if n == 1 else '<'}i{n}": getattr(torch, f"int{8 * n}") for n in (1, 2, 4, 8)},
+    **{f"{'|' if n == 1 else '<'}u{n}": getattr(torch, f"uint{8 * n}") for n in (1, 2, 4, 8)},
+    **{f"<f{n}": getattr(torch, f"float{8 * n}") for n in (2, 4, 8)},
+}
+_HEADER = re.compile(
+    r"\{'descr': '(?P<dtype>[^']{1,8})', 'fortran_order': (?P<fortran>True|False), "
+    r"'shape': \((?P<shape>|\d{1,18},|\d{1,18}(?:, \d{1,18}){1,31})\), \} *\n"
+)
+_MAX_HEADER_BYTES = 10_000  # numpy's own limit
+_MAX_EXPANSION = 64  # parameters shrink by a tenth; what shrinks to a thousandth is there to fill the memory
+_MAX_ARRAYS = 100_000
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
+
+
+def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) -> dict[str, Tensor]:
+    """The arrays of an npz file by name ("Transformer/encoderblock_0/..."): `load_flax` takes them.
+
+    progress  called with the bytes that are read and those that there are to read, after every array
+
+    Tensors on the CPU in the dtypes of the file; two bytes without a meaning (numpy's V2) are bfloat16.
+
+    Raises CheckpointError, which names the file: no npz file, a damaged or truncated one, a dtype that is no number (so
+    nothing is ever unpickled), an array whose size is not its shape's, and an archive that would unfold to more than 64
+    times its size.
+    """
+    path = os.fspath(path)
+    found: dict[str, Tensor] = {}
+    with open_file(path) as (file, size):
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                total, done = sum(entry.file_size for entry in entries), 0
+                if len(entries) > _MAX_ARRAYS or total > _MAX_EXPANSION * size:
+                    raise CheckpointError(
+                        f"{path}: would unfold to {len(entries)} arrays of {total} bytes, wanted at most {_MAX_ARRAYS},"
+                        f" and {_MAX_EXPANSION} times the file's {size} bytes"
+                    )
+                for entry in entries:
+                    name = entry.filename.removesuffix(".npy")
+                    if name in found or name == entry.filename:
+                        raise CheckpointError(f"{path}: {name!r} is {'twice in it' if name in found else 'no array'}")
+                    with archive.open(entry) as member:
+                        found[name] = _read_array(member, entry.file_size, f"{path}: {name}")
+                    done += entry.file_size
+                    if progress is not None:
+                        progress(done, total)
+        except CheckpointError:
+            raise
+        except _DAMAGED as error:
+            raise CheckpointError(f"{path}: no npz file, or a damaged one ({error})") from error
+    return found
+
+
+def _read_array(member: IO[bytes], size: int, name: str) -> Tensor:
+    """One npy file (numpy.org/doc/stable/reference/generated/numpy.lib.format.html)."""
+    start = member.read(8)
+    if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
+        raise CheckpointError(f"{name}: no array in numpy's format")
+    width = 2 if start[6] == 1 else 4
+    length = int.from_bytes(member.read(width), "little")
+    if length > _MAX_HEADER_BYTES:
+        raise CheckpointError(f"{name}: a header of {length} bytes, wanted at most {_MAX_HEADER_BYTES}")
+    text = member.read(length).decode("latin-1")
+    header = _HEADER.fullmatch(text)
+    if header is None or header["dtype"] not in _DTYPES:
+        kind = repr(header["dtype"]) if header else text[:80].strip()
+        raise CheckpointError(f"{name}: dtype or header {kind}, wanted one of {', '.join(_DTYPES)}")
+    dtype, shape = _DTYPES[header["dtype"]], tuple(int(n) for n in header["shape"].split(",") if n)
+    left = size - 8 - width - length
+    if prod(shape) * dtype.itemsize != left or max(shape, default=0) > size:
+        raise CheckpointError(f"{name}: {dtype} of shape {list(shape)} in {left} bytes")
+    buffer = bytearray(left)
+    place = 0
+    while n := member.readinto(memoryview(buffer)[place : place + (1 << 24)]):  # type: ignore[attr-defined]
+        place += n
+    if place != left or member.read(1):
+        raise CheckpointError(f"{name}: truncated, {place} bytes of {left}")
+    if header["fortran"] == "True":
+        return as_tensor(buffer, dtype, shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
+    return as_tensor(buffer, dtype, shape)

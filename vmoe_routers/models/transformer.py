@@ -1,0 +1,87 @@
+"""timm's VisionTransformer, with a padding mask that reaches the attention, the MoE layers and the pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vmoe_routers.moe import MoEMlp
+
+try:
+    from timm.models.vision_transformer import Block, VisionTransformer
+except ImportError as error:
+    raise ImportError(f"vmoe_routers.models needs timm ({error}): pip install timm") from error
+except (RuntimeError, AttributeError) as error:  # how a torchvision that was built for another torch fails
+    raise ImportError(
+        f"vmoe_routers.models: timm could not be imported, because torchvision does not fit torch {torch.__version__}"
+        f" ({error}). Install the torchvision of that release, from the index that torch came from:"
+        " pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/<cpu|cu...>"
+    ) from error
+
+_MASKED = -3e4  # e to this is 0 in every dtype, and it is finite in every dtype: no NaN where all is masked
+
+
+class MoEBlock(Block):
+    """timm's block; with `mask` [N, T] (True = real token) the rest takes no part in attention or routing."""
+
+    def forward(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Tokens x [N, T, D] to the same shape; the other arguments are timm's."""
+        if mask is None:
+            return super().forward(x, *args, **kwargs)
+        attended = self.attn(self.norm1(x), attn_mask=_attention_mask(mask, x.dtype))
+        x = x + self.drop_path1(self.ls1(attended))
+        hidden = self.norm2(x)
+        hidden = self.mlp(hidden, mask) if isinstance(self.mlp, MoEMlp) else self.mlp(hidden)
+        return x + self.drop_path2(self.ls2(hidden))
+
+
+class MoEVisionTransformer(VisionTransformer):
+    """What `vit_moe` makes: timm's VisionTransformer, whose forward takes a padding mask."""
+
+    def forward(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Images [N, channels, height, width] to logits [N, num_classes].
+
+        mask: [N, patches] bool, True = real patch, patches row by row. The others are seen by
+        nobody: not by attention, the routers' buffers and mixtures, or the pooling. The other arguments are timm's.
+
+        Raises:
+            TypeError, ValueError: a mask of another dtype or shape.
+        """
+        if mask is None:
+            return super().forward(x, *args, **kwargs)
+        x = self._pos_embed(self.patch_embed(x))
+        patches = x.shape[1] - self.num_prefix_tokens
+        if mask.dtype != torch.bool:
+            raise TypeError(f"MoEVisionTransformer: mask must be bool, True = real patch, got {mask.dtype}")
+        if mask.shape != (x.shape[0], patches):
+            raise ValueError(
+                f"MoEVisionTransformer: mask must be [N, patches] = {[x.shape[0], patches]}, got {list(mask.shape)}"
+            )
+        mask = torch.nn.functional.pad(mask, (self.num_prefix_tokens, 0), value=True)
+        x = self.norm_pre(self.patch_drop(x))
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+                x = checkpoint(block, x, mask=mask, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x, mask=mask)
+        return self._masked_head(self.norm(x), mask)
+
+    def _masked_head(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`forward_head`, with the masked tokens left out of the pooling."""
+        if self.attn_pool is not None:
+            x = self.attn_pool(x, attn_mask=_attention_mask(mask, x.dtype))
+        elif self.global_pool == "avg":
+            real = mask[:, self.num_prefix_tokens :, None]
+            total = x[:, self.num_prefix_tokens :].masked_fill(~real, 0).sum(1)
+            x = total / real.sum(1).clamp(min=1)
+        else:
+            x = x[:, 0]
+        return self.head(self.head_drop(self.fc_norm(x)))
+
+
+def _attention_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores [N, heads, queries, T]."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, _MASKED)[:, None, None]

@@ -1,0 +1,124 @@
+"""upcycle: from a trained dense vision transformer to a mixture of experts (arXiv 2212.05055)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from vmoe_routers.models.vit import moe_block_indices
+from vmoe_routers.moe import MoEMlp
+from vmoe_routers.ops._checks import check_choice, check_int, check_positive
+from vmoe_routers.routers import ROUTERS
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def upcycle(
+    model: Model,
+    *,
+    router: str,
+    num_experts: int,
+    blocks: str | Sequence[int] = "last_half",
+    group_size: int = 1,
+    noise: float = 0.0,
+    **router_options: Any,
+) -> Model:
+    """Replaces the MLPs of some blocks by MoE layers whose experts all start as that MLP; in place.
+
+    Everything else (attention, layer scale, register tokens, head) stays as it is. The router's own weights are drawn
+    anew. A token that experts took with weights that sum to 1 comes out of the layer as out of the dense MLP, so the
+    model starts with the dense model's outputs where
+
+    - ``renormalize=True`` (the sparse routers), and
+    - every token is taken: a `capacity_factor` that leaves room, for Expert Choice as many slots as tokens
+      (``capacity_factor=num_experts``), and `noise` 0.
+
+    Without `renormalize`, outputs of the MLP are scaled by the tokens' gates. Soft MoE's experts see mixtures of
+    tokens: nothing is promised there.
+
+    Args:
+        model: a timm VisionTransformer, or another with ``model.blocks[i].mlp`` being a timm `Mlp` (DeiT, DINOv2 with
+            layer scale, register tokens, ...).
+        router: one of `vmoe_routers.ROUTERS`.
+        num_experts: E.
+        blocks: which, as `moe_block_indices`.
+        group_size: images routed together.
+        noise: breaks the experts' symmetry: to each expert's weights normal noise of this many of the weight's standard
+            deviations is added. 0: none; the routers' gradients tell experts apart all the same.
+        router_options: of `vmoe_routers.create_router`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError, ValueError: blocks or MLPs of another kind (SwiGLU, a norm inside), or options that do not fit. The
+            model is then as it was.
+    """
+    check_choice("upcycle", "router", router, ROUTERS)
+    check_int("upcycle", "num_experts", num_experts, 1)
+    check_positive("upcycle", "noise", noise, zero=True)
+    found = getattr(model, "blocks", None)
+    if not isinstance(found, (nn.Sequential, nn.ModuleList)) or not len(found):
+        raise TypeError(f"upcycle: model must have transformer blocks as model.blocks, got {type(model).__name__}")
+    if router == "soft" and router_options.get("capacity_factor") is not None and "num_tokens" not in router_options:
+        router_options["num_tokens"] = group_size * _tokens(model)
+    chosen = moe_block_indices(len(found), blocks)
+    layers = [_layer(found[i], f"blocks[{i}]", router, num_experts, group_size, noise, router_options) for i in chosen]
+    for i, layer in zip(chosen, layers, strict=True):
+        found[i].mlp = layer
+    return model
+
+
+def _tokens(model: nn.Module) -> int:
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if patches is None:
+        raise ValueError("upcycle: capacity_factor of Soft MoE needs num_tokens, and the model does not say its tokens")
+    return patches + getattr(model, "num_prefix_tokens", 0)
+
+
+def _layer(
+    block: nn.Module, where: str, router: str, num_experts: int, group_size: int, noise: float, options: dict[str, Any]
+) -> MoEMlp:
+    """The MoE layer that takes the place of the block's MLP."""
+    mlp: Any = getattr(block, "mlp", None)
+    if type(mlp) is not Mlp or not isinstance(mlp.fc1, nn.Linear):
+        raise TypeError(
+            f"upcycle: {where}.mlp must be timm's Mlp (two linear layers and an activation), got {type(mlp).__name__}"
+            + ("; gated MLPs such as SwiGLU have no expert here" if "glu" in type(mlp).__name__.lower() else "")
+        )
+    if not isinstance(mlp.norm, nn.Identity):
+        raise ValueError(f"upcycle: {where}.mlp has a norm inside, which experts have not")
+    if mlp.drop1.p != mlp.drop2.p:
+        raise ValueError(f"upcycle: {where}.mlp has two dropout rates, {mlp.drop1.p} and {mlp.drop2.p}, wanted one")
+    if (mlp.fc1.bias is None) != (mlp.fc2.bias is None):
+        raise ValueError(f"upcycle: {where}.mlp has a bias in one of its layers, wanted in both or none")
+    weight = mlp.fc1.weight
+    layer = MoEMlp(
+        mlp.fc1.in_features,
+        mlp.fc1.out_features,
+        mlp.fc2.out_features,
+        act_layer=lambda: copy.deepcopy(mlp.act),
+        drop=mlp.drop1.p,
+        num_experts=num_experts,
+        router=router,
+        group_size=group_size,
+        bias=mlp.fc1.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+        **options,
+    ).train(mlp.training)
+    experts = layer.experts
+    for ours, theirs in ((experts.w1, mlp.fc1.weight.T), (experts.w2, mlp.fc2.weight.T)):
+        ours.copy_(theirs.expand_as(ours))
+        if noise > 0:
+            ours.add_(torch.randn_like(ours), alpha=noise * float(theirs.std()))
+    if experts.b1 is not None and experts.b2 is not None:
+        experts.b1.copy_(mlp.fc1.bias.expand_as(experts.b1))
+        experts.b2.copy_(mlp.fc2.bias.expand_as(experts.b2))
+    return layer

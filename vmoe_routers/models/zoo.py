@@ -1,0 +1,73 @@
+"""Names for timm: ``timm.create_model("soft_moe_base_patch16_224", num_experts=32)``.
+
+``<router>_moe_<size>_patch<p>_224`` for each of the six routers and every size and patch of `PATCHES`. Keywords are
+those of `vit_moe`, over what the name says. Importing `vmoe_routers.models` registers them. There are no pretrained
+weights; `vmoe_routers.checkpoints` and `upcycle` are where weights come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.data.constants import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from vmoe_routers.models.transformer import MoEVisionTransformer
+from vmoe_routers.models.vit import SIZES, vit_moe
+from vmoe_routers.routers import ROUTERS
+
+#: The patch sizes of each size.
+PATCHES: dict[str, tuple[int, ...]] = {
+    "tiny": (16,),
+    "small": (32, 16, 14),
+    "base": (32, 16, 14),
+    "large": (32, 16, 14),
+    "huge": (14,),
+}
+_LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
+
+_MODELS = {
+    f"{router}_moe_{size}_patch{patch}_224": (router, size, patch)
+    for router in ROUTERS
+    for size, patches in PATCHES.items()
+    for patch in patches
+}
+NAMES: tuple[str, ...] = tuple(_MODELS)
+"""The registered names."""
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "fixed_input_size": True,
+            "mean": IMAGENET_INCEPTION_MEAN,  # pixels in [-1, 1], as the reference's models
+            "std": IMAGENET_INCEPTION_STD,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+        }
+        for name in NAMES
+    }
+)
+
+
+def _entrypoint(name: str, router: str, size: str, patch: int) -> Callable[..., MoEVisionTransformer]:
+    def create(pretrained: bool = False, **kwargs: Any) -> MoEVisionTransformer:
+        arguments: dict[str, Any] = {"patch_size": patch, **SIZES[_LETTERS[size]], "router": router, **kwargs}
+        # As many slots as tokens, like the sparse routers' factor of 1.
+        if arguments["router"] == "soft" and "slots_per_expert" not in kwargs:
+            arguments.setdefault("capacity_factor", 1.0)
+        feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
+        return build_model_with_cfg(vit_moe, name, pretrained, feature_cfg=feature_cfg, **arguments)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"ViT-{_LETTERS[size]}/{patch} with MoE layers in the last half, router {router!r}."
+    return create
+
+
+for _name, _parts in _MODELS.items():
+    register_model(_entrypoint(_name, *_parts))

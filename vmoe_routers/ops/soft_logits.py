@@ -1,0 +1,61 @@
+"""soft_logits: the logits of Soft MoE."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops._checks import (
+    check_device,
+    check_floating,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    refuse_second_derivative,
+)
+
+
+def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
+    """Products of tokens of length 1 and the slots' parameters (arXiv 2308.00951, section 2.3).
+
+    ``logits[g, t, s] = <x[g, t], phi[:, s]> / sqrt(|x[g, t]|^2 + 1e-6)``. For backward
+    nothing is kept but x and phi.
+
+    Args:
+        x: [G, T, D] floating point.
+        phi: [D, S] floating point, taken as it is: normalised and scaled by the caller.
+
+    Returns:
+        [G, T, S], in float32; in float64 where x or phi is.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype or device.
+    """
+    x = check_floating("soft_logits", "x", check_tensor("soft_logits", "x", x, "G T D"))
+    phi = check_floating("soft_logits", "phi", check_tensor("soft_logits", "phi", phi, "D S"))
+    check_shape("soft_logits", "phi", phi, (x.shape[2], phi.shape[1]), "D, S")
+    check_device("soft_logits", "phi", phi, "x", x)
+    dtype = compute_dtype(torch.promote_types(x.dtype, phi.dtype))
+    return torch.ops.vmoe_routers.soft_logits(x.to(dtype), phi.to(dtype))
+
+
+@torch.library.register_fake("vmoe_routers::soft_logits")
+def _(x: Tensor, phi: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], phi.shape[1])
+
+
+@torch.library.register_fake("vmoe_routers::soft_logits_backward")
+def _(grad: Tensor, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), phi.new_empty(phi.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    return torch.ops.vmoe_routers.soft_logits_backward(grad, *ctx.saved_tensors)
+
+
+torch.library.register_autograd("vmoe_routers::soft_logits", _backward, setup_context=_setup_context)
+refuse_second_derivative("soft_logits_backward")

@@ -1,0 +1,71 @@
+"""softmax_gather: softmax over the experts, at the places that were chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops._checks import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    refuse_second_derivative,
+)
+
+
+def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
+    """``softmax(logits, -1)`` at `indices`, without the [G, T, E] of gates in between.
+
+    Forward reads the logits once and keeps two numbers a token for backward.
+
+    Args:
+        logits: [G, T, E] floating point. A token whose logits are all -inf is not
+            there, its gates are 0; one with NaN or +inf has NaN gates.
+        indices: int32. For dim 2 [G, T, K], experts of every token; for dim 1
+            [G, E, C], tokens of every expert. One outside of the axis gives 0.
+        dim: 1 or 2.
+
+    Returns:
+        Values in the shape of the indices, in the logits' dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype, device or dim.
+    """
+    logits = check_floating("softmax_gather", "logits", check_tensor("softmax_gather", "logits", logits, "G T E"))
+    check_choice("softmax_gather", "dim", dim, (1, 2))
+    indices = check_tensor("softmax_gather", "indices", indices, "G T K" if dim == 2 else "G E C")
+    check_dtype("softmax_gather", "indices", indices, torch.int32)
+    shape = (logits.shape[0], logits.shape[3 - dim], indices.shape[2])
+    check_shape("softmax_gather", "indices", indices, shape, "G, T, K" if dim == 2 else "G, E, C")
+    check_device("softmax_gather", "indices", indices, "logits", logits)
+    values, _ = torch.ops.vmoe_routers.softmax_gather(logits.to(compute_dtype(logits.dtype)), indices, dim)
+    return values.to(logits.dtype)
+
+
+@torch.library.register_fake("vmoe_routers::softmax_gather")
+def _(logits: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(indices.shape), logits.new_empty(2, *logits.shape[:2])
+
+
+@torch.library.register_fake("vmoe_routers::softmax_gather_backward")
+def _(grad: Tensor, values: Tensor, logits: Tensor, indices: Tensor, norms: Tensor, dim: int) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, indices, ctx.dim = inputs
+    values, norms = output
+    ctx.mark_non_differentiable(norms)
+    ctx.save_for_backward(values, logits, indices, norms)
+
+
+def _backward(ctx, grad, _):
+    return torch.ops.vmoe_routers.softmax_gather_backward(grad, *ctx.saved_tensors, ctx.dim), None, None
+
+
+torch.library.register_autograd("vmoe_routers::softmax_gather", _backward, setup_context=_setup_context)
+refuse_second_derivative("softmax_gather_backward")

@@ -1,0 +1,72 @@
+"""softmax_topk: softmax over the experts, and the k largest gates along one axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops._checks import (
+    check_choice,
+    check_floating,
+    check_int,
+    check_mask,
+    check_tensor,
+    compute_dtype,
+    fill_absent,
+)
+
+
+def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `k` largest of ``softmax(logits, -1)`` along `dim`, in descending order.
+
+    ``dim = 2``: the experts of every token (Token Choice, arXiv 2106.05974, section 2.2).
+    ``dim = 1``: the tokens of every expert (Expert Choice, arXiv 2202.09368, section 3.2).
+
+    The gates [G, T, E] are neither written out (dim 2) nor kept for backward. Ties are those
+    of the gates as computed, in float32 or for float64 logits float64, and go to the
+    lower index; NaN gates count as the largest.
+
+    Args:
+        logits: [G, T, E] floating point. A token whose logits are all -inf is not
+            there; one with NaN or +inf has NaN gates.
+        k: 1 <= k <= ``logits.shape[dim]`` (0 where that axis is empty).
+        dim: 1 or 2.
+        mask: [G, T] bool, True = real token.
+
+    Returns:
+        values, in the logits' dtype, and indices, int32: [G, T, k] for dim 2, [G, E, k]
+        for dim 1. A token that is not there chooses and is chosen by nobody: value 0,
+        index -1 instead.
+
+    Raises:
+        TypeError, ValueError: a wrong shape, dtype, device, `k` or dim.
+    """
+    logits = check_floating("softmax_topk", "logits", check_tensor("softmax_topk", "logits", logits, "G T E"))
+    check_choice("softmax_topk", "dim", dim, (1, 2))
+    k = check_int("softmax_topk", "k", k, min(1, logits.shape[dim]), logits.shape[dim])
+    if mask is not None:
+        mask = check_mask("softmax_topk", mask, "logits", logits)
+    wide = fill_absent(logits.to(compute_dtype(logits.dtype)), mask)
+    values, indices, _ = torch.ops.vmoe_routers.softmax_topk(wide, k, dim)
+    return values.to(logits.dtype), indices
+
+
+@torch.library.register_fake("vmoe_routers::softmax_topk")
+def _(logits: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (logits.shape[0], logits.shape[3 - dim], k)
+    norms = logits.new_empty(2, *logits.shape[:2])
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32), norms
+
+
+def _setup_context(ctx, inputs, output):
+    logits, _, ctx.dim = inputs
+    values, indices, norms = output
+    ctx.mark_non_differentiable(indices, norms)
+    ctx.save_for_backward(values, logits, indices, norms)
+
+
+def _backward(ctx, grad, *_):
+    return torch.ops.vmoe_routers.softmax_gather_backward(grad, *ctx.saved_tensors, ctx.dim), None, None
+
+
+torch.library.register_autograd("vmoe_routers::softmax_topk", _backward, setup_context=_setup_context)
