@@ -16,6 +16,8 @@ test: .venv/installed
 	$(bin)/cmake -S . -B build/cpp $(CMAKE_ARGS) && $(bin)/cmake --build build/cpp --parallel $(shell nproc)
 	for isa in $$(build/cpp/tests/cpp/cpp_tests --list-isas); do \
 	  build/cpp/tests/cpp/cpp_tests --isa=$$isa --gtest_brief=1 || exit 1; done
+	for schedule in forward backward shuffled; do \
+	  build/cpp/tests/cpp/cuda/cuda_tests --schedule=$$schedule --gtest_brief=1 || exit 1; done
 	$(bin)/pytest $(ARGS)
 
 bench: .venv/bench

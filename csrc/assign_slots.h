@@ -48,12 +48,7 @@ int64_t assign_slots_most_experts();
 // Bytes of workspace that assign_slots asks for.
 template <typename T>
 size_t assign_slots_workspace(
-    bool prioritised,
-    int64_t G,
-    int64_t tokens,
-    int64_t K,
-    int64_t E,
-    int64_t C);
+    bool prioritised, int64_t G, int64_t tokens, int64_t K, int64_t E, int64_t C);
 
 template <typename T>
 void assign_slots(

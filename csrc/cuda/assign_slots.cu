@@ -6,10 +6,9 @@
 //
 // A group of a few thousand requests is one chunk and one launch. With a priority the order comes
 // from topk's sort first.
-#include "../assign_slots.h"
-
 #include <algorithm>
 
+#include "../assign_slots.h"
 #include "../topk.h"
 #include "launch.h"
 
@@ -56,8 +55,7 @@ __device__ void count_run(
 }
 
 // What the warps of a block counted: [warps, E] in shared memory, behind it [E].
-__device__ void count_chunk(
-    const Requests& requests, int64_t begin, int64_t end, int32_t* counts) {
+__device__ void count_chunk(const Requests& requests, int64_t begin, int64_t end, int32_t* counts) {
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   for (int64_t i = threadIdx.x; i < warps * requests.E; i += blockDim.x) counts[i] = 0;
   __syncthreads();
@@ -85,8 +83,8 @@ struct Chunk {
   }
 };
 
-__device__ Requests requests_of(
-    const int32_t* expert, const int32_t* order, int64_t g, const Shape& shape) {
+__device__ Requests
+requests_of(const int32_t* expert, const int32_t* order, int64_t g, const Shape& shape) {
   return {
       expert + g * shape.tokens * shape.K, order ? order + g * shape.tokens : nullptr, shape.tokens,
       shape.K, shape.E};
@@ -115,8 +113,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
     int32_t* __restrict__ source,         // [G, E, C]
     Shape shape) {
   const unsigned warps = blockDim.x / kWarp;
-  int32_t* counts = dynamic_shared<int32_t>();    // [warps, E]
-  int32_t* total = counts + warps * shape.E;      // [E]
+  int32_t* counts = dynamic_shared<int32_t>();  // [warps, E]
+  int32_t* total = counts + warps * shape.E;    // [E]
   const Chunk at(shape);
   const Requests requests = requests_of(expert, order, at.group, shape);
   count_chunk(requests, at.begin, at.end, counts);
@@ -200,8 +198,7 @@ template <typename T>
 void assign_slots(
     const int32_t* expert, const T* priority, int32_t* slot, int32_t* source, int64_t G,
     int64_t tokens, int64_t K, int64_t E, int64_t C, void* workspace, CUstream_st* stream) {
-  run(
-      expert, priority, priority != nullptr, slot, source, G, tokens, K, E, C, workspace, false,
+  run(expert, priority, priority != nullptr, slot, source, G, tokens, K, E, C, workspace, false,
       stream);
 }
 

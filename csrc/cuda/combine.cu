@@ -1,5 +1,4 @@
 #include "../combine.h"
-
 #include "../slot_row.h"
 #include "rows.h"
 

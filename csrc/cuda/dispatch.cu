@@ -1,5 +1,4 @@
 #include "../dispatch.h"
-
 #include "../slot_row.h"
 #include "rows.h"
 

@@ -4,12 +4,10 @@
 // slots, so the ranks are cheap; many slots of one token are slower and right.
 //
 // A group that fits in shared memory is one block's and one launch; else a launch a phase.
-#include "../invert_slots.h"
-
+#include <algorithm>
 #include <cub/block/block_scan.cuh>
 
-#include <algorithm>
-
+#include "../invert_slots.h"
 #include "launch.h"
 
 namespace vmoe::cuda {
@@ -77,8 +75,8 @@ __global__ void __launch_bounds__(kThreads) whole_kernel(
   int32_t* shared = dynamic_shared<int32_t>();  // [T + 1 + T + S]
   const int64_t g = blockIdx.x;
   const Group group{
-      token + g * S,      shared, slots + g * S, shared + tokens + 1, shared + 2 * tokens + 1, S,
-      tokens, threadIdx.x, kThreads};
+      token + g * S, shared,      slots + g * S, shared + tokens + 1, shared + 2 * tokens + 1, S,
+      tokens,        threadIdx.x, kThreads};
   for (int64_t t = threadIdx.x; t < tokens; t += kThreads) group.next[t] = 0;
   __syncthreads();
   group.count();
@@ -103,16 +101,11 @@ __global__ void __launch_bounds__(kThreads) phase_kernel(
     int32_t* __restrict__ claimed,  // [G, S]
     int64_t S, int64_t tokens, int64_t blocks) {
   const int64_t g = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  const Group group{
-      token + g * S,
-      offsets + g * (tokens + 1),
-      slots + g * S,
-      next + g * tokens,
-      claimed + g * S,
-      S,
-      tokens,
-      block * kThreads + threadIdx.x,
-      blocks * kThreads};
+  const Group group{token + g * S,    offsets + g * (tokens + 1),
+                    slots + g * S,    next + g * tokens,
+                    claimed + g * S,  S,
+                    tokens,           block * kThreads + threadIdx.x,
+                    blocks * kThreads};
   if constexpr (kPhase == Phase::kCount) group.count();
   if constexpr (kPhase == Phase::kAddUp) {
     __shared__ typename Scan::TempStorage storage;

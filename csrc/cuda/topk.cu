@@ -30,7 +30,8 @@ __device__ void load_keys(
       Wide<T> wide = {};
       if (index < n) wide = *reinterpret_cast<const Wide<T>*>(from + index);
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) few.keys[i + j] = index < n ? order_key(wide.entry[j]) : 0;
+      for (int j = 0; j < kTogether; ++j)
+        few.keys[i + j] = index < n ? order_key(wide.entry[j]) : 0;
     } else {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
@@ -135,8 +136,8 @@ __global__ void __launch_bounds__(kThreads) many_kernel(
   using Scan = cub::BlockScan<int32_t, kThreads>;
   __shared__ typename Cutter::Storage storage;
   __shared__ int32_t taken;
-  auto* picks = dynamic_shared<Pick<Key>>();               // [places]
-  Key* keys = reinterpret_cast<Key*>(picks + places);      // [n] where kStaged
+  auto* picks = dynamic_shared<Pick<Key>>();           // [places]
+  Key* keys = reinterpret_cast<Key*>(picks + places);  // [n] where kStaged
   const int tid = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x;
   const T* from = x + row * n;

@@ -182,8 +182,8 @@ void on_device(
   const auto device = tensor.get_device_index();
   for (const Tensor& other : others) {
     STD_TORCH_CHECK(
-        other.is_cuda() && other.get_device_index() == device, op, ": not all tensors are on cuda:",
-        device);
+        other.is_cuda() && other.get_device_index() == device, op,
+        ": not all tensors are on cuda:", device);
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;

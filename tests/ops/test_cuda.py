@@ -35,7 +35,7 @@ def route(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Token Choice with batch priority, from logits to the sum of its slots."""
     gates = logits.softmax(-1)
     values, expert = ops.topk(gates, 2)
-    slot, source = ops.assign_slots(expert, logits.shape[-1], 5, values[..., 0])
+    _, source = ops.assign_slots(expert, logits.shape[-1], 5, values[..., 0])
     token = torch.where(source < 0, -1, source // 2)
     offsets, slots = ops.invert_slots(token, x.shape[1])
     y = ops.dispatch(x, token, offsets, slots)

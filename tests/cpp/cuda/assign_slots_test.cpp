@@ -25,8 +25,9 @@ class CudaAssignSlots : public ::testing::Test {
     DeviceArray<int32_t> device_expert(expert), device_slot(G * tokens * K),
         device_source(G * E * C);
     DeviceArray<T> device_priority(priority ? *priority : std::vector<T>{});
-    DeviceArray<char> workspace(static_cast<int64_t>(
-        cuda::assign_slots_workspace<T>(priority != nullptr, G, tokens, K, E, C)));
+    DeviceArray<char> workspace(
+        static_cast<int64_t>(
+            cuda::assign_slots_workspace<T>(priority != nullptr, G, tokens, K, E, C)));
     cuda::assign_slots(
         device_expert.data(), priority ? device_priority.data() : nullptr, device_slot.data(),
         device_source.data(), G, tokens, K, E, C, workspace.data(), nullptr);

@@ -22,8 +22,7 @@ class DeviceArray {
     expect_success(cudaMemsetAsync(memory_, 0xA5, size * sizeof(T), nullptr));
   }
   DeviceArray(const std::vector<T>& values) : DeviceArray(static_cast<int64_t>(values.size())) {
-    expect_success(
-        cudaMemcpy(memory_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+    expect_success(cudaMemcpy(memory_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
   }
   ~DeviceArray() { expect_success(cudaFree(memory_)); }
   DeviceArray(const DeviceArray&) = delete;

@@ -1,8 +1,7 @@
 // main -- runs the tests of the CUDA kernels, on the host with --schedule=forward (as without it),
 // backward or shuffled: the order in which a block's threads and a grid's blocks run.
-#include <gtest/gtest.h>
-
 #include <cuda_runtime.h>
+#include <gtest/gtest.h>
 
 #include <iostream>
 #include <string>

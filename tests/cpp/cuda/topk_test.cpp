@@ -75,7 +75,8 @@ TYPED_TEST(CudaTopk, LongAxes) {
   using T = TypeParam;
   const int64_t n = 60000;
   for (const int64_t k : {3, 300}) this->expect_as_on_cpu(tied<T>(n, 1, 5000), 1, n, 1, k);
-  for (const int64_t N : {1, 2}) this->expect_as_on_cpu(tied<T>(N * 5000, 1, 900), N, 5000, 1, 4500);
+  for (const int64_t N : {1, 2})
+    this->expect_as_on_cpu(tied<T>(N * 5000, 1, 900), N, 5000, 1, 4500);
   this->expect_as_on_cpu(uniform<T>(5000 * 2, 1), 1, 5000, 2, 5000);
 }
 

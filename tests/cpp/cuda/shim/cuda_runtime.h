@@ -118,8 +118,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
   return shim::shuffle(mask, value, shim::lane() + static_cast<int>(by), width);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  return static_cast<unsigned>(
-      shim::wait_for_warp(shim::WarpOp::kBallot, mask, predicate != 0, 0));
+  return static_cast<unsigned>(shim::wait_for_warp(shim::WarpOp::kBallot, mask, predicate != 0, 0));
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 template <typename T>

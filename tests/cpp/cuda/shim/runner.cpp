@@ -66,8 +66,8 @@ size_t scheduler_stack_size = 0;
 #endif
 
 const char* name(WarpOp op) {
-  constexpr const char* kNames[] = {"__syncwarp",       "a shuffle",        "__ballot_sync",
-                                    "__match_any_sync", "__reduce_min_sync", "__reduce_max_sync",
+  constexpr const char* kNames[] = {"__syncwarp",        "a shuffle",         "__ballot_sync",
+                                    "__match_any_sync",  "__reduce_min_sync", "__reduce_max_sync",
                                     "__reduce_add_sync", "__reduce_or_sync"};
   return kNames[static_cast<int>(op)];
 }
@@ -209,7 +209,8 @@ void release() {
   if (at_barrier < block_size) return;
   uint64_t sum = 0;
   for (size_t i = 0; i < block_size; ++i) {
-    if (fibers[i].barrier != fibers[0].barrier) fail("threads of a block are at different barriers");
+    if (fibers[i].barrier != fibers[0].barrier)
+      fail("threads of a block are at different barriers");
     sum += fibers[i].value;
   }
   for (size_t i = 0; i < block_size; ++i) {
