@@ -97,7 +97,8 @@ __global__ void uninitialised(int* out) {
 __global__ void behind_shared() { cuda::dynamic_shared<char>()[64 + threadIdx.x] = 1; }
 __global__ void behind_declared(int* out) {
   __shared__ int values[4];
-  values[threadIdx.x + blockDim.x - 1] = 1;
+  int* volatile begin = values;  // what it points to is not for the compiler to see
+  begin[threadIdx.x + blockDim.x - 1] = 1;
   *out = values[0];
 }
 #endif
