@@ -1,4 +1,4 @@
-# make study | test | bench | lint | format. The first run makes .venv with all that is needed; later ones
+# make study | test | bench | gpu-check | lint | format. The first run makes .venv with all that is needed; later ones
 # find it there and compile only what changed. ARGS is passed on: make study ARGS="--seeds 1",
 # make test ARGS="-k topk".
 PYTHON ?= python3
@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test bench lint format
+.PHONY: study test bench gpu-check lint format
 
 study: .venv/installed
 	$(bin)/vmoe-routers study $(ARGS)
@@ -16,10 +16,16 @@ test: .venv/installed
 	$(bin)/cmake -S . -B build/cpp $(CMAKE_ARGS) && $(bin)/cmake --build build/cpp --parallel $(shell nproc)
 	for isa in $$(build/cpp/tests/cpp/cpp_tests --list-isas); do \
 	  build/cpp/tests/cpp/cpp_tests --isa=$$isa --gtest_brief=1 || exit 1; done
+	for schedule in forward backward shuffled; do \
+	  build/cpp/tests/cpp/cuda/cuda_tests --schedule=$$schedule --gtest_brief=1 || exit 1; done
 	$(bin)/pytest $(ARGS)
 
 bench: .venv/bench
 	$(bin)/python -m benchmarks.run $(ARGS)
+
+# On a machine with a GPU, against the torch of $(PYTHON): no network, nothing installed there.
+gpu-check:
+	scripts/gpu_check.sh --python $(PYTHON) $(ARGS)
 
 lint: .venv/lint
 	$(bin)/ruff check . && $(bin)/ruff format --check . && $(bin)/pyright --pythonpath $(bin)/python

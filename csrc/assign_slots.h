@@ -11,9 +11,12 @@
 // Deterministic. O(T * K) a group, and a sort of T where there is a priority.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
+
+struct CUstream_st;
 
 namespace vmoe::cpu {
 
@@ -36,3 +39,29 @@ VMOE_EACH_ISA(
 VMOE_BY_ISA(assign_slots)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+// The most experts that a block has counters for; more are refused.
+int64_t assign_slots_most_experts();
+
+// Bytes of workspace that assign_slots asks for.
+template <typename T>
+size_t assign_slots_workspace(
+    bool prioritised, int64_t G, int64_t tokens, int64_t K, int64_t E, int64_t C);
+
+template <typename T>
+void assign_slots(
+    const int32_t* expert,  // [G, T, K]
+    const T* priority,      // [G, T] or null
+    int32_t* slot,          // [G, T, K]
+    int32_t* source,        // [G, E, C]
+    int64_t G,
+    int64_t tokens,
+    int64_t K,
+    int64_t E,
+    int64_t C,
+    void* workspace,  // of assign_slots_workspace
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

@@ -19,6 +19,8 @@
 #include "half.h"
 #include "isa.h"
 
+struct CUstream_st;
+
 namespace vmoe::cpu {
 
 VMOE_EACH_ISA(
@@ -59,3 +61,36 @@ VMOE_BY_ISA(combine)
 VMOE_BY_ISA(combine_backward)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+template <typename Row>
+void combine(
+    const Row* y,              // [E, G, C, D]
+    const Compute<Row>* gate,  // [G, E, C] or null
+    const int32_t* offsets,    // [G, T + 1]
+    const int32_t* slots,      // [G, E * C]
+    Row* out,                  // [G, T, D]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t C,
+    int64_t D,
+    CUstream_st* stream);
+
+template <typename Row>
+void combine_backward(
+    const Row* grad_out,       // [G, T, D]
+    const Row* y,              // [E, G, C, D]
+    const Compute<Row>* gate,  // [G, E, C]
+    const int32_t* token,      // [G, E, C]
+    Row* grad_y,               // [E, G, C, D]
+    Compute<Row>* grad_gate,   // [G, E, C]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t C,
+    int64_t D,
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

@@ -13,6 +13,8 @@
 
 #include "isa.h"
 
+struct CUstream_st;
+
 namespace vmoe::cpu {
 
 VMOE_EACH_ISA(
@@ -34,3 +36,18 @@ VMOE_EACH_ISA(
 VMOE_BY_ISA(dispatch)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+void dispatch(
+    const char* x,         // [G, T, row_bytes]
+    const int32_t* token,  // [G, E, C]
+    char* out,             // [E, G, C, row_bytes]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t C,
+    int64_t row_bytes,
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

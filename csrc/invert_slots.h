@@ -9,9 +9,12 @@
 // Deterministic. O(S + T) a group.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
+
+struct CUstream_st;
 
 namespace vmoe::cpu {
 
@@ -31,3 +34,20 @@ VMOE_EACH_ISA(
 VMOE_BY_ISA(invert_slots)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+// Bytes of workspace that invert_slots asks for.
+size_t invert_slots_workspace(int64_t G, int64_t S, int64_t tokens);
+
+void invert_slots(
+    const int32_t* token,  // [G, S]
+    int32_t* offsets,      // [G, T + 1]
+    int32_t* slots,        // [G, S]
+    int64_t G,
+    int64_t S,
+    int64_t tokens,
+    void* workspace,  // of invert_slots_workspace
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

@@ -8,6 +8,7 @@
 // range whatever comes. Deterministic. A row is an (N, M) pair: N * M of them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
@@ -36,6 +37,10 @@ VMOE_BY_ISA(topk)
 
 namespace vmoe::cuda {
 
+// Bytes of workspace that topk asks for.
+template <typename T>
+size_t topk_workspace(int64_t n, int64_t M, int64_t k, int64_t rows);
+
 template <typename T>
 void topk(
     const T* x,        // [N, n, M]
@@ -44,7 +49,8 @@ void topk(
     int64_t n,
     int64_t M,
     int64_t k,
-    int64_t rows,  // N * M
+    int64_t rows,     // N * M
+    void* workspace,  // of topk_workspace
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

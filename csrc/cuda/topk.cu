@@ -1,77 +1,304 @@
-#include <cuda_runtime.h>
+// Four kernels, by the shape of the question:
+//
+//   few_of_rows     M = 1, few picks of few entries (experts of a token): kLanes lanes a row, keys
+//                   in registers, 16-byte loads. Bound by memory for E <= 64.
+//   few_of_columns  M > 1, the same (tokens of an expert, a group of an image): a block reads a
+//                   tile of columns as it lies, and a warp has each of them from shared memory.
+//   many            a block a row: the keys in shared memory where they fit, a cut, a sort of
+//                   what passes. Columns are transposed before, which for one large group costs
+//                   less than reading every 32-byte sector for four of its bytes.
+//   CUB's sort      more picks than a block sorts.
+#include <algorithm>
 
-#include <cub/block/block_reduce.cuh>
-
-#include "../order.h"
 #include "../topk.h"
+#include "select.h"
+#include "sort.h"
 
 namespace vmoe::cuda {
 namespace {
 
-struct First {
-  template <typename P>
-  __device__ P operator()(const P& a, const P& b) const {
-    return b.before(a) ? b : a;
-  }
-};
+constexpr int kFewThreads = 256;
 
-// A block a row. Round j finds the first pick that comes after pick j - 1, so
-// nothing has to be marked as taken and any n and k fit.
-template <typename T, int kThreads>
-__global__ void __launch_bounds__(kThreads) topk_kernel(
-    const T* __restrict__ x,        // [N, n, M]
-    T* __restrict__ values,         // [N, M, k]
-    int32_t* __restrict__ indices,  // [N, M, k]
-    int64_t n, int64_t M, int64_t k, int64_t rows) {
-  using P = Pick<OrderKey<T>>;
-  using Reduce = cub::BlockReduce<P, kThreads>;
-  __shared__ typename Reduce::TempStorage scratch;
-  __shared__ P last;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const T* column = x + (row / M) * n * M + row % M;
-    for (int64_t j = 0; j < k; ++j) {
-      // Index n stands for "none yet": every real candidate comes before it.
-      P best{0, static_cast<int32_t>(n)};
-      for (int64_t i = threadIdx.x; i < n; i += kThreads) {
-        const P pick{order_key(column[i * M]), static_cast<int32_t>(i)};
-        if ((j == 0 || last.before(pick)) && pick.before(best)) best = pick;
+// Keys of a row of n entries, `from[0]`, `from[1]`, ...; the entries behind them get key 0.
+template <typename T, int kLanes, int kEach, int kTogether, bool kWide>
+__device__ void load_keys(
+    Few<OrderKey<T>, kLanes, kEach, kTogether>& few, const T* __restrict__ from, int64_t n) {
+#pragma unroll
+  for (int i = 0; i < kEach; i += kTogether) {
+    const int32_t index = few.index(i);
+    if constexpr (kWide) {  // n is a multiple of kTogether
+      Wide<T> wide = {};
+      if (index < n) wide = *reinterpret_cast<const Wide<T>*>(from + index);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j)
+        few.keys[i + j] = index < n ? order_key(wide.entry[j]) : 0;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        few.keys[i + j] = index + j < n ? order_key(from[index + j]) : 0;
       }
-      best = Reduce(scratch).Reduce(best, First{});
-      if (threadIdx.x == 0) {
-        last = best;
-        values[row * k + j] = column[best.index * M];
-        indices[row * k + j] = best.index;
-      }
-      __syncthreads();
     }
   }
 }
 
-template <typename T, int kThreads>
-void launch(
-    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t rows,
+template <typename T, int kLanes, int kEach, int kTogether>
+__device__ void write_picks(
+    const Few<OrderKey<T>, kLanes, kEach, kTogether>& few, const T* from,
+    T* __restrict__ values,         // [k]
+    int32_t* __restrict__ indices,  // [k]
+    int64_t k) {
+#pragma unroll
+  for (int i = 0; i < few.kPicks; ++i) {
+    const int j = i * kLanes + few.lane();
+    if (j >= k) continue;
+    // Read again: a key has lost its sign of zero and its NaN's payload.
+    values[j] = from[few.picks[i]];
+    indices[j] = few.picks[i];
+  }
+}
+
+template <typename T, int kLanes, int kEach, bool kWide>
+__global__ void __launch_bounds__(kFewThreads) few_of_rows_kernel(
+    const T* __restrict__ x,        // [rows, n]
+    T* __restrict__ values,         // [rows, k]
+    int32_t* __restrict__ indices,  // [rows, k]
+    int64_t n, int64_t k, int64_t rows) {
+  const int64_t row = (int64_t{blockIdx.x} * kFewThreads + threadIdx.x) / kLanes;
+  // Lanes without a row of their own repeat the last: the warp stays together.
+  const T* from = x + (row < rows ? row : rows - 1) * n;
+  Few<OrderKey<T>, kLanes, kEach, kWideEntries<T>> few;
+  load_keys<T, kLanes, kEach, kWideEntries<T>, kWide>(few, from, n);
+  few.select(k);
+  if (row < rows) write_picks(few, from, values + row * k, indices + row * k, k);
+}
+
+template <typename T, int kEach>
+__global__ void __launch_bounds__(kFewThreads) few_of_columns_kernel(
+    const T* __restrict__ x,        // [N, n, M]
+    T* __restrict__ values,         // [N, M, k]
+    int32_t* __restrict__ indices,  // [N, M, k]
+    int64_t n, int64_t M, int64_t k) {
+  T* tile = dynamic_shared<T>();  // [width, n | 1]: an odd stride, so that no banks collide
+  const int64_t tiles = ceil_div(M, kWarp), stride = n | 1;
+  const int64_t a = blockIdx.x / tiles, m = blockIdx.x % tiles * kWarp;
+  const int64_t width = M - m < kWarp ? M - m : kWarp;
+  for (int64_t i = threadIdx.x; i < n * width; i += kFewThreads) {
+    tile[i % width * stride + i / width] = x[(a * n + i / width) * M + m + i % width];
+  }
+  __syncthreads();
+  for (int64_t c = threadIdx.x / kWarp; c < width; c += kFewThreads / kWarp) {
+    const T* from = tile + c * stride;
+    const int64_t row = a * M + m + c;
+    Few<OrderKey<T>, kWarp, kEach, 1> few;
+    load_keys<T, kWarp, kEach, 1, false>(few, from, n);
+    few.select(k);
+    write_picks(few, from, values + row * k, indices + row * k, k);
+  }
+}
+
+constexpr int kTile = 32;
+
+// [N, n, M] to [N, M, n], a tile of 32 x 32 a block of 32 x 8 threads.
+template <typename T>
+__global__ void __launch_bounds__(256) transpose_kernel(
+    const T* __restrict__ x,  // [N, n, M]
+    T* __restrict__ y,        // [N, M, n]
+    int64_t n, int64_t M) {
+  __shared__ T tile[kTile][kTile + 1];
+  const int64_t down = ceil_div(n, kTile), across = ceil_div(M, kTile);
+  const int64_t a = blockIdx.x / (down * across);
+  const int64_t i = blockIdx.x / across % down * kTile, m = blockIdx.x % across * kTile;
+  const int column = static_cast<int>(threadIdx.x) % kTile;
+  for (int row = static_cast<int>(threadIdx.x) / kTile; row < kTile; row += 8) {
+    if (i + row < n && m + column < M) {
+      tile[row][column] = x[(a * n + i + row) * M + m + column];
+    }
+  }
+  __syncthreads();
+  for (int row = static_cast<int>(threadIdx.x) / kTile; row < kTile; row += 8) {
+    if (m + row < M && i + column < n) {
+      y[(a * M + m + row) * n + i + column] = tile[column][row];
+    }
+  }
+}
+
+// The most picks that a block sorts.
+constexpr int64_t kMany = 4096;
+
+template <typename T, int kThreads, bool kStaged>
+__global__ void __launch_bounds__(kThreads) many_kernel(
+    const T* __restrict__ x,        // [rows, n]
+    T* __restrict__ values,         // [rows, k]
+    int32_t* __restrict__ indices,  // [rows, k]
+    int64_t n, int64_t k, int places /* k, up to a power of two */) {
+  using Key = OrderKey<T>;
+  using Cutter = BlockCut<Key, kThreads>;
+  using Scan = cub::BlockScan<int32_t, kThreads>;
+  __shared__ typename Cutter::Storage storage;
+  __shared__ int32_t taken;
+  auto* picks = dynamic_shared<Pick<Key>>();           // [places]
+  Key* keys = reinterpret_cast<Key*>(picks + places);  // [n] where kStaged
+  const int tid = static_cast<int>(threadIdx.x);
+  const int64_t row = blockIdx.x;
+  const T* from = x + row * n;
+  const auto key_at = [&](int64_t i) { return kStaged ? keys[i] : order_key(from[i]); };
+  if constexpr (kStaged) {
+    for (int64_t i = tid; i < n; i += kThreads) keys[i] = order_key(from[i]);
+  }
+  for (int i = tid; i < places; i += kThreads) picks[i] = no_pick<Key>();
+  if (tid == 0) taken = 0;
+  __syncthreads();
+
+  Cut<Key> cut{0, 0, true};  // k = n: all of them
+  if (k < n) cut = Cutter::find(storage, n, k, key_at);
+  // In any order: they are sorted after that.
+  const auto take = [&](int64_t i, Key key) {
+    picks[atomicAdd(&taken, 1)] = {key, static_cast<int32_t>(i)};
+  };
+  for (int64_t i = tid; i < n; i += kThreads) {
+    const Key key = key_at(i);
+    if (key > cut.key || (cut.all && key == cut.key)) take(i, key);
+  }
+  // The first ties, in order of index: more tie than there are places, mostly.
+  int32_t before = 0;
+  for (int64_t begin = 0; before < cut.ties; begin += kThreads) {
+    const int64_t i = begin + tid;
+    const bool ties = i < n && key_at(i) == cut.key;
+    int32_t rank, count;
+    Scan(storage.scan).ExclusiveSum(ties, rank, count);
+    if (ties && before + rank < cut.ties) take(i, cut.key);
+    before += count;
+    __syncthreads();
+  }
+  sort_picks(picks, places);
+  for (int64_t j = tid; j < k; j += kThreads) {
+    values[row * k + j] = from[picks[j].index];
+    indices[row * k + j] = picks[j].index;
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) first_kernel(
+    const T* __restrict__ x,             // [rows, n]
+    const int32_t* __restrict__ sorted,  // [rows, n]
+    T* __restrict__ values,              // [rows, k]
+    int32_t* __restrict__ indices,       // [rows, k]
+    int64_t n, int64_t k, int64_t rows) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < rows * k;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t row = i / k;
+    const int32_t index = sorted[row * n + i % k];
+    values[i] = x[row * n + index];
+    indices[i] = index;
+  }
+}
+
+template <typename T, int kLanes, int kEach>
+void few_of_rows(
+    const T* x, T* values, int32_t* indices, int64_t n, int64_t k, int64_t rows,
     cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(rows < (1 << 20) ? rows : (1 << 20));
-  topk_kernel<T, kThreads><<<blocks, kThreads, 0, stream>>>(x, values, indices, n, M, k, rows);
+  const bool wide = n % kWideEntries<T> == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  launch(
+      wide ? few_of_rows_kernel<T, kLanes, kEach, true>
+           : few_of_rows_kernel<T, kLanes, kEach, false>,
+      ceil_div(rows * kLanes, kFewThreads), kFewThreads, 0, stream, x, values, indices, n, k, rows);
+}
+
+template <typename T>
+size_t many_shared(int64_t n, int64_t places, bool staged) {
+  using Key = OrderKey<T>;
+  return static_cast<size_t>(places) * sizeof(Pick<Key>) + (staged ? n * sizeof(Key) : 0);
+}
+
+template <typename T, int kThreads>
+void many(
+    const T* x, T* values, int32_t* indices, int64_t n, int64_t k, int64_t rows,
+    cudaStream_t stream) {
+  int places = 1;
+  while (places < k) places *= 2;
+  const bool staged = static_cast<int64_t>(many_shared<T>(n, places, true)) <= shared_limit();
+  launch(
+      staged ? many_kernel<T, kThreads, true> : many_kernel<T, kThreads, false>, rows, kThreads,
+      many_shared<T>(n, places, staged), stream, x, values, indices, n, k, places);
+}
+
+// Chooses the kernel, and launches it if there is a workspace; returns how large that must be.
+template <typename T>
+size_t run(
+    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t rows,
+    void* memory, bool measure, cudaStream_t stream) {
+  Workspace workspace(memory);
+  if (rows == 0 || k == 0) return 0;
+  constexpr int64_t kLongest = 1024;
+  if (k <= kFew && n <= kLongest && M == 1) {
+    if (measure) return 0;
+    const auto with = [&](auto kernel) { kernel(x, values, indices, n, k, rows, stream); };
+    if (n <= 16) {
+      with(few_of_rows<T, 4, 4>);
+    } else if (n <= 32) {
+      with(few_of_rows<T, 8, 4>);
+    } else if (n <= 64) {
+      with(few_of_rows<T, 16, 4>);
+    } else if (n <= 128) {
+      with(few_of_rows<T, kWarp, 4>);
+    } else if (n <= 512) {
+      with(few_of_rows<T, kWarp, 16>);
+    } else {
+      with(few_of_rows<T, kWarp, 32>);
+    }
+    return 0;
+  }
+  const int64_t tile = std::min<int64_t>(M, kWarp) * (n | 1) * static_cast<int64_t>(sizeof(T));
+  if (k <= kFew && n <= kLongest && M > 1 && tile <= shared_limit()) {
+    if (measure) return 0;
+    launch(
+        n <= 256 ? few_of_columns_kernel<T, 8> : few_of_columns_kernel<T, 32>,
+        rows / M * ceil_div(M, kWarp), kFewThreads, static_cast<size_t>(tile), stream, x, values,
+        indices, n, M, k);
+    return 0;
+  }
+  if (M > 1) {
+    T* transposed = workspace.take<T>(rows * n);
+    if (!measure) {
+      launch(
+          transpose_kernel<T>, rows / M * ceil_div(n, kTile) * ceil_div(M, kTile), 256, 0, stream,
+          x, transposed, n, M);
+    }
+    x = transposed;
+  }
+  if (k > kMany) {
+    const int32_t* sorted = sort_rows(x, rows, n, workspace, !measure, stream);
+    if (!measure) {
+      launch(
+          first_kernel<T>, std::min<int64_t>(ceil_div(rows * k, 256), 1 << 20), 256, 0, stream, x,
+          sorted, values, indices, n, k, rows);
+    }
+  } else if (!measure) {
+    (n <= 2048 ? many<T, 256> : many<T, 1024>)(x, values, indices, n, k, rows, stream);
+  }
+  return workspace.size();
 }
 
 }  // namespace
 
 template <typename T>
-void topk(
-    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t rows,
-    CUstream_st* stream) {
-  if (rows == 0 || k == 0) return;
-  if (n <= 256) {
-    launch<T, 32>(x, values, indices, n, M, k, rows, stream);
-  } else {
-    launch<T, 256>(x, values, indices, n, M, k, rows, stream);
-  }
+size_t topk_workspace(int64_t n, int64_t M, int64_t k, int64_t rows) {
+  return run<T>(nullptr, nullptr, nullptr, n, M, k, rows, nullptr, true, nullptr);
 }
 
-template void topk(
-    const float*, float*, int32_t*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
-template void topk(
-    const double*, double*, int32_t*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
+template <typename T>
+void topk(
+    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t rows,
+    void* workspace, CUstream_st* stream) {
+  run(x, values, indices, n, M, k, rows, workspace, false, stream);
+}
+
+#define VMOE_INSTANTIATE(T)                                                                        \
+  template size_t topk_workspace<T>(int64_t, int64_t, int64_t, int64_t);                           \
+  template void topk(                                                                              \
+      const T*, T*, int32_t*, int64_t, int64_t, int64_t, int64_t, void*, CUstream_st*);
+VMOE_INSTANTIATE(float)
+VMOE_INSTANTIATE(double)
+#undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda

@@ -21,11 +21,25 @@ std::tuple<Tensor, Tensor> assign_slots(
   Tensor source = empty({G, E, C}, expert);
   by_dtype("assign_slots", priority, [&](auto zero) {
     using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("assign_slots", expert, {priority}, [&](auto stream) {
+      STD_TORCH_CHECK(
+          E <= cuda::assign_slots_most_experts(), "assign_slots: ", E, " experts, at most ",
+          cuda::assign_slots_most_experts(), " on this device");
+      const bool prioritised = priority_.has_value();
+      const Tensor scratch =
+          workspace(expert, cuda::assign_slots_workspace<T>(prioritised, G, tokens, K, E, C));
+      cuda::assign_slots(
+          read<int32_t>(expert), prioritised ? read<T>(priority) : nullptr, write<int32_t>(slot),
+          write<int32_t>(source), G, tokens, K, E, C, write<void>(scratch), stream);
+    });
+#else
     parallel(G, tokens * K + E * C, [&](int64_t begin, int64_t end) {
       cpu::assign_slots(
           read<int32_t>(expert), priority_ ? read<T>(priority) : nullptr, write<int32_t>(slot),
           write<int32_t>(source), tokens, K, E, C, begin, end);
     });
+#endif
   });
   return {slot, source};
 }

@@ -26,11 +26,20 @@ Tensor combine(
   Tensor out = empty({G, tokens, D}, y);
   by_row_dtype("combine", y, [&](auto zero) {
     using Row = decltype(zero);
+    const Compute<Row>* gates = gate ? read<Compute<Row>>(*gate) : nullptr;
+#ifdef VMOE_DEVICE_CUDA
+    on_device("combine", y, {gate.value_or(y), offsets, slots}, [&](auto stream) {
+      cuda::combine(
+          read<Row>(y), gates, read<int32_t>(offsets), read<int32_t>(slots), write<Row>(out), G,
+          tokens, E, C, D, stream);
+    });
+#else
     parallel(G * tokens, 2 * D, [&](int64_t begin, int64_t end) {
       cpu::combine(
-          read<Row>(y), gate ? read<Compute<Row>>(*gate) : nullptr, read<int32_t>(offsets),
-          read<int32_t>(slots), write<Row>(out), G, tokens, E, C, D, begin, end);
+          read<Row>(y), gates, read<int32_t>(offsets), read<int32_t>(slots), write<Row>(out), G,
+          tokens, E, C, D, begin, end);
     });
+#endif
   });
   return out;
 }
@@ -53,11 +62,19 @@ std::tuple<Tensor, Tensor> combine_backward(
   Tensor grad_gate = empty({G, E, C}, gate);
   by_row_dtype("combine_backward", y, [&](auto zero) {
     using Row = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("combine_backward", y, {grad, gate, token}, [&](auto stream) {
+      cuda::combine_backward(
+          read<Row>(grad), read<Row>(y), read<Compute<Row>>(gate), read<int32_t>(token),
+          write<Row>(grad_y), write<Compute<Row>>(grad_gate), G, tokens, E, C, D, stream);
+    });
+#else
     parallel(E * G * C, 2 * D, [&](int64_t begin, int64_t end) {
       cpu::combine_backward(
           read<Row>(grad), read<Row>(y), read<Compute<Row>>(gate), read<int32_t>(token),
           write<Row>(grad_y), write<Compute<Row>>(grad_gate), G, tokens, E, C, D, begin, end);
     });
+#endif
   });
   return {grad_y, grad_gate};
 }

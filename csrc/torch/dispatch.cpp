@@ -15,11 +15,19 @@ Tensor dispatch(const Tensor& x_, const Tensor& token_, const Tensor&, const Ten
   check_shape("dispatch", "token", token_, {G, E, C});
   const Tensor x = packed(x_), token = packed(token_);
   Tensor out = empty({E, G, C, D}, x);
+  const int64_t row_bytes = D * static_cast<int64_t>(x.element_size());
+#ifdef VMOE_DEVICE_CUDA
+  on_device("dispatch", x, {token}, [&](auto stream) {
+    cuda::dispatch(
+        read<char>(x), read<int32_t>(token), write<char>(out), G, tokens, E, C, row_bytes, stream);
+  });
+#else
   parallel(E * G * C, D, [&](int64_t begin, int64_t end) {
     cpu::dispatch(
-        read<char>(x), read<int32_t>(token), write<char>(out), G, tokens, E, C,
-        D * static_cast<int64_t>(x.element_size()), begin, end);
+        read<char>(x), read<int32_t>(token), write<char>(out), G, tokens, E, C, row_bytes, begin,
+        end);
   });
+#endif
   return out;
 }
 

@@ -14,11 +14,20 @@ std::tuple<Tensor, Tensor> invert_slots(const Tensor& token_, int64_t tokens) {
   const Tensor token = packed(token_);
   Tensor offsets = empty({G, tokens + 1}, token);
   Tensor slots = empty({G, S}, token);
+#ifdef VMOE_DEVICE_CUDA
+  on_device("invert_slots", token, {}, [&](auto stream) {
+    const Tensor scratch = workspace(token, cuda::invert_slots_workspace(G, S, tokens));
+    cuda::invert_slots(
+        read<int32_t>(token), write<int32_t>(offsets), write<int32_t>(slots), G, S, tokens,
+        write<void>(scratch), stream);
+  });
+#else
   parallel(G, S + tokens, [&](int64_t begin, int64_t end) {
     cpu::invert_slots(
         read<int32_t>(token), write<int32_t>(offsets), write<int32_t>(slots), S, tokens, begin,
         end);
   });
+#endif
   return {offsets, slots};
 }
 

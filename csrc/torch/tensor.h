@@ -174,11 +174,28 @@ void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
 }
 
 #ifdef VMOE_DEVICE_CUDA
-inline cudaStream_t current_stream(const Tensor& tensor) {
+// Calls body(stream) with the device of `tensor` current and the stream that torch uses there;
+// `others` must be on that device too. A launch that failed is an error.
+template <typename Body>
+void on_device(
+    const char* op, const Tensor& tensor, std::initializer_list<Tensor> others, Body&& body) {
+  const auto device = tensor.get_device_index();
+  for (const Tensor& other : others) {
+    STD_TORCH_CHECK(
+        other.is_cuda() && other.get_device_index() == device, op,
+        ": not all tensors are on cuda:", device);
+  }
+  const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  body(static_cast<cudaStream_t>(stream));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Memory for one call: torch's allocator gives it back in the stream's order, also while a CUDA
+// graph is captured.
+inline Tensor workspace(const Tensor& like, size_t bytes) {
+  return empty({static_cast<int64_t>(bytes)}, like, ScalarType::Byte);
 }
 #endif
 

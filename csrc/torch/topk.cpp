@@ -25,10 +25,12 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x_, int64_t k, int64_t dim) {
   by_dtype("topk", x, [&](auto zero) {
     using T = decltype(zero);
 #ifdef VMOE_DEVICE_CUDA
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    cuda::topk(
-        read<T>(x), write<T>(values), write<int32_t>(indices), n, M, k, N * M, current_stream(x));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    on_device("topk", x, {}, [&](auto stream) {
+      const Tensor scratch = workspace(x, cuda::topk_workspace<T>(n, M, k, N * M));
+      cuda::topk(
+          read<T>(x), write<T>(values), write<int32_t>(indices), n, M, k, N * M,
+          write<void>(scratch), stream);
+    });
 #else
     parallel(N * M, n, [&](int64_t begin, int64_t end) {
       cpu::topk(read<T>(x), write<T>(values), write<int32_t>(indices), n, M, k, begin, end);

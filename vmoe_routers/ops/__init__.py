@@ -4,19 +4,15 @@
 documented form. `vmoe_routers.ops.reference` has them all in plain PyTorch.
 """
 
-import torch
-
 try:
-    from vmoe_routers import _C
+    from vmoe_routers import _C  # noqa: F401  (registers the CPU kernels)
 except ImportError as error:
     raise ImportError(
         "vmoe_routers has no compiled kernels here: install it (pip install .), and do not "
         f"import its source folder in their stead ({error})"
     ) from error
 
-if _C.cuda_built and torch.version.cuda:
-    from vmoe_routers import _C_cuda  # noqa: F401  (registers the CUDA kernels)
-
+from vmoe_routers.ops._cuda import WITHOUT_CUDA  # noqa: F401  (loads the CUDA kernels)
 from vmoe_routers.ops.assign_slots import assign_slots
 from vmoe_routers.ops.combine import combine
 from vmoe_routers.ops.dispatch import dispatch

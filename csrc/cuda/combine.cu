@@ -1,0 +1,114 @@
+#include "../combine.h"
+#include "../slot_row.h"
+#include "rows.h"
+
+namespace vmoe::cuda {
+namespace {
+
+__device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
+
+// A token's slots one after another into registers: no atomics, one order, as on the CPU.
+template <typename Row, int kEntries>
+__global__ void __launch_bounds__(kRowThreads) combine_kernel(
+    const Row* __restrict__ y,              // [E, G, C, D]
+    const Compute<Row>* __restrict__ gate,  // [G, E, C] or null
+    const int32_t* __restrict__ offsets,    // [G, T + 1]
+    const int32_t* __restrict__ slots,      // [G, E * C]
+    Row* __restrict__ out,                  // [G, T, D]
+    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D) {
+  using T = Compute<Row>;
+  const int64_t row = row_of_warp();
+  if (row >= G * tokens) return;
+  const int64_t g = row / tokens, t = row % tokens;
+  const int32_t begin = offsets[g * (tokens + 1) + t], end = offsets[g * (tokens + 1) + t + 1];
+  for (int64_t piece = lane_of_warp(); piece < D / kEntries; piece += kWarp) {
+    T total[kEntries] = {};
+    for (int32_t i = begin; i < end; ++i) {
+      const int64_t s = slots[g * E * C + i];
+      const T weight = gate ? gate[g * E * C + s] : T{1};
+      const auto from = load_piece<kEntries>(y + row_of_slot(g, s, G, C) * D, piece);
+#pragma unroll
+      for (int d = 0; d < kEntries; ++d) total[d] = fused(weight, widen(from.entry[d]), total[d]);
+    }
+    Piece<Row, kEntries> sum;
+#pragma unroll
+    for (int d = 0; d < kEntries; ++d) sum.entry[d] = narrow<Row>(total[d]);
+    store_piece<kEntries>(out + row * D, piece, sum);
+  }
+}
+
+template <typename Row, int kEntries>
+__global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(
+    const Row* __restrict__ grad_out,       // [G, T, D]
+    const Row* __restrict__ y,              // [E, G, C, D]
+    const Compute<Row>* __restrict__ gate,  // [G, E, C]
+    const int32_t* __restrict__ token,      // [G, E, C]
+    Row* __restrict__ grad_y,               // [E, G, C, D]
+    Compute<Row>* __restrict__ grad_gate,   // [G, E, C]
+    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D) {
+  using T = Compute<Row>;
+  const int64_t row = row_of_warp();
+  if (row >= E * G * C) return;
+  const SlotRow at = slot_of_row(row, G, E, C);
+  const int32_t t = token[at.slot];
+  const bool filled = t >= 0 && t < tokens;
+  const T weight = filled ? gate[at.slot] : T{0};
+  const Row* from = grad_out + (at.group * tokens + (filled ? t : 0)) * D;
+  T dot = 0;
+  for (int64_t piece = lane_of_warp(); piece < D / kEntries; piece += kWarp) {
+    Piece<Row, kEntries> to = {};
+    if (filled) {  // what lies in an empty slot must not come through
+      const auto grad = load_piece<kEntries>(from, piece);
+      const auto value = load_piece<kEntries>(y + row * D, piece);
+#pragma unroll
+      for (int d = 0; d < kEntries; ++d) {
+        to.entry[d] = narrow<Row>(weight * widen(grad.entry[d]));
+        dot = fused(widen(grad.entry[d]), widen(value.entry[d]), dot);
+      }
+    }
+    store_piece<kEntries>(grad_y + row * D, piece, to);
+  }
+  for (int turn = kWarp / 2; turn > 0; turn /= 2) dot += __shfl_xor_sync(kAllLanes, dot, turn);
+  if (lane_of_warp() == 0) grad_gate[at.slot] = dot;
+}
+
+}  // namespace
+
+template <typename Row>
+void combine(
+    const Row* y, const Compute<Row>* gate, const int32_t* offsets, const int32_t* slots, Row* out,
+    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D, CUstream_st* stream) {
+  launch(
+      in_wide_pieces<Row>(D, y, out) ? combine_kernel<Row, kWideEntries<Row>>
+                                     : combine_kernel<Row, 1>,
+      blocks_of_rows(G * tokens), kRowThreads, 0, stream, y, gate, offsets, slots, out, G, tokens,
+      E, C, D);
+}
+
+template <typename Row>
+void combine_backward(
+    const Row* grad_out, const Row* y, const Compute<Row>* gate, const int32_t* token, Row* grad_y,
+    Compute<Row>* grad_gate, int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D,
+    CUstream_st* stream) {
+  launch(
+      in_wide_pieces<Row>(D, grad_out, y, grad_y) ? combine_backward_kernel<Row, kWideEntries<Row>>
+                                                  : combine_backward_kernel<Row, 1>,
+      blocks_of_rows(E * G * C), kRowThreads, 0, stream, grad_out, y, gate, token, grad_y,
+      grad_gate, G, tokens, E, C, D);
+}
+
+#define VMOE_INSTANTIATE(Row)                                                                      \
+  template void combine(                                                                           \
+      const Row*, const Compute<Row>*, const int32_t*, const int32_t*, Row*, int64_t, int64_t,     \
+      int64_t, int64_t, int64_t, CUstream_st*);                                                    \
+  template void combine_backward(                                                                  \
+      const Row*, const Row*, const Compute<Row>*, const int32_t*, Row*, Compute<Row>*, int64_t,   \
+      int64_t, int64_t, int64_t, int64_t, CUstream_st*);
+VMOE_INSTANTIATE(float)
+VMOE_INSTANTIATE(double)
+VMOE_INSTANTIATE(BFloat16)
+VMOE_INSTANTIATE(Float16)
+#undef VMOE_INSTANTIATE
+
+}  // namespace vmoe::cuda

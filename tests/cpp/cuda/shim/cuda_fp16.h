@@ -1,0 +1,29 @@
+// cuda_fp16 -- float16's conversions, as far as the kernels use them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+struct __half {
+  unsigned short bits;
+};
+
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
+inline unsigned short __half_as_ushort(__half value) { return value.bits; }
+inline float __half2float(__half value) {
+  const int exponent = value.bits >> 10 & 31, fraction = value.bits & 1023;
+  const float sign = value.bits >> 15 ? -1.0f : 1.0f;
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(fraction), -24);
+  return sign * std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+}
+inline __half __float2half_rn(float value) {
+  const auto sign = static_cast<unsigned short>(std::signbit(value) ? 0x8000 : 0);
+  if (std::isnan(value)) return {0x7FFF};
+  const float size = std::abs(value);
+  if (size >= 65520) return {static_cast<unsigned short>(sign | 0x7C00)};
+  // In units of the last place, which below 2^-14 does not shrink any further. nearbyint
+  // rounds to even; a carry into the exponent is what it should be.
+  const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
+  const auto units = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+  return {static_cast<unsigned short>(sign | (units + ((exponent + 14) << 10)))};
+}

@@ -1,0 +1,327 @@
+// runner -- the threads of a block as fibers of one host thread; cuda_runtime.h beside this says
+// what for.
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(memory, size)
+#define ASAN_UNPOISON_MEMORY_REGION(memory, size)
+#endif
+
+// Where __shared__ variables lie; none where no kernel has any.
+extern "C" {
+extern char __start_cuda_shared[] __attribute__((weak));
+extern char __stop_cuda_shared[] __attribute__((weak));
+}
+
+namespace shim {
+namespace {
+
+constexpr size_t kStack = 256 << 10;
+constexpr size_t kLargestShared = 227 << 10;
+constexpr uint64_t kCanary = 0x5AFE57AC5AFE57AC;
+constexpr int kRubbish = 0xA5;
+
+enum class State { kReady, kBlock, kWarp, kDone };
+
+struct Fiber {
+  State state = State::kReady;
+  bool started = false;
+  uint3 index{};
+  // Of the operation it waits in.
+  const char* barrier = "";
+  WarpOp op{};
+  unsigned mask = 0;
+  uint64_t value = 0, result = 0;
+  int source = 0;
+
+  std::unique_ptr<char, int (*)(char*)> stack{nullptr, [](char* p) { return munmap(p, kStack); }};
+  ucontext_t start;
+  void* registers[5];
+  void* fake_stack = nullptr;  // ASan's
+};
+
+std::vector<Fiber> fibers;
+Fiber* current = nullptr;
+const std::function<void()>* body = nullptr;
+size_t block_size = 0;
+alignas(128) char dynamic[kLargestShared];
+
+void* scheduler_registers[5];
+#if defined(__SANITIZE_ADDRESS__)
+void* scheduler_fake_stack = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+#endif
+
+const char* name(WarpOp op) {
+  constexpr const char* kNames[] = {"__syncwarp",        "a shuffle",         "__ballot_sync",
+                                    "__match_any_sync",  "__reduce_min_sync", "__reduce_max_sync",
+                                    "__reduce_add_sync", "__reduce_or_sync"};
+  return kNames[static_cast<int>(op)];
+}
+
+[[noreturn]] void fail(const char* what) {
+  fprintf(
+      stderr, "CUDA on the host: %s, in block %u of %u, %zu threads:\n", what, blockIdx.x,
+      gridDim.x, block_size);
+  for (size_t i = 0; i < block_size; ++i) {
+    const Fiber& fiber = fibers[i];
+    fprintf(stderr, "  thread %zu ", i);
+    if (fiber.state == State::kBlock) {
+      fprintf(stderr, "waits in %s\n", fiber.barrier);
+    } else if (fiber.state == State::kWarp) {
+      fprintf(stderr, "waits in %s of the lanes %08x\n", name(fiber.op), fiber.mask);
+    } else {
+      fprintf(stderr, fiber.state == State::kDone ? "has returned\n" : "runs\n");
+    }
+  }
+  abort();
+}
+
+// The compiler's own setjmp: a switch without a system call, and no libc that minds the stack.
+// Not instrumented: ASan would unpoison the stack that is left. The two halves must not be in
+// one function.
+__attribute__((noinline, noreturn, no_sanitize("address"))) void go(void** to) {
+  __builtin_longjmp(to, 1);
+}
+
+__attribute__((noinline, no_sanitize("address"))) void jump(void** from, void** to) {
+  if (__builtin_setjmp(from) == 0) go(to);
+}
+
+void to_scheduler() {
+#if defined(__SANITIZE_ADDRESS__)
+  const bool last = current->state == State::kDone;
+  __sanitizer_start_switch_fiber(
+      last ? nullptr : &current->fake_stack, scheduler_stack, scheduler_stack_size);
+#endif
+  jump(current->registers, scheduler_registers);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(current->fake_stack, nullptr, nullptr);
+#endif
+}
+
+void run_fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+  (*body)();
+  current->state = State::kDone;
+  to_scheduler();
+}
+
+__attribute__((noinline, no_sanitize("address"))) void enter(Fiber& fiber) {
+  if (__builtin_setjmp(scheduler_registers) != 0) return;
+  if (fiber.started) go(fiber.registers);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.index;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), kStack);
+#endif
+  enter(fiber);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+// Hands out what the lanes of `mask` wait for, all of which are there.
+void complete(Fiber* warp, unsigned mask, WarpOp op) {
+  const auto taking_part = [&](int lane) { return mask >> lane & 1; };
+  uint64_t all = op == WarpOp::kMin ? UINT64_MAX : 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!taking_part(lane)) continue;
+    const uint64_t value = warp[lane].value;
+    if (op == WarpOp::kBallot) all |= value << lane;
+    if (op == WarpOp::kMin) all = std::min(all, value);
+    if (op == WarpOp::kMax) all = std::max(all, value);
+    if (op == WarpOp::kAdd) all += value;
+    if (op == WarpOp::kOr) all |= value;
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!taking_part(lane)) continue;
+    Fiber& fiber = warp[lane];
+    fiber.result = all;
+    if (op == WarpOp::kShuffle) {
+      if (!taking_part(fiber.source)) fail("a shuffle from a lane outside its mask");
+      fiber.result = warp[fiber.source].value;
+    }
+    if (op == WarpOp::kMatch) {
+      fiber.result = 0;
+      for (int other = 0; other < 32; ++other) {
+        if (taking_part(other) && warp[other].value == fiber.value) {
+          fiber.result |= uint64_t{1} << other;
+        }
+      }
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    if (taking_part(lane)) warp[lane].state = State::kReady;
+  }
+}
+
+// True when the operation that `fiber` waits in has everyone it asks for.
+bool is_complete(const Fiber* warp, size_t lanes, const Fiber& fiber) {
+  if (lanes < 32 && fiber.mask >> lanes) fail("a mask names lanes that the block has not");
+  for (size_t lane = 0; lane < lanes; ++lane) {
+    if (!(fiber.mask >> lane & 1)) continue;
+    const Fiber& other = warp[lane];
+    if (other.state == State::kDone) fail("a mask names a lane that has returned");
+    if (other.state != State::kWarp) return false;
+    if (other.op != fiber.op || other.mask != fiber.mask) {
+      fail("lanes of one mask are in different operations");
+    }
+  }
+  return true;
+}
+
+void release() {
+  size_t at_barrier = 0, done = 0;
+  for (size_t first = 0; first < block_size; first += 32) {
+    Fiber* warp = &fibers[first];
+    const size_t lanes = std::min<size_t>(32, block_size - first);
+    for (size_t lane = 0; lane < lanes; ++lane) {
+      const Fiber& fiber = warp[lane];
+      if (fiber.state == State::kWarp && is_complete(warp, lanes, fiber)) {
+        complete(warp, fiber.mask, fiber.op);
+      }
+      at_barrier += fiber.state == State::kBlock;
+      done += fiber.state == State::kDone;
+    }
+  }
+  if (at_barrier > 0 && done > 0) fail("a barrier that not all threads of the block reach");
+  if (at_barrier < block_size) return;
+  uint64_t sum = 0;
+  for (size_t i = 0; i < block_size; ++i) {
+    if (fibers[i].barrier != fibers[0].barrier)
+      fail("threads of a block are at different barriers");
+    sum += fibers[i].value;
+  }
+  for (size_t i = 0; i < block_size; ++i) {
+    fibers[i].state = State::kReady;
+    fibers[i].result = sum;
+  }
+}
+
+__attribute__((no_sanitize("address"))) void spoil_shared(size_t size) {
+  // By hand: the red zones between the variables are written too.
+  for (volatile char* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) {
+    *p = static_cast<char>(kRubbish);
+  }
+  ASAN_UNPOISON_MEMORY_REGION(dynamic, kLargestShared);
+  for (size_t i = 0; i < size; ++i) dynamic[i] = static_cast<char>(kRubbish);
+  ASAN_POISON_MEMORY_REGION(dynamic + size, kLargestShared - size);
+}
+
+void prepare(Fiber& fiber, size_t i, dim3 block) {
+  if (!fiber.stack) {
+    void* memory =
+        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) fail("no memory for stacks");
+    fiber.stack.reset(static_cast<char*>(memory));
+    memcpy(fiber.stack.get(), &kCanary, sizeof(kCanary));
+  }
+  fiber.state = State::kReady;
+  fiber.started = false;
+  const auto x = static_cast<unsigned>(i);
+  fiber.index = {x % block.x, x / block.x % block.y, x / block.x / block.y};
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = kStack;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, run_fiber, 0);
+}
+
+class Order {
+ public:
+  explicit Order(size_t size) : order_(size) {
+    for (size_t i = 0; i < size; ++i) {
+      order_[i] = schedule == Schedule::kBackward ? size - 1 - i : i;
+    }
+  }
+  const std::vector<size_t>& next() {
+    if (schedule == Schedule::kShuffled) std::shuffle(order_.begin(), order_.end(), random_);
+    return order_;
+  }
+
+ private:
+  std::vector<size_t> order_;
+  std::mt19937 random_{1};
+};
+
+void run_block(dim3 block, size_t shared, Order& order) {
+  spoil_shared(shared);
+  for (size_t i = 0; i < block_size; ++i) prepare(fibers[i], i, block);
+  const auto ready = [](const Fiber& fiber) { return fiber.state == State::kReady; };
+  const auto end = fibers.begin() + static_cast<int64_t>(block_size);
+  while (std::any_of(fibers.begin(), end, ready)) {
+    for (const size_t i : order.next()) {
+      if (ready(fibers[i])) resume(fibers[i]);
+    }
+    release();
+  }
+  for (size_t i = 0; i < block_size; ++i) {
+    if (fibers[i].state != State::kDone) fail("threads wait for each other for ever");
+    if (memcmp(fibers[i].stack.get(), &kCanary, sizeof(kCanary)) != 0) fail("a stack overflow");
+  }
+}
+
+}  // namespace
+
+void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread) {
+  block_size = size_t{block.x} * block.y * block.z;
+  gridDim = grid;
+  blockDim = block;
+  if (block_size == 0 || block_size > 1024) fail("a block of no or of more than 1024 threads");
+  if (size_t{grid.x} * grid.y * grid.z == 0) fail("a grid without blocks");
+  if (shared > shared_limit) fail("more shared memory than a block may have");
+  if (fibers.size() < block_size) fibers.resize(block_size);
+  body = &thread;
+  Order threads(block_size), blocks(size_t{grid.x} * grid.y * grid.z);
+  for (const size_t i : blocks.next()) {
+    const auto x = static_cast<unsigned>(i);
+    blockIdx = {x % grid.x, x / grid.x % grid.y, x / grid.x / grid.y};
+    run_block(block, shared, threads);
+  }
+}
+
+void* dynamic_shared() { return dynamic; }
+
+int lane() { return static_cast<int>((current - fibers.data()) % 32); }
+
+int wait_for_block(const char* barrier, int value) {
+  current->state = State::kBlock;
+  current->barrier = barrier;
+  current->value = static_cast<uint64_t>(value);
+  to_scheduler();
+  return static_cast<int>(current->result);
+}
+
+uint64_t wait_for_warp(WarpOp op, unsigned mask, uint64_t value, int source) {
+  current->state = State::kWarp;
+  current->op = op;
+  current->mask = mask;
+  current->value = value;
+  current->source = source;
+  if (!(mask >> lane() & 1)) fail("a mask without the lane that calls");
+  to_scheduler();
+  return current->result;
+}
+
+}  // namespace shim

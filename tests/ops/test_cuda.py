@@ -1,0 +1,74 @@
+"""CUDA where it is not: a clear refusal. Where it is: what only a GPU can show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import tied
+
+from vmoe_routers import ops
+
+
+def on_cuda(op: str, *arguments):
+    """The kernel that a CUDA tensor would reach, called without one."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return getattr(torch.ops.vmoe_routers, op).default.redispatch(keys, *arguments)
+
+
+def test_an_op_without_a_kernel_says_how_to_get_it():
+    x, token = torch.randn(2, 3, 4), torch.zeros(2, 3, 1, dtype=torch.int32)
+    calls = {"ksparse_projection": (x[0], 1), "topk": (x, 1, 1), "invert_slots": (token, 3)}
+    for op, arguments in calls.items():
+        if op in ops.WITHOUT_CUDA:
+            with pytest.raises(NotImplementedError, match=rf"vmoe_routers: {op} .*CUDA"):
+                on_cuda(op, *arguments)
+
+
+def test_every_op_has_a_kernel_or_a_refusal():
+    registered = set(torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"))
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
+        if name.startswith("vmoe_routers::"):
+            assert name in registered
+
+
+def route(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Token Choice with batch priority, from logits to the sum of its slots."""
+    gates = logits.softmax(-1)
+    values, expert = ops.topk(gates, 2)
+    _, source = ops.assign_slots(expert, logits.shape[-1], 5, values[..., 0])
+    token = torch.where(source < 0, -1, source // 2)
+    offsets, slots = ops.invert_slots(token, x.shape[1])
+    y = ops.dispatch(x, token, offsets, slots)
+    flat = values.flatten(1).gather(1, source.flatten(1).clamp(min=0).long())
+    return ops.combine(y, flat.view(source.shape), token, offsets, slots)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+class TestOnAGpu:
+    def test_a_graph_can_be_captured_and_replayed(self):
+        x, logits = torch.randn(2, 30, 16, device="cuda"), tied(2, 30, 8, levels=9).float().cuda()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            route(x, logits)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = route(x, logits)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, route(x, logits))
+
+    def test_the_same_every_time_and_as_on_the_cpu(self):
+        x, logits = torch.randn(4, 196, 32, device="cuda"), tied(4, 196, 32, levels=50).float().cuda()
+        first = route(x, logits)
+        for _ in range(5):
+            assert torch.equal(route(x, logits), first)
+        torch.testing.assert_close(route(x.cpu(), logits.cpu()), first.cpu())
+
+    def test_runs_on_the_current_stream(self):
+        x = torch.randn(8, 4096, 64, device="cuda")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            values, _ = ops.topk(torch.cumsum(x.abs(), 1), 3, 1)
+        stream.synchronize()
+        assert torch.equal(values[..., 0], torch.cumsum(x.abs(), 1)[:, -1])

@@ -1,0 +1,47 @@
+"""What a CUDA tensor gets from an op that has no CUDA kernel here: an error that says how to get it."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from vmoe_routers import _C
+
+if _C.cuda_built and torch.version.cuda:
+    from vmoe_routers import _C_cuda  # noqa: F401  (registers the CUDA kernels)
+
+# Registrations last as long as this object.
+_library = torch.library.Library("vmoe_routers", "IMPL")
+
+
+def _why(op: str) -> str:
+    if _C.cuda_built and torch.version.cuda:
+        return f"vmoe_routers: {op} has no CUDA kernel yet: move its tensors to the CPU"
+    if _C.cuda_built:
+        return f"vmoe_routers: {op} on a CUDA tensor, but torch {torch.__version__} has no CUDA: install one that has"
+    return (
+        f"vmoe_routers: {op} on a CUDA tensor, but vmoe_routers was built for the CPU alone: with nvcc >= 12.0 and a "
+        "torch with CUDA here, build it again by pip install --no-build-isolation --force-reinstall "
+        "-C cmake.define.VMOE_CUDA=ON ., or move the tensors to the CPU"
+    )
+
+
+def _refuse(op: str) -> None:
+    def kernel(*args: object) -> NoReturn:
+        raise NotImplementedError(_why(op))
+
+    _library.impl(op, kernel, "CUDA")
+
+
+def _without_kernel() -> frozenset[str]:
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    ours = {name.removeprefix("vmoe_routers::") for name in names if name.startswith("vmoe_routers::")}
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(op for op in ours if not has_kernel(f"vmoe_routers::{op}", "CUDA"))
+
+
+# The ops that have a kernel for the CPU alone. Each gets the error for its CUDA kernel.
+WITHOUT_CUDA = _without_kernel()
+for _op in WITHOUT_CUDA:
+    _refuse(_op)
