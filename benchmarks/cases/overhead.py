@@ -20,12 +20,18 @@ def calls(size: Size, device: str) -> dict[str, tuple[Callable[[], Sequence[Tens
     scores = torch.randn(1, T, E, device=device, requires_grad=True)
     x = torch.randn(1, T, D, device=device, requires_grad=True)
     y = torch.randn(E, 1, 1, D, device=device, requires_grad=True)
+    rows = torch.randn(E, 1, D, device=device, requires_grad=True)
+    phi = torch.randn(D, E, device=device, requires_grad=True)
     gate = torch.rand(1, E, 1, device=device, requires_grad=True)
     expert = torch.arange(T, dtype=torch.int32, device=device).view(1, T, 1) % E
+    chosen = ops.topk(scores, 1)[1]
+    w1, b1, w2, b2 = (torch.randn(E, *sizes, device=device, requires_grad=True) for sizes in ((D, D), (D,)) * 2)
     token = ops.assign_slots(expert, E, 1)[1]
     offsets, slots = ops.invert_slots(token, T)
     return {
         "topk": (lambda: ops.topk(scores, 1), (scores,)),
+        "softmax_topk": (lambda: ops.softmax_topk(scores, 1), (scores,)),
+        "softmax_gather": (lambda: [ops.softmax_gather(scores, chosen)], (scores,)),
         "assign_slots": (lambda: ops.assign_slots(expert, E, 1), ()),
         "invert_slots": (lambda: ops.invert_slots(token, T), ()),
         "dispatch": (lambda: [ops.dispatch(x, token, offsets, slots)], (x,)),
@@ -33,6 +39,8 @@ def calls(size: Size, device: str) -> dict[str, tuple[Callable[[], Sequence[Tens
         "sinkhorn": (lambda: [sinkhorn(scores, iterations=1)], (scores,)),
         "ksparse_projection": (lambda: [ksparse_projection(scores, 1)], (scores,)),
         "ksparse_transport": (lambda: [ksparse_transport(scores, 1, iterations=1)], (scores,)),
+        "grouped_mlp": (lambda: [ops.grouped_mlp(rows, w1, b1, w2, b2)], (rows, w1, b1, w2, b2)),
+        "soft_logits": (lambda: [ops.soft_logits(x, phi)], (x, phi)),
         "soft_mix": (lambda: [ops.soft_mix(scores, x, 1)], (scores, x)),
     }
 
@@ -58,6 +66,8 @@ def build(size: Size, device: str, *, name: str) -> Case:
 
 NAMES = (
     "topk",
+    "softmax_topk",
+    "softmax_gather",
     "assign_slots",
     "invert_slots",
     "dispatch",
@@ -65,6 +75,8 @@ NAMES = (
     "sinkhorn",
     "ksparse_projection",
     "ksparse_transport",
+    "grouped_mlp",
+    "soft_logits",
     "soft_mix",
 )
 ENTRIES = tuple(Entry("overhead", partial(build, name=name), default=TINY, quick=TINY) for name in NAMES)

@@ -1,14 +1,12 @@
 #include "../grouped_mlp.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <atomic>
 #include <cstring>
 #include <numeric>
 #include <vector>
 
 #include "../filled_rows.h"
-#include "tensor.h"
+#include "product.h"
 
 namespace vmoe {
 namespace {
@@ -53,33 +51,6 @@ Sizes check(
 FilledRows rows_of(const Sizes& sizes, const std::optional<Tensor>& filled) {
   const int64_t C = sizes.G > 0 ? sizes.N / sizes.G : 0;
   return {filled ? read<int32_t>(*filled) : nullptr, sizes.E, sizes.G, C};
-}
-
-// Tensors upon memory, for torch's product: [rows, columns], and its transpose.
-template <typename T>
-Tensor strided(
-    const T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
-  return torch::stable::from_blob(
-      const_cast<T*>(data), {rows, columns}, {row_stride, column_stride},
-      torch::headeronly::DeviceType::CPU, sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double);
-}
-
-template <typename T>
-Tensor matrix(const T* data, int64_t rows, int64_t columns, int64_t row_stride) {
-  return strided(data, rows, columns, row_stride, 1);
-}
-
-template <typename T>
-Tensor transposed(const T* data, int64_t rows, int64_t columns, int64_t row_stride) {
-  return strided(data, columns, rows, 1, row_stride);
-}
-
-// out = a b, or out += a b. Torch's CPU product itself, behind the dispatcher: neither autocast
-// nor autograd sees it, and within parallel_for it runs on one thread.
-void product(const Tensor& a, const Tensor& b, const Tensor& out, bool add = false) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1)
-          : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
 // body(task, scratch) for every task, in parallel; whoever is free takes the next one, since
@@ -195,13 +166,13 @@ std::tuple<Tensor, Tensor> grouped_mlp(
       const T* xs = gather(rows, block, read<T>(x) + e * N * D, D, scratch);
       T* product_of = save ? write<T>(hidden) + (e * N + block.begin) * F : act_of;
       T* ys = place(rows, block, y_of, out, act_of + most * F);
-      product(
-          matrix(xs, count, D, D), matrix(read<T>(w1) + e * D * F, D, F, F),
-          matrix(product_of, count, F, F));
+      multiply(
+          matrix(product_of, count, F), matrix(xs, count, D),
+          matrix(read<T>(w1) + e * D * F, D, F));
       cpu::bias_gelu(product_of, at<T>(b1, e * F), act_of, count, F, F, act == "gelu_tanh");
-      product(
-          matrix(act_of, count, F, F), matrix(read<T>(w2) + e * F * out, F, out, out),
-          matrix(ys, count, out, out));
+      multiply(
+          matrix(ys, count, out), matrix(act_of, count, F),
+          matrix(read<T>(w2) + e * F * out, F, out));
       scatter(rows, block, ys, at<T>(b2, e * out), out, y_of);
     });
   });
@@ -284,30 +255,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_mlp_backward(
             hidden_of = read<T>(hidden) + (e * N + block.begin) * F + f;
             hidden_stride = F;
           } else {
-            product(
-                matrix(xs, count, D, D), matrix(w1_of + f, D, columns, F),
-                matrix(act_of, count, columns, columns));
+            multiply(
+                matrix(act_of, count, columns), matrix(xs, count, D),
+                matrix(w1_of + f, D, columns, F));
           }
-          product(
-              matrix(grads, count, out, out), transposed(w2_of + f * out, columns, out, out),
-              matrix(grad_act, count, columns, columns));
+          multiply(
+              matrix(grad_act, count, columns), matrix(grads, count, out),
+              transposed(w2_of + f * out, columns, out));
           cpu::bias_gelu_backward(
               hidden_of, at<T>(b1, e * F + f), act_of, grad_act,
               of_weights ? write<T>(grad_b1) + e * F + f : nullptr, count, columns, hidden_stride,
               act == "gelu_tanh");
           if (of_weights) {
-            const bool add = i > first_block[e];
-            product(
-                transposed(act_of, count, columns, columns), matrix(grads, count, out, out),
-                matrix(write<T>(grad_w2) + (e * F + f) * out, columns, out, out), add);
-            product(
-                transposed(xs, count, D, D), matrix(grad_act, count, columns, columns),
-                matrix(write<T>(grad_w1) + e * D * F + f, D, columns, F), add);
+            const bool first = i == first_block[e];
+            multiply_add(
+                matrix(write<T>(grad_w2) + (e * F + f) * out, columns, out),
+                transposed(act_of, count, columns), matrix(grads, count, out), first);
+            multiply_add(
+                matrix(write<T>(grad_w1) + e * D * F + f, D, columns, F), transposed(xs, count, D),
+                matrix(grad_act, count, columns), first);
           }
           if (of_x) {
-            product(
-                matrix(grad_act, count, columns, columns), transposed(w1_of + f, D, columns, F),
-                matrix(sum, count, D, D), chunk > part);
+            multiply_add(
+                matrix(sum, count, D), matrix(grad_act, count, columns),
+                transposed(w1_of + f, D, columns, F), chunk == part);
           }
         }
         if (of_weights && part == 0) {

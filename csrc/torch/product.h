@@ -8,6 +8,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "tensor.h"
@@ -25,23 +26,31 @@ Tensor view(
       dtype);
 }
 
-// Packed [rows, columns], and its transpose [columns, rows].
+// [rows, columns], rows `stride` apart, and its transpose [columns, rows].
+template <typename T>
+Tensor matrix(const T* data, int64_t rows, int64_t columns, int64_t stride) {
+  return view(data, {rows, columns}, {stride, 1});
+}
 template <typename T>
 Tensor matrix(const T* data, int64_t rows, int64_t columns) {
-  return view(data, {rows, columns}, {columns, 1});
+  return matrix(data, rows, columns, columns);
+}
+template <typename T>
+Tensor transposed(const T* data, int64_t rows, int64_t columns, int64_t stride) {
+  return view(data, {columns, rows}, {1, stride});
 }
 template <typename T>
 Tensor transposed(const T* data, int64_t rows, int64_t columns) {
-  return view(data, {columns, rows}, {1, columns});
+  return transposed(data, rows, columns, columns);
 }
 
-// `count` of them.
+// `count` packed ones.
 template <typename T>
 Tensor matrices(const T* data, int64_t count, int64_t rows, int64_t columns) {
   return view(data, {count, rows, columns}, {rows * columns, columns, 1});
 }
 template <typename T>
-Tensor transposed(const T* data, int64_t count, int64_t rows, int64_t columns) {
+Tensor transposed_matrices(const T* data, int64_t count, int64_t rows, int64_t columns) {
   return view(data, {count, columns, rows}, {rows * columns, 1, columns});
 }
 
@@ -52,16 +61,22 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
                      : aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
 }
 
-// out += a b, of matrices.
-inline void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b) {
+// out += a b, of matrices; the first of several sums only writes.
+inline void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b, bool first = false) {
+  if (first) return multiply(out, a, b);
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1));
 }
 
-// Memory for one thread's intermediate results, not initialised.
+struct FreeLines {
+  void operator()(void* memory) const { operator delete[](memory, std::align_val_t{64}); }
+};
+
+// Memory for one thread's intermediate results, not initialised. It begins a cache line, as
+// torch's tensors do: products may round by the place of their operands in one.
 template <typename T>
-std::unique_ptr<T[]> scratch(int64_t size) {
-  return std::unique_ptr<T[]>(new T[size]);
+std::unique_ptr<T[], FreeLines> scratch(int64_t size) {
+  return std::unique_ptr<T[], FreeLines>(new (std::align_val_t{64}) T[size]);
 }
 
 // How many groups a thread takes at a time: small ones together, so that the calls do not

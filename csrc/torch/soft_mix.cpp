@@ -68,7 +68,7 @@ Tensor soft_mix(
       const Tensor slot_rows = matrices(rows.get(), count, S, D);
       if (dim == 1) {
         const T* x = read<T>(values) + first * tokens * D;
-        const Tensor to_slots = transposed(weights.get(), count, tokens, S);
+        const Tensor to_slots = transposed_matrices(weights.get(), count, tokens, S);
         multiply(slot_rows, to_slots, matrices(x, count, tokens, D));
         slots.put(rows.get(), first, count, write<T>(out));
       } else {
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
       const Tensor token_rows = matrices(read<T>(by_token) + first * tokens * D, count, tokens, D);
       cpu::soft_mix(in, weights.get(), tokens, S, dim == 1, 0, count);
       slots.take(read<T>(by_slot), first, count, rows.get());
-      const Tensor by_slot_t = transposed(rows.get(), count, S, D);
+      const Tensor by_slot_t = transposed_matrices(rows.get(), count, S, D);
       multiply(matrices(out, count, tokens, S), token_rows, by_slot_t);
       cpu::soft_mix_backward(weights.get(), out, tokens, S, dim == 1, 0, count);
       if (dim == 1) {
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
         const Tensor to_tokens = matrices(weights.get(), count, tokens, S);
         multiply(matrices(grad_x, count, tokens, D), to_tokens, slot_rows);
       } else {
-        multiply(slot_rows, transposed(weights.get(), count, tokens, S), token_rows);
+        multiply(slot_rows, transposed_matrices(weights.get(), count, tokens, S), token_rows);
         slots.put(rows.get(), first, count, write<T>(grad_values));
       }
     });

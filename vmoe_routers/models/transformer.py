@@ -63,7 +63,7 @@ class MoEVisionTransformer(VisionTransformer):
         mask = torch.nn.functional.pad(mask, (self.num_prefix_tokens, 0), value=True)
         x = self.norm_pre(self.patch_drop(x))
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+            if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask=mask, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, mask=mask)

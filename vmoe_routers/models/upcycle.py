@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from timm.layers import Mlp
+from timm.layers.mlp import Mlp
 from torch import nn
 
 from vmoe_routers.models.vit import moe_block_indices
@@ -98,31 +98,31 @@ def _layer(
         )
     if not isinstance(mlp.norm, nn.Identity):
         raise ValueError(f"upcycle: {where}.mlp has a norm inside, which experts have not")
+    first, second = mlp.fc1, cast(nn.Linear, mlp.fc2)
     if mlp.drop1.p != mlp.drop2.p:
         raise ValueError(f"upcycle: {where}.mlp has two dropout rates, {mlp.drop1.p} and {mlp.drop2.p}, wanted one")
-    if (mlp.fc1.bias is None) != (mlp.fc2.bias is None):
+    if (first.bias is None) != (second.bias is None):
         raise ValueError(f"upcycle: {where}.mlp has a bias in one of its layers, wanted in both or none")
-    weight = mlp.fc1.weight
-    layer = MoEMlp(
-        mlp.fc1.in_features,
-        mlp.fc1.out_features,
-        mlp.fc2.out_features,
+    layer: Any = MoEMlp(
+        first.in_features,
+        first.out_features,
+        second.out_features,
         act_layer=lambda: copy.deepcopy(mlp.act),
         drop=mlp.drop1.p,
         num_experts=num_experts,
         router=router,
         group_size=group_size,
-        bias=mlp.fc1.bias is not None,
-        device=weight.device,
-        dtype=weight.dtype,
+        bias=first.bias is not None,
+        device=first.weight.device,
+        dtype=first.weight.dtype,
         **options,
     ).train(mlp.training)
     experts = layer.experts
-    for ours, theirs in ((experts.w1, mlp.fc1.weight.T), (experts.w2, mlp.fc2.weight.T)):
+    for ours, theirs in ((experts.w1, first.weight.T), (experts.w2, second.weight.T)):
         ours.copy_(theirs.expand_as(ours))
         if noise > 0:
             ours.add_(torch.randn_like(ours), alpha=noise * float(theirs.std()))
-    if experts.b1 is not None and experts.b2 is not None:
-        experts.b1.copy_(mlp.fc1.bias.expand_as(experts.b1))
-        experts.b2.copy_(mlp.fc2.bias.expand_as(experts.b2))
+    if first.bias is not None and second.bias is not None:
+        experts.b1.copy_(first.bias.expand_as(experts.b1))
+        experts.b2.copy_(second.bias.expand_as(experts.b2))
     return layer
