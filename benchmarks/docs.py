@@ -1,6 +1,6 @@
 """docs/benchmarks.md and README's figures from the kept runs: `python -m benchmarks.docs`.
 
-Runs are kept in `benchmarks/results`: `<device>.json` of `benchmarks.run`, `<device>-scaling.json` of
+Runs are kept in `benchmarks/results`: `<name>.json` of `benchmarks.run`, `<name>-scaling.json` of
 `benchmarks.scaling`. No figure is written by hand; a test says where the pages and the runs differ.
 """
 
