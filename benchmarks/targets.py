@@ -47,7 +47,7 @@ TARGETS = (
     Target("k-sparse transport, Adam", FORWARD, "torch topk, batched", 10),
     Target("k-sparse transport, L-BFGS", FORWARD, "POT smooth_ot_semi_dual", 10),
     Target("dispatch + combine", FORWARD, "torch gather, both ways", 4),
-    Target("dispatch + combine", FORWARD, "one-hot einsum", 60),
+    Target("dispatch + combine, one group", FORWARD, "one-hot einsum", 60),
     Target("dispatch + combine", BACKWARD, "torch gather, both ways", 3),
     # ours <= 0.95 and 1.1 of the dense MLP
     Target("layer, softmax_", FORWARD, "dense MLP, same FLOPs", 1 / 0.95),

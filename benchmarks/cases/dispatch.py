@@ -1,4 +1,4 @@
-"""Dispatch and combine of a Token Choice routing, with nothing between them."""
+"""Dispatch and combine of a Token Choice routing; the slots between them come out too, as experts would want them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
 from vmoe_routers import capacity, ops
 
 
-def build(size: Size, device: str) -> Case:
-    G, T, E, K, D = size.images, size.tokens, size.experts, size.top_k, size.width
+def build(size: Size, device: str, *, one_group: bool = False) -> Case:
+    G, T = (1, size.rows) if one_group else (size.images, size.tokens)
+    E, K, D = size.experts, size.top_k, size.width
     C = capacity(T * K, E, 1.0, "ceil", 1)
     gates, expert = torch.randn(G, T, E, device=device).softmax(-1).topk(K)
     slot, source = ops.assign_slots(expert.int(), E, C)
@@ -32,25 +33,26 @@ def build(size: Size, device: str) -> Case:
 
     def ours():
         offsets, slots = ops.invert_slots(token, T)
-        return [ops.combine(ops.dispatch(x, token, offsets, slots), gate, token, offsets, slots)]
+        y = ops.dispatch(x, token, offsets, slots)
+        return [ops.combine(y, gate, token, offsets, slots), y.detach().transpose(0, 1)]
 
     def einsum():
         y = torch.einsum("gtec,gtd->gecd", one_hot(), x)
-        return [torch.einsum("gtec,gecd->gtd", one_hot() * gate[:, None], y)]
+        return [torch.einsum("gtec,gecd->gtd", one_hot() * gate[:, None], y), y.detach()]
 
     def gather():
         y = forms.gather_rows(x.flatten(0, 1), rows)
-        return [forms.sum_slots(y, gate.flatten(), places).view_as(x)]
+        return [forms.sum_slots(y, gate.flatten(), places).view_as(x), y.detach().view(G, E, C, D)]
 
     def index_add():
         y = forms.gather_rows(x.flatten(0, 1), rows)
-        return [forms.add_rows(y, gate.flatten(), rows, G * T).view_as(x)]
+        return [forms.add_rows(y, gate.flatten(), rows, G * T).view_as(x), y.detach().view(G, E, C, D)]
 
     variant = partial(Variant, leaves=(x, gate))
     moved = 4 * D * (2 * G * T + 2 * G * E * C)  # tokens read, slots written; slots read, tokens written
     return Case(
         op="dispatch",
-        title="dispatch + combine",
+        title="dispatch + combine, " + ("one group" if one_group else "per image"),
         size=size,
         variants=(
             variant("ours", "ours", ours),
@@ -62,4 +64,8 @@ def build(size: Size, device: str) -> Case:
     )
 
 
-ENTRIES = (Entry("dispatch", build, quick=Size(images=16), sweep=("experts", "width")),)
+ENTRIES = (
+    Entry("dispatch", build, quick=Size(images=16), sweep=("experts", "width")),
+    # Half the tokens: the one-hot tensor grows with their square, 300 MiB here.
+    Entry("dispatch", partial(build, one_group=True), default=Size(images=32), quick=Size(images=8), weight=3),
+)

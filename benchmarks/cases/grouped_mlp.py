@@ -66,8 +66,10 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
     )
 
 
+# Rows enough for an expert, 98 for each of a token's K, and few enough for all forms in a minute.
+DEFAULT = Size(images=16)
 QUICK = Size(images=4, experts=8, width=192)
 ENTRIES = (
-    Entry("grouped_mlp", build, quick=QUICK),
-    Entry("grouped_mlp", partial(build, one_group=False), quick=QUICK),
+    Entry("grouped_mlp", build, default=DEFAULT, quick=QUICK, weight=6),
+    Entry("grouped_mlp", partial(build, one_group=False), default=DEFAULT, quick=QUICK, weight=6),
 )

@@ -10,7 +10,6 @@ from torch import nn
 
 import vmoe_routers as vr
 from vmoe_routers.study import Settings, Variant, runs, timing, variants
-from vmoe_routers.study.cost import cost
 from vmoe_routers.study.runs import _LayerStatistics, fingerprint, read_record, record_path, run, write_record
 from vmoe_routers.study.variants import build
 from vmoe_routers.training import Images, evaluate
@@ -71,39 +70,6 @@ def test_settings_reach_the_model():
     assert layer.router.affinity.combine == "plan" and layer.experts.w1.shape == (4, 16, 24)
     soft = build(SOFT, settings, made_up(), 0).blocks[1].mlp
     assert soft.group_size == 1 and float(soft.router.scale.detach()) == 3 and soft.router.phi.shape == (16, 4, 4)
-
-
-# Of an image of 8 x 8 pixels in patches of 2 x 2: 16 tokens of width 16; hidden width 32.
-TRUNK = 2 * 16 * (2 * 2 * 16) + 2 * (16 * 10) + 2 * (2 * 16 * 4 * 16 * 16 + 2 * 2 * 16 * 16 * 16)
-MLP = 2 * 16 * (16 * 32 + 32 * 16)
-ROUTER = 2 * 16 * 4 * 16
-
-
-def expert_flops(slots):
-    return 2 * slots * (16 * 32 + 32 * 16)
-
-
-@pytest.mark.parametrize(("variant", "slots", "layer"), [
-    (DENSE, 16, MLP),
-    # 64 tokens in a group of 4 images: C = 16 slots for each of 4 experts
-    (EXPERT_CHOICE, 4 * 16 / 4, expert_flops(16) + ROUTER),
-    (Variant("sinkhorn_expert_choice", 0.3), 4 * 5 / 4, expert_flops(5) + ROUTER),  # 4.8, rounded up
-    # Token Choice rounds up to a multiple of 4
-    (Variant("softmax_token_choice", 0.3), 4 * 8 / 4, expert_flops(8) + ROUTER),
-    (Variant("softmax_token_choice", 1.0, 2), 4 * 32 / 4, expert_flops(32) + ROUTER),
-    (Variant("sinkhorn_token_choice", 1.0, 1, "plan"), 4 * 16 / 4, expert_flops(16) + ROUTER),
-    # logits, dispatch and combine: three products of 16 tokens, 16 or 32 slots and width 16
-    (SOFT, 16, expert_flops(16) + 3 * 2 * 16 * 16 * 16),
-    (Variant("soft", 2.0), 32, expert_flops(32) + 3 * 2 * 16 * 32 * 16),
-])  # fmt: skip
-def test_cost_by_hand(variant, slots, layer):
-    model = build(variant, TINY, made_up(), 0)
-    model(torch.rand(8, 1, 8, 8))
-    found = cost(model)
-    assert found["slots"] == slots
-    assert found["mlp_flops"] == MLP + layer  # the first block is dense
-    assert found["flops"] == TRUNK + MLP + layer
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("batch", [4, 8, 16])
@@ -179,13 +145,6 @@ def test_record(variant):
 def test_a_run_can_be_repeated():
     first, same, other = (run(TINY, EXPERT_CHOICE, seed, made_up(), None)["epochs"][-1] for seed in (0, 0, 1))
     assert first["loss"] == same["loss"] != other["loss"] and first["train_loss"] == same["train_loss"]
-
-
-def test_cost_is_that_of_whole_groups():
-    """Also where the last test image is a batch of its own."""
-    variant = Variant("softmax_expert_choice", 0.3)
-    small, large = (run(replace(TINY, epochs=1), variant, 0, made_up(test=n), None) for n in (8, 513))
-    assert small["cost"] == large["cost"] and small["cost"]["slots"] == 5
 
 
 def test_transfer():

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vmoe_routers import __version__
 from vmoe_routers.moe import MoEMlp
-from vmoe_routers.study.cost import cost
 from vmoe_routers.study.machine import here_and_now
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
@@ -96,9 +95,6 @@ def run(
     steps = train(model, data, settings.recipe(seed), after)
     statistics_of = _LayerStatistics(model)
     evaluate(model, data.test_images, data.test_labels, batch, statistics_of.add)
-    # The last group of the test images may have been smaller; the cost is that of a whole one.
-    with torch.no_grad():
-        model(data.train_images[: settings.group_size].to(settings.device))
     return {
         "variant": variant.describe(),
         "seed": seed,

@@ -1,0 +1,142 @@
+// sinkhorn_group -- what the iteration in every domain knows of a group.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../sinkhorn.h"
+#include "simd.h"
+
+namespace vmoe::cpu::VMOE_ISA {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// std::max ignores NaN; here it replaces the maximum and stays.
+double max_or_nan(double high, double value) {
+  return !(value <= high) && !std::isnan(high) ? value : high;
+}
+
+// Tokens of a piece: whatever is summed over the tokens of a group is summed over those of
+// a piece first, one thread a piece, and then over the pieces.
+constexpr int64_t kPiece = 512;
+
+// The fewest pieces that are worth a thread: those of 64k entries, some us of work.
+int64_t grain(int64_t E) {
+  return std::max<int64_t>(1, 65536 / (kPiece * std::max<int64_t>(1, E)));
+}
+
+// What every domain knows of a group: M = logits / epsilon and how many tokens are there.
+template <typename T>
+struct Group {
+  const T* logits;
+  int64_t tokens;
+  int64_t E;
+  double inverse_epsilon;
+  int64_t pieces;
+  const Parallel& parallel;
+  int64_t present = 0;              // tokens that are not absent
+  double log_marginal;              // log(n / E)
+  double high = -kInf, low = kInf;  // of the logits that are not -inf; NaN stays
+  bool complete = true;             // no -inf but in the rows of absent tokens
+
+  Group(const T* logits_, int64_t tokens_, int64_t E_, double epsilon, const Parallel& parallel_)
+      : logits(logits_),
+        tokens(tokens_),
+        E(E_),
+        inverse_epsilon(1 / epsilon),
+        pieces((tokens + kPiece - 1) / kPiece),
+        parallel(parallel_) {
+    std::vector<Range> ranges(pieces);
+    each_piece([&](int64_t piece, int64_t begin, int64_t end) {
+      if (!scan_finite(begin, end, ranges[piece])) scan(begin, end, ranges[piece]);
+    });
+    for (const Range& range : ranges) {
+      present += range.present;
+      high = max_or_nan(high, range.high);
+      low = std::min(low, range.low);
+      complete = complete && range.complete;
+    }
+    log_marginal = std::log(marginal());
+  }
+
+  // Calls body(piece, begin, end) for all pieces, tokens [begin, end).
+  template <typename Body>
+  void each_piece(Body&& body) const {
+    parallel(pieces, grain(E), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        body(i, i * kPiece, std::min((i + 1) * kPiece, tokens));
+      }
+    });
+  }
+
+  double marginal() const { return static_cast<double>(present) / static_cast<double>(E); }
+  double M(int64_t t, int64_t e) const { return logits[t * E + e] * inverse_epsilon; }
+
+  // exp(M) and every product with a potential fit the format where the M are no
+  // further apart than this. Let S be that distance. Entries are shifted by their row's
+  // largest, so they and the v / max v lie in [exp(-S), 1] (column sums of one u differ
+  // by no more than the entries of a row do), products of the two in [exp(-2 S), 1], u
+  // in [1/E, exp(S)]. Normal numbers end at exp(-87) in float32 and at exp(-708) in
+  // float64. With forbidden pairs there may be no plan, and potentials grow with the
+  // iterations.
+  template <typename C>
+  bool fits_scaling() const {
+    constexpr double spread = sizeof(C) == sizeof(float) ? 40 : 200;
+    return complete && high > -kInf && (high - low) * inverse_epsilon <= spread;
+  }
+
+ private:
+  struct Range {
+    int64_t present = 0;
+    double high = -kInf, low = kInf;
+    bool complete = true;
+  };
+
+  // Of a piece where every logit is finite; false, and nothing known, where one is not.
+  bool scan_finite(int64_t begin, int64_t end, Range& range) const {
+    const T* from = logits + begin * E;
+    const int64_t size = (end - begin) * E;
+    constexpr T inf = std::numeric_limits<T>::infinity();
+    if (size == 0) return false;
+    Vec<T> top = splat(-inf), bottom = splat(inf);
+    // -inf - -inf and inf - inf are NaN, as everything with NaN: it stays in the sum.
+    Vec<T> poison{};
+    const auto visit = [&](Vec<T> x) {
+      top = x > top ? x : top;
+      bottom = x < bottom ? x : bottom;
+      poison += x - x;
+    };
+    int64_t i = 0;
+    for (; i + kWidth<T> <= size; i += kWidth<T>) visit(load(from + i));
+    if (i < size) visit(load_some(from + i, size - i, from[0]));
+    if (sum<T>(poison) != 0) return false;
+    T highest[kWidth<T>], lowest[kWidth<T>];
+    store(highest, top);
+    store(lowest, bottom);
+    range.high = *std::max_element(highest, highest + kWidth<T>);
+    range.low = *std::min_element(lowest, lowest + kWidth<T>);
+    range.present = end - begin;
+    return true;
+  }
+
+  void scan(int64_t begin, int64_t end, Range& range) const {
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t reachable = 0;
+      for (int64_t e = 0; e < E; ++e) {
+        const double x = logits[t * E + e];
+        if (x == -kInf) continue;
+        ++reachable;
+        range.high = max_or_nan(range.high, x);
+        range.low = std::min(range.low, x);
+      }
+      range.present += reachable > 0;
+      range.complete = range.complete && (reachable == 0 || reachable == E);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace vmoe::cpu::VMOE_ISA

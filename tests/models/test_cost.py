@@ -1,0 +1,78 @@
+"""What a model costs: by hand, by torch's own counter, and the page of it."""
+
+import model_table
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vmoe_routers.models import cost, upcycle, vit_moe
+
+# Of an image of 8 x 8 pixels in patches of 2 x 2: 16 tokens of width 16; hidden width 32.
+SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+TRUNK = 2 * 16 * (2 * 2 * 16) + 2 * (16 * 10) + 2 * (2 * 16 * 4 * 16 * 16 + 2 * 2 * 16 * 16 * 16)
+MLP = 2 * 16 * (16 * 32 + 32 * 16)
+ROUTER = 2 * 16 * 4 * 16
+EXPERTS = 4 * (2 * 16 * 32 + 32 + 16)
+
+
+def expert_flops(slots):
+    return 2 * slots * (16 * 32 + 32 * 16)
+
+
+@pytest.mark.parametrize(("router", "options", "slots", "layer"), [
+    # 64 tokens in a group of 4 images: C = 16 slots for each of 4 experts
+    ("softmax_expert_choice", {}, 4 * 16 / 4, expert_flops(16) + ROUTER),
+    ("sinkhorn_expert_choice", {"capacity_factor": 0.3}, 4 * 5 / 4, expert_flops(5) + ROUTER),  # 4.8, rounded up
+    # Token Choice rounds up to a multiple of 4
+    ("softmax_token_choice", {"capacity_factor": 0.3}, 4 * 8 / 4, expert_flops(8) + ROUTER),
+    ("softmax_token_choice", {"top_k": 2}, 4 * 32 / 4, expert_flops(32) + ROUTER),
+    ("sinkhorn_token_choice", {"combine": "plan"}, 4 * 16 / 4, expert_flops(16) + ROUTER),
+    # logits, dispatch and combine: three products of 16 tokens, 16 or 32 slots and width 16
+    ("soft", {"group_size": 1, "capacity_factor": 1.0}, 16, expert_flops(16) + 3 * 2 * 16 * 16 * 16),
+    ("soft", {"group_size": 1, "slots_per_expert": 8}, 32, expert_flops(32) + 3 * 2 * 16 * 32 * 16),
+    # every token meets the 8 slots of its group
+    ("soft", {"group_size": 4, "slots_per_expert": 2}, 2, expert_flops(2) + 3 * 2 * 16 * 8 * 16),
+])  # fmt: skip
+def test_by_hand(router, options, slots, layer):
+    model = vit_moe(8, 2, 1, 10, **SIZES, router=router, num_experts=4, **{"group_size": 4, **options})
+    found = cost(model)
+    assert found["tokens"] == 16 and found["slots"] == slots
+    assert found["mlp_flops"] == MLP + layer  # the first block is dense
+    assert found["flops"] == TRUNK + MLP + layer
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    unused = EXPERTS * (1 - slots / 16 / 4)
+    assert found["active_parameters"] == pytest.approx(found["parameters"] - unused)
+
+
+def test_of_training_and_eval():
+    options = {"capacity_factor": 1.0, "eval_capacity_factor": 2.0, "num_experts": 4}
+    model = vit_moe(8, 2, 1, 10, **SIZES, router="softmax_expert_choice", **options)
+    assert 2 * cost(model.train())["slots"] == cost(model.eval())["slots"] == 32
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"global_pool": "token"}, {"global_pool": "map"}, {"pre_logits": True, "qk_norm": True}, {"num_classes": 0},
+], ids=str)  # fmt: skip
+def test_dense_by_torch_counter(options):
+    model = vit_moe(**{"img_size": 8, "patch_size": 2, "num_classes": 10, **SIZES, **options}, router=None).eval()
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(torch.randn(1, 3, 8, 8))
+    found = cost(model)
+    assert found["flops"] == counter.get_total_flops()
+    assert found["active_parameters"] == found["parameters"]
+
+
+def test_of_an_upcycled_model():
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=16, num_heads=2, num_classes=5)
+    dense = cost(model)
+    options = {"router": "softmax_expert_choice", "num_experts": 4}
+    sparse = cost(upcycle(model, **options, capacity_factor=1.0))
+    assert dense["tokens"] == 197 and sparse["slots"] == 4 * 50
+    router = 2 * 197 * 16 * 4
+    assert sparse["flops"] == dense["flops"] + router + 2 * 3 * (2 * 16 * 64)  # three slots more than tokens
+    assert sparse["active_parameters"] < sparse["parameters"]
+
+
+def test_the_page():
+    assert model_table.PAGE.read_text() == model_table.page(), f"write it anew: {model_table.COMMAND}"

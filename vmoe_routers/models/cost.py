@@ -1,0 +1,74 @@
+"""What a model computes and holds: slots, floating-point operations of a forward pass, parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vmoe_routers.moe import MoEMlp
+from vmoe_routers.routers import SoftRouter
+
+
+def cost(model: VisionTransformer) -> dict[str, float]:
+    """Cost per image of a `vit_moe` or upcycled model, or of a dense ViT of timm, worked out from its sizes.
+
+    A multiplication and an addition are two operations; norms, softmaxes, activations and the plans' iterations are
+    not counted. Slots are those that there are in groups of the layer's `group_size` images, filled or not, by the
+    capacity factor of the mode, training or eval, that the model is in. It may be on the meta device.
+
+    Returns:
+        tokens            of an image, class token and registers among them
+        slots             of an image in a MoE layer, mean over the layers; a dense model: the tokens
+        flops             of the whole model
+        mlp_flops         of them those of the blocks' MLPs, experts and routers
+        parameters        all
+        active_parameters those that a token meets on its way: of a MoE layer's experts as many as a token has slots, on
+                          average
+    """
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    width = model.embed_dim
+    flops = 2.0 * model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
+    flops += 2.0 * (_weights(model.fc_norm) + _weights(model.head))
+    if model.attn_pool is not None:  # keys and values of every token, all else of one; scores and their sums
+        keys = _weights(model.attn_pool.get_submodule("kv"))
+        flops += 2.0 * (tokens * keys + _weights(model.attn_pool) - keys) + 4.0 * tokens * width
+    parameters = active = float(sum(p.numel() for p in model.parameters()))
+    mlp_flops, slots = 0.0, []
+    for block in model.blocks:
+        # queries, keys, values and the output; scores and their sums
+        flops += 2.0 * tokens * _weights(block.get_submodule("attn")) + 4.0 * tokens * tokens * width
+        mlp: Any = block.get_submodule("mlp")
+        if not isinstance(mlp, MoEMlp):
+            mlp_flops += 2.0 * tokens * _weights(mlp)
+            continue
+        layer_slots, layer_flops = _layer_cost(mlp, tokens)
+        slots.append(layer_slots)
+        mlp_flops += layer_flops
+        experts = sum(p.numel() for p in mlp.experts.parameters())
+        active -= experts * (1 - min(1.0, layer_slots / tokens / mlp.router.num_experts))
+    return {
+        "tokens": tokens,
+        "slots": sum(slots) / len(slots) if slots else float(tokens),
+        "flops": flops + mlp_flops,
+        "mlp_flops": mlp_flops,
+        "parameters": parameters,
+        "active_parameters": active,
+    }
+
+
+def _weights(module: nn.Module) -> int:
+    """Multiplications of one token in the linear layers."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _layer_cost(layer: MoEMlp, tokens: int) -> tuple[float, float]:
+    """Slots and operations per image of a MoE layer."""
+    router: Any = layer.router
+    group = router.num_experts * router.slots(layer.group_size * tokens)  # slots of a group
+    slots = group / layer.group_size
+    flops = 2.0 * slots * (layer.experts.w1[0].numel() + layer.experts.w2[0].numel())
+    if isinstance(router, SoftRouter):  # logits and the two mixtures: every token with every slot of its group
+        return slots, flops + 6.0 * tokens * group * router.dim
+    return slots, flops + 2.0 * tokens * router.num_experts * router.dim
