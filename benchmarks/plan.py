@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=description)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--quick", action="store_true", help="small layers, nothing compiled")
-    form.add_argument("--full", action="store_true", help="--threads 1,2 --memory --sweep")
+    form.add_argument("--full", action="store_true", help="--memory --sweep")
     parser.add_argument("--sweep", action="store_true", help=f"{SWEEP} too, one at a time, where it says something")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--isa", help="the CPU kernels of a lower level: v2, v3 or v4 on x86-64; by default the best")
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rounds < ROUNDS:
         parser.error(f"--rounds must be at least {ROUNDS}, got {options.rounds}")
-    options.threads = options.threads or ([1, 2] if options.full else [1])
+    options.threads = options.threads or [1]
     options.sweep, options.memory = options.sweep or options.full, options.memory or options.full
     use_isa(parser, options.isa)
     return options

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 
-from vmoe_routers.models import NAMES, cost
+from vmoe_routers.models import SIZES, MoEVisionTransformer, cost, vit_moe
+from vmoe_routers.models.zoo import PATCHES
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 COMMAND = "python tests/model_table.py"
@@ -26,16 +29,16 @@ makes one; every keyword of `vit_moe` changes it. None comes with weights: upcyc
 or train.
 
 FLOPs are of the forward pass per image, two for a multiplication with its addition, of every slot, filled or not. Slots
-are rounded up for each expert (Token Choice to a multiple of 4), so the sparse models do more than a dense one where an
-image has few tokens; with larger groups that falls away. Active parameters are those that a token meets on its way, on
-average. Dense: the ViT of the same trunk.
+are rounded for each expert: to the nearest in Expert Choice, up to a multiple of 4 in Token Choice, which does more
+than the dense ViT where an image has few tokens for its 32 experts; in larger groups that falls away. Active parameters
+are those that a token meets on its way, on average. Dense: the ViT of the same trunk.
 """
 
 
-def row(name: str, label: str, **options: object) -> str:
+def row(label: str, create: Callable[..., MoEVisionTransformer], *arguments: str, **options: Any) -> str:
     """A model's numbers; on the meta device, so that no memory is needed."""
     with torch.device("meta"):
-        found = cost(timm.create_model(name, **options).eval())
+        found = cost(create(*arguments, **options).eval())
     cells = [
         label,
         f"{found['slots']:.0f}",
@@ -49,17 +52,19 @@ def row(name: str, label: str, **options: object) -> str:
 def page() -> str:
     """The whole of it."""
     parts = [HEAD]
-    first = next(iter(ALIKE))
-    for size in (name.removeprefix(f"{first}_") for name in NAMES if name.startswith(f"{first}_")):
-        rows = [
-            f"## {size}",
-            "",
-            "| | slots an image | parameters, M | active, M | GFLOPs an image |",
-            "|---|---:|---:|---:|---:|",
-            row(f"{first}_{size}", "dense", router=None),
-            *(row(f"{router}_{size}", f"{label}: `{router}_{size}`", num_experts=32) for router, label in ALIKE.items()),
-        ]
-        parts.append("\n".join(rows) + "\n")
+    for (size, patches), letters in zip(PATCHES.items(), SIZES, strict=True):
+        for patch in patches:
+            rows = [
+                f"## {letters}/{patch}",
+                "",
+                "| | slots an image | parameters, M | active, M | GFLOPs an image |",
+                "|---|---:|---:|---:|---:|",
+                row("dense", vit_moe, patch_size=patch, **SIZES[letters], router=None),
+            ]
+            for router, label in ALIKE.items():
+                name = f"{router}_moe_{size}_patch{patch}_224"
+                rows.append(row(f"{label}: `{name}`", timm.create_model, name, num_experts=32))
+            parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 
 

@@ -21,10 +21,6 @@
 #include "../half.h"
 #include "../parallel.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #ifdef VMOE_DEVICE_CUDA
 #include <cuda_runtime.h>
 #define VMOE_DEVICE CUDA
@@ -70,21 +66,6 @@ inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(packed(*tensor)) : std::nullopt;
 }
 
-// Asks for huge pages where memory is large: an output of tens of MB comes fresh from the system
-// and is faulted in page by page as a kernel writes it, which costs several times the writing.
-// NumPy does the same, from the same size on.
-inline void use_huge_pages([[maybe_unused]] const Tensor& tensor) {
-#if defined(__linux__) && !defined(VMOE_DEVICE_CUDA)
-  constexpr size_t kLarge = size_t{1} << 22, kPage = 4096;
-  const size_t size = tensor.numel() * tensor.element_size();
-  if (size < kLarge) return;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  // Advice: where it is refused nothing is lost.
-  madvise(reinterpret_cast<void*>(first), (begin + size - first) / kPage * kPage, MADV_HUGEPAGE);
-#endif
-}
-
 // On the device of `like`. Not new_empty, which goes through the dispatcher twice.
 inline Tensor empty(
     std::initializer_list<int64_t> shape, const Tensor& like,
@@ -104,9 +85,7 @@ inline Tensor empty(
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.begin(), strides.data(), type, device,
       like.get_device_index(), &handle));
-  const Tensor tensor(handle);
-  use_huge_pages(tensor);
-  return tensor;
+  return Tensor(handle);
 }
 
 template <typename T>

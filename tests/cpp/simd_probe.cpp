@@ -21,6 +21,17 @@ void exp_negative_each(const T* x, T* out, int64_t n) {
   }
 }
 
+void log_each(const double* x, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth<double>) store(out + i, log(load(x + i)));
+}
+
+void product_error_each(const float* a, const float* b, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth<float>) {
+    const Vec<float> x = load(a + i), y = load(b + i);
+    store(out + i, product_error(x, y, x * y));
+  }
+}
+
 template <typename T>
 void transpose_block(const T* x, T* out) {
   Vec<T> block[kWidth<T>];

@@ -17,6 +17,12 @@ VMOE_EACH_ISA(
 
     template <typename T> void exp_negative_each(const T* x, T* out, int64_t n);
 
+    // Of normal numbers; n is a multiple of the width.
+    void log_each(const double* x, double* out, int64_t n);
+
+    // What rounding took from each product; n is a multiple of the width.
+    void product_error_each(const float* a, const float* b, float* out, int64_t n);
+
     // [width, width]
     template <typename T> void transpose_block(const T* x, T* out);
 
@@ -41,6 +47,8 @@ VMOE_EACH_ISA(
 VMOE_BY_ISA(vector_bytes)
 VMOE_BY_ISA(exp_each)
 VMOE_BY_ISA(exp_negative_each)
+VMOE_BY_ISA(log_each)
+VMOE_BY_ISA(product_error_each)
 VMOE_BY_ISA(transpose_block)
 VMOE_BY_ISA(compress_vector)
 VMOE_BY_ISA(copy_some)

@@ -82,6 +82,37 @@ TYPED_TEST(Simd, ExpIsTheSameInEveryLane) {
   }
 }
 
+TEST(SimdOfOneType, LogKeepsItsErrorBound) {
+  // Near 1, where the logarithm is small; through the binades; and the ends of the normal numbers.
+  std::vector<double> x = uniform<double>(40'000, 5, 0.5, 2);
+  for (const double exponent : uniform<double>(23'996, 6, -1022, 1023)) {
+    x.push_back(std::exp2(exponent));
+  }
+  using Limits = std::numeric_limits<double>;
+  for (const double value : {Limits::min(), Limits::max(), 1.0, 1.0 + Limits::epsilon()}) {
+    x.push_back(value);
+  }
+  std::vector<double> y(x.size());
+  cpu::log_each(x.data(), y.data(), static_cast<int64_t>(x.size()));
+  for (size_t i = 0; i < x.size(); ++i) {
+    const long double wanted = std::log(static_cast<long double>(x[i]));
+    ASSERT_LE(std::abs(y[i] - wanted), 3e-16L * std::abs(wanted)) << x[i];
+  }
+}
+
+TEST(SimdOfOneType, ProductErrorIsExact) {
+  const auto a = uniform<float>(4096, 7, -100, 100), b = uniform<float>(4096, 8, -1, 1);
+  std::vector<float> error(a.size());
+  cpu::product_error_each(a.data(), b.data(), error.data(), static_cast<int64_t>(a.size()));
+  int64_t rounded = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const float product = a[i] * b[i];
+    ASSERT_EQ(double{product} + error[i], double{a[i]} * b[i]) << a[i] << " * " << b[i];
+    rounded += error[i] != 0;
+  }
+  EXPECT_GT(rounded, 2048);
+}
+
 TYPED_TEST(Simd, TransposesABlock) {
   using T = TypeParam;
   const int64_t W = this->width();

@@ -103,6 +103,21 @@ def test_parametrized_experts(router):
     torch.testing.assert_close(model(x), reference(x))
 
 
+# torch says that it calls the ops once for every entry.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_vmap(router):
+    router = vr.create_router(router, 4, 4).eval()
+    x = torch.randn(3, 2, 6, 4)
+
+    def layer(x):
+        routing = router(x)
+        return routing.combine(routing.dispatch(x).square())
+
+    with torch.no_grad():
+        assert torch.equal(torch.vmap(layer)(x), torch.stack([layer(part) for part in x]))
+
+
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_functional_call_and_gradients(router):
     """functional_call works; torch's transforms take no custom op with a gradient, and say so."""

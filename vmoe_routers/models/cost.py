@@ -34,7 +34,7 @@ def cost(model: VisionTransformer) -> dict[str, float]:
     if model.attn_pool is not None:  # keys and values of every token, all else of one; scores and their sums
         keys = _weights(model.attn_pool.get_submodule("kv"))
         flops += 2.0 * (tokens * keys + _weights(model.attn_pool) - keys) + 4.0 * tokens * width
-    parameters = active = float(sum(p.numel() for p in model.parameters()))
+    parameters = active = sum(p.numel() for p in model.parameters())
     mlp_flops, slots = 0.0, []
     for block in model.blocks:
         # queries, keys, values and the output; scores and their sums

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vmoe_routers import __version__
+from vmoe_routers.models.cost import cost
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.study.machine import here_and_now
 from vmoe_routers.study.settings import Settings
