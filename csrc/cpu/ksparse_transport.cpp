@@ -25,6 +25,15 @@ void adam_step(
   }
 }
 
+double norm(const Vector& x) {
+  Vec<double> total{};
+  for (size_t i = 0; i < x.size(); i += kWidth<double>) {
+    const Vec<double> part = load(&x[i]);
+    total += part * part;
+  }
+  return std::sqrt(sum<double>(total));
+}
+
 template <typename T>
 void adam(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   Vector gradient(alpha.size()), mean(alpha.size(), 0), square(alpha.size(), 0);
@@ -36,7 +45,7 @@ void adam(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
     adam_step(
         static_cast<int64_t>(alpha.size()), options.learning_rate, 1 - decay1, 1 - decay2,
         gradient.data(), mean.data(), square.data(), alpha.data());
-    if (std::sqrt(dot(gradient, gradient)) <= options.tolerance) return;
+    if (norm(gradient) <= options.tolerance) return;
   }
 }
 
