@@ -7,6 +7,7 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -26,6 +27,11 @@
 #define VMOE_DEVICE CUDA
 #else
 #define VMOE_DEVICE CPU
+#endif
+
+// Its name in torch 2.11; later ones keep the message of what failed.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
 // Two steps, so that VMOE_DEVICE is expanded before it is pasted.
