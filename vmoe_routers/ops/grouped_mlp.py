@@ -80,6 +80,19 @@ def grouped_mlp(
             )
             return torch.ops.vmoe_routers.grouped_mlp(x, w1, b1, w2, b2, filled, act, save)[0]
         act = GELU[act]
+    return by_products(x, w1, b1, w2, b2, filled, act)
+
+
+def by_products(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    filled: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`grouped_mlp` as two batched products over all rows, filled or not."""
     y = _affine(act(_affine(x, w1, b1)), w2, b2)
     if filled is None or filled.shape[1] == 0:
         return y

@@ -1,9 +1,10 @@
 """Every op in plain differentiable PyTorch: the oracle of the tests and the definition to read.
 
 The functions have the names, signatures and results of the ops (ties and edge cases too), on any
-device, and take their gradients from autograd. They favour the formula over speed and memory:
-one-hot tensors of size T * E * C, one group at a time where that reads better. No op ever falls
-back to them, and they check no arguments: that is the ops' part.
+device, and take their gradients from autograd. They favour the formula over speed: one-hot
+requests, sorts for the k largest, one group at a time where that reads better. No op ever falls
+back to them (`vmoe_routers.decompositions` puts them in an exported program for those who ask), and
+they check no arguments: that is the ops' part.
 
 Letters: ``G`` groups, ``T`` tokens of a group, ``D`` width, ``E`` experts, ``K`` experts per token,
 ``C`` capacity, ``S = E * C`` slots. bfloat16 and float16 are computed in float32 and come back
@@ -71,13 +72,13 @@ def assign_slots(
     request = (order[:, None] * K + torch.arange(K, device=expert.device)[:, None]).reshape(G, K * T)
 
     one_hot = served[..., None] == torch.arange(E, device=expert.device)  # [G, K * T, E], a -1 hits none
-    position = ((one_hot.cumsum(1) - 1) * one_hot).sum(-1)
+    position = ((one_hot.long().cumsum(1) - 1) * one_hot).sum(-1)
     kept = one_hot.any(-1) & (position < C)
     slot_served = torch.where(kept, served * C + position, -1)
 
     slot = torch.empty_like(slot_served).scatter(1, request, slot_served).view(G, T, K)
     source = expert.new_full((G, E * C + 1), -1, dtype=torch.long)  # the last place takes what was dropped
-    source.scatter_(1, torch.where(kept, slot_served, E * C), request)
+    source = source.scatter(1, torch.where(kept, slot_served, E * C), request)
     return slot.int(), source[:, : E * C].reshape(G, E, C).int()
 
 
@@ -85,8 +86,8 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Slots of every token, CSR: those of t are slots[offsets[t] : offsets[t + 1]], ascending."""
     row = _row(token, num_tokens)
     ordered, slots = row.sort(dim=1, stable=True)  # empty slots last
-    count = (row[..., None] == torch.arange(num_tokens, device=token.device)).sum(1)  # [G, T]
-    offsets = F.pad(count.cumsum(1), (1, 0))
+    count = row.new_zeros(row.shape[0], num_tokens + 1).scatter_add(1, row, torch.ones_like(row))
+    offsets = F.pad(count[:, :num_tokens].cumsum(1), (1, 0))
     return offsets.int(), torch.where(ordered < num_tokens, slots, -1).int()
 
 
@@ -98,7 +99,7 @@ def dispatch(x: Tensor, token: Tensor, offsets: Tensor | None = None, slots: Ten
     G, E, C = token.shape
     row = _row(token, x.shape[1])[..., None].expand(-1, -1, x.shape[2])
     padded = F.pad(_wide(x), (0, 0, 0, 1))  # [G, T + 1, D]: the last row is that of empty slots
-    return padded.gather(1, row).view(G, E, C, -1).transpose(0, 1).to(x.dtype)
+    return padded.gather(1, row).view(G, E, C, x.shape[2]).transpose(0, 1).to(x.dtype)
 
 
 def combine(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor | None = None) -> Tensor:
@@ -188,12 +189,17 @@ def ksparse_projection(x: Tensor, k: int) -> Tensor:
     """
     wide = _wide(x)
     u, indices = topk(wide - wide.detach().amax(-1, keepdim=True), k)  # a shift changes no projection
-    total = u.cumsum(-1)
-    r = torch.arange(1, k + 1, device=x.device, dtype=u.dtype)
-    rho = (1 + r * u > total).sum(-1, keepdim=True).clamp(min=1)
-    tau = (total.gather(-1, rho - 1) - 1) / rho
+    tau = simplex_threshold(u)
     p = torch.zeros_like(wide).scatter(-1, indices.long(), (u - tau).relu())
     return torch.where(tau.isfinite(), p, torch.nan).to(x.dtype)
+
+
+def simplex_threshold(u: Tensor) -> Tensor:
+    """tau of `ksparse_projection`, [..., 1], for u in descending order."""
+    total = u.cumsum(-1)
+    r = torch.arange(1, u.shape[-1] + 1, device=u.device, dtype=u.dtype)
+    rho = (1 + r * u > total).sum(-1, keepdim=True).clamp(min=1)
+    return (total.gather(-1, rho - 1) - 1) / rho
 
 
 def ksparse_transport(
@@ -206,6 +212,7 @@ def ksparse_transport(
     tolerance: float = 1e-3,
     gamma: float = 1.0,
     mask: Tensor | None = None,
+    project: Callable[[Tensor, int], Tensor] = ksparse_projection,
 ) -> Tensor:
     """Plan with at most ``k`` non-zeros a column (Liu et al., arXiv 2209.15466, section 4).
 
@@ -214,17 +221,24 @@ def ksparse_transport(
     op step by step. ``solver="lbfgs"`` is an oracle of the optimum and not of the path to it: it
     runs on, whatever ``iterations`` and ``tolerance``. For k = T the semi-dual is smooth and that
     is the optimum; for k < T it has kinks, and where the solver stops at one its value is a bound.
+    ``project`` is P_k in whatever form.
     """
     S = _masked(_wide(similarity), mask)
     with torch.no_grad():
         if solver == "adam":
-            alpha = _adam(S, k, gamma, iterations, learning_rate, tolerance)
+            alpha = _adam(S, k, gamma, iterations, learning_rate, tolerance, project)
         else:
             alpha = torch.stack([_lbfgs(group, k, gamma) for group in S]) if len(S) else S.sum(2)
-    return ksparse_semi_dual(alpha, S, k, gamma)[2].to(similarity.dtype)
+    return ksparse_semi_dual(alpha, S, k, gamma, project)[2].to(similarity.dtype)
 
 
-def ksparse_semi_dual(alpha: Tensor, S: Tensor, k: int, gamma: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def ksparse_semi_dual(
+    alpha: Tensor,
+    S: Tensor,
+    k: int,
+    gamma: float = 1.0,
+    project: Callable[[Tensor, int], Tensor] = ksparse_projection,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Value [G], gradient [G, T] and plan [G, T, E] of the concave semi-dual at alpha [G, T]:
 
     <alpha, a> - sum_e b_e max_{p in simplex, |p|_0 <= k} <alpha + S[:, e], p> - gamma b_e/2 |p|^2
@@ -235,20 +249,28 @@ def ksparse_semi_dual(alpha: Tensor, S: Tensor, k: int, gamma: float = 1.0) -> t
     b = a.sum(1)[:, None, None] / S.shape[2]  # [G, 1, 1]: the same for every expert
     score = alpha[..., None] + S
     scale = gamma * b.clamp(min=1 / S.shape[2])  # a group without a token gets zeros, below
-    P = ksparse_projection((score / scale).transpose(1, 2), k).transpose(1, 2)
+    P = project((score / scale).transpose(1, 2), k).transpose(1, 2)
     plan = (b * P).masked_fill(b == 0, 0)
     linear = (score.masked_fill(plan == 0, 0) * plan).sum((1, 2))
     value = (alpha * a).sum(1) - linear + gamma / 2 * plan.square().sum((1, 2))
     return value, a - plan.sum(2), plan
 
 
-def _adam(S: Tensor, k: int, gamma: float, iterations: int, learning_rate: float, tolerance: float) -> Tensor:
+def _adam(
+    S: Tensor,
+    k: int,
+    gamma: float,
+    iterations: int,
+    learning_rate: float,
+    tolerance: float,
+    project: Callable[[Tensor, int], Tensor],
+) -> Tensor:
     """alpha after Adam's ascent from 0; a group's last update is one of |gradient| <= tolerance."""
     alpha = torch.zeros_like(S[..., 0])
     m, v = torch.zeros_like(alpha), torch.zeros_like(alpha)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
     for i in range(1, iterations + 1):
-        gradient = ksparse_semi_dual(alpha, S, k, gamma)[1]
+        gradient = ksparse_semi_dual(alpha, S, k, gamma, project)[1]
         m = 0.9 * m + 0.1 * gradient
         v = 0.999 * v + 0.001 * gradient.square()
         update = learning_rate * (m / (1 - 0.9**i)) / ((v / (1 - 0.999**i)).sqrt() + 1e-8)

@@ -1,0 +1,175 @@
+"""The ops of an exported model in plain PyTorch, for runtimes that do not have ours, such as ONNX's.
+
+    import torch
+    from vmoe_routers.decompositions import DECOMPOSITIONS
+    from vmoe_routers.models import vit_moe
+
+    model = vit_moe(32, 8, embed_dim=64, depth=4, num_heads=4, num_classes=10, router="soft", num_experts=8).eval()
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, (torch.randn(4, 3, 32, 32),), dynamic_shapes={"x": {0: batch}})
+    program = program.run_decompositions(DECOMPOSITIONS)
+    torch.onnx.export(program, dynamo=True).save("model.onnx")
+
+In groups of `group_size` images the dimension is ``{0: group_size * batch}``.
+
+A decomposition is the op's definition in `vmoe_routers.ops.reference` and keeps its contract: ties go to the lower
+index and NaN counts as the largest, whatever the runtime's own sort does with either; -inf is "not there". It is for
+inference, and costs more than the kernel that it replaces: a selection is two sorts, experts compute their empty
+slots too, and Sinkhorn and the transport solver are unrolled, in float64, with no early stop: a group that
+reached its tolerance keeps its result while the others go on. Gates are the runtime's softmax, so those that differ by
+a last bit here may tie there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vmoe_routers.ops import reference
+from vmoe_routers.ops.grouped_mlp import GELU, by_products
+
+
+def _for_gradient(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """In place of a result that only the op's own gradient reads: NaN, lest anything else does unnoticed."""
+    return like.new_full(shape, math.nan, dtype=dtype)
+
+
+def _softmax_gather(logits: Tensor, indices: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    return reference.softmax_gather(logits, indices, dim), _for_gradient(logits, 2, *logits.shape[:2])
+
+
+def _softmax_topk(logits: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return *reference.softmax_topk(logits, k, dim), _for_gradient(logits, 2, *logits.shape[:2])
+
+
+def _assign_slots(expert: Tensor, priority: Tensor | None, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
+    return reference.assign_slots(expert, num_experts, capacity, priority)
+
+
+def _sinkhorn(
+    logits: Tensor, epsilon: float, iterations: int, tolerance: float, implicit: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan, error, steps = reference.sinkhorn(
+        logits.double(), epsilon=epsilon, iterations=iterations, tolerance=tolerance or None, return_error=True
+    )
+    groups, _, experts = logits.shape
+    history = _for_gradient(logits, groups, iterations, experts, dtype=torch.float64)
+    return plan.to(logits.dtype), history, error, steps
+
+
+def _ksparse_projection(x: Tensor, k: int) -> Tensor:
+    """`reference.ksparse_projection` without a full sort: the k first are found by the k-th value."""
+    projects = (x < math.inf).all(-1, keepdim=True) & (x > -math.inf).any(-1, keepdim=True)
+    x = x - x.amax(-1, keepdim=True)
+    largest = x.topk(k).values
+    last = largest[..., -1:]
+    above, level = x > last, x == last
+    # Of those at the k-th value the lower indices, as many as there is room for.
+    chosen = above | (level & (level.long().cumsum(-1) <= k - above.long().sum(-1, keepdim=True)))
+    p = torch.where(chosen, (x - reference.simplex_threshold(largest)).relu(), 0)
+    return torch.where(projects, p, math.nan)
+
+
+def _ksparse_transport(
+    similarity: Tensor,
+    k: int,
+    iterations: int,
+    solver: str,
+    learning_rate: float,
+    tolerance: float,
+    gamma: float,
+) -> Tensor:
+    if solver != "adam":
+        raise NotImplementedError(f"ksparse_transport: solver {solver!r} has no decomposition, only 'adam' has one")
+    plan = reference.ksparse_transport(
+        similarity.double(),
+        k,
+        iterations=iterations,
+        learning_rate=learning_rate,
+        tolerance=tolerance,
+        gamma=gamma,
+        project=_ksparse_projection,
+    )
+    return plan.to(similarity.dtype)
+
+
+def _soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int) -> Tensor:
+    if dim == 2:  # values [E, G, C, D]
+        return reference.soft_mix(logits, values.transpose(0, 1).flatten(1, 2), 2)
+    slots = reference.soft_mix(logits, values, 1)
+    return slots.unflatten(1, (num_experts, logits.shape[2] // num_experts)).transpose(0, 1)
+
+
+def _grouped_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    filled: Tensor | None,
+    act: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    hidden = _for_gradient(x, x.shape[0], x.shape[1] if save else 0, w1.shape[2])
+    return by_products(x, w1, b1, w2, b2, filled, GELU[act]), hidden
+
+
+def _stable_sort(
+    x: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A stable sort by two that need not be: torch's exporter to ONNX has no other.
+
+    The first finds which entries are equal, the second orders them by their place. No NaN
+    gets to the first: where those go is torch's promise alone.
+    """
+    x = x.movedim(dim, -1)
+    comparable, last = x, None
+    if x.is_floating_point():
+        nan = x.isnan()
+        comparable = x.masked_fill(nan, math.inf)
+        last = (nan ^ descending).long()  # NaN is beyond the infinity that it stands for
+    ordered, place = comparable.sort(dim=-1, descending=descending)
+    before = torch.cat([ordered[..., :1], ordered[..., :-1]], -1)
+    key = (ordered != before).long().cumsum(-1)
+    if last is not None:
+        key = 2 * key + last.gather(-1, place)
+    # All different now.
+    indices = place.gather(-1, (key * x.shape[-1] + place).sort(dim=-1).indices)
+    return x.gather(-1, indices).movedim(-1, dim), indices.movedim(-1, dim)
+
+
+def _laid_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with contiguous results, as an op's are: what follows it in a program may rely on that."""
+
+    def decomposition(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        return tuple(x.contiguous() for x in result) if isinstance(result, tuple) else result.contiguous()
+
+    return decomposition
+
+
+_ops = torch.ops.vmoe_routers
+
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    op.default: _laid_out(function)
+    for op, function in (
+        (_ops.topk, reference.topk),
+        (_ops.softmax_gather, _softmax_gather),
+        (_ops.softmax_topk, _softmax_topk),
+        (_ops.assign_slots, _assign_slots),
+        (_ops.invert_slots, reference.invert_slots),
+        (_ops.dispatch, reference.dispatch),
+        (_ops.combine, reference.combine),
+        (_ops.sinkhorn, _sinkhorn),
+        (_ops.ksparse_projection, _ksparse_projection),
+        (_ops.ksparse_transport, _ksparse_transport),
+        (_ops.soft_logits, reference.soft_logits),
+        (_ops.soft_mix, _soft_mix),
+        (_ops.grouped_mlp, _grouped_mlp),
+    )
+} | {torch.ops.aten.sort.stable: _stable_sort}
+"""For `torch.export.ExportedProgram.run_decompositions`: every forward op, and the stable sort that they need."""
