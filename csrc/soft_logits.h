@@ -16,6 +16,8 @@
 
 #include "isa.h"
 
+struct CUstream_st;
+
 namespace vmoe::cpu {
 
 VMOE_EACH_ISA(
@@ -44,3 +46,25 @@ VMOE_BY_ISA(soft_logits)
 VMOE_BY_ISA(soft_logits_backward)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+template <typename T>
+void soft_logits(
+    const T* x,         // [rows, D]
+    const T* products,  // [rows, S]
+    T* scaled,          // [rows, S]  may be products
+    int64_t D,
+    int64_t S,
+    int64_t rows,
+    CUstream_st* stream);
+
+template <typename T>
+void soft_logits_backward(
+    const T* x,  // [rows, D]
+    T* grad,     // [rows, D]  in: U; out: of x
+    int64_t D,
+    int64_t rows,
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

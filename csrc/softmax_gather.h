@@ -17,9 +17,12 @@
 // grad_logits = gate (d - sum_e gate d). The gates are made again from logits and norms.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
+
+struct CUstream_st;
 
 namespace vmoe::cpu {
 
@@ -94,3 +97,43 @@ VMOE_BY_ISA(softmax_gather_backward)
 VMOE_BY_ISA(softmax_scatter)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+template <typename T>
+void softmax_gather(
+    const T* logits,         // [G, T, E]
+    const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
+    T* values,               // as indices
+    T* high,                 // [G, T]
+    T* scale,                // [G, T]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t K,
+    bool by_expert,
+    CUstream_st* stream);
+
+// Bytes of workspace that the backward asks for.
+size_t softmax_gather_backward_workspace(
+    int64_t G, int64_t tokens, int64_t E, int64_t K, bool by_expert);
+
+// All of the backward.
+template <typename T>
+void softmax_gather_backward(
+    const T* grad,           // as indices
+    const T* values,         // as indices
+    const T* logits,         // [G, T, E]
+    const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
+    const T* high,           // [G, T]
+    const T* scale,          // [G, T]
+    T* grad_logits,          // [G, T, E]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t K,
+    bool by_expert,
+    void* workspace,  // of softmax_gather_backward_workspace
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

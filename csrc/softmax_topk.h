@@ -16,9 +16,12 @@
 // Gradient: that of softmax_gather at the indices.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
+
+struct CUstream_st;
 
 namespace vmoe::cpu {
 
@@ -69,3 +72,26 @@ VMOE_BY_ISA(softmax_gates)
 VMOE_BY_ISA(softmax_choose)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+// Bytes of workspace that softmax_topk asks for.
+template <typename T>
+size_t softmax_topk_workspace(int64_t G, int64_t tokens, int64_t E, int64_t k, bool of_tokens);
+
+template <typename T>
+void softmax_topk(
+    const T* logits,   // [G, T, E]
+    T* values,         // [G, T, k], or of the tokens [G, E, k]
+    int32_t* indices,  // like values
+    T* high,           // [G, T]  norms[0]
+    T* scale,          // [G, T]  norms[1]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t k,
+    bool of_tokens,   // every expert chooses among them
+    void* workspace,  // of softmax_topk_workspace
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

@@ -76,7 +76,7 @@ fi
 
 part pytest 200 "$python" -m pytest -p no:cacheprovider tests/ops -k "cuda or Gpu" --durations=10
 # Of the ops that have a CUDA kernel.
-for op in topk assign_slots invert_slots dispatch; do
+for op in topk expert_choice assign_slots invert_slots dispatch soft_mix; do
   part bench-$op 45 "$python" -m benchmarks.run --quick --no-compile --device cuda --only $op --json "$out/bench-$op.json"
 done
 

@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../exp.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -250,51 +252,12 @@ inline T sum(Vec<T> v) {
   }
 }
 
-// e^r for |r| <= ln(2) / 2.
-inline Vec<float> exp_reduced(Vec<float> r) {
-  Vec<float> p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  return fma(p, r * r, r) + 1.0f;
-}
-
-inline Vec<double> exp_reduced(Vec<double> r) {
-  // Taylor to r^13.
-  Vec<double> p = splat(1.0 / 6227020800);
-  p = fma(p, r, splat(1.0 / 479001600));
-  p = fma(p, r, splat(1.0 / 39916800));
-  p = fma(p, r, splat(1.0 / 3628800));
-  p = fma(p, r, splat(1.0 / 362880));
-  p = fma(p, r, splat(1.0 / 40320));
-  p = fma(p, r, splat(1.0 / 5040));
-  p = fma(p, r, splat(1.0 / 720));
-  p = fma(p, r, splat(1.0 / 120));
-  p = fma(p, r, splat(1.0 / 24));
-  p = fma(p, r, splat(1.0 / 6));
-  p = fma(p, r, splat(0.5));
-  return fma(p, r * r, r) + 1.0;
-}
-
-// What exp takes apart: x = n ln(2) + r, in the numbers of a type.
-template <typename T>
-struct ExpOf;
-template <>
-struct ExpOf<float> {
-  static constexpr float low = -87.33654f, high = 88.72284f;
-  static constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds
-  static constexpr float log2_e = 1.44269504f, ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;
-  static constexpr int mantissa = 23, bias = 127;
-};
-template <>
-struct ExpOf<double> {
-  static constexpr double low = -708.3964185322641, high = 709.782712893384;
-  static constexpr double to_integer = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double log2_e = 1.4426950408889634;
-  static constexpr double ln2 = 6.93145751953125e-1, ln2_rest = 1.42860682030941723212e-6;
-  static constexpr int mantissa = 52, bias = 1023;
+// fma for the exponential (../exp.h); of this level's own, as what is made of it must be.
+struct Fused {
+  template <typename V>
+  V operator()(V a, V b, V c) const {
+    return fma(a, b, c);
+  }
 };
 
 // e^x. Relative error below 2e-7 (float) and 5e-16 (double) where the result is a
@@ -313,7 +276,7 @@ inline V exp(V x) {
   const Mask<T> half = k >> 1;
   const V a = (V)((half + Of::bias) << Of::mantissa);
   const V b = (V)((k - half + Of::bias) << Of::mantissa);
-  const V p = exp_reduced(r) * a * b;
+  const V p = Of::reduced(r, Fused{}) * a * b;
   const V from_low = x < low ? V{} : p;
   return x > high ? splat(std::numeric_limits<T>::infinity()) : from_low;
 }
@@ -321,15 +284,8 @@ inline V exp(V x) {
 // The same of x <= 0 or NaN, as softmaxes have it: a third fewer steps.
 template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
 inline V exp_negative(V x) {
-  using Of = ExpOf<T>;
-  // The rounded number stands in the last bits with the exponent's bias already added.
-  const V low = splat(Of::low), to_integer = splat(Of::to_integer + Of::bias);
-  const V y = x < low ? low : x;
-  const V shifted = fma(y, splat(Of::log2_e), to_integer);
-  const V n = shifted - to_integer;
-  const V r = fma(n, splat(-Of::ln2_rest), fma(n, splat(-Of::ln2), y));
-  const V p = exp_reduced(r) * (V)((Mask<T>)shifted << Of::mantissa);
-  return x < low ? V{} : p;
+  return vmoe::exp_negative<T>(
+      x, Fused{}, [](V v) { return (V)((Mask<T>)v << ExpOf<T>::mantissa); });
 }
 
 // ln(x) of a normal number. Relative error below 3e-16 (fdlibm's e_log, without its cases).

@@ -38,7 +38,7 @@ constexpr int kFew = 16;
 
 // Few picks (k <= kFew) of few entries: kLanes lanes hold a row's keys in registers, kEach a lane,
 // kTogether of them side by side in memory. A round is the best of every lane and of the lanes;
-// lane j % kLanes keeps pick j, in picks[j / kLanes].
+// lane j % kLanes keeps pick j, in picks[j / kLanes] and its key in picked[j / kLanes].
 template <typename Key, int kLanes, int kEach, int kTogether>
 class Few {
  public:
@@ -46,6 +46,7 @@ class Few {
 
   Key keys[kEach];
   int32_t picks[kPicks] = {};
+  Key picked[kPicks] = {};
 
   static __device__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
 
@@ -69,7 +70,10 @@ class Few {
       for (int i = 0; i < kEach; ++i) {
         if (index(i) == best.index) keys[i] = 0;
       }
-      if (lane() == j % kLanes) picks[j / kLanes] = best.index;
+      if (lane() == j % kLanes) {
+        picks[j / kLanes] = best.index;
+        picked[j / kLanes] = best.key;
+      }
     }
   }
 };

@@ -1,11 +1,19 @@
-// product -- torch's matrix products on pieces of packed memory, for loops over groups.
+// product -- torch's matrix products, for both devices; for the CPU on pieces of packed memory, for
+// loops over groups.
 //
 // Inside parallel_runs() each product runs on the one thread that calls it, and what it
-// makes stays in that thread's cache for the next step. The shims do not go through the
-// dispatcher.
+// makes stays in that thread's cache for the next step. On CUDA the products are cuBLAS's, on the
+// current device and torch's stream there, and follow torch's settings (TF32). The shims do not go
+// through the dispatcher: autocast does not touch them.
 #pragma once
 
+#ifdef VMOE_DEVICE_CUDA
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#define VMOE_SHIM(name) aoti_torch_cuda_##name
+#else
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#define VMOE_SHIM(name) aoti_torch_cpu_##name
+#endif
 
 #include <memory>
 #include <new>
@@ -15,6 +23,15 @@
 
 namespace vmoe {
 
+// out = a b, of matrices or of as many matrices.
+inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      out.dim() == 2 ? VMOE_SHIM(mm_out)(out.get(), a.get(), b.get())
+                     : VMOE_SHIM(bmm_out)(out.get(), a.get(), b.get()));
+}
+#undef VMOE_SHIM
+
+#ifndef VMOE_DEVICE_CUDA
 // Strided memory that stays the caller's.
 template <typename T>
 Tensor view(
@@ -54,13 +71,6 @@ Tensor transposed_matrices(const T* data, int64_t count, int64_t rows, int64_t c
   return view(data, {count, columns, rows}, {rows * columns, 1, columns});
 }
 
-// out = a b, of matrices or of as many matrices.
-inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      out.dim() == 2 ? aoti_torch_cpu_mm_out(out.get(), a.get(), b.get())
-                     : aoti_torch_cpu_bmm_out(out.get(), a.get(), b.get()));
-}
-
 // out += a b, of matrices; the first of several sums only writes.
 inline void multiply_add(const Tensor& out, const Tensor& a, const Tensor& b, bool first = false) {
   if (first) return multiply(out, a, b);
@@ -98,5 +108,6 @@ void parallel_runs(int64_t groups, int64_t elements_each, Body&& body) {
         }
       });
 }
+#endif
 
 }  // namespace vmoe

@@ -5,6 +5,7 @@
 namespace vmoe {
 namespace {
 
+using torch::stable::flatten;
 using torch::stable::sum;
 using torch::stable::transpose;
 
@@ -22,6 +23,12 @@ Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
   Tensor logits = empty({G, tokens, S}, x);
   by_dtype("soft_logits", x, [&](auto zero) {
     using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("soft_logits", x, {phi}, [&](auto stream) {
+      multiply(flatten(logits, 0, 1), flatten(x, 0, 1), phi);
+      cuda::soft_logits(read<T>(x), read<T>(logits), write<T>(logits), D, S, G * tokens, stream);
+    });
+#else
     parallel_runs(G, tokens * (D + S), [&](int64_t first, int64_t count) {
       const int64_t rows = count * tokens;
       const T* in = read<T>(x) + first * tokens * D;
@@ -29,23 +36,39 @@ Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
       multiply(matrix(out, rows, S), matrix(in, rows, D), phi);
       cpu::soft_logits(in, out, out, D, S, 0, rows);
     });
+#endif
   });
   return logits;
 }
 
-// Phi's gradient is a sum over groups: in at most kParts parts whatever the number of
+// Phi's gradient is a sum over groups: on a CPU in at most kParts parts whatever the number of
 // threads, each with a total of its own, added in order. A part is worth a call or more.
 std::tuple<Tensor, Tensor> soft_logits_backward(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& phi_in) {
-  constexpr int64_t kParts = 16;
   check("soft_logits_backward", x_in, phi_in);
   const Tensor x = packed(x_in), phi = transpose(packed(phi_in), 0, 1), grad = packed(grad_in);
   const int64_t G = x.size(0), tokens = x.size(1), D = x.size(2), S = phi.size(0);
   check_shape("soft_logits_backward", "grad", grad, {G, tokens, S});
   check_dtype("soft_logits_backward", "grad", grad, x.scalar_type());
+  Tensor grad_x = empty({G, tokens, D}, x);
+#ifdef VMOE_DEVICE_CUDA
+  const Tensor products = empty({G * tokens, S}, x), grad_phi = empty({D, S}, x);
+  by_dtype("soft_logits_backward", x, [&](auto zero) {
+    using T = decltype(zero);
+    on_device("soft_logits_backward", x, {grad, phi}, [&](auto stream) {
+      const int64_t rows = G * tokens;
+      cuda::soft_logits(read<T>(x), read<T>(grad), write<T>(products), D, S, rows, stream);
+      multiply(grad_phi, transpose(flatten(x, 0, 1), 0, 1), products);
+      multiply(flatten(grad_x, 0, 1), products, phi);
+      cuda::soft_logits_backward(read<T>(x), write<T>(grad_x), D, rows, stream);
+    });
+  });
+  return {grad_x, grad_phi};
+#else
+  constexpr int64_t kParts = 16;
   const int64_t together = groups_together(2 * tokens * (D + S));
   const int64_t parts = std::clamp<int64_t>(G / together, 1, kParts);
-  Tensor grad_x = empty({G, tokens, D}, x), totals = empty({parts, D, S}, x);
+  Tensor totals = empty({parts, D, S}, x);
   by_dtype("soft_logits_backward", x, [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -69,6 +92,7 @@ std::tuple<Tensor, Tensor> soft_logits_backward(
   });
   const std::vector<int64_t> axes{0};  // outlives the call, which keeps a reference
   return {grad_x, sum(totals, axes)};
+#endif
 }
 
 }  // namespace

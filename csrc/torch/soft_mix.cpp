@@ -7,6 +7,43 @@
 namespace vmoe {
 namespace {
 
+#ifdef VMOE_DEVICE_CUDA
+using torch::stable::transpose;
+
+// The slots lie as the experts take them, [E, G, C, D]; a product takes a group's in one piece,
+// [G, S, D]: as they lie where one stride leads from slot to slot, else copied.
+template <typename T>
+struct Slots {
+  int64_t E, G, C, D;
+  cudaStream_t stream;
+
+  bool in_place() const { return E == 1 || G == 1 || C == 1; }
+
+  Tensor take(const Tensor& slots) const {
+    if (in_place()) return view(slots);
+    const Tensor rows = empty({G, E * C, D}, slots);
+    cuda::soft_mix_rows(read<T>(slots), write<T>(rows), G, E, C, D, stream);
+    return rows;
+  }
+  // Where the rows go that become these slots.
+  Tensor room(const Tensor& slots) const {
+    return in_place() ? view(slots) : empty({G, E * C, D}, slots);
+  }
+  void put(const Tensor& rows, const Tensor& slots) const {
+    if (in_place()) return;
+    cuda::soft_mix_slots(read<T>(rows), write<T>(slots), G, E, C, D, stream);
+  }
+
+ private:
+  Tensor view(const Tensor& slots) const {
+    const std::array<int64_t, 3> sizes{G, E * C, D}, strides{C * D, C == 1 ? G * D : D, 1};
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(slots.get(), 3, sizes.data(), strides.data(), 0, &handle));
+    return Tensor(handle);
+  }
+};
+#else
 // The slots lie as the experts take them, [E, G, C, D]; a group's products take them in one
 // piece, [S, D]. Copied by the thread that multiplies them they need no tensor between.
 template <typename T>
@@ -35,6 +72,7 @@ struct Slots {
     }
   }
 };
+#endif
 
 void check(
     const char* op, const Tensor& logits, const Tensor& values, int64_t dim, int64_t num_experts) {
@@ -60,6 +98,20 @@ Tensor soft_mix(
   Tensor out = dim == 1 ? empty({num_experts, G, C, D}, logits) : empty({G, tokens, D}, logits);
   by_dtype("soft_mix", logits, [&](auto zero) {
     using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("soft_mix", logits, {values}, [&](auto stream) {
+      const Slots<T> slots{num_experts, G, C, D, stream};
+      const Tensor weights = empty({G, tokens, S}, logits);
+      cuda::soft_mix(read<T>(logits), write<T>(weights), G, tokens, S, dim == 1, stream);
+      if (dim == 1) {
+        const Tensor rows = slots.room(out);
+        multiply(rows, transpose(weights, 1, 2), values);
+        slots.put(rows, out);
+      } else {
+        multiply(out, weights, slots.take(values));
+      }
+    });
+#else
     const Slots<T> slots{num_experts, G, C, D};
     parallel_runs(G, 2 * tokens * S + (tokens + S) * D, [&](int64_t first, int64_t count) {
       const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
@@ -78,6 +130,7 @@ Tensor soft_mix(
         multiply(matrices(y, count, tokens, D), to_tokens, slot_rows);
       }
     });
+#endif
   });
   return out;
 }
@@ -103,9 +156,27 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
       dim == 1 ? empty({G, tokens, D}, logits) : empty({num_experts, G, C, D}, logits);
   by_dtype("soft_mix_backward", logits, [&](auto zero) {
     using T = decltype(zero);
-    const Slots<T> slots{num_experts, G, C, D};
     const Tensor& by_token = dim == 1 ? values : grad;
     const Tensor& by_slot = dim == 1 ? grad : values;
+#ifdef VMOE_DEVICE_CUDA
+    on_device("soft_mix_backward", logits, {grad, values}, [&](auto stream) {
+      const Slots<T> slots{num_experts, G, C, D, stream};
+      const Tensor weights = empty({G, tokens, S}, logits);
+      cuda::soft_mix(read<T>(logits), write<T>(weights), G, tokens, S, dim == 1, stream);
+      const Tensor rows = slots.take(by_slot);
+      multiply(grad_logits, by_token, transpose(rows, 1, 2));
+      cuda::soft_mix_backward(
+          read<T>(weights), write<T>(grad_logits), G, tokens, S, dim == 1, stream);
+      if (dim == 1) {
+        multiply(grad_values, weights, rows);
+      } else {
+        const Tensor grads = slots.room(grad_values);
+        multiply(grads, transpose(weights, 1, 2), by_token);
+        slots.put(grads, grad_values);
+      }
+    });
+#else
+    const Slots<T> slots{num_experts, G, C, D};
     parallel_runs(G, 3 * tokens * S + (2 * tokens + S) * D, [&](int64_t first, int64_t count) {
       const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
       const T* in = read<T>(logits) + first * tokens * S;
@@ -126,6 +197,7 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
         slots.put(rows.get(), first, count, write<T>(grad_values));
       }
     });
+#endif
   });
   return {grad_logits, grad_values};
 }

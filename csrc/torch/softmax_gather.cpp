@@ -31,8 +31,15 @@ std::tuple<Tensor, Tensor> softmax_gather(
   Tensor norms = empty({2, G, tokens}, logits);
   by_dtype("softmax_gather", logits, [&](auto zero) {
     using T = decltype(zero);
-    T *high = write<T>(norms), *scale = high + G * tokens;
-    parallel(G * tokens, E, [&](int64_t begin, int64_t end) {
+    T *high = write<T>(norms), *scale = high + shape.G * shape.tokens;
+#ifdef VMOE_DEVICE_CUDA
+    on_device("softmax_gather", logits, {indices}, [&](auto stream) {
+      cuda::softmax_gather(
+          read<T>(logits), read<int32_t>(indices), write<T>(values), high, scale, shape.G,
+          shape.tokens, shape.E, shape.K, shape.by_expert, stream);
+    });
+#else
+    parallel(shape.G * shape.tokens, shape.E, [&](int64_t begin, int64_t end) {
       cpu::softmax_norms(read<T>(logits), high, scale, shape.E, begin, end);
     });
     parallel(shape.rows(), shape.K, [&](int64_t begin, int64_t end) {
@@ -41,6 +48,7 @@ std::tuple<Tensor, Tensor> softmax_gather(
           static_cast<const T*>(scale), write<T>(values), shape.tokens, shape.E, shape.K,
           shape.by_expert, begin, end);
     });
+#endif
   });
   return {values, norms};
 }
@@ -48,21 +56,35 @@ std::tuple<Tensor, Tensor> softmax_gather(
 Tensor softmax_gather_backward(
     const Tensor& grad_, const Tensor& values_, const Tensor& logits_, const Tensor& indices_,
     const Tensor& norms_, int64_t dim) {
-  const Shape shape = check("softmax_gather_backward", logits_, indices_, dim);
+  constexpr const char* op = "softmax_gather_backward";
+  const Shape shape = check(op, logits_, indices_, dim);
   const auto [G, tokens, E, K, by_expert] = shape;
-  check_shape("softmax_gather_backward", "grad", grad_, {G, by_expert ? E : tokens, K});
-  check_shape("softmax_gather_backward", "values", values_, {G, by_expert ? E : tokens, K});
-  check_shape("softmax_gather_backward", "norms", norms_, {2, G, tokens});
-  check_dtype("softmax_gather_backward", "grad", grad_, logits_.scalar_type());
-  check_dtype("softmax_gather_backward", "values", values_, logits_.scalar_type());
-  check_dtype("softmax_gather_backward", "norms", norms_, logits_.scalar_type());
+  check_shape(op, "grad", grad_, {G, by_expert ? E : tokens, K});
+  check_shape(op, "values", values_, {G, by_expert ? E : tokens, K});
+  check_shape(op, "norms", norms_, {2, G, tokens});
+  check_dtype(op, "grad", grad_, logits_.scalar_type());
+  check_dtype(op, "values", values_, logits_.scalar_type());
+  check_dtype(op, "norms", norms_, logits_.scalar_type());
   const Tensor grad = packed(grad_), values = packed(values_), logits = packed(logits_);
   const Tensor indices = packed(indices_), norms = packed(norms_);
-  Tensor dots = torch::stable::new_zeros(logits, {G, tokens});
   Tensor grad_logits = empty({G, tokens, E}, logits);
-  by_dtype("softmax_gather_backward", logits, [&](auto zero) {
+  by_dtype(op, logits, [&](auto zero) {
     using T = decltype(zero);
     const T *high = read<T>(norms), *scale = high + shape.G * shape.tokens;
+#ifdef VMOE_DEVICE_CUDA
+    const int64_t picks = shape.by_expert ? shape.E * shape.K : 0;  // of a group, in one list
+    STD_TORCH_CHECK(picks <= INT32_MAX, op, ": ", picks, " indices of a group do not fit int32");
+    on_device(op, logits, {grad, values, indices, norms}, [&](auto stream) {
+      const Tensor scratch = workspace(
+          logits, cuda::softmax_gather_backward_workspace(
+                      shape.G, shape.tokens, shape.E, shape.K, shape.by_expert));
+      cuda::softmax_gather_backward(
+          read<T>(grad), read<T>(values), read<T>(logits), read<int32_t>(indices), high, scale,
+          write<T>(grad_logits), shape.G, shape.tokens, shape.E, shape.K, shape.by_expert,
+          write<void>(scratch), stream);
+    });
+#else
+    const Tensor dots = torch::stable::new_zeros(logits, {shape.G, shape.tokens});
     const auto dot = [&](int64_t begin, int64_t end) {
       cpu::softmax_dots(
           read<T>(grad), read<T>(values), read<int32_t>(indices), write<T>(dots), shape.tokens,
@@ -96,6 +118,7 @@ Tensor softmax_gather_backward(
         scatter(first, last);
       }
     });
+#endif
   });
   return grad_logits;
 }

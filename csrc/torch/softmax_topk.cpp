@@ -19,6 +19,16 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk(const Tensor& logits_, int64_t k
   by_dtype("softmax_topk", logits, [&](auto zero) {
     using T = decltype(zero);
     T *high = write<T>(norms), *scale = high + G * tokens;
+#ifdef VMOE_DEVICE_CUDA
+    on_device("softmax_topk", logits, {}, [&](auto stream) {
+      const bool of_tokens = dim == 1;
+      const Tensor scratch =
+          workspace(logits, cuda::softmax_topk_workspace<T>(G, tokens, E, k, of_tokens));
+      cuda::softmax_topk(
+          read<T>(logits), write<T>(values), write<int32_t>(indices), high, scale, G, tokens, E, k,
+          of_tokens, write<void>(scratch), stream);
+    });
+#else
     if (dim == 2) {
       parallel(G * tokens, E, [&](int64_t begin, int64_t end) {
         cpu::softmax_topk(
@@ -40,6 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk(const Tensor& logits_, int64_t k
           read<T>(gates), write<T>(values), write<int32_t>(indices), tokens, E, k, by_expert, begin,
           end);
     });
+#endif
   });
   return {values, indices, norms};
 }

@@ -36,7 +36,7 @@ def grouped_mlp(
     A kernel of ours serves float32 and float64 on a CPU where `act` is a name: it visits the filled rows
     alone, and bias, activation and their gradient cost no pass over memory. Everything else (other devices and
     dtypes, autocast, an `act` that is a function, `torch.func` and forward-mode derivatives) is two batched
-    products of torch's over all rows.
+    products of torch's over all rows, whose number the host knows: on CUDA nothing waits for the device.
 
     Args:
         x: [E, N, D] floating point, N rows for each expert.

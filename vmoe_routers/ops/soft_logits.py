@@ -19,7 +19,8 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
     """Products of tokens of length 1 and the slots' parameters (arXiv 2308.00951, section 2.3).
 
     ``logits[g, t, s] = <x[g, t], phi[:, s]> / sqrt(|x[g, t]|^2 + 1e-6)``. For backward
-    nothing is kept but x and phi.
+    nothing is kept but x and phi. The products are torch's; on CUDA in TF32 where
+    `torch.set_float32_matmul_precision` allows it.
 
     Args:
         x: [G, T, D] floating point.

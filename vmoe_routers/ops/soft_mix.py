@@ -22,6 +22,8 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     ``dim = 1``: softmax over the tokens, every slot a mean of tokens.
     ``dim = 2``: softmax over all slots, every token a mean of slots.
 
+    The products are torch's; on CUDA in TF32 where `torch.set_float32_matmul_precision` allows it.
+
     Args:
         logits: [G, T, S], or [G, T, E, C] with S = E * C; floating point; -inf is "not there".
         values: for dim 1 tokens [G, T, D]; for dim 2 slots, [G, S, D] or [G, E, C, D] as

@@ -1,0 +1,313 @@
+// Few experts of a token, few tokens of an expert in a small group: one launch each, and the gates
+// never leave the chip.
+//
+//   few_of_rows       dim 2, E <= 1024: kLanes lanes a token, logits in registers, 16-byte loads
+//   few_of_long_rows  dim 2, E <= 4096: a block a token; each warp chooses in its part of the row,
+//                     and one warp among the choices
+//   few_of_columns    dim 1, E <= 128: a block a group; a tile of gates in shared memory, a warp an
+//                     expert of it
+//
+// The rest goes through memory: norms, gates, topk of them, and then the picks of tokens that are
+// not there are taken back.
+#include <algorithm>
+
+#include "../softmax_topk.h"
+#include "../topk.h"
+#include "softmax.h"
+
+namespace vmoe::cuda {
+namespace {
+
+// The gate of a key: gates are no less than +0, or NaN.
+__device__ inline float gate_of(uint32_t key) {
+  const uint32_t bits = key & 0x7FFFFFFF;
+  float gate;
+  memcpy(&gate, &bits, sizeof(gate));
+  return gate;
+}
+__device__ inline double gate_of(uint64_t key) {
+  const uint64_t bits = key & 0x7FFFFFFFFFFFFFFF;
+  double gate;
+  memcpy(&gate, &bits, sizeof(gate));
+  return gate;
+}
+
+template <typename T>
+struct Chosen {
+  T* values;         // [rows, k]
+  int32_t* indices;  // [rows, k]
+  int64_t k;
+
+  __device__ void write(int64_t row, int64_t j, T value, int32_t index) const {
+    values[row * k + j] = value;
+    indices[row * k + j] = index;
+  }
+};
+
+template <typename T, int kLanes, int kEach>
+__global__ void __launch_bounds__(kSoftmaxThreads) few_of_rows_kernel(
+    const T* __restrict__ logits,  // [rows, E]
+    Chosen<T> chosen,
+    T* __restrict__ high,   // [rows]
+    T* __restrict__ scale,  // [rows]
+    int64_t E, int64_t rows, bool wide) {
+  using Softmax = RowSoftmax<T, kLanes, kEach>;
+  const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
+  Softmax softmax;
+  // Lanes without a row of their own repeat the last: the warp stays together.
+  softmax.read(logits + (row < rows ? row : rows - 1) * E, E, wide);
+  typename Softmax::Picks few;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    few.keys[i] = few.index(i) < E ? order_key(softmax.gate(i)) : 0;
+  }
+  few.select(chosen.k);
+  if (row >= rows) return;
+  if (few.lane() == 0) {
+    high[row] = softmax.high;
+    scale[row] = softmax.scale;
+  }
+#pragma unroll
+  for (int i = 0; i < few.kPicks; ++i) {
+    const int j = i * kLanes + few.lane();
+    if (j >= chosen.k) continue;
+    const bool absent = softmax.absent();
+    chosen.write(row, j, absent ? T{0} : gate_of(few.picked[i]), absent ? -1 : few.picks[i]);
+  }
+}
+
+constexpr int kWarps = kSoftmaxThreads / kWarp;
+constexpr int kEachOfLong = 16;
+constexpr int64_t kLongestChoice = int64_t{kSoftmaxThreads} * kEachOfLong;
+
+template <typename T>
+__global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
+    const T* __restrict__ logits,  // [rows, E]
+    Chosen<T> chosen,
+    T* __restrict__ high,   // [rows]
+    T* __restrict__ scale,  // [rows]
+    int64_t E) {
+  using Key = OrderKey<T>;
+  // By warps, and of a warp in order: ties are in order of index.
+  __shared__ Pick<Key> candidates[kWarps * kFew];
+  const int64_t row = blockIdx.x, k = chosen.k;
+  const T* from = logits + row * E;
+  const Norms<T> norms = norms_of_block(from, E);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  constexpr int64_t kPart = kWarp * kEachOfLong;
+  Few<Key, kWarp, kEachOfLong, 1> few;
+#pragma unroll
+  for (int i = 0; i < kEachOfLong; ++i) {
+    const int64_t e = warp * kPart + few.index(i);
+    few.keys[i] = e < E ? order_key(exp_negative(from[e] - norms.high) * norms.scale) : 0;
+  }
+  few.select(k);
+  if (few.lane() < k) {
+    candidates[warp * k + few.lane()] = {few.picked[0], few.picks[0]};
+  }
+  __syncthreads();
+  if (warp > 0) return;
+  Few<Key, kWarp, kWarps * kFew / kWarp, 1> best;
+#pragma unroll
+  for (int i = 0; i < kWarps * kFew / kWarp; ++i) {
+    best.keys[i] = best.index(i) < kWarps * k ? candidates[best.index(i)].key : 0;
+  }
+  best.select(k);
+  if (best.lane() < k) {
+    const bool absent = norms.scale == 0;
+    const int32_t at = best.picks[0];
+    const auto e = static_cast<int32_t>(at / k * kPart) + candidates[at].index;
+    chosen.write(row, best.lane(), absent ? T{0} : gate_of(best.picked[0]), absent ? -1 : e);
+  }
+  if (best.lane() == 0) {
+    high[row] = norms.high;
+    scale[row] = norms.scale;
+  }
+}
+
+constexpr int kColumnThreads = 512;
+
+template <typename T, int kLanes, int kEach, int kTokens /* a lane */>
+__global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
+    const T* __restrict__ logits,  // [G, T, E]
+    Chosen<T> chosen,              // rows: [G, E]
+    T* __restrict__ high,          // [G, T]
+    T* __restrict__ scale,         // [G, T]
+    int64_t tokens, int64_t E, bool wide) {
+  using Softmax = RowSoftmax<T, kLanes, kEach>;
+  T* tile = dynamic_shared<T>();  // [E, tokens | 1]: an odd stride, so that no banks collide
+  const int64_t g = blockIdx.x, stride = tokens | 1, first = g * tokens;
+  const int64_t own = threadIdx.x / kLanes;
+  for (int64_t begin = 0; begin < tokens; begin += kColumnThreads / kLanes) {
+    const bool there = begin + own < tokens;
+    const int64_t t = there ? begin + own : tokens - 1;  // the warp stays together
+    Softmax softmax;
+    softmax.read(logits + (first + t) * E, E, wide);
+    if (!there) continue;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int32_t e = Softmax::Picks::index(i);
+      if (e < E) tile[e * stride + t] = softmax.absent() ? kAbsent<T> : softmax.gate(i);
+    }
+    if (threadIdx.x % kLanes == 0) {
+      high[first + t] = softmax.high;
+      scale[first + t] = softmax.scale;
+    }
+  }
+  __syncthreads();
+  for (int64_t e = threadIdx.x / kWarp; e < E; e += kColumnThreads / kWarp) {
+    const T* gates = tile + e * stride;
+    Few<OrderKey<T>, kWarp, kTokens, 1> few;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      few.keys[i] = few.index(i) < tokens ? order_key(gates[few.index(i)]) : 0;
+    }
+    few.select(chosen.k);
+    if (few.lane() < chosen.k) {
+      const T gate = gates[few.picks[0]];
+      const bool absent = gate == kAbsent<T>;
+      chosen.write(g * E + e, few.lane(), absent ? T{0} : gate, absent ? -1 : few.picks[0]);
+    }
+  }
+}
+
+// The gates of all, those of a token that is not there being -inf. A tile of 32 x 32 a block of
+// 32 x 8 threads, that is turned where the gates lie by expert.
+constexpr int kTile = 32;
+
+template <typename T>
+__global__ void __launch_bounds__(kSoftmaxThreads) gates_kernel(
+    const T* __restrict__ logits,  // [G, T, E]
+    const T* __restrict__ high,    // [G, T]
+    const T* __restrict__ scale,   // [G, T]
+    T* __restrict__ gates,         // [G, T, E], or by expert [G, E, T]
+    int64_t tokens, int64_t E, bool by_expert) {
+  __shared__ T tile[kTile][kTile + 1];
+  const int64_t down = ceil_div(tokens, kTile), across = ceil_div(E, kTile);
+  const int64_t g = blockIdx.x / (down * across);
+  const int64_t t = blockIdx.x / across % down * kTile, e = blockIdx.x % across * kTile;
+  const int column = static_cast<int>(threadIdx.x) % kTile;
+  const int above = static_cast<int>(threadIdx.x) / kTile;
+  constexpr int kRows = kSoftmaxThreads / kTile;
+  for (int row = above; row < kTile; row += kRows) {
+    if (t + row >= tokens || e + column >= E) continue;
+    const int64_t token = g * tokens + t + row, at = token * E + e + column;
+    const T by = scale[token];
+    const T gate = by == 0 ? kAbsent<T> : exp_negative(logits[at] - high[token]) * by;
+    if (by_expert) {
+      tile[row][column] = gate;
+    } else {
+      gates[at] = gate;
+    }
+  }
+  if (!by_expert) return;
+  __syncthreads();
+  for (int row = above; row < kTile; row += kRows) {
+    if (e + row < E && t + column < tokens) {
+      gates[(g * E + e + row) * tokens + t + column] = tile[column][row];
+    }
+  }
+}
+
+// What topk chose of tokens that are not there.
+template <typename T>
+__global__ void __launch_bounds__(kSoftmaxThreads)
+    take_back_kernel(T* __restrict__ values, int32_t* __restrict__ indices, int64_t size) {
+  const int64_t i = int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x;
+  if (i >= size || values[i] != kAbsent<T>) return;
+  values[i] = 0;
+  indices[i] = -1;
+}
+
+// Launches the one kernel that does all, if there is one; with `measure` only says so.
+template <typename T>
+bool few(
+    const T* logits, const Chosen<T>& chosen, T* high, T* scale, int64_t G, int64_t tokens,
+    int64_t E, bool of_tokens, bool measure, cudaStream_t stream) {
+  if (chosen.k > kFew) return false;
+  const bool wide = rows_are_wide(logits, E);
+  if (!of_tokens) {
+    const int64_t rows = G * tokens;
+    if (E > kLongestChoice) return false;
+    if (measure) return true;
+    if (E > kLongestRow) {
+      launch(
+          few_of_long_rows_kernel<T>, rows, kSoftmaxThreads, 0, stream, logits, chosen, high, scale,
+          E);
+    } else {
+      by_row_length(E, [&](auto shape) {
+        using Shape = decltype(shape);
+        launch(
+            few_of_rows_kernel<T, Shape::kLanes, Shape::kEach>,
+            ceil_div(rows * Shape::kLanes, kSoftmaxThreads), kSoftmaxThreads, 0, stream, logits,
+            chosen, high, scale, E, rows, wide);
+      });
+    }
+    return true;
+  }
+  constexpr int64_t kMostExperts = 128, kMostTokens = 1024;
+  const int64_t tile = E * (tokens | 1) * static_cast<int64_t>(sizeof(T));
+  if (E > kMostExperts || tokens > kMostTokens || tile > shared_limit()) return false;
+  if (measure) return true;
+  by_row_length(E, [&](auto shape) {
+    using Shape = decltype(shape);
+    if constexpr (Shape::kLanes * Shape::kEach <= kMostExperts) {
+      constexpr int kLanes = Shape::kLanes, kEach = Shape::kEach;
+      launch(
+          tokens <= 256 ? few_of_columns_kernel<T, kLanes, kEach, 8>
+                        : few_of_columns_kernel<T, kLanes, kEach, 32>,
+          G, kColumnThreads, static_cast<size_t>(tile), stream, logits, chosen, high, scale, tokens,
+          E, wide);
+    }
+  });
+  return true;
+}
+
+// Launches, but not to `measure`; returns how large the workspace must be.
+template <typename T>
+size_t run(
+    const T* logits, const Chosen<T>& chosen, T* high, T* scale, int64_t G, int64_t tokens,
+    int64_t E, bool of_tokens, void* memory, bool measure, cudaStream_t stream) {
+  if (few(logits, chosen, high, scale, G, tokens, E, of_tokens, measure, stream)) return 0;
+  Workspace workspace(memory);
+  const int64_t n = of_tokens ? tokens : E, rows = G * (of_tokens ? E : tokens);
+  T* gates = workspace.take<T>(G * tokens * E);
+  char* rest = workspace.take<char>(static_cast<int64_t>(topk_workspace<T>(n, 1, chosen.k, rows)));
+  if (measure) return workspace.size();
+  softmax_norms(logits, high, scale, E, G * tokens, stream);
+  launch(
+      gates_kernel<T>, G * ceil_div(tokens, kTile) * ceil_div(E, kTile), kSoftmaxThreads, 0, stream,
+      logits, high, scale, gates, tokens, E, of_tokens);
+  topk<T>(gates, chosen.values, chosen.indices, n, 1, chosen.k, rows, rest, stream);
+  launch(
+      take_back_kernel<T>, ceil_div(rows * chosen.k, kSoftmaxThreads), kSoftmaxThreads, 0, stream,
+      chosen.values, chosen.indices, rows * chosen.k);
+  return workspace.size();
+}
+
+}  // namespace
+
+template <typename T>
+size_t softmax_topk_workspace(int64_t G, int64_t tokens, int64_t E, int64_t k, bool of_tokens) {
+  const Chosen<T> chosen{nullptr, nullptr, k};
+  return run<T>(nullptr, chosen, nullptr, nullptr, G, tokens, E, of_tokens, nullptr, true, nullptr);
+}
+
+template <typename T>
+void softmax_topk(
+    const T* logits, T* values, int32_t* indices, T* high, T* scale, int64_t G, int64_t tokens,
+    int64_t E, int64_t k, bool of_tokens, void* workspace, CUstream_st* stream) {
+  const Chosen<T> chosen{values, indices, k};
+  run(logits, chosen, high, scale, G, tokens, E, of_tokens, workspace, false, stream);
+}
+
+#define VMOE_INSTANTIATE(T)                                                                        \
+  template size_t softmax_topk_workspace<T>(int64_t, int64_t, int64_t, int64_t, bool);             \
+  template void softmax_topk(                                                                      \
+      const T*, T*, int32_t*, T*, T*, int64_t, int64_t, int64_t, int64_t, bool, void*,             \
+      CUstream_st*);
+VMOE_INSTANTIATE(float)
+VMOE_INSTANTIATE(double)
+#undef VMOE_INSTANTIATE
+
+}  // namespace vmoe::cuda

@@ -1,0 +1,181 @@
+#include "softmax_topk.h"
+
+#include "device.h"
+#include "softmax_gather.h"
+#include "topk.h"
+
+namespace vmoe {
+namespace {
+
+template <typename T>
+struct Chosen {
+  std::vector<T> values;
+  std::vector<int32_t> indices;
+};
+
+template <typename T>
+class CudaSoftmaxTopk : public ::testing::Test {
+ public:
+  struct Choice {
+    int64_t G, tokens, E, k;
+    bool of_tokens;
+
+    int64_t all() const { return G * tokens; }
+    int64_t rows() const { return of_tokens ? G * E : all(); }
+  };
+
+  static Chosen<T> choose(const Choice& choice, const std::vector<T>& logits) {
+    const auto [G, tokens, E, k, of_tokens] = choice;
+    const int64_t size = choice.rows() * k;
+    DeviceArray<T> x(logits), values(size), high(choice.all()), scale(choice.all());
+    DeviceArray<int32_t> indices(size);
+    DeviceArray<char> workspace(
+        static_cast<int64_t>(cuda::softmax_topk_workspace<T>(G, tokens, E, k, of_tokens)));
+    cuda::softmax_topk(
+        x.data(), values.data(), indices.data(), high.data(), scale.data(), G, tokens, E, k,
+        of_tokens, workspace.data(), nullptr);
+    std::vector<T> wanted_high(choice.all()), wanted_scale(choice.all());
+    cpu::softmax_norms(logits.data(), wanted_high.data(), wanted_scale.data(), E, 0, choice.all());
+    expect_near(high.values(), wanted_high, 0);
+    expect_near(scale.values(), wanted_scale, kRounding<T>);
+    return {values.values(), indices.values()};
+  }
+
+  // All gates as softmax_gather has them on the device, those of a token that is not there being -inf.
+  static std::vector<T> gates(const Choice& choice, const std::vector<T>& logits) {
+    const auto [G, tokens, E, k, of_tokens] = choice;
+    std::vector<int32_t> every(logits.size());
+    for (size_t i = 0; i < every.size(); ++i) every[i] = static_cast<int32_t>(i % E);
+    const auto size = static_cast<int64_t>(logits.size());
+    DeviceArray<T> x(logits), values(size), high(choice.all()), scale(choice.all());
+    DeviceArray<int32_t> indices(every);
+    cuda::softmax_gather(
+        x.data(), indices.data(), values.data(), high.data(), scale.data(), G, tokens, E, E, false,
+        nullptr);
+    auto gates = values.values();
+    const auto scales = scale.values();
+    for (size_t i = 0; i < gates.size(); ++i) {
+      if (scales[i / E] == 0) gates[i] = -kInf<T>;
+    }
+    std::vector<T> wanted(logits.size()), other(2 * choice.all());
+    cpu::softmax_gates(
+        logits.data(), wanted.data(), other.data(), other.data() + choice.all(), tokens, E, false,
+        0, choice.all());
+    expect_near(gates, wanted, kRounding<T>);
+    return gates;
+  }
+
+  // Bit by bit topk of the gates, which are the CPU's up to rounding.
+  static void expect_definition(const Choice& choice, const std::vector<T>& logits) {
+    const auto [G, tokens, E, k, of_tokens] = choice;
+    SCOPED_TRACE(
+        ::testing::Message() << G << " x " << tokens << " x " << E << ", k " << k
+                             << (of_tokens ? " of the tokens" : ""));
+    const auto actual = choose(choice, logits);
+    const auto from = gates(choice, logits);
+    Chosen<T> wanted{std::vector<T>(choice.rows() * k), std::vector<int32_t>(choice.rows() * k)};
+    cpu::topk(
+        from.data(), wanted.values.data(), wanted.indices.data(), of_tokens ? tokens : E,
+        of_tokens ? E : 1, k, 0, choice.rows());
+    for (size_t i = 0; i < wanted.values.size(); ++i) {
+      if (wanted.values[i] != -kInf<T>) continue;
+      wanted.values[i] = 0;
+      wanted.indices[i] = -1;
+    }
+    EXPECT_EQ(actual.indices, wanted.indices);
+    expect_near(actual.values, wanted.values, 0);
+  }
+
+  static void expect_definition(const Choice& choice) {
+    const int64_t size = choice.all() * choice.E;
+    expect_definition(choice, uniform<T>(size, choice.E + choice.k, -6, 6));
+    expect_definition(choice, tied<T>(size, choice.E + choice.k));
+  }
+};
+TYPED_TEST_SUITE(CudaSoftmaxTopk, Floats);
+
+// Around the numbers of lanes, of entries a lane and of entries that are loaded together.
+TYPED_TEST(CudaSoftmaxTopk, OfRows) {
+  for (const int64_t E : {1, 3, 16, 17, 32, 33, 64, 100, 128, 130, 256, 300, 512, 600, 1024}) {
+    for (const int64_t k : {0, 1, 2, 5, 16, 17, 33}) {
+      if (k <= E) this->expect_definition({2, E < 200 && k < 17 ? 35 : 3, E, k, false});
+    }
+  }
+}
+
+TYPED_TEST(CudaSoftmaxTopk, OfLongRows) {
+  for (const int64_t E : {1025, 1537, 4090, 4096, 4100}) {
+    for (const int64_t k : {1, 16, 40}) this->expect_definition({1, 3, E, k, false});
+  }
+}
+
+TYPED_TEST(CudaSoftmaxTopk, OfTokens) {
+  for (const int64_t E : {1, 8, 31, 32, 60, 128}) {
+    for (const int64_t tokens : {1, 3, 33, 196, 300}) {
+      for (const int64_t k : {1, 6, 16}) {
+        if (k > tokens || (E > 60 && tokens > 33)) continue;
+        this->expect_definition({2, tokens, E, k, true});
+      }
+    }
+  }
+}
+
+// By way of memory: many picks, many experts, a long group.
+TYPED_TEST(CudaSoftmaxTopk, OfTokensByWayOfMemory) {
+  this->expect_definition({2, 40, 3, 17, true});
+  this->expect_definition({1, 300, 33, 150, true});
+  this->expect_definition({2, 5, 130, 2, true});
+  this->expect_definition({1, 1500, 3, 4, true});
+  this->expect_definition({1, 9000, 2, 8000, true});
+}
+
+TYPED_TEST(CudaSoftmaxTopk, TokensThatAreNotThereAndNaN) {
+  using T = TypeParam;
+  for (const int64_t E : {11, 40, 1300}) {
+    const int64_t tokens = 20;
+    for (const int64_t step : {2, 3, 1}) {  // 1: nobody is there
+      auto logits = uniform<T>(2 * tokens * E, 7);
+      for (int64_t t = 0; t < 2 * tokens; t += step) {
+        std::fill(&logits[t * E], &logits[t * E] + E, -kInf<T>);
+      }
+      for (int64_t t = 0; t < 2 * tokens; t += 7) logits[t * E + t % E] = -kInf<T>;
+      if (step != 1) {
+        logits[3 * E + 2] = kNaN<T>;
+        logits[5 * E + 1] = kInf<T>;
+        logits[17 * E] = -kNaN<T>;
+      }
+      for (const int64_t k : {1, 2, 11, 18}) {
+        if (k <= E) this->expect_definition({2, tokens, E, k, false}, logits);
+        if (E < 1000) this->expect_definition({2, tokens, E, k, true}, logits);
+      }
+    }
+  }
+}
+
+// What underflows on the CPU underflows here, and ties.
+TYPED_TEST(CudaSoftmaxTopk, MostGatesAreZero) {
+  using T = TypeParam;
+  for (const int64_t E : {7, 130, 1100}) {
+    const auto logits = uniform<T>(10 * E, 3, -6000, 6000);
+    this->expect_definition({1, 10, E, 6, false}, logits);
+    this->expect_definition({1, 10, E, 6, true}, logits);
+    std::vector<T> values(60), high(10), scale(10);
+    std::vector<int32_t> indices(60);
+    cpu::softmax_topk(
+        logits.data(), values.data(), indices.data(), high.data(), scale.data(), E, 6, 0, 10);
+    EXPECT_EQ(this->choose({1, 10, E, 6, false}, logits).indices, indices);
+  }
+}
+
+TYPED_TEST(CudaSoftmaxTopk, EmptyShapes) {
+  const std::vector<TypeParam> none;
+  for (const bool of_tokens : {false, true}) {
+    this->expect_definition({0, 3, 4, 2, of_tokens}, none);
+    this->expect_definition({2, 0, 4, 0, of_tokens}, none);
+    this->expect_definition({2, 3, 0, 0, of_tokens}, none);
+    this->expect_definition({1, 1, 2, 0, of_tokens}, {1, 2});
+  }
+}
+
+}  // namespace
+}  // namespace vmoe
