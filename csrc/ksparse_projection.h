@@ -14,6 +14,8 @@
 
 #include "isa.h"
 
+struct CUstream_st;
+
 namespace vmoe::cpu {
 
 VMOE_EACH_ISA(
@@ -31,3 +33,16 @@ VMOE_EACH_ISA(
 VMOE_BY_ISA(ksparse_projection)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+template <typename T>
+void ksparse_projection(
+    const T* x,  // [N, n]
+    T* out,      // [N, n]
+    int64_t n,
+    int64_t k,
+    int64_t rows,  // N
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

@@ -21,10 +21,13 @@
 // A column that is all -inf stays 0. A group with NaN or +inf gets NaN. float64 inside.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
 #include "parallel.h"
+
+struct CUstream_st;
 
 namespace vmoe {
 
@@ -58,4 +61,24 @@ VMOE_EACH_ISA(
 VMOE_BY_ISA(ksparse_transport)
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Bytes of workspace that ksparse_transport asks for.
+template <typename T>
+size_t ksparse_transport_workspace(
+    int64_t G, int64_t tokens, int64_t E, const TransportOptions& options);
+
+template <typename T>
+void ksparse_transport(
+    const T* similarity,  // [G, T, E]
+    T* plan,              // [G, T, E]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    const TransportOptions& options,
+    void* workspace,  // of ksparse_transport_workspace
+    CUstream_st* stream);
+
+}  // namespace cuda
 }  // namespace vmoe

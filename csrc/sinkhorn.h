@@ -19,17 +19,21 @@
 // logits of a group are within 40 of each other (over epsilon) the iteration runs on
 // exp(M) in float32 for float32 logits, within 200 in float64, else on logarithms, an exp
 // an entry and step: right for |logits| up to 1e4 and beyond. The float32 error is exact
-// to about 1e-7; a smaller tolerance than 1e-4 takes float64.
+// to about 1e-7; a smaller tolerance than 1e-4 takes float64. On CUDA there is no exp(M)
+// in float64 for float32 logits: they go on to the logarithms at once.
 //
 // Two gradients: of the iterations done (unrolled; f_i is recomputed from h_i, so
 // that one [T, E] tensor and I * E numbers are all that is kept), and of the fixed
 // point by the implicit function theorem at the plan reached.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "isa.h"
 #include "parallel.h"
+
+struct CUstream_st;
 
 namespace vmoe::cpu {
 
@@ -84,3 +88,60 @@ VMOE_BY_ISA(sinkhorn_backward)
 VMOE_BY_ISA(sinkhorn_implicit_backward)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+// Bytes of workspace that sinkhorn asks for.
+template <typename T>
+size_t sinkhorn_workspace(int64_t G, int64_t tokens, int64_t E);
+
+template <typename T>
+void sinkhorn(
+    const T* logits,  // [G, T, E]
+    T* plan,          // [G, T, E]
+    double* history,  // [G, I, E]
+    double* error,    // [G]
+    int32_t* steps,   // [G]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t iterations,
+    double epsilon,
+    double tolerance,
+    void* workspace,  // of sinkhorn_workspace
+    CUstream_st* stream);
+
+template <typename T>
+size_t sinkhorn_backward_workspace(int64_t G, int64_t tokens, int64_t E);
+
+template <typename T>
+void sinkhorn_backward(
+    const T* grad,          // [G, T, E] of the plan
+    const T* logits,        // [G, T, E]
+    const double* history,  // [G, I, E]
+    const int32_t* steps,   // [G]
+    T* grad_logits,         // [G, T, E]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t iterations,
+    double epsilon,
+    void* workspace,  // of sinkhorn_backward_workspace
+    CUstream_st* stream);
+
+template <typename T>
+size_t sinkhorn_implicit_backward_workspace(int64_t G, int64_t tokens, int64_t E);
+
+template <typename T>
+void sinkhorn_implicit_backward(
+    const T* grad,   // [G, T, E] of the plan
+    const T* plan,   // [G, T, E]
+    T* grad_logits,  // [G, T, E]
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    double epsilon,
+    void* workspace,  // of sinkhorn_implicit_backward_workspace
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

@@ -13,6 +13,7 @@
 #include "../topk.h"
 #include "select.h"
 #include "sort.h"
+#include "transpose.h"
 
 namespace vmoe::cuda {
 namespace {
@@ -93,32 +94,6 @@ __global__ void __launch_bounds__(kFewThreads) few_of_columns_kernel(
     load_keys<T, kWarp, kEach, 1, false>(few, from, n);
     few.select(k);
     write_picks(few, from, values + row * k, indices + row * k, k);
-  }
-}
-
-constexpr int kTile = 32;
-
-// [N, n, M] to [N, M, n], a tile of 32 x 32 a block of 32 x 8 threads.
-template <typename T>
-__global__ void __launch_bounds__(256) transpose_kernel(
-    const T* __restrict__ x,  // [N, n, M]
-    T* __restrict__ y,        // [N, M, n]
-    int64_t n, int64_t M) {
-  __shared__ T tile[kTile][kTile + 1];
-  const int64_t down = ceil_div(n, kTile), across = ceil_div(M, kTile);
-  const int64_t a = blockIdx.x / (down * across);
-  const int64_t i = blockIdx.x / across % down * kTile, m = blockIdx.x % across * kTile;
-  const int column = static_cast<int>(threadIdx.x) % kTile;
-  for (int row = static_cast<int>(threadIdx.x) / kTile; row < kTile; row += 8) {
-    if (i + row < n && m + column < M) {
-      tile[row][column] = x[(a * n + i + row) * M + m + column];
-    }
-  }
-  __syncthreads();
-  for (int row = static_cast<int>(threadIdx.x) / kTile; row < kTile; row += 8) {
-    if (m + row < M && i + column < n) {
-      y[(a * M + m + row) * n + i + column] = tile[column][row];
-    }
   }
 }
 
@@ -260,9 +235,7 @@ size_t run(
   if (M > 1) {
     T* transposed = workspace.take<T>(rows * n);
     if (!measure) {
-      launch(
-          transpose_kernel<T>, rows / M * ceil_div(n, kTile) * ceil_div(M, kTile), 256, 0, stream,
-          x, transposed, n, M);
+      transpose(x, transposed, rows / M, n, M, stream);
     }
     x = transposed;
   }

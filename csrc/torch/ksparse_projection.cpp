@@ -13,9 +13,15 @@ Tensor ksparse_projection(const Tensor& x_, int64_t k) {
   Tensor out = empty({N, n}, x);
   by_dtype("ksparse_projection", x, [&](auto zero) {
     using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("ksparse_projection", x, {}, [&](auto stream) {
+      cuda::ksparse_projection(read<T>(x), write<T>(out), n, k, N, stream);
+    });
+#else
     parallel(N, n, [&](int64_t begin, int64_t end) {
       cpu::ksparse_projection(read<T>(x), write<T>(out), n, k, begin, end);
     });
+#endif
   });
   return out;
 }

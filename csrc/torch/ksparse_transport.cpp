@@ -23,11 +23,20 @@ Tensor ksparse_transport(
   Tensor plan = empty({G, tokens, E}, similarity);
   by_dtype("ksparse_transport", similarity, [&](auto zero) {
     using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("ksparse_transport", similarity, {}, [&](auto stream) {
+      const Tensor scratch =
+          workspace(similarity, cuda::ksparse_transport_workspace<T>(G, tokens, E, options));
+      cuda::ksparse_transport(
+          read<T>(similarity), write<T>(plan), G, tokens, E, options, write<void>(scratch), stream);
+    });
+#else
     const int64_t work = tokens * E * (iterations + 1);
     parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::ksparse_transport(
           read<T>(similarity), write<T>(plan), tokens, E, options, begin, end, inside);
     });
+#endif
   });
   return plan;
 }

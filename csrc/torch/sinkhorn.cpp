@@ -6,7 +6,7 @@ namespace vmoe {
 namespace {
 
 // exp of both updates, for the grain of the parallel loop.
-constexpr int64_t kWorkPerEntry = 16;
+[[maybe_unused]] constexpr int64_t kWorkPerEntry = 16;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn(
     const Tensor& logits_, double epsilon, int64_t iterations, double tolerance, bool) {
@@ -21,12 +21,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn(
   Tensor steps = empty({G}, logits, ScalarType::Int);
   by_dtype("sinkhorn", logits, [&](auto zero) {
     using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("sinkhorn", logits, {}, [&](auto stream) {
+      const Tensor scratch = workspace(logits, cuda::sinkhorn_workspace<T>(G, tokens, E));
+      cuda::sinkhorn(
+          read<T>(logits), write<T>(plan), write<double>(history), write<double>(error),
+          write<int32_t>(steps), G, tokens, E, iterations, epsilon, tolerance, write<void>(scratch),
+          stream);
+    });
+#else
     const int64_t work = tokens * E * iterations * kWorkPerEntry;
     parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::sinkhorn(
           read<T>(logits), write<T>(plan), write<double>(history), write<double>(error),
           write<int32_t>(steps), tokens, E, iterations, epsilon, tolerance, begin, end, inside);
     });
+#endif
   });
   return {plan, history, error, steps};
 }
@@ -49,12 +59,21 @@ Tensor sinkhorn_backward(
   Tensor grad_logits = empty({G, tokens, E}, logits);
   by_dtype("sinkhorn_backward", logits, [&](auto zero) {
     using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("sinkhorn_backward", logits, {grad, history, steps}, [&](auto stream) {
+      const Tensor scratch = workspace(logits, cuda::sinkhorn_backward_workspace<T>(G, tokens, E));
+      cuda::sinkhorn_backward(
+          read<T>(grad), read<T>(logits), read<double>(history), read<int32_t>(steps),
+          write<T>(grad_logits), G, tokens, E, iterations, epsilon, write<void>(scratch), stream);
+    });
+#else
     const int64_t work = tokens * E * iterations * kWorkPerEntry;
     parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::sinkhorn_backward(
           read<T>(grad), read<T>(logits), read<double>(history), read<int32_t>(steps),
           write<T>(grad_logits), tokens, E, iterations, epsilon, begin, end, inside);
     });
+#endif
   });
   return grad_logits;
 }
@@ -68,12 +87,22 @@ Tensor sinkhorn_implicit_backward(const Tensor& grad_, const Tensor& plan_, doub
   Tensor grad_logits = empty({G, tokens, E}, plan);
   by_dtype("sinkhorn_implicit_backward", plan, [&](auto zero) {
     using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("sinkhorn_implicit_backward", plan, {grad}, [&](auto stream) {
+      const Tensor scratch =
+          workspace(plan, cuda::sinkhorn_implicit_backward_workspace<T>(G, tokens, E));
+      cuda::sinkhorn_implicit_backward(
+          read<T>(grad), read<T>(plan), write<T>(grad_logits), G, tokens, E, epsilon,
+          write<void>(scratch), stream);
+    });
+#else
     const int64_t work = (tokens + E) * E * E;
     parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::sinkhorn_implicit_backward(
           read<T>(grad), read<T>(plan), write<T>(grad_logits), tokens, E, epsilon, begin, end,
           inside);
     });
+#endif
   });
   return grad_logits;
 }

@@ -93,6 +93,30 @@ class TestOnAGpu:
             assert torch.equal(path(x, logits), first)
         torch.testing.assert_close(path(x.cpu(), logits.cpu()), first.cpu(), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("tokens", [196, 4000])
+    def test_solvers_stop_without_the_host(self, tokens):
+        """In one launch and in many: nothing is asked for that a graph being captured would refuse."""
+        logits = torch.randn(2, tokens, 32, device="cuda")
+
+        def solve():
+            x = logits.detach().requires_grad_()
+            plans = [ops.sinkhorn(x, tolerance=1e-3, gradient=gradient) for gradient in ("unrolled", "implicit")]
+            plans.append(ops.ksparse_transport(x.softmax(2), tokens // 32))
+            (gradient,) = torch.autograd.grad(sum(plan.square().sum() for plan in plans), x)
+            return *(plan.detach() for plan in plans), gradient
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            solve()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = solve()
+        logits.copy_(torch.randn_like(logits))
+        graph.replay()
+        for ours, wanted in zip(captured, solve(), strict=True):
+            assert torch.equal(ours, wanted)
+
     def test_runs_on_the_current_stream(self):
         x = torch.randn(8, 4096, 64, device="cuda")
         stream = torch.cuda.Stream()

@@ -1,0 +1,83 @@
+#include "../ksparse_projection.h"
+#include "simplex.h"
+
+namespace vmoe::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kShort = 1024;  // lanes of a warp have a row up to here, a block beyond
+
+template <typename T, typename Team>
+__device__ void project_row(
+    const Team& team,
+    const T* x,  // [n], in either memory
+    T* out,      // [n]
+    int64_t n, int64_t k) {
+  const auto projection = project(team, n, k, 1, [&](int64_t i) { return x[i]; });
+  const bool undefined = projection.tau != projection.tau;
+  for (int64_t i = team.rank(); i < n; i += team.size()) {
+    out[i] = undefined ? static_cast<T>(kUndefined) : static_cast<T>(projection.share(x[i], i, 1));
+  }
+}
+
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kThreads) short_rows_kernel(
+    const T* __restrict__ x,  // [N, n]
+    T* __restrict__ out,      // [N, n]
+    int64_t n, int64_t k, int64_t rows) {
+  const int64_t of_block = threadIdx.x / kLanes;
+  const int64_t row = int64_t{blockIdx.x} * (kThreads / kLanes) + of_block;
+  if (row >= rows) return;
+  const LaneTeam<kLanes> team{};
+  T* entries = dynamic_shared<T>() + of_block * n;
+  for (int64_t i = team.rank(); i < n; i += kLanes) entries[i] = x[row * n + i];
+  __syncwarp(team.mask());
+  project_row(team, entries, out + row * n, n, k);
+}
+
+template <typename T, bool kStaged>
+__global__ void __launch_bounds__(kThreads) long_rows_kernel(
+    const T* __restrict__ x,  // [N, n]
+    T* __restrict__ out,      // [N, n]
+    int64_t n, int64_t k) {
+  __shared__ BlockTeam::Storage storage;
+  const BlockTeam team(storage);
+  const T* entries = x + blockIdx.x * n;
+  if constexpr (kStaged) {
+    T* staged = dynamic_shared<T>();
+    for (int64_t i = team.rank(); i < n; i += kThreads) staged[i] = entries[i];
+    __syncthreads();
+    entries = staged;
+  }
+  project_row(team, entries, out + blockIdx.x * n, n, k);
+}
+
+}  // namespace
+
+template <typename T>
+void ksparse_projection(
+    const T* x, T* out, int64_t n, int64_t k, int64_t rows, CUstream_st* stream) {
+  if (n == 0) return;
+  const auto size = static_cast<size_t>(n) * sizeof(T);
+  if (k <= 0) {
+    cudaMemsetAsync(out, 0, static_cast<size_t>(rows) * size, stream);
+  } else if (n <= kShort) {
+    const int64_t lanes = n <= 16 ? 8 : kWarp, rows_of_block = kThreads / lanes;
+    launch(
+        lanes == 8 ? short_rows_kernel<T, 8> : short_rows_kernel<T, kWarp>,
+        ceil_div(rows, rows_of_block), kThreads, rows_of_block * size, stream, x, out, n, k, rows);
+  } else {
+    const bool staged = static_cast<int64_t>(size) <= shared_limit();
+    launch(
+        staged ? long_rows_kernel<T, true> : long_rows_kernel<T, false>, rows, kThreads,
+        staged ? size : 0, stream, x, out, n, k);
+  }
+}
+
+#define VMOE_INSTANTIATE(T)                                                                        \
+  template void ksparse_projection(const T*, T*, int64_t, int64_t, int64_t, CUstream_st*);
+VMOE_INSTANTIATE(float)
+VMOE_INSTANTIATE(double)
+#undef VMOE_INSTANTIATE
+
+}  // namespace vmoe::cuda

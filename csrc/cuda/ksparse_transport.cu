@@ -1,0 +1,538 @@
+// A group whose columns fit a block's shared memory is one launch, a warp a column and a thread a
+// token: every step of the solver stays there. Of a larger one the columns lie in device memory:
+// Adam takes two launches a step, a block a column and then pieces of tokens, and L-BFGS, whose
+// steps wait for each other's sums, stays in one block.
+//
+// A projection is kept as its threshold and cut alone: whoever reads an entry works out its share.
+#include <algorithm>
+
+#include "../ksparse_transport.h"
+#include "matrix.h"
+#include "simplex.h"
+#include "transpose.h"
+
+namespace vmoe::cuda {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int kMemory = 10;  // pairs that L-BFGS keeps
+
+using Column = Projection<uint64_t>;
+
+struct Seen {
+  int32_t present, bad;  // tokens, and whether there is a NaN or +inf
+};
+
+struct Adam {
+  double rate, mean_share, square_share;  // the moments fall short by these at the start
+};
+
+// The semi-dual of one group, where its columns have been projected.
+template <typename T>
+struct SemiDual {
+  int64_t tokens, E, k, stride;
+  const T* columns;     // [E, stride]
+  const int8_t* there;  // [T], or null: all are
+  double* alpha;        // [T]  where it is looked at
+  Column* projected;    // [E]
+  double b, scale;
+
+  __device__ double value(int64_t t, int64_t e) const {
+    return alpha[t] + static_cast<double>(columns[e * stride + t]);
+  }
+  __device__ double share(int64_t t, int64_t e) const {
+    return projected[e].share(value(t, e), t, scale);
+  }
+
+  template <typename Team>
+  __device__ void project(const Team& team, int64_t e) const {
+    const Column column =
+        cuda::project(team, tokens, k, scale, [&](int64_t t) { return value(t, e); });
+    if (team.rank() == 0) projected[e] = column;
+  }
+  // A warp a column.
+  __device__ void project() const {
+    for (int64_t e = threadIdx.x / kWarp; e < E; e += blockDim.x / kWarp) project(WarpTeam{}, e);
+    __syncthreads();
+  }
+
+  // The gradient of the negated objective with respect to alpha[t], and what token t is of that
+  // objective, if it is asked for.
+  __device__ double differentiate(int64_t t, double* part = nullptr) const {
+    const double present = there ? there[t] : 1;
+    double gradient = -present, sum = -present * alpha[t];
+    for (int64_t e = 0; e < E; ++e) {
+      const double p = share(t, e);
+      gradient += b * p;
+      if (part && p > 0) sum += b * (value(t, e) * p - scale / 2 * p * p);
+    }
+    if (part) *part = sum;
+    return gradient;
+  }
+
+  __device__ void take_step(
+      const Adam& adam, int64_t t, double gradient, double* mean, double* square) const {
+    const double m = 0.9 * mean[t] + 0.1 * gradient;
+    const double s = 0.999 * square[t] + 0.001 * gradient * gradient;
+    alpha[t] -= m * (adam.rate / adam.mean_share) / (sqrt(s * (1 / adam.square_share)) + 1e-8);
+    mean[t] = m;
+    square[t] = s;
+  }
+};
+
+// What all kernels of a call know.
+template <typename T>
+struct Task {
+  const T* similarity;  // [G, T, E]
+  T* plan;              // [G, T, E]
+  int64_t tokens, E, k, iterations;
+  double learning_rate, tolerance, gamma;
+  double* vectors;  // [G, vectors, T]
+  int64_t vectors_of_group;
+
+  // Of a group in device memory.
+  int64_t pieces;       // of tokens
+  T* columns;           // [G, E, T]
+  int8_t* there;        // [G, T]
+  double* alpha;        // [G, T]
+  Column* projected;    // [G, E]
+  Seen* seen_of_piece;  // [G, pieces]
+  Seen* seen;           // [G]
+  double* norms;        // [G, pieces]  |gradient|^2
+  int32_t* stopped;     // [G]
+
+  __device__ double* vector(int64_t g, int64_t i) const {
+    return vectors + (g * vectors_of_group + i) * tokens;
+  }
+  __device__ SemiDual<T> dual(const Seen& seen) const {
+    const double b = static_cast<double>(seen.present) / static_cast<double>(E);
+    return {tokens, E, k, 0, nullptr, nullptr, nullptr, nullptr, b, gamma * b};
+  }
+  __device__ SemiDual<T> dual_of(int64_t g, const Seen& seen) const {
+    SemiDual<T> of_group = dual(seen);
+    of_group.stride = tokens;
+    of_group.columns = columns + g * E * tokens;
+    of_group.there = there + g * tokens;
+    of_group.alpha = alpha + g * tokens;
+    of_group.projected = projected + g * E;
+    return of_group;
+  }
+  // Where there is a token at least, and numbers only.
+  __device__ bool solvable(const Seen& seen) const { return seen.present > 0 && !seen.bad; }
+
+  // Where there is nothing to solve the plan is 0, or NaN. place_of(t) is where token t is in the
+  // columns, -1 where it is absent.
+  template <typename PlaceOf>
+  __device__ void write(
+      const SemiDual<T>& dual, const Seen& seen, int64_t g, int64_t begin, int64_t count,
+      PlaceOf&& place_of) const {
+    const T empty = seen.bad ? static_cast<T>(kUndefined) : 0;
+    const bool solved = solvable(seen) && k > 0;
+    T* to = plan + (g * tokens + begin) * E;
+    each_entry(count, E, [&](int64_t t, int64_t e) {
+      const int64_t place = place_of(begin + t);
+      to[t * E + e] = solved && place >= 0 ? static_cast<T>(dual.b * dual.share(place, e)) : empty;
+    });
+  }
+};
+
+template <typename T>
+__device__ void solve_adam(
+    const Task<T>& task, const SemiDual<T>& dual, const BlockTeam& team, int64_t g) {
+  double *mean = task.vector(g, 0), *square = task.vector(g, 1);
+  for (int64_t t = team.rank(); t < dual.tokens; t += team.size()) mean[t] = square[t] = 0;
+  double decay1 = 1, decay2 = 1;
+  for (int64_t i = 0; i < task.iterations; ++i) {
+    dual.project();
+    decay1 *= 0.9;
+    decay2 *= 0.999;
+    const Adam adam{task.learning_rate, 1 - decay1, 1 - decay2};
+    const double norm = join_all(team, dual.tokens, 0.0, Sum{}, [&](int64_t t) {
+      const double gradient = dual.differentiate(t);
+      dual.take_step(adam, t, gradient, mean, square);
+      return gradient * gradient;
+    });
+    if (sqrt(norm) <= task.tolerance) return;
+  }
+}
+
+template <typename T>
+__device__ void solve_lbfgs(
+    const Task<T>& task, const SemiDual<T>& dual, const BlockTeam& team, int64_t g) {
+  constexpr int kHalvings = 40, kSlots = kMemory + 1;  // the last pair is judged before it is kept
+  double *alpha = task.vector(g, 0), *gradient = task.vector(g, 1);
+  double *direction = task.vector(g, 2), *next_gradient = task.vector(g, 3);
+  const auto step_of = [&](int slot) { return task.vector(g, 4 + 2 * slot); };
+  const auto change_of = [&](int slot) { return task.vector(g, 5 + 2 * slot); };
+  // A thread has the same tokens everywhere, so nothing but sums needs a barrier.
+  const auto each = [&](auto&& body) {
+    for (int64_t t = team.rank(); t < dual.tokens; t += team.size()) body(t);
+  };
+  const auto dot = [&](const double* x, const double* y) {
+    return join_all(team, dual.tokens, 0.0, Sum{}, [&](int64_t t) { return x[t] * y[t]; });
+  };
+  const auto differentiate = [&](double* to) {  // at dual.alpha; returns the objective
+    __syncthreads();
+    dual.project();
+    return join_all(team, dual.tokens, 0.0, Sum{}, [&](int64_t t) {
+      double part;
+      to[t] = dual.differentiate(t, &part);
+      return part;
+    });
+  };
+  double curvature[kSlots], weight[kSlots];
+  int oldest = 0, kept = 0;
+  const auto slot_of = [&](int i) { return (oldest + i) % kSlots; };
+
+  each([&](int64_t t) { alpha[t] = dual.alpha[t]; });
+  double value = differentiate(gradient);
+  for (int64_t i = 0; i < task.iterations; ++i) {
+    if (!(sqrt(dot(gradient, gradient)) > task.tolerance)) break;
+    each([&](int64_t t) { direction[t] = gradient[t]; });
+    for (int j = kept - 1; j >= 0; --j) {
+      const int slot = slot_of(j);
+      weight[slot] = dot(step_of(slot), direction) / curvature[slot];
+      each([&](int64_t t) { direction[t] -= weight[slot] * change_of(slot)[t]; });
+    }
+    if (kept > 0) {
+      const int newest = slot_of(kept - 1);
+      const double scale = curvature[newest] / dot(change_of(newest), change_of(newest));
+      each([&](int64_t t) { direction[t] *= scale; });
+    }
+    for (int j = 0; j < kept; ++j) {
+      const int slot = slot_of(j);
+      const double by = weight[slot] - dot(change_of(slot), direction) / curvature[slot];
+      each([&](int64_t t) { direction[t] += by * step_of(slot)[t]; });
+    }
+    const double slope = -dot(direction, gradient);
+    // Without memory the gradient's scale says nothing about the step's: about 1 is the size of a
+    // gradient entry at the start, and of a similarity.
+    double rate = 1;
+    int halvings = 0;
+    for (; halvings < kHalvings; ++halvings, rate /= 2) {
+      each([&](int64_t t) { dual.alpha[t] = alpha[t] - rate * direction[t]; });
+      const double next_value = differentiate(next_gradient);
+      if (next_value <= value + 1e-4 * rate * slope) {
+        value = next_value;
+        break;
+      }
+    }
+    if (halvings == kHalvings) {
+      // At a kink the curvature pairs mislead: try steepest descent once, then stop.
+      if (kept == 0) break;
+      kept = 0;
+      continue;
+    }
+    const int slot = slot_of(kept);
+    double *step = step_of(slot), *change = change_of(slot);
+    each([&](int64_t t) {
+      step[t] = dual.alpha[t] - alpha[t];
+      change[t] = next_gradient[t] - gradient[t];
+      alpha[t] = dual.alpha[t];
+      gradient[t] = next_gradient[t];
+    });
+    curvature[slot] = dot(step, change);
+    if (curvature[slot] > 1e-12 * dot(change, change)) ++kept;
+    if (kept > kMemory) {
+      oldest = slot_of(1);
+      --kept;
+    }
+  }
+  each([&](int64_t t) { dual.alpha[t] = alpha[t]; });
+  __syncthreads();
+}
+
+template <typename T>
+size_t shared_of_group(int64_t tokens, int64_t E) {
+  return static_cast<size_t>(tokens) * (sizeof(double) + sizeof(int64_t)) +
+         static_cast<size_t>(E) * sizeof(Column) +
+         static_cast<size_t>(E * (tokens | 1)) * sizeof(T);
+}
+
+// Reads a group into the block's shared memory. Absent tokens are left out: all sums are then those
+// of a group that never had them, bit for bit, and a solver that is at a kink cannot tell.
+template <typename T>
+class StagedGroup {
+ public:
+  __device__ StagedGroup(const Task<T>& task, const BlockTeam& team, int64_t g)
+      : tokens_(task.tokens), stride_(task.tokens | 1) {
+    const int64_t E = task.E;
+    alpha_ = dynamic_shared<double>();
+    place_ = reinterpret_cast<int64_t*>(alpha_ + tokens_);
+    projected_ = reinterpret_cast<Column*>(place_ + tokens_);
+    columns_ = reinterpret_cast<T*>(projected_ + E);
+    int32_t bad = 0, present = 0;
+    each_entry(tokens_, E, [&](int64_t t, int64_t e) {
+      const T x = task.similarity[(g * tokens_ + t) * E + e];
+      columns_[e * stride_ + t] = x;
+      bad |= !(x < static_cast<T>(kInfinity));
+    });
+    __syncthreads();
+    for (int64_t t = team.rank(); t < tokens_; t += team.size()) {
+      bool there = false;
+      for (int64_t e = 0; e < E; ++e) {
+        there = there || columns_[e * stride_ + t] > static_cast<T>(-kInfinity);
+      }
+      place_[t] = there ? t : -1;
+      present += there;
+      alpha_[t] = 0;
+    }
+    seen_ = {team.join(present, Sum{}), team.join(bad, Sum{})};
+    if (seen_.present < tokens_) leave_out_absent(E);
+  }
+
+  __device__ const Seen& seen() const { return seen_; }
+  __device__ int64_t place_of(int64_t t) const { return place_[t]; }
+  __device__ SemiDual<T> dual(const Task<T>& task) const {
+    SemiDual<T> dual = task.dual(seen_);
+    dual.tokens = seen_.present;
+    dual.k = dual.k < dual.tokens ? dual.k : dual.tokens;
+    dual.stride = stride_;
+    dual.columns = columns_;
+    dual.alpha = alpha_;
+    dual.projected = projected_;
+    return dual;
+  }
+
+ private:
+  __device__ void leave_out_absent(int64_t E) {
+    const int64_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    if (warp == 0) {
+      int64_t before = 0;
+      for (int64_t begin = 0; begin < tokens_; begin += kWarp) {
+        const int64_t t = begin + lane;
+        const bool there = t < tokens_ && place_[t] >= 0;
+        const unsigned present = __ballot_sync(kAllLanes, there);
+        if (there) place_[t] = before + __popc(present & ((1u << lane) - 1));
+        before += __popc(present);
+      }
+    }
+    __syncthreads();
+    for (int64_t e = warp; e < E; e += blockDim.x / kWarp) {
+      T* column = columns_ + e * stride_;
+      for (int64_t begin = 0; begin < tokens_; begin += kWarp) {
+        const int64_t t = begin + lane, place = t < tokens_ ? place_[t] : -1;
+        const T x = place >= 0 ? column[t] : 0;
+        __syncwarp();  // no place is behind what all lanes have read
+        if (place >= 0) column[place] = x;
+        __syncwarp();
+      }
+    }
+    __syncthreads();
+  }
+
+  int64_t tokens_, stride_;
+  double* alpha_;      // [T]
+  int64_t* place_;     // [T]
+  Column* projected_;  // [E]
+  T* columns_;         // [E, T | 1]: rows side by side meet in no bank
+  Seen seen_;
+};
+
+template <typename T, Solver kSolver>
+__device__ void solve(
+    const Task<T>& task, const SemiDual<T>& dual, const Seen& seen, const BlockTeam& team,
+    int64_t g) {
+  if (!task.solvable(seen) || task.k <= 0) return;
+  if constexpr (kSolver == Solver::kAdam) {
+    solve_adam(task, dual, team, g);
+  } else {
+    solve_lbfgs(task, dual, team, g);
+  }
+  dual.project();
+}
+
+template <typename T, Solver kSolver>
+__global__ void __launch_bounds__(kMostThreads) group_kernel(Task<T> task) {
+  __shared__ BlockTeam::Storage storage;
+  const BlockTeam team(storage);
+  const int64_t g = blockIdx.x;
+  const StagedGroup<T> group(task, team, g);
+  const SemiDual<T> dual = group.dual(task);
+  solve<T, kSolver>(task, dual, group.seen(), team, g);
+  task.write(dual, group.seen(), g, 0, task.tokens, [&](int64_t t) { return group.place_of(t); });
+}
+
+// ---- A group in device memory ----
+
+constexpr int kPieceThreads = 128;  // a token each
+
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads) read_kernel(Task<T> task) {
+  __shared__ BlockTeam::Storage storage;
+  const BlockTeam team(storage);
+  const int64_t g = blockIdx.x / task.pieces;
+  const int64_t t = blockIdx.x % task.pieces * kPieceThreads + threadIdx.x;
+  int32_t bad = 0, present = 0;
+  if (t < task.tokens) {
+    for (int64_t e = 0; e < task.E; ++e) {
+      const T x = task.columns[(g * task.E + e) * task.tokens + t];
+      bad |= !(x < static_cast<T>(kInfinity));
+      present |= x > static_cast<T>(-kInfinity);
+    }
+    const int64_t at = g * task.tokens + t;
+    task.there[at] = static_cast<int8_t>(present);
+    task.alpha[at] = 0;
+    for (int64_t i = 0; i < task.vectors_of_group; ++i) task.vector(g, i)[t] = 0;
+  }
+  const Seen seen{team.join(present, Sum{}), team.join(bad, Sum{})};
+  if (threadIdx.x == 0) task.seen_of_piece[blockIdx.x] = seen;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads) join_kernel(Task<T> task) {
+  __shared__ BlockTeam::Storage storage;
+  const BlockTeam team(storage);
+  const Seen* pieces = task.seen_of_piece + blockIdx.x * task.pieces;
+  const auto sum = [&](int32_t Seen::* of) {
+    return join_all(team, task.pieces, int32_t{0}, Sum{}, [&](int64_t i) { return pieces[i].*of; });
+  };
+  const Seen seen{sum(&Seen::present), sum(&Seen::bad)};
+  if (threadIdx.x == 0) task.seen[blockIdx.x] = seen;
+}
+
+// Step i of Adam begins with the projection of all columns; the one behind the last step is the
+// plan's. A group stops after the update whose gradient met the tolerance.
+template <typename T>
+__global__ void __launch_bounds__(kMostThreads) columns_kernel(Task<T> task, int64_t step) {
+  __shared__ BlockTeam::Storage storage;
+  const BlockTeam team(storage);
+  const int64_t g = blockIdx.x / task.E, e = blockIdx.x % task.E;
+  const Seen seen = task.seen[g];
+  if (!task.solvable(seen)) return;
+  if (step < task.iterations) {
+    const double norm =
+        step == 0 ? kInfinity : join_all(team, task.pieces, 0.0, Sum{}, [&](int64_t i) {
+          return task.norms[g * task.pieces + i];
+        });
+    // The rows did not go on since: once it is met, it is met in every later step.
+    const bool stops = sqrt(norm) <= task.tolerance;
+    if (e == 0 && threadIdx.x == 0) task.stopped[g] = stops;
+    if (stops) return;
+  }
+  task.dual_of(g, seen).project(team, e);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads) tokens_kernel(Task<T> task, Adam adam) {
+  __shared__ BlockTeam::Storage storage;
+  const BlockTeam team(storage);
+  const int64_t g = blockIdx.x / task.pieces;
+  const int64_t t = blockIdx.x % task.pieces * kPieceThreads + threadIdx.x;
+  const Seen seen = task.seen[g];
+  if (!task.solvable(seen) || task.stopped[g]) return;
+  const SemiDual<T> dual = task.dual_of(g, seen);
+  double gradient = 0;
+  if (t < task.tokens) {
+    gradient = dual.differentiate(t);
+    dual.take_step(adam, t, gradient, task.vector(g, 0), task.vector(g, 1));
+  }
+  const double norm = team.join(gradient * gradient, Sum{});
+  if (threadIdx.x == 0) task.norms[blockIdx.x] = norm;
+}
+
+// All of L-BFGS, whose steps wait for each other's sums.
+template <typename T>
+__global__ void __launch_bounds__(kMostThreads) lbfgs_kernel(Task<T> task) {
+  __shared__ BlockTeam::Storage storage;
+  const int64_t g = blockIdx.x;
+  const Seen seen = task.seen[g];
+  solve<T, Solver::kLbfgs>(task, task.dual_of(g, seen), seen, BlockTeam(storage), g);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads) plan_kernel(Task<T> task) {
+  const int64_t g = blockIdx.x / task.pieces;
+  const int64_t begin = blockIdx.x % task.pieces * kPieceThreads, left = task.tokens - begin;
+  const Seen seen = task.seen[g];
+  task.write(
+      task.dual_of(g, seen), seen, g, begin, left < kPieceThreads ? left : kPieceThreads,
+      [](int64_t t) { return t; });
+}
+
+// Launches if it is to go; returns how large the workspace must be.
+template <typename T>
+size_t run(
+    const T* similarity, T* plan, int64_t G, int64_t tokens, int64_t E,
+    const TransportOptions& options, void* memory, bool go, cudaStream_t stream) {
+  if (G == 0 || tokens == 0 || E == 0) return 0;
+  Workspace workspace(memory);
+  const bool adam = options.solver == Solver::kAdam;
+  const size_t shared = shared_of_group<T>(tokens, E);
+  const bool staged = static_cast<int64_t>(shared) <= shared_limit();
+  Task<T> task{};
+  task.similarity = similarity;
+  task.plan = plan;
+  task.tokens = tokens;
+  task.E = E;
+  task.k = std::min(options.k, tokens);
+  task.iterations = options.iterations;
+  task.learning_rate = options.learning_rate;
+  task.tolerance = options.tolerance;
+  task.gamma = options.gamma;
+  task.vectors_of_group = adam ? 2 : 4 + 2 * (kMemory + 1);
+  task.vectors = workspace.take<double>(G * task.vectors_of_group * tokens);
+  if (staged) {
+    if (go) {
+      launch(
+          adam ? group_kernel<T, Solver::kAdam> : group_kernel<T, Solver::kLbfgs>, G,
+          tokens * E <= 1024 ? 128 : kMostThreads, shared, stream, task);
+    }
+    return workspace.size();
+  }
+  task.pieces = ceil_div(tokens, kPieceThreads);
+  task.columns = workspace.take<T>(G * E * tokens);
+  task.there = workspace.take<int8_t>(G * tokens);
+  task.alpha = workspace.take<double>(G * tokens);
+  task.projected = workspace.take<Column>(G * E);
+  task.seen_of_piece = workspace.take<Seen>(G * task.pieces);
+  task.seen = workspace.take<Seen>(G);
+  task.norms = workspace.take<double>(G * task.pieces);
+  task.stopped = workspace.take<int32_t>(G);
+  if (!go) return workspace.size();
+  transpose(similarity, task.columns, G, tokens, E, stream);
+  launch(read_kernel<T>, G * task.pieces, kPieceThreads, 0, stream, task);
+  launch(join_kernel<T>, G, kPieceThreads, 0, stream, task);
+  if (!adam) {
+    launch(lbfgs_kernel<T>, G, kMostThreads, 0, stream, task);
+  } else if (task.k > 0) {
+    double decay1 = 1, decay2 = 1;
+    for (int64_t i = 0; i <= options.iterations; ++i) {
+      launch(columns_kernel<T>, G * E, tokens <= 2048 ? 128 : kMostThreads, 0, stream, task, i);
+      if (i == options.iterations) break;
+      decay1 *= 0.9;
+      decay2 *= 0.999;
+      launch(
+          tokens_kernel<T>, G * task.pieces, kPieceThreads, 0, stream, task,
+          Adam{options.learning_rate, 1 - decay1, 1 - decay2});
+    }
+  }
+  launch(plan_kernel<T>, G * task.pieces, kPieceThreads, 0, stream, task);
+  return workspace.size();
+}
+
+}  // namespace
+
+template <typename T>
+size_t ksparse_transport_workspace(
+    int64_t G, int64_t tokens, int64_t E, const TransportOptions& options) {
+  return run<T>(nullptr, nullptr, G, tokens, E, options, nullptr, false, nullptr);
+}
+
+template <typename T>
+void ksparse_transport(
+    const T* similarity, T* plan, int64_t G, int64_t tokens, int64_t E,
+    const TransportOptions& options, void* workspace, CUstream_st* stream) {
+  run(similarity, plan, G, tokens, E, options, workspace, true, stream);
+}
+
+#define VMOE_INSTANTIATE(T)                                                                        \
+  template size_t ksparse_transport_workspace<T>(                                                  \
+      int64_t, int64_t, int64_t, const TransportOptions&);                                         \
+  template void ksparse_transport(                                                                 \
+      const T*, T*, int64_t, int64_t, int64_t, const TransportOptions&, void*, CUstream_st*);
+VMOE_INSTANTIATE(float)
+VMOE_INSTANTIATE(double)
+#undef VMOE_INSTANTIATE
+
+}  // namespace vmoe::cuda

@@ -1,0 +1,313 @@
+// sinkhorn_system -- the gradient at the fixed point (sinkhorn.h): with A = grad * plan, r and c the
+// plan's row and column sums, solve
+//   r_t u_t + sum_e plan[t, e] v_e = sum_e A[t, e]
+//   sum_t plan[t, e] u_t + c_e v_e = sum_t A[t, e]
+// for (u, v), after eliminating u an E x E system (diag(c) - plan^T diag(1/r) plan) v = ...; then
+// d M = A - plan (u + v). In float64, whatever the plan's type.
+#pragma once
+
+#include <algorithm>
+
+#include "matrix.h"
+
+namespace vmoe::cuda {
+namespace {
+
+constexpr int kSystemThreads = 256;
+constexpr int kSystemTile = 32;
+
+template <typename T>
+struct System {
+  const T* grad;  // [G, T, E]
+  const T* plan;  // [G, T, E]
+  T* out;         // [G, T, E]
+  int64_t tokens, E;
+  double epsilon;
+  int lanes;                 // of a row
+  int64_t pieces, of_piece;  // of a group, and tokens of each but the last
+  int64_t splits, of_split;  // the same for the products, which are dearer
+  double* row;               // [G, T]  r
+  double* row_grad;          // [G, T]  sum_e A
+  double* column_parts;      // [G, pieces, 2, E]  of c, and of the right side
+  double* column;            // [G, 2, E]
+  double* products;          // [G, splits, E, E]  the lower triangle of plan^T diag(1/r) plan
+
+  __device__ int64_t begin(int64_t piece) const { return piece * of_piece; }
+  __device__ int64_t count(int64_t piece) const {
+    const int64_t left = tokens - begin(piece);
+    return left < of_piece ? left : of_piece;
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kSystemThreads) system_rows_kernel(System<T> system) {
+  __shared__ double storage[kSystemThreads];
+  const int64_t g = blockIdx.x / system.pieces, piece = blockIdx.x % system.pieces;
+  const int64_t E = system.E, first = g * system.tokens + system.begin(piece);
+  const T *plan = system.plan + first * E, *grad = system.grad + first * E;
+  double *row = system.row + first, *row_grad = system.row_grad + first;
+  each_row(system.count(piece), E, system.lanes, [&](int64_t t, int lane, int64_t width) {
+    double sum = 0, sum_grad = 0;
+    for (int64_t e = lane; e < width; e += system.lanes) {
+      const double p = plan[t * E + e];
+      sum += p;
+      sum_grad += p * grad[t * E + e];
+    }
+    sum = join_lanes(sum, system.lanes, Sum{});
+    sum_grad = join_lanes(sum_grad, system.lanes, Sum{});
+    if (lane == 0 && width > 0) {
+      row[t] = sum;
+      row_grad[t] = sum_grad;
+    }
+  });
+  __syncthreads();
+  double* parts = system.column_parts + blockIdx.x * 2 * E;
+  each_column(E, storage, parts, Sum{}, [&](int64_t e, int from, int step) {
+    double sum = 0;
+    for (int64_t t = from; t < system.count(piece); t += step) sum += plan[t * E + e];
+    return sum;
+  });
+  each_column(E, storage, parts + E, Sum{}, [&](int64_t e, int from, int step) {
+    double sum = 0;
+    for (int64_t t = from; t < system.count(piece); t += step) {
+      const double p = plan[t * E + e];
+      // An absent token has a row of 0.
+      sum += p * grad[t * E + e] - (row[t] == 0 ? 0 : p / row[t] * row_grad[t]);
+    }
+    return sum;
+  });
+}
+
+// A tile of the products over a split's tokens. Above the diagonal there is nothing to do.
+template <typename T>
+__global__ void __launch_bounds__(kSystemThreads) system_products_kernel(System<T> system) {
+  constexpr int kTile = kSystemTile, kEach = kTile * kTile / kSystemThreads;
+  __shared__ double shares[kTile][kTile + 1], others[kTile][kTile + 1];  // [token, expert]
+  const int64_t E = system.E, tiles = ceil_div(E, kTile);
+  const int64_t of_group = blockIdx.x / (tiles * tiles), tile = blockIdx.x % (tiles * tiles);
+  const int64_t g = of_group / system.splits, split = of_group % system.splits;
+  const int64_t e = tile / tiles * kTile, j = tile % tiles * kTile;
+  if (j > e) return;
+  const int64_t begin = split * system.of_split, left = system.tokens - begin;
+  const int64_t end = begin + (left < system.of_split ? left : system.of_split);
+  const int column = static_cast<int>(threadIdx.x) % kTile;
+  const int line = static_cast<int>(threadIdx.x) / kTile;
+  constexpr int kLines = kSystemThreads / kTile;
+  const T* plan = system.plan + g * system.tokens * E;
+  const double* row = system.row + g * system.tokens;
+  double sums[kEach] = {};
+  for (int64_t t = begin; t < end; t += kTile) {
+    for (int i = line; i < kTile; i += kLines) {
+      const bool there = t + i < end && row[t + i] != 0;
+      const T* from = plan + (t + i) * E;
+      shares[i][column] = there && e + column < E ? from[e + column] / row[t + i] : 0;
+      others[i][column] = there && j + column < E ? static_cast<double>(from[j + column]) : 0;
+    }
+    __syncthreads();
+    for (int i = 0; i < kTile; ++i) {
+#pragma unroll
+      for (int n = 0; n < kEach; ++n) {
+        sums[n] += shares[i][line + n * kLines] * others[i][column];
+      }
+    }
+    __syncthreads();
+  }
+  double* products = system.products + of_group * E * E;
+#pragma unroll
+  for (int n = 0; n < kEach; ++n) {
+    const int64_t at = e + line + n * kLines;
+    if (at < E && j + column < E) products[at * E + j + column] = sums[n];
+  }
+}
+
+// The system of one group, its lower triangle. Eliminated from the first column to the last
+// (L D L^T with the columns left as they are). It is semi-definite: adding a constant to v and
+// taking it from u changes nothing, so (at least) one pivot vanishes and its v may be 0.
+struct Triangle {
+  double* A;  // [E, stride]
+  int64_t stride, E;
+  const double* c;  // [E]
+  double* v;        // [E]  the right side, and then the solution
+
+  __device__ double& at(int64_t i, int64_t j) const { return A[i * stride + j]; }
+  __device__ bool is_free(int64_t j) const { return j == E - 1 || at(j, j) <= 1e-12 * c[j]; }
+
+  // Takes column j out of row k > j, by a warp.
+  __device__ void eliminate(int64_t j, int64_t k) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const double factor = at(k, j) / at(j, j);
+    for (int64_t i = j + 1 + lane; i <= k; i += kWarp) at(k, i) -= factor * at(i, j);
+    if (lane == 0) v[k] -= factor * v[j];
+  }
+
+  // By a block, after all columns are out.
+  __device__ void substitute() const {
+    for (int64_t j = threadIdx.x; j < E; j += blockDim.x) {
+      v[j] = is_free(j) ? 0 : v[j] / at(j, j);
+    }
+    for (int64_t j = E - 1; j > 0; --j) {
+      __syncthreads();
+      for (int64_t i = threadIdx.x; i < j; i += blockDim.x) {
+        if (!is_free(i)) v[i] -= at(j, i) / at(i, i) * v[j];
+      }
+    }
+    __syncthreads();
+  }
+};
+
+// Entry (i, j) of the system, from the products, and entry i of what the pieces left.
+template <typename T>
+__device__ double entry_of(
+    const System<T>& system, int64_t g, const double* c, int64_t i, int64_t j) {
+  double sum = 0;
+  for (int64_t split = 0; split < system.splits; ++split) {
+    sum += system.products[((g * system.splits + split) * system.E + i) * system.E + j];
+  }
+  return (i == j ? c[i] : 0) - sum;
+}
+template <typename T>
+__device__ double column_of(const System<T>& system, int64_t g, int64_t which, int64_t e) {
+  double sum = 0;
+  for (int64_t piece = 0; piece < system.pieces; ++piece) {
+    sum += system.column_parts[((g * system.pieces + piece) * 2 + which) * system.E + e];
+  }
+  return sum;
+}
+
+// A block a group, the system in shared memory.
+template <typename T>
+__global__ void __launch_bounds__(kSystemThreads) solve_kernel(System<T> system) {
+  const int64_t g = blockIdx.x, E = system.E;
+  auto* c = dynamic_shared<double>();
+  const Triangle triangle{c + 2 * E, E | 1, E, c, c + E};
+  for (int64_t i = threadIdx.x; i < 2 * E; i += kSystemThreads) {
+    c[i] = column_of(system, g, i / E, i % E);
+  }
+  __syncthreads();
+  each_entry(E, E, [&](int64_t i, int64_t j) {
+    if (j <= i) triangle.at(i, j) = entry_of(system, g, c, i, j);
+  });
+  for (int64_t j = 0; j < E; ++j) {
+    __syncthreads();
+    if (triangle.is_free(j)) continue;
+    for (int64_t k = j + 1 + threadIdx.x / kWarp; k < E; k += kSystemThreads / kWarp) {
+      triangle.eliminate(j, k);
+    }
+  }
+  __syncthreads();
+  triangle.substitute();
+  for (int64_t e = threadIdx.x; e < E; e += kSystemThreads) {
+    system.column[(g * 2 + 1) * E + e] = triangle.v[e];
+  }
+}
+
+// The same where the system is too large for that, in device memory: a launch a column.
+template <typename T>
+__device__ Triangle triangle_of(const System<T>& system, int64_t g) {
+  const int64_t E = system.E;
+  double* c = system.column + g * 2 * E;
+  return {system.products + g * system.splits * E * E, E, E, c, c + E};
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSystemThreads) system_columns_kernel(System<T> system) {
+  const int64_t g = blockIdx.x, E = system.E;
+  for (int64_t i = threadIdx.x; i < 2 * E; i += kSystemThreads) {
+    system.column[g * 2 * E + i] = column_of(system, g, i / E, i % E);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSystemThreads) system_entries_kernel(System<T> system) {
+  const int64_t E = system.E, g = blockIdx.x / E, i = blockIdx.x % E;
+  const Triangle triangle = triangle_of(system, g);
+  for (int64_t j = threadIdx.x; j <= i; j += kSystemThreads) {
+    triangle.at(i, j) = entry_of(system, g, triangle.c, i, j);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSystemThreads)
+    eliminate_kernel(System<T> system, int64_t j, int64_t blocks) {
+  const Triangle triangle = triangle_of(system, blockIdx.x / blocks);
+  const int64_t k = j + 1 + blockIdx.x % blocks * (kSystemThreads / kWarp) + threadIdx.x / kWarp;
+  if (k < system.E && !triangle.is_free(j)) triangle.eliminate(j, k);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSystemThreads) substitute_kernel(System<T> system) {
+  triangle_of(system, blockIdx.x).substitute();
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kSystemThreads) system_apply_kernel(System<T> system) {
+  const int64_t g = blockIdx.x / system.pieces, piece = blockIdx.x % system.pieces;
+  const int64_t E = system.E, first = g * system.tokens + system.begin(piece);
+  const T *plan = system.plan + first * E, *grad = system.grad + first * E;
+  T* out = system.out + first * E;
+  const double* v = system.column + (g * 2 + 1) * E;
+  each_row(system.count(piece), E, system.lanes, [&](int64_t t, int lane, int64_t width) {
+    double taken = 0;
+    for (int64_t e = lane; e < width; e += system.lanes) taken += plan[t * E + e] * v[e];
+    taken = join_lanes(taken, system.lanes, Sum{});
+    const double row = width > 0 ? system.row[first + t] : 0;
+    const double u = row == 0 ? 0 : (system.row_grad[first + t] - taken) / row;
+    for (int64_t e = lane; e < width; e += system.lanes) {
+      const int64_t i = t * E + e;
+      out[i] = static_cast<T>(plan[i] * (grad[i] - u - v[e]) / system.epsilon);
+    }
+  });
+}
+
+// Launches if it is to go; returns how large the workspace must be.
+template <typename T>
+size_t run_system(
+    const T* grad, const T* plan, T* out, int64_t G, int64_t tokens, int64_t E, double epsilon,
+    void* memory, bool go, cudaStream_t stream) {
+  if (G == 0 || tokens == 0 || E == 0) return 0;
+  constexpr int64_t kLeastPiece = 64, kMostPieces = 128, kLeastSplit = 512, kTiles = 64;
+  const int64_t tiles = ceil_div(E, kSystemTile) * ceil_div(E, kSystemTile);
+  const auto limit = static_cast<size_t>(std::max<int64_t>(shared_limit(), 0));
+  const auto shared = static_cast<size_t>(E * (E | 1) + 2 * E) * sizeof(double);
+  Workspace workspace(memory);
+  System<T> system{};
+  system.grad = grad;
+  system.plan = plan;
+  system.out = out;
+  system.tokens = tokens;
+  system.E = E;
+  system.epsilon = epsilon;
+  system.lanes = lanes_of_rows(E);
+  system.of_piece = ceil_div(tokens, std::min(ceil_div(tokens, kLeastPiece), kMostPieces));
+  system.pieces = ceil_div(tokens, system.of_piece);
+  system.of_split =
+      ceil_div(tokens, std::clamp<int64_t>(kTiles / tiles, 1, ceil_div(tokens, kLeastSplit)));
+  system.splits = ceil_div(tokens, system.of_split);
+  system.row = workspace.take<double>(G * tokens);
+  system.row_grad = workspace.take<double>(G * tokens);
+  system.column_parts = workspace.take<double>(G * system.pieces * 2 * E);
+  system.column = workspace.take<double>(G * 2 * E);
+  system.products = workspace.take<double>(G * system.splits * E * E);
+  if (!go) return workspace.size();
+  const auto with = [&](auto kernel, int64_t blocks, size_t dynamic = 0) {
+    launch(kernel, blocks, kSystemThreads, dynamic, stream, system);
+  };
+  with(system_rows_kernel<T>, G * system.pieces);
+  with(system_products_kernel<T>, G * system.splits * tiles);
+  if (shared <= limit) {
+    with(solve_kernel<T>, G, shared);
+  } else {
+    with(system_columns_kernel<T>, G);
+    with(system_entries_kernel<T>, G * E);
+    for (int64_t j = 0; j + 1 < E; ++j) {
+      const int64_t blocks = ceil_div(E - 1 - j, kSystemThreads / kWarp);
+      launch(eliminate_kernel<T>, G * blocks, kSystemThreads, 0, stream, system, j, blocks);
+    }
+    with(substitute_kernel<T>, G);
+  }
+  with(system_apply_kernel<T>, G * system.pieces);
+  return workspace.size();
+}
+
+}  // namespace
+}  // namespace vmoe::cuda

@@ -1,0 +1,106 @@
+// team -- threads that work on one row or column together, a warp or a block: what they join they
+// join in one order, and all of them get it.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "launch.h"
+
+namespace vmoe::cuda {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kUndefined = std::numeric_limits<double>::quiet_NaN();
+
+struct Sum {
+  template <typename V>
+  __device__ V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Least {
+  template <typename V>
+  __device__ V operator()(V a, V b) const {
+    return b < a ? b : a;
+  }
+};
+// NaN replaces the others and stays.
+struct Largest {
+  template <typename V>
+  __device__ V operator()(V a, V b) const {
+    if constexpr (std::is_floating_point_v<V>) {
+      return !(b <= a) && a == a ? b : a;
+    } else {
+      return a < b ? b : a;
+    }
+  }
+};
+
+// Of `lanes` lanes side by side, a power of two; the whole warp calls this together.
+template <typename V, typename Join>
+__device__ V join_lanes(V value, int lanes, Join join) {
+  for (int turn = lanes / 2; turn > 0; turn /= 2) {
+    value = join(value, __shfl_xor_sync(kAllLanes, value, turn));
+  }
+  return value;
+}
+
+// kLanes lanes side by side; those of a warp need not call together.
+template <int kLanes>
+class LaneTeam {
+ public:
+  static __device__ int rank() { return static_cast<int>(threadIdx.x) % kLanes; }
+  static __device__ int size() { return kLanes; }
+  static __device__ unsigned mask() {
+    return kAllLanes >> (kWarp - kLanes) << (threadIdx.x % kWarp / kLanes * kLanes);
+  }
+
+  template <typename V, typename Join>
+  __device__ V join(V value, Join join) const {
+    if constexpr (std::is_same_v<V, int32_t> && std::is_same_v<Join, Sum>) {
+      return static_cast<int32_t>(__reduce_add_sync(mask(), static_cast<unsigned>(value)));
+    } else {
+      for (int turn = kLanes / 2; turn > 0; turn /= 2) {
+        value = join(value, __shfl_xor_sync(mask(), value, turn));
+      }
+      return value;
+    }
+  }
+};
+using WarpTeam = LaneTeam<kWarp>;
+
+class BlockTeam {
+ public:
+  using Storage = uint64_t[kWarp];  // a value a warp
+
+  explicit __device__ BlockTeam(Storage& storage) : storage_(storage) {}
+
+  static __device__ int rank() { return static_cast<int>(threadIdx.x); }
+  static __device__ int size() { return static_cast<int>(blockDim.x); }
+
+  template <typename V, typename Join>
+  __device__ V join(V value, Join join) const {
+    static_assert(sizeof(V) <= sizeof(uint64_t));
+    value = join_lanes(value, kWarp, join);
+    V* values = reinterpret_cast<V*>(storage_);
+    __syncthreads();  // of an earlier use of the storage
+    if (rank() % kWarp == 0) values[rank() / kWarp] = value;
+    __syncthreads();
+    V joined = values[0];
+    for (int warp = 1; warp < size() / kWarp; ++warp) joined = join(joined, values[warp]);
+    return joined;
+  }
+
+ private:
+  Storage& storage_;
+};
+
+// value(0), ..., value(n - 1) joined.
+template <typename Team, typename V, typename Join, typename Value>
+__device__ V join_all(const Team& team, int64_t n, V first, Join join, Value&& value) {
+  V joined = first;
+  for (int64_t i = team.rank(); i < n; i += team.size()) joined = join(joined, value(i));
+  return team.join(joined, join);
+}
+
+}  // namespace vmoe::cuda
