@@ -17,7 +17,9 @@ def on_cuda(op: str, *arguments):
 
 def test_an_op_without_a_kernel_says_how_to_get_it():
     x, token = torch.randn(2, 3, 4), torch.zeros(2, 3, 1, dtype=torch.int32)
-    calls = {"ksparse_projection": (x[0], 1), "topk": (x, 1, 1), "invert_slots": (token, 3)}
+    experts = (x, x.mT, None, x, None, None, "gelu", False)
+    calls = {"grouped_mlp": experts, "ksparse_projection": (x[0], 1), "topk": (x, 1, 1), "invert_slots": (token, 3)}
+    assert "grouped_mlp" in ops.WITHOUT_CUDA
     for op, arguments in calls.items():
         if op in ops.WITHOUT_CUDA:
             with pytest.raises(NotImplementedError, match=rf"vmoe_routers: {op} .*CUDA"):
