@@ -41,6 +41,25 @@ std::vector<T> uniform(int64_t size, uint64_t seed, double low = -2, double high
   return out;
 }
 
+// Values that a comparison may get wrong.
+template <typename T>
+std::vector<T> extremes() {
+  using Limits = std::numeric_limits<T>;
+  return {
+      0,
+      -T{0},
+      kInf<T>,
+      -kInf<T>,
+      kNaN<T>,
+      -kNaN<T>,
+      Limits::denorm_min(),
+      -Limits::denorm_min(),
+      Limits::max(),
+      Limits::lowest(),
+      T{1e4},
+      -T{1e4}};
+}
+
 // Few distinct values: ties everywhere.
 template <typename T>
 std::vector<T> tied(int64_t size, uint64_t seed, int64_t levels = 3) {

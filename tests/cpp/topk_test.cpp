@@ -103,20 +103,7 @@ TYPED_TEST(Topk, ManyPicksOfAWideRange) {
 
 TYPED_TEST(Topk, TakesExtremes) {
   using T = TypeParam;
-  using Limits = std::numeric_limits<T>;
-  const std::vector<T> special{
-      0,
-      -T{0},
-      kInf<T>,
-      -kInf<T>,
-      kNaN<T>,
-      -kNaN<T>,
-      Limits::denorm_min(),
-      -Limits::denorm_min(),
-      Limits::max(),
-      Limits::lowest(),
-      T{1e4},
-      -T{1e4}};
+  const std::vector<T> special = extremes<T>();
   std::mt19937_64 random(2);
   for (const int64_t k : {9, 100, 150, 600}) {
     std::vector<T> x(3 * 600);

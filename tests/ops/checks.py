@@ -187,6 +187,19 @@ def check_compile(op: Callable[..., Result], inputs: Sequence[Any], device: str,
             torch.testing.assert_close(c.grad, e.grad)
 
 
+def with_threads(run: Callable[[], Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    """What `run` gives with 1, 2 and 3 threads."""
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
 def refused(op: str, argument: str) -> Any:
     """A ValueError or TypeError whose message begins with the op's name and has the argument's."""
     return pytest.raises((ValueError, TypeError), match=rf"(?s)^{op}\b.*\b{argument}\b")

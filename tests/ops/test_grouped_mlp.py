@@ -16,6 +16,7 @@ from checks import (
     each_dtype,
     refused,
     strided,
+    with_threads,
 )
 from torch import Tensor, nn
 
@@ -190,13 +191,12 @@ def test_rows_that_are_not_filled_are_not_read():
 @pytest.mark.parametrize("experts", [1, 2, 40])
 def test_threads_change_nothing_but_rounding(experts):
     inputs = [a.requires_grad_() for a in arguments(experts, 300, 8, 900, 8)]
-    results = []
-    threads = torch.get_num_threads()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+
+    def run():
         out = grouped_mlp(*inputs)
-        results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
-    torch.set_num_threads(threads)
+        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    results = with_threads(run)
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -14,6 +14,7 @@ from checks import (
     refused,
     spread,
     strided,
+    with_threads,
 )
 from torch import Tensor
 
@@ -321,3 +322,11 @@ def test_refuses():
     for mask in (true[:1], true[..., None], true.float(), true.tolist(), true.to("meta")):
         with refused(OP, "mask"):
             ksparse_transport(similarity, 2, mask=mask)
+
+
+@pytest.mark.parametrize("solver", ["adam", "lbfgs"])
+@pytest.mark.parametrize("shape", [(1, 3000, 32), (40, 49, 8)])
+def test_does_not_depend_on_threads(solver, shape):
+    similarity = torch.rand(shape)
+    first, *others = with_threads(lambda: [ksparse_transport(similarity, 6, solver=solver)])
+    assert all(torch.equal(other[0], first[0]) for other in others)

@@ -16,6 +16,7 @@ from checks import (
     spread,
     strided,
     tied,
+    with_threads,
 )
 from torch import Tensor
 
@@ -234,6 +235,20 @@ def test_groups_do_not_see_each_other(device):
     assert poisoned[3].isnan().all()
     others = torch.arange(64) != 3
     assert torch.equal(poisoned[others], together[others])
+
+
+@pytest.mark.parametrize("gradient", ["unrolled", "implicit"])
+@pytest.mark.parametrize("shape", [(1, 3000, 32), (40, 49, 8)])
+def test_does_not_depend_on_threads(gradient, shape):
+    logits = torch.randn(shape, requires_grad=True)
+
+    def run():
+        plan = sinkhorn(logits, gradient=gradient)
+        return plan.detach(), *torch.autograd.grad(plan, logits, logits.detach())
+
+    first, *others = with_threads(run)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
 
 
 def test_ties_stay_ties(device):

@@ -13,6 +13,7 @@ from checks import (
     each_dtype,
     refused,
     strided,
+    with_threads,
 )
 from torch import Tensor
 
@@ -93,14 +94,7 @@ def test_does_not_depend_on_threads_or_neighbours(G):
         out = soft_logits(x, phi)
         return out.detach(), *torch.autograd.grad(out, (x, phi), grad)
 
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run())
-    finally:
-        torch.set_num_threads(threads)
+    results = with_threads(run)
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             assert torch.equal(a, b)

@@ -16,6 +16,7 @@ from checks import (
     refused,
     spread,
     strided,
+    with_threads,
 )
 from torch import Tensor
 
@@ -159,14 +160,7 @@ def test_does_not_depend_on_threads_or_neighbours(dim, G):
         out = soft_mix(logits, values, dim)
         return out.detach(), *torch.autograd.grad(out, (logits, values), grad)
 
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run())
-    finally:
-        torch.set_num_threads(threads)
+    results = with_threads(run)
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             assert torch.equal(a, b)

@@ -82,20 +82,7 @@ TYPED_TEST(CudaTopk, LongAxes) {
 
 TYPED_TEST(CudaTopk, TakesExtremes) {
   using T = TypeParam;
-  using Limits = std::numeric_limits<T>;
-  const std::vector<T> special{
-      0,
-      -T{0},
-      kInf<T>,
-      -kInf<T>,
-      kNaN<T>,
-      -kNaN<T>,
-      Limits::denorm_min(),
-      -Limits::denorm_min(),
-      Limits::max(),
-      Limits::lowest(),
-      T{1e4},
-      -T{1e4}};
+  const std::vector<T> special = extremes<T>();
   std::mt19937_64 random(2);
   for (const int64_t n : {24, 600, 1500}) {
     for (const int64_t k : {1, 3, 16, 20, 24, 300}) {
