@@ -112,6 +112,8 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
     process = subprocess.Popen(
         [sys.executable, "-m", "vmoe_routers", *arguments],
         start_new_session=True,
+        # Where the tests run in the background of a script, Ctrl-C is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:

@@ -83,8 +83,9 @@ def test_the_kernels_of_the_level_asked_for_are_used():
         _C.use_isa(best)
 
 
-def test_full_is_threads_memory_and_the_sizes_worth_changing():
-    jobs = list(plan.jobs(plan.parse(["--full"], "")))
+def test_full_is_memory_and_the_sizes_worth_changing():
+    assert plan.parse(["--full"], "").memory
+    jobs = list(plan.jobs(plan.parse(["--full", "--threads", "1,2"], "")))
     assert {job.threads for job in jobs} == {1, 2}
     assert all(job.threads == 1 for job in jobs if job.whole or job.size != job.entry.default)
     assert {job.size.experts for job in jobs if job.entry.op == "topk"} == {8, 32, 128}
