@@ -175,11 +175,12 @@ def summary(run: dict, page: str) -> str:
             row[1], row[4] = best["name"] if best else "-", f"{result['floor']['seconds'] / ours['seconds']:.0%}"
     machine, due = run["machine"], [v for v in run["targets"] if v["default"] and v["threads"] == 1]
     met = sum(v["factor"] >= 1 for v in due)
+    form = ", a quick run on small sizes" if run["quick"] else ""
     head = ["case", "best of the others, forward", "faster than it by", "with gradients", "of the floor, forward"]
     return "\n\n".join(
         [
             f"One thread of {machine['name']} (ISA {machine['isa']}, {machine['date']}, torch "
-            f"{machine['versions']['torch']}), float32; {met} of {len(due)} targets met. All variants, threads, "
+            f"{machine['versions']['torch']}), float32{form}; {met} of {len(due)} targets met. All variants, threads, "
             f"memory, scaling and what is missed: [{page}]({page}).",
             table(head, list(rows.values())),
         ]
