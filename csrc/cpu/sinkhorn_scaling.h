@@ -75,6 +75,8 @@ class ScalingDomain {
     group_ = &group;
     out_ = out;
     E_ = group.E;
+    // What the next visit takes, where that is little enough to wait in the first cache.
+    ahead_ = kTogether * E_ * kVectorBytes <= 8192 ? kTogether * E_ * W : 8 * W;
     blocks_ = (group.tokens + W - 1) / W;
     in_place_ = std::is_same_v<T, C> ? group.tokens / W : 0;
     own_.make((blocks_ - in_place_) * E_);
@@ -209,8 +211,9 @@ class ScalingDomain {
         for (int64_t e = 0; e < E_; ++e) {
           const Vec<C> v = splat(v_[e]), c = splat(of_column_[s * E_ + e].c);
           for (int i = 0; i < count; ++i) {
-            rows[i] = fma(K(b + i, e), v, rows[i]);
-            dots[i] = fma(K(b + i, e), c, dots[i]);
+            const Vec<C> k = load_ahead(block(b + i) + e * W);
+            rows[i] = fma(k, v, rows[i]);
+            dots[i] = fma(k, c, dots[i]);
           }
         }
         for (int i = 0; i < count; ++i) {
@@ -264,6 +267,12 @@ class ScalingDomain {
     return own_[(b - in_place_) * E_];
   }
   Vec<C> K(int64_t b, int64_t e) const { return load(block(b) + e * W); }
+  // Of K, where a pass first comes by. K just fits the second cache, or does not: to wait
+  // for it would be half of a pass.
+  Vec<C> load_ahead(const C* p) const {
+    __builtin_prefetch(p + ahead_);
+    return load(p);
+  }
   // What the backward collects of a block's tokens.
   C* a(int64_t b, int64_t s) const { return collected_[2 * (b * slots_ + s)]; }
   C* u(int64_t b, int64_t s) const { return collected_[2 * (b * slots_ + s) + 1]; }
@@ -294,13 +303,21 @@ class ScalingDomain {
   void pack(int64_t b, const T* from, C nobody, C* tile) const {
     const T* rows = from + b * W * E_;
     const int64_t there = count(b);
-    for (int64_t e = 0; e < E_; e += W) {
-      const int64_t width = std::min(W, E_ - e);
+    const auto turn = [&](int64_t e, int64_t width, auto row) {
       Vec<C> square[W];
-      for (int64_t i = 0; i < W; ++i)
-        square[i] = i < there ? load_row(rows + i * E_ + e, width) : splat(nobody);
+      for (int64_t i = 0; i < W; ++i) square[i] = row(i);
       transpose<C>(square);
       for (int64_t i = 0; i < width; ++i) store(tile + (e + i) * W, square[i]);
+    };
+    int64_t e = 0;
+    for (; there == W && e + W <= E_; e += W) {  // nearly all of them, and no questions asked
+      turn(e, W, [&](int64_t i) { return load_row(rows + i * E_ + e, W); });
+    }
+    for (; e < E_; e += W) {
+      const int64_t width = std::min(W, E_ - e);
+      turn(e, width, [&](int64_t i) {
+        return i < there ? load_row(rows + i * E_ + e, width) : splat(nobody);
+      });
     }
   }
 
@@ -323,14 +340,14 @@ class ScalingDomain {
     const Vec<C> difference = x - from;
     const Vec<C> exponent = difference * inverse_;
     if constexpr (std::is_same_v<C, double>) {
-      return exp(exponent);
+      return exp_negative(exponent);
     } else {
       const Vec<C> back = difference - x;
       const Vec<C> lost = (x - (difference - back)) - (from + back);
       const Vec<C> inverse = splat(inverse_);
       const Vec<C> rest = fma(lost, inverse, difference * inverse_rest_) +
                           product_error(difference, inverse, exponent);
-      const Vec<C> rounded = exp(exponent);
+      const Vec<C> rounded = exp_negative(exponent);
       return fma(rounded, rest, rounded);
     }
   }
@@ -364,31 +381,27 @@ class ScalingDomain {
   // sums[e] += K[t, e] u[t] of the kColumns blocks before b.
   template <int kColumns, int kRows>
   void visit(int64_t b, const Vec<C>* u, Vec<C>* rows, C* sums) const {
-    const C *of_rows[kRows + 1], *of_columns[kColumns + 1];
-    Vec<C> row[kRows + 1], factor[kColumns + 1];
-    for (int i = 0; i < kRows; ++i) {
-      of_rows[i] = block(b + i);
-      row[i] = Vec<C>{};
-    }
-    for (int i = 0; i < kColumns; ++i) {
-      of_columns[i] = block(b - kColumns + i);
-      factor[i] = u[i];
-    }
+    Vec<C> row[kRows + 1]{}, factor[kColumns + 1];
+    for (int i = 0; i < kColumns; ++i) factor[i] = u[i];
+    // As it is `few` blocks, they lie one behind another.
+    const C* of_rows = kRows > 0 ? block(b) : nullptr;
+    const C* of_columns = kColumns > 0 ? block(b - kColumns) : nullptr;
     const C* v = v_.data();
-    const int64_t E = E_;
+    const int64_t E = E_, next = E_ * W, ahead = ahead_;
     for (int64_t e = 0; e < E; ++e) {
       if constexpr (kRows > 0) {
         const Vec<C> of_column = splat(v[e]);
         for (int i = 0; i < kRows; ++i) {
-          row[i] = fma(load(of_rows[i] + e * W), of_column, row[i]);
+          __builtin_prefetch(of_rows + i * next + ahead);
+          row[i] = fma(load(of_rows + i * next), of_column, row[i]);
         }
+        of_rows += W;
       }
       if constexpr (kColumns > 0) {
         Vec<C> sum = load(sums + e * W);
-        for (int i = 0; i < kColumns; ++i) {
-          sum = fma(load(of_columns[i] + e * W), factor[i], sum);
-        }
+        for (int i = 0; i < kColumns; ++i) sum = fma(load(of_columns + i * next), factor[i], sum);
         store(sums + e * W, sum);
+        of_columns += W;
       }
     }
     for (int i = 0; i < kRows; ++i) rows[i] = row[i];
@@ -402,9 +415,10 @@ class ScalingDomain {
 
   // Calls body(count, block) for the blocks [begin, end), some at a time.
   template <typename Body>
-  static void each_few(int64_t begin, int64_t end, Body&& body) {
+  void each_few(int64_t begin, int64_t end, Body&& body) const {
+    const int64_t in_a_row = std::min(end, in_place_ > 0 ? in_place_ : blocks_);
     int64_t b = begin;
-    for (; b + kTogether <= end; b += kTogether) {
+    for (; b + kTogether <= in_a_row; b += kTogether) {
       body(std::integral_constant<int, kTogether>{}, b);
     }
     for (; b < end; ++b) body(std::integral_constant<int, 1>{}, b);
@@ -429,10 +443,12 @@ class ScalingDomain {
     const int64_t stride = (E_ + kWide - 1) / kWide * kWide;
     const int64_t room = E_ + scratch_vectors;
     room_.make((group_->pieces / grain(E_) + 1) * room);
+    turned_ = !turned_;
     group_->parallel(group_->pieces, grain(E_), [&](int64_t first, int64_t last) {
       // No range but this one begins between two multiples of the grain.
       C* sums = room_[first / grain(E_) * room];
-      for (int64_t piece = first; piece < last; ++piece) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t piece = turned_ ? first + last - 1 - i : i;
         for (int64_t e = 0; e < E_; ++e) store(sums + e * W, Vec<C>{});
         body(piece * kBlocks, std::min((piece + 1) * kBlocks, blocks_), sums, sums + E_ * W);
         for (int64_t e = 0; e < E_; e += kWide) {
@@ -491,9 +507,10 @@ class ScalingDomain {
 
   const Group<T>* group_ = nullptr;
   T* out_ = nullptr;
-  int64_t E_ = 0, blocks_ = 0, in_place_ = 0, slots_ = 0, collected_count_ = 0;
+  int64_t E_ = 0, ahead_ = 0, blocks_ = 0, in_place_ = 0, slots_ = 0, collected_count_ = 0;
   C inverse_ = 0, inverse_rest_ = 0;  // of epsilon: the nearest number, and what it lacks
   double log_scale_ = 0;
+  bool turned_ = false;
   Vectors<C> own_;                   // [blocks - in_place, E]  of K
   Vectors<C> u_, first_u_;           // [blocks]
   Vectors<C> sums_;                  // [pieces, E]
