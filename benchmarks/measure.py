@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.case import BACKWARD, Case, Variant
 from benchmarks.ceilings import Ceilings
-from benchmarks.compare import applies, check, runner
+from benchmarks.compare import applies, check, recording, runner
 from benchmarks.memory import peaks, saved_bytes
 from benchmarks.plan import Job
 from benchmarks.timer import is_unstable, measure
@@ -41,7 +41,8 @@ def usable(case: Case, direction: str, skipped: list[str]) -> list[Variant]:
             continue
         try:
             check(case, variant, direction)
-            runner(variant, direction)()
+            with recording(direction):
+                runner(variant, direction)()
         except Exception as error:
             if variant.role != "compiled":
                 raise
@@ -72,7 +73,8 @@ def measure_case(
     skipped = list(case.skipped)
     variants = usable(case, direction, skipped)
     calls = {variant.name: runner(variant, direction) for variant in variants}
-    timings, again = measure(calls, rounds=options.rounds, device=options.device)
+    with recording(direction):
+        timings, again = measure(calls, rounds=options.rounds, device=options.device)
     return {
         "op": case.op,
         "title": case.title,

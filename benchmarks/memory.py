@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.case import Entry, Size, Variant
-from benchmarks.compare import applies, runner
+from benchmarks.compare import applies, recording, runner
 
 
 def saved_bytes(variant: Variant) -> int:
@@ -96,9 +96,12 @@ def _print_peak(entry: Entry, size: Size, number: int) -> bool:
         return every[number : number + 1]
 
     for small in prepare(replace(size, images=1)):
-        runner(*small)()  # the libraries' own buffers and threads
+        with recording(small[1]):
+            runner(*small)()  # the libraries' own buffers and threads
     for variant, direction in prepare(size):
-        print(json.dumps([f"{variant.name}, {direction}", peak_bytes(runner(variant, direction))]))
+        call = runner(variant, direction)
+        with recording(direction):
+            print(json.dumps([f"{variant.name}, {direction}", peak_bytes(call)]))
         return True
     return False
 

@@ -21,14 +21,14 @@ from rich.table import Table
 from benchmarks.case import FORWARD, Case, Entry, Size
 from benchmarks.cases import OPS, entries
 from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.compare import runner
+from benchmarks.compare import recording, runner
 from benchmarks.machine import machine
 from benchmarks.plan import use_isa
 from benchmarks.report import TimeLeft, seconds
 from benchmarks.timer import is_unstable, measure, once
 
 THREADS = (1, 2)
-BYTES = 1 << 30  # a point that moves more than this is left out
+BYTES, FLOPS = 1 << 30, 1e11  # a point that moves or computes more than this is left out
 SLACK = 0.15  # a slope this far above the algorithm's is too steep
 GAIN = 1.7  # of two threads over one, where the arithmetic and not the memory sets the floor
 LONG = 0.25  # seconds of a call that gets fewer rounds
@@ -90,12 +90,13 @@ def point(entry: Entry, size: Size, rounds: int) -> dict | None:
     """Seconds with each number of threads, and the gain of the last over the first; None where it is too large."""
     torch.manual_seed(0)
     case = entry.build(size, "cpu")
-    if case.floors[FORWARD].bytes > BYTES:
+    if case.floors[FORWARD].bytes > BYTES or case.floors[FORWARD].flops > FLOPS:
         return None
     calls = by_threads(case)
-    if once(calls[str(THREADS[0])], 1, "cpu") > LONG:
-        rounds = min(rounds, 5)  # these are steady, and would take minutes
-    timings, again = measure(calls, rounds=rounds)
+    with recording(FORWARD):
+        if once(calls[str(THREADS[0])], 1, "cpu") > LONG:
+            rounds = min(rounds, 5)  # these are steady, and would take minutes
+        timings, again = measure(calls, rounds=rounds)
     ratio = timings[str(THREADS[-1])].ratio
     return {
         "title": case.title,
@@ -136,7 +137,8 @@ def gains(found: Ceilings, only: str | None, rounds: int) -> list[dict]:
         torch.manual_seed(0)
         case = entry.build(entry.default, "cpu")
         by = found.floor(case.floors[FORWARD])["by"]
-        timings, again = measure(by_threads(case), rounds=rounds)
+        with recording(FORWARD):
+            timings, again = measure(by_threads(case), rounds=rounds)
         ratio = timings[str(THREADS[-1])].ratio
         rows.append(
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
     cast,
     check_device,
@@ -40,7 +41,7 @@ def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tens
     check_shape("combine", "gate", gate, (groups, experts, capacity), "G, E, C")
     check_device("combine", "gate", gate, "y", y)
     check_device("combine", "token", token, "y", y)
-    return torch.ops.vmoe_routers.combine.default(y, cast(gate, compute_dtype(y.dtype)), token, offsets, slots)
+    return call(torch.ops.vmoe_routers.combine.default, y, cast(gate, compute_dtype(y.dtype)), token, offsets, slots)
 
 
 @torch.library.register_fake("vmoe_routers::combine")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
     check_device,
     check_dtype,
@@ -48,7 +49,7 @@ def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor
     _, experts, capacity = check_tensor("dispatch", "token", token, "G E C").shape
     check_slots("dispatch", token, offsets, slots, (groups, experts, capacity), tokens)
     check_device("dispatch", "token", token, "x", x)
-    return torch.ops.vmoe_routers.dispatch.default(x, token, offsets, slots)
+    return call(torch.ops.vmoe_routers.dispatch.default, x, token, offsets, slots)
 
 
 @torch.library.register_fake("vmoe_routers::dispatch")

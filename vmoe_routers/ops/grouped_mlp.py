@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
     check_choice,
     check_device,
@@ -78,7 +79,7 @@ def grouped_mlp(
             save = torch.is_grad_enabled() and any(
                 value is not None and value.requires_grad for value in (x, w1, b1, w2, b2)
             )
-            return torch.ops.vmoe_routers.grouped_mlp(x, w1, b1, w2, b2, filled, act, save)[0]
+            return call(torch.ops.vmoe_routers.grouped_mlp.default, x, w1, b1, w2, b2, filled, act, save)[0]
         act = GELU[act]
     return by_products(x, w1, b1, w2, b2, filled, act)
 

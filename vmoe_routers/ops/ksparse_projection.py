@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import cast, check_floating, check_int, compute_dtype
 
 
@@ -33,7 +34,7 @@ def ksparse_projection(x: Tensor, k: int) -> Tensor:
     k = check_int("ksparse_projection", "k", k, 1, x.shape[-1])
     # Not reshape(-1, n): with no rows at all, -1 would be ambiguous to a reader of shapes.
     rows = cast(x, compute_dtype(x.dtype)).reshape(x.shape[:-1].numel(), x.shape[-1])
-    return cast(torch.ops.vmoe_routers.ksparse_projection(rows, k).reshape(x.shape), x.dtype)
+    return cast(call(torch.ops.vmoe_routers.ksparse_projection.default, rows, k).reshape(x.shape), x.dtype)
 
 
 @torch.library.register_fake("vmoe_routers::ksparse_projection")

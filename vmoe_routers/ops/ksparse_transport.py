@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
     cast,
     check_choice,
@@ -70,7 +71,9 @@ def ksparse_transport(
     if mask is not None:
         mask = check_mask(where, mask, "similarity", similarity)
     there = fill_absent(cast(similarity, compute_dtype(similarity.dtype)), mask)
-    plan = torch.ops.vmoe_routers.ksparse_transport(there, k, iterations, solver, learning_rate, tolerance, gamma)
+    plan = call(
+        torch.ops.vmoe_routers.ksparse_transport.default, there, k, iterations, solver, learning_rate, tolerance, gamma
+    )
     return cast(plan, similarity.dtype)
 
 

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
     cast,
     check_choice,
@@ -90,7 +91,9 @@ def sinkhorn(
     if mask is not None:
         mask = check_mask("sinkhorn", mask, "logits", logits)
     there = fill_absent(cast(logits, compute_dtype(logits.dtype)), mask)
-    plan, _, error, steps = torch.ops.vmoe_routers.sinkhorn(there, epsilon, iterations, stop, gradient == "implicit")
+    plan, _, error, steps = call(
+        torch.ops.vmoe_routers.sinkhorn.default, there, epsilon, iterations, stop, gradient == "implicit"
+    )
     plan = cast(plan, logits.dtype)
     return (plan, error, steps) if return_error else plan
 

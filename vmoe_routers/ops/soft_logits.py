@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
+    cast,
     check_device,
     check_floating,
     check_shape,
@@ -37,7 +39,7 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
     check_shape("soft_logits", "phi", phi, (x.shape[2], phi.shape[1]), "D, S")
     check_device("soft_logits", "phi", phi, "x", x)
     dtype = compute_dtype(torch.promote_types(x.dtype, phi.dtype))
-    return torch.ops.vmoe_routers.soft_logits(x.to(dtype), phi.to(dtype))
+    return call(torch.ops.vmoe_routers.soft_logits.default, cast(x, dtype), cast(phi, dtype))
 
 
 @torch.library.register_fake("vmoe_routers::soft_logits")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
+    cast,
     check_choice,
     check_device,
     check_floating,
@@ -55,8 +57,14 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     # One expert of S slots is [1, G, S, D] in memory: as the public [G, S, D].
     by_slot = logits if by_expert else logits.unsqueeze(2)
     mixing = values if dim == 1 else (values if by_expert else values.unsqueeze(1)).transpose(0, 1)
-    out = torch.ops.vmoe_routers.soft_mix(by_slot.to(dtype).flatten(2), mixing.to(dtype), dim, by_slot.shape[2])
-    out = out.to(values.dtype)
+    out = call(
+        torch.ops.vmoe_routers.soft_mix.default,
+        cast(by_slot, dtype).flatten(2),
+        cast(mixing, dtype),
+        dim,
+        by_slot.shape[2],
+    )
+    out = cast(out, values.dtype)
     if dim == 2:
         return out
     return out.transpose(0, 1) if by_expert else out.squeeze(0)

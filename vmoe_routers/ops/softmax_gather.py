@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
+    cast,
     check_choice,
     check_device,
     check_dtype,
@@ -42,8 +44,10 @@ def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
     shape = (logits.shape[0], logits.shape[3 - dim], indices.shape[2])
     check_shape("softmax_gather", "indices", indices, shape, "G, T, K" if dim == 2 else "G, E, C")
     check_device("softmax_gather", "indices", indices, "logits", logits)
-    values, _ = torch.ops.vmoe_routers.softmax_gather(logits.to(compute_dtype(logits.dtype)), indices, dim)
-    return values.to(logits.dtype)
+    values, _ = call(
+        torch.ops.vmoe_routers.softmax_gather.default, cast(logits, compute_dtype(logits.dtype)), indices, dim
+    )
+    return cast(values, logits.dtype)
 
 
 @torch.library.register_fake("vmoe_routers::softmax_gather")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
+    cast,
     check_choice,
     check_floating,
     check_int,
@@ -46,9 +48,9 @@ def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = 
     k = check_int("softmax_topk", "k", k, min(1, logits.shape[dim]), logits.shape[dim])
     if mask is not None:
         mask = check_mask("softmax_topk", mask, "logits", logits)
-    wide = fill_absent(logits.to(compute_dtype(logits.dtype)), mask)
-    values, indices, _ = torch.ops.vmoe_routers.softmax_topk(wide, k, dim)
-    return values.to(logits.dtype), indices
+    wide = fill_absent(cast(logits, compute_dtype(logits.dtype)), mask)
+    values, indices, _ = call(torch.ops.vmoe_routers.softmax_topk.default, wide, k, dim)
+    return cast(values, logits.dtype), indices
 
 
 @torch.library.register_fake("vmoe_routers::softmax_topk")

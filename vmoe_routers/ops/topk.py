@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import cast, check_floating, check_int, compute_dtype
 
 
@@ -33,7 +34,7 @@ def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
         raise ValueError("topk: x must have at least one axis, got a scalar")
     dim = check_int("topk", "dim", dim, -x.ndim, x.ndim - 1) % x.ndim
     k = check_int("topk", "k", k, min(1, x.shape[dim]), x.shape[dim])
-    values, indices = torch.ops.vmoe_routers.topk.default(cast(x, compute_dtype(x.dtype)), k, dim)
+    values, indices = call(torch.ops.vmoe_routers.topk.default, cast(x, compute_dtype(x.dtype)), k, dim)
     return cast(values, x.dtype), indices
 
 
