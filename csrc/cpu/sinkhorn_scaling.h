@@ -114,7 +114,7 @@ class ScalingDomain {
   // rows before go together: neither waits for the other, and the latter are still near.
   void step_rows(bool last) {
     sum_pieces(last ? E_ : 0, [&](int64_t begin, int64_t end, C* sums, C* tile) {
-      Vec<C> before[kTogether];
+      Vec<C> before[kTogether]{};  // set, or the compiler takes it for read unset
       int64_t count = 0;
       const auto add_before = [&](auto next, int64_t b, Vec<C>* rows) {
         count == kTogether ? visit<kTogether, next>(b, before, rows, sums)
