@@ -8,6 +8,10 @@
 //   rho = max{r : 1 + r u_r > u_1 + ... + u_r},  tau = (u_1 + ... + u_rho - 1) / rho,
 //   p_i = max(u_i - tau, 0) on those, 0 elsewhere.
 // Ties: order.h. -inf never gets mass. A row with NaN or +inf, or of -inf alone, gets NaN.
+//
+// Backward, of projections along the middle axis:
+//   grad, out  [A, n, B]  the gradient of the projections, and those
+//   grad_x     [A, n, B]  grad less its mean over the support, where out != 0; 0 elsewhere
 #pragma once
 
 #include <cstdint>
@@ -28,9 +32,20 @@ VMOE_EACH_ISA(
         int64_t row_begin,
         int64_t row_end);
 
+    template <typename T>
+    void ksparse_projection_backward(
+        const T* grad,  // [A, n, B]
+        const T* out,   // [A, n, B]
+        T* grad_x,      // [A, n, B]
+        int64_t n,
+        int64_t B,
+        int64_t begin,  // of A
+        int64_t end);
+
 )
 
 VMOE_BY_ISA(ksparse_projection)
+VMOE_BY_ISA(ksparse_projection_backward)
 
 }  // namespace vmoe::cpu
 
@@ -43,6 +58,16 @@ void ksparse_projection(
     int64_t n,
     int64_t k,
     int64_t rows,  // N
+    CUstream_st* stream);
+
+template <typename T>
+void ksparse_projection_backward(
+    const T* grad,  // [A, n, B]
+    const T* out,   // [A, n, B]
+    T* grad_x,      // [A, n, B]
+    int64_t A,
+    int64_t n,
+    int64_t B,
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("sinkhorn_backward(Tensor grad, Tensor logits, Tensor history, Tensor steps, float epsilon) -> Tensor");
   m.def("sinkhorn_implicit_backward(Tensor grad, Tensor plan, float epsilon) -> Tensor");
   m.def("ksparse_projection(Tensor x, int k) -> Tensor");
+  m.def("ksparse_projection_backward(Tensor grad, Tensor out) -> Tensor");
   m.def("ksparse_transport(Tensor similarity, int k, int iterations, str solver, float learning_rate, float tolerance, float gamma) -> Tensor");
   m.def("soft_logits(Tensor x, Tensor phi) -> Tensor");
   m.def("soft_logits_backward(Tensor grad, Tensor x, Tensor phi) -> (Tensor grad_x, Tensor grad_phi)");

@@ -16,7 +16,7 @@ void assign_slots(
     int32_t* holder = source + g * E * C;
     std::fill(holder, holder + E * C, -1);
     std::fill(taken.begin(), taken.end(), 0);
-    if (priority) select(priority + g * tokens, 1, tokens, tokens, order);
+    if (priority) sort_all(priority + g * tokens, tokens, order);
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t i = 0; i < tokens; ++i) {
         const int64_t request = (priority ? order[i].index : i) * K + k;

@@ -1,33 +1,117 @@
 #include "../ksparse_projection.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
-#include "simplex.h"
+#include "../topk.h"
+#include "simd.h"
 
 namespace vmoe::cpu::VMOE_ISA {
+namespace {
+
+// tau of values in descending order, taken relative to the first: nothing is lost to
+// cancellation where all are large. NaN where the first is not finite. In float64.
+template <typename T>
+double simplex_threshold(const T* values, int64_t k) {
+  const double largest = values[0];
+  double sum = 0, tau = 0;
+  for (int64_t r = 0; r < k; ++r) {
+    const double u = values[r] - largest;
+    sum += u;
+    // rho is the last r for which this holds, and it holds for a prefix. Written
+    // so that NaN makes tau NaN instead of leaving the loop.
+    if (r > 0 && 1 + static_cast<double>(r + 1) * u <= sum) break;
+    tau = (sum - 1) / static_cast<double>(r + 1);
+  }
+  return tau;
+}
+
+}  // namespace
 
 template <typename T>
 void ksparse_projection(
     const T* x, T* out, int64_t n, int64_t k, int64_t row_begin, int64_t row_end) {
-  std::vector<Pick<OrderKey<T>>> picks;
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const T* value = x + row * n;
-    T* p = out + row * n;
-    std::fill(p, p + n, T{0});
-    select(value, 1, n, k, picks);
-    if (picks.empty()) continue;
-    const double tau = simplex_threshold(value, 1, picks);
-    if (std::isnan(tau)) std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
-    const double largest = value[picks[0].index];
-    for (const auto& pick : picks) {
-      const double share = value[pick.index] - largest - tau;
-      if (share > 0) p[pick.index] = static_cast<T>(share);
+  constexpr int64_t kRows = 64;  // short ones are selected from side by side
+  std::fill(out + row_begin * n, out + row_end * n, T{0});
+  if (k == 0 || row_begin >= row_end) return;
+  const int64_t together = std::min(kRows, row_end - row_begin);
+  std::vector<T> values(together * k);
+  std::vector<int32_t> indices(together * k);
+  for (int64_t first = row_begin; first < row_end; first += together) {
+    const int64_t rows = std::min(together, row_end - first);
+    topk(x + first * n, values.data(), indices.data(), n, 1, k, 0, rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* value = values.data() + row * k;
+      const int32_t* index = indices.data() + row * k;
+      T* p = out + (first + row) * n;
+      const double tau = simplex_threshold(value, k), largest = value[0];
+      if (std::isnan(tau)) std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
+      for (int64_t j = 0; j < k; ++j) {
+        const double share = value[j] - largest - tau;
+        if (!(share > 0)) break;  // nor has what follows
+        p[index[j]] = static_cast<T>(share);
+      }
     }
   }
 }
 
-template void ksparse_projection(const float*, float*, int64_t, int64_t, int64_t, int64_t);
-template void ksparse_projection(const double*, double*, int64_t, int64_t, int64_t, int64_t);
+namespace {
+
+// Over one column, or a vector of columns side by side, `stride` from row to row.
+template <typename T>
+void centre_columns(
+    const T* grad, const T* out, T* grad_x, int64_t n, int64_t stride, int64_t columns) {
+  Vec<T> total{}, count{};
+  for (int64_t i = 0; i < n; ++i) {
+    const Mask<T> inside = get(out + i * stride, columns, T{0}) != T{0};
+    total += inside ? get(grad + i * stride, columns, T{0}) : Vec<T>{};
+    count += inside ? splat(T{1}) : Vec<T>{};
+  }
+  const Vec<T> mean = total / max<T>(count, splat(T{1}));
+  for (int64_t i = 0; i < n; ++i) {
+    const Mask<T> inside = get(out + i * stride, columns, T{0}) != T{0};
+    const Vec<T> centred = get(grad + i * stride, columns, T{0}) - mean;
+    put(grad_x + i * stride, inside ? centred : Vec<T>{}, columns);
+  }
+}
+
+template <typename T>
+void centre_row(const T* grad, const T* out, T* grad_x, int64_t n) {
+  Vec<T> total{}, count{};
+  for (int64_t i = 0; i < n; i += kWidth<T>) {
+    const Mask<T> inside = get(out + i, n - i, T{0}) != T{0};
+    total += inside ? get(grad + i, n - i, T{0}) : Vec<T>{};
+    count += inside ? splat(T{1}) : Vec<T>{};
+  }
+  const Vec<T> mean = splat(sum<T>(total) / std::max(sum<T>(count), T{1}));
+  for (int64_t i = 0; i < n; i += kWidth<T>) {
+    const Mask<T> inside = get(out + i, n - i, T{0}) != T{0};
+    put(grad_x + i, inside ? get(grad + i, n - i, T{0}) - mean : Vec<T>{}, n - i);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void ksparse_projection_backward(
+    const T* grad, const T* out, T* grad_x, int64_t n, int64_t B, int64_t begin, int64_t end) {
+  for (int64_t a = begin; a < end; ++a) {
+    const int64_t at = a * n * B;
+    if (B == 1) centre_row(grad + at, out + at, grad_x + at, n);
+    for (int64_t b = 0; B > 1 && b < B; b += kWidth<T>) {
+      centre_columns(grad + at + b, out + at + b, grad_x + at + b, n, B, B - b);
+    }
+  }
+}
+
+#define VMOE_INSTANTIATE(T)                                                                        \
+  template void ksparse_projection(const T*, T*, int64_t, int64_t, int64_t, int64_t);              \
+  template void ksparse_projection_backward(                                                       \
+      const T*, const T*, T*, int64_t, int64_t, int64_t, int64_t);
+VMOE_INSTANTIATE(float)
+VMOE_INSTANTIATE(double)
+#undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cpu::VMOE_ISA

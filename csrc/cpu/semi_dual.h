@@ -342,7 +342,7 @@ class SemiDual {
   }
 
   // The threshold of the simplex for what was kept, tau, relative to the largest and over
-  // scale_ as in simplex.h; returns where it lies among the values. Entries at or below
+  // scale_; returns where it lies among the values. Entries at or below
   // the threshold are taken out until there are none: mostly all stay at once, and no order is
   // needed. Lanes are places among the kept, not among the tokens: an absent token changes
   // nothing.

@@ -261,7 +261,7 @@ void topk(
   if (M == 1 && row_end - row_begin < W / 2) {  // most lanes would idle
     std::vector<Pick<OrderKey<T>>> picks;
     for (int64_t row = row_begin; k <= kFew && row < row_end; ++row) {
-      select(x + row * n, 1, n, k, picks);
+      select_few(x + row * n, n, k, picks);
       for (int64_t j = 0; j < k; ++j) axis.write(x + row * n, row, j, picks[j].index);
     }
     if (k <= kFew) return;

@@ -52,6 +52,44 @@ __global__ void __launch_bounds__(kThreads) long_rows_kernel(
   project_row(team, entries, out + blockIdx.x * n, n, k);
 }
 
+// A block takes kColumns sequences that lie side by side, and as many of their rows at once as
+// it has threads for. Every sum has one order.
+template <typename T, int kColumns>
+__global__ void __launch_bounds__(kThreads) backward_kernel(
+    const T* __restrict__ grad,  // [A, n, B]
+    const T* __restrict__ out,   // [A, n, B]
+    T* __restrict__ grad_x,      // [A, n, B]
+    int64_t n, int64_t B, int64_t blocks_across) {
+  constexpr int kRows = kThreads / kColumns;
+  __shared__ T totals[kRows][kColumns], counts[kRows][kColumns];
+  const int column = static_cast<int>(threadIdx.x) % kColumns;
+  const int row = static_cast<int>(threadIdx.x) / kColumns;
+  const int64_t a = blockIdx.x / blocks_across;
+  const int64_t b = blockIdx.x % blocks_across * kColumns + column;
+  const int64_t end = b < B ? n : 0, first = a * n * B + b;
+  T total = 0, count = 0;
+  for (int64_t i = row; i < end; i += kRows) {
+    if (out[first + i * B] == 0) continue;
+    total += grad[first + i * B];
+    count += 1;
+  }
+  totals[row][column] = total;
+  counts[row][column] = count;
+  for (int half = kRows / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (row >= half) continue;
+    totals[row][column] += totals[row + half][column];
+    counts[row][column] += counts[row + half][column];
+  }
+  __syncthreads();
+  const T support = counts[0][column];
+  const T mean = support > 0 ? totals[0][column] / support : T{0};
+  for (int64_t i = row; i < end; i += kRows) {
+    const int64_t at = first + i * B;
+    grad_x[at] = out[at] == 0 ? T{0} : grad[at] - mean;
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -74,8 +112,20 @@ void ksparse_projection(
   }
 }
 
+template <typename T>
+void ksparse_projection_backward(
+    const T* grad, const T* out, T* grad_x, int64_t A, int64_t n, int64_t B, CUstream_st* stream) {
+  const int columns = B == 1 ? 1 : kWarp;
+  const int64_t blocks_across = ceil_div(B, columns);
+  launch(
+      B == 1 ? backward_kernel<T, 1> : backward_kernel<T, kWarp>, A * blocks_across, kThreads, 0,
+      stream, grad, out, grad_x, n, B, blocks_across);
+}
+
 #define VMOE_INSTANTIATE(T)                                                                        \
-  template void ksparse_projection(const T*, T*, int64_t, int64_t, int64_t, CUstream_st*);
+  template void ksparse_projection(const T*, T*, int64_t, int64_t, int64_t, CUstream_st*);         \
+  template void ksparse_projection_backward(                                                       \
+      const T*, const T*, T*, int64_t, int64_t, int64_t, CUstream_st*);
 VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)
 #undef VMOE_INSTANTIATE

@@ -26,8 +26,35 @@ Tensor ksparse_projection(const Tensor& x_, int64_t k) {
   return out;
 }
 
+Tensor ksparse_projection_backward(const Tensor& grad_, const Tensor& out_) {
+  check_dim("ksparse_projection_backward", "out", out_, 3);
+  const int64_t A = out_.size(0), n = out_.size(1), B = out_.size(2);
+  check_shape("ksparse_projection_backward", "grad", grad_, {A, n, B});
+  check_dtype("ksparse_projection_backward", "grad", grad_, out_.scalar_type());
+  const Tensor grad = packed(grad_), out = packed(out_);
+  Tensor grad_x = empty({A, n, B}, out);
+  by_dtype("ksparse_projection_backward", out, [&](auto zero) {
+    using T = decltype(zero);
+#ifdef VMOE_DEVICE_CUDA
+    on_device("ksparse_projection_backward", out, {grad}, [&](auto stream) {
+      cuda::ksparse_projection_backward(
+          read<T>(grad), read<T>(out), write<T>(grad_x), A, n, B, stream);
+    });
+#else
+    parallel(A, n * B, [&](int64_t begin, int64_t end) {
+      cpu::ksparse_projection_backward(
+          read<T>(grad), read<T>(out), write<T>(grad_x), n, B, begin, end);
+    });
+#endif
+  });
+  return grad_x;
+}
+
 }  // namespace
 
-VMOE_REGISTER(m) { m.impl("ksparse_projection", TORCH_BOX(&ksparse_projection)); }
+VMOE_REGISTER(m) {
+  m.impl("ksparse_projection", TORCH_BOX(&ksparse_projection));
+  m.impl("ksparse_projection_backward", TORCH_BOX(&ksparse_projection_backward));
+}
 
 }  // namespace vmoe

@@ -198,6 +198,58 @@ TYPED_TEST(KsparseProjection, EmptyShapes) {
   EXPECT_EQ(project<T>({1, 2, 3}, 1, 0), (std::vector<T>{0, 0, 0}));  // no non-zero allowed
 }
 
+// By hand, in float64. Sequence (a, b) is [a, :, b].
+template <typename T>
+std::vector<double> centred(
+    const std::vector<T>& grad, const std::vector<T>& out, int64_t A, int64_t n, int64_t B) {
+  std::vector<double> wanted(A * n * B, 0);
+  for (int64_t a = 0; a < A; ++a) {
+    for (int64_t b = 0; b < B; ++b) {
+      double total = 0, count = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = (a * n + i) * B + b;
+        if (out[at] != 0) total += grad[at], count += 1;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = (a * n + i) * B + b;
+        if (out[at] != 0) wanted[at] = grad[at] - total / count;
+      }
+    }
+  }
+  return wanted;
+}
+
+TYPED_TEST(KsparseProjection, BackwardIsCentredOnTheSupport) {
+  using T = TypeParam;
+  for (const int64_t n : {1, 2, 15, 16, 17, 40, 300}) {
+    for (const int64_t B : {1, 2, 8, 15, 16, 17, 33}) {
+      SCOPED_TRACE(::testing::Message() << "n " << n << " B " << B);
+      const int64_t A = 2;
+      const auto grad = uniform<T>(A * n * B, n, -1, 1);
+      auto out = tied<T>(A * n * B, B);
+      for (int64_t i = 0; i < n; ++i) out[i * B] = 0;  // nobody's support
+      Guarded<T> grad_x(A * n * B);
+      cpu::ksparse_projection_backward(grad.data(), out.data(), grad_x.data(), n, B, 0, A);
+      EXPECT_TRUE(grad_x.fences_stand());
+      expect_near(grad_x.values(), centred(grad, out, A, n, B), 4 * kRounding<T>);
+      expect_pieces<T>(A, n * B, [&](int64_t begin, int64_t end, T* piece) {
+        cpu::ksparse_projection_backward(grad.data(), out.data(), piece, n, B, begin, end);
+      });
+    }
+  }
+}
+
+TYPED_TEST(KsparseProjection, BackwardTakesNothingFromOutsideTheSupport) {
+  using T = TypeParam;
+  const std::vector<T> out{T{1} / 2, 0, T{1} / 2, 0}, grad{1, kNaN<T>, 3, kInf<T>};
+  std::vector<T> grad_x(4);
+  cpu::ksparse_projection_backward(grad.data(), out.data(), grad_x.data(), 4, 1, 0, 1);
+  EXPECT_EQ(grad_x, (std::vector<T>{-1, 0, 1, 0}));
+  const std::vector<T> undefined(4, kNaN<T>);  // a row of NaN hands its gradient on
+  cpu::ksparse_projection_backward(out.data(), undefined.data(), grad_x.data(), 4, 1, 0, 1);
+  EXPECT_EQ(grad_x, (std::vector<T>{T{1} / 4, -T{1} / 4, T{1} / 4, -T{1} / 4}));
+}
+
 TYPED_TEST(KsparseProjection, PiecesMakeTheWhole) {
   using T = TypeParam;
   const int64_t N = 7, n = 12;

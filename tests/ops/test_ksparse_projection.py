@@ -78,6 +78,12 @@ def test_dispatcher(device):
     )
 
 
+def test_dispatcher_of_the_backward(device):
+    out = ksparse_projection(spread(2, 3, 6), 2).mT.to(device)
+    grad = torch.randn_like(out).requires_grad_()
+    check_dispatcher(torch.ops.vmoe_routers.ksparse_projection_backward.default, [grad, out])
+
+
 def test_compile(device):
     check_compile(ksparse_projection, [spread(2, 3, 6, scale=0.3), 3], device)
 

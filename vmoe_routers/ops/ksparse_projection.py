@@ -42,21 +42,32 @@ def _(x: Tensor, k: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def project_gradient(grad: Tensor, support: Tensor, dim: int) -> Tensor:
-    """``grad - mean(grad)`` over the support along `dim`, 0 outside it."""
-    inside = torch.where(support, grad, 0)
-    mean = inside.sum(dim, keepdim=True) / support.sum(dim, keepdim=True).clamp(min=1)
-    return torch.where(support, grad - mean, 0)
+@torch.library.register_fake("vmoe_routers::ksparse_projection_backward")
+def _(grad: Tensor, out: Tensor) -> Tensor:
+    return out.new_empty(out.shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _save_output(ctx, inputs, output):
     ctx.save_for_backward(output)
 
 
 def _backward(ctx, grad):
     (out,) = ctx.saved_tensors
-    # Not `out > 0`: a row of NaN must hand NaN on.
-    return project_gradient(grad, out.detach() != 0, -1), None
+    op = torch.ops.vmoe_routers.ksparse_projection_backward
+    return op(grad.unsqueeze(2), out.detach().unsqueeze(2)).squeeze(2), None
 
 
-torch.library.register_autograd("vmoe_routers::ksparse_projection", _backward, setup_context=_setup_context)
+def _save_support(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_twice(ctx, grad):
+    # Linear in the first gradient, and symmetric; the support does not move.
+    (out,) = ctx.saved_tensors
+    return torch.ops.vmoe_routers.ksparse_projection_backward(grad, out), None
+
+
+torch.library.register_autograd("vmoe_routers::ksparse_projection", _backward, setup_context=_save_output)
+torch.library.register_autograd(
+    "vmoe_routers::ksparse_projection_backward", _backward_twice, setup_context=_save_support
+)

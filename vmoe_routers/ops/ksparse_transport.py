@@ -19,7 +19,6 @@ from vmoe_routers.ops._checks import (
     compute_dtype,
     fill_absent,
 )
-from vmoe_routers.ops.ksparse_projection import project_gradient
 
 SOLVERS = ("adam", "lbfgs")
 
@@ -98,8 +97,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     # plan = b P_k((alpha + S) / (gamma b)): the two b cancel.
     (plan,) = ctx.saved_tensors
-    grad_similarity = project_gradient(grad, plan.detach() != 0, 1) / ctx.gamma
-    return grad_similarity, None, None, None, None, None, None
+    grad_similarity = torch.ops.vmoe_routers.ksparse_projection_backward(grad, plan.detach())
+    return grad_similarity / ctx.gamma, None, None, None, None, None, None
 
 
 torch.library.register_autograd("vmoe_routers::ksparse_transport", _backward, setup_context=_setup_context)

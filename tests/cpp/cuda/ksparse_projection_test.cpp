@@ -73,6 +73,29 @@ TYPED_TEST(CudaKsparseProjection, TakesExtremes) {
   }
 }
 
+TYPED_TEST(CudaKsparseProjection, BackwardAsOnCpu) {
+  using T = TypeParam;
+  for (const int64_t n : {0, 1, 2, 7, 8, 9, 255, 257, 600}) {
+    for (const int64_t B : {1, 2, 31, 32, 33, 70}) {
+      for (const int64_t A : {0, 1, 3}) {
+        SCOPED_TRACE(::testing::Message() << "A " << A << " n " << n << " B " << B);
+        auto grad = uniform<T>(A * n * B, n, -1, 1);
+        auto out = tied<T>(A * n * B, B);
+        if (n > 1 && A > 0) {
+          out[0] = 0, grad[0] = kInf<T>;  // stays outside
+          out[B] = kNaN<T>;
+        }
+        std::vector<T> wanted(A * n * B);
+        cpu::ksparse_projection_backward(grad.data(), out.data(), wanted.data(), n, B, 0, A);
+        DeviceArray<T> device_grad(grad), device_out(out), grad_x(A * n * B);
+        cuda::ksparse_projection_backward(
+            device_grad.data(), device_out.data(), grad_x.data(), A, n, B, nullptr);
+        expect_near(grad_x.values(), wanted, 4 * kRounding<T>);
+      }
+    }
+  }
+}
+
 TYPED_TEST(CudaKsparseProjection, EmptyShapes) {
   this->expect_as_on_cpu({}, 0, 3, 2);
   this->expect_as_on_cpu({}, 3, 0, 0);
