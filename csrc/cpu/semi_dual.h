@@ -322,7 +322,8 @@ class SemiDual {
   double keep_first(int64_t count, Scratch& scratch) const {
     scratch.kept = count;
     if (count < k_) return -kInf;
-    auto [cut, ties] = find_first(count, k_, scratch);
+    const Cut<Key> cut = find_first(count, k_, scratch);
+    int64_t ties = cut.ties;
     int32_t* token = scratch.token.get();
     double* value = scratch.value.get();
     Key* key = scratch.key.get();
@@ -336,8 +337,8 @@ class SemiDual {
       }
       scratch.kept = kept;
     };
-    keep([&](Key k) { return k >= cut; });
-    if (scratch.kept > k_) keep([&](Key k) { return k > cut || ties-- > 0; });
+    keep([&](Key k) { return k >= cut.key; });
+    if (scratch.kept > k_) keep([&](Key k) { return k > cut.key || ties-- > 0; });
     return *std::min_element(value, value + scratch.kept);
   }
 
