@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> grouped_mlp(
     const Tensor& x_, const Tensor& w1_, std::optional<Tensor> b1_, const Tensor& w2_,
     std::optional<Tensor> b2_, std::optional<Tensor> filled_, const std::string& act, bool save) {
   const Sizes sizes = check("grouped_mlp", x_, w1_, b1_, w2_, filled_, act);
-  const auto [E, N, D, F, out, G] = sizes;
+  const int64_t E = sizes.E, N = sizes.N, D = sizes.D, F = sizes.F, out = sizes.out;
   if (b2_) {
     check_shape("grouped_mlp", "b2", *b2_, {E, out});
     check_dtype("grouped_mlp", "b2", *b2_, x_.scalar_type());
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_mlp_backward(
     bool of_x, bool of_weights) {
   const char* op = "grouped_mlp_backward";
   const Sizes sizes = check(op, x_, w1_, b1_, w2_, filled_, act);
-  const auto [E, N, D, F, out, G] = sizes;
+  const int64_t E = sizes.E, N = sizes.N, D = sizes.D, F = sizes.F, out = sizes.out;
   check_shape(op, "grad", grad_, {E, N, out});
   check_dtype(op, "grad", grad_, x_.scalar_type());
   check_dim(op, "hidden", hidden_, 3);
