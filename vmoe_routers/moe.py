@@ -150,13 +150,13 @@ class MoEMlp(nn.Module):
         super().__init__()
         if norm_layer is not None:
             raise ValueError("MoEMlp: norm_layer must be None, experts have no norm inside")
-        check_int("MoEMlp", "in_features", in_features, 1)
+        in_features = check_int("MoEMlp", "in_features", in_features, 1)
         hidden_features = in_features if hidden_features is None else hidden_features
         out_features = in_features if out_features is None else out_features
-        check_int("MoEMlp", "hidden_features", hidden_features, 1)
-        check_int("MoEMlp", "out_features", out_features, 1)
-        check_int("MoEMlp", "num_experts", num_experts, 1)
-        check_positive("MoEMlp", "drop", drop, zero=True)
+        hidden_features = check_int("MoEMlp", "hidden_features", hidden_features, 1)
+        out_features = check_int("MoEMlp", "out_features", out_features, 1)
+        num_experts = check_int("MoEMlp", "num_experts", num_experts, 1)
+        drop = check_positive("MoEMlp", "drop", drop, zero=True)
         self.in_features = in_features
         self.group_size = check_int("MoEMlp", "group_size", group_size, 1)
         if isinstance(router, nn.Module):

@@ -118,7 +118,7 @@ class SparseRouter(nn.Module):
                 ("z", z_loss_weight),
             )
         }
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -321,11 +321,12 @@ class SoftRouter(nn.Module):
                 "because Phi's shape depends on them"
             )
         else:
-            check_int("SoftRouter", "num_tokens", num_tokens, 1)
+            num_tokens = check_int("SoftRouter", "num_tokens", num_tokens, 1)
+            capacity_factor = check_positive("SoftRouter", "capacity_factor", capacity_factor)
             self.slots_per_expert = capacity(num_tokens, num_experts, capacity_factor, "round", 1)
         self.scale_init = check_positive("SoftRouter", "scale_init", scale_init)
         self.noise_std = check_positive("SoftRouter", "noise_std", noise_std, zero=True)
-        shape = (dim, num_experts, self.slots_per_expert)
+        shape = (self.dim, self.num_experts, self.slots_per_expert)
         self.phi = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()

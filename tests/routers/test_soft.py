@@ -274,7 +274,7 @@ def test_backward_keeps_one_matrix_of_tokens_by_slots():
         ({"slots_per_expert": 1.5}, TypeError, "slots_per_expert.*int.*float"),
         ({"slots_per_expert": 2, "capacity_factor": 1.0}, ValueError, "slots_per_expert.*not both"),
         ({"capacity_factor": 1.0}, ValueError, "capacity_factor needs num_tokens"),
-        ({"capacity_factor": 0.0, "num_tokens": 4}, ValueError, "factor.*> 0.* 0"),
+        ({"capacity_factor": 0.0, "num_tokens": 4}, ValueError, "capacity_factor.*> 0.* 0"),
         ({"capacity_factor": 1.0, "num_tokens": 0}, ValueError, "num_tokens.*>= 1.* 0"),
         ({"scale_init": 0.0}, ValueError, "scale_init.*> 0.* 0"),
         ({"noise_std": -1.0}, ValueError, "noise_std.*>= 0.* -1"),
