@@ -28,6 +28,7 @@ from vmoe_routers.ops._checks import (
     check_positive,
     check_tensor,
     compute_dtype,
+    fill_absent,
     without_autocast,
 )
 from vmoe_routers.routing import (
@@ -40,7 +41,8 @@ from vmoe_routers.routing import (
 )
 
 
-def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor) -> None:
+def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor) -> Tensor:
+    """x with zeros for the tokens that `mask` leaves out: a gradient of 0 times NaN would be NaN."""
     where = type(router).__name__
     x = check_floating(where, "x", check_tensor(where, "x", x, "G T D"))
     if x.shape[2] != dim:
@@ -48,6 +50,7 @@ def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, n
     check_device(where, "x", x, name, parameter)
     if mask is not None:
         check_mask(where, mask, "x", x)
+    return fill_absent(x, mask, 0.0)
 
 
 class SparseRouter(nn.Module):
@@ -138,7 +141,7 @@ class SparseRouter(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
-        _check_tokens(self, x, mask, self.dim, "weight", self.weight)
+        x = _check_tokens(self, x, mask, self.dim, "weight", self.weight)
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
@@ -347,7 +350,7 @@ class SoftRouter(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SoftRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
-        _check_tokens(self, x, mask, self.dim, "phi", self.phi)
+        x = _check_tokens(self, x, mask, self.dim, "phi", self.phi)
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.scale.to(dtype) * _unit_columns(self.phi.to(dtype).flatten(1))

@@ -290,6 +290,8 @@ class SoftRouting(Routing):
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`: every slot a mean of the tokens. A view: the experts come first in memory."""
         x = self._check("dispatch", "x", x, "G T D", self.logits)
+        # Their weights are 0, and 0 times NaN is NaN.
+        x = fill_absent(x, self.mask, 0.0)
         return ops.soft_mix(self._by_expert(self.logits), x, dim=1)
 
     def combine(self, y: Tensor) -> Tensor:

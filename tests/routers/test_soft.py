@@ -131,7 +131,7 @@ def test_slots_by_factor(factor, tokens, experts, slots):
     assert router(torch.randn(2, tokens + 3, 8)).capacity == slots, "Phi has its shape for good"
 
 
-@pytest.mark.parametrize("garbage", [0.0, 1e4])
+@pytest.mark.parametrize("garbage", [0.0, 1e4, math.inf, math.nan])
 def test_masked_tokens_neither_give_nor_take(garbage):
     router = soft(scale_init=4.0)
     mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 1, 1]]).bool()

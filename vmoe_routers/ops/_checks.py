@@ -125,9 +125,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def fill_absent(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``-inf``, the mark of "not there", at the rows of `x` [G, T, ...] that `mask` leaves out."""
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), -math.inf)
+def fill_absent(x: Tensor, mask: Tensor | None, value: float = -math.inf) -> Tensor:
+    """`value`, -inf is the mark of "not there", at the rows of `x` [G, T, ...] that `mask` leaves out."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)
 
 
 def refuse_second_derivative(op: str) -> None:
