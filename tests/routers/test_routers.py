@@ -349,6 +349,20 @@ def test_small_groups(name, options, experts, shape):
     assert all(value.isfinite().all() for value in routing.metrics.values())
 
 
+@pytest.mark.parametrize("name", ["softmax_token_choice", "softmax_expert_choice", "soft"])
+def test_what_a_routing_tells_compiles(name):
+    torch._dynamo.reset()
+    router = vr.create_router(name, 6, 4).eval()
+
+    def tell(x):
+        routing = router(x)
+        return routing.dispatch(x), *tables(routing), routing.losses, routing.aux_loss, routing.metrics
+
+    x = torch.randn(2, 7, 6)
+    compiled = torch.compile(tell, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), tell(x))
+
+
 @pytest.mark.parametrize(("name", "options"), CASES[:5] + CASES[6:])
 def test_no_tensor_of_tokens_times_slots(name, options):
     """Neither kept for the gradient nor, by the shapes of all results, made on the way."""
