@@ -585,6 +585,7 @@ def test_in_place_of_timms_mlp(router):
             ValueError,
             "capacity_factor.*> 0.* 0",
         ),
+        ((8,), {"drop": 1.5}, ValueError, r"MoEMlp: drop.*\[0, 1\].* 1.5"),
         ((8,), {"norm_layer": torch.nn.LayerNorm}, ValueError, "norm_layer.*None"),
     ],
 )
@@ -600,6 +601,7 @@ def test_constructor_refuses(arguments, options, error, words):
         ((4, 8, 8, 8.0), {}, TypeError, "out_features.*int.*float"),
         ((4, 8, 8, 8, None), {}, TypeError, "act_layer.*None"),
         ((4, 8, 8, 8), {"drop": -0.1}, ValueError, "drop.*>= 0.* -0.1"),
+        ((4, 8, 8, 8), {"drop": 2.0}, ValueError, r"drop.*\[0, 1\].* 2.0"),
         ((4, 8, 8, 8), {"bias": "no"}, TypeError, "bias.*bool.*str"),
     ],
 )

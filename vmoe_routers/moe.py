@@ -76,7 +76,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(make(num_experts, hidden_features, out_features))
         self.b2 = nn.Parameter(make(num_experts, out_features)) if bias else None
         self.act = act_layer()
-        self.drop = nn.Dropout(check_positive("Experts", "drop", drop, zero=True))
+        self.drop = nn.Dropout(_check_drop("Experts", drop))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -173,7 +173,7 @@ class MoEMlp(nn.Module):
         hidden_features = check_int("MoEMlp", "hidden_features", hidden_features, 1)
         out_features = check_int("MoEMlp", "out_features", out_features, 1)
         num_experts = check_int("MoEMlp", "num_experts", num_experts, 1)
-        drop = check_positive("MoEMlp", "drop", drop, zero=True)
+        drop = _check_drop("MoEMlp", drop)
         self.in_features = in_features
         self.group_size = check_int("MoEMlp", "group_size", group_size, 1)
         if isinstance(router, nn.Module):
@@ -241,6 +241,13 @@ class MoEMlp(nn.Module):
     def extra_repr(self) -> str:
         """What print(layer) shows."""
         return f"group_size={self.group_size}"
+
+
+def _check_drop(where: str, drop: object) -> float:
+    drop = check_positive(where, "drop", drop, zero=True)
+    if drop > 1:
+        raise ValueError(f"{where}: drop must be in [0, 1], got {drop}")
+    return drop
 
 
 def _check_router(router: nn.Module, dim: int, num_experts: int, options: dict[str, Any]) -> nn.Module:

@@ -99,7 +99,7 @@ class SparseRouter(nn.Module):
         where = type(self).__name__
         self.dim = check_int(where, "dim", dim, 1)
         self.num_experts = check_int(where, "num_experts", num_experts, 1)
-        if affinity is not None and not callable(affinity):
+        if affinity is not None and (isinstance(affinity, type) or not callable(affinity)):
             raise TypeError(f"{where}: affinity must be an Affinity such as Sinkhorn(), got {affinity!r}")
         self.affinity: Affinity = Softmax() if affinity is None else affinity
         self.capacity_factor = check_positive(where, "capacity_factor", capacity_factor)

@@ -425,6 +425,7 @@ def test_no_tensor_of_tokens_times_slots(name, options):
         ("sinkhorn_expert_choice", {"epsilon": 0.0}, ValueError, "epsilon.*> 0.* 0"),
         ("sinkhorn_expert_choice", {"tolerance": -1.0}, ValueError, "tolerance.*> 0.* -1"),
         ("sinkhorn_expert_choice", {"gradient": "none"}, ValueError, "gradient.*'unrolled'.*'none'"),
+        ("sinkhorn_expert_choice", {"noisy_softmax": 1}, TypeError, "noisy_softmax.*bool.*int"),
         ("sparsity_constrained_expert_choice", {"combine": 1}, ValueError, "combine.*'plan'.* 1"),
         ("sparsity_constrained_expert_choice", {"iterations": -1}, ValueError, "iterations.* -1"),
         ("sparsity_constrained_expert_choice", {"learning_rate": 0}, ValueError, "learning_rate.* 0"),
@@ -434,6 +435,12 @@ def test_no_tensor_of_tokens_times_slots(name, options):
 def test_create_router_refuses(name, options, error, words):
     with pytest.raises(error, match=words):
         vr.create_router(name, 8, 4, **options)
+
+
+@pytest.mark.parametrize("affinity", ["sinkhorn", vr.affinity.Sinkhorn])
+def test_an_affinity_is_an_object(affinity):
+    with pytest.raises(TypeError, match=r"TokenChoiceRouter: affinity must be an Affinity such as Sinkhorn\(\), got "):
+        vr.TokenChoiceRouter(8, 4, affinity=affinity)
 
 
 @pytest.mark.parametrize("name", vr.ROUTERS)
