@@ -258,26 +258,6 @@ def test_padding(router, options, group_size):
         torch.testing.assert_close(odd, out.detach()[:3], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("garbage", [math.nan, math.inf])
-@pytest.mark.parametrize(("router", "options"), CASES)
-def test_what_is_in_the_padding_reaches_nothing(router, options, garbage):
-    """Neither outputs nor gradients."""
-    moe = layer(router, 2, **options)
-    mask = torch.rand(4, 9) < 0.6
-    found = []
-    for padding in (0.0, garbage):
-        x = torch.linspace(-2, 2, 4 * 9 * 5).double().sin().reshape(4, 9, 5)
-        x[~mask] = padding
-        x.requires_grad_()
-        torch.manual_seed(1)  # the noise
-        y = moe(x, mask)
-        loss = y.square().sum() + vr.aux_loss(moe)
-        inputs = [x, *moe.parameters()]
-        found.append([y, loss, *torch.autograd.grad(loss, inputs)])
-    for got, want in zip(*found, strict=True):
-        assert torch.equal(got, want)
-
-
 # Auxiliary loss
 
 

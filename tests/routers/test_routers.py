@@ -242,6 +242,25 @@ def test_padding_changes_nothing_for_the_others(name, options):
         torch.testing.assert_close(routing.losses[key], want, msg=key)
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_what_is_in_the_padding_reaches_nothing(name, options, garbage):
+    """Neither outputs nor gradients."""
+    router = vr.create_router(name, 6, 4, **options)
+    mask = torch.rand(2, 9) < 0.6
+    tokens = torch.randn(2, 9, 6)
+    found = []
+    for padding in (0.0, garbage):
+        x = torch.where(mask.unsqueeze(2), tokens, padding).requires_grad_()
+        torch.manual_seed(1)  # the noise
+        routing = router(x, mask)
+        out = routing.combine(routing.dispatch(x) + 1)
+        loss = out.square().sum() + routing.aux_loss
+        found.append([out, *tables(routing), *torch.autograd.grad(loss, [x, *router.parameters()])])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_group_of_masked_tokens_only(name, options, training):
