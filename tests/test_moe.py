@@ -565,12 +565,50 @@ def test_in_place_of_timms_mlp(router):
             ValueError,
             "capacity_factor.*> 0.* 0",
         ),
+        ((8,), {"drop": 1.5}, ValueError, r"MoEMlp: drop.*\[0, 1\].* 1.5"),
         ((8,), {"norm_layer": torch.nn.LayerNorm}, ValueError, "norm_layer.*None"),
     ],
 )
 def test_constructor_refuses(arguments, options, error, words):
     with pytest.raises(error, match=words):
         vr.MoEMlp(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "words"),
+    [
+        ((0, 8, 8, 8), {}, ValueError, "num_experts.*>= 1.* 0"),
+        ((4, 8, 8, 8.0), {}, TypeError, "out_features.*int.*float"),
+        ((4, 8, 8, 8, None), {}, TypeError, "act_layer.*None"),
+        ((4, 8, 8, 8), {"drop": -0.1}, ValueError, "drop.*>= 0.* -0.1"),
+        ((4, 8, 8, 8), {"drop": 2.0}, ValueError, r"drop.*\[0, 1\].* 2.0"),
+        ((4, 8, 8, 8), {"bias": "no"}, TypeError, "bias.*bool.*str"),
+    ],
+)
+def test_experts_refuse(arguments, options, error, words):
+    with pytest.raises(error, match=f"^Experts: {words}"):
+        vr.Experts(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "words"),
+    [
+        (torch.zeros(2, 3, 8), ValueError, r"x.*\[G, E, C, D\].*\[2, 3, 8\]"),
+        (torch.zeros(2, 3, 5, 8), ValueError, r"x.*\[2, 4, 5, 8\].*\[2, 3, 5, 8\]"),
+        (torch.zeros(2, 4, 5, 7), ValueError, r"x.*\[2, 4, 5, 8\].*\[2, 4, 5, 7\]"),
+        (torch.zeros(2, 4, 5, 8).long(), TypeError, "x.*float.*int64"),
+        ([1.0], TypeError, "x.*Tensor.*list"),
+    ],
+    ids=range(5),
+)
+def test_experts_refuse_slots(x, error, words):
+    with pytest.raises(error, match=f"^Experts: {words}"):
+        vr.Experts(4, 8, 16, 8)(x)
+
+
+def test_aux_loss_refuses():
+    with pytest.raises(TypeError, match=r"^aux_loss: model.*Module.*Tensor"):
+        vr.aux_loss(torch.zeros(3))
 
 
 @pytest.mark.parametrize(

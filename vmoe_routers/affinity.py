@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vmoe_routers.gates import Gates, SoftmaxGates
 from vmoe_routers.ops import ksparse_transport, sinkhorn
-from vmoe_routers.ops._checks import check_choice, check_int, check_positive
+from vmoe_routers.ops._checks import check_choice, check_flag, check_int, check_positive
 from vmoe_routers.ops.sinkhorn import GRADIENTS
 
 Combine = Literal["softmax", "plan"]
@@ -67,6 +67,7 @@ class Sinkhorn:
         if self.tolerance is not None:
             check_positive("Sinkhorn", "tolerance", self.tolerance)
         check_choice("Sinkhorn", "gradient", self.gradient, GRADIENTS)
+        check_flag("Sinkhorn", "noisy_softmax", self.noisy_softmax)
 
     def __call__(self, logits, noisy_logits, capacity, mask):
         """See `Affinity`."""

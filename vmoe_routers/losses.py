@@ -1,7 +1,8 @@
 """Auxiliary losses of the routers: scalars, independent per group, mean over the groups.
 
 Every function takes the logits [G, T, E] as the router made them and a mask
-[G, T] (True = real token) or None. Gradients reach the router through every term.
+[G, T] (True = real token) or None. Gradients reach the router through every term. A wrong shape, dtype,
+device or number is a TypeError or a ValueError.
 """
 
 from __future__ import annotations
@@ -10,6 +11,15 @@ import torch
 from torch import Tensor
 
 from vmoe_routers.ops import topk
+from vmoe_routers.ops._checks import (
+    check_device,
+    check_floating,
+    check_int,
+    check_mask,
+    check_positive,
+    check_shape,
+    check_tensor,
+)
 
 
 def importance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -17,6 +27,7 @@ def importance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Of the logits without noise (Shazeer et al., arXiv 1701.06538, equation 7).
     """
+    _check("importance_loss", "logits", logits, mask)
     return _mean_over_groups(_squared_cv(_sum_over_tokens(logits.softmax(-1), mask)))
 
 
@@ -39,6 +50,12 @@ def load_loss(
         top_k: experts per token.
         mask: [G, T] or None.
     """
+    _check("load_loss", "logits", logits, mask)
+    _check("load_loss", "noisy_logits", noisy_logits, None)
+    check_shape("load_loss", "noisy_logits", noisy_logits, logits.shape, "G, T, E")
+    check_device("load_loss", "noisy_logits", noisy_logits, "logits", logits)
+    noise_std = check_positive("load_loss", "noise_std", noise_std, zero=True)
+    top_k = check_int("load_loss", "top_k", top_k, 1, logits.shape[2])
     if noise_std == 0:
         return logits.new_zeros(())
     threshold = topk(noisy_logits, top_k)[0][..., -1:]
@@ -52,6 +69,7 @@ def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     f_e: the share of tokens whose first choice is e, before dropping;
     P_e: the mean of the noisy softmax.
     """
+    _check("balance_loss", "noisy_logits", noisy_logits, mask)
     gates = noisy_logits.softmax(-1)
     first = topk(gates.detach(), 1)[1].long()
     chosen = torch.zeros_like(gates).scatter(-1, first, 1)
@@ -63,8 +81,15 @@ def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """``mean_t logsumexp_e(logits)^2`` (ST-MoE, arXiv 2202.08906, equation 5)."""
+    _check("z_loss", "logits", logits, mask)
     squares = logits.logsumexp(-1, keepdim=True).square()
     return _mean_over_groups((_sum_over_tokens(squares, mask) / _tokens(logits, mask)).sum(-1))
+
+
+def _check(where: str, name: str, logits: Tensor, mask: Tensor | None) -> None:
+    check_floating(where, name, check_tensor(where, name, logits, "G T E"), tangent=True)
+    if mask is not None:
+        check_mask(where, mask, name, logits)
 
 
 def _sum_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:

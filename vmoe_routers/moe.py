@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from vmoe_routers.ops import grouped_mlp
 from vmoe_routers.ops._checks import (
+    check_flag,
     check_floating,
     check_int,
     check_mask,
     check_positive,
+    check_shape,
     check_tensor,
 )
 from vmoe_routers.routers import SoftRouter, SparseRouter, create_router
@@ -38,6 +40,9 @@ class Experts(nn.Module):
         same_init: all experts from one draw, as in the reference's code; by default
             each from its own.
 
+    Raises:
+        TypeError, ValueError: an argument out of range.
+
     Attributes:
         w1 [E, D, F], b1 [E, F], w2 [E, F, D'], b2 [E, D']: Xavier uniform, biases 0.
     """
@@ -57,14 +62,21 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        num_experts = check_int("Experts", "num_experts", num_experts, 1)
+        in_features = check_int("Experts", "in_features", in_features, 1)
+        hidden_features = check_int("Experts", "hidden_features", hidden_features, 1)
+        out_features = check_int("Experts", "out_features", out_features, 1)
+        if not callable(act_layer):
+            raise TypeError(f"Experts: act_layer must make an activation, as nn.GELU does, got {act_layer!r}")
+        bias = check_flag("Experts", "bias", bias)
         make = partial(torch.empty, device=device, dtype=dtype)
-        self.same_init = same_init
+        self.same_init = check_flag("Experts", "same_init", same_init)
         self.w1 = nn.Parameter(make(num_experts, in_features, hidden_features))
         self.b1 = nn.Parameter(make(num_experts, hidden_features)) if bias else None
         self.w2 = nn.Parameter(make(num_experts, hidden_features, out_features))
         self.b2 = nn.Parameter(make(num_experts, out_features)) if bias else None
         self.act = act_layer()
-        self.drop = nn.Dropout(drop)
+        self.drop = nn.Dropout(_check_drop("Experts", drop))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -84,7 +96,12 @@ class Experts(nn.Module):
 
         Of a buffer only the first `filled` [G, E] int32 slots are computed, the others are zeros; None: all.
         """
+        check_floating("Experts", "x", check_tensor("Experts", "x", x, "G E C D"), tangent=True)
         groups, experts, slots, _ = x.shape
+        wanted = (groups, self.w1.shape[0], slots, self.w1.shape[1])
+        check_shape("Experts", "x", x, wanted, "G, E, C, D")
+        if filled is not None:
+            check_shape("Experts", "filled", filled, (groups, experts), "G, E")
         rows = x.transpose(0, 1).reshape(experts, groups * slots, x.shape[3])
         filled = None if filled is None else filled.t()
         y = grouped_mlp(rows, self.w1, self.b1, self.w2, self.b2, self._activation(), filled)
@@ -150,13 +167,13 @@ class MoEMlp(nn.Module):
         super().__init__()
         if norm_layer is not None:
             raise ValueError("MoEMlp: norm_layer must be None, experts have no norm inside")
-        check_int("MoEMlp", "in_features", in_features, 1)
+        in_features = check_int("MoEMlp", "in_features", in_features, 1)
         hidden_features = in_features if hidden_features is None else hidden_features
         out_features = in_features if out_features is None else out_features
-        check_int("MoEMlp", "hidden_features", hidden_features, 1)
-        check_int("MoEMlp", "out_features", out_features, 1)
-        check_int("MoEMlp", "num_experts", num_experts, 1)
-        check_positive("MoEMlp", "drop", drop, zero=True)
+        hidden_features = check_int("MoEMlp", "hidden_features", hidden_features, 1)
+        out_features = check_int("MoEMlp", "out_features", out_features, 1)
+        num_experts = check_int("MoEMlp", "num_experts", num_experts, 1)
+        drop = _check_drop("MoEMlp", drop)
         self.in_features = in_features
         self.group_size = check_int("MoEMlp", "group_size", group_size, 1)
         if isinstance(router, nn.Module):
@@ -226,6 +243,13 @@ class MoEMlp(nn.Module):
         return f"group_size={self.group_size}"
 
 
+def _check_drop(where: str, drop: object) -> float:
+    drop = check_positive(where, "drop", drop, zero=True)
+    if drop > 1:
+        raise ValueError(f"{where}: drop must be in [0, 1], got {drop}")
+    return drop
+
+
 def _check_router(router: nn.Module, dim: int, num_experts: int, options: dict[str, Any]) -> nn.Module:
     if not isinstance(router, (SparseRouter, SoftRouter)):
         raise TypeError(f"MoEMlp: router must be a name or a router of vmoe_routers, got {type(router).__name__}")
@@ -241,8 +265,14 @@ def _check_router(router: nn.Module, dim: int, num_experts: int, options: dict[s
 def aux_loss(model: nn.Module) -> Tensor:
     """The sum over the MoE layers of `model` of their last forward's auxiliary loss.
 
-    A scalar; add it to the training loss. 0 where no layer has one.
+    A scalar; add it to the training loss. 0 where no layer has one. Its gradient goes through the last forward's
+    graph, so a layer under activation checkpointing must be checkpointed with `use_reentrant=False`.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"aux_loss: model must be an nn.Module, got {type(model).__name__}")
     total: Tensor | None = None
     for layer in model.modules():
         if not isinstance(layer, MoEMlp):

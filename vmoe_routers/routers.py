@@ -28,6 +28,7 @@ from vmoe_routers.ops._checks import (
     check_positive,
     check_tensor,
     compute_dtype,
+    fill_absent,
     without_autocast,
 )
 from vmoe_routers.routing import (
@@ -40,7 +41,8 @@ from vmoe_routers.routing import (
 )
 
 
-def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor) -> None:
+def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor) -> Tensor:
+    """x with zeros for the tokens that `mask` leaves out: a gradient of 0 times NaN would be NaN."""
     where = type(router).__name__
     x = check_floating(where, "x", check_tensor(where, "x", x, "G T D"))
     if x.shape[2] != dim:
@@ -48,6 +50,7 @@ def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, n
     check_device(where, "x", x, name, parameter)
     if mask is not None:
         check_mask(where, mask, "x", x)
+    return fill_absent(x, mask, 0.0)
 
 
 class SparseRouter(nn.Module):
@@ -96,7 +99,7 @@ class SparseRouter(nn.Module):
         where = type(self).__name__
         self.dim = check_int(where, "dim", dim, 1)
         self.num_experts = check_int(where, "num_experts", num_experts, 1)
-        if affinity is not None and not callable(affinity):
+        if affinity is not None and (isinstance(affinity, type) or not callable(affinity)):
             raise TypeError(f"{where}: affinity must be an Affinity such as Sinkhorn(), got {affinity!r}")
         self.affinity: Affinity = Softmax() if affinity is None else affinity
         self.capacity_factor = check_positive(where, "capacity_factor", capacity_factor)
@@ -118,7 +121,7 @@ class SparseRouter(nn.Module):
                 ("z", z_loss_weight),
             )
         }
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(self.num_experts, self.dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -138,7 +141,7 @@ class SparseRouter(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
-        _check_tokens(self, x, mask, self.dim, "weight", self.weight)
+        x = _check_tokens(self, x, mask, self.dim, "weight", self.weight)
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
@@ -321,11 +324,12 @@ class SoftRouter(nn.Module):
                 "because Phi's shape depends on them"
             )
         else:
-            check_int("SoftRouter", "num_tokens", num_tokens, 1)
+            num_tokens = check_int("SoftRouter", "num_tokens", num_tokens, 1)
+            capacity_factor = check_positive("SoftRouter", "capacity_factor", capacity_factor)
             self.slots_per_expert = capacity(num_tokens, num_experts, capacity_factor, "round", 1)
         self.scale_init = check_positive("SoftRouter", "scale_init", scale_init)
         self.noise_std = check_positive("SoftRouter", "noise_std", noise_std, zero=True)
-        shape = (dim, num_experts, self.slots_per_expert)
+        shape = (self.dim, self.num_experts, self.slots_per_expert)
         self.phi = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
@@ -346,7 +350,7 @@ class SoftRouter(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SoftRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
-        _check_tokens(self, x, mask, self.dim, "phi", self.phi)
+        x = _check_tokens(self, x, mask, self.dim, "phi", self.phi)
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.scale.to(dtype) * _unit_columns(self.phi.to(dtype).flatten(1))

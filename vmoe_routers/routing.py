@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +86,7 @@ class Routing(ABC):
         self.mask = mask
         self._losses = losses
         self._loss_weights = loss_weights
+        self._loss_values: dict[str, Tensor] | None = None
 
     @abstractmethod
     def dispatch(self, x: Tensor) -> Tensor:
@@ -109,10 +109,13 @@ class Routing(ABC):
         """[G, E] int32: behind so many slots of an expert's buffer there is no token. None: all are filled."""
         return None
 
-    @cached_property
+    # Not a cached_property: torch.compile does not take its lock (Python < 3.12).
+    @property
     def losses(self) -> dict[str, Tensor]:
         """The auxiliary losses, unweighted scalars by name; see `vmoe_routers.losses`."""
-        return {name: loss() for name, loss in self._losses.items()}
+        if self._loss_values is None:
+            self._loss_values = {name: loss() for name, loss in self._losses.items()}
+        return self._loss_values
 
     @property
     def aux_loss(self) -> Tensor:
@@ -120,12 +123,11 @@ class Routing(ABC):
         total = self._zero()
         for name, weight in self._loss_weights.items():
             if weight != 0:
-                loss = self.losses[name] if "losses" in self.__dict__ else self._losses[name]()
+                loss = self._losses[name]() if self._loss_values is None else self._loss_values[name]
                 total = total + weight * loss
         return total
 
     @property
-    @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
         """How the router used its experts, computed on reading; tensors without gradient.
 
@@ -137,6 +139,10 @@ class Routing(ABC):
         dead_experts: experts with no load at all.
         dropped_requests (Token Choice): share of the requests that found no place.
         """
+        with torch.no_grad():
+            return self._metrics()
+
+    def _metrics(self) -> dict[str, Tensor]:
         load = self._load()
         total = load.sum(0)
         mean = total.mean().clamp(min=torch.finfo(total.dtype).tiny)
@@ -249,10 +255,8 @@ class SparseRouting(Routing):
         """See `Routing.combine_tensor`: the dispatch tensor times the gates."""
         return self.dispatch_tensor() * self.gate.unsqueeze(1)
 
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        """See `Routing.metrics`."""
-        metrics = super().metrics
+    def _metrics(self) -> dict[str, Tensor]:
+        metrics = super()._metrics()
         if self.slot is not None and self.expert is not None:
             requests = (self.expert >= 0).sum()
             dropped = requests - (self.slot >= 0).sum()
@@ -290,6 +294,8 @@ class SoftRouting(Routing):
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`: every slot a mean of the tokens. A view: the experts come first in memory."""
         x = self._check("dispatch", "x", x, "G T D", self.logits)
+        # Their weights are 0, and 0 times NaN is NaN.
+        x = fill_absent(x, self.mask, 0.0)
         return ops.soft_mix(self._by_expert(self.logits), x, dim=1)
 
     def combine(self, y: Tensor) -> Tensor:

@@ -243,3 +243,27 @@ def test_refusals(name, weight):
         vr.create_router(name, 6, 4, **{f"{weight}_loss_weight": -0.5})
     with pytest.raises(TypeError, match=rf"{weight}_loss_weight.*number.*str"):
         vr.create_router(name, 6, 4, **{f"{weight}_loss_weight": "1"})
+
+
+LOGITS = torch.zeros(2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "error", "words"),
+    [
+        ("importance_loss", ([[[0.0]]],), TypeError, "logits.*Tensor.*list"),
+        ("importance_loss", (LOGITS[0],), ValueError, r"logits.*\[G, T, E\].*\[5, 4\]"),
+        ("importance_loss", (LOGITS, torch.ones(2, 4).bool()), ValueError, r"mask.*\[2, 5\].*\[2, 4\]"),
+        ("z_loss", (LOGITS.long(),), TypeError, "logits.*float.*int64"),
+        ("z_loss", (LOGITS, torch.ones(2, 5)), TypeError, "mask.*bool.*float32"),
+        ("balance_loss", (None,), TypeError, "noisy_logits.*Tensor.*NoneType"),
+        ("load_loss", (LOGITS, LOGITS[:1], 1.0, 1), ValueError, r"noisy_logits.*\[2, 5, 4\].*\[1, 5, 4\]"),
+        ("load_loss", (LOGITS, LOGITS.to("meta"), 1.0, 1), ValueError, "noisy_logits.*meta.*cpu"),
+        ("load_loss", (LOGITS, LOGITS, -1.0, 1), ValueError, "noise_std.*>= 0.* -1"),
+        ("load_loss", (LOGITS, LOGITS, 1.0, 5), ValueError, r"top_k.*\[1, 4\].* 5"),
+    ],
+    ids=range(10),
+)
+def test_the_functions_refuse(loss, arguments, error, words):
+    with pytest.raises(error, match=f"^{loss}: {words}"):
+        getattr(losses, loss)(*arguments)

@@ -242,6 +242,25 @@ def test_padding_changes_nothing_for_the_others(name, options):
         torch.testing.assert_close(routing.losses[key], want, msg=key)
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_what_is_in_the_padding_reaches_nothing(name, options, garbage):
+    """Neither outputs nor gradients."""
+    router = vr.create_router(name, 6, 4, **options)
+    mask = torch.rand(2, 9) < 0.6
+    tokens = torch.randn(2, 9, 6)
+    found = []
+    for padding in (0.0, garbage):
+        x = torch.where(mask.unsqueeze(2), tokens, padding).requires_grad_()
+        torch.manual_seed(1)  # the noise
+        routing = router(x, mask)
+        out = routing.combine(routing.dispatch(x) + 1)
+        loss = out.square().sum() + routing.aux_loss
+        found.append([out, *tables(routing), *torch.autograd.grad(loss, [x, *router.parameters()])])
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_a_group_of_masked_tokens_only(name, options, training):
@@ -349,6 +368,20 @@ def test_small_groups(name, options, experts, shape):
     assert all(value.isfinite().all() for value in routing.metrics.values())
 
 
+@pytest.mark.parametrize("name", ["softmax_token_choice", "softmax_expert_choice", "soft"])
+def test_what_a_routing_tells_compiles(name):
+    torch._dynamo.reset()
+    router = vr.create_router(name, 6, 4).eval()
+
+    def tell(x):
+        routing = router(x)
+        return routing.dispatch(x), *tables(routing), routing.losses, routing.aux_loss, routing.metrics
+
+    x = torch.randn(2, 7, 6)
+    compiled = torch.compile(tell, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), tell(x))
+
+
 @pytest.mark.parametrize(("name", "options"), CASES[:5] + CASES[6:])
 def test_no_tensor_of_tokens_times_slots(name, options):
     """Neither kept for the gradient nor, by the shapes of all results, made on the way."""
@@ -411,6 +444,7 @@ def test_no_tensor_of_tokens_times_slots(name, options):
         ("sinkhorn_expert_choice", {"epsilon": 0.0}, ValueError, "epsilon.*> 0.* 0"),
         ("sinkhorn_expert_choice", {"tolerance": -1.0}, ValueError, "tolerance.*> 0.* -1"),
         ("sinkhorn_expert_choice", {"gradient": "none"}, ValueError, "gradient.*'unrolled'.*'none'"),
+        ("sinkhorn_expert_choice", {"noisy_softmax": 1}, TypeError, "noisy_softmax.*bool.*int"),
         ("sparsity_constrained_expert_choice", {"combine": 1}, ValueError, "combine.*'plan'.* 1"),
         ("sparsity_constrained_expert_choice", {"iterations": -1}, ValueError, "iterations.* -1"),
         ("sparsity_constrained_expert_choice", {"learning_rate": 0}, ValueError, "learning_rate.* 0"),
@@ -420,6 +454,12 @@ def test_no_tensor_of_tokens_times_slots(name, options):
 def test_create_router_refuses(name, options, error, words):
     with pytest.raises(error, match=words):
         vr.create_router(name, 8, 4, **options)
+
+
+@pytest.mark.parametrize("affinity", ["sinkhorn", vr.affinity.Sinkhorn])
+def test_an_affinity_is_an_object(affinity):
+    with pytest.raises(TypeError, match=r"TokenChoiceRouter: affinity must be an Affinity such as Sinkhorn\(\), got "):
+        vr.TokenChoiceRouter(8, 4, affinity=affinity)
 
 
 @pytest.mark.parametrize("name", vr.ROUTERS)

@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,27 @@ def test_capacity_defaults_and_halves():
     assert vr.capacity(1, 32, 1.0, "round", 1) == 1  # 0 becomes 1
     assert vr.capacity(1, 32, 1.0, "round", 4) == 4
     assert isinstance(vr.capacity(10, 4, 0.7), int)
+
+
+def test_numpys_numbers_are_numbers():
+    slots = vr.capacity(np.int64(10), np.int32(4), np.float32(1.0), multiple_of=np.int64(4))
+    assert slots == 4
+    assert type(slots) is int
+    gates = torch.rand(2, 5, 4)
+    assert vr.token_choice(gates, np.int64(2), np.int64(3)).capacity == 3
+    assert torch.equal(vr.sinkhorn(gates, epsilon=np.float32(0.5)), vr.sinkhorn(gates, epsilon=0.5))
+    layer = vr.MoEMlp(
+        np.int64(6),
+        np.int64(8),
+        num_experts=np.int64(4),
+        router="softmax_token_choice",
+        group_size=np.int64(2),
+        top_k=np.int64(2),
+        capacity_factor=np.float32(1.5),
+    )
+    assert layer(torch.rand(2, 5, 6)).shape == (2, 5, 6)
+    soft = vr.create_router("soft", np.int64(6), np.int64(4), capacity_factor=np.float32(1), num_tokens=np.int64(8))
+    assert soft.slots_per_expert == 2
 
 
 @pytest.mark.parametrize(

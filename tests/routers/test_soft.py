@@ -131,7 +131,7 @@ def test_slots_by_factor(factor, tokens, experts, slots):
     assert router(torch.randn(2, tokens + 3, 8)).capacity == slots, "Phi has its shape for good"
 
 
-@pytest.mark.parametrize("garbage", [0.0, 1e4])
+@pytest.mark.parametrize("garbage", [0.0, 1e4, math.inf, math.nan])
 def test_masked_tokens_neither_give_nor_take(garbage):
     router = soft(scale_init=4.0)
     mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 1, 1]]).bool()
@@ -274,7 +274,7 @@ def test_backward_keeps_one_matrix_of_tokens_by_slots():
         ({"slots_per_expert": 1.5}, TypeError, "slots_per_expert.*int.*float"),
         ({"slots_per_expert": 2, "capacity_factor": 1.0}, ValueError, "slots_per_expert.*not both"),
         ({"capacity_factor": 1.0}, ValueError, "capacity_factor needs num_tokens"),
-        ({"capacity_factor": 0.0, "num_tokens": 4}, ValueError, "factor.*> 0.* 0"),
+        ({"capacity_factor": 0.0, "num_tokens": 4}, ValueError, "capacity_factor.*> 0.* 0"),
         ({"capacity_factor": 1.0, "num_tokens": 0}, ValueError, "num_tokens.*>= 1.* 0"),
         ({"scale_init": 0.0}, ValueError, "scale_init.*> 0.* 0"),
         ({"noise_std": -1.0}, ValueError, "noise_std.*>= 0.* -1"),

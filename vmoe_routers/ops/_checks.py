@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -58,7 +59,10 @@ def check_device(where: str, name: str, value: Tensor, other_name: str, other: T
 
 
 def check_int(where: str, name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` is an integer, ``low <= value <= high``."""
+    """`value` is an integer, numpy's among them, ``low <= value <= high``."""
+    # int(value) would fix a symbol of torch.compile.
+    if not isinstance(value, (int, torch.SymInt)) and isinstance(value, Integral):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{where}: {name} must be an int, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
@@ -68,7 +72,9 @@ def check_int(where: str, name: str, value: object, low: int, high: int | None =
 
 
 def check_positive(where: str, name: str, value: object, *, zero: bool = False) -> float:
-    """`value` is a finite number > 0, or >= 0 with `zero`."""
+    """`value` is a finite number, numpy's among them, > 0, or >= 0 with `zero`."""
+    if not isinstance(value, (int, float)) and isinstance(value, Real):
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
     # Comparisons alone, false for NaN: under torch.compile(dynamic=True) a float may be a symbol.
@@ -119,9 +125,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def fill_absent(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``-inf``, the mark of "not there", at the rows of `x` [G, T, ...] that `mask` leaves out."""
-    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), -math.inf)
+def fill_absent(x: Tensor, mask: Tensor | None, value: float = -math.inf) -> Tensor:
+    """`value`, -inf is the mark of "not there", at the rows of `x` [G, T, ...] that `mask` leaves out."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)
 
 
 def refuse_second_derivative(op: str) -> None:

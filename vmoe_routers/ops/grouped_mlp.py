@@ -69,7 +69,7 @@ def grouped_mlp(
         if value is not None:
             check_device("grouped_mlp", name, value, "x", x)
             if value.dtype != x.dtype and not autocast:
-                raise TypeError(f"grouped_mlp: {name} is {value.dtype} and x {x.dtype}")
+                raise TypeError(f"grouped_mlp: {name} must be {x.dtype} as x is, got {value.dtype}")
     if filled is not None:
         _check_filled(filled, x)
     if isinstance(act, str):
