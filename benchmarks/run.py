@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, console: Console) -> dict:
             gc.collect()
             left.done()
     again(report, found, options, console)
-    report["targets"] = verdicts(report["results"])
+    report["targets"] = verdicts(report["results"]) if options.device == "cpu" else []  # they are a CPU's
     print_verdicts(console, report["targets"])
     if options.quick and report["targets"]:
         console.print("The targets are for the default sizes; those of --quick are smaller.")

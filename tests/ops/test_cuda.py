@@ -198,6 +198,16 @@ class TestOnAGpu:
         for ours, wanted in zip(captured, step(), strict=True):
             torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
 
+    @on_every_layer
+    def test_the_gradients_of_a_layer_are_the_same_every_time(self, router, options):
+        layer = make_layer(router, {"noise_std": 0.0, **options}, "cuda")
+        x = torch.randn(4, 49, 16, device="cuda", requires_grad=True)
+        leaves = [x, *layer.parameters()]
+        first = torch.autograd.grad(layer(x).square().sum(), leaves)
+        for _ in range(5):
+            for again, gradient in zip(torch.autograd.grad(layer(x).square().sum(), leaves), first, strict=True):
+                assert torch.equal(again, gradient)
+
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_the_device_of_the_tensors_is_used(self):
         x = torch.randn(3, 50, 20)
