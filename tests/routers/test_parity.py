@@ -10,13 +10,7 @@ import vmoe_routers as vr
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("file", [file for file in parity.FILES if not file.startswith("vit_")])
 def test_parity(file, device):
-    if device == "cpu":
-        return parity.check(file)
-    parity.compare.cache_clear()  # of what another device gave
-    try:
-        parity.check(file)
-    finally:
-        parity.compare.cache_clear()
+    parity.check(file, device)
 
 
 def test_every_router_is_compared_up_to_its_layer_and_gradients():
