@@ -46,6 +46,7 @@ def run(options: argparse.Namespace, console: Console) -> dict:
             except Exception as error:
                 traceback.print_exc()
                 report["failed"].append({"op": job.entry.op, "size": str(job.size), "error": repr(error)})
+            write(report, options)  # a run that is cut off leaves what it has
             gc.collect()
             left.done()
     again(report, found, options, console)
@@ -54,6 +55,13 @@ def run(options: argparse.Namespace, console: Console) -> dict:
     if options.quick and report["targets"]:
         console.print("The targets are for the default sizes; those of --quick are smaller.")
     return report
+
+
+def write(report: dict, options: argparse.Namespace) -> None:
+    """The JSON file, if one was asked for."""
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace, console: Console) -> None:
@@ -84,9 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     report = run(options, console)
     report["seconds"] = time.perf_counter() - start
+    write(report, options)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
         written = [options.json]
         if report["results"]:
             from benchmarks.plots import save_plots

@@ -46,7 +46,7 @@ part() {
     *) how="failed ($rc)" ;;
   esac
   [ $rc -eq 0 ] || { failed=1; tail -n 15 "$out/$name.log"; }
-  row "$name" "$how" "$((SECONDS - began)) s" "$(grep -v '^\s*$' "$out/$name.log" | tail -n 1 | cut -c 1-90)"
+  row "$name" "$how" "$((SECONDS - began)) s" "$(grep -av '^\s*$' "$out/$name.log" | tail -n 1 | cut -c 1-90)"
   return $rc
 }
 
@@ -98,7 +98,7 @@ else
 fi
 
 if has rich; then
-  part bench 3600 180 bench
+  part bench 3600 240 bench
 else
   skip bench "rich is not installed"
 fi

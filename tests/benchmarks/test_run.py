@@ -137,6 +137,20 @@ def test_a_case_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     assert "no such kernel" in capsys.readouterr().err
 
 
+def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
+    def cut_off(size, device):
+        raise KeyboardInterrupt
+
+    small = Size(images=1, tokens=32, experts=4)
+    monkeypatch.setattr(
+        plan, "entries", lambda op=None: [Entry("topk", build, quick=small) for build in (topk.build, cut_off)]
+    )
+    monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--quick", "--json", str(tmp_path / "run.json")])
+    assert len(json.loads((tmp_path / "run.json").read_text())["results"]) == 2
+
+
 def test_on_a_gpu_a_form_without_a_kernel_is_skipped_and_a_wrong_one_is_not():
     case = topk.build(Size(images=1, tokens=32, experts=4), "cpu")
     ours, other = case.variants[0], case.variants[2]
