@@ -76,7 +76,9 @@ def cache_sizes() -> dict[str, int]:
 def measure_ceilings(device: str, size: Size, *, quick: bool = False) -> Ceilings:
     """The best of several measurements each: a ceiling that noise lowers is none."""
     enough = 0.3 if quick else 1.0
-    cache = {"L2": 25 << 20, "L3": 25 << 20} if device == "cuda" else cache_sizes()
+    cache = cache_sizes()
+    if device == "cuda":
+        cache = dict.fromkeys(cache, torch.cuda.get_device_properties().L2_cache_size)
     levels = {"L2": cache["L2"] // 2, "L3": cache["L3"] // 2, "DRAM": min(4 * cache["L3"], 256 << 20)}
 
     def best(call) -> float:

@@ -16,6 +16,7 @@ from benchmarks.targets import best_peer
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- benchmarks: written by python -m benchmarks.docs -->", "<!-- end of benchmarks -->")
+NO_GPU = "No run on a GPU is kept here: how long the CUDA kernels take is not known."
 NONE = "No run is kept here yet; `make bench` measures on your machine."
 HEAD = """# Benchmarks
 
@@ -195,12 +196,19 @@ def kept(results: Path) -> list[Path]:
 def document(results: Path, docs: Path) -> str:
     """The page."""
     parts = [HEAD.strip()]
+    devices = set()
     for path in kept(results):
         scaling = path.with_name(f"{path.stem}-scaling.json")
         found = json.loads(scaling.read_text()) if scaling.exists() else None
         images = [Path("..") / image.relative_to(docs.parent) for image in sorted(results.glob(f"{path.stem}-*.png"))]
-        parts.append(section(json.loads(path.read_text()), found, [image.as_posix() for image in images]))
-    return "\n\n".join([*parts, *([] if len(parts) > 1 else [NONE])]) + "\n"
+        run = json.loads(path.read_text())
+        devices.add(run["machine"]["device"])
+        parts.append(section(run, found, [image.as_posix() for image in images]))
+    if not devices:
+        parts.append(NONE)
+    elif "cuda" not in devices:
+        parts.insert(1, NO_GPU)
+    return "\n\n".join(parts) + "\n"
 
 
 def with_summary(readme: str, results: Path) -> str:

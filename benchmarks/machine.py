@@ -14,7 +14,16 @@ import torch
 import vmoe_routers
 from vmoe_routers import _C
 
-PACKAGES = ("torch", "numpy", "soft-moe-pytorch", "st-moe-pytorch", "mixture-of-experts", "POT", "transformers")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "soft-moe-pytorch",
+    "st-moe-pytorch",
+    "mixture-of-experts",
+    "POT",
+    "transformers",
+    "triton",
+)
 
 
 def cpu_name() -> str:
@@ -37,12 +46,14 @@ def versions() -> dict[str, str]:
 
 def machine(device: str) -> dict:
     """Device, versions, date and ISA level, for the table's head and the JSON."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    name, found = cpu_name(), versions()
+    if device == "cuda":
+        name, found["CUDA"] = torch.cuda.get_device_name(), torch.version.cuda or ""
     return {
         "device": device,
         "name": name,
         "cores": os.cpu_count(),
         "isa": _C.isa(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "versions": versions(),
+        "versions": found,
     }

@@ -13,6 +13,7 @@ from vmoe_routers import _C
 
 ROUNDS = 15
 SWEEP = {"experts": (8, 128), "tokens": (49, 256), "width": (192, 768)}
+ON_CUDA = {"images": 256, "width": 768}  # a batch of ViT-B: enough to fill a GPU
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,16 @@ def use_isa(parser: argparse.ArgumentParser, isa: str | None) -> None:
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     """All cases. With the first thread count and the default size comes all there is to say; a second count and other
-    sizes go without the naive forms, torch.compile and memory, so that a full run stays short.
+    sizes go without the naive forms, torch.compile and memory, so that a full run stays short. On CUDA every case is
+    measured on a batch of ViT-B too.
     """
     seen: dict[str, int] = {}
     for entry in entries(options.only):
         index = seen[entry.op] = seen.get(entry.op, -1) + 1
         for i, threads in enumerate(options.threads[:1] if entry.op == "overhead" else options.threads):
             yield Job(entry, index, entry.quick if options.quick else entry.default, threads, whole=not i)
+        if options.device == "cuda" and not options.quick and entry.op != "overhead":
+            yield Job(entry, index, replace(entry.default, **ON_CUDA), options.threads[0], whole=False)
         if options.sweep:
             for part in entry.sweep:
                 for value in SWEEP[part]:

@@ -75,11 +75,11 @@ def print_result(console: Console, result: dict) -> None:
     mark = "  [bold red]UNSTABLE[/]" if result["unstable"] else ""
     console.print(f"\n[bold]{head}[/]", highlight=False)
     table = Table(
-        *("variant", "time", "time / ours", "95 %", "floor / time", "saved MiB", "peak MiB", ""),
+        *("variant", "time", "on GPU", "time / ours", "95 %", "floor / time", "saved MiB", "peak MiB", ""),
         box=None,
         pad_edge=False,
     )
-    for column in table.columns[1:7]:
+    for column in table.columns[1:8]:
         column.justify = "right"
     best = best_peer(result)
     for v in result["variants"]:
@@ -88,6 +88,7 @@ def print_result(console: Console, result: dict) -> None:
         table.add_row(
             v["name"],
             seconds(v["seconds"]),
+            "" if v["device_seconds"] is None else seconds(v["device_seconds"]),
             f"{v['ratio']['median']:.2f}",
             f"{v['ratio']['low']:.2f}-{v['ratio']['high']:.2f}",
             f"{floor['seconds'] / v['seconds']:.2%}",

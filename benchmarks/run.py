@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import time
+import traceback
 
 import torch
 from rich.console import Console
@@ -25,8 +27,8 @@ from benchmarks.targets import verdicts
 
 
 def run(options: argparse.Namespace, console: Console) -> dict:
-    """Everything that the options ask for, printed as it comes."""
-    report = {"machine": machine(options.device), "quick": options.quick, "ceilings": [], "results": []}
+    """Everything that the options ask for, printed as it comes. A case that fails does not keep the others."""
+    report = {"machine": machine(options.device), "quick": options.quick, "ceilings": [], "results": [], "failed": []}
     found: dict[int, Ceilings] = {}
     for threads in options.threads:
         torch.set_num_threads(threads)
@@ -37,17 +39,29 @@ def run(options: argparse.Namespace, console: Console) -> dict:
     with TimeLeft(console, [job.entry.weight for job in plan]) as left:
         for job in plan:
             torch.set_num_threads(job.threads)
-            for result in measure_job(job, options, found[job.threads]):
-                report["results"].append(result)
-                print_result(console, result)
+            try:
+                for result in measure_job(job, options, found[job.threads]):
+                    report["results"].append(result)
+                    print_result(console, result)
+            except Exception as error:
+                traceback.print_exc()
+                report["failed"].append({"op": job.entry.op, "size": str(job.size), "error": repr(error)})
+            write(report, options)  # a run that is cut off leaves what it has
             gc.collect()
             left.done()
     again(report, found, options, console)
-    report["targets"] = verdicts(report["results"])
+    report["targets"] = verdicts(report["results"]) if options.device == "cpu" else []  # they are a CPU's
     print_verdicts(console, report["targets"])
     if options.quick and report["targets"]:
         console.print("The targets are for the default sizes; those of --quick are smaller.")
     return report
+
+
+def write(report: dict, options: argparse.Namespace) -> None:
+    """The JSON file, if one was asked for."""
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace, console: Console) -> None:
@@ -78,14 +92,18 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     report = run(options, console)
     report["seconds"] = time.perf_counter() - start
+    write(report, options)
     if options.json:
-        from benchmarks.plots import save_plots
+        written = [options.json]
+        if report["results"]:
+            from benchmarks.plots import save_plots
 
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-        written = [options.json, *save_plots(report, options.json.with_suffix(""))]
+            written += save_plots(report, options.json.with_suffix(""))
         console.print("\nwritten: " + ", ".join(map(str, written)))
     console.print(f"{report['seconds']:.0f} s")
+    if report["failed"]:
+        cases = ", ".join(f"{case['op']} [{case['size']}]" for case in report["failed"])
+        sys.exit(f"benchmarks.run: failed: {cases}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,17 @@ def once(call: Callable[[], object], repeats: int, device: str) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def device_seconds(call: Callable[[], object], calls: int = 5) -> float:
+    """Seconds a call that the GPU is busy with it, whatever the host takes to ask for that."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6 / calls
+
+
 def repeats_for(call: Callable[[], object], device: str, least: float) -> int:
     """How many calls make a measurement of at least `least` seconds; warms up as well."""
     once(call, 1, device)

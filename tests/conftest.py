@@ -1,28 +1,29 @@
-"""Fixtures of the whole suite: one seed for every test, and the devices an op has kernels for."""
+"""Fixtures of the whole suite: one seed for every test, and the devices there are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import vmoe_routers
 
-
-def _devices(op: str | None) -> list[str]:
-    """The CPU; CUDA where there is a GPU and, for a test module with an ``OP``, its kernel.
-
-    An ``OP`` that the dispatcher does not know is made of torch's own ops and runs wherever they do.
-    """
-    if not torch.cuda.is_available():
-        return ["cpu"]
-    return ["cpu"] if op in vmoe_routers.ops.WITHOUT_CUDA else ["cpu", "cuda"]
+# Without a kernel of ours an op may still run on a GPU: the experts, as torch's products.
+DEVICES = ["cpu", "cuda"] if vmoe_routers._C.cuda_built and torch.cuda.is_available() else ["cpu"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", _devices(getattr(metafunc.module, "OP", None)))
+        metafunc.parametrize("device", DEVICES)
+
+
+@pytest.fixture
+def on_device(device: str) -> Iterator[None]:
+    """What a test makes without naming a device is on `device`."""
+    with nullcontext() if device == "cpu" else torch.device(device):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,7 @@ def gradients(out, inputs, v):
 # Against the formula
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("group_size", [1, 2, 4])
 @pytest.mark.parametrize(("router", "options"), CASES)
@@ -125,6 +126,7 @@ def test_gradcheck(router, options, training):
         assert torch.autograd.gradcheck(auxiliary, (x, *values), fast_mode=True)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(("router", "options"), CASES)
 def test_a_second_derivative_is_refused(router, options):
     moe = layer(router, **options)
@@ -134,6 +136,7 @@ def test_a_second_derivative_is_refused(router, options):
         gradient.square().sum().backward()
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(("router", "options"), CASES)
 def test_any_strides(router, options):
     moe = layer(router, 2, **options).eval()
@@ -186,6 +189,7 @@ def test_permuting_tokens_permutes_outputs(router):
     torch.testing.assert_close(moe(x[:, order]), moe(x)[:, order], atol=1e-10, rtol=0)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(("router", "options"), CASES)
 def test_in_eval_the_last_group_may_be_smaller(router, options):
     moe = layer(router, 3, **options).eval()
@@ -211,6 +215,7 @@ def test_in_training_it_may_not(router):
     assert all(torch.equal(value, before[key]) for key, value in moe.state_dict().items())
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("shape", [(0, 6), (4, 0), (2, 1), (2, 2)])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("router", "options"), CASES)
@@ -228,6 +233,7 @@ def test_small_batches(router, options, training, shape):
 # Masks
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize(("router", "options"), CASES)
 def test_padding(router, options, group_size):
@@ -261,6 +267,7 @@ def test_padding(router, options, group_size):
 # Auxiliary loss
 
 
+@pytest.mark.usefixtures("on_device")
 def test_aux_loss_sums_the_layers():
     first = layer("softmax_token_choice", 2, features=(5, 7, 5))
     second = layer("sinkhorn_token_choice", 1, features=(5, 7, 5), z_loss_weight=0.5)
@@ -340,6 +347,7 @@ def test_experts_at_the_start():
         assert weight.is_leaf
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("act_layer", [vr.moe.GeluTanh, torch.nn.GELU, torch.nn.ReLU])
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 def test_experts_compute_the_filled_slots(act_layer, drop):
@@ -398,6 +406,7 @@ def test_state_dict_has_no_more_than_the_parameters():
     assert sorted(moe.state_dict()) == sorted(["router.phi", "router.scale", *names[1:]])
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(("router", "options"), CASES)
 def test_bfloat16(router, options):
     moe = layer(router, 2, dtype=torch.float32, **options).eval().to(torch.bfloat16)
@@ -437,6 +446,7 @@ def test_autocast(router, options, training):
             assert parameter.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("on_device")
 def test_inference_mode():
     for router in vr.ROUTERS:
         moe = layer(router).eval()
@@ -447,6 +457,7 @@ def test_inference_mode():
             assert moe.routings[0].metrics["load"].shape == (2, 4)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_activation_checkpointing(router):
     moe = layer(router, 2)

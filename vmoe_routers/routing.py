@@ -462,8 +462,10 @@ def _share(kept: Tensor, token: Tensor, tokens: int) -> Tensor:
     """kept [G, E, C] over the sum of what is kept of the same token; 0 in empty slots."""
     groups, experts, slots = kept.shape
     ones = kept.new_ones(experts, groups, slots, 1)
-    total = ops.combine(ones, kept, token, *ops.invert_slots(token, tokens)).squeeze(2)
-    return kept / _take(total, token).clamp(min=torch.finfo(kept.dtype).tiny)
+    lists = ops.invert_slots(token, tokens)
+    # A dispatch of the sums, whose gradient is a combine again: added up in one order on every device.
+    total = ops.dispatch(ops.combine(ones, kept, token, *lists), token, *lists)
+    return kept / total.squeeze(3).transpose(0, 1).clamp(min=torch.finfo(kept.dtype).tiny)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

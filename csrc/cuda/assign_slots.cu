@@ -119,15 +119,19 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
   const Requests requests = requests_of(expert, order, at.group, shape);
   count_chunk(requests, at.begin, at.end, counts);
   for (int64_t e = threadIdx.x; e < shape.E; e += blockDim.x) {
-    const int32_t* before = counted + at.group * shape.chunks * shape.E + e;
-    int32_t sum = 0;
-    for (int64_t chunk = 0; chunk < at.chunk; ++chunk) sum += before[chunk * shape.E];
+    const int32_t* of_chunk = counted + at.group * shape.chunks * shape.E + e;
+    int32_t sum = 0, all = 0;
+    for (int64_t chunk = 0; shape.chunks > 1 && chunk < shape.chunks; ++chunk) {
+      const int32_t count = of_chunk[chunk * shape.E];
+      if (chunk < at.chunk) sum += count;
+      all += count;
+    }
     for (unsigned warp = 0; warp < warps; ++warp) {
       const int32_t count = counts[warp * shape.E + e];
       counts[warp * shape.E + e] = sum;
       sum += count;
     }
-    total[e] = sum;
+    total[e] = shape.chunks > 1 ? all : sum;
   }
   __syncthreads();
   int32_t* holder = source + at.group * shape.E * shape.C;
@@ -139,9 +143,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
         slot[at.group * shape.tokens * shape.K + id] = placed ? s : -1;
         if (placed) holder[s] = id;
       });
-  if (at.chunk < shape.chunks - 1) return;
-  // The last chunk knows which slots stay empty.
-  for (int64_t s = threadIdx.x; s < shape.E * shape.C; s += blockDim.x) {
+  // Which slots stay empty every chunk knows; each sees to its share of them.
+  for (int64_t s = at.chunk * blockDim.x + threadIdx.x; s < shape.E * shape.C;
+       s += shape.chunks * blockDim.x) {
     if (s % shape.C >= total[s / shape.C]) holder[s] = -1;
   }
 }

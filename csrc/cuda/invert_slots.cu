@@ -51,14 +51,23 @@ struct Group {
     }
   }
 
-  // By one block: offsets from the counts in `next`, which becomes where lists begin.
+  // By one block: offsets from the counts in `next`, which becomes where lists begin. kEach tokens a
+  // thread, so that a long group does not wait for a barrier every kThreads of them.
+  template <int kEach>
   __device__ void add_up(Scan::TempStorage& storage) const {
     int32_t begun = 0;
-    for (int64_t base = 0; base < tokens; base += kThreads) {
-      const int64_t t = base + threadIdx.x;
-      int32_t before, total;
-      Scan(storage).ExclusiveSum(t < tokens ? next[t] : 0, before, total);
-      if (t < tokens) offsets[t] = next[t] = begun + before;
+    for (int64_t base = 0; base < tokens; base += kThreads * kEach) {
+      const int64_t t = base + static_cast<int64_t>(threadIdx.x) * kEach;
+      int32_t counts[kEach], sum = 0, before, total;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) sum += counts[i] = t + i < tokens ? next[t + i] : 0;
+      Scan(storage).ExclusiveSum(sum, before, total);
+      before += begun;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (t + i < tokens) offsets[t + i] = next[t + i] = before;
+        before += counts[i];
+      }
       begun += total;
       __syncthreads();
     }
@@ -81,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) whole_kernel(
   __syncthreads();
   group.count();
   __syncthreads();
-  group.add_up(storage);
+  group.add_up<1>(storage);
   __syncthreads();
   group.claim();
   __syncthreads();
@@ -109,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) phase_kernel(
   if constexpr (kPhase == Phase::kCount) group.count();
   if constexpr (kPhase == Phase::kAddUp) {
     __shared__ typename Scan::TempStorage storage;
-    group.add_up(storage);
+    group.add_up<16>(storage);
   }
   if constexpr (kPhase == Phase::kClaim) group.claim();
   if constexpr (kPhase == Phase::kRank) group.rank();

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks import ceilings, docs, plan, run, scaling, timer
 from benchmarks.case import Entry, Floor, Size
 from benchmarks.cases import topk
 from benchmarks.machine import machine
+from benchmarks.measure import usable
 from vmoe_routers import _C
 
 CEILINGS = ceilings.Ceilings(
@@ -118,6 +120,60 @@ def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
     assert "softmax + top-k, forward" in page and "### Scaling" in page
     assert readme.startswith("Before.") and readme.endswith("Behind.\n") and "old" not in readme
     assert "| softmax + top-k | torch" in readme
+
+
+def test_a_case_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
+    def broken(size, device):
+        raise RuntimeError("no such kernel")
+
+    small = Size(images=1, tokens=32, experts=4)
+    good, bad = Entry("topk", topk.build, quick=small), Entry("topk", broken, quick=small)
+    monkeypatch.setattr(plan, "entries", lambda op=None: [bad, good])
+    monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
+    with pytest.raises(SystemExit, match=r"failed: topk \[n=32"):
+        run.main(["--quick", "--json", str(tmp_path / "run.json")])
+    report = json.loads((tmp_path / "run.json").read_text())
+    assert len(report["results"]) == 2 and "no such kernel" in report["failed"][0]["error"]
+    assert "no such kernel" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
+    def cut_off(size, device):
+        raise KeyboardInterrupt
+
+    small = Size(images=1, tokens=32, experts=4)
+    monkeypatch.setattr(
+        plan, "entries", lambda op=None: [Entry("topk", build, quick=small) for build in (topk.build, cut_off)]
+    )
+    monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--quick", "--json", str(tmp_path / "run.json")])
+    assert len(json.loads((tmp_path / "run.json").read_text())["results"]) == 2
+
+
+def test_on_a_gpu_a_form_without_a_kernel_is_skipped_and_a_wrong_one_is_not():
+    case = topk.build(Size(images=1, tokens=32, experts=4), "cpu")
+    ours, other = case.variants[0], case.variants[2]
+
+    def fails(error):
+        def call():
+            raise error
+
+        return replace(case, variants=(ours, replace(other, call=call)))
+
+    skipped = []
+    assert usable(fails(RuntimeError("not implemented")), "forward", skipped, "cuda") == [ours]
+    assert skipped == [f"{other.name}: not implemented"]
+    for error, device in ((RuntimeError(), "cpu"), (AssertionError(), "cuda")):
+        with pytest.raises(type(error)):
+            usable(fails(error), "forward", [], device)
+
+
+def test_on_cuda_a_batch_of_vit_b_is_measured_too():
+    options = plan.parse(["--device", "cuda"], "")
+    sizes = {str(job.size) for job in plan.jobs(options) if job.entry.op == "topk"}
+    assert sizes == {"n=12544 T=196 E=32 D=384 K=2", "n=50176 T=196 E=32 D=768 K=2"}
+    assert all(job.size == job.entry.quick for job in plan.jobs(plan.parse(["--device", "cuda", "--quick"], "")))
 
 
 def test_pages_are_what_the_kept_runs_say():

@@ -16,6 +16,7 @@ def model_of(router, **options):
     return model.eval()
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
 @pytest.mark.parametrize("router", [None, *vr.ROUTERS])
 def test_masked_patches_are_not_there(router, global_pool):
@@ -53,6 +54,7 @@ def test_an_image_of_padding_is_finite(global_pool, dtype):
     assert logits.isfinite().all()
 
 
+@pytest.mark.usefixtures("on_device")
 def test_gradients_with_checkpointing_are_the_same():
     x, mask = torch.randn(2, 1, 8, 8), torch.rand(2, 16) > 0.3
     found = []

@@ -4,6 +4,7 @@ import parity
 import pytest
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("file", [file for file in parity.FILES if file.startswith("vit_")])
-def test_parity(file):
-    parity.check(file)
+def test_parity(file, device):
+    parity.check(file, device)

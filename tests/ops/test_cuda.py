@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import tied
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import vmoe_routers as vr
 from vmoe_routers import ops
 
 
@@ -31,6 +33,52 @@ def test_every_op_has_a_kernel_or_a_refusal():
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):
         if name.startswith("vmoe_routers::"):
             assert name in registered
+
+
+LAYERS = [
+    ("softmax_token_choice", {"top_k": 2, "batch_priority": True}),
+    ("softmax_token_choice", {"top_k": 2, "renormalize": True}),
+    ("sinkhorn_token_choice", {"combine": "plan", "tolerance": 1e-3}),
+    ("softmax_expert_choice", {"renormalize": True}),
+    ("sinkhorn_expert_choice", {"combine": "plan", "gradient": "implicit"}),
+    ("sparsity_constrained_expert_choice", {}),
+    ("soft", {"slots_per_expert": 3}),
+]
+on_every_layer = pytest.mark.parametrize(("router", "options"), LAYERS)
+
+
+def make_layer(router: str, options: dict, device: str) -> vr.MoEMlp:
+    return vr.MoEMlp(16, 32, num_experts=8, router=router, group_size=2, device=device, **options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@on_every_layer
+def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, masked):
+    """Without a GPU: on tensors that have no values, to ask for one is an error, and so is to mix devices."""
+    layer = make_layer(router, options, "meta")
+    with FakeTensorMode():
+        parameters = {name: torch.empty(p.shape, device="cuda") for name, p in layer.named_parameters()}
+        x = torch.empty(4, 9, 16, device="cuda")
+        mask = torch.empty(4, 9, dtype=torch.bool, device="cuda") if masked else None
+        out = torch.func.functional_call(layer, parameters, (x, mask))
+        (routing,) = layer.routings
+        results = [out, vr.aux_loss(layer), *routing.losses.values(), *routing.metrics.values()]
+        results += [routing.dispatch_tensor(), routing.combine_tensor()]
+        assert {result.device.type for result in results} == {"cuda"}
+
+
+@on_every_layer
+def test_a_gradient_asks_for_nothing(router, options):
+    """The same of the backward, which torch runs on such tensors on the CPU alone; bfloat16 has CUDA's experts."""
+    layer = make_layer(router, options, "meta")
+    with FakeTensorMode():
+        parameters = {
+            name: torch.empty(p.shape, dtype=torch.bfloat16, requires_grad=True) for name, p in layer.named_parameters()
+        }
+        x = torch.empty(4, 9, 16, dtype=torch.bfloat16, requires_grad=True)
+        out = torch.func.functional_call(layer, parameters, (x, torch.empty(4, 9, dtype=torch.bool)))
+        (out.float().sum() + vr.aux_loss(layer)).backward()
+        assert all(value.grad is not None for value in (x, *parameters.values()))
 
 
 def route(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -118,6 +166,54 @@ class TestOnAGpu:
         graph.replay()
         for ours, wanted in zip(captured, solve(), strict=True):
             assert torch.equal(ours, wanted)
+
+    @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+    @on_every_layer
+    def test_a_training_step_of_a_layer_can_be_captured(self, router, options):
+        """Nothing is asked for on the host, and the captured step is the step."""
+        layer = make_layer(router, {"noise_std": 0.0, **options}, "cuda")
+        x = torch.randn(4, 49, 16, device="cuda", requires_grad=True)
+        leaves = [x, *layer.parameters()]
+
+        def step():
+            loss = layer(x).square().sum() + vr.aux_loss(layer)
+            return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for ours, wanted in zip(captured, step(), strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+    @on_every_layer
+    def test_the_gradients_of_a_layer_are_the_same_every_time(self, router, options):
+        layer = make_layer(router, {"noise_std": 0.0, **options}, "cuda")
+        x = torch.randn(4, 49, 16, device="cuda", requires_grad=True)
+        leaves = [x, *layer.parameters()]
+        first = torch.autograd.grad(layer(x).square().sum(), leaves)
+        for _ in range(5):
+            for again, gradient in zip(torch.autograd.grad(layer(x).square().sum(), leaves), first, strict=True):
+                assert torch.equal(again, gradient)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_the_device_of_the_tensors_is_used(self):
+        x = torch.randn(3, 50, 20)
+        values, indices = ops.topk(x.to("cuda:1"), 4, 1)  # while cuda:0 is current
+        assert values.device == torch.device("cuda:1")
+        assert torch.equal(indices.cpu(), ops.topk(x, 4, 1)[1])
 
     def test_runs_on_the_current_stream(self):
         x = torch.randn(8, 4096, 64, device="cuda")

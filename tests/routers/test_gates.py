@@ -20,6 +20,7 @@ class Dense:
         return tuple(x if isinstance(x, torch.Tensor) else x.dense() for x in pair)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", [{}, {"batch_priority": True, "renormalize": True, "top_k": 2}])
 @pytest.mark.parametrize("name", ROUTERS)

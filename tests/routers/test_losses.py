@@ -66,6 +66,7 @@ def inputs(G=3, T=9, E=4, std=0.3):
     return logits, logits + std * torch.randn_like(logits), std
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("name", ["importance", "load", "balance", "z"])

@@ -7,9 +7,10 @@ import torch
 import vmoe_routers as vr
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("file", [file for file in parity.FILES if not file.startswith("vit_")])
-def test_parity(file):
-    parity.check(file)
+def test_parity(file, device):
+    parity.check(file, device)
 
 
 def test_every_router_is_compared_up_to_its_layer_and_gradients():

@@ -52,7 +52,9 @@ TYPED_TEST(CudaAssignSlots, RanksRequests) {
         {2, 1024, 2, 5, 400},
         {2, 1025, 2, 5, 500},
         {1, 3000, 2, 9, 100},
+        {1, 30, 17, 20, 20},
         {2, 50, 2, 3000, 1},
+        {1, 2500, 1, 4096, 2},
         {1, 2000, 1, 1500, 2}}) {
     const auto expert = integers(shape.G * shape.T * shape.K, 1, 0, shape.E - 1);
     this->expect_as_on_cpu(shape, expert, nullptr);

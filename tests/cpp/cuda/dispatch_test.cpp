@@ -31,6 +31,7 @@ TEST(CudaDispatch, CopiesRows) {
     expect_as_on_cpu(shape, integers(24, 3, -5, 12));  // many outside [0, T)
   }
   expect_as_on_cpu({1, 1, 1, 1, 4}, {0});
+  expect_as_on_cpu({1, 1, 4096, 1, 2}, integers(4096, 5, -1, 0));
   expect_as_on_cpu({1, 3, 6, 5, 64}, integers(30, 4, -1, 2));  // E > T, C > T
 }
 

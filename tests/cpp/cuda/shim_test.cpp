@@ -111,6 +111,7 @@ TEST(ShimDeathTest, MistakesEndTheProgram) {
   EXPECT_DEATH(start(mask_without_itself, 1, 1), "a mask without the lane that calls");
   EXPECT_DEATH(start(from_outside, 1, 32), "a shuffle from a lane outside its mask");
   EXPECT_DEATH(start(wait_crosswise, 1, 64), "wait for each other for ever");
+  EXPECT_DEATH(start(some_lanes_skip, (int64_t{1} << 32) + 1, 8), "a grid of too many blocks");
 #ifdef __SANITIZE_ADDRESS__
   EXPECT_DEATH(start(behind_shared, 1, 1), "AddressSanitizer");
   int out;

@@ -127,6 +127,7 @@ TYPED_TEST(CudaSinkhorn, GroupsOfABlock) {
         {2, 33, 16},
         {1, 5, 70},
         {1, 2, 700},
+        {1, 8, 4096},
         {2, 196, 32},
         {1, 300, 33}}) {
     for (const int64_t iterations : {1, 2, 20}) {

@@ -72,7 +72,7 @@ class CudaSoftmaxGather : public ::testing::Test {
 TYPED_TEST_SUITE(CudaSoftmaxGather, Floats);
 
 TYPED_TEST(CudaSoftmaxGather, OfTokens) {
-  for (const int64_t E : {1, 4, 16, 17, 32, 60, 64, 100, 200, 511, 1024, 1500}) {
+  for (const int64_t E : {1, 4, 16, 17, 32, 60, 64, 100, 200, 511, 1024, 1500, 4096}) {
     for (const int64_t K : {0, 1, 2, 9, 40}) this->expect_as_on_cpu({2, 21, E, K, false});
   }
 }
@@ -84,6 +84,7 @@ TYPED_TEST(CudaSoftmaxGather, ByExpert) {
     }
   }
   this->expect_as_on_cpu({1, 3, 1100, 2, true});
+  this->expect_as_on_cpu({1, 2, 4096, 1, true});
   this->expect_as_on_cpu({2, 14000, 3, 40, true});  // the lists of a long group
 }
 

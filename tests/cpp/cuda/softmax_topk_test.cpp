@@ -127,6 +127,7 @@ TYPED_TEST(CudaSoftmaxTopk, OfTokensByWayOfMemory) {
   this->expect_definition({2, 5, 130, 2, true});
   this->expect_definition({1, 1500, 3, 4, true});
   this->expect_definition({1, 9000, 2, 8000, true});
+  this->expect_definition({1, 3, 4096, 2, true});
 }
 
 TYPED_TEST(CudaSoftmaxTopk, TokensThatAreNotThereAndNaN) {

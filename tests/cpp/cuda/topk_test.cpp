@@ -78,6 +78,28 @@ TYPED_TEST(CudaTopk, LongAxes) {
   for (const int64_t N : {1, 2})
     this->expect_as_on_cpu(tied<T>(N * 5000, 1, 900), N, 5000, 1, 4500);
   this->expect_as_on_cpu(uniform<T>(5000 * 2, 1), 1, 5000, 2, 5000);
+  for (const int64_t k : {16, 17, 4095, 4096, 4097}) {
+    this->expect_as_on_cpu(tied<T>(4097, k, 700), 1, 4097, 1, k);
+  }
+}
+
+// Rows whose length is a multiple of 16 bytes, and whose place is none.
+TYPED_TEST(CudaTopk, RowsOutOfPlace) {
+  using T = TypeParam;
+  for (const int64_t n : {8, 64, 1024}) {
+    const int64_t rows = 5, k = 3;
+    const auto x = tied<T>(rows * n + 1, n);
+    std::vector<T> values(rows * k);
+    std::vector<int32_t> indices(rows * k);
+    cpu::topk(x.data() + 1, values.data(), indices.data(), n, 1, k, 0, rows);
+    DeviceArray<T> device_x(x), device_values(rows * k);
+    DeviceArray<int32_t> device_indices(rows * k);
+    cuda::topk<T>(
+        device_x.data() + 1, device_values.data(), device_indices.data(), n, 1, k, rows, nullptr,
+        nullptr);
+    EXPECT_EQ(device_indices.values(), indices);
+    expect_same(device_values.values(), values);
+  }
 }
 
 TYPED_TEST(CudaTopk, TakesExtremes) {

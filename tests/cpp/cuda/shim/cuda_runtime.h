@@ -10,7 +10,10 @@
 // lacks a barrier. Addresses are ASan's business: build with -fsanitize=address.
 //
 // Only what the kernels use is here. Not modelled: several blocks at a time (cooperative launches,
-// clusters, spinning on another block), streams, asynchronous copies, memory order, speed.
+// clusters, spinning on another block), streams, asynchronous copies, memory order, speed. Not run,
+// but stood in for: CUB's code (cub/ beside this), the conversions of 16-bit types, nvcc's own
+// arithmetic (expf, fused multiply-adds). Not there: the bindings of csrc/torch, with what they ask
+// of torch's streams, allocator and cuBLAS.
 #pragma once
 
 #include <cmath>

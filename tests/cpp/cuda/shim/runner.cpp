@@ -290,6 +290,7 @@ void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thre
   blockDim = block;
   if (block_size == 0 || block_size > 1024) fail("a block of no or of more than 1024 threads");
   if (size_t{grid.x} * grid.y * grid.z == 0) fail("a grid without blocks");
+  if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) fail("a grid of too many blocks");
   if (shared > shared_limit) fail("more shared memory than a block may have");
   if (fibers.size() < block_size) fibers.resize(block_size);
   body = &thread;
