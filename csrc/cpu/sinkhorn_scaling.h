@@ -253,6 +253,8 @@ class ScalingDomain {
   // Blocks that a pass takes together, to keep several sums going and to load and store
   // the columns' less often.
   static constexpr int64_t kTogether = 4;
+  // Columns that a row's sum in C takes one by one: over thousands it would round too often.
+  static constexpr int64_t kRun = 256;
   // Steps of the backward whose vectors are collected.
   static constexpr int64_t kCollected = 32;
 
@@ -381,30 +383,37 @@ class ScalingDomain {
   // sums[e] += K[t, e] u[t] of the kColumns blocks before b.
   template <int kColumns, int kRows>
   void visit(int64_t b, const Vec<C>* u, Vec<C>* rows, C* sums) const {
-    Vec<C> row[kRows + 1]{}, factor[kColumns + 1];
+    Vec<C> total[kRows + 1]{}, factor[kColumns + 1];
     for (int i = 0; i < kColumns; ++i) factor[i] = u[i];
     // As it is `few` blocks, they lie one behind another.
     const C* of_rows = kRows > 0 ? block(b) : nullptr;
     const C* of_columns = kColumns > 0 ? block(b - kColumns) : nullptr;
     const C* v = v_.data();
     const int64_t E = E_, next = E_ * W, ahead = ahead_;
-    for (int64_t e = 0; e < E; ++e) {
-      if constexpr (kRows > 0) {
-        const Vec<C> of_column = splat(v[e]);
-        for (int i = 0; i < kRows; ++i) {
-          __builtin_prefetch(of_rows + i * next + ahead);
-          row[i] = fma(load(of_rows + i * next), of_column, row[i]);
+    for (int64_t begin = 0; begin < E; begin += kRun) {
+      const int64_t end = std::min(begin + kRun, E);
+      Vec<C> row[kRows + 1]{};
+      for (int64_t e = begin; e < end; ++e) {
+        if constexpr (kRows > 0) {
+          const Vec<C> of_column = splat(v[e]);
+          for (int i = 0; i < kRows; ++i) {
+            __builtin_prefetch(of_rows + i * next + ahead);
+            row[i] = fma(load(of_rows + i * next), of_column, row[i]);
+          }
+          of_rows += W;
         }
-        of_rows += W;
+        if constexpr (kColumns > 0) {
+          Vec<C> sum = load(sums + e * W);
+          for (int i = 0; i < kColumns; ++i) {
+            sum = fma(load(of_columns + i * next), factor[i], sum);
+          }
+          store(sums + e * W, sum);
+          of_columns += W;
+        }
       }
-      if constexpr (kColumns > 0) {
-        Vec<C> sum = load(sums + e * W);
-        for (int i = 0; i < kColumns; ++i) sum = fma(load(of_columns + i * next), factor[i], sum);
-        store(sums + e * W, sum);
-        of_columns += W;
-      }
+      for (int i = 0; i < kRows; ++i) total[i] += row[i];
     }
-    for (int i = 0; i < kRows; ++i) rows[i] = row[i];
+    for (int i = 0; i < kRows; ++i) rows[i] = total[i];
   }
 
   // sums[e] += K[t, e] u[t] of these blocks.
