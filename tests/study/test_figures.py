@@ -82,10 +82,11 @@ def test_figure_3_stops_where_a_seed_does():
 
 
 def test_figure_3_of_one_epoch_shows_points():
-    figure = figures.figure_3([run(variant("sinkhorn_token_choice", 1), epochs=1)])
+    kinds = [variant("sinkhorn_token_choice", 1), variant("sinkhorn_token_choice", 1, "plan")]
+    figure = figures.figure_3([run(kind, epochs=1) for kind in kinds])
     figure.draw_without_rendering()
     for ax in figure.axes:
-        assert [line.get_marker() for line in ax.lines] == ["o"]
+        assert [(line.get_marker(), line.get_fillstyle()) for line in ax.lines] == [("o", "full"), ("o", "none")]
         assert [tick for tick in ax.get_xticks() if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]] == [1]
 
 

@@ -179,8 +179,9 @@ def _draw_curve(ax: Axes, curve: Data, key: str, scale: float, color: str, lines
     epochs = [point["epoch"] for point in curve]
     mean = [point[key] * scale for point in curve]
     errors = [point[f"{key}_error"] for point in curve]
-    marker = "o" if len(curve) == 1 else ""  # a line of one point is not seen
-    (line,) = ax.plot(epochs, mean, linestyle, color=color, marker=marker, linewidth=1.8, gid=curve[0]["name"])
+    # A line of one point is not seen, nor whether it is dashed.
+    point: Any = {"marker": "o" if len(curve) == 1 else "", "fillstyle": "full" if linestyle == "-" else "none"}
+    (line,) = ax.plot(epochs, mean, linestyle, color=color, linewidth=1.8, gid=curve[0]["name"], **point)
     if None not in errors:
         low = [value - error * scale for value, error in zip(mean, errors, strict=True)]
         high = [value + error * scale for value, error in zip(mean, errors, strict=True)]
