@@ -42,6 +42,12 @@ def test_options(arguments, changes):
     assert cli._parse(["study", *arguments.split()]) == Settings(**changes)
 
 
+def test_options_of_convert():
+    options = cli._parse(["convert", "P", "folder", "--router", "soft", "--top-k", "3", "--group-size=4"])
+    assert isinstance(options, dict)
+    assert (options["router"], options["top_k"], options["group_size"]) == ("soft", 3, 4)
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     ("study --routers hard", "no router 'hard'; there are softmax_token_choice"),
     ("study --data nowhere", "no folder 'nowhere'"),

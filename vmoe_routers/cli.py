@@ -81,7 +81,9 @@ def _parse(arguments: Sequence[str]) -> Settings | dict[str, Any]:
     commands = parser.add_subcommands(required=True)
     commands.add_subcommand("study", study, help="the head-to-head, with table, figures and report")
     commands.add_subcommand("convert", conversion, help="the reference code's checkpoints to safetensors")
-    lists = {f"--{field.name}" for field in fields(Settings) if str(field.type).startswith("list")}
+    lists: set[str] = set()
+    if "study" in arguments[:1]:  # convert has a --top_k of its own, one number
+        lists = {f"--{field.name}" for field in fields(Settings) if str(field.type).startswith("list")}
     parsed = parser.parse_args(_spelled_out(arguments, lists))
     return Settings(**vars(parsed.study)) if parsed.subcommand == "study" else vars(parsed.convert)
 

@@ -171,7 +171,9 @@ class SparseRouter(nn.Module):
 
 
 class TokenChoiceRouter(SparseRouter):
-    """Every token chooses `top_k` experts, whose buffers are filled in order.
+    """Every token chooses `top_k` experts, whose buffers are filled in order (V-MoE, arXiv 2106.05974).
+
+    Choice 1 of every token goes before choice 2 of any; a request that comes to a full buffer is dropped.
 
     Args:
         top_k: K, experts per token.
@@ -221,7 +223,7 @@ class TokenChoiceRouter(SparseRouter):
 
 
 class ExpertChoiceRouter(SparseRouter):
-    """Every expert chooses its C best tokens of the group.
+    """Every expert chooses its C best tokens of the group (Expert Choice, arXiv 2202.09368).
 
     Capacity is rounded to the nearest (half to even) and not to a multiple by
     default, so that equal factors cost as much as Soft MoE.

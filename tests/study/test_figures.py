@@ -81,6 +81,15 @@ def test_figure_3_stops_where_a_seed_does():
     assert len(figures.figure_3_data([run(sinkhorn, 0, epochs=7), run(sinkhorn, 1, epochs=5)])) == 5
 
 
+def test_figure_3_of_one_epoch_shows_points():
+    kinds = [variant("sinkhorn_token_choice", 1), variant("sinkhorn_token_choice", 1, "plan")]
+    figure = figures.figure_3([run(kind, epochs=1) for kind in kinds])
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        assert [(line.get_marker(), line.get_fillstyle()) for line in ax.lines] == [("o", "full"), ("o", "none")]
+        assert [tick for tick in ax.get_xticks() if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]] == [1]
+
+
 def test_figure_load_draws_its_data():
     runs = study(seeds=2)
     data = figures.figure_load_data(runs)
@@ -89,6 +98,8 @@ def test_figure_load_draws_its_data():
     soft = [point for point in data if point["name"] == "soft-c1" and point["block"] == 3]
     assert drawn(figure.axes[-1], "soft-c1 3") == (list(range(1, 9)), [p["relative_load"] for p in soft])
     assert sum(point["relative_load"] for point in soft) == pytest.approx(8)
+    # Every column has its ranks under its lowest panel, where the last row is not full too.
+    assert [ax.xaxis.get_tick_params()["labelbottom"] for ax in figure.axes] == 6 * [False] + 4 * [True]
     assert figures.figure_load([run(variant(None))]) is None
 
 

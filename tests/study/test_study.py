@@ -2,6 +2,8 @@
 
 import csv
 import io
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -105,6 +107,18 @@ def test_other_images_at_the_same_place_are_run_anew(tmp_path, here, monkeypatch
     assert here.done == 2 * [(Variant(), 0), "timing"]
 
 
+def test_a_killed_worker_is_told_in_words(tmp_path, monkeypatch):
+    class Killed(ProcessPoolExecutor):
+        def submit(self, *args, **kwargs):
+            future = Future()
+            future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
+            return future
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", Killed)
+    with pytest.raises(ChildProcessError, match=r"a worker process was killed, .*; what is finished is kept"):
+        run_study(replace(TINY, output=tmp_path), silent())
+
+
 def test_transfer_gives_figure_2(tmp_path, here):
     settings = replace(
         TINY, routers=[], seeds=1, transfer_data="digits", max_images=150, output=tmp_path / "with [b]brackets[/b]"
@@ -140,6 +154,8 @@ def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     ({"top_k": [0]}, "top_k must be between 1"),
     ({"capacity_factors": [1.0, 0.0]}, "capacity_factors must be positive"),
     ({"capacity_factors": [float("inf")]}, "capacity_factors must be positive"),
+    ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+    ({"device": "gpu"}, "device must be 'cpu' or 'cuda', got 'gpu'"),
     ({"workers": -1}, "workers and shift must be at least 0"),
 ])  # fmt: skip
 def test_settings_refuse(changes, words):

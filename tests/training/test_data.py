@@ -152,7 +152,9 @@ def test_image_folder_refuses(tmp_path):
     image_folder(folder, ("val",), ("ant", "wasp"))
     refused(folder, "the same classes, only in one of them: bee, wasp")
     (folder / "val" / "ant" / "0.png").write_bytes(b"no picture")
-    refused(folder, "val: an image cannot be read")
+    refused(folder, r"val/ant/0\.png: cannot be read: cannot identify image file")
+    (folder / "val" / "ant" / "0.png").write_bytes((folder / "val" / "ant" / "1.png").read_bytes()[:40])
+    refused(folder, r"val/ant/0\.png: cannot be read: ")
     (folder / "val" / "empty").mkdir()
     refused(folder, "wanted a folder of images for every class")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vmoe_routers.training import few_shot_accuracy
+from vmoe_routers.training import few_shot_accuracy, fewshot
 from vmoe_routers.training.fewshot import (
     BIAS,
     L2_REGULARISERS,
@@ -97,6 +97,17 @@ def test_accuracy_by_brute_force():
         wanted.append(accuracy(found[best], test_x, test_y))
     assert 0.3 < np.mean(wanted) < 0.95
     assert few_shot_accuracy(x, y, test_x, test_y, seed=seed, draws=draws) == pytest.approx(np.mean(wanted))
+
+
+def test_regulariser_is_chosen_on_every_class(monkeypatch):
+    (x, y), (test_x, test_y) = blobs(2400), blobs(80, seed=1)
+    order = y.argsort()  # class by class, as in a folder of images
+    seen = []
+    accuracies = fewshot._accuracies
+    monkeypatch.setattr(fewshot, "_accuracies", lambda w, y, weights: seen.append(y) or accuracies(w, y, weights))
+    few_shot_accuracy(x[order], y[order], test_x, test_y, draws=1)
+    assert [len(labels) for labels in seen] == [1000, 80]
+    assert seen[0].bincount().tolist() == pytest.approx([250] * 4, abs=2)
 
 
 def test_accuracy_depends_on_the_seed_alone():

@@ -164,7 +164,7 @@ def paint_figure_3(data: Data) -> Figure:
             ax.set_ylabel(label)
             ax.grid(**_GRID)
             ax.spines[["top", "right"]].set_visible(False)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             if len(capacities) > 1:
                 ax.set_title(f"capacity factor {capacity:g}", fontsize=10)
     for ax in grid[-1]:
@@ -179,7 +179,9 @@ def _draw_curve(ax: Axes, curve: Data, key: str, scale: float, color: str, lines
     epochs = [point["epoch"] for point in curve]
     mean = [point[key] * scale for point in curve]
     errors = [point[f"{key}_error"] for point in curve]
-    (line,) = ax.plot(epochs, mean, linestyle, color=color, linewidth=1.8, gid=curve[0]["name"])
+    # A line of one point is not seen, nor whether it is dashed.
+    point: Any = {"marker": "o" if len(curve) == 1 else "", "fillstyle": "full" if linestyle == "-" else "none"}
+    (line,) = ax.plot(epochs, mean, linestyle, color=color, linewidth=1.8, gid=curve[0]["name"], **point)
     if None not in errors:
         low = [value - error * scale for value, error in zip(mean, errors, strict=True)]
         high = [value + error * scale for value, error in zip(mean, errors, strict=True)]
@@ -208,6 +210,8 @@ def paint_figure_load(data: Data) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for ax in grid.flat[len(variants) :]:
         ax.remove()
+    for ax in grid.flat[: len(variants)][-columns:]:  # the lowest of every column
+        ax.tick_params(labelbottom=True)
     for ax, (name, blocks) in zip(grid.flat, variants.items(), strict=False):
         _draw_load(ax, name, blocks)
     grid[0, 0].set_ylim(bottom=0)  # last: the panels share the axis, and a limit stops it from growing

@@ -22,7 +22,7 @@ from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Images, evaluate, few_shot_accuracy, train
 
-RECORD_VERSION = 2  # goes up when a record of the same settings would come out differently
+RECORD_VERSION = 3  # goes up when a record of the same settings would come out differently
 
 
 def fingerprint(data: Images, transfer: Images | None) -> str:

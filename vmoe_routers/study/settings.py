@@ -83,6 +83,10 @@ class Settings:
                 raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {k}")
         if not all(0 < factor < math.inf for factor in self.capacity_factors):
             raise ValueError(f"capacity_factors must be positive and finite, got {self.capacity_factors}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
         if self.workers < 0 or self.shift < 0:
             raise ValueError(f"workers and shift must be at least 0, got {self.workers} and {self.shift}")
 

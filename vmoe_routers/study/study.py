@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -63,7 +64,7 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
 
     Raises:
         ValueError: settings or data that do not fit; in words for the user.
-        OSError: an output folder that cannot be written.
+        OSError: an output folder that cannot be written, or a worker process that was killed.
         KeyboardInterrupt: interrupted; what is finished is kept.
     """
     console = console or Console(markup=False, emoji=False)  # names and paths may have brackets
@@ -136,6 +137,11 @@ def _run_all(settings: Settings, jobs: list[Job], timing: Timing, console: Conso
     except KeyboardInterrupt:
         console.print("interrupted; what is finished is kept, and the same command goes on from there")
         raise
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a worker process was killed, perhaps for want of memory (fewer --workers need less); "
+            "what is finished is kept, and the same command goes on from there"
+        ) from None
     finally:
         for process in list((executor._processes or {}).values()):
             process.terminate()

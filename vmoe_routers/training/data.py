@@ -9,10 +9,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 
 class DataError(ValueError):
@@ -162,6 +166,13 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[start:].view(shape)
 
 
+def _load_image(images: ImageFolder, index: int) -> Tensor:
+    try:
+        return images[index][0]
+    except (OSError, SyntaxError) as error:  # so Pillow's broken PNG files
+        raise DataError(f"{images.samples[index][0]}: cannot be read: {error}") from error
+
+
 def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Images:
     try:
         from torchvision.datasets import ImageFolder
@@ -184,11 +195,8 @@ def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Image
         # Evenly over the classes, which lie one after the other.
         count = min(len(found), max_images or len(found))
         chosen = torch.linspace(0, len(found) - 1, count).long().tolist()
-        try:
-            pairs = [found[i] for i in chosen]
-        except (OSError, SyntaxError) as error:  # so Pillow's broken PNG files
-            raise DataError(f"{part}: an image cannot be read: {error}") from error
-        parts.append((torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs]), found.classes))
+        images = torch.stack([_load_image(found, i) for i in chosen])
+        parts.append((images, torch.tensor(found.targets)[chosen], found.classes))
     (train_images, train_labels, classes), (test_images, test_labels, test_classes) = parts
     if classes != test_classes:
         raise DataError(

@@ -82,7 +82,9 @@ def few_shot_accuracy(
         weights = fit_ridge(
             whiten(train_features[chosen], mean, std), train_labels[chosen], num_classes, L2_REGULARISERS
         )
-        held_out = rest.nonzero().squeeze(1)[:1000]
+        held_out = rest.nonzero().squeeze(1)
+        # Evenly over all of them: they may lie class by class.
+        held_out = held_out[torch.linspace(0, len(held_out) - 1, min(1000, len(held_out))).long()]
         scores = _accuracies(whiten(train_features[held_out], mean, std), train_labels[held_out], weights)
         best = weights[int(scores.argmax())].unsqueeze(0)
         accuracies.append(float(_accuracies(whiten(test_features, mean, std), test_labels, best)))
