@@ -183,6 +183,9 @@ def test_other_things_of_that_name(tmp_path):
         read_vmoe(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         read_vmoe(tmp_path / "nowhere")
+    for path in ("a\0b", "a" * 5000):
+        with pytest.raises(CheckpointError, match="cannot be opened"):
+            read_vmoe(path)
     os.mkfifo(tmp_path / "pipe.index")  # opening it would wait for ever
     with pytest.raises(CheckpointError, match="not a file"):
         read_vmoe(tmp_path / "pipe")

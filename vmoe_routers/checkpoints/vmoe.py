@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -120,7 +119,7 @@ def read_vmoe(
 
 
 def _refuse_other_formats(prefix: str) -> None:
-    if Path(prefix).is_dir() and not Path(f"{prefix}.index").exists():
+    if os.path.isdir(prefix) and not os.path.exists(f"{prefix}.index"):
         raise CheckpointError(
             f"{prefix}: a directory. A V-MoE checkpoint P is files (P.index, P.data-00000-of-0000N); the Orbax"
             " directories of the reference's later training runs are another format, which is not read here"

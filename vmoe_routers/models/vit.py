@@ -193,7 +193,8 @@ def vit_moe(
         return model
     if router == "soft" and router_options.get("capacity_factor") is not None:
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        router_options.setdefault("num_tokens", tokens * group_size)
+        # Kept, so that images of another size do not make other slots of the model when it is made again
+        config["num_tokens"] = router_options.setdefault("num_tokens", tokens * group_size)
     for i in moe_at:
         blocks[i].mlp = MoEMlp(
             embed_dim,
