@@ -180,6 +180,8 @@ class MoEMlp(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens x [B, T, D] to [B, T, D']; mask [B, T] bool, True = real token.
 
+        The others get zeros, and whatever is in them changes nothing, infinity and NaN neither.
+
         Raises:
             ValueError: in training, a batch that `group_size` does not divide.
         """
@@ -188,6 +190,7 @@ class MoEMlp(nn.Module):
             raise ValueError(f"MoEMlp: x must have width in_features={self.in_features}, got {list(x.shape)}")
         if mask is not None:
             check_mask("MoEMlp", mask, "x", x, "B T")
+            x = x.masked_fill(~mask.unsqueeze(2), 0)
         batch, size = x.shape[0], self.group_size
         if self.training and batch % size:
             raise ValueError(
