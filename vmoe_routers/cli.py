@@ -82,7 +82,7 @@ def _parse(arguments: Sequence[str]) -> Settings | dict[str, Any]:
     commands.add_subcommand("study", study, help="the head-to-head, with table, figures and report")
     commands.add_subcommand("convert", conversion, help="the reference code's checkpoints to safetensors")
     lists = {f"--{field.name}" for field in fields(Settings) if str(field.type).startswith("list")}
-    parsed = parser.parse_args(_spelled_out(arguments, lists))
+    parsed = parser.parse_args(_spelled_out(arguments, lists if "study" in arguments[:1] else set()))
     return Settings(**vars(parsed.study)) if parsed.subcommand == "study" else vars(parsed.convert)
 
 
