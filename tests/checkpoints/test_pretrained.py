@@ -152,6 +152,19 @@ def test_refuses_to_save_what_could_not_be_loaded(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_links_are_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_text("kept")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "config.json.part", "model.safetensors.part"):
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    saved = model()
+    save_pretrained(saved, folder)
+    check_same(from_pretrained(folder), saved)
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_full_disk(tmp_path, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("I/O error: No space left on device")

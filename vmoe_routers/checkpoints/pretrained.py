@@ -233,6 +233,7 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Written beside it first, so that what is interrupted leaves the file that was there."""
     beside = path.with_name(path.name + ".part")
+    beside.unlink(missing_ok=True)  # a link would lead to a file elsewhere
     try:
         write(beside)
         beside.replace(path)
