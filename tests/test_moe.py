@@ -264,6 +264,21 @@ def test_padding(router, options, group_size):
         torch.testing.assert_close(odd, out.detach()[:3], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(("router", "options"), CASES)
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+def test_nothing_comes_out_of_padding(router, options, poison):
+    moe = layer(router, 2, **options).eval()
+    mask = torch.rand(4, 9) > 0.3
+    tokens = torch.randn(4, 9, 5).double()
+    found = []
+    for x in (tokens, tokens.masked_fill(~mask.unsqueeze(2), poison)):
+        out = moe(x, mask)
+        loss = out.square().sum() + vr.aux_loss(moe)
+        found.append((out, *torch.autograd.grad(loss, list(moe.parameters()))))
+    for clean, poisoned in zip(*found):
+        assert torch.equal(clean, poisoned)
+
+
 # Auxiliary loss
 
 

@@ -197,6 +197,8 @@ class MoEMlp(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens x [B, T, D] to [B, T, D']; mask [B, T] bool, True = real token.
 
+        The others get zeros, and whatever is in them changes nothing, infinity and NaN neither.
+
         Raises:
             ValueError: in training, a batch that `group_size` does not divide.
         """

@@ -17,7 +17,7 @@ TINY = str(parity.GOLDEN / "ckpt" / "tiny")
 
 
 def test_the_references_checkpoint_by_the_command(tmp_path, capsys):
-    command = ["convert", TINY, str(tmp_path), "--capacity-factor", "1.5", "--group-size", "2"]
+    command = ["convert", TINY, str(tmp_path), "--capacity-factor", "1.5", "--group-size", "2", "--top-k", "2"]
     assert cli.main(command) == 0
     out, err = capsys.readouterr()
     assert err == "" and "66,730 parameters" in out and "softmax_token_choice" in out

@@ -142,6 +142,7 @@ def test_refuses_missing_left_over_and_misshapen_together():
     np.zeros((E, F), np.complex64),
     np.zeros((E, F), np.longdouble),
     torch.zeros(E, F, dtype=torch.int8),
+    torch.zeros(E, F, device="meta"),
     [[0.0] * F] * E,
     None,
     "zeros",

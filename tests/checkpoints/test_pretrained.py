@@ -8,6 +8,7 @@ import struct
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import vmoe_routers as vr
@@ -79,6 +80,30 @@ def test_another_head_since(tmp_path):
     saved.reset_classifier(3)
     save_pretrained(saved, tmp_path)
     check_same(from_pretrained(tmp_path), saved)
+    saved = model(global_pool="map")
+    saved.reset_classifier(3, global_pool="avg")
+    save_pretrained(saved, tmp_path)
+    check_same(from_pretrained(tmp_path), saved)
+    assert from_pretrained(tmp_path).global_pool == "avg"
+    saved = model(global_pool="token")
+    saved.reset_classifier(3, global_pool="avg")  # the class token stays, and vit_moe makes no such model
+    with pytest.raises(CheckpointError, match=r"cls_token: shape \[1, 1, 16\], wanted no such tensor"):
+        save_pretrained(saved, tmp_path)
+
+
+@pytest.mark.parametrize("options", [
+    {"router": "softmax_expert_choice"}, {"pos_embed": "sincos"}, {"router": "soft", "capacity_factor": 1.0},
+], ids=str)  # fmt: skip
+def test_another_size_since(tmp_path, options):
+    saved = model(**options)
+    saved.set_input_size(img_size=(16, 24), patch_size=4)
+    save_pretrained(saved, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    images = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), saved(images))
 
 
 def test_upcycled(tmp_path):
@@ -120,7 +145,34 @@ def test_refuses_to_save_what_could_not_be_loaded(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_pretrained(model(), tmp_path / "file" / "folder")
+    with pytest.raises(CheckpointError, match="null byte"):
+        save_pretrained(model(), tmp_path / "a\0b")
+    with pytest.raises(CheckpointError, match="tensor without memory, wanted a whole tensor"):
+        save_pretrained(model().to("meta"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_links_are_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_text("kept")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "config.json.part", "model.safetensors.part"):
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    saved = model()
+    save_pretrained(saved, folder)
+    check_same(from_pretrained(folder), saved)
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
+        save_pretrained(model(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -192,6 +244,9 @@ def test_refuses_other_tensors_and_absent_files(folder):
         from_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"config\.json: there is no such file"):
         from_pretrained(folder / "no" / "such")
+    for path in ("a\0b", "a" * 5000):
+        with pytest.raises(CheckpointError, match="cannot be opened"):
+            from_pretrained(path)
 
 
 def test_a_repository_on_the_hub(folder, monkeypatch):

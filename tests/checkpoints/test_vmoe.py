@@ -178,11 +178,28 @@ def test_hostile_bytes(tmp_path, data, message):
         read_vmoe(prefix)
 
 
+def test_more_than_a_checkpoint_has(tmp_path, monkeypatch):
+    """What is remembered of the files is bounded, however long they are."""
+    nothing = chunk((0,), "float32", b"")
+    padded = [[nothing, nothing, chunk((4,), "float32", RAW)], Ext(6, slice_nd(WHOLE))]
+    prefix = vmoe_writer.write(tmp_path, index(), [shard(padded)])
+    assert torch.equal(read_vmoe(prefix)["a"], A)
+    monkeypatch.setattr("vmoe_routers.checkpoints.vmoe._MAX_CHUNKS", 2)
+    with pytest.raises(CheckpointError, match="data-00000-of-00001: a: more than 2 chunks in all"):
+        read_vmoe(prefix)
+    os.truncate(f"{prefix}.index", 17 << 20)
+    with pytest.raises(CheckpointError, match="wanted an index of at most 16777216"):
+        read_vmoe(prefix)
+
+
 def test_other_things_of_that_name(tmp_path):
     with pytest.raises(CheckpointError, match="Orbax"):
         read_vmoe(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         read_vmoe(tmp_path / "nowhere")
+    for path in ("a\0b", "a" * 5000):
+        with pytest.raises(CheckpointError, match="cannot be opened"):
+            read_vmoe(path)
     os.mkfifo(tmp_path / "pipe.index")  # opening it would wait for ever
     with pytest.raises(CheckpointError, match="not a file"):
         read_vmoe(tmp_path / "pipe")

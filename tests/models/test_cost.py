@@ -63,6 +63,25 @@ def test_dense_by_torch_counter(options):
     assert found["active_parameters"] == found["parameters"]
 
 
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2", "eva02_tiny_patch14_224"]
+)
+def test_models_of_timm_by_torch_counter(name):
+    options = {"img_size": 224, "depth": 2, "embed_dim": 16, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model(name, **options).eval()
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(torch.randn(1, 3, 224, 224))
+    assert cost(model)["flops"] == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["vit_base_resnet26d_224", "beit_base_patch16_224", "resnet18"])
+def test_refuses_other_models(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(TypeError, match="cost: model must be a ViT or EVA of timm"):
+        cost(model)
+
+
 def test_of_an_upcycled_model():
     model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=16, num_heads=2, num_classes=5)
     dense = cost(model)

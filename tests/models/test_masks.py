@@ -10,7 +10,7 @@ from vmoe_routers.models import vit_moe
 
 def model_of(router, **options):
     torch.manual_seed(0)
-    options = {} if router is None else {"num_experts": 4, **options}
+    options = options if router is None else {"num_experts": 4, **options}
     model = vit_moe(8, 2, 1, 10, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2.0, router=router, **options)
     nn.init.normal_(model.head.weight)
     return model.eval()
@@ -33,6 +33,25 @@ def test_masked_patches_are_not_there(router, global_pool):
     other = x.clone()
     other[1, :, :4] += 1
     assert not torch.allclose(model(x, mask=mask)[1], model(other, mask=mask)[1])
+
+
+@pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
+@pytest.mark.parametrize("router", [None, *vr.ROUTERS])
+def test_padding_is_as_no_padding(router, global_pool):
+    """Where there are slots for all, a larger image whose rest is padding gives what the image alone does."""
+    room = {} if router in (None, "soft") else {"capacity_factor": 8.0}
+    options = {"global_pool": global_pool, "pos_embed_std": 0.0, **room}
+    x = torch.randn(3, 1, 8, 8)
+    model = model_of(router, **options)
+    wanted, features = model(x), model.forward_features(x)
+    model.set_input_size(img_size=(12, 8))
+    real = features.shape[1]
+    mask = (torch.arange(24) < 16).expand(3, 24)
+    for rest in (1.0, torch.inf, torch.nan):
+        padded = torch.cat([x, torch.full((3, 1, 4, 8), rest)], 2)
+        torch.testing.assert_close(model(padded, mask=mask), wanted, rtol=1e-4, atol=1e-5)
+        found = model.forward_features(padded, mask=mask)[:, :real]
+        torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
@@ -71,10 +90,17 @@ def test_gradients_with_checkpointing_are_the_same():
     (torch.ones(2, 16), TypeError, "mask must be bool"),
     (torch.ones(2, 15, dtype=torch.bool), ValueError, r"mask must be \[N, patches\] = \[2, 16\], got \[2, 15\]"),
     (torch.ones(16, dtype=torch.bool), ValueError, "mask must be"),
+    ([[True] * 16] * 2, TypeError, "mask must be bool, .* got list"),
 ])  # fmt: skip
 def test_refuses(mask, error, words):
     with pytest.raises(error, match=words):
         model_of("soft")(torch.randn(2, 1, 8, 8), mask=mask)
+
+
+def test_refuses_timms_mask_beside():
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    with pytest.raises(TypeError, match="no other argument"):
+        model_of("soft")(torch.randn(2, 1, 8, 8), mask=mask, attn_mask=mask)
 
 
 @pytest.mark.parametrize("router", vr.ROUTERS)

@@ -268,6 +268,7 @@ def test_sizes():
     (ValueError, "embed_dim is 10.*sincos", {"embed_dim": 10, "pos_embed": "sincos"}),
     (ValueError, "pos_embed_std", {"pos_embed_std": -1.0}),
     (ValueError, "pos_embed_std", {"pos_embed_std": float("nan")}),
+    (ValueError, "drop_rate", {"drop_rate": 1.0}),
     (ValueError, "proj_drop_rate", {"proj_drop_rate": 1.0}),
     (TypeError, "proj_drop_rate", {"proj_drop_rate": "a"}),
     (ValueError, "drop_path_rate", {"drop_path_rate": -0.1}),

@@ -38,8 +38,10 @@ def test_sizes(name):
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_timm_arguments_and_features(router):
     name = f"{router}_moe_tiny_patch16_224"
-    options = {"drop_path_rate": 0.1, "qk_norm": True, "moe_blocks": "every_2", "group_size": 2}
+    # timm's training script gives both rates, whatever they are
+    options = {"drop_rate": 0.2, "drop_path_rate": 0.1, "qk_norm": True, "moe_blocks": "every_2", "group_size": 2}
     model = timm.create_model(name, **TINY, **options, in_chans=1).eval()
+    assert model.head_drop.p == 0.2
     assert [isinstance(block.mlp, vr.MoEMlp) for block in model.blocks] == [False, True, False, True]
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 5)
     model.reset_classifier(7)
@@ -65,5 +67,10 @@ def test_weights_of_a_file_and_none_of_the_name(tmp_path):
     loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
+    # in another image size the positions are resampled, with other classes the head is left out
+    options = {**TINY, "img_size": 64, "num_classes": 7}
+    larger = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    assert larger.pos_embed.shape == (1, 16, 16)
+    assert torch.equal(larger.blocks[3].mlp.experts.w1, model.blocks[3].mlp.experts.w1)
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model(name, pretrained=True)

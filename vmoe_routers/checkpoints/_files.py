@@ -22,13 +22,14 @@ def open_file(path: str) -> Iterator[tuple[BufferedReader, int]]:
     """A file and its size. CheckpointError where there is none."""
     try:
         # A pipe or a device, of which opening alone could hang, is none.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: not a file")
-        file = open(path, "rb")  # noqa: SIM115  (closed below; the errors of opening are not those of reading)
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+        file = open(path, "rb") if regular else None  # noqa: SIM115  (closed below; opening has errors of its own)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error})") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        raise CheckpointError(f"{path!r}: cannot be opened ({error})") from error
+    if file is None:
+        raise CheckpointError(f"{path}: not a file")
     with file:
         yield file, os.fstat(file.fileno()).st_size
 

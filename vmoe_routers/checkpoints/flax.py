@@ -95,6 +95,7 @@ def load_flax(module: nn.Module, params: Mapping[str, Any], *, skip_head: bool =
         tensor = _tensor(array)
         if tensor is None:
             kind = f"{type(array).__name__} of dtype {getattr(array, 'dtype', None)}"
+            kind += " without memory" if getattr(array, "is_meta", False) else ""
             problems.append(f"{entry.path}: {kind}, wanted a floating-point array of shape {entry.shape}")
         elif tuple(tensor.shape) == entry.shape:
             tensors[entry.path] = tensor
@@ -147,7 +148,7 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _tensor(array: Any) -> Tensor | None:
-    """`array` as a tensor of a floating dtype; None: it is not one.
+    """`array` as a tensor of a floating dtype; None: it is not one, or one on the meta device.
 
     bfloat16 is also taken as numpy holds it: by ml_dtypes' extension, or, read from npz, as two bytes.
     """
@@ -163,7 +164,7 @@ def _tensor(array: Any) -> Tensor | None:
         native = array.dtype if two_bytes else array.dtype.newbyteorder("=")
         array = np.require(array, native, ["C_CONTIGUOUS", "WRITEABLE"])
         array = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if two_bytes else torch.from_numpy(array)
-    return array if array.is_floating_point() else None
+    return array if array.is_floating_point() and not array.is_meta else None
 
 
 def _entries(module: nn.Module) -> Iterator[_Entry]:

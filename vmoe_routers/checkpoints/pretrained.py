@@ -31,7 +31,8 @@ def save_pretrained(
 ) -> None:
     """Write a model of `vit_moe` to a folder, from which `from_pretrained` makes it again.
 
-    model       its arguments are its `moe_config`; another head since (`reset_classifier`) is taken into account
+    model       its arguments are its `moe_config`; another head or pooling since (`reset_classifier`) and other
+                sizes of images or patches (`set_input_size`) are taken into account
     folder      made where there is none. Files of these names in it are replaced, each in one step
     state_dict  in place of `model.state_dict()`: whole tensors where the model holds only a part of them
 
@@ -41,6 +42,7 @@ def save_pretrained(
     Raises CheckpointError: a model that vit_moe did not make, or that was changed since, so that its arguments make
     another; an argument that JSON cannot hold; a folder that cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config = getattr(model, "moe_config", None)
@@ -48,7 +50,7 @@ def save_pretrained(
         raise CheckpointError(
             f"save_pretrained: {type(model).__name__} has no moe_config, wanted a model that vit_moe made"
         )
-    config = {**config, "num_classes": getattr(model, "num_classes", config["num_classes"])}
+    config = {**config, **_changed_since(model)}
     tensors = {name: _whole(name, tensor) for name, tensor in (state_dict or model.state_dict()).items()}
     _compare(
         make_empty(config, "save_pretrained"), tensors, "save_pretrained: the model is not what its moe_config makes"
@@ -74,8 +76,8 @@ def save_pretrained(
         _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         _replace(folder / CONFIG, lambda path: path.write_text(text + "\n"))
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it the owner's alone
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error})") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{str(folder)!r}: cannot be written ({error})") from error
 
 
 def from_pretrained(
@@ -107,7 +109,7 @@ def from_pretrained(
 
 
 def _locate(source: str, name: str, revision: Any, cache_dir: Any, token: Any, local_files_only: bool) -> str:
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if os.path.exists(source) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return os.path.join(source, name)
     try:
         from huggingface_hub import hf_hub_download
@@ -211,17 +213,27 @@ def _compare(model: nn.Module, found: Mapping[str, Any], problem: str) -> None:
         raise CheckpointError("\n  ".join([f"{problem}, {len(differences)} differences:", *differences]))
 
 
+def _changed_since(model: Any) -> dict[str, Any]:
+    """What timm's methods change of a model that is made."""
+    sizes = {name: getattr(model.patch_embed, name) for name in ("img_size", "patch_size")}
+    return {
+        **{name: side if side == other else (side, other) for name, (side, other) in sizes.items()},
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+    }
+
+
 def _whole(name: str, tensor: Tensor) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter):
-        raise CheckpointError(
-            f"save_pretrained: {name} is a {type(tensor).__name__}, wanted a whole tensor, which state_dict can bring"
-        )
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        kind = "tensor without memory" if getattr(tensor, "is_meta", False) else type(tensor).__name__
+        raise CheckpointError(f"save_pretrained: {name} is a {kind}, wanted a whole tensor, which state_dict can bring")
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Written beside it first, so that what is interrupted leaves the file that was there."""
     beside = path.with_name(path.name + ".part")
+    beside.unlink(missing_ok=True)  # a link would lead to a file elsewhere
     try:
         write(beside)
         beside.replace(path)

@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -44,7 +43,9 @@ DTYPES = {
 _CHUNK, _SCALAR, _SLICE, _LEAF = 1, 3, 6, 8
 _MARK = "__msgpack_array_chunk_a87ca2__"
 _VERSION = "20220622"
-_MAX_INDEX_BYTES = 64 << 20  # of ViT-MoEs some ten thousand
+# What is remembered of a file is larger than what says it there. Of ViT-MoEs: some ten thousand, some hundred
+_MAX_INDEX_BYTES = 16 << 20
+_MAX_CHUNKS = 1 << 20
 _MAX_SHARDS = 100_000  # what five digits can number
 _MAX_AXES = 32
 _MAX_DEPTH = 32
@@ -104,8 +105,9 @@ def read_vmoe(
         shards = [reader(f"data-{i:05d}-of-{shard_count:05d}") for i in range(shard_count)]
         _check_sizes(index, arrays, sum(shard.size for shard in shards))
         chunks: Chunks = {}
+        room = _MAX_CHUNKS
         for i, shard in enumerate(shards):
-            _read_contents(shard, i, arrays, chunks)
+            room = _read_contents(shard, i, arrays, chunks, room)
         wanted = {i: array.path for i, array in enumerate(arrays)}
         if not whole_state and any(path.startswith("params/") for path in wanted.values()):
             wanted = {i: path.removeprefix("params/") for i, path in wanted.items() if path.startswith("params/")}
@@ -120,7 +122,7 @@ def read_vmoe(
 
 
 def _refuse_other_formats(prefix: str) -> None:
-    if Path(prefix).is_dir() and not Path(f"{prefix}.index").exists():
+    if os.path.isdir(prefix) and not os.path.exists(f"{prefix}.index"):
         raise CheckpointError(
             f"{prefix}: a directory. A V-MoE checkpoint P is files (P.index, P.data-00000-of-0000N); the Orbax"
             " directories of the reference's later training runs are another format, which is not read here"
@@ -249,8 +251,11 @@ def _check_sizes(index: Reader, arrays: list[_Array], available: int) -> None:
 # The shards
 
 
-def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chunks) -> None:
-    """Adds where the bytes of the parts in this shard lie; none that the index does not have in it."""
+def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chunks, room: int) -> int:
+    """Adds where the bytes of the parts in this shard lie; none that the index does not have in it.
+
+    room: for so many chunks; gives what is left of it.
+    """
     marked = False
     for key in _keys(shard, shard.pairs("a data file")):
         if key == _MARK:
@@ -264,7 +269,10 @@ def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chu
         leaf, array = int(key), arrays[int(key)]
         for _ in range(shard.elements(array.path)):
             shard.elements(f"{array.path}: part", 2)
-            pieces = [_read_chunk(shard, array) for _ in range(shard.elements(f"{array.path}: chunks"))]
+            room -= (count := shard.elements(f"{array.path}: chunks"))
+            if room < 0:
+                shard.fail(f"{array.path}: more than {_MAX_CHUNKS} chunks in all")
+            pieces = [_read_chunk(shard, array) for _ in range(count)]
             with shard.extension(f"{array.path}: slice", _SLICE):
                 part = _read_slice(shard, array.path, array.shape)
             if (leaf, part) in chunks:
@@ -278,6 +286,7 @@ def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chu
     shard.end()
     if not marked:
         shard.fail(f"no data file of the V-MoE format: {_MARK} is missing")
+    return room
 
 
 def _read_chunk(shard: Reader, array: _Array) -> _Chunk:

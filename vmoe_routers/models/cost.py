@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -11,8 +13,8 @@ from vmoe_routers.moe import MoEMlp
 from vmoe_routers.routers import SoftRouter
 
 
-def cost(model: VisionTransformer) -> dict[str, float]:
-    """Cost per image of a `vit_moe` or upcycled model, or of a dense ViT of timm, worked out from its sizes.
+def cost(model: VisionTransformer | Eva) -> dict[str, float]:
+    """Cost per image of a `vit_moe` or upcycled model, or of a dense ViT or EVA of timm, worked out from its sizes.
 
     A multiplication and an addition are two operations; norms, softmaxes, activations and the plans' iterations are
     not counted. Slots are those that there are in groups of the layer's `group_size` images, filled or not, by the
@@ -26,11 +28,19 @@ def cost(model: VisionTransformer) -> dict[str, float]:
         parameters        all
         active_parameters those that a token meets on its way: of a MoE layer's experts as many as a token has slots, on
                           average
+
+    Raises:
+        TypeError: a model of another kind, or one with a convolutional network in front.
     """
+    if not isinstance(model, (VisionTransformer, Eva)) or not isinstance(model.patch_embed, PatchEmbed):
+        raise TypeError(
+            f"cost: model must be a ViT or EVA of timm, on patches of the image, got {type(model).__name__}"
+        )
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     width = model.embed_dim
     flops = 2.0 * model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
-    flops += 2.0 * (_weights(model.fc_norm) + _weights(model.head))
+    # of the pooled token alone: the head, or the heads where it is distilled, and what is in front of them
+    flops += 2.0 * (_weights(model) - _weights(model.blocks) - _weights(model.attn_pool))
     if model.attn_pool is not None:  # keys and values of every token, all else of one; scores and their sums
         keys = _weights(model.attn_pool.get_submodule("kv"))
         flops += 2.0 * (tokens * keys + _weights(model.attn_pool) - keys) + 4.0 * tokens * width
@@ -58,9 +68,9 @@ def cost(model: VisionTransformer) -> dict[str, float]:
     }
 
 
-def _weights(module: nn.Module) -> int:
+def _weights(module: nn.Module | None) -> int:
     """Multiplications of one token in the linear layers."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    return 0 if module is None else sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _layer_cost(layer: MoEMlp, tokens: int) -> tuple[float, float]:

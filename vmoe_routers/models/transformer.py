@@ -45,29 +45,46 @@ class MoEVisionTransformer(VisionTransformer):
         """Images [N, channels, height, width] to logits [N, num_classes].
 
         mask: [N, patches] bool, True = real patch, patches row by row. The others are seen by
-        nobody: not by attention, the routers' buffers and mixtures, or the pooling. The other arguments are timm's.
+        nobody, whatever is in them: not by attention, the routers' buffers and mixtures, or the pooling. The other
+        arguments are timm's, and do not go with a mask.
 
         Raises:
-            TypeError, ValueError: a mask of another dtype or shape.
+            TypeError, ValueError: a mask of another dtype or shape, or with timm's arguments.
         """
         if mask is None:
             return super().forward(x, *args, **kwargs)
+        x = self.forward_features(x, *args, mask=mask, **kwargs)
+        return self._masked_head(x, self._of_tokens(mask))
+
+    def forward_features(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Images to the encoder's tokens [N, T, D]; the arguments are those of `forward`."""
+        if mask is None:
+            return super().forward_features(x, *args, **kwargs)
+        if args or kwargs:
+            raise TypeError("MoEVisionTransformer: with mask there is no other argument")
         x = self._pos_embed(self.patch_embed(x))
         patches = x.shape[1] - self.num_prefix_tokens
-        if mask.dtype != torch.bool:
-            raise TypeError(f"MoEVisionTransformer: mask must be bool, True = real patch, got {mask.dtype}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = getattr(mask, "dtype", type(mask).__name__)
+            raise TypeError(f"MoEVisionTransformer: mask must be bool, True = real patch, got {kind}")
         if mask.shape != (x.shape[0], patches):
             raise ValueError(
                 f"MoEVisionTransformer: mask must be [N, patches] = {[x.shape[0], patches]}, got {list(mask.shape)}"
             )
-        mask = torch.nn.functional.pad(mask, (self.num_prefix_tokens, 0), value=True)
+        mask = self._of_tokens(mask)
+        # Attention weighs the others by 0, which makes nothing of all but infinity and NaN.
+        x = x.masked_fill(~mask.unsqueeze(2), 0)
         x = self.norm_pre(self.patch_drop(x))
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, mask=mask, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x, mask=mask)
-        return self._masked_head(self.norm(x), mask)
+        return self.norm(x)
+
+    def _of_tokens(self, mask: Tensor) -> Tensor:
+        """The mask of the patches, with the tokens before them."""
+        return torch.nn.functional.pad(mask, (self.num_prefix_tokens, 0), value=True)
 
     def _masked_head(self, x: Tensor, mask: Tensor) -> Tensor:
         """`forward_head`, with the masked tokens left out of the pooling."""

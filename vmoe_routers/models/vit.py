@@ -89,6 +89,7 @@ def vit_moe(
     pre_logits: bool = False,
     pos_embed: str = "learned",
     pos_embed_std: float = 0.02,
+    drop_rate: float = 0.0,
     proj_drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     dynamic_img_size: bool = False,
@@ -104,6 +105,7 @@ def vit_moe(
     qk_norm         LayerNorm over the head width (scale, no bias) on queries and keys
     pre_logits      a dense layer of the model's width and tanh between pooling and head, which older ViTs have
     pos_embed       "learned": drawn from N(0, pos_embed_std^2); "sincos": fixed, two-dimensional (arXiv 2104.02057)
+    drop_rate       dropout before the head
     proj_drop_rate  dropout in the MLPs and experts and after attention
     drop_path_rate  stochastic depth, growing linearly to this rate at the last block
     dynamic_img_size  images of any size, positions resampled on the way (`model.set_input_size` does it once)
@@ -143,7 +145,8 @@ def vit_moe(
     check_flag(where, "dynamic_img_size", dynamic_img_size)
     check_choice(where, "pos_embed", pos_embed, POSITIONS)
     check_positive(where, "pos_embed_std", pos_embed_std, zero=True)
-    for name, rate in {"proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}.items():
+    rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}
+    for name, rate in rates.items():
         if check_positive(where, name, rate, zero=True) >= 1:
             raise ValueError(f"{where}: {name} is {rate}, wanted a rate in [0, 1)")
     check_choice(where, "router", router, (*ROUTERS, None))
@@ -167,6 +170,7 @@ def vit_moe(
         class_token=global_pool == "token",
         fc_norm=False,  # the encoder's norm comes before the pooling, also for "avg"
         no_embed_class=pos_embed == "sincos",  # a learned table has a row for the class token, a fixed one has not
+        drop_rate=drop_rate,
         proj_drop_rate=proj_drop_rate,
         drop_path_rate=drop_path_rate,
         dynamic_img_size=dynamic_img_size,
@@ -193,7 +197,8 @@ def vit_moe(
         return model
     if router == "soft" and router_options.get("capacity_factor") is not None:
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        router_options.setdefault("num_tokens", tokens * group_size)
+        # Kept, so that images of another size do not make other slots of the model when it is made again
+        config["num_tokens"] = router_options.setdefault("num_tokens", tokens * group_size)
     for i in moe_at:
         blocks[i].mlp = MoEMlp(
             embed_dim,

@@ -12,6 +12,7 @@ from typing import Any
 
 from timm.data.constants import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vmoe_routers.models.transformer import MoEVisionTransformer
 from vmoe_routers.models.vit import SIZES, vit_moe
@@ -62,7 +63,14 @@ def _entrypoint(name: str, router: str, size: str, patch: int) -> Callable[..., 
         if arguments["router"] == "soft" and "slots_per_expert" not in kwargs:
             arguments.setdefault("capacity_factor", 1.0)
         feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
-        return build_model_with_cfg(vit_moe, name, pretrained, feature_cfg=feature_cfg, **arguments)
+        return build_model_with_cfg(
+            vit_moe,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,  # resamples the positions
+            feature_cfg=feature_cfg,
+            **arguments,
+        )
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"ViT-{_LETTERS[size]}/{patch} with MoE layers in the last half, router {router!r}."
