@@ -70,16 +70,15 @@ def print_machine(console: Console, machine: dict, ceilings: list[dict]) -> None
 def print_result(console: Console, result: dict) -> None:
     """The table of one case in one direction."""
     floor = result["floor"]
-    head = f"{result['title']}, {result['direction']}  [{result['size']}, {result['threads']} thread(s)]"
+    # Not in brackets, which the console would take for markup.
+    head = f"{result['title']}, {result['direction']}  ({result['size']}, {result['threads']} thread(s))"
     again = result["again"]
     mark = "  [bold red]UNSTABLE[/]" if result["unstable"] else ""
     console.print(f"\n[bold]{head}[/]", highlight=False)
-    table = Table(
-        *("variant", "time", "on GPU", "time / ours", "95 %", "floor / time", "saved MiB", "peak MiB", ""),
-        box=None,
-        pad_edge=False,
-    )
-    for column in table.columns[1:8]:
+    on_gpu = any(v["device_seconds"] is not None for v in result["variants"])
+    names = ["variant", "time", *(["on GPU"] if on_gpu else []), "time / ours", "95 %", "floor / time"]
+    table = Table(*names, "saved MiB", "peak MiB", "", box=None, pad_edge=False)
+    for column in table.columns[1:-1]:
         column.justify = "right"
     best = best_peer(result)
     for v in result["variants"]:
@@ -88,7 +87,7 @@ def print_result(console: Console, result: dict) -> None:
         table.add_row(
             v["name"],
             seconds(v["seconds"]),
-            "" if v["device_seconds"] is None else seconds(v["device_seconds"]),
+            *([seconds(v["device_seconds"])] if on_gpu else []),
             f"{v['ratio']['median']:.2f}",
             f"{v['ratio']['low']:.2f}-{v['ratio']['high']:.2f}",
             f"{floor['seconds'] / v['seconds']:.2%}",

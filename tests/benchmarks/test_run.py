@@ -108,6 +108,7 @@ def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
     scaling.main(["--rounds", "1", "--json", str(results / "here-scaling.json")])
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
+    assert "(n=32 T=32 E=4 D=384 K=2, 1 thread(s))" in printed
     for words in ("Targets", "floor / time", "A/A", "1 of 1 cases", "Time against tokens", "Two threads over one"):
         assert words in printed
     report = json.loads((results / "here.json").read_text())
