@@ -24,7 +24,9 @@ Written by `python -m benchmarks.docs` from the runs in `benchmarks/results/`; `
 is the median of paired ratios within one process, time of the variant / time of ours, with a bootstrap 95 % interval:
 above 1 ours is faster. Results are asserted equal before timing, or the row says that the function is another. The
 floor is what the case must do (flops, bytes, exponentials) at the ceilings measured in the same run. UNSTABLE: the same
-code measured twice came out more than 10 % apart, or may have come out 30 % apart; such a row says little.
+code measured twice came out more than 10 % apart, or may have come out 30 % apart; such a row says little. Results are
+new memory in every call, ours and theirs, as they are for a user: the system hands out large ones page by page, which
+can take longer than dispatch and combine themselves, and comes and goes with what ran before.
 """
 
 
