@@ -28,6 +28,16 @@ class Limit:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Of `against` the peak memory over ours must be >= `ratio`."""
+
+    title: str
+    direction: str
+    against: str
+    ratio: float
+
+
 LIMITS = (
     Limit("call of ", FORWARD, 10e-6),
     Limit("call of ", RECORDED, 30e-6),
@@ -56,6 +66,11 @@ TARGETS = (
     Target("layer, softmax_token_choice", BACKWARD, BEST, 1.3),
     Target("layer, soft", FORWARD, "bwconrad's form", 1.4),
     Target("layer, soft", FORWARD, "soft-moe-pytorch", 2),
+)
+MEMORY = tuple(
+    Memory("layer, soft", direction, package, 3)
+    for direction in (FORWARD, BACKWARD)
+    for package in ("bwconrad's form", "soft-moe-pytorch")
 )
 EXACT = {"layer, soft"}  # titles that also begin others
 
@@ -87,6 +102,16 @@ def verdicts(results: list[dict]) -> list[dict]:
             reached = variant["ratio"]["median"]
             against = f"{target.against}: {name}" if target.against == BEST else target.against
             found.append(_verdict(result, against, target.ratio, reached, reached / target.ratio))
+    for target in MEMORY:
+        for result in results:
+            if (result["title"], result["direction"]) != (target.title, target.direction):
+                continue
+            peaks = {v["name"]: v["peak_bytes"] for v in result["variants"]}
+            ours, theirs = result["variants"][0]["peak_bytes"], peaks.get(target.against)
+            if ours and theirs:
+                reached = theirs / ours
+                against = f"peak memory of {target.against}"
+                found.append(_verdict(result, against, target.ratio, reached, reached / target.ratio))
     return found
 
 

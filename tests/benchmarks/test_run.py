@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import ceilings, docs, plan, run, scaling, timer
+from benchmarks import ceilings, docs, plan, run, scaling, targets, timer
 from benchmarks.case import Entry, Floor, Size
 from benchmarks.cases import topk
 from benchmarks.machine import machine
@@ -91,6 +91,28 @@ def test_full_is_memory_and_the_sizes_worth_changing():
     assert {job.threads for job in jobs} == {1, 2}
     assert all(job.threads == 1 for job in jobs if job.whole or job.size != job.entry.default)
     assert {job.size.experts for job in jobs if job.entry.op == "topk"} == {8, 32, 128}
+
+
+def test_verdicts_on_time_and_memory():
+    def variant(name, ratio, peak):
+        same = {"name": name, "role": "peer", "different": "", "seconds": 1.0, "peak_bytes": peak}
+        return {**same, "ratio": {"median": ratio}}
+
+    result = {
+        "title": "layer, soft",
+        "size": "",
+        "default": True,
+        "threads": 1,
+        "direction": "forward",
+        "unstable": False,
+    }
+    variants = [variant("ours", 1.0, 10), variant("bwconrad's form", 0.7, 60), variant("soft-moe-pytorch", 2.0, None)]
+    found = {v["against"]: v["factor"] for v in targets.verdicts([{**result, "variants": variants}])}
+    assert found == {
+        "bwconrad's form": pytest.approx(0.5),
+        "soft-moe-pytorch": 1,
+        "peak memory of bwconrad's form": 2,
+    }
 
 
 def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
