@@ -19,6 +19,7 @@ from vmoe_routers.ops._checks import (
     check_positive,
     check_shape,
     check_tensor,
+    fill_absent,
 )
 
 
@@ -93,9 +94,7 @@ def _check(where: str, name: str, logits: Tensor, mask: Tensor | None) -> None:
 
 
 def _sum_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is not None:
-        values = values.masked_fill(~mask.unsqueeze(-1), 0)
-    return values.sum(1)
+    return fill_absent(values, mask, 0.0).sum(1)
 
 
 def _tokens(like: Tensor, mask: Tensor | None) -> Tensor | int:

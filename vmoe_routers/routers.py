@@ -41,7 +41,9 @@ from vmoe_routers.routing import (
 )
 
 
-def _check_tokens(router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor) -> Tensor:
+def _checked_tokens(
+    router: nn.Module, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor
+) -> Tensor:
     """x with zeros for the tokens that `mask` leaves out: a gradient of 0 times NaN would be NaN."""
     where = type(router).__name__
     x = check_floating(where, "x", check_tensor(where, "x", x, "G T D"))
@@ -141,7 +143,7 @@ class SparseRouter(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
-        x = _check_tokens(self, x, mask, self.dim, "weight", self.weight)
+        x = _checked_tokens(self, x, mask, self.dim, "weight", self.weight)
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             logits = nn.functional.linear(x.to(dtype), self.weight.to(dtype))
@@ -352,7 +354,7 @@ class SoftRouter(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SoftRouting:
         """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
-        x = _check_tokens(self, x, mask, self.dim, "phi", self.phi)
+        x = _checked_tokens(self, x, mask, self.dim, "phi", self.phi)
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.scale.to(dtype) * _unit_columns(self.phi.to(dtype).flatten(1))

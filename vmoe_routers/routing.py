@@ -312,10 +312,7 @@ class SoftRouting(Routing):
         return self._softmax(2)
 
     def _softmax(self, dim: int) -> Tensor:
-        dense = self.logits.softmax(dim)
-        if self.mask is not None:
-            dense = dense.masked_fill(~self.mask.unsqueeze(-1), 0)
-        return self._by_expert(dense)
+        return self._by_expert(fill_absent(self.logits.softmax(dim), self.mask, 0.0))
 
     def _by_expert(self, dense: Tensor) -> Tensor:
         return dense.unflatten(2, (self.num_experts, self.capacity))

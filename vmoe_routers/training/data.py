@@ -166,6 +166,11 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[start:].view(shape)
 
 
+def evenly(size: int, most: int) -> Tensor:
+    """Indices of at most so many of `size` examples, evenly over all of them: they may lie class by class."""
+    return torch.linspace(0, size - 1, min(size, most)).long()
+
+
 def _load_image(images: ImageFolder, index: int) -> Tensor:
     try:
         return images[index][0]
@@ -192,9 +197,7 @@ def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Image
             found = ImageFolder(str(part), transform=to_tensor)
         except FileNotFoundError as error:
             raise DataError(f"{part}: wanted a folder of images for every class: {error}") from error
-        # Evenly over the classes, which lie one after the other.
-        count = min(len(found), max_images or len(found))
-        chosen = torch.linspace(0, len(found) - 1, count).long().tolist()
+        chosen = evenly(len(found), max_images or len(found)).tolist()
         images = torch.stack([_load_image(found, i) for i in chosen])
         parts.append((images, torch.tensor(found.targets)[chosen], found.classes))
     (train_images, train_labels, classes), (test_images, test_labels, test_classes) = parts

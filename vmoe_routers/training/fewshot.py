@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmoe_routers.training.data import evenly
+
 L2_REGULARISERS = tuple(2.0**i for i in range(-10, 20))
 SHOTS = 10
 BIAS = 100.0  # the constant feature, regularised like the rest
@@ -83,8 +85,7 @@ def few_shot_accuracy(
             whiten(train_features[chosen], mean, std), train_labels[chosen], num_classes, L2_REGULARISERS
         )
         held_out = rest.nonzero().squeeze(1)
-        # Evenly over all of them: they may lie class by class.
-        held_out = held_out[torch.linspace(0, len(held_out) - 1, min(1000, len(held_out))).long()]
+        held_out = held_out[evenly(len(held_out), 1000)]
         scores = _accuracies(whiten(train_features[held_out], mean, std), train_labels[held_out], weights)
         best = weights[int(scores.argmax())].unsqueeze(0)
         accuracies.append(float(_accuracies(whiten(test_features, mean, std), test_labels, best)))
