@@ -11,12 +11,15 @@ BEST = "best peer"  # the fastest of all that is not ours and not the dense MLP,
 
 @dataclass(frozen=True)
 class Target:
-    """`title` begins a case's title. Of `against` (a variant's name, `BEST`) the time over ours must be >= `ratio`."""
+    """`title` begins a case's title. Of `against` (a variant's name, `BEST`) the time over ours must be >= `ratio`;
+    with `memory` the peak memory.
+    """
 
     title: str
     direction: str
     against: str
     ratio: float
+    memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,6 @@ class Limit:
     title: str
     direction: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Of `against` the peak memory over ours must be >= `ratio`."""
-
-    title: str
-    direction: str
-    against: str
-    ratio: float
 
 
 LIMITS = (
@@ -66,11 +59,10 @@ TARGETS = (
     Target("layer, softmax_token_choice", BACKWARD, BEST, 1.3),
     Target("layer, soft", FORWARD, "bwconrad's form", 1.4),
     Target("layer, soft", FORWARD, "soft-moe-pytorch", 2),
-)
-MEMORY = tuple(
-    Memory("layer, soft", direction, package, 3)
-    for direction in (FORWARD, BACKWARD)
-    for package in ("bwconrad's form", "soft-moe-pytorch")
+    Target("layer, soft", FORWARD, "bwconrad's form", 3, memory=True),
+    Target("layer, soft", FORWARD, "soft-moe-pytorch", 3, memory=True),
+    Target("layer, soft", BACKWARD, "bwconrad's form", 3, memory=True),
+    Target("layer, soft", BACKWARD, "soft-moe-pytorch", 3, memory=True),
 )
 EXACT = {"layer, soft"}  # titles that also begin others
 
@@ -97,21 +89,15 @@ def verdicts(results: list[dict]) -> list[dict]:
                 continue
             name = best_peer(result) if target.against == BEST else target.against
             variant = next((v for v in result["variants"] if v["name"] == name), None)
-            if variant is None:
+            if variant is None or (target.memory and not variant["peak_bytes"]):
                 continue
-            reached = variant["ratio"]["median"]
-            against = f"{target.against}: {name}" if target.against == BEST else target.against
+            reached, against = variant["ratio"]["median"], target.against
+            if target.against == BEST:
+                against = f"{BEST}: {name}"
+            if target.memory:
+                against = f"peak memory of {against}"
+                reached = variant["peak_bytes"] / result["variants"][0]["peak_bytes"]
             found.append(_verdict(result, against, target.ratio, reached, reached / target.ratio))
-    for target in MEMORY:
-        for result in results:
-            if (result["title"], result["direction"]) != (target.title, target.direction):
-                continue
-            peaks = {v["name"]: v["peak_bytes"] for v in result["variants"]}
-            ours, theirs = result["variants"][0]["peak_bytes"], peaks.get(target.against)
-            if ours and theirs:
-                reached = theirs / ours
-                against = f"peak memory of {target.against}"
-                found.append(_verdict(result, against, target.ratio, reached, reached / target.ratio))
     return found
 
 

@@ -1,4 +1,4 @@
-// select -- picks of a row in order, one after another; several rows side by side: leaders.h, keys.h.
+// select -- picks of a row in order, one after another; rows side by side: leaders.h, keys.h.
 #pragma once
 
 #include <algorithm>
