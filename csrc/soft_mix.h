@@ -5,9 +5,9 @@
 //                                    tensor) or over the slots (the combine tensor)
 //
 // out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values
-// [G, T, D] (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). The products are
-// torch's; on a CPU a group at a time, so that no tensor ever holds the weights of all groups, and
-// on CUDA, where one call has to fill the device, of all groups.
+// [G, T, D] (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU the products are of
+// a group at a time (product.h), so that no tensor ever holds the weights of all groups; on CUDA
+// they are torch's and, since one call has to fill the device, of all groups.
 // -inf is "not there"; a line of -inf alone gets zeros, not NaN: a padding token
 // neither gives nor takes.
 //

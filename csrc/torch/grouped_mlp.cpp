@@ -54,8 +54,7 @@ FilledRows rows_of(const Sizes& sizes, const std::optional<Tensor>& filled) {
 }
 
 // body(task, scratch) for every task, in parallel; whoever is free takes the next one, since
-// experts are not equally busy. What a task computes does not depend on who does: products may
-// round differently by the place of their operands in a cache line, so every scratch begins one.
+// experts are not equally busy. What a task computes does not depend on who does.
 template <typename T, typename Body>
 void each_task(int64_t tasks, int64_t scratch_elements, const Tensor& like, Body&& body) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -166,11 +165,11 @@ std::tuple<Tensor, Tensor> grouped_mlp(
       const T* xs = gather(rows, block, read<T>(x) + e * N * D, D, scratch);
       T* product_of = save ? write<T>(hidden) + (e * N + block.begin) * F : act_of;
       T* ys = place(rows, block, y_of, out, act_of + most * F);
-      multiply(
+      multiply<T>(
           matrix(product_of, count, F), matrix(xs, count, D),
           matrix(read<T>(w1) + e * D * F, D, F));
       cpu::bias_gelu(product_of, at<T>(b1, e * F), act_of, count, F, F, act == "gelu_tanh");
-      multiply(
+      multiply<T>(
           matrix(ys, count, out), matrix(act_of, count, F),
           matrix(read<T>(w2) + e * F * out, F, out));
       scatter(rows, block, ys, at<T>(b2, e * out), out, y_of);
@@ -255,11 +254,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_mlp_backward(
             hidden_of = read<T>(hidden) + (e * N + block.begin) * F + f;
             hidden_stride = F;
           } else {
-            multiply(
+            multiply<T>(
                 matrix(act_of, count, columns), matrix(xs, count, D),
                 matrix(w1_of + f, D, columns, F));
           }
-          multiply(
+          multiply<T>(
               matrix(grad_act, count, columns), matrix(grads, count, out),
               transposed(w2_of + f * out, columns, out));
           cpu::bias_gelu_backward(
@@ -268,15 +267,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_mlp_backward(
               act == "gelu_tanh");
           if (of_weights) {
             const bool first = i == first_block[e];
-            multiply_add(
+            multiply_add<T>(
                 matrix(write<T>(grad_w2) + (e * F + f) * out, columns, out),
                 transposed(act_of, count, columns), matrix(grads, count, out), first);
-            multiply_add(
+            multiply_add<T>(
                 matrix(write<T>(grad_w1) + e * D * F + f, D, columns, F), transposed(xs, count, D),
                 matrix(grad_act, count, columns), first);
           }
           if (of_x) {
-            multiply_add(
+            multiply_add<T>(
                 matrix(sum, count, D), matrix(grad_act, count, columns),
                 transposed(w1_of + f, D, columns, F), chunk == part);
           }

@@ -33,7 +33,7 @@ Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
       const int64_t rows = count * tokens;
       const T* in = read<T>(x) + first * tokens * D;
       T* out = write<T>(logits) + first * tokens * S;
-      multiply(matrix(out, rows, S), matrix(in, rows, D), phi);
+      multiply<T>(matrix(out, rows, S), matrix(in, rows, D), matrix(read<T>(phi), D, S));
       cpu::soft_logits(in, out, out, D, S, 0, rows);
     });
 #endif
@@ -46,8 +46,8 @@ Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
 std::tuple<Tensor, Tensor> soft_logits_backward(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& phi_in) {
   check("soft_logits_backward", x_in, phi_in);
-  const Tensor x = packed(x_in), phi = transpose(packed(phi_in), 0, 1), grad = packed(grad_in);
-  const int64_t G = x.size(0), tokens = x.size(1), D = x.size(2), S = phi.size(0);
+  const Tensor x = packed(x_in), phi = packed(phi_in), grad = packed(grad_in);
+  const int64_t G = x.size(0), tokens = x.size(1), D = x.size(2), S = phi.size(1);
   check_shape("soft_logits_backward", "grad", grad, {G, tokens, S});
   check_dtype("soft_logits_backward", "grad", grad, x.scalar_type());
   Tensor grad_x = empty({G, tokens, D}, x);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> soft_logits_backward(
       const int64_t rows = G * tokens;
       cuda::soft_logits(read<T>(x), read<T>(grad), write<T>(products), D, S, rows, stream);
       multiply(grad_phi, transpose(flatten(x, 0, 1), 0, 1), products);
-      multiply(flatten(grad_x, 0, 1), products, phi);
+      multiply(flatten(grad_x, 0, 1), products, transpose(phi, 0, 1));
       cuda::soft_logits_backward(read<T>(x), write<T>(grad_x), D, rows, stream);
     });
   });
@@ -82,9 +82,9 @@ std::tuple<Tensor, Tensor> soft_logits_backward(
           const T* in = read<T>(x) + first * tokens * D;
           T* out = write<T>(grad_x) + first * tokens * D;
           cpu::soft_logits(in, read<T>(grad) + first * tokens * S, scaled.get(), D, S, 0, rows);
-          const Tensor products = matrix(scaled.get(), rows, S);
-          multiply_add(matrix(total, D, S), transposed(in, rows, D), products);
-          multiply(matrix(out, rows, D), products, phi);
+          const Matrix<const T> products = matrix(scaled.get(), rows, S);
+          multiply_add<T>(matrix(total, D, S), transposed(in, rows, D), products);
+          multiply<T>(matrix(out, rows, D), products, transposed(read<T>(phi), D, S));
           cpu::soft_logits_backward(in, out, D, 0, rows);
         }
       }

@@ -117,18 +117,22 @@ Tensor soft_mix(
       const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
       const T* in = read<T>(logits) + first * tokens * S;
       cpu::soft_mix(in, weights.get(), tokens, S, dim == 1, 0, count);
-      const Tensor slot_rows = matrices(rows.get(), count, S, D);
-      if (dim == 1) {
-        const T* x = read<T>(values) + first * tokens * D;
-        const Tensor to_slots = transposed_matrices(weights.get(), count, tokens, S);
-        multiply(slot_rows, to_slots, matrices(x, count, tokens, D));
-        slots.put(rows.get(), first, count, write<T>(out));
-      } else {
-        T* y = write<T>(out) + first * tokens * D;
-        slots.take(read<T>(values), first, count, rows.get());
-        const Tensor to_tokens = matrices(weights.get(), count, tokens, S);
-        multiply(matrices(y, count, tokens, D), to_tokens, slot_rows);
+      if (dim == 2) slots.take(read<T>(values), first, count, rows.get());
+      for (int64_t i = 0; i < count; ++i) {
+        const Matrix<T> slot_rows = matrix(rows.get() + i * S * D, S, D);
+        const T* weights_of = weights.get() + i * tokens * S;
+        const int64_t token_rows = (first + i) * tokens * D;
+        if (dim == 1) {
+          multiply<T>(
+              slot_rows, transposed(weights_of, tokens, S),
+              matrix(read<T>(values) + token_rows, tokens, D));
+        } else {
+          multiply<T>(
+              matrix(write<T>(out) + token_rows, tokens, D), matrix(weights_of, tokens, S),
+              slot_rows);
+        }
       }
+      if (dim == 1) slots.put(rows.get(), first, count, write<T>(out));
     });
 #endif
   });
@@ -181,21 +185,25 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
       const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
       const T* in = read<T>(logits) + first * tokens * S;
       T* out = write<T>(grad_logits) + first * tokens * S;
-      const Tensor slot_rows = matrices(rows.get(), count, S, D);
-      const Tensor token_rows = matrices(read<T>(by_token) + first * tokens * D, count, tokens, D);
       cpu::soft_mix(in, weights.get(), tokens, S, dim == 1, 0, count);
       slots.take(read<T>(by_slot), first, count, rows.get());
-      const Tensor by_slot_t = transposed_matrices(rows.get(), count, S, D);
-      multiply(matrices(out, count, tokens, S), token_rows, by_slot_t);
-      cpu::soft_mix_backward(weights.get(), out, tokens, S, dim == 1, 0, count);
-      if (dim == 1) {
-        T* grad_x = write<T>(grad_values) + first * tokens * D;
-        const Tensor to_tokens = matrices(weights.get(), count, tokens, S);
-        multiply(matrices(grad_x, count, tokens, D), to_tokens, slot_rows);
-      } else {
-        multiply(slot_rows, transposed_matrices(weights.get(), count, tokens, S), token_rows);
-        slots.put(rows.get(), first, count, write<T>(grad_values));
+      for (int64_t i = 0; i < count; ++i) {
+        const T* weights_of = weights.get() + i * tokens * S;
+        const int64_t of_tokens = (first + i) * tokens * D;
+        const Matrix<const T> token_rows = matrix(read<T>(by_token) + of_tokens, tokens, D);
+        T* slot_rows = rows.get() + i * S * D;
+        const Matrix<T> grad_of = matrix(out + i * tokens * S, tokens, S);
+        multiply<T>(grad_of, token_rows, transposed(slot_rows, S, D));
+        cpu::soft_mix_backward(weights_of, grad_of.data, tokens, S, dim == 1, 0, int64_t{1});
+        if (dim == 1) {
+          multiply<T>(
+              matrix(write<T>(grad_values) + of_tokens, tokens, D), matrix(weights_of, tokens, S),
+              matrix(slot_rows, S, D));
+        } else {
+          multiply<T>(matrix(slot_rows, S, D), transposed(weights_of, tokens, S), token_rows);
+        }
       }
+      if (dim == 2) slots.put(rows.get(), first, count, write<T>(grad_values));
     });
 #endif
   });

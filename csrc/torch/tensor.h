@@ -21,6 +21,7 @@
 
 #include "../half.h"
 #include "../parallel.h"
+#include "huge_pages.h"
 
 #ifdef VMOE_DEVICE_CUDA
 #include <cuda_runtime.h>
@@ -91,7 +92,12 @@ inline Tensor empty(
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.begin(), strides.data(), type, device,
       like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+#ifndef VMOE_DEVICE_CUDA
+  const size_t bytes = tensor.numel() * aoti_torch_dtype_element_size(type);
+  if (bytes >= kHugePage) ask_huge_pages(tensor.mutable_data_ptr(), bytes);
+#endif
+  return tensor;
 }
 
 template <typename T>

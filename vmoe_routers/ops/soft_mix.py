@@ -24,7 +24,7 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     ``dim = 1``: softmax over the tokens, every slot a mean of tokens.
     ``dim = 2``: softmax over all slots, every token a mean of slots.
 
-    The products are torch's; on CUDA in TF32 where `torch.set_float32_matmul_precision` allows it.
+    On CUDA the products are torch's, in TF32 where `torch.set_float32_matmul_precision` allows it.
 
     Args:
         logits: [G, T, S], or [G, T, E, C] with S = E * C; floating point; -inf is "not there".
