@@ -10,31 +10,39 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// Sorts n picks that are in ascending order of index: radix passes from the lowest byte
-// up, which are stable, so that ties need no comparison. `scratch` has room for n.
-template <typename Key>
-void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
-  constexpr int64_t kComparing = 64;  // below, clearing the counters costs more
-  if (n < kComparing) {
-    std::sort(picks, picks + n, [](const auto& a, const auto& b) { return a.before(b); });
-    return;
-  }
-  constexpr int kBytes = sizeof(Key);
-  const auto digit = [](Key key, int byte) { return ~(key >> (8 * byte)) & 0xFF; };
-  int32_t starts[kBytes][256] = {};
+// Radix passes of kBits from the lowest digit up, which are stable, so that ties need no comparison.
+template <int kBits, typename Key>
+void sort_by_digits(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
+  constexpr int kValues = 1 << kBits, kDigits = (8 * sizeof(Key) + kBits - 1) / kBits;
+  const auto digit = [](Key key, int d) { return ~(key >> (kBits * d)) & (kValues - 1); };
+  int32_t starts[kDigits][kValues] = {};
   for (int64_t i = 0; i < n; ++i) {
-    for (int byte = 0; byte < kBytes; ++byte) ++starts[byte][digit(picks[i].key, byte)];
+    for (int d = 0; d < kDigits; ++d) ++starts[d][digit(picks[i].key, d)];
   }
   Pick<Key>*from = picks, *to = scratch;
-  for (int byte = 0; byte < kBytes; ++byte) {
-    int32_t* start = starts[byte];
-    if (start[digit(from[0].key, byte)] == n) continue;  // all keys share this byte
+  for (int d = 0; d < kDigits; ++d) {
+    int32_t* start = starts[d];
+    if (start[digit(from[0].key, d)] == n) continue;  // all keys share this digit
     int32_t total = 0;
-    for (int value = 0; value < 256; ++value) total += std::exchange(start[value], total);
-    for (int64_t i = 0; i < n; ++i) to[start[digit(from[i].key, byte)]++] = from[i];
+    for (int value = 0; value < kValues; ++value) total += std::exchange(start[value], total);
+    for (int64_t i = 0; i < n; ++i) to[start[digit(from[i].key, d)]++] = from[i];
     std::swap(from, to);
   }
   if (from != picks) std::copy(from, from + n, picks);
+}
+
+// Sorts n picks that are in ascending order of index. `scratch` has room for n.
+template <typename Key>
+void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
+  // Below each, clearing and adding up the next one's counters costs more than it saves.
+  constexpr int64_t kComparing = 64, kBytes = 4096;
+  if (n < kComparing) {
+    std::sort(picks, picks + n, [](const auto& a, const auto& b) { return a.before(b); });
+  } else if (n < kBytes) {
+    sort_by_digits<8>(picks, scratch, n);
+  } else {
+    sort_by_digits<11>(picks, scratch, n);
+  }
 }
 
 // All of value[0, n), in order, in picks[0, n). `picks` is scratch that a caller keeps.
