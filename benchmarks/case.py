@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 FORWARD = "forward"
@@ -19,32 +20,56 @@ ROLES = ("ours", "naive", "index", "compiled", "peer", "dense", "yardstick")
 
 @dataclass(frozen=True)
 class Size:
-    """T tokens in each of `images` images, E experts, width D, K experts a token."""
+    """T tokens in each of `images` images, E experts, width D, K experts a token; `dtype` of tokens and logits."""
 
     images: int = 64
     tokens: int = 196
     experts: int = 32
     width: int = 384
     top_k: int = 2
+    dtype: str = "float32"
 
     @property
     def rows(self) -> int:
         return self.images * self.tokens
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def itemsize(self) -> int:
+        return self.torch_dtype.itemsize
+
+    def tolerance(self, of_float32: float) -> float:
+        """How far results may be apart: in 16 bits by ten roundings of bfloat16, which forms have at other places."""
+        return of_float32 if self.dtype == "float32" else 10 * torch.finfo(torch.bfloat16).eps / 2
+
     def __str__(self) -> str:
-        return f"n={self.rows} T={self.tokens} E={self.experts} D={self.width} K={self.top_k}"
+        form = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"n={self.rows} T={self.tokens} E={self.experts} D={self.width} K={self.top_k}{form}"
+
+
+VIT_B = Size(images=256, width=768, top_k=1)  # a batch that fills a GPU
+VIT_B_BFLOAT16 = replace(VIT_B, dtype="bfloat16")
 
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that the case has to do: multiply-adds as 2 flops, bytes moved to and from memory, exponentials."""
+    """The least that the case has to do: multiply-adds as 2 flops, bytes moved to and from memory, exponentials.
+
+    `dtype` is what the products are of.
+    """
 
     flops: float = 0
     bytes: float = 0
     exps: float = 0
+    dtype: str = "float32"
 
     def __add__(self, other: Floor) -> Floor:
-        return Floor(self.flops + other.flops, self.bytes + other.bytes, self.exps + other.exps)
+        return replace(
+            self, flops=self.flops + other.flops, bytes=self.bytes + other.bytes, exps=self.exps + other.exps
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,8 @@ class Entry:
     """A case to be built: `build(size, device)`.
 
     `sweep` names the parts of the size that are worth changing; `weight` is about how long the case takes beside the
-    others, for the time left.
+    others, for the time left. A GPU has sizes of its own, `cuda`, and of a quick run `cuda_quick`, those that targets
+    are for; an entry with `only_cuda` is not measured on a CPU.
     """
 
     op: str
@@ -98,3 +124,6 @@ class Entry:
     quick: Size = Size(images=16)
     sweep: Sequence[str] = ()
     weight: float = 1.0
+    cuda: Sequence[Size] = (VIT_B,)
+    cuda_quick: Sequence[Size] = ()
+    only_cuda: bool = False

@@ -1,7 +1,7 @@
 """The ops as people write them in torch: the naive forms (one-hot, log-domain) and well-written index forms.
 
 Each computes what the op of the same name computes, at no more cost than torch needs; torch.compile takes the
-index forms.
+index forms. In 16 bits too the routing is float32, as everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 def topk_one_hot(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """k times argmax, and the winner masked out: the form of the early MoE codes."""
-    gates = logits.softmax(-1)
+    gates = softmax(logits)
     left, values, indices = gates, [], []
     for _ in range(k):
         index = left.argmax(-1)
@@ -21,24 +21,28 @@ def topk_one_hot(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values.append((gates * chosen).sum(-1))
         indices.append(index)
         left = left * (1 - chosen)
-    return torch.stack(values, -1), torch.stack(indices, -1)
+    return torch.stack(values, -1).to(logits.dtype), torch.stack(indices, -1)
 
 
-def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return logits.softmax(-1).topk(k)
+def softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1, dtype=torch.float32)
+
+
+def topk(logits: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
+    values, indices = softmax(logits).topk(k, dim)
+    return values.to(logits.dtype), indices
 
 
 def topk_then_normalize(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The softmax of the chosen alone: no [n, E] of probabilities is written."""
     best, index = logits.topk(k)
-    return (best - logits.logsumexp(-1, keepdim=True)).exp(), index
+    return (best - logits.float().logsumexp(-1, keepdim=True)).exp().to(logits.dtype), index
 
 
-def slots_one_hot(expert: Tensor, E: int, C: int, priority: Tensor) -> tuple[Tensor, Tensor]:
+def slots_one_hot(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Position in the buffer by a cumulative sum of one-hot requests, [G, K * T, E]."""
     G, T, K = expert.shape
-    order = priority.argsort(dim=1, descending=True, stable=True)
-    served = expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T)
+    served, order = _in_order(expert, priority)
     one_hot = F.one_hot(served, E)
     position = ((one_hot.cumsum(1) - 1) * one_hot).sum(-1)
     return _write_slots(served, position, order, (G, T, K, E, C))
@@ -47,18 +51,22 @@ def slots_one_hot(expert: Tensor, E: int, C: int, priority: Tensor) -> tuple[Ten
 def slots(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The same by one stable sort of the requests by expert."""
     G, T, K = expert.shape
-    if priority is None:
-        order = torch.arange(T, device=expert.device).expand(G, T)
-        served = expert.long().transpose(1, 2).reshape(G, K * T)
-    else:
-        order = priority.argsort(dim=1, descending=True, stable=True)
-        served = expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T)
+    served, order = _in_order(expert, priority)
     by_expert, request = served.sort(dim=1, stable=True)
     count = torch.zeros(G, E, dtype=torch.long, device=expert.device).scatter_add_(1, served, torch.ones_like(served))
     start = count.cumsum(1) - count
     rank = torch.arange(K * T, device=expert.device) - start.gather(1, by_expert)
     position = torch.empty_like(rank).scatter_(1, request, rank)
     return _write_slots(served, position, order, (G, T, K, E, C))
+
+
+def _in_order(expert: Tensor, priority: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The experts of all requests as they are served, [G, K * T], and the tokens in that order."""
+    G, T, K = expert.shape
+    if priority is None:
+        return expert.long().transpose(1, 2).reshape(G, K * T), torch.arange(T, device=expert.device).expand(G, T)
+    order = priority.argsort(dim=1, descending=True, stable=True)
+    return expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T), order
 
 
 def _write_slots(served: Tensor, position: Tensor, order: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -174,14 +182,14 @@ def gather_rows(x: Tensor, token: Tensor) -> Tensor:
 
 def add_rows(y: Tensor, gate: Tensor, token: Tensor, n: int) -> Tensor:
     """The weighted rows y [S, D] added into their tokens."""
-    return y.new_zeros(n + 1, y.shape[1]).index_add(0, token, y * gate[:, None])[:n]
+    return y.new_zeros(n + 1, y.shape[1]).index_add(0, token, y * gate[:, None].to(y.dtype))[:n]
 
 
 def sum_slots(y: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
     """The same from the token's side: slot [n, K] with -1 for dropped, gate by slot; no scattered sum."""
     there = slot >= 0
     where = slot.clamp(min=0)
-    weight = gate[where] * there
+    weight = (gate[where] * there).to(y.dtype)
     return (y.index_select(0, where.flatten()).view(*slot.shape, -1) * weight[..., None]).sum(1)
 
 

@@ -7,11 +7,26 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import forms
+from benchmarks.case import Variant
 from vmoe_routers import MoEMlp, TokenChoiceRouter
 from vmoe_routers.affinity import Sinkhorn, Softmax, SparsityConstrained
+
+
+def dense(x: Tensor, rows: int) -> Variant:
+    """An MLP over `rows` rows, 4 times as wide within: what the experts' products cost without routing."""
+    D = x.shape[2]
+    first, second = nn.Linear(D, 4 * D).to(x), nn.Linear(4 * D, D).to(x)
+    xs = torch.randn(rows, D, device=x.device).to(x.dtype).requires_grad_()
+    return Variant(
+        "dense MLP, same FLOPs",
+        "dense",
+        lambda: [second(F.gelu(first(xs), approximate="tanh"))],
+        leaves=(xs, *first.parameters(), *second.parameters()),
+        different="dense",
+    )
 
 
 def _affinity(affinity: object, logits: Tensor, C: int) -> tuple[Tensor, Tensor]:
@@ -33,7 +48,7 @@ def route(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens x [G, T, D] to the row of every slot, [E, G, C] in [0, G * T] (G * T: empty), and its gate."""
     router = layer.router
     G, T, _ = x.shape
-    logits = F.linear(x, router.weight)
+    logits = F.linear(x.float(), router.weight.float())
     if isinstance(router, TokenChoiceRouter):
         K = router.top_k
         E, C = router.num_experts, router.slots(T)
@@ -93,7 +108,7 @@ def loop(layer: MoEMlp, x: Tensor) -> Tensor:
         there = (mine < n).nonzero().squeeze(1)
         token = mine[there]
         hidden = e.act(_linear(flat[token], w1, b1))
-        out = out.index_add_(0, token, _linear(hidden, w2, b2) * weight[there, None])
+        out = out.index_add_(0, token, _linear(hidden, w2, b2) * weight[there, None].to(x.dtype))
     return out.view_as(x)
 
 
@@ -111,8 +126,8 @@ def grouped(layer: MoEMlp, x: Tensor) -> Tensor:
         y = F.grouped_mm(e.act(y), e.w2, offs=offsets)
     else:
         owner = torch.repeat_interleave(count)
-        y = F.grouped_mm(e.act(y + e.b1[owner]), e.w2, offs=offsets) + e.b2[owner]
-    return torch.zeros_like(flat).index_add(0, token, y * weight[:, None]).view_as(x)
+        y = F.grouped_mm(e.act(y + F.embedding(owner, e.b1)), e.w2, offs=offsets) + F.embedding(owner, e.b2)
+    return torch.zeros_like(flat).index_add(0, token, y * weight[:, None].to(x.dtype)).view_as(x)
 
 
 def einsum(layer: MoEMlp, x: Tensor) -> Tensor:
@@ -123,7 +138,7 @@ def einsum(layer: MoEMlp, x: Tensor) -> Tensor:
     one_hot = (rows.transpose(0, 1)[:, None] == all_rows).to(x.dtype)
     inputs = torch.einsum("gtec,gtd->egcd", one_hot, x)
     y = mlp(layer, inputs.flatten(1, 2)).view_as(inputs)
-    return torch.einsum("gtec,egcd->gtd", one_hot * gate.transpose(0, 1)[:, None], y)
+    return torch.einsum("gtec,egcd->gtd", one_hot * gate.transpose(0, 1)[:, None].to(x.dtype), y)
 
 
 def soft_logits(layer: MoEMlp, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import asdict, replace
 
 import torch
@@ -28,7 +29,7 @@ def with_compiled(case: Case) -> Case:
 def without_naive(case: Case) -> Case:
     """The case without the naive forms, which says so."""
     naive = [v.name for v in case.variants if v.role == "naive"]
-    lines = [f"{name}: measured with the first number of threads and the default size" for name in naive]
+    lines = [f"{name}: measured with the first number of threads and the first size" for name in naive]
     kept = tuple(v for v in case.variants if v.role != "naive")
     return replace(case, variants=kept, skipped=(*case.skipped, *lines))
 
@@ -62,8 +63,11 @@ def measure_job(job: Job, options: argparse.Namespace, ceilings: Ceilings) -> li
     case = job.entry.build(job.size, options.device)
     if not job.whole:
         case = without_naive(case)
-    elif not (options.quick or options.no_compile):
-        case = with_compiled(case)
+    elif options.compile_until is not None:
+        if time.perf_counter() < options.compile_until:
+            case = with_compiled(case)
+        else:
+            case = replace(case, skipped=(*case.skipped, "torch.compile: no time left in a quick run"))
     peak = {}
     if job.whole and options.memory and options.device == "cpu" and case.op != "overhead":
         peak = peaks(case.op, job.index, job.size, job.threads)
@@ -84,7 +88,7 @@ def measure_case(
         "op": case.op,
         "title": case.title,
         "size": str(case.size),
-        "default": job.size == job.entry.default,
+        "default": job.default,
         "direction": direction,
         "threads": job.threads,
         "tolerance": case.tolerance,

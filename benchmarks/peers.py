@@ -84,6 +84,42 @@ def pot_projection(x: Tensor, k: int) -> Variant:
     return Variant("POT projection_sparse_simplex", "peer", call)
 
 
+def runs_triton(device: str) -> bool:
+    return device == "cuda"
+
+
+def triton_topk(logits: Tensor, k: int) -> Variant:
+    from benchmarks import triton_forms
+
+    # Without leaves: no gradient was written.
+    return Variant("triton", "peer", lambda: triton_forms.softmax_topk(logits, k))
+
+
+def triton_gather(x: Tensor, slots: Sequence[int], rows: Tensor) -> Variant:
+    """Dispatch: `slots` are [G, E, C], `rows` the batch's, n for an empty slot."""
+    from benchmarks import triton_forms
+
+    return Variant("triton", "peer", lambda: [triton_forms.gather_rows(x.flatten(0, 1), rows).view(*slots, -1)])
+
+
+def triton_sum_slots(y: Tensor, gate: Tensor, places: Tensor, shape: Sequence[int]) -> Variant:
+    """Combine: y [S, D] by slot, `places` [n, K] of a token's slots, -1 for dropped; tokens of `shape`."""
+    from benchmarks import triton_forms
+
+    return Variant("triton", "peer", lambda: [triton_forms.sum_slots(y, gate.flatten(), places).view(shape)])
+
+
+def triton_rows(x: Tensor, slots: Sequence[int], gate: Tensor, rows: Tensor, places: Tensor) -> Variant:
+    """Dispatch and combine, as `triton_gather` and `triton_sum_slots`."""
+    from benchmarks import triton_forms
+
+    def call():
+        y = triton_forms.gather_rows(x.flatten(0, 1), rows)
+        return [triton_forms.sum_slots(y, gate.flatten(), places).view_as(x), y.view(*slots, -1)]
+
+    return Variant("triton", "peer", call)
+
+
 def soft_moe_pytorch(layer: MoEMlp, x: Tensor) -> Variant:
     """lucidrains' SoftMoE, whose RMS norm changes nothing for tokens of length sqrt(D)."""
     from soft_moe_pytorch import SoftMoE
@@ -93,7 +129,7 @@ def soft_moe_pytorch(layer: MoEMlp, x: Tensor) -> Variant:
     F = experts.w1.shape[2]
     if F % D:
         raise NotComparable("its hidden width is a multiple of the width")
-    peer = SoftMoE(D, num_experts=E, num_slots=C, expert_mult=F // D, offload_unused_experts_to_cpu=False).to(x.device)
+    peer = SoftMoE(D, num_experts=E, num_slots=C, expert_mult=F // D, offload_unused_experts_to_cpu=False).to(x)
     with torch.no_grad():
         peer.slot_norm.gamma.fill_(router.scale.item() / D)  # both of its norms multiply by sqrt(D)
         peer.slot_embeds.copy_(router.phi.permute(1, 2, 0))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.case import Entry, Size
@@ -13,26 +16,29 @@ from vmoe_routers import _C
 
 ROUNDS = 15
 SWEEP = {"experts": (8, 128), "tokens": (49, 256), "width": (192, 768)}
-ON_CUDA = {"images": 256, "width": 768}  # a batch of ViT-B: enough to fill a GPU
+COMPILING = 90.0  # seconds into a quick run on a GPU after which nothing more is compiled
 
 
 @dataclass(frozen=True)
 class Job:
-    """One case to be built and measured; `index` is the entry's among those of its op; `whole`: with all its variants
-    and memory.
+    """One case to be built and measured; `index` is the entry's among those of its op; `default`: of a size that
+    targets may be for; `whole`: with all its variants and memory.
     """
 
     entry: Entry
     index: int
     size: Size
     threads: int
+    default: bool
     whole: bool
 
 
 def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=description)
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--quick", action="store_true", help="small layers, nothing compiled")
+    form.add_argument(
+        "--quick", action="store_true", help="small layers, nothing compiled; on a GPU the targets' cases"
+    )
     form.add_argument("--full", action="store_true", help="--memory --sweep")
     parser.add_argument("--sweep", action="store_true", help=f"{SWEEP} too, one at a time, where it says something")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -48,8 +54,16 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         parser.error(f"--rounds must be at least {ROUNDS}, got {options.rounds}")
     options.threads = options.threads or [1]
     options.sweep, options.memory = options.sweep or options.full, options.memory or options.full
+    options.compile_until = _compile_until(options)
     use_isa(parser, options.isa)
     return options
+
+
+def _compile_until(options: argparse.Namespace) -> float | None:
+    """When torch.compile has had its time; None: it gets none."""
+    if options.no_compile or (options.quick and options.device == "cpu"):
+        return None
+    return time.perf_counter() + COMPILING if options.quick else math.inf
 
 
 def _threads(text: str) -> list[int]:
@@ -70,19 +84,24 @@ def use_isa(parser: argparse.ArgumentParser, isa: str | None) -> None:
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """All cases. With the first thread count and the default size comes all there is to say; a second count and other
-    sizes go without the naive forms, torch.compile and memory, so that a full run stays short. On CUDA every case is
-    measured on a batch of ViT-B too.
+    """All cases. With the first thread count and the first size comes all there is to say; a second count and other
+    sizes go without the naive forms, torch.compile and memory, so that a full run stays short.
     """
     seen: dict[str, int] = {}
-    for entry in entries(options.only):
+    for entry in entries(options.only, options.device):
         index = seen[entry.op] = seen.get(entry.op, -1) + 1
-        for i, threads in enumerate(options.threads[:1] if entry.op == "overhead" else options.threads):
-            yield Job(entry, index, entry.quick if options.quick else entry.default, threads, whole=not i)
-        if options.device == "cuda" and not options.quick and entry.op != "overhead":
-            yield Job(entry, index, replace(entry.default, **ON_CUDA), options.threads[0], whole=False)
+        job, first = partial(Job, entry, index), options.threads[0]
+        if options.device == "cuda":
+            sizes = entry.cuda_quick if options.quick else entry.cuda
+            for size in sizes:
+                yield job(size, first, default=True, whole=size == sizes[0])
+        else:
+            size = entry.quick if options.quick else entry.default
+            for threads in options.threads[:1] if entry.op == "overhead" else options.threads:
+                yield job(size, threads, default=size == entry.default, whole=threads == first)
         if options.sweep:
             for part in entry.sweep:
+                base = entry.cuda[0] if options.device == "cuda" else entry.default
                 for value in SWEEP[part]:
-                    size = replace(entry.default, **{part: value})
-                    yield Job(entry, index, size, options.threads[0], whole=False)
+                    size = replace(base, **{part: value})
+                    yield job(size, first, default=False, whole=False)

@@ -37,6 +37,7 @@ MODULES = (
 OPS = tuple(dict.fromkeys(entry.op for module in MODULES for entry in module.ENTRIES))
 
 
-def entries(op: str | None = None) -> list[Entry]:
-    """All entries, or those of one op."""
-    return [entry for module in MODULES for entry in module.ENTRIES if op in (None, entry.op)]
+def entries(op: str | None = None, device: str = "cpu") -> list[Entry]:
+    """All entries that are measured on the device, or those of one op."""
+    every = [entry for module in MODULES for entry in module.ENTRIES if op in (None, entry.op)]
+    return [entry for entry in every if device == "cuda" or not entry.only_cuda]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
+from benchmarks.layers import dense
 from vmoe_routers import capacity, ops
 
 
@@ -25,9 +27,9 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
     counts = count.tolist()
 
     def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device).div_(shape[-2] ** 0.5).requires_grad_()
+        return torch.randn(shape, device=device).div_(shape[-2] ** 0.5).to(size.torch_dtype).requires_grad_()
 
-    x = (torch.randn(E, G * C, D, device=device) * there[..., None]).requires_grad_()
+    x = (torch.randn(E, G * C, D, device=device) * there[..., None]).to(size.torch_dtype).requires_grad_()
     w1, b1, w2, b2 = leaf(E, D, 4 * D), leaf(E, 4 * D), leaf(E, 4 * D, D), leaf(E, D)
     act = partial(F.gelu, approximate="tanh")
 
@@ -45,12 +47,12 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
         return spread(torch.cat([torch.addmm(d, act(torch.addmm(b, i, a)), c) for i, a, b, c, d in parameters]))
 
     def grouped():
-        hidden = act(F.grouped_mm(x.flatten(0, 1)[rows], w1, offs=offsets) + b1[owner])
-        return spread(F.grouped_mm(hidden, w2, offs=offsets) + b2[owner])
+        hidden = act(F.grouped_mm(x.flatten(0, 1)[rows], w1, offs=offsets) + F.embedding(owner, b1))
+        return spread(F.grouped_mm(hidden, w2, offs=offsets) + F.embedding(owner, b2))
 
     variant = partial(Variant, leaves=(x, w1, b1, w2, b2))
     flops = 2 * 2 * len(rows) * D * 4 * D
-    moved = 4 * (2 * len(rows) * D + 8 * E * D * D)
+    moved = size.itemsize * (2 * len(rows) * D + 8 * E * D * D)
     return Case(
         op="grouped_mlp",
         title="expert MLPs, " + ("one group" if one_group else "per image"),
@@ -60,16 +62,22 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
             variant("torch baddbmm, padded", "index", padded),
             variant("loop over experts", "index", loop),
             variant("grouped_mm", "index", grouped),
+            dense(x, len(rows)),
         ),
-        floors={FORWARD: Floor(flops=flops, bytes=moved), BACKWARD: Floor(flops=3 * flops, bytes=3 * moved)},
-        tolerance=1e-4,
+        floors={
+            FORWARD: Floor(flops, moved, dtype=size.dtype),
+            BACKWARD: Floor(3 * flops, 3 * moved, dtype=size.dtype),
+        },
+        tolerance=size.tolerance(1e-4),
     )
 
 
 # Rows enough for an expert, 98 for each of a token's K, and few enough for all forms in a minute.
 DEFAULT = Size(images=16)
 QUICK = Size(images=4, experts=8, width=192)
+NARROW_BFLOAT16 = replace(VIT_B_BFLOAT16, width=384)
+entry = partial(Entry, "grouped_mlp", default=DEFAULT, quick=QUICK, weight=6)
 ENTRIES = (
-    Entry("grouped_mlp", build, default=DEFAULT, quick=QUICK, weight=6),
-    Entry("grouped_mlp", partial(build, one_group=False), default=DEFAULT, quick=QUICK, weight=6),
+    entry(build, cuda=(VIT_B_BFLOAT16, NARROW_BFLOAT16, VIT_B), cuda_quick=(VIT_B_BFLOAT16, NARROW_BFLOAT16)),
+    entry(partial(build, one_group=False), cuda=(VIT_B_BFLOAT16, VIT_B)),
 )

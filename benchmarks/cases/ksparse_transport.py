@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from benchmarks import forms, peers
-from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from benchmarks.case import BACKWARD, FORWARD, VIT_B, Case, Entry, Floor, Size, Variant
 from vmoe_routers import capacity, ksparse_transport
 from vmoe_routers.ops import reference
 
@@ -60,8 +60,9 @@ def build_lbfgs(size: Size, device: str) -> Case:
     )
 
 
+ONE = Size(images=1)
 ENTRIES = (
-    Entry("ksparse_transport", partial(build, one_group=False), quick=Size(images=8)),
+    Entry("ksparse_transport", partial(build, one_group=False), quick=Size(images=8), cuda_quick=(VIT_B,)),
     Entry("ksparse_transport", partial(build, one_group=True), quick=Size(images=16)),
-    Entry("ksparse_transport", build_lbfgs, default=Size(images=1), quick=Size(images=1)),
+    Entry("ksparse_transport", build_lbfgs, default=ONE, quick=ONE, cuda=(ONE,)),
 )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import layers, peers
-from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
 from vmoe_routers import MoEMlp
 
 EINSUM_BYTES = 256 << 20  # a dispatch tensor larger than this is not built
@@ -19,29 +19,19 @@ EINSUM_BYTES = 256 << 20  # a dispatch tensor larger than this is not built
 
 def make(size: Size, device: str, **options: Any) -> MoEMlp:
     """Our layer, its experts 4 times as wide within."""
-    return MoEMlp(size.width, 4 * size.width, num_experts=size.experts, device=device, **options).eval()
+    same = {"num_experts": size.experts, "device": device, "dtype": size.torch_dtype}
+    return MoEMlp(size.width, 4 * size.width, **same, **options).eval()
 
 
 def floors(rows: int, size: Size, extra: int = 0) -> dict[str, Floor]:
     """Two products over `rows` rows, and three times that with gradients; weights and rows moved once a product."""
     D, E = size.width, size.experts
     flops = 2 * 2 * rows * D * 4 * D + extra
-    moved = 4 * (2 * size.rows * D + 8 * E * D * D)
-    return {FORWARD: Floor(flops=flops, bytes=moved), BACKWARD: Floor(flops=3 * flops, bytes=3 * moved)}
-
-
-def dense(x: torch.Tensor, rows: int) -> Variant:
-    """An MLP over `rows` rows, 4 times as wide within: what the experts' products cost without routing."""
-    D = x.shape[2]
-    first, second = nn.Linear(D, 4 * D, device=x.device), nn.Linear(4 * D, D, device=x.device)
-    xs = torch.randn(rows, D, device=x.device, requires_grad=True)
-    return Variant(
-        "dense MLP, same FLOPs",
-        "dense",
-        lambda: [second(F.gelu(first(xs), approximate="tanh"))],
-        leaves=(xs, *first.parameters(), *second.parameters()),
-        different="dense",
-    )
+    moved = size.itemsize * (2 * size.rows * D + 8 * E * D * D)
+    return {
+        FORWARD: Floor(flops, moved, dtype=size.dtype),
+        BACKWARD: Floor(3 * flops, 3 * moved, dtype=size.dtype),
+    }
 
 
 def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_k: int = 1) -> Case:
@@ -49,7 +39,7 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
     options = {"top_k": top_k} if router.endswith("token_choice") else {}
     group = size.images if one_group else 1
     layer = make(size, device, router=router, group_size=group, **options)
-    x = torch.randn(size.images, size.tokens, size.width, device=device, requires_grad=True)
+    x = torch.randn(size.images, size.tokens, size.width, device=device).to(size.torch_dtype).requires_grad_()
     grouped = x.view(size.images // group, group * size.tokens, size.width)
     experts = layer.experts
     leaves = (x, layer.router.weight, experts.w1, experts.b1, experts.w2, experts.b2)
@@ -66,12 +56,12 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
     if router == "softmax_token_choice":
         variants.append(variant("loop over experts", "index", torch_form(layers.loop)))
         variants.append(variant("grouped_mm", "index", torch_form(layers.grouped)))
-        dense_bytes = 4 * size.rows * size.experts * layer.router.slots(grouped.shape[1])
+        dense_bytes = size.itemsize * size.rows * size.experts * layer.router.slots(grouped.shape[1])
         if dense_bytes <= EINSUM_BYTES:
             variants.append(variant("one-hot einsum", "naive", torch_form(layers.einsum)))
         else:
             skipped.append(f"one-hot einsum: its dispatch tensor alone would be {dense_bytes >> 20} MiB")
-    variants.append(dense(x, size.rows * top_k))
+    variants.append(layers.dense(x, size.rows * top_k))
     return Case(
         op="layer",
         title=f"layer, {router}, K={top_k}, " + ("one group" if one_group else "per image"),
@@ -79,7 +69,7 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
         variants=tuple(variants),
         floors=floors(size.rows * top_k, size),
         # A choice between experts a rounding apart may fall otherwise, and moves a token.
-        tolerance=1e-3,
+        tolerance=size.tolerance(1e-3),
         allowed=1e-2,
         skipped=tuple(skipped),
     )
@@ -90,9 +80,11 @@ def soft(size: Size, device: str) -> Case:
     layer = make(size, device, router="soft", slots_per_expert=slots, act_layer=nn.GELU)
     # Of length sqrt(D): for such tokens soft-moe-pytorch is the same function.
     x = F.normalize(torch.randn(size.images, size.tokens, size.width, device=device), dim=-1) * size.width**0.5
-    x.requires_grad_()
+    x = x.to(size.torch_dtype).requires_grad_()
     experts = layer.experts
-    leaves = (x, layer.router.phi, layer.router.scale, experts.w1, experts.b1, experts.w2, experts.b2)
+    # In 16 bits little is left of the scale's gradient, one sum over everything that nearly cancels.
+    scale = (layer.router.scale,) if size.dtype == "float32" else ()
+    leaves = (x, layer.router.phi, *scale, experts.w1, experts.b1, experts.w2, experts.b2)
     variant = partial(Variant, leaves=leaves)
     variants = [
         variant("ours", "ours", lambda: [layer(x)]),
@@ -102,7 +94,7 @@ def soft(size: Size, device: str) -> Case:
     skipped: list[str] = []
     peers.add(variants, skipped, peers.soft_moe_pytorch, layer, x)
     rows = size.images * size.experts * slots
-    variants.append(dense(x, rows))
+    variants.append(layers.dense(x, rows))
     mixing = 3 * 2 * size.images * size.tokens * size.experts * slots * size.width
     return Case(
         op="layer",
@@ -110,7 +102,7 @@ def soft(size: Size, device: str) -> Case:
         size=size,
         variants=tuple(variants),
         floors=floors(rows, size, mixing),
-        tolerance=1e-3,
+        tolerance=size.tolerance(1e-3),
         skipped=tuple(skipped),
     )
 
@@ -124,11 +116,11 @@ NAMES = (
     "sinkhorn_expert_choice",
     "sparsity_constrained_expert_choice",
 )
-entry = partial(Entry, "layer", default=DEFAULT, quick=QUICK, weight=6)
+entry = partial(Entry, "layer", default=DEFAULT, quick=QUICK, weight=6, cuda=(VIT_B_BFLOAT16, VIT_B))
 ENTRIES = (
-    entry(partial(sparse, router="softmax_token_choice"), sweep=("experts", "width")),
+    entry(partial(sparse, router="softmax_token_choice"), sweep=("experts", "width"), cuda_quick=(VIT_B_BFLOAT16,)),
     entry(partial(sparse, router="softmax_token_choice", top_k=2), weight=12),
     entry(partial(sparse, router="softmax_token_choice", one_group=False)),
     *(entry(partial(sparse, router=name)) for name in NAMES),
-    entry(soft, sweep=("tokens",)),
+    entry(soft, sweep=("tokens",), cuda_quick=(VIT_B_BFLOAT16,)),
 )

@@ -79,4 +79,4 @@ NAMES = (
     "soft_logits",
     "soft_mix",
 )
-ENTRIES = tuple(Entry("overhead", partial(build, name=name), default=TINY, quick=TINY) for name in NAMES)
+ENTRIES = tuple(Entry("overhead", partial(build, name=name), default=TINY, quick=TINY, cuda=(TINY,)) for name in NAMES)

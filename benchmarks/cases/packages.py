@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import hugging_face, layers, peers
-from benchmarks.case import Case, Entry, Size, Variant
-from benchmarks.cases.layer import DEFAULT, QUICK, dense, floors, make
+from benchmarks.case import VIT_B, Case, Entry, Size, Variant
+from benchmarks.cases.layer import DEFAULT, QUICK, floors, make
 from vmoe_routers import MoEMlp
 
 
@@ -37,7 +38,7 @@ def build(size: Size, device: str, title: str, torch_forms: Sequence[tuple[str, 
             op="layer",
             title=title,
             size=size,
-            variants=(*variants, dense(x, rows)),
+            variants=(*variants, layers.dense(x, rows)),
             floors=floors(rows, size),
             # A choice between experts a rounding apart may fall otherwise, and moves a token.
             tolerance=1e-3,
@@ -89,4 +90,5 @@ def fullest(layer: MoEMlp, x: Tensor) -> int:
     return math.ceil(chosen.flatten().bincount().max().item())
 
 
-ENTRIES = tuple(Entry("layer", build, default=DEFAULT, quick=QUICK, weight=12) for build in (top2, top1, dropless))
+entry = partial(Entry, "layer", default=DEFAULT, quick=QUICK, weight=12, cuda=(replace(VIT_B, top_k=2),))
+ENTRIES = tuple(entry(build) for build in (top2, top1, dropless))

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from benchmarks import forms, peers
-from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from benchmarks.case import BACKWARD, FORWARD, VIT_B, Case, Entry, Floor, Size, Variant
 from vmoe_routers import sinkhorn
 
 ITERATIONS = 20
@@ -54,6 +54,6 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
 
 
 ENTRIES = (
-    Entry("sinkhorn", partial(build, one_group=True), quick=Size(), sweep=("experts",)),
-    Entry("sinkhorn", partial(build, one_group=False), quick=Size(images=16)),
+    Entry("sinkhorn", partial(build, one_group=True), quick=Size(), sweep=("experts",), cuda_quick=(VIT_B,)),
+    Entry("sinkhorn", partial(build, one_group=False), quick=Size(images=16), cuda_quick=(VIT_B,)),
 )

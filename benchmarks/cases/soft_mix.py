@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import forms
-from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from benchmarks.case import BACKWARD, FORWARD, VIT_B, Case, Entry, Floor, Size, Variant
 from vmoe_routers import ops
 
 
 def build(size: Size, device: str) -> Case:
     G, T, E, D = size.images, size.tokens, size.experts, size.width
     S = E * max(1, round(T / E))
-    x = torch.randn(G, T, D, device=device, requires_grad=True)
+    x = torch.randn(G, T, D, device=device).to(size.torch_dtype).requires_grad_()
     # As the router makes them, at a scale where the logits are of order 1.
-    phi = (D**0.5 * F.normalize(torch.randn(D, S, device=device), dim=0)).requires_grad_()
+    phi = (D**0.5 * F.normalize(torch.randn(D, S, device=device), dim=0)).to(size.torch_dtype).requires_grad_()
     variant = partial(Variant, leaves=(x, phi))
 
     def ours():
         logits = ops.soft_logits(x, phi).unflatten(2, (E, -1))
         return [ops.soft_mix(logits, ops.soft_mix(logits, x, 1), 2)]
 
-    products = Floor(flops=6 * G * T * S * D, bytes=4 * (2 * G * T * D + D * S), exps=G * T * S)
-    gradients = Floor(flops=12 * G * T * S * D, bytes=4 * (3 * G * T * D + 2 * D * S))
+    moved = size.itemsize
+    products = Floor(6 * G * T * S * D, moved * (2 * G * T * D + D * S), G * T * S, size.dtype)
+    gradients = Floor(flops=12 * G * T * S * D, bytes=moved * (3 * G * T * D + 2 * D * S))
     return Case(
         op="soft_mix",
         title="Soft MoE mixing",
@@ -38,8 +40,19 @@ def build(size: Size, device: str) -> Case:
             variant("torch attention, twice", "index", lambda: [forms.soft_mix_attention(x, phi)]),
         ),
         floors={FORWARD: products, BACKWARD: products + gradients},
-        tolerance=1e-4,
+        tolerance=size.tolerance(1e-4),
     )
 
 
-ENTRIES = (Entry("soft_mix", build, quick=Size(images=8), sweep=("tokens", "width")),)
+SQUARE = replace(VIT_B, experts=28)  # as many slots as tokens, 196
+SQUARE_BFLOAT16 = replace(SQUARE, dtype="bfloat16")
+ENTRIES = (
+    Entry(
+        "soft_mix",
+        build,
+        quick=Size(images=8),
+        sweep=("tokens", "width"),
+        cuda=(SQUARE_BFLOAT16, SQUARE),
+        cuda_quick=(SQUARE_BFLOAT16,),
+    ),
+)

@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from benchmarks import forms
-from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from benchmarks import forms, peers
+from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
 from vmoe_routers import ops
+
+
+def draw(size: Size, device: str) -> torch.Tensor:
+    """Logits [1, n, E]. In 16 bits a row's are all different: between equal ones torch may choose any."""
+    logits = torch.randn(1, size.rows, size.experts, device=device)
+    if size.dtype != "float32":
+        logits = logits.argsort(-1) * (4 / size.experts)
+    return logits.to(size.torch_dtype).requires_grad_()
 
 
 def build(size: Size, device: str) -> Case:
     n, E, K = size.rows, size.experts, size.top_k
-    logits = torch.randn(1, n, E, device=device, requires_grad=True)
+    logits = draw(size, device)
     variant = partial(Variant, leaves=(logits,))
-    forward = Floor(bytes=4 * n * E + 8 * n * K, exps=n * E)
+    variants = [
+        variant("ours", "ours", lambda: ops.softmax_topk(logits, K)),
+        variant("argmax and mask", "naive", lambda: forms.topk_one_hot(logits, K)),
+        variant("torch softmax + topk", "index", lambda: forms.topk(logits, K)),
+        variant("torch topk, then softmax of k", "index", lambda: forms.topk_then_normalize(logits, K)),
+    ]
+    skipped: list[str] = []
+    if peers.runs_triton(device):
+        peers.add(variants, skipped, peers.triton_topk, logits, K)
+    forward = Floor(bytes=size.itemsize * n * (E + K) + 4 * n * K, exps=n * E)
     return Case(
         op="topk",
         title="softmax + top-k",
         size=size,
-        variants=(
-            variant("ours", "ours", lambda: ops.softmax_topk(logits, K)),
-            variant("argmax and mask", "naive", lambda: forms.topk_one_hot(logits, K)),
-            variant("torch softmax + topk", "index", lambda: forms.topk(logits, K)),
-            variant("torch topk, then softmax of k", "index", lambda: forms.topk_then_normalize(logits, K)),
-        ),
-        floors={FORWARD: forward, BACKWARD: forward + Floor(bytes=8 * n * E, exps=n * E)},
+        variants=tuple(variants),
+        floors={FORWARD: forward, BACKWARD: forward + Floor(bytes=2 * size.itemsize * n * E, exps=n * E)},
+        tolerance=size.tolerance(1e-5),
         # Probabilities one rounding apart may change places.
         allowed=1e-3,
+        skipped=tuple(skipped),
     )
 
 
-ENTRIES = (Entry("topk", build, quick=Size(), sweep=("experts",)),)
+# More rows than any cache holds.
+MILLION = Size(images=4096, tokens=256, top_k=1)
+TARGETED = (VIT_B, MILLION, replace(MILLION, experts=64))
+ENTRIES = (
+    Entry(
+        "topk",
+        build,
+        quick=Size(),
+        sweep=("experts",),
+        cuda=(*TARGETED, replace(VIT_B, top_k=2), VIT_B_BFLOAT16),
+        cuda_quick=TARGETED,
+    ),
+)

@@ -1,5 +1,12 @@
 """Every case builds at a tiny size, and every variant of it computes what it says."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,12 +15,38 @@ from benchmarks.cases import entries
 from benchmarks.compare import applies, check, mismatch, runner
 from benchmarks.targets import TARGETS
 
+ROOT = Path(__file__).parents[2]
+
+
+def measured(entry):
+    """The dtypes of its sizes."""
+    return {size.dtype for size in (entry.default, *entry.cuda)}
+
+
 TINY = Size(images=2, tokens=48, experts=4, width=16)
+EVERY = entries(device="cuda")  # those of a CPU among them
+TINIES = [(i, replace(TINY, dtype=dtype)) for i, entry in enumerate(EVERY) for dtype in sorted(measured(entry))]
 
 
-@pytest.fixture(params=range(len(entries())))
+@pytest.fixture(params=TINIES, ids=lambda tiny: f"{tiny[0]}-{tiny[1].dtype}")
 def case(request):
-    return entries()[request.param].build(TINY, "cpu")
+    index, size = request.param
+    return EVERY[index].build(size, "cpu")
+
+
+def test_on_a_cpu_everything_is_float32_and_on_cuda_most_is_bfloat16_too():
+    assert all({entry.default.dtype, entry.quick.dtype} == {"float32"} for entry in EVERY)
+    both = {entry.op for entry in EVERY if "bfloat16" in measured(entry)}
+    assert both == {"topk", "expert_choice", "dispatch", "grouped_mlp", "soft_mix", "layer"}
+    assert {size.dtype for entry in EVERY for size in entry.cuda} == {"float32", "bfloat16"}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton")
+def test_triton_computes_the_same_as_ours():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    script = Path(__file__).with_name("triton_on_cpu.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "15 checked\n", done.stderr
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' own
@@ -44,7 +77,7 @@ def test_mismatch_counts_entries_and_refuses_shapes():
 
 
 def test_every_target_is_about_a_case():
-    titles = [entry.build(TINY, "cpu").title for entry in entries()]
+    titles = [entry.build(TINY, "cpu").title for entry in EVERY]
     for target in TARGETS:
         assert any(title.startswith(target.title) for title in titles), target
     assert {target.direction for target in TARGETS} == {"forward", BACKWARD}

@@ -89,7 +89,7 @@ def test_full_is_memory_and_the_sizes_worth_changing():
     assert plan.parse(["--full"], "").memory
     jobs = list(plan.jobs(plan.parse(["--full", "--threads", "1,2"], "")))
     assert {job.threads for job in jobs} == {1, 2}
-    assert all(job.threads == 1 for job in jobs if job.whole or job.size != job.entry.default)
+    assert all(job.threads == 1 for job in jobs if job.whole or not job.default)
     assert {job.size.experts for job in jobs if job.entry.op == "topk"} == {8, 32, 128}
 
 
@@ -117,8 +117,8 @@ def test_verdicts_on_time_and_memory():
 
 def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
     entry = Entry("topk", topk.build, quick=Size(images=1, tokens=32, experts=4))
-    monkeypatch.setattr(plan, "entries", lambda op=None: [entry])
-    monkeypatch.setattr(scaling, "entries", lambda op=None: [entry])
+    monkeypatch.setattr(plan, "entries", lambda *_: [entry])
+    monkeypatch.setattr(scaling, "entries", lambda *_: [entry])
     monkeypatch.setattr(scaling, "AXES", [scaling.Axis("tokens", (64, 256, 512), lambda n: Size(1, n, 4, 8))])
     for module in (run, scaling):
         monkeypatch.setattr(module, "measure_ceilings", lambda *args, **options: CEILINGS)
@@ -151,7 +151,7 @@ def test_a_case_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
 
     small = Size(images=1, tokens=32, experts=4)
     good, bad = Entry("topk", topk.build, quick=small), Entry("topk", broken, quick=small)
-    monkeypatch.setattr(plan, "entries", lambda op=None: [bad, good])
+    monkeypatch.setattr(plan, "entries", lambda *_: [bad, good])
     monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
     with pytest.raises(SystemExit, match=r"failed: topk \[n=32"):
         run.main(["--quick", "--json", str(tmp_path / "run.json")])
@@ -165,9 +165,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     small = Size(images=1, tokens=32, experts=4)
-    monkeypatch.setattr(
-        plan, "entries", lambda op=None: [Entry("topk", build, quick=small) for build in (topk.build, cut_off)]
-    )
+    monkeypatch.setattr(plan, "entries", lambda *_: [Entry("topk", b, quick=small) for b in (topk.build, cut_off)])
     monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
     with pytest.raises(KeyboardInterrupt):
         run.main(["--quick", "--json", str(tmp_path / "run.json")])
@@ -192,11 +190,26 @@ def test_on_a_gpu_a_form_without_a_kernel_is_skipped_and_a_wrong_one_is_not():
             usable(fails(error), "forward", [], device)
 
 
-def test_on_cuda_a_batch_of_vit_b_is_measured_too():
-    options = plan.parse(["--device", "cuda"], "")
-    sizes = {str(job.size) for job in plan.jobs(options) if job.entry.op == "topk"}
-    assert sizes == {"n=12544 T=196 E=32 D=384 K=2", "n=50176 T=196 E=32 D=768 K=2"}
-    assert all(job.size == job.entry.quick for job in plan.jobs(plan.parse(["--device", "cuda", "--quick"], "")))
+def test_on_cuda_batches_of_vit_b_are_measured():
+    jobs = list(plan.jobs(plan.parse(["--device", "cuda"], "")))
+    assert all(job.default and job.size in job.entry.cuda for job in jobs)
+    assert "n=50176 T=196 E=32 D=768 K=1 bfloat16" in {str(job.size) for job in jobs if job.entry.op == "topk"}
+    assert any(job.entry.only_cuda for job in jobs)
+    assert not any(job.entry.only_cuda for job in plan.jobs(plan.parse([], "")))
+    quick = list(plan.jobs(plan.parse(["--device", "cuda", "--quick"], "")))
+    assert {job.size for job in quick} <= {job.size for job in jobs} and len(quick) < len(jobs) / 2
+    swept = list(plan.jobs(plan.parse(["--device", "cuda", "--sweep", "--only", "topk"], "")))
+    assert {(job.size.images, job.size.experts) for job in swept if not job.default} == {(256, 8), (256, 128)}
+
+
+def test_torch_compile_has_its_time():
+    def until(*arguments):
+        return plan.parse(list(arguments), "").compile_until
+
+    assert until() == until("--device", "cuda") == float("inf")
+    assert until("--quick") is until("--no-compile") is until("--quick", "--device", "cuda", "--no-compile") is None
+    now = time.perf_counter()
+    assert now < until("--quick", "--device", "cuda") < now + plan.COMPILING + 10
 
 
 def test_pages_are_what_the_kept_runs_say():
