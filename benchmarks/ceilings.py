@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.case import Floor, Size
-from benchmarks.timer import once, repeats_for
+from benchmarks.case import VIT_B, Floor, Size
+from benchmarks.timer import Queued, once, repeats_for
 from vmoe_routers import ops
+
+GPU_MEMORY = 1 << 30  # bytes, of which its L2 holds next to nothing
+GPU_PRODUCT = 8192  # one of 2048^3 does not fill it in bfloat16
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,12 @@ class Ceilings:
     copy: dict[str, float]
     exp: float
     sizes: dict[str, int]
+    gemm_bfloat16: float = 0.0  # of a GPU
+
+    @property
+    def fastest_gemm(self) -> float:
+        """In float32."""
+        return max(self.gemm, self.gemm_layer)
 
     def level(self, working_set: float) -> str:
         """The smallest level that holds the working set: twice what was measured there."""
@@ -32,8 +42,9 @@ class Ceilings:
     def seconds(self, floor: Floor) -> dict[str, float]:
         """What each resource alone would take; the floor is the largest."""
         level = self.level(floor.bytes)
+        gemm = self.gemm_bfloat16 if floor.dtype == "bfloat16" and self.gemm_bfloat16 else self.fastest_gemm
         return {
-            "gemm": floor.flops / max(self.gemm, self.gemm_layer),
+            "gemm": floor.flops / gemm,
             f"{level} bandwidth": floor.bytes / max(self.read[level], self.copy[level]),
             "exp": floor.exps / self.exp,
         }
@@ -51,6 +62,7 @@ class Ceilings:
             levels(self.copy, other.copy),
             max(self.exp, other.exp),
             self.sizes,
+            max(self.gemm_bfloat16, other.gemm_bfloat16),
         )
 
     def floor(self, floor: Floor) -> dict:
@@ -74,24 +86,25 @@ def cache_sizes() -> dict[str, int]:
     return sizes
 
 
-def measure_ceilings(device: str, size: Size, *, quick: bool = False) -> Ceilings:
+def measure_ceilings(device: str, *, quick: bool = False) -> Ceilings:
     """The best of several measurements each: a ceiling that noise lowers is none."""
     enough = 0.3 if quick else 1.0
-    cache = cache_sizes()
     if device == "cuda":
-        cache = dict.fromkeys(cache, torch.cuda.get_device_properties().L2_cache_size)
-    levels = {"L2": cache["L2"] // 2, "L3": cache["L3"] // 2, "DRAM": min(4 * cache["L3"], 256 << 20)}
+        levels = {"L2": torch.cuda.get_device_properties().L2_cache_size // 2, "DRAM": GPU_MEMORY}
+    else:
+        cache = cache_sizes()
+        levels = {"L2": cache["L2"] // 2, "L3": cache["L3"] // 2, "DRAM": min(4 * cache["L3"], 256 << 20)}
 
     def best(call) -> float:
-        repeats = repeats_for(call, device, 5e-3)
+        measured = Queued(call) if device == "cuda" else partial(once, call, repeats_for(call, device, 5e-3), device)
         start, times = time.perf_counter(), []
         while len(times) < 3 or time.perf_counter() - start < enough:
-            times.append(once(call, repeats, device))
+            times.append(measured())
         return min(times)
 
-    def gemm(m: int, k: int, n: int) -> float:
-        a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
-        out = torch.empty(m, n, device=device)
+    def gemm(m: int, k: int, n: int, dtype: torch.dtype = torch.float32) -> float:
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+        out = torch.empty(m, n, device=device, dtype=dtype)
         rate = 2 * m * k * n / best(lambda: torch.mm(a, b, out=out))
         if device == "cpu":
             # torch's product does not use all of every CPU. Ours is a thread's; soft_logits has little else to do.
@@ -112,5 +125,8 @@ def measure_ceilings(device: str, size: Size, *, quick: bool = False) -> Ceiling
     square = x[: x.numel() // 512 * 512].view(-1, 512)
     # torch's softmax has a faster exp than its exp, at times.
     exp = x.numel() / min(best(lambda: torch.exp(x, out=out)), best(lambda: torch.softmax(square, 1)))
-    rows = max(1, math.ceil(size.rows / size.experts))
-    return Ceilings(gemm(2048, 2048, 2048), gemm(rows, size.width, 4 * size.width), read, copy, exp, levels)
+    size = VIT_B if device == "cuda" else Size()
+    rows = math.ceil(size.rows / size.experts)
+    products = gemm(2048, 2048, 2048), gemm(rows, size.width, 4 * size.width)
+    bfloat16 = gemm(*[GPU_PRODUCT] * 3, torch.bfloat16) if device == "cuda" else 0.0
+    return Ceilings(*products, read, copy, exp, levels, bfloat16)

@@ -14,8 +14,8 @@ def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
     """One fixed direction for every output that has a gradient."""
     made = []
     for output in outputs:
-        generator = torch.Generator().manual_seed(len(made))
-        made.append(torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device))
+        generator = torch.Generator(output.device).manual_seed(len(made))
+        made.append(torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device))
     return made
 
 

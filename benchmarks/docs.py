@@ -10,9 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.report import mebibytes, seconds
+from benchmarks.report import GPU_TIMES, WAITS, mebibytes, seconds
 from benchmarks.scaling import GAIN, SLACK
-from benchmarks.targets import best_peer
+from benchmarks.targets import best_peer, reasons
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- benchmarks: written by python -m benchmarks.docs -->", "<!-- end of benchmarks -->")
@@ -38,11 +38,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def section(run: dict, scaling: dict | None, images: list[str]) -> str:
     """One device."""
-    parts = [f"## {run['machine']['name']}, {run['machine']['isa']}", where(run["machine"]), ceilings(run)]
-    if run["quick"]:
+    machine, gpu = run["machine"], on_gpu(run)
+    parts = ["## " + machine["name"] + ("" if gpu else f", {machine['isa']}"), where(machine), ceilings(run)]
+    if gpu:
+        parts.append(GPU_TIMES)
+    elif run["quick"]:
         parts.append("**A quick run: smaller sizes than the targets are for.**")
     parts += [f"![{image}]({image})" for image in images]
-    parts += targets(run["targets"]) + losses(run["results"])
+    parts += targets(run) + losses(run["results"])
     if scaling:
         parts += growth(scaling)
     parts.append("### Cases")
@@ -50,13 +53,18 @@ def section(run: dict, scaling: dict | None, images: list[str]) -> str:
     return "\n\n".join(parts)
 
 
+def on_gpu(run: dict) -> bool:
+    return run["machine"]["device"] == "cuda"
+
+
 def where(machine: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['cores']} cores, ISA {machine['isa']}, {machine['date']}. {versions}."
+    cpu = f"{machine['cores']} cores, ISA {machine['isa']}, " if machine["device"] == "cpu" else ""
+    return f"{cpu}{machine['date']}. {versions}."
 
 
 def ceilings(run: dict) -> str:
-    """The machine's rates, a column for each number of threads."""
+    """The machine's rates, on a CPU a column for each number of threads."""
     columns = []
     for found in run["ceilings"]:
         rates = found["ceilings"]
@@ -64,22 +72,24 @@ def ceilings(run: dict) -> str:
             "GEMM 2048^3, GFLOP/s": f"{rates['gemm'] / 1e9:.4g}",
             "GEMM of the layer, GFLOP/s": f"{rates['gemm_layer'] / 1e9:.4g}",
         }
+        if rates.get("gemm_bfloat16"):
+            column["bfloat16 GEMM 8192^3, GFLOP/s"] = f"{rates['gemm_bfloat16'] / 1e9:.4g}"
         for kind in ("read", "copy"):
             column |= {f"{kind} {level}, GB/s": f"{rate / 1e9:.3g}" for level, rate in rates[kind].items()}
         columns.append({**column, "exp, G/s": f"{rates['exp'] / 1e9:.3g}"})
-    head = ["ceiling", *(f"{found['threads']} thread(s)" for found in run["ceilings"])]
+    head = ["ceiling", *("" if on_gpu(run) else f"{found['threads']} thread(s)" for found in run["ceilings"])]
     return table(head, [[name, *(column[name] for column in columns)] for name in columns[0]])
 
 
-def targets(verdicts: list[dict]) -> list[str]:
+def targets(run: dict) -> list[str]:
     """Met and missed, the most missed first; the targets are for one thread and the default sizes."""
-    due = [v for v in verdicts if v["default"] and v["threads"] == 1]
+    due = [v for v in run["targets"] if v["default"] and v["threads"] == 1]
     if not due:
         return []
     missed = sum(v["factor"] < 1 for v in due)
     rows = [
         [
-            f"{v['title']}, {v['direction']}",
+            f"{v['title']}, {v['direction']}" + (f" ({v['size']})" if on_gpu(run) else ""),
             v["against"],
             f"{v['target']:.3g}",
             f"{v['ratio']:.3g}",
@@ -88,8 +98,11 @@ def targets(verdicts: list[dict]) -> list[str]:
         for v in sorted(due, key=lambda v: v["factor"])
     ]
     head = f"### Targets: {len(due) - missed} met, {missed} missed"
-    note = "One thread, the default sizes. Of a layer against the dense MLP: the MLP's time over ours."
-    return [head, note, table(["case", "against", "target", "reached", ""], rows)]
+    note = "" if on_gpu(run) else "One thread, the default sizes. "
+    note += "Of a layer against the dense MLP: the MLP's time over ours."
+    parts = [head, note, table(["case", "against", "target", "reached", ""], rows)]
+    why = reasons(due)
+    return [*parts, "Why they are missed, where it is known:", "\n".join(f"- {line}" for line in why)] if why else parts
 
 
 def losses(results: list[dict]) -> list[str]:
@@ -147,17 +160,21 @@ def case_table(result: dict) -> str:
     floor, again, best = result["floor"], result["again"], best_peer(result)
     head = f"**{result['title']}, {result['direction']}** ({result['size']}, {result['threads']} thread(s))"
     memory = any(v["saved_bytes"] is not None or v["peak_bytes"] is not None for v in result["variants"])
+    called = any(v.get("called_seconds") for v in result["variants"])
     rows = []
     for v in result["variants"]:
         name = v["name"] + (" (best peer)" if v["name"] == best else "")
+        name += f" ({WAITS})" if v.get("waits") else ""
         row = [
             name + (f" (different function: {v['different']})" if v["different"] else ""),
             seconds(v["seconds"]),
+            *([seconds(v["called_seconds"])] if called else []),
             f"{v['ratio']['median']:.2f} ({v['ratio']['low']:.2f}-{v['ratio']['high']:.2f})",
             f"{floor['seconds'] / v['seconds']:.1%}",
         ]
         rows.append(row + [mebibytes(v["saved_bytes"]), mebibytes(v["peak_bytes"])] * memory)
-    columns = ["variant", "time", "time / ours", "floor / time"] + ["saved MiB", "peak MiB"] * memory
+    columns = ["variant", "time", *["of a call"] * called, "time / ours", "floor / time"]
+    columns += ["saved MiB", "peak MiB"] * memory
     foot = f"Floor {seconds(floor['seconds'])} ({floor['by']}); A/A {again['median']:.3f}."
     skipped = "".join(f" Skipped: {line}." for line in result["skipped"])
     return "\n\n".join([head + _unstable(result), table(columns, rows), foot + skipped])
@@ -169,7 +186,8 @@ def summary(run: dict, page: str) -> str:
     for result in run["results"]:
         if result["threads"] != 1 or not (result["default"] or run["quick"]) or result["op"] == "overhead":
             continue
-        row = rows.setdefault(result["title"], [result["title"], "", "", "", ""])
+        title = result["title"] + (f" ({result['size']})" if on_gpu(run) else "")
+        row = rows.setdefault(title, [title, "", "", "", ""])
         best = next((v for v in result["variants"] if v["name"] == best_peer(result)), None)
         ours, forward = result["variants"][0], result["direction"] == "forward"
         text = f"{best['ratio']['median']:.2g}x" + _unstable(result) if best else "-"
@@ -178,13 +196,19 @@ def summary(run: dict, page: str) -> str:
             row[1], row[4] = best["name"] if best else "-", f"{result['floor']['seconds'] / ours['seconds']:.0%}"
     machine, due = run["machine"], [v for v in run["targets"] if v["default"] and v["threads"] == 1]
     met = sum(v["factor"] >= 1 for v in due)
-    form = ", a quick run on small sizes" if run["quick"] else ""
+    form = ", a quick run on small sizes" if run["quick"] and not on_gpu(run) else ""
+    if on_gpu(run):
+        what = f"{machine['name']} ({machine['date']}, torch {machine['versions']['torch']})"
+    else:
+        what = (
+            f"One thread of {machine['name']} (ISA {machine['isa']}, {machine['date']}, torch "
+            f"{machine['versions']['torch']}), float32{form}"
+        )
     head = ["case", "best of the others, forward", "faster than it by", "with gradients", "of the floor, forward"]
     return "\n\n".join(
         [
-            f"One thread of {machine['name']} (ISA {machine['isa']}, {machine['date']}, torch "
-            f"{machine['versions']['torch']}), float32{form}; {met} of {len(due)} targets met. All variants, threads, "
-            f"memory, scaling and what is missed: [{page}]({page}).",
+            f"{what}; {met} of {len(due)} targets met. All variants, threads, memory, scaling and what is missed: "
+            f"[{page}]({page}).",
             table(head, list(rows.values())),
         ]
     )
@@ -214,11 +238,12 @@ def document(results: Path, docs: Path) -> str:
 
 
 def with_summary(readme: str, results: Path) -> str:
-    """README with its lines between the marks written anew, from the first run kept."""
+    """README with its lines between the marks written anew, from the first run kept of a CPU and the first of a GPU."""
     before, rest = readme.split(MARKS[0])
     behind = rest.split(MARKS[1])[1]
-    runs = kept(results)
-    lines = summary(json.loads(runs[0].read_text()), "docs/benchmarks.md") if runs else NONE
+    runs = [json.loads(path.read_text()) for path in kept(results)]
+    first = [next((run for run in runs if on_gpu(run) == gpu), None) for gpu in (False, True)]
+    lines = "\n\n".join(summary(run, "docs/benchmarks.md") for run in first if run) or NONE
     return f"{before}{MARKS[0]}\n{lines}\n{MARKS[1]}{behind}"
 
 

@@ -6,6 +6,8 @@ index forms. In 16 bits too the routing is float32, as everywhere.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,7 +112,7 @@ def sinkhorn_log(logits: Tensor, iterations: int = 20) -> Tensor:
     n, E = logits.shape[1:]
     f = logits.new_zeros(logits.shape[0], n, 1)
     h = f
-    target = torch.tensor(n / E, device=logits.device).log()
+    target = math.log(n / E)
     for _ in range(iterations):
         h = target - (logits + f).logsumexp(1, keepdim=True)
         f = -(logits + h).logsumexp(2, keepdim=True)

@@ -13,7 +13,7 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.compare import applies, check, recording, runner
 from benchmarks.memory import peaks, saved_bytes
 from benchmarks.plan import Job
-from benchmarks.timer import device_seconds, is_unstable, measure
+from benchmarks.timer import Queued, is_unstable, measure, paired
 
 
 def with_compiled(case: Case) -> Case:
@@ -77,13 +77,16 @@ def measure_job(job: Job, options: argparse.Namespace, ceilings: Ceilings) -> li
 def measure_case(
     case: Case, direction: str, job: Job, options: argparse.Namespace, ceilings: Ceilings, peak: dict[str, int]
 ) -> dict:
-    """Times, ratios, fractions of the floor, memory."""
+    """Times, ratios, fractions of the floor, memory. On a GPU time is its own; that of a call from Python comes too."""
     skipped = list(case.skipped)
     variants = usable(case, direction, skipped, options.device)
     calls = {variant.name: runner(variant, direction) for variant in variants}
     with recording(direction):
         timings, again = measure(calls, rounds=options.rounds, device=options.device)
-        busy = {name: device_seconds(call) for name, call in calls.items()} if options.device == "cuda" else {}
+        called, queued = timings, {}
+        if options.device == "cuda" and case.op != "overhead":
+            queued = {name: Queued(call) for name, call in calls.items()}
+            timings, again = paired(queued, rounds=options.rounds)
     return {
         "op": case.op,
         "title": case.title,
@@ -103,7 +106,8 @@ def measure_case(
                 "role": v.role,
                 "different": v.different or (v.different_gradient if direction == BACKWARD else ""),
                 "seconds": timings[v.name].seconds,
-                "device_seconds": busy.get(v.name),
+                "called_seconds": called[v.name].seconds if queued else None,
+                "waits": bool(queued) and queued[v.name].waits,
                 "ratio": asdict(timings[v.name].ratio),
                 "saved_bytes": saved_bytes(v) if direction == BACKWARD and v.role != "compiled" else None,
                 "peak_bytes": peak.get(f"{v.name}, {direction}"),

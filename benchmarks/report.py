@@ -6,10 +6,20 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from benchmarks.targets import best_peer
+from benchmarks.targets import best_peer, reasons
+
+WAITS = "with what Python takes"
+GPU_TIMES = (
+    "Times are the GPU's, of calls one behind the other on the same tensors: what its L2 holds is warm. The time of a "
+    "call is what one takes that Python asks for, again and again. Those marked '"
+    + WAITS
+    + "' wait for the GPU, or are "
+    "of too many kernels to be asked for ahead."
+)
 
 
 class TimeLeft:
@@ -60,11 +70,14 @@ def print_machine(console: Console, machine: dict, ceilings: list[dict]) -> None
         rates = found["ceilings"]
         read = ", ".join(f"{level} {rate / 1e9:.3g}" for level, rate in rates["read"].items())
         copy = ", ".join(f"{level} {rate / 1e9:.3g}" for level, rate in rates["copy"].items())
+        bfloat16 = f", bfloat16 8192^3 {rates['gemm_bfloat16'] / 1e9:.4g}" if rates["gemm_bfloat16"] else ""
         console.print(
             f"Ceilings, {found['threads']} thread(s): GEMM 2048^3 {rates['gemm'] / 1e9:.4g} GFLOP/s, "
-            f"at the layer's shape {rates['gemm_layer'] / 1e9:.4g}; read {read} GB/s; copy {copy} GB/s (both ways); "
-            f"exp {rates['exp'] / 1e9:.3g} G/s"
+            f"at the layer's shape {rates['gemm_layer'] / 1e9:.4g}{bfloat16}; read {read} GB/s; "
+            f"copy {copy} GB/s (both ways); exp {rates['exp'] / 1e9:.3g} G/s"
         )
+    if machine["device"] == "cuda":
+        console.print(GPU_TIMES)
 
 
 def print_result(console: Console, result: dict) -> None:
@@ -75,25 +88,26 @@ def print_result(console: Console, result: dict) -> None:
     again = result["again"]
     mark = "  [bold red]UNSTABLE[/]" if result["unstable"] else ""
     console.print(f"\n[bold]{head}[/]", highlight=False)
-    on_gpu = any(v["device_seconds"] is not None for v in result["variants"])
-    names = ["variant", "time", *(["on GPU"] if on_gpu else []), "time / ours", "95 %", "floor / time"]
+    on_gpu = any(v["called_seconds"] for v in result["variants"])
+    names = ["variant", "time", *(["of a call"] if on_gpu else []), "time / ours", "95 %", "floor / time"]
     table = Table(*names, "saved MiB", "peak MiB", "", box=None, pad_edge=False)
     for column in table.columns[1:-1]:
         column.justify = "right"
     best = best_peer(result)
     for v in result["variants"]:
         notes = [f"different function: {v['different']}"] if v["different"] else []
+        notes += [WAITS] if v["waits"] else []
         notes += ["best peer"] if v["name"] == best else []
         table.add_row(
-            v["name"],
+            escape(v["name"]),
             seconds(v["seconds"]),
-            *([seconds(v["device_seconds"])] if on_gpu else []),
+            *([seconds(v["called_seconds"])] if on_gpu else []),
             f"{v['ratio']['median']:.2f}",
             f"{v['ratio']['low']:.2f}-{v['ratio']['high']:.2f}",
             f"{floor['seconds'] / v['seconds']:.2%}",
             mebibytes(v["saved_bytes"]),
             mebibytes(v["peak_bytes"]),
-            "; ".join(notes),
+            escape("; ".join(notes)),
         )
     console.print(table)
     console.print(
@@ -103,13 +117,13 @@ def print_result(console: Console, result: dict) -> None:
         highlight=False,
     )
     for line in result["skipped"]:
-        console.print(f"[yellow]skipped[/] {line}", highlight=False)
+        console.print(f"[yellow]skipped[/] {escape(line)}", highlight=False)
 
 
 def print_verdicts(console: Console, verdicts: list[dict]) -> None:
     if not verdicts:
         return
-    console.print("\n[bold]Targets[/] (times faster than; of a layer against the dense MLP: its time over ours)")
+    console.print("\n[bold]Targets[/] (times faster than; against the dense MLP: its time over ours)")
     table = Table("case", "size", "thr", "against", "target", "reached", "", box=None, pad_edge=False)
     for v in sorted(verdicts, key=lambda v: v["factor"]):
         verdict = "[green]met[/]" if v["factor"] >= 1 else "[red]missed[/]"
@@ -123,3 +137,5 @@ def print_verdicts(console: Console, verdicts: list[dict]) -> None:
             f"{verdict}, {v['factor']:.2f} of it" + (" [bold red]UNSTABLE[/]" if v["unstable"] else ""),
         )
     console.print(table)
+    for reason in reasons(verdicts):
+        console.print(f"missed: {reason}", markup=False, highlight=False)

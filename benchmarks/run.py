@@ -17,7 +17,7 @@ import traceback
 import torch
 from rich.console import Console
 
-from benchmarks.case import Floor, Size
+from benchmarks.case import Floor
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.machine import machine
 from benchmarks.measure import measure_job
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace, console: Console) -> dict:
     found: dict[int, Ceilings] = {}
     for threads in options.threads:
         torch.set_num_threads(threads)
-        found[threads] = measure_ceilings(options.device, Size(), quick=options.quick)
+        found[threads] = measure_ceilings(options.device, quick=options.quick)
         report["ceilings"].append({"threads": threads, "ceilings": found[threads].as_dict()})
     print_machine(console, report["machine"], report["ceilings"])
     plan = list(jobs(options))
@@ -50,9 +50,9 @@ def run(options: argparse.Namespace, console: Console) -> dict:
             gc.collect()
             left.done()
     again(report, found, options, console)
-    report["targets"] = verdicts(report["results"]) if options.device == "cpu" else []  # they are a CPU's
+    report["targets"] = verdicts(report)
     print_verdicts(console, report["targets"])
-    if options.quick and report["targets"]:
+    if options.quick and options.device == "cpu" and report["targets"]:
         console.print("The targets are for the default sizes; those of --quick are smaller.")
     return report
 
@@ -69,12 +69,12 @@ def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace,
     for entry in report["ceilings"]:
         threads = entry["threads"]
         torch.set_num_threads(threads)
-        found[threads] = found[threads].at_least(measure_ceilings(options.device, Size(), quick=options.quick))
+        found[threads] = found[threads].at_least(measure_ceilings(options.device, quick=options.quick))
         entry["ceilings"] = found[threads].as_dict()
     raised = []
     for result in report["results"]:
         floor = result["floor"]
-        counted = Floor(floor["flops"], floor["bytes"], floor["exps"])
+        counted = Floor(floor["flops"], floor["bytes"], floor["exps"], floor["dtype"])
         result["floor"] = found[result["threads"]].floor(counted)
         raised.append(floor["seconds"] / result["floor"]["seconds"])
     if raised and max(raised) > 1.1:
@@ -96,9 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.json:
         written = [options.json]
         if report["results"]:
-            from benchmarks.plots import save_plots
-
-            written += save_plots(report, options.json.with_suffix(""))
+            try:
+                from benchmarks.plots import save_plots
+            except ImportError as error:
+                console.print(f"no figures: {error}")
+            else:
+                written += save_plots(report, options.json.with_suffix(""))
         console.print("\nwritten: " + ", ".join(map(str, written)))
     console.print(f"{report['seconds']:.0f} s")
     if report["failed"]:

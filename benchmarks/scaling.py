@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console() if Console().is_terminal else Console(width=160)
     start = time.perf_counter()
     torch.set_num_threads(THREADS[0])
-    found = measure_ceilings("cpu", Size(), quick=True)
+    found = measure_ceilings("cpu", quick=True)
     report: dict = {"machine": machine("cpu"), "ceilings": asdict(found), "curves": []}
     plan = [(axis, entry) for axis in AXES for entry in chosen(axis, options.only)]
     with TimeLeft(console, [1] * len(plan)) as left:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -40,26 +41,59 @@ def bootstrap(values: list[float], draws: int = 1000, seed: int = 0) -> Ratio:
 
 
 def once(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds a call, over `repeats` of them."""
+    """Seconds a call, over `repeats` of them: on a GPU by its clock, as fast as Python asks for them."""
     if device == "cuda":
         torch.cuda.synchronize()
+        return _between_events(call, repeats)[0]
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    if device == "cuda":
-        torch.cuda.synchronize()
     return (time.perf_counter() - start) / repeats
 
 
-def device_seconds(call: Callable[[], object], calls: int = 5) -> float:
-    """Seconds a call that the GPU is busy with it, whatever the host takes to ask for that."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(calls):
-            call()
+def _between_events(call: Callable[[], object], repeats: int) -> tuple[float, bool]:
+    """Seconds a call by the GPU's clock, and whether all were asked for before the first of them began."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    ahead = not start.query()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end) / repeats, ahead
+
+
+class Queued:
+    """Seconds a call that the GPU takes, whatever Python takes to ask for it.
+
+    The GPU is kept waiting until calls enough are in its queue, and takes them one behind the other.
+    """
+
+    LEAST = 1e-3  # seconds of asking: some hundred kernels, of which a queue holds a thousand
+    LONGEST = 0.05  # seconds of asking that are waited for
+    CYCLES = 2e9  # a second, of the fastest GPU
+
+    def __init__(self, call: Callable[[], object]):
+        self._call, self._repeats = call, repeats_for(call, "cuda", self.LEAST)
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6 / calls
+        start = time.perf_counter()
+        for _ in range(self._repeats):
+            call()
+        asking = min(time.perf_counter() - start, self.LONGEST)
+        self._wait = int(2 * asking * self.CYCLES)
+        self._ahead: list[bool] = []
+
+    def __call__(self) -> float:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(self._wait)
+        seconds, ahead = _between_events(self._call, self._repeats)
+        self._ahead.append(ahead)
+        return seconds
+
+    @property
+    def waits(self) -> bool:
+        """Whether Python is part of the time all the same: the call waits for the GPU, or is of too many kernels."""
+        return 2 * sum(self._ahead) < len(self._ahead)
 
 
 def repeats_for(call: Callable[[], object], device: str, least: float) -> int:
@@ -74,28 +108,32 @@ def repeats_for(call: Callable[[], object], device: str, least: float) -> int:
 
 
 def measure(
-    calls: dict[str, Callable[[], object]], *, rounds: int = 15, least: float = 2e-3, device: str = "cpu", seed: int = 0
+    calls: dict[str, Callable[[], object]], *, rounds: int = 15, least: float = 2e-3, device: str = "cpu"
 ) -> tuple[dict[str, Timing], Ratio]:
-    """Times `calls`; the first is the base, and runs twice in a round, which gives the A/A ratio.
+    """`paired` times of `calls`, each repeated within a measurement so often that this lasts `least` seconds."""
+    repeats = {name: repeats_for(call, device, least) for name, call in calls.items()}
+    return paired({name: partial(once, call, repeats[name], device) for name, call in calls.items()}, rounds=rounds)
 
-    A call of a millisecond or less is repeated within its measurement, so that one lasts `least` seconds.
-    """
-    base = next(iter(calls))
-    calls = {**calls, AGAIN: calls[base]}
-    repeats = {name: repeats_for(call, device, least) for name, call in calls.items() if name != AGAIN}
-    repeats[AGAIN] = repeats[base]
-    rng, names = random.Random(seed), list(calls)
+
+def paired(
+    measurements: dict[str, Callable[[], float]], *, rounds: int = 15, seed: int = 0
+) -> tuple[dict[str, Timing], Ratio]:
+    """Medians of what is measured, and the A/A ratio: the first is the base, and comes twice in a round."""
+    base = next(iter(measurements))
+    measurements = {**measurements, AGAIN: measurements[base]}
+    rng, names = random.Random(seed), list(measurements)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         rng.shuffle(names)
         for name in names:
-            seconds[name].append(once(calls[name], repeats[name], device))
+            seconds[name].append(measurements[name]())
 
     def ratio(name: str) -> Ratio:
         return bootstrap([a / b for a, b in zip(seconds[name], seconds[base], strict=True)])
 
     again = ratio(AGAIN)
-    return {name: Timing(statistics.median(seconds[name]), ratio(name)) for name in calls if name != AGAIN}, again
+    timings = {name: Timing(statistics.median(seconds[name]), ratio(name)) for name in measurements if name != AGAIN}
+    return timings, again
 
 
 def is_unstable(again: Ratio) -> bool:

@@ -3,8 +3,8 @@
 # can show, without a network: builds against the torch there, runs the tests on the GPU, the kernels' under
 # compute-sanitizer, and the benchmark. Every part goes on whatever became of the one before, leaves its log in
 # DIR (build/gpu_check), and has a line in the table at the end, DIR/summary.txt. With --quick all of it ends
-# within ten minutes: small layers and nothing compiled in the benchmark, and a part is cut off when its time,
-# or the time of all, is over.
+# within ten minutes: the benchmark has the targets' cases alone and compiles for a minute and a half at most, and
+# a part is cut off when its time, or the time of all, is over.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=build/gpu_check python=python3 googletest='' quick=''

@@ -13,7 +13,7 @@ import torch
 from benchmarks.case import BACKWARD, ROLES, Size, Variant
 from benchmarks.cases import entries
 from benchmarks.compare import applies, check, mismatch, runner
-from benchmarks.targets import TARGETS
+from benchmarks.targets import AIMS, WHY, Target
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,6 +78,15 @@ def test_mismatch_counts_entries_and_refuses_shapes():
 
 def test_every_target_is_about_a_case():
     titles = [entry.build(TINY, "cpu").title for entry in EVERY]
-    for target in TARGETS:
-        assert any(title.startswith(target.title) for title in titles), target
-    assert {target.direction for target in TARGETS} == {"forward", BACKWARD}
+    for aim in AIMS:
+        assert any(title.startswith(aim.title) for title in titles), aim
+    assert {aim.direction for aim in AIMS if isinstance(aim, Target)} == {"forward", BACKWARD}
+    assert WHY.keys() <= {aim.key for aim in AIMS}
+
+
+def test_a_target_of_a_gpu_is_about_a_size_that_a_quick_run_has_and_about_a_variant():
+    for aim in (aim for aim in AIMS if aim.device == "cuda"):
+        cases = [e.build(replace(TINY, dtype=aim.size.dtype), "cpu") for e in EVERY if aim.size in e.cuda_quick]
+        mine = [case for case in cases if case.title.startswith(aim.title)]
+        assert mine, aim
+        assert not isinstance(aim, Target) or all(aim.versus in {v.name for v in case.variants} for case in mine)

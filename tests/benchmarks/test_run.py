@@ -1,17 +1,20 @@
 """The timer, the ceilings' arithmetic, and a run from the command to the page."""
 
 import json
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import ceilings, docs, plan, run, scaling, targets, timer
 from benchmarks.case import Entry, Floor, Size
 from benchmarks.cases import topk
 from benchmarks.machine import machine
 from benchmarks.measure import usable
+from benchmarks.report import print_result, print_verdicts
 from vmoe_routers import _C
 
 CEILINGS = ceilings.Ceilings(
@@ -107,12 +110,41 @@ def test_verdicts_on_time_and_memory():
         "unstable": False,
     }
     variants = [variant("ours", 1.0, 10), variant("bwconrad's form", 0.7, 60), variant("soft-moe-pytorch", 2.0, None)]
-    found = {v["against"]: v["factor"] for v in targets.verdicts([{**result, "variants": variants}])}
-    assert found == {
+    run = {"machine": {"device": "cpu", "name": ""}, "results": [{**result, "variants": variants}]}
+    assert {v["against"]: v["factor"] for v in targets.verdicts(run)} == {
         "bwconrad's form": pytest.approx(0.5),
         "soft-moe-pytorch": 1,
         "peak memory of bwconrad's form": 2,
     }
+
+
+def test_why_a_target_is_missed_is_said_where_it_is(monkeypatch, capsys):
+    key = ("layer, soft", "forward", "soft-moe-pytorch")
+    same = {"title": "layer, soft", "size": "", "default": True, "threads": 1, "direction": "forward"}
+    same |= {"unstable": False, "against": key[2], "target": 2.0, "ratio": 1.0, "aim": list(key)}
+    missed, met = {**same, "factor": 0.5}, {**same, "factor": 1.5}
+
+    def said(verdicts):
+        print_verdicts(Console(width=160), verdicts)
+        page = "\n".join(docs.targets({"targets": verdicts, "machine": {"device": "cpu"}}))
+        return "GEMM-bound" in capsys.readouterr().out, "- layer, soft, forward, soft-moe-pytorch: GEMM-bound" in page
+
+    assert said([missed]) == (False, False)
+    monkeypatch.setitem(targets.WHY, key, "GEMM-bound [both].")
+    assert said([missed]) == (True, True)
+    assert said([met]) == (False, False)
+    assert targets.reasons([missed, missed, met]) == ["layer, soft, forward, soft-moe-pytorch: GEMM-bound [both]."]
+
+
+def test_names_with_brackets_are_printed_whole(capsys):
+    numbers = {"seconds": 1.0, "called_seconds": None, "waits": False, "saved_bytes": None, "peak_bytes": None}
+    ours = {"name": "ours [a, b]", "role": "ours", "different": "[c]", "ratio": asdict(timer.Ratio(1, 1, 1)), **numbers}
+    case = {"title": "op", "direction": "forward", "size": "n=1", "threads": 1, "tolerance": 0, "allowed": 0}
+    case |= {"again": asdict(timer.Ratio(1, 1, 1)), "unstable": False, "skipped": ["einsum over [g, t]: large"]}
+    print_result(Console(width=160), {**case, "floor": {"seconds": 1.0, "by": "exp"}, "variants": [ours]})
+    printed = capsys.readouterr().out
+    for words in ("ours [a, b]", "different function: [c]", "skipped einsum over [g, t]: large"):
+        assert words in printed
 
 
 def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
@@ -158,6 +190,16 @@ def test_a_case_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     report = json.loads((tmp_path / "run.json").read_text())
     assert len(report["results"]) == 2 and "no such kernel" in report["failed"][0]["error"]
     assert "no such kernel" in capsys.readouterr().err
+
+
+def test_without_matplotlib_a_run_has_no_figures_and_says_so(tmp_path, monkeypatch, capsys):
+    small = Size(images=1, tokens=32, experts=4)
+    monkeypatch.setattr(plan, "entries", lambda *_: [Entry("topk", topk.build, quick=small)])
+    monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
+    monkeypatch.setitem(sys.modules, "benchmarks.plots", None)  # as if its import of matplotlib failed
+    run.main(["--quick", "--json", str(tmp_path / "run.json")])
+    assert "seconds" in json.loads((tmp_path / "run.json").read_text())
+    assert "no figures" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
