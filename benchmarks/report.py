@@ -15,10 +15,8 @@ from benchmarks.targets import best_peer, reasons
 WAITS = "with what Python takes"
 GPU_TIMES = (
     "Times are the GPU's, of calls one behind the other on the same tensors: what its L2 holds is warm. The time of a "
-    "call is what one takes that Python asks for, again and again. Those marked '"
-    + WAITS
-    + "' wait for the GPU, or are "
-    "of too many kernels to be asked for ahead."
+    f"call is what one takes that Python asks for, again and again. Those marked '{WAITS}' wait for the GPU, or are of "
+    "too many kernels to be asked for ahead."
 )
 
 

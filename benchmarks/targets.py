@@ -41,11 +41,6 @@ class Aim:
     def against(self) -> str:
         raise NotImplementedError
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What `WHY` calls it."""
-        return self.title, self.direction, self.against
-
     def reached(self, result: dict, report: dict) -> tuple[str, float, float, float] | None:
         """What it was held against, what is wanted, what came, and the factor: met from 1 on. None: nothing to hold."""
         raise NotImplementedError
@@ -172,7 +167,8 @@ CUDA = (
 AIMS = (*CPU, *CUDA)
 EXACT = {"layer, soft"}  # titles that also begin others
 
-# Why a target is missed, a sentence by its `key`: (title, direction, against).
+# Why a target is missed, in a sentence, by the beginning of the case's title (the longest counts), the direction, and
+# what it was held against, for the best peer `BEST`.
 WHY: dict[tuple[str, str, str], str] = {}
 
 
@@ -193,12 +189,17 @@ def verdicts(report: dict) -> list[dict]:
             same = {name: result[name] for name in ("title", "size", "default", "threads", "direction", "unstable")}
             against, target, ratio, factor = reached
             numbers = {"against": against, "target": target, "ratio": ratio, "factor": factor}
-            found.append({**same, **numbers, "aim": aim.key})
+            found.append({**same, **numbers})
     return found
 
 
 def reasons(verdicts: list[dict]) -> list[str]:
     """Why the missed ones of `verdicts` are missed, where it is known."""
-    missed = [v for v in verdicts if v["factor"] < 1]
-    found = ((", ".join(v["aim"]), WHY.get(tuple(v["aim"]))) for v in missed if "aim" in v)
-    return [f"{target}: {why}" for target, why in dict(found).items() if why]
+    found = {}
+    for v in (v for v in verdicts if v["factor"] < 1):
+        held = v["direction"], BEST if v["against"].startswith(BEST) else v["against"]
+        keys = [key for key in WHY if v["title"].startswith(key[0]) and key[1:] == held]
+        if keys:
+            key = max(keys, key=lambda key: len(key[0]))
+            found[f"{', '.join(key)}: {WHY[key]}"] = None
+    return list(found)

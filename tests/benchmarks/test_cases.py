@@ -81,7 +81,9 @@ def test_every_target_is_about_a_case():
     for aim in AIMS:
         assert any(title.startswith(aim.title) for title in titles), aim
     assert {aim.direction for aim in AIMS if isinstance(aim, Target)} == {"forward", BACKWARD}
-    assert WHY.keys() <= {aim.key for aim in AIMS}
+    held = {(aim.direction, aim.against) for aim in AIMS}
+    for title, *against in WHY:
+        assert tuple(against) in held and any(case.startswith(title) for case in titles), title
 
 
 def test_a_target_of_a_gpu_is_about_a_size_that_a_quick_run_has_and_about_a_variant():

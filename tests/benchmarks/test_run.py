@@ -119,21 +119,26 @@ def test_verdicts_on_time_and_memory():
 
 
 def test_why_a_target_is_missed_is_said_where_it_is(monkeypatch, capsys):
-    key = ("layer, soft", "forward", "soft-moe-pytorch")
-    same = {"title": "layer, soft", "size": "", "default": True, "threads": 1, "direction": "forward"}
-    same |= {"unstable": False, "against": key[2], "target": 2.0, "ratio": 1.0, "aim": list(key)}
-    missed, met = {**same, "factor": 0.5}, {**same, "factor": 1.5}
+    def verdict(title, against, factor):
+        same = {"size": "", "default": True, "threads": 1, "direction": "forward", "unstable": False, "target": 2.0}
+        return {**same, "title": title, "against": against, "ratio": 1.0, "factor": factor}
 
-    def said(verdicts):
-        print_verdicts(Console(width=160), verdicts)
+    def said(*verdicts):
+        print_verdicts(Console(width=160), list(verdicts))
         page = "\n".join(docs.targets({"targets": verdicts, "machine": {"device": "cpu"}}))
-        return "GEMM-bound" in capsys.readouterr().out, "- layer, soft, forward, soft-moe-pytorch: GEMM-bound" in page
+        lines = targets.reasons(list(verdicts))
+        printed = capsys.readouterr().out
+        assert all(f"missed: {line}" in printed and f"- {line}" in page for line in lines)
+        assert ("Why they are missed" in page) == ("missed: " in printed) == bool(lines)
+        return lines
 
-    assert said([missed]) == (False, False)
-    monkeypatch.setitem(targets.WHY, key, "GEMM-bound [both].")
-    assert said([missed]) == (True, True)
-    assert said([met]) == (False, False)
-    assert targets.reasons([missed, missed, met]) == ["layer, soft, forward, soft-moe-pytorch: GEMM-bound [both]."]
+    missed = [verdict(f"layer, x, K={k}", "best peer: loop", 0.5) for k in (1, 2, 3)]
+    assert not said(*missed)
+    monkeypatch.setattr(targets, "WHY", {("layer, x", "forward", "best peer"): "GEMM-bound [all]."})
+    assert said(*missed) == ["layer, x, forward, best peer: GEMM-bound [all]."]
+    assert not said(verdict("layer, x, K=1", "best peer: loop", 1.5), verdict("layer, x, K=1", "loop", 0.5))
+    targets.WHY["layer, x, K=2", "forward", "best peer"] = "Another."
+    assert len(said(*missed)) == 2 and said(missed[1]) == ["layer, x, K=2, forward, best peer: Another."]
 
 
 def test_names_with_brackets_are_printed_whole(capsys):
