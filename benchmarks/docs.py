@@ -52,7 +52,8 @@ def section(run: dict, scaling: dict | None, images: list[str]) -> str:
 
 def where(machine: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return f"{machine['cores']} cores, ISA {machine['isa']}, {machine['date']}. {versions}."
+    memory = "freed memory is kept" if machine["memory_kept"] else "large results are new memory"
+    return f"{machine['cores']} cores, ISA {machine['isa']}, {machine['date']}; {memory}. {versions}."
 
 
 def ceilings(run: dict) -> str:
