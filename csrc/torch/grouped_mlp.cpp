@@ -1,6 +1,10 @@
 #include "grouped_mlp.h"
 
+#ifdef VMOE_DEVICE_CUDA
+#include "cuda/grouped_mlp.h"
+#else
 #include "cpu/grouped_mlp.h"
+#endif
 
 namespace vmoe {
 namespace {
