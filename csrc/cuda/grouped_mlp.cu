@@ -13,7 +13,9 @@ namespace {
 constexpr int kWarps = kRowThreads / kWarp;
 constexpr int64_t kTileRows = 32;
 
-inline int64_t tiles_down(const ExpertRows& rows) { return ceil_div(rows.N, kTileRows); }
+__host__ __device__ inline int64_t tiles_down(const ExpertRows& rows) {
+  return ceil_div(rows.N, kTileRows);
+}
 
 // Sums over the rows are made twice, always in the same order: by a block over its own, into
 // parts [E, tiles_down, columns], and then over those.
@@ -27,7 +29,7 @@ struct Tile {
   int warp, lane;
 
   __device__ Tile(const ExpertRows& rows_, int64_t columns_) : rows(rows_), columns(columns_) {
-    const int64_t across = ceil_div(columns, kColumns), tiles = ceil_div(rows.N, kTileRows);
+    const int64_t across = ceil_div(columns, kColumns), tiles = tiles_down(rows);
     warp = static_cast<int>(threadIdx.x) / kWarp;
     lane = lane_of_warp();
     e = blockIdx.x / across / tiles;
@@ -65,7 +67,7 @@ struct Tile {
     if (i >= kColumns || first_column + i >= columns) return;
     T sum = 0;
     for (int w = 0; w < kWarps; ++w) sum += of_warps[w][i % kEntries][i / kEntries];
-    parts[(e * ceil_div(rows.N, kTileRows) + down) * columns + first_column + i] = sum;
+    parts[(e * tiles_down(rows) + down) * columns + first_column + i] = sum;
   }
 };
 
