@@ -69,9 +69,10 @@ def grouped_mlp(
             weight = w1 if name == "b1" else w2
             check_tensor("grouped_mlp", name, value, "E F" if name == "b1" else "E D'")
             check_shape("grouped_mlp", name, value, (experts, weight.shape[2]), "E, columns")
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)
     fused = isinstance(act, str) and not _transformed()
-    if autocast and fused and x.is_cuda:
+    if autocast and fused and device == "cuda":
         x, w1, w2 = _autocast(x), _autocast(w1), _autocast(w2)
         b1, b2 = (None if bias is None else _autocast(bias) for bias in (b1, b2))
         autocast = False
@@ -84,7 +85,7 @@ def grouped_mlp(
         _check_filled(filled, x)
     if isinstance(act, str):
         check_choice("grouped_mlp", "act", act, tuple(GELU))
-        if fused and not autocast and x.dtype in SERVED.get(x.device.type, ()):
+        if fused and not autocast and x.dtype in SERVED.get(device, ()):
             save = torch.is_grad_enabled() and any(
                 value is not None and value.requires_grad for value in (x, w1, b1, w2, b2)
             )
