@@ -8,14 +8,10 @@
 #include <limits>
 
 #include "../exp.h"
+#include "scalar.h"
 #include "select.h"
 
 namespace vmoe::cuda {
-
-struct Fused {
-  VMOE_HOST_DEVICE float operator()(float a, float b, float c) const { return fmaf(a, b, c); }
-  VMOE_HOST_DEVICE double operator()(double a, double b, double c) const { return fma(a, b, c); }
-};
 
 // The number whose exponent is in the last bits of v.
 struct LastBits {

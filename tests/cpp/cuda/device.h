@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../testing.h"
+#include "half.h"
 
 namespace vmoe {
 
@@ -51,6 +52,60 @@ void expect_same(const std::vector<T>& actual, const std::vector<T>& wanted) {
   for (size_t i = 0; i < actual.size(); ++i) {
     ASSERT_EQ(memcmp(&actual[i], &wanted[i], sizeof(T)), 0) << "at " << i;
   }
+}
+
+using Rows = ::testing::Types<float, double, BFloat16, Float16>;
+
+// Small numbers in few bits, that every type holds exactly.
+inline float number(std::mt19937_64& random) {
+  return static_cast<float>(integer(random, -32, 32)) / 16;
+}
+
+inline void set(float& to, float value) { to = value; }
+inline void set(double& to, float value) { to = value; }
+inline void set(BFloat16& to, float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  to.bits = static_cast<uint16_t>(bits >> 16);
+}
+inline void set(Float16& to, float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const uint32_t magnitude = bits & 0x7FFFFFFF;
+  to.bits = static_cast<uint16_t>(
+      (bits >> 16 & 0x8000) | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0));
+}
+
+template <typename Row>
+std::vector<Row> rows(int64_t size, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::vector<Row> out(size);
+  for (Row& value : out) set(value, number(random));
+  return out;
+}
+
+// The way back, of every value.
+inline float value_of(float row) { return row; }
+inline double value_of(double row) { return row; }
+inline float value_of(BFloat16 row) {
+  const uint32_t bits = uint32_t{row.bits} << 16;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline float value_of(Float16 row) {
+  const int exponent = row.bits >> 10 & 31, fraction = row.bits & 1023;
+  float value = std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  if (exponent == 0) value = std::ldexp(static_cast<float>(fraction), -24);
+  if (exponent == 31) value = fraction ? kNaN<float> : kInf<float>;
+  return row.bits >> 15 ? -value : value;
+}
+
+template <typename Row>
+std::vector<Compute<Row>> values_of(const std::vector<Row>& rows) {
+  std::vector<Compute<Row>> out;
+  for (const Row& row : rows) out.push_back(value_of(row));
+  return out;
 }
 
 }  // namespace vmoe
