@@ -55,6 +55,7 @@ void expect_same(const std::vector<T>& actual, const std::vector<T>& wanted) {
 }
 
 using Rows = ::testing::Types<float, double, BFloat16, Float16>;
+using Halves = ::testing::Types<BFloat16, Float16>;
 
 // Small numbers in few bits, that every type holds exactly.
 inline float number(std::mt19937_64& random) {
@@ -106,6 +107,29 @@ std::vector<Compute<Row>> values_of(const std::vector<Row>& rows) {
   std::vector<Compute<Row>> out;
   for (const Row& row : rows) out.push_back(value_of(row));
   return out;
+}
+
+// By how much rounding to a row's dtype may change a number, of that number.
+template <typename Row>
+constexpr double kUnit = 0;
+template <>
+constexpr double kUnit<BFloat16> = 0x1p-8;
+template <>
+constexpr double kUnit<Float16> = 0x1p-11;
+
+// As on the CPU but for rounding to the rows' dtype.
+template <typename Row>
+void expect_rounded(const std::vector<Row>& actual, const std::vector<Compute<Row>>& wanted) {
+  using T = Compute<Row>;
+  ASSERT_EQ(actual.size(), wanted.size());
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double a = value_of(actual[i]), w = wanted[i];
+    const double tolerance = kUnit<Row> * std::abs(w) + kRounding<T> * (1 + std::abs(w));
+    const bool same = std::isnan(w)   ? std::isnan(a)
+                      : std::isinf(w) ? a == w
+                                      : std::abs(a - w) <= tolerance;
+    EXPECT_TRUE(same) << "[" << i << "] is " << a << ", wanted " << w;
+  }
 }
 
 }  // namespace vmoe
