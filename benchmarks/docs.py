@@ -59,8 +59,10 @@ def on_gpu(run: dict) -> bool:
 
 def where(machine: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    cpu = f"{machine['cores']} cores, ISA {machine['isa']}, " if machine["device"] == "cpu" else ""
-    return f"{cpu}{machine['date']}. {versions}."
+    if machine["device"] == "cuda":
+        return f"{machine['date']}. {versions}."
+    memory = "freed memory is kept" if machine["memory_kept"] else "large results are new memory"
+    return f"{machine['cores']} cores, ISA {machine['isa']}, {machine['date']}; {memory}. {versions}."
 
 
 def ceilings(run: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import importlib.metadata
 import os
@@ -44,7 +45,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine(device: str) -> dict:
+def keep_memory() -> bool:
+    """Whether the C library now keeps all freed memory for the next call, which glibc's does when asked.
+
+    As it comes, it gives a large tensor back to the system, and the next one arrives page by page. How long that
+    takes says more about the system, and about what ran before, than about the code that writes the tensor.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    largest_mappings, trim_threshold, never = -4, -1, -1
+    return bool(mallopt(largest_mappings, 0) and mallopt(trim_threshold, never))
+
+
+def machine(device: str, *, memory_kept: bool = False) -> dict:
     """Device, versions, date and ISA level, for the table's head and the JSON."""
     name, found = cpu_name(), versions()
     if device == "cuda":
@@ -54,6 +69,7 @@ def machine(device: str) -> dict:
         "name": name,
         "cores": os.cpu_count(),
         "isa": _C.isa(),
+        "memory_kept": memory_kept,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "versions": found,
     }

@@ -47,6 +47,9 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     parser.add_argument("--only", choices=OPS, help="one op")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds of a case, at least {ROUNDS}")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--new-memory", action="store_true", help="large results from the system in every call, not from the last one's"
+    )
     parser.add_argument("--memory", action="store_true", help="peak memory too, in processes of their own (Linux)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, and figures beside them")
     options = parser.parse_args(arguments)

@@ -63,7 +63,9 @@ def mebibytes(value: int | None) -> str:
 
 def print_machine(console: Console, machine: dict, ceilings: list[dict]) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    console.print(f"{machine['name']}, {machine['cores']} cores, ISA {machine['isa']}, {machine['date']}; {packages}")
+    memory = "freed memory is kept" if machine["memory_kept"] else "large results are new memory"
+    cpu = f"{machine['cores']} cores, ISA {machine['isa']}, {memory}, " if machine["device"] == "cpu" else ""
+    console.print(f"{machine['name']}, {cpu}{machine['date']}; {packages}")
     for found in ceilings:
         rates = found["ceilings"]
         read = ", ".join(f"{level} {rate / 1e9:.3g}" for level, rate in rates["read"].items())

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.case import Floor
 from benchmarks.ceilings import Ceilings, measure_ceilings
-from benchmarks.machine import machine
+from benchmarks.machine import keep_memory, machine
 from benchmarks.measure import measure_job
 from benchmarks.plan import jobs, parse
 from benchmarks.report import TimeLeft, print_machine, print_result, print_verdicts
@@ -28,7 +28,9 @@ from benchmarks.targets import verdicts
 
 def run(options: argparse.Namespace, console: Console) -> dict:
     """Everything that the options ask for, printed as it comes. A case that fails does not keep the others."""
-    report = {"machine": machine(options.device), "quick": options.quick, "ceilings": [], "results": [], "failed": []}
+    kept = not options.new_memory and keep_memory()
+    about = machine(options.device, memory_kept=kept)
+    report = {"machine": about, "quick": options.quick, "ceilings": [], "results": [], "failed": []}
     found: dict[int, Ceilings] = {}
     for threads in options.threads:
         torch.set_num_threads(threads)

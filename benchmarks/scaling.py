@@ -22,7 +22,7 @@ from benchmarks.case import FORWARD, Case, Entry, Size
 from benchmarks.cases import OPS, entries
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.compare import recording, runner
-from benchmarks.machine import machine
+from benchmarks.machine import keep_memory, machine
 from benchmarks.plan import use_isa
 from benchmarks.report import TimeLeft, seconds
 from benchmarks.timer import is_unstable, measure, once
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     torch.set_num_threads(THREADS[0])
     found = measure_ceilings("cpu", quick=True)
-    report: dict = {"machine": machine("cpu"), "ceilings": asdict(found), "curves": []}
+    report: dict = {"machine": machine("cpu", memory_kept=keep_memory()), "ceilings": asdict(found), "curves": []}
     plan = [(axis, entry) for axis in AXES for entry in chosen(axis, options.only)]
     with TimeLeft(console, [1] * len(plan)) as left:
         for axis, entry in plan:

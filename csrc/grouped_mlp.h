@@ -1,29 +1,33 @@
 // grouped_mlp -- an MLP per expert, over the filled rows alone.
 //
-//   x       [E, N, D]   float32 | float64   N rows an expert: G segments of C = N / G rows
+//   x       [E, N, D]   float32 | float64 (CUDA: | bfloat16 | float16)
+//                                 N rows an expert: G segments of C = N / G rows
 //   w1, b1  [E, D, F], [E, F]     same dtype; b1 may be missing
 //   w2, b2  [E, F, D'], [E, D']   same dtype; b2 may be missing
 //   filled  [E, G]      int32     rows at the front of every segment that are there; missing: all
 //   y       [E, N, D']            gelu(x w1 + b1) w2 + b2; zeros where a row is not filled
-//   hidden  [E, N, F]             x w1 without b1, kept for the gradient: the filled rows of an
-//                                 expert one behind the other, nothing in what is left over
+//   hidden  [E, N, F]             x w1 without b1, kept for the gradient. CPU: the filled rows of an
+//                                 expert one behind the other, nothing in what is left over; CUDA:
+//                                 where x has them
 //
-// Rows that are not filled are never read, and their gradient is zero.
+// Rows that are not filled come out as zeros and their gradient is zero. On a CPU they are never
+// read; on CUDA they go through the products, and what is in x there must be finite.
 //
-//   gelu, tanh form:  x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))   (arXiv 1606.08415)
-//   gelu, exact:      x Phi(x), the standard normal distribution
-//
-// Gradient, with h = gelu(a) and a = x w1 + b1:
+// Gradient, with h = gelu(a) and a = x w1 + b1 (gelu.h):
 //   grad_a = (grad_y w2^T) gelu'(a)    grad_w1 = x^T grad_a    grad_b1 = sum of grad_a
 //   grad_x = grad_a w1^T               grad_w2 = h^T grad_y    grad_b2 = sum of grad_y
 //
-// The products are torch's (torch/grouped_mlp.cpp), a block of rows at a time; the kernels here
-// do all that is between two products while the block is in cache.
+// The products are torch's (torch/cpu/grouped_mlp.h, torch/cuda/grouped_mlp.h); the kernels here do
+// all that is between two products: on a CPU while a block of rows is in cache, on CUDA in one pass.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
+#include "half.h"
 #include "isa.h"
+
+struct CUstream_st;
 
 namespace vmoe::cpu {
 
@@ -75,3 +79,59 @@ VMOE_BY_ISA(add_bias)
 VMOE_BY_ISA(add_rows)
 
 }  // namespace vmoe::cpu
+
+namespace vmoe::cuda {
+
+// Rows of E experts, N each: G segments, of which the first filled[e, g] are filled; null: all are.
+struct ExpertRows {
+  const int32_t* filled;  // [E, G] or null
+  int64_t E, N, G;
+};
+
+// 16-bit rows are computed in float, and sums kept in it. The error of GELU is the CPU's.
+template <typename Row>
+void bias_gelu(
+    const Row* x,     // [E, N, columns]
+    const Row* bias,  // [E, columns] or null
+    Row* out,         // [E, N, columns], zeros where a row is not filled; may be x
+    const ExpertRows& rows,
+    int64_t columns,
+    bool tanh,
+    CUstream_st* stream);
+
+// Bytes that a sum over rows needs for its parts: the same order every time, no atomics.
+template <typename Row>
+size_t sum_workspace(const ExpertRows& rows, int64_t columns);
+
+template <typename Row>
+void bias_gelu_backward(
+    const Row* x,     // [E, N, columns]
+    const Row* bias,  // [E, columns] or null
+    Row* out,         // [E, N, columns] or null, as above; may be x
+    Row* grad,        // [E, N, columns], of gelu(x + bias); becomes that of x, zeros as above
+    Row* grad_bias,   // [E, columns] or null
+    void* workspace,  // sum_workspace; null without grad_bias
+    const ExpertRows& rows,
+    int64_t columns,
+    bool tanh,
+    CUstream_st* stream);
+
+template <typename Row>
+void add_bias(
+    Row* y,           // [E, N, columns]; becomes zeros where a row is not filled
+    const Row* bias,  // [E, columns] or null
+    const ExpertRows& rows,
+    int64_t columns,
+    CUstream_st* stream);
+
+template <typename Row>
+void sum_rows(
+    const Row* x,     // [E, N, columns]
+    Row* out,         // [E, N, columns] or null; x, zeros where a row is not filled
+    Row* sum,         // [E, columns], over the filled rows
+    void* workspace,  // sum_workspace
+    const ExpertRows& rows,
+    int64_t columns,
+    CUstream_st* stream);
+
+}  // namespace vmoe::cuda

@@ -30,4 +30,8 @@ struct ComputeOf<Float16> {
 template <typename T>
 using Compute = typename ComputeOf<T>::type;
 
+// Whether T has 16 bits.
+template <typename T>
+constexpr bool kHalf = sizeof(T) < sizeof(Compute<T>);
+
 }  // namespace vmoe

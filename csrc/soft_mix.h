@@ -1,8 +1,9 @@
 // soft_mix -- the two softmaxes of Soft MoE.
 //
 //   logits   [G, T, S]  float32 | float64
-//   weights  [G, T, S]  same dtype   softmax of the logits over the tokens (the dispatch
-//                                    tensor) or over the slots (the combine tensor)
+//   weights  [G, T, S]  the values' dtype   softmax of the logits over the tokens (the dispatch
+//                                           tensor) or over the slots (the combine tensor)
+//   values              the logits' dtype; on CUDA also bfloat16 | float16, the logits being float32
 //
 // out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values
 // [G, T, D] (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU the products are of
@@ -12,10 +13,28 @@
 // neither gives nor takes.
 //
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
+//
+// Values in 16 bits are multiplied in 16 bits, with sums in float32: the softmaxes are computed in
+// float32, and each weight is rounded to the values' dtype as it is written, as torch's own softmax
+// and bmm would have it; a result is off by at most an epsilon of sum |weight * value|. The gradient of
+// the weights is a product that leaves its float32 sums as they are, and meets weights that were not
+// rounded: that of the logits is float32's. (float16 holds weights to 3e-8: of 10^4 equal ones to its
+// own epsilon.)
+//
+// Why the products are torch's, and not one kernel with the softmax: for 256 images of 196 tokens and
+// 196 slots, D = 768, in bfloat16, a product is 15.1 GFLOP and moves 174 MB (77 of tokens, 77 of slots,
+// 20 of weights), for which a card with 4.3 TB/s and 770 TFLOP/s needs 40 us; arithmetic would be
+// done in 20. A softmax (39 MB of logits in, 20 of weights out) needs 14 us: dispatch and combine 466 MB,
+// 108 us. One kernel for both neither writes nor reads weights: 79 MB less, 90 us at best. It would
+// gain from 280 TFLOP/s on, and need 340 for all of that, with the exponentials in between: what
+// cuBLAS reaches and plain tensor-core loops hardly do. Torch's softmax and bmm under autocast move 158 MB
+// more than this does: they write the weights in float32 first, and copy them. (Arithmetic, not measured.
+// Where experts have several slots each, a copy of the slots comes on top, as for anyone.)
 #pragma once
 
 #include <cstdint>
 
+#include "half.h"
 #include "isa.h"
 
 struct CUstream_st;
@@ -52,20 +71,24 @@ VMOE_BY_ISA(soft_mix_backward)
 
 namespace vmoe::cuda {
 
-template <typename T>
+// Weights are of the dtype of what they mix, and their rows row_stride<Row>(S) long (row_stride.h),
+// from 16 bytes on; what is behind S belongs to nobody.
+template <typename Row>
 void soft_mix(
-    const T* logits,  // [G, T, S]
-    T* weights,       // [G, T, S]
+    const Compute<Row>* logits,  // [G, T, S]
+    Row* weights,                // [G, T, row_stride]
     int64_t G,
     int64_t tokens,
     int64_t S,
     bool over_tokens,
     CUstream_st* stream);
 
-template <typename T>
+// Makes the weights once more.
+template <typename Row>
 void soft_mix_backward(
-    const T* weights,  // [G, T, S]
-    T* grad,           // [G, T, S]  in: of the weights; out: of the logits
+    const Compute<Row>* logits,  // [G, T, S]
+    Row* weights,                // [G, T, row_stride]
+    Compute<Row>* grad,          // [G, T, S]  in: of the weights; out: of the logits
     int64_t G,
     int64_t tokens,
     int64_t S,

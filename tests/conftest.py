@@ -10,7 +10,6 @@ import torch
 
 import vmoe_routers
 
-# Without a kernel of ours an op may still run on a GPU: the experts, as torch's products.
 DEVICES = ["cpu", "cuda"] if vmoe_routers._C.cuda_built and torch.cuda.is_available() else ["cpu"]
 
 

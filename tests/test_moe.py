@@ -430,7 +430,11 @@ def test_bfloat16(router, options):
     out = moe(x)
     assert out.dtype == torch.bfloat16
     wanted = wide(x.float())
-    assert torch.equal(moe.routings[0].dispatch_tensor(), wide.routings[0].dispatch_tensor()), "routing is in float32"
+    routed, widely = moe.routings[0].dispatch_tensor(), wide.routings[0].dispatch_tensor()
+    if x.is_cuda and router == "soft":  # Phi in two parts of 16 bits
+        torch.testing.assert_close(routed, widely, rtol=1e-4, atol=1e-6)
+    else:
+        assert torch.equal(routed, widely), "routing is in float32"
     torch.testing.assert_close(out.float(), wanted, atol=0.06, rtol=0.03)
     out.sum().backward()
     assert x.grad.dtype == torch.bfloat16

@@ -5,6 +5,7 @@
 
 #include "../slot_row.h"
 #include "half.h"
+#include "token_rows.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
@@ -111,19 +112,17 @@ void combine_backward(
     Compute<Row>* grad_gate, int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D,
     int64_t row_begin, int64_t row_end) {
   const bool past_caches = streams(grad_y, E * G * C, D * sizeof(Row));
+  TokenRows<Row> rows(grad_out, token, G, tokens, E, C, D, row_begin, row_end);
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const SlotRow at = slot_of_row(row, G, E, C);
-    const int32_t t = token[at.slot];
+    const auto [from, slot] = rows.next();
     Row* to = grad_y + row * D;
-    if (t < 0 || t >= tokens) {
+    if (from == nullptr) {
       std::fill(to, to + D, Row{});
-      grad_gate[at.slot] = 0;
+      grad_gate[slot] = 0;
       continue;
     }
-    const Row* from = grad_out + (at.group * tokens + t) * D;
-    grad_gate[at.slot] = past_caches
-                             ? scale_and_dot<true>(from, y + row * D, gate[at.slot], to, D)
-                             : scale_and_dot<false>(from, y + row * D, gate[at.slot], to, D);
+    grad_gate[slot] = past_caches ? scale_and_dot<true>(from, y + row * D, gate[slot], to, D)
+                                  : scale_and_dot<false>(from, y + row * D, gate[slot], to, D);
   }
   if (past_caches) finish_streams();
 }

@@ -2,8 +2,8 @@
 
 #include <cstring>
 
-#include "../slot_row.h"
 #include "stream.h"
+#include "token_rows.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 
@@ -12,16 +12,13 @@ void dispatch(
     int64_t row_bytes, int64_t row_begin, int64_t row_end) {
   if (row_bytes == 0) return;  // the pointers may be null
   const bool past_caches = streams(out, E * G * C, row_bytes);
+  TokenRows<char> rows(x, token, G, tokens, E, C, row_bytes, row_begin, row_end);
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const SlotRow at = slot_of_row(row, G, E, C);
-    const int32_t t = token[at.slot];
+    const char* from = rows.next().from;
     char* to = out + row * row_bytes;
-    if (t < 0 || t >= tokens) {
+    if (from == nullptr) {
       memset(to, 0, row_bytes);
-      continue;
-    }
-    const char* from = x + (at.group * tokens + t) * row_bytes;
-    if (past_caches) {
+    } else if (past_caches) {
       for (int64_t i = 0; i < row_bytes; i += kVectorBytes)
         stream(to + i, load((const int32_t*)(from + i)));
     } else {

@@ -1,12 +1,10 @@
 #include "../combine.h"
 #include "../slot_row.h"
 #include "rows.h"
+#include "scalar.h"
 
 namespace vmoe::cuda {
 namespace {
-
-__device__ inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ inline double fused(double a, double b, double c) { return fma(a, b, c); }
 
 // A token's slots one after another into registers: no atomics, one order, as on the CPU.
 template <typename Row, int kEntries>
@@ -29,7 +27,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_kernel(
       const T weight = gate ? gate[g * E * C + s] : T{1};
       const auto from = load_piece<kEntries>(y + row_of_slot(g, s, G, C) * D, piece);
 #pragma unroll
-      for (int d = 0; d < kEntries; ++d) total[d] = fused(weight, widen(from.entry[d]), total[d]);
+      for (int d = 0; d < kEntries; ++d) total[d] = Fused{}(weight, widen(from.entry[d]), total[d]);
     }
     Piece<Row, kEntries> sum;
 #pragma unroll
@@ -64,7 +62,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(
 #pragma unroll
       for (int d = 0; d < kEntries; ++d) {
         to.entry[d] = narrow<Row>(weight * widen(grad.entry[d]));
-        dot = fused(widen(grad.entry[d]), widen(value.entry[d]), dot);
+        dot = Fused{}(widen(grad.entry[d]), widen(value.entry[d]), dot);
       }
     }
     store_piece<kEntries>(grad_y + row * D, piece, to);

@@ -22,4 +22,44 @@ bool in_wide_pieces(int64_t D, const Rows*... rows) {
   return D % kWideEntries<Row> == 0 && (aligned(rows) && ...);
 }
 
+// Entries [at, at + kWideEntries) of a row of n, `otherwise` behind its end; with `wide` in one piece,
+// which may be more of memory than the row has.
+template <typename T>
+__device__ Wide<T> load_entries(const T* row, int64_t at, int64_t n, bool wide, T otherwise) {
+  Wide<T> piece = {};
+  if (wide && at < n) piece = *reinterpret_cast<const Wide<T>*>(row + at);
+#pragma unroll
+  for (int i = 0; i < kWideEntries<T>; ++i) {
+    if (at + i >= n) {
+      piece.entry[i] = otherwise;
+    } else if (!wide) {
+      piece.entry[i] = row[at + i];
+    }
+  }
+  return piece;
+}
+
+template <typename Row>
+__device__ void store_entries(
+    Row* row, int64_t at, int64_t n, bool wide, const Wide<Compute<Row>>& from) {
+  constexpr int kEntries = kWideEntries<Compute<Row>>;
+  Piece<Row, kEntries> piece;
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) piece.entry[i] = narrow<Row>(from.entry[i]);
+  if (wide) {
+    if (at < n) store_piece<kEntries>(row, at / kEntries, piece);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kEntries; ++i) {
+    if (at + i < n) row[at + i] = piece.entry[i];
+  }
+}
+
+// Whether load_entries and store_entries may have rows in pieces that begin so many entries apart.
+template <typename T>
+bool rows_are_wide(const T* rows, int64_t stride) {
+  return stride % kWideEntries<T> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+}
+
 }  // namespace vmoe::cuda

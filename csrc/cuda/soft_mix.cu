@@ -1,142 +1,253 @@
 // Over the slots a softmax is a row's, as it lies: softmax.h has it. Over the tokens a block has 32
-// slots of a group, a warp reads them of one token, and each thread follows one slot: the three
-// passes over the tile find it in the first-level cache.
+// slots of a group: lanes go across the slots, a piece of 16 bytes each where the rows allow it, and
+// down the tokens. Where each thread has few tokens it keeps them in registers; else the passes
+// over the tile find it in the first-level cache.
+//
+// Forward and backward are one kernel: backward makes the weights again, and has the gradient pass by.
+#include "../row_stride.h"
 #include "../slot_row.h"
 #include "../soft_mix.h"
-#include "rows.h"
 #include "softmax.h"
 
 namespace vmoe::cuda {
 namespace {
 
-template <typename T, int kLanes, int kEach>
+template <typename Row, int kLanes, int kEach, bool kBackward>
 __global__ void __launch_bounds__(kSoftmaxThreads) slots_kernel(
-    const T* __restrict__ logits,  // [rows, S]
-    T* __restrict__ weights,       // [rows, S]
+    const Compute<Row>* __restrict__ logits,  // [rows, S]
+    Row* __restrict__ weights,                // [rows, row_stride]
+    Compute<Row>* __restrict__ grad,          // [rows, S]
     int64_t S, int64_t rows, bool wide) {
+  using T = Compute<Row>;
   using Softmax = RowSoftmax<T, kLanes, kEach>;
   constexpr int kTogether = Softmax::kTogether;
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
+  const bool there = row < rows;
   Softmax softmax;
-  softmax.read(logits + (row < rows ? row : rows - 1) * S, S, wide);  // the warp stays together
-  if (row >= rows) return;
-  T* to = weights + row * S;
+  softmax.read(logits + (there ? row : rows - 1) * S, S, wide);  // the warp stays together
+  if constexpr (kBackward) {
+    T* of = grad + row * S;
+    Wide<T> pieces[kEach / kTogether];
+    T mean = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; i += kTogether) {
+      Wide<T>& piece = pieces[i / kTogether];
+      piece = load_entries(of, Softmax::Picks::index(i), there ? S : 0, wide, T{0});
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) mean = Fused{}(softmax.gate(i + j), piece.entry[j], mean);
+    }
+    mean = sum_of_lanes<kLanes>(mean);
+    if (!there) return;
+#pragma unroll
+    for (int i = 0; i < kEach; i += kTogether) {
+      Wide<T>& piece = pieces[i / kTogether];
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        piece.entry[j] = softmax.gate(i + j) * (piece.entry[j] - mean);
+      }
+      store_entries(of, Softmax::Picks::index(i), S, wide, piece);
+    }
+  }
+  if (!there) return;
 #pragma unroll
   for (int i = 0; i < kEach; i += kTogether) {
-    const int32_t s = Softmax::Picks::index(i);
     Wide<T> piece;
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) piece.entry[j] = softmax.gate(i + j);
-    if (wide) {
-      if (s < S) *reinterpret_cast<Wide<T>*>(to + s) = piece;
-    } else {
-#pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        if (s + j < S) to[s + j] = piece.entry[j];
-      }
-    }
+    store_entries(weights + row * row_stride<Row>(S), Softmax::Picks::index(i), S, true, piece);
   }
 }
 
-template <typename T>
+template <typename Row, bool kBackward>
 __global__ void __launch_bounds__(kSoftmaxThreads) long_slots_kernel(
-    const T* __restrict__ logits,  // [rows, S]
-    T* __restrict__ weights,       // [rows, S]
+    const Compute<Row>* __restrict__ logits,  // [rows, S]
+    Row* __restrict__ weights,                // [rows, row_stride]
+    Compute<Row>* __restrict__ grad,          // [rows, S]
     int64_t S) {
+  using T = Compute<Row>;
   const T* from = logits + blockIdx.x * S;
-  T* to = weights + blockIdx.x * S;
+  Row* to = weights + blockIdx.x * row_stride<Row>(S);
   const Norms<T> norms = norms_of_block(from, S);
-  for (int64_t s = threadIdx.x; s < S; s += kSoftmaxThreads) {
-    to[s] = exp_negative(from[s] - norms.high) * norms.scale;
+  const auto weight = [&](int64_t s) { return exp_negative(from[s] - norms.high) * norms.scale; };
+  if constexpr (kBackward) {
+    T* of = grad + blockIdx.x * S;
+    T mean = 0;
+    for (int64_t s = threadIdx.x; s < S; s += kSoftmaxThreads)
+      mean = Fused{}(weight(s), of[s], mean);
+    mean = sum_of_block(mean);
+    for (int64_t s = threadIdx.x; s < S; s += kSoftmaxThreads) of[s] = weight(s) * (of[s] - mean);
   }
+  for (int64_t s = threadIdx.x; s < S; s += kSoftmaxThreads) to[s] = narrow<Row>(weight(s));
 }
 
-// A warp a row, of any length.
-template <typename T>
-__global__ void __launch_bounds__(kRowThreads) slots_backward_kernel(
-    const T* __restrict__ weights,  // [rows, S]
-    T* __restrict__ grad,           // [rows, S]
-    int64_t S, int64_t rows) {
-  const int64_t row = row_of_warp();
-  if (row >= rows) return;
-  const T* w = weights + row * S;
-  T* d = grad + row * S;
-  T mean = 0;
-#pragma unroll 4
-  for (int64_t s = lane_of_warp(); s < S; s += kWarp) mean = Fused{}(w[s], d[s], mean);
-  mean = sum_of_lanes<kWarp>(mean);
-#pragma unroll 4
-  for (int64_t s = lane_of_warp(); s < S; s += kWarp) d[s] = w[s] * (d[s] - mean);
-}
-
-// The block's 32 slots of a group, and how its threads go over them: `down` threads a slot.
-template <typename T>
+// The block's 32 slots of a group, kEntries side by side a thread, and its threads' way over them:
+// kDown threads a slot.
+template <typename T, int kEntries>
 struct SlotTile {
-  static constexpr int kDown = kSoftmaxThreads / kWarp;
+  static constexpr int kAcross = kWarp / kEntries, kDown = kSoftmaxThreads / kAcross;
+  using Entries = Piece<T, kEntries>;
 
-  int64_t tokens, S;
-  int64_t first;  // where the slot's logit of token 0 is
-  int down;
-  bool there;
+  int64_t group, slot;
+  int column, down;
 
-  __device__ SlotTile(int64_t tokens_, int64_t S_) : tokens(tokens_), S(S_) {
-    const int64_t tiles = ceil_div(S, kWarp), g = blockIdx.x / tiles;
-    const int64_t slot = blockIdx.x % tiles * kWarp + threadIdx.x % kWarp;
-    first = g * tokens * S + slot;
-    down = static_cast<int>(threadIdx.x) / kWarp;
-    there = slot < S;
+  __device__ explicit SlotTile(int64_t S)
+      : group(blockIdx.x / ceil_div(S, kWarp)),
+        column(static_cast<int>(threadIdx.x) % kAcross),
+        down(static_cast<int>(threadIdx.x) / kAcross) {
+    slot = blockIdx.x % ceil_div(S, kWarp) * kWarp + column * kEntries;
   }
 
-  // body(place) of this thread's tokens.
-  template <typename Body>
-  __device__ void each(Body&& body) const {
-    if (!there) return;
-#pragma unroll 4
-    for (int64_t t = down; t < tokens; t += kDown) body(first + t * S);
-  }
-
-  // join(all, one) over the threads of a slot, in one order. `shared` has room for one a thread, and
-  // is of this call alone.
+  // join(all, one) over the threads of each slot, in one order. `shared` is of this call alone.
   template <typename Join>
-  __device__ T together(T (&shared)[kDown][kWarp], T value, Join&& join) const {
-    const int column = static_cast<int>(threadIdx.x) % kWarp;
-    shared[down][column] = value;
+  __device__ void together(
+      T (&shared)[kSoftmaxThreads / kWarp][kWarp], Entries& value, Join&& join) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, first = column * kEntries;
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      T& all = value.entry[j];
+      for (int turn = kAcross; turn < kWarp; turn *= 2) {
+        all = join(all, __shfl_xor_sync(kAllLanes, all, turn));
+      }
+      if (down % (kWarp / kAcross) == 0) shared[warp][first + j] = all;
+    }
     __syncthreads();
-    T all = shared[0][column];
-    for (int i = 1; i < kDown; ++i) all = join(all, shared[i][column]);
-    return all;
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      T all = shared[0][first + j];
+      for (int i = 1; i < kSoftmaxThreads / kWarp; ++i) all = join(all, shared[i][first + j]);
+      value.entry[j] = all;
+    }
   }
 };
 
-template <typename T>
+// kHeld: tokens that a thread keeps in registers, all it has; 0: none.
+template <typename Row, int kEntries, int kHeld, bool kBackward>
 __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
-    const T* __restrict__ logits,  // [G, T, S]
-    T* __restrict__ weights,       // [G, T, S]
+    const Compute<Row>* __restrict__ logits,  // [G, T, S]
+    Row* __restrict__ weights,                // [G, T, row_stride]
+    Compute<Row>* __restrict__ grad,          // [G, T, S]
     int64_t tokens, int64_t S) {
-  using Tile = SlotTile<T>;
-  __shared__ T highs[Tile::kDown][kWarp], totals[Tile::kDown][kWarp];
-  const Tile tile(tokens, S);
-  T high = kAbsent<T>, total = 0;
-  tile.each([&](int64_t i) { high = larger(logits[i], high); });
-  high = softmax_shift(tile.together(highs, high, [](T all, T one) { return larger(one, all); }));
-  tile.each([&](int64_t i) { total += exp_negative(logits[i] - high); });
-  total = tile.together(totals, total, [](T all, T one) { return all + one; });
-  const T scale = softmax_scale(total);
-  tile.each([&](int64_t i) { weights[i] = exp_negative(logits[i] - high) * scale; });
+  using T = Compute<Row>;
+  using Tile = SlotTile<T, kEntries>;
+  using Entries = typename Tile::Entries;
+  using Shared = T[kSoftmaxThreads / kWarp][kWarp];
+  __shared__ Shared highs, totals, means;
+  const Tile tile(S);
+  const bool there = tile.slot < S;
+  const int64_t first = tile.group * tokens * S + tile.slot;
+
+  // body(token, i) of this thread's tokens; i: which of those it keeps.
+  const auto each = [&](auto&& body) {
+    if (!there) return;
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int64_t t = tile.down + i * Tile::kDown;
+        if (t < tokens) body(t, i);
+      }
+    } else {
+#pragma unroll 4
+      for (int64_t t = tile.down; t < tokens; t += Tile::kDown) body(t, 0);
+    }
+  };
+  const auto load = [&](const T* from, int64_t t) {
+    return load_piece<kEntries>(from + first + t * S, 0);
+  };
+  const auto for_entries = [](auto&& body) {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) body(j);
+  };
+
+  Entries held[kHeld > 0 ? kHeld : 1];
+  Entries high, total = {}, mean = {};
+  for_entries([&](int j) { high.entry[j] = kAbsent<T>; });
+  each([&](int64_t t, int i) {
+    const Entries piece = load(logits, t);
+    if constexpr (kHeld > 0) held[i] = piece;
+    for_entries([&](int j) { high.entry[j] = larger(piece.entry[j], high.entry[j]); });
+  });
+  tile.together(highs, high, [](T all, T one) { return larger(one, all); });
+  for_entries([&](int j) { high.entry[j] = softmax_shift(high.entry[j]); });
+
+  const auto powers = [&](const Entries& piece) {
+    Entries out;
+    for_entries([&](int j) { out.entry[j] = exp_negative(piece.entry[j] - high.entry[j]); });
+    return out;
+  };
+  const auto add = [](T all, T one) { return all + one; };
+  each([&](int64_t t, int i) {
+    Entries piece;
+    if constexpr (kHeld > 0) {
+      piece = held[i] = powers(held[i]);
+    } else {
+      piece = powers(load(logits, t));
+    }
+    for_entries([&](int j) { total.entry[j] += piece.entry[j]; });
+  });
+  tile.together(totals, total, add);
+  Entries scale;
+  for_entries([&](int j) { scale.entry[j] = softmax_scale(total.entry[j]); });
+
+  const auto weight = [&](int64_t t, int i) {
+    Entries piece;
+    if constexpr (kHeld > 0) {
+      piece = held[i];
+    } else {
+      piece = powers(load(logits, t));
+    }
+    for_entries([&](int j) { piece.entry[j] *= scale.entry[j]; });
+    return piece;
+  };
+  if constexpr (kBackward) {
+    each([&](int64_t t, int i) {
+      const Entries w = weight(t, i), d = load(grad, t);
+      for_entries([&](int j) { mean.entry[j] = Fused{}(w.entry[j], d.entry[j], mean.entry[j]); });
+    });
+    tile.together(means, mean, add);
+  }
+  each([&](int64_t t, int i) {
+    const Entries w = weight(t, i);
+    if constexpr (kBackward) {
+      Entries d = load(grad, t);
+      for_entries([&](int j) { d.entry[j] = w.entry[j] * (d.entry[j] - mean.entry[j]); });
+      store_piece<kEntries>(grad + first + t * S, 0, d);
+    }
+    Piece<Row, kEntries> piece;
+    for_entries([&](int j) { piece.entry[j] = narrow<Row>(w.entry[j]); });
+    const int64_t row = tile.group * tokens + t;
+    store_piece<kEntries>(weights + row * row_stride<Row>(S) + tile.slot, 0, piece);
+  });
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kSoftmaxThreads) tokens_backward_kernel(
-    const T* __restrict__ weights,  // [G, T, S]
-    T* __restrict__ grad,           // [G, T, S]
-    int64_t tokens, int64_t S) {
-  using Tile = SlotTile<T>;
-  __shared__ T means[Tile::kDown][kWarp];
-  const Tile tile(tokens, S);
-  T mean = 0;
-  tile.each([&](int64_t i) { mean = Fused{}(weights[i], grad[i], mean); });
-  mean = tile.together(means, mean, [](T all, T one) { return all + one; });
-  tile.each([&](int64_t i) { grad[i] = weights[i] * (grad[i] - mean); });
+template <bool kBackward, typename Row>
+void softmax(
+    const Compute<Row>* logits, Row* weights, Compute<Row>* grad, int64_t G, int64_t tokens,
+    int64_t S, bool over_tokens, cudaStream_t stream) {
+  using T = Compute<Row>;
+  const bool wide = rows_are_wide(logits, S) && rows_are_wide(grad, S);
+  const int64_t rows = G * tokens;
+  if (over_tokens) {
+    constexpr int kEntries = kWideEntries<T>, kHeld = 8;
+    auto* kernel = !wide ? tokens_kernel<Row, 1, 0, kBackward>
+                   : tokens <= kHeld * SlotTile<T, kEntries>::kDown
+                       ? tokens_kernel<Row, kEntries, kHeld, kBackward>
+                       : tokens_kernel<Row, kEntries, 0, kBackward>;
+    launch(
+        kernel, G * ceil_div(S, kWarp), kSoftmaxThreads, 0, stream, logits, weights, grad, tokens,
+        S);
+  } else if (S > kLongestRow) {
+    launch(
+        long_slots_kernel<Row, kBackward>, rows, kSoftmaxThreads, 0, stream, logits, weights, grad,
+        S);
+  } else {
+    by_row_length(S, [&](auto shape) {
+      using Shape = decltype(shape);
+      launch(
+          slots_kernel<Row, Shape::kLanes, Shape::kEach, kBackward>,
+          ceil_div(rows * Shape::kLanes, kSoftmaxThreads), kSoftmaxThreads, 0, stream, logits,
+          weights, grad, S, rows, wide);
+    });
+  }
 }
 
 // Unit: what a lane copies at once, by what the rows' size and place allow.
@@ -169,41 +280,19 @@ void move(const T* from, T* to, int64_t G, int64_t E, int64_t C, int64_t D, cuda
 
 }  // namespace
 
-template <typename T>
+template <typename Row>
 void soft_mix(
-    const T* logits, T* weights, int64_t G, int64_t tokens, int64_t S, bool over_tokens,
-    CUstream_st* stream) {
-  const int64_t rows = G * tokens;
-  if (over_tokens) {
-    launch(
-        tokens_kernel<T>, G * ceil_div(S, kWarp), kSoftmaxThreads, 0, stream, logits, weights,
-        tokens, S);
-  } else if (S > kLongestRow) {
-    launch(long_slots_kernel<T>, rows, kSoftmaxThreads, 0, stream, logits, weights, S);
-  } else {
-    by_row_length(S, [&](auto shape) {
-      using Shape = decltype(shape);
-      launch(
-          slots_kernel<T, Shape::kLanes, Shape::kEach>,
-          ceil_div(rows * Shape::kLanes, kSoftmaxThreads), kSoftmaxThreads, 0, stream, logits,
-          weights, S, rows, rows_are_wide(logits, S) && rows_are_wide(weights, S));
-    });
-  }
+    const Compute<Row>* logits, Row* weights, int64_t G, int64_t tokens, int64_t S,
+    bool over_tokens, CUstream_st* stream) {
+  softmax<false>(
+      logits, weights, static_cast<Compute<Row>*>(nullptr), G, tokens, S, over_tokens, stream);
 }
 
-template <typename T>
+template <typename Row>
 void soft_mix_backward(
-    const T* weights, T* grad, int64_t G, int64_t tokens, int64_t S, bool over_tokens,
-    CUstream_st* stream) {
-  if (over_tokens) {
-    launch(
-        tokens_backward_kernel<T>, G * ceil_div(S, kWarp), kSoftmaxThreads, 0, stream, weights,
-        grad, tokens, S);
-  } else {
-    launch(
-        slots_backward_kernel<T>, blocks_of_rows(G * tokens), kRowThreads, 0, stream, weights, grad,
-        S, G * tokens);
-  }
+    const Compute<Row>* logits, Row* weights, Compute<Row>* grad, int64_t G, int64_t tokens,
+    int64_t S, bool over_tokens, CUstream_st* stream) {
+  softmax<true>(logits, weights, grad, G, tokens, S, over_tokens, stream);
 }
 
 template <typename T>
@@ -218,13 +307,17 @@ void soft_mix_slots(
   move<true>(rows, slots, G, E, C, D, stream);
 }
 
-#define VMOE_INSTANTIATE(T)                                                                        \
-  template void soft_mix(const T*, T*, int64_t, int64_t, int64_t, bool, CUstream_st*);             \
-  template void soft_mix_backward(const T*, T*, int64_t, int64_t, int64_t, bool, CUstream_st*);    \
-  template void soft_mix_rows(const T*, T*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);     \
-  template void soft_mix_slots(const T*, T*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
+#define VMOE_INSTANTIATE(Row)                                                                      \
+  template void soft_mix(                                                                          \
+      const Compute<Row>*, Row*, int64_t, int64_t, int64_t, bool, CUstream_st*);                   \
+  template void soft_mix_backward(                                                                 \
+      const Compute<Row>*, Row*, Compute<Row>*, int64_t, int64_t, int64_t, bool, CUstream_st*);    \
+  template void soft_mix_rows(const Row*, Row*, int64_t, int64_t, int64_t, int64_t, CUstream_st*); \
+  template void soft_mix_slots(const Row*, Row*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
 VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)
+VMOE_INSTANTIATE(BFloat16)
+VMOE_INSTANTIATE(Float16)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda

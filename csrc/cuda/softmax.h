@@ -8,14 +8,11 @@
 #include <limits>
 
 #include "../exp.h"
+#include "rows.h"
+#include "scalar.h"
 #include "select.h"
 
 namespace vmoe::cuda {
-
-struct Fused {
-  VMOE_HOST_DEVICE float operator()(float a, float b, float c) const { return fmaf(a, b, c); }
-  VMOE_HOST_DEVICE double operator()(double a, double b, double c) const { return fma(a, b, c); }
-};
 
 // The number whose exponent is in the last bits of v.
 struct LastBits {
@@ -95,18 +92,9 @@ struct RowSoftmax {
     high = kAbsent<T>;
 #pragma unroll
     for (int i = 0; i < kEach; i += kTogether) {
-      const int32_t index = Picks::index(i);
-      if (wide) {
-        Wide<T> piece = {};
-        if (index < n) piece = *reinterpret_cast<const Wide<T>*>(row + index);
+      const Wide<T> piece = load_entries(row, Picks::index(i), n, wide, kAbsent<T>);
 #pragma unroll
-        for (int j = 0; j < kTogether; ++j) powers[i + j] = index < n ? piece.entry[j] : kAbsent<T>;
-      } else {
-#pragma unroll
-        for (int j = 0; j < kTogether; ++j) {
-          powers[i + j] = index + j < n ? row[index + j] : kAbsent<T>;
-        }
-      }
+      for (int j = 0; j < kTogether; ++j) powers[i + j] = piece.entry[j];
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) high = larger(powers[i], high);
@@ -152,11 +140,6 @@ void by_row_length(int64_t n, Body&& body) {
   }
 }
 
-template <typename T>
-bool rows_are_wide(const T* rows, int64_t n) {
-  return n % kWideEntries<T> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
-}
-
 constexpr int kSoftmaxThreads = 256;
 
 template <typename T>
@@ -166,27 +149,36 @@ struct Norms {
 
 namespace {
 
+// Over the block's kSoftmaxThreads, who call this together; in one order, and all of them get it.
+template <typename T>
+__device__ T sum_of_block(T value) {
+  constexpr int kWarps = kSoftmaxThreads / kWarp;
+  __shared__ T of_warps[kWarps];
+  value = sum_of_lanes<kWarp>(value);
+  __syncthreads();  // of an earlier call
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = 0;
+  for (int warp = 0; warp < kWarps; ++warp) value += of_warps[warp];
+  return value;
+}
+
 // Of one row of any length; all kSoftmaxThreads of the block call this together and get them.
 template <typename T>
 __device__ Norms<T> norms_of_block(const T* __restrict__ row, int64_t n) {
   constexpr int kWarps = kSoftmaxThreads / kWarp;
-  __shared__ T of_warps[2][kWarps];
+  __shared__ T of_warps[kWarps];
   const int tid = static_cast<int>(threadIdx.x);
   T high = kAbsent<T>;
   for (int64_t i = tid; i < n; i += kSoftmaxThreads) high = larger(row[i], high);
   high = max_of_lanes<kWarp>(high);
-  if (tid % kWarp == 0) of_warps[0][tid / kWarp] = high;
+  if (tid % kWarp == 0) of_warps[tid / kWarp] = high;
   __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) high = larger(of_warps[0][warp], high);
+  for (int warp = 0; warp < kWarps; ++warp) high = larger(of_warps[warp], high);
   high = softmax_shift(high);
   T total = 0;
   for (int64_t i = tid; i < n; i += kSoftmaxThreads) total += exp_negative(row[i] - high);
-  total = sum_of_lanes<kWarp>(total);
-  if (tid % kWarp == 0) of_warps[1][tid / kWarp] = total;
-  __syncthreads();
-  total = 0;
-  for (int warp = 0; warp < kWarps; ++warp) total += of_warps[1][warp];
-  return {high, softmax_scale(total)};
+  return {high, softmax_scale(sum_of_block(total))};
 }
 
 template <typename T, int kLanes, int kEach>

@@ -1,11 +1,13 @@
 #include "../soft_logits.h"
 
+#include "../row_stride.h"
 #include "product.h"
 
 namespace vmoe {
 namespace {
 
 using torch::stable::flatten;
+using torch::stable::narrow;
 using torch::stable::sum;
 using torch::stable::transpose;
 
@@ -13,22 +15,33 @@ void check(const char* op, const Tensor& x, const Tensor& phi) {
   check_dim(op, "x", x, 3);
   check_dim(op, "phi", phi, 2);
   check_shape(op, "phi", phi, {x.size(2), phi.size(1)});
-  check_dtype(op, "phi", phi, x.scalar_type());
+  check_dtype(op, "phi", phi, compute_dtype(x));
 }
 
 Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
   check("soft_logits", x_in, phi_in);
   const Tensor x = packed(x_in), phi = packed(phi_in);
   const int64_t G = x.size(0), tokens = x.size(1), D = x.size(2), S = phi.size(1);
-  Tensor logits = empty({G, tokens, S}, x);
+  Tensor logits = empty({G, tokens, S}, phi);
+#ifdef VMOE_DEVICE_CUDA
+  by_row_dtype("soft_logits", x, [&](auto zero) {
+    using Row = decltype(zero);
+    using T = Compute<Row>;
+    on_device("soft_logits", x, {phi}, [&](auto stream) {
+      const int64_t rows = G * tokens, stride = row_stride<Row>(S);
+      Tensor factor = phi, products = flatten(logits, 0, 1);
+      if constexpr (kHalf<Row>) {
+        factor = empty({D, 2 * stride}, x);
+        products = empty({rows, 2 * stride}, phi);
+        cuda::soft_logits_parts(read<T>(phi), write<Row>(factor), D, S, stream);
+      }
+      multiply(products, flatten(x, 0, 1), factor);
+      cuda::soft_logits(read<Row>(x), read<T>(products), write<T>(logits), D, S, rows, stream);
+    });
+  });
+#else
   by_dtype("soft_logits", x, [&](auto zero) {
     using T = decltype(zero);
-#ifdef VMOE_DEVICE_CUDA
-    on_device("soft_logits", x, {phi}, [&](auto stream) {
-      multiply(flatten(logits, 0, 1), flatten(x, 0, 1), phi);
-      cuda::soft_logits(read<T>(x), read<T>(logits), write<T>(logits), D, S, G * tokens, stream);
-    });
-#else
     parallel_runs(G, tokens * (D + S), [&](int64_t first, int64_t count) {
       const int64_t rows = count * tokens;
       const T* in = read<T>(x) + first * tokens * D;
@@ -36,8 +49,8 @@ Tensor soft_logits(const Tensor& x_in, const Tensor& phi_in) {
       multiply<T>(matrix(out, rows, S), matrix(in, rows, D), matrix(read<T>(phi), D, S));
       cpu::soft_logits(in, out, out, D, S, 0, rows);
     });
-#endif
   });
+#endif
   return logits;
 }
 
@@ -49,18 +62,26 @@ std::tuple<Tensor, Tensor> soft_logits_backward(
   const Tensor x = packed(x_in), phi = packed(phi_in), grad = packed(grad_in);
   const int64_t G = x.size(0), tokens = x.size(1), D = x.size(2), S = phi.size(1);
   check_shape("soft_logits_backward", "grad", grad, {G, tokens, S});
-  check_dtype("soft_logits_backward", "grad", grad, x.scalar_type());
+  check_dtype("soft_logits_backward", "grad", grad, phi.scalar_type());
   Tensor grad_x = empty({G, tokens, D}, x);
 #ifdef VMOE_DEVICE_CUDA
-  const Tensor products = empty({G * tokens, S}, x), grad_phi = empty({D, S}, x);
-  by_dtype("soft_logits_backward", x, [&](auto zero) {
-    using T = decltype(zero);
+  const Tensor grad_phi = empty({D, S}, phi);
+  by_row_dtype("soft_logits_backward", x, [&](auto zero) {
+    using Row = decltype(zero);
+    using T = Compute<Row>;
     on_device("soft_logits_backward", x, {grad, phi}, [&](auto stream) {
-      const int64_t rows = G * tokens;
-      cuda::soft_logits(read<T>(x), read<T>(grad), write<T>(products), D, S, rows, stream);
-      multiply(grad_phi, transpose(flatten(x, 0, 1), 0, 1), products);
-      multiply(flatten(grad_x, 0, 1), products, transpose(phi, 0, 1));
-      cuda::soft_logits_backward(read<T>(x), write<T>(grad_x), D, rows, stream);
+      const int64_t rows = G * tokens, stride = row_stride<Row>(S);
+      Tensor scaled = empty({rows, stride}, x), factor = phi;
+      cuda::soft_logits_scaled(read<Row>(x), read<T>(grad), write<Row>(scaled), D, S, rows, stream);
+      if constexpr (kHalf<Row>) {
+        Tensor parts = empty({D, 2 * stride}, x);
+        cuda::soft_logits_parts(read<T>(phi), write<Row>(parts), D, S, stream);
+        factor = narrow(parts, 1, 0, S);  // the high one
+      }
+      scaled = narrow(scaled, 1, 0, S);
+      multiply(grad_phi, transpose(flatten(x, 0, 1), 0, 1), scaled);
+      multiply(flatten(grad_x, 0, 1), scaled, transpose(factor, 0, 1));
+      cuda::soft_logits_backward(read<Row>(x), write<Row>(grad_x), D, rows, stream);
     });
   });
   return {grad_x, grad_phi};

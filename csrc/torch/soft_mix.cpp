@@ -2,17 +2,19 @@
 
 #include <cstring>
 
+#include "../row_stride.h"
 #include "product.h"
 
 namespace vmoe {
 namespace {
 
 #ifdef VMOE_DEVICE_CUDA
+using torch::stable::narrow;
 using torch::stable::transpose;
 
 // The slots lie as the experts take them, [E, G, C, D]; a product takes a group's in one piece,
 // [G, S, D]: as they lie where one stride leads from slot to slot, else copied.
-template <typename T>
+template <typename Row>
 struct Slots {
   int64_t E, G, C, D;
   cudaStream_t stream;
@@ -22,7 +24,7 @@ struct Slots {
   Tensor take(const Tensor& slots) const {
     if (in_place()) return view(slots);
     const Tensor rows = empty({G, E * C, D}, slots);
-    cuda::soft_mix_rows(read<T>(slots), write<T>(rows), G, E, C, D, stream);
+    cuda::soft_mix_rows(read<Row>(slots), write<Row>(rows), G, E, C, D, stream);
     return rows;
   }
   // Where the rows go that become these slots.
@@ -31,7 +33,7 @@ struct Slots {
   }
   void put(const Tensor& rows, const Tensor& slots) const {
     if (in_place()) return;
-    cuda::soft_mix_slots(read<T>(rows), write<T>(slots), G, E, C, D, stream);
+    cuda::soft_mix_slots(read<Row>(rows), write<Row>(slots), G, E, C, D, stream);
   }
 
  private:
@@ -86,7 +88,7 @@ void check(
   } else {
     check_shape(op, "values", values, {E, G, S / E, values.size(3)});
   }
-  check_dtype(op, "values", values, logits.scalar_type());
+  check_dtype(op, "logits", logits, compute_dtype(values));
 }
 
 Tensor soft_mix(
@@ -95,14 +97,16 @@ Tensor soft_mix(
   const Tensor logits = packed(logits_in), values = packed(values_in);
   const int64_t G = logits.size(0), tokens = logits.size(1), S = logits.size(2);
   const int64_t D = values.size(values.dim() - 1), C = S / num_experts;
-  Tensor out = dim == 1 ? empty({num_experts, G, C, D}, logits) : empty({G, tokens, D}, logits);
-  by_dtype("soft_mix", logits, [&](auto zero) {
-    using T = decltype(zero);
+  Tensor out = dim == 1 ? empty({num_experts, G, C, D}, values) : empty({G, tokens, D}, values);
 #ifdef VMOE_DEVICE_CUDA
+  by_row_dtype("soft_mix", values, [&](auto zero) {
+    using Row = decltype(zero);
     on_device("soft_mix", logits, {values}, [&](auto stream) {
-      const Slots<T> slots{num_experts, G, C, D, stream};
-      const Tensor weights = empty({G, tokens, S}, logits);
-      cuda::soft_mix(read<T>(logits), write<T>(weights), G, tokens, S, dim == 1, stream);
+      const Slots<Row> slots{num_experts, G, C, D, stream};
+      Tensor weights = empty({G, tokens, row_stride<Row>(S)}, values);
+      weights = narrow(weights, 2, 0, S);
+      cuda::soft_mix(
+          read<Compute<Row>>(logits), write<Row>(weights), G, tokens, S, dim == 1, stream);
       if (dim == 1) {
         const Tensor rows = slots.room(out);
         multiply(rows, transpose(weights, 1, 2), values);
@@ -111,7 +115,10 @@ Tensor soft_mix(
         multiply(out, weights, slots.take(values));
       }
     });
+  });
 #else
+  by_dtype("soft_mix", values, [&](auto zero) {
+    using T = decltype(zero);
     const Slots<T> slots{num_experts, G, C, D};
     parallel_runs(G, 2 * tokens * S + (tokens + S) * D, [&](int64_t first, int64_t count) {
       const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
@@ -134,8 +141,8 @@ Tensor soft_mix(
       }
       if (dim == 1) slots.put(rows.get(), first, count, write<T>(out));
     });
-#endif
   });
+#endif
   return out;
 }
 
@@ -154,23 +161,25 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
   } else {
     check_shape("soft_mix_backward", "grad", grad, {G, tokens, D});
   }
-  check_dtype("soft_mix_backward", "grad", grad, logits.scalar_type());
+  check_dtype("soft_mix_backward", "grad", grad, values.scalar_type());
   Tensor grad_logits = empty({G, tokens, S}, logits);
   Tensor grad_values =
-      dim == 1 ? empty({G, tokens, D}, logits) : empty({num_experts, G, C, D}, logits);
-  by_dtype("soft_mix_backward", logits, [&](auto zero) {
-    using T = decltype(zero);
-    const Tensor& by_token = dim == 1 ? values : grad;
-    const Tensor& by_slot = dim == 1 ? grad : values;
+      dim == 1 ? empty({G, tokens, D}, values) : empty({num_experts, G, C, D}, values);
+  const Tensor& by_token = dim == 1 ? values : grad;
+  const Tensor& by_slot = dim == 1 ? grad : values;
 #ifdef VMOE_DEVICE_CUDA
+  by_row_dtype("soft_mix_backward", values, [&](auto zero) {
+    using Row = decltype(zero);
+    using T = Compute<Row>;
     on_device("soft_mix_backward", logits, {grad, values}, [&](auto stream) {
-      const Slots<T> slots{num_experts, G, C, D, stream};
-      const Tensor weights = empty({G, tokens, S}, logits);
-      cuda::soft_mix(read<T>(logits), write<T>(weights), G, tokens, S, dim == 1, stream);
+      const Slots<Row> slots{num_experts, G, C, D, stream};
       const Tensor rows = slots.take(by_slot);
       multiply(grad_logits, by_token, transpose(rows, 1, 2));
+      Tensor weights = empty({G, tokens, row_stride<Row>(S)}, values);
+      weights = narrow(weights, 2, 0, S);
       cuda::soft_mix_backward(
-          read<T>(weights), write<T>(grad_logits), G, tokens, S, dim == 1, stream);
+          read<T>(logits), write<Row>(weights), write<T>(grad_logits), G, tokens, S, dim == 1,
+          stream);
       if (dim == 1) {
         multiply(grad_values, weights, rows);
       } else {
@@ -179,7 +188,10 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
         slots.put(grads, grad_values);
       }
     });
+  });
 #else
+  by_dtype("soft_mix_backward", values, [&](auto zero) {
+    using T = decltype(zero);
     const Slots<T> slots{num_experts, G, C, D};
     parallel_runs(G, 3 * tokens * S + (2 * tokens + S) * D, [&](int64_t first, int64_t count) {
       const auto weights = scratch<T>(count * tokens * S), rows = scratch<T>(count * S * D);
@@ -205,8 +217,8 @@ std::tuple<Tensor, Tensor> soft_mix_backward(
       }
       if (dim == 2) slots.put(rows.get(), first, count, write<T>(grad_values));
     });
-#endif
   });
+#endif
   return {grad_logits, grad_values};
 }
 

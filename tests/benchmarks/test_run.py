@@ -1,6 +1,8 @@
 """The timer, the ceilings' arithmetic, and a run from the command to the page."""
 
 import json
+import platform
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -88,6 +90,22 @@ def test_the_kernels_of_the_level_asked_for_are_used():
         _C.use_isa(best)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept():
+    script = """
+import resource, torch
+from benchmarks.machine import keep_memory
+assert keep_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)  # 64 MiB
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(pages)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
+
+
 def test_full_is_memory_and_the_sizes_worth_changing():
     assert plan.parse(["--full"], "").memory
     jobs = list(plan.jobs(plan.parse(["--full", "--threads", "1,2"], "")))
@@ -159,6 +177,7 @@ def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "AXES", [scaling.Axis("tokens", (64, 256, 512), lambda n: Size(1, n, 4, 8))])
     for module in (run, scaling):
         monkeypatch.setattr(module, "measure_ceilings", lambda *args, **options: CEILINGS)
+        monkeypatch.setattr(module, "keep_memory", lambda: False)  # it would be for this whole process
     results = tmp_path / "benchmarks" / "results"
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"Before.\n{docs.MARKS[0]}\nold\n{docs.MARKS[1]}\nBehind.\n")

@@ -134,9 +134,9 @@ def check_reference(
         assert_close(o.double() / size, e / size, slack=gradient_slack, dtype=dtype)
 
 
-def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], **options: Any) -> None:
+def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], device: str = "cpu", **options: Any) -> None:
     """gradcheck; and a second derivative is right or raises, but is never cut off in silence."""
-    inputs = rounded(inputs, torch.float64, "cpu")
+    inputs = rounded(inputs, torch.float64, device)
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(y for y in tensors(op(*arguments, **options)) if y.requires_grad)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -19,6 +21,8 @@ from checks import (
     with_threads,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmoe_routers.ops import grouped_mlp, reference
 
@@ -102,9 +106,10 @@ def test_exact_gelu(device, dtype):
 @each_act
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("filled", [None, [[2, 0], [1, 3]]])
-def test_gradient(bias, act, filled):
+def test_gradient(device, bias, act, filled):
     inputs = arguments(2, 6, 2, 3, 2, bias=bias)
-    check_gradient(grouped_mlp, [*inputs, act, None if filled is None else torch.tensor(filled, dtype=torch.int32)])
+    filled = None if filled is None else torch.tensor(filled, dtype=torch.int32)
+    check_gradient(grouped_mlp, [*inputs, act, filled], device)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2, 3, 4), (0, 1, 3), (2, 4)])
@@ -118,8 +123,8 @@ def test_gradient_of_some(device, frozen):
         assert_close(gradient, other)
 
 
-def test_second_derivative_is_refused():
-    inputs = [a.requires_grad_() for a in arguments(2, 3, 2, 3, 2)]
+def test_second_derivative_is_refused(device):
+    inputs = [a.to(device).requires_grad_() for a in arguments(2, 3, 2, 3, 2)]
     (grad,) = torch.autograd.grad(grouped_mlp(*inputs).square().sum(), inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="grouped_mlp_backward has no derivative"):
         grad.sum().backward()
@@ -131,19 +136,20 @@ def test_compile(device, bias):
 
 
 def test_compile_ragged(device):
-    filled = torch.tensor([[1, 3], [0, 2]], dtype=torch.int32)
+    filled = torch.tensor([[1, 3], [0, 2]], dtype=torch.int32, device=device)
     check_compile(grouped_mlp, [*arguments(2, 6, 2, 3, 2), "gelu", filled], device)
 
 
 @each_act
 @pytest.mark.parametrize("bias", [True, False])
-def test_dispatcher(act, bias):
+def test_dispatcher(device, act, bias):
     op = torch.ops.vmoe_routers.grouped_mlp.default
-    inputs = [None if a is None else a.requires_grad_() for a in arguments(2, 6, 2, 3, 2, bias=bias)]
-    everything = torch.full((2, 2), 3, dtype=torch.int32)
+    inputs = [None if a is None else a.to(device).requires_grad_() for a in arguments(2, 6, 2, 3, 2, bias=bias)]
+    everything = torch.full((2, 2), 3, dtype=torch.int32, device=device)
     check_dispatcher(op, [*inputs, None, act, True])
     check_dispatcher(op, [*inputs, everything, act, True])  # nothing is written of what is not filled
-    check_dispatcher(op, [*inputs, torch.tensor([[1, 3], [0, 2]], dtype=torch.int32), act, False])
+    some = torch.tensor([[1, 3], [0, 2]], dtype=torch.int32, device=device)
+    check_dispatcher(op, [*inputs, some, act, False])
 
 
 RAGGED = [
@@ -176,6 +182,18 @@ def test_filled_rows_are_those_of_the_padded_form(device, groups, slots, counts,
         torch.testing.assert_close(gradient / size, other / size, **tolerance)
 
 
+def test_what_comes_back_for_rows_that_are_not_filled_is_nothing(device):
+    inputs = [a.to(device).requires_grad_() for a in arguments(2, 6, 4, 7, 4)]
+    out = grouped_mlp(*inputs, filled=torch.tensor([[1, 2], [3, 0]], dtype=torch.int32, device=device))
+    there = out.detach().abs().sum(2, keepdim=True) > 0
+    cotangent = torch.randn_like(out)
+    wanted = torch.autograd.grad(out, inputs, cotangent.masked_fill(~there, 0), retain_graph=True)
+    for gradient, other in zip(
+        torch.autograd.grad(out, inputs, cotangent.masked_fill(~there, NAN)), wanted, strict=True
+    ):
+        assert torch.equal(gradient, other)
+
+
 def test_rows_that_are_not_filled_are_not_read():
     inputs = [a.requires_grad_() for a in arguments(2, 6, 4, 7, 4)]
     filled = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
@@ -203,8 +221,8 @@ def test_threads_change_nothing_but_rounding(experts):
 
 
 @pytest.mark.parametrize("experts", [1, 2, 40])
-def test_repeats_bit_by_bit(experts):
-    inputs = [a.requires_grad_() for a in arguments(experts, 300, 8, 900, 8)]
+def test_repeats_bit_by_bit(device, experts):
+    inputs = [a.to(device).requires_grad_() for a in arguments(experts, 300, 8, 900, 8)]
 
     def results():
         out = grouped_mlp(*inputs)
@@ -216,8 +234,8 @@ def test_repeats_bit_by_bit(experts):
         assert all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True))
 
 
-def test_without_saved_products_the_gradient_makes_them_again():
-    x, w1, b1, w2, b2 = arguments(3, 5, 4, 7, 6)
+def test_without_saved_products_the_gradient_makes_them_again(device):
+    x, w1, b1, w2, b2 = (a.to(device) for a in arguments(3, 5, 4, 7, 6))
     op, backward = torch.ops.vmoe_routers.grouped_mlp, torch.ops.vmoe_routers.grouped_mlp_backward
     gradients = []
     for save in (True, False):
@@ -228,8 +246,8 @@ def test_without_saved_products_the_gradient_makes_them_again():
         assert_close(a, b)
 
 
-def test_saves_one_hidden_product():
-    inputs = [a.requires_grad_() for a in arguments(3, 50, 4, 16, 4)]
+def test_saves_one_hidden_product(device):
+    inputs = [a.to(device).requires_grad_() for a in arguments(3, 50, 4, 16, 4)]
     saved = {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t):
         grouped_mlp(*inputs)
@@ -239,12 +257,67 @@ def test_saves_one_hidden_product():
         assert not grouped_mlp(*inputs).requires_grad
 
 
-def test_autocast_is_the_products():
-    inputs = [a.float() for a in arguments(3, 5, 4, 7, 6)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast(device):
+    inputs = [a.to(device, torch.float32).requires_grad_() for a in arguments(3, 5, 4, 7, 6)]
+    with torch.autocast(device, dtype=torch.bfloat16):
         out = grouped_mlp(*inputs)
-        assert out.dtype == torch.bfloat16
-        assert torch.equal(out, grouped_mlp(*inputs, GELU["gelu_tanh"]))
+        products = grouped_mlp(*inputs, GELU["gelu_tanh"])
+    assert out.dtype == torch.bfloat16
+    # On a CPU it is the products, on CUDA the op on what autocast makes of the inputs.
+    wanted = products if device == "cpu" else grouped_mlp(*(a.bfloat16() for a in inputs))
+    assert torch.equal(out, wanted)
+    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    for gradient, other in zip(gradients, torch.autograd.grad(wanted, inputs, torch.ones_like(out)), strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, other)
+
+
+@contextmanager
+def autocast_on_cuda(dtype: torch.dtype) -> Iterator[None]:
+    """Also where there is no GPU, where torch.autocast only warns."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+
+
+class Called(TorchDispatchMode):
+    """The calls that get past autograd: the op and its inputs' dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((str(func), {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}))
+        return func(*args, **(kwargs or {}))
+
+
+@each_dtype
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_cuda_takes_the_op(dtype, autocast):
+    """On tensors that have no values, which need no GPU."""
+    with FakeTensorMode():
+        inputs = [
+            torch.empty(a.shape, dtype=dtype, device="cuda", requires_grad=True) for a in arguments(3, 6, 4, 7, 5)
+        ]
+        filled = torch.ones(3, 2, dtype=torch.int32, device="cuda")
+        with nullcontext() if autocast is None else autocast_on_cuda(autocast), Called() as called:
+            out = grouped_mlp(*inputs, "gelu", filled)
+    computed = dtype if autocast is None or dtype == torch.float64 else autocast
+    assert out.device.type == "cuda"
+    assert out.dtype == computed
+    assert out.requires_grad
+    casts = [("aten._to_copy.default", {dtype})] * (0 if computed == dtype else 5)
+    calls = [one for one in called.calls if not one[0].startswith("prim.device")]
+    assert calls == [*casts, ("vmoe_routers.grouped_mlp.default", {computed})]
+    with FakeTensorMode(), autocast_on_cuda(torch.bfloat16), refused(OP, "w1"):
+        mixed = [torch.empty(a.shape, dtype=dtype, device="cuda") for a in arguments(3, 6, 4, 7, 5)]
+        grouped_mlp(mixed[0], mixed[1].long(), *mixed[2:])
 
 
 # functorch's rules of forward mode are TorchScript.

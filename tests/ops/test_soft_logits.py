@@ -51,6 +51,31 @@ def test_reference(device, dtype, shape):
     assert x.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_in_half_with_phi_in_float32(device, dtype, shape):
+    """As in a router: phi is not rounded to the tokens' dtype, nor is the sum over tokens in its gradient."""
+    x, phi = arguments(*shape)
+    x, phi = x.to(device, dtype).requires_grad_(), phi.to(device).float().requires_grad_()
+    x64, phi64 = (a.detach().double().cpu().requires_grad_() for a in (x, phi))
+    out, expected = soft_logits(x, phi), reference.soft_logits(x64, phi64)
+    cotangent = torch.randn(expected.shape)
+    out.backward(cotangent.to(device))
+    expected.backward(cotangent.double())
+    assert (out.dtype, x.grad.dtype, phi.grad.dtype) == (torch.float32, dtype, torch.float32)
+    r = (x64.detach().square().sum(2, keepdim=True) + 1e-6).rsqrt()
+    unit, phi_size, sizes = (x64.detach() * r).abs(), phi64.detach().abs(), cotangent.double().abs()
+    along = r * (sizes @ phi_size.T)
+    along = along + unit * (unit * along).sum(2, keepdim=True)
+    epsilon = torch.finfo(dtype).eps if device == "cuda" else 1e-6
+    for actual, wanted, summed, off in (
+        (out, expected, unit @ phi_size, 2**-15 if device == "cuda" else 1e-6),
+        (phi.grad, phi64.grad, (unit.mT @ sizes).sum(0), epsilon),
+        (x.grad, x64.grad, along, 2 * torch.finfo(dtype).eps),
+    ):
+        assert ((actual.detach().double().cpu() - wanted.detach()).abs() <= off * summed + 1e-6).all()
+
+
 def test_gradient():
     check_gradient(soft_logits, arguments(2, 4, 3, 2))
 
@@ -64,9 +89,13 @@ def test_gradient_of_one_argument_alone(device, wanted):
     assert_close(actual, expected)
 
 
-def test_dispatcher(device):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dispatcher(device, dtype):
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("the op takes 16 bits on CUDA")
     x, phi = (a.to(device) for a in arguments(2, 4, 3, 2))
-    grad = torch.randn(2, 4, 2, dtype=torch.float64, device=device)
+    x, phi = x.to(dtype), phi.to(torch.promote_types(dtype, torch.float32))
+    grad = torch.randn(2, 4, 2, dtype=phi.dtype, device=device)
     check_dispatcher(torch.ops.vmoe_routers.soft_logits_backward.default, [grad, x, phi])
     check_dispatcher(torch.ops.vmoe_routers.soft_logits.default, [x.requires_grad_(), phi.requires_grad_()])
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from vmoe_routers.ops import reference, soft_mix
 
 OP = "soft_mix"
+HALVES = (torch.bfloat16, torch.float16)
 each_dim = pytest.mark.parametrize("dim", [1, 2], ids=["tokens", "slots"])
 
 SHAPES = [
@@ -40,10 +41,40 @@ def arguments(G: int, T: int, S: int, D: int, dim: int) -> list[Tensor | int]:
     return [spread(G, T, S), torch.randn(G, T if dim == 1 else S, D, dtype=torch.float64), dim]
 
 
+def multiplied_in_half(device: str, dtype: torch.dtype) -> bool:
+    """Whether weights are rounded to the values' dtype, for products in 16 bits."""
+    return device == "cuda" and dtype in HALVES
+
+
+def check_in_half(logits: Tensor, values: Tensor, dim: int) -> None:
+    """Values in 16 bits: off by at most an epsilon of what is summed up; the gradient of the logits is float32's."""
+    logits64, values64 = (x.detach().double().cpu().requires_grad_() for x in (logits, values))
+    logits, values = logits.detach().requires_grad_(), values.detach().requires_grad_()
+    epsilon = torch.finfo(values.dtype).eps
+
+    def assert_within(actual, expected, summed):
+        assert actual.dtype == values.dtype
+        off = (actual.detach().double().cpu() - expected.detach()).abs()
+        assert (off <= epsilon * summed + 1e-5).all()
+
+    out, expected = soft_mix(logits, values, dim), reference.soft_mix(logits64, values64, dim)
+    assert_within(out, expected, reference.soft_mix(logits64.detach(), values64.detach().abs(), dim))
+    cotangent = torch.randn(expected.shape, dtype=torch.float64).to(out.dtype)
+    out.backward(cotangent.to(out.device))
+    expected.backward(cotangent.double(), retain_graph=True)
+    (summed,) = torch.autograd.grad(expected, values64, cotangent.double().abs())
+    assert_within(values.grad, values64.grad, summed)
+    assert logits.grad.dtype == logits.dtype
+    assert_close(logits.grad, logits64.grad, slack=10)
+
+
 @each_dtype
 @each_dim
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference(device, dtype, dim, shape):
+    if multiplied_in_half(device, dtype):
+        logits, values, _ = arguments(*shape, dim)
+        return check_in_half(logits.to(device, dtype), values.to(device, dtype), dim)
     check_reference(
         soft_mix,
         reference.soft_mix,
@@ -55,11 +86,13 @@ def test_reference(device, dtype, dim, shape):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALVES)
 @each_dim
 def test_logits_of_float32_with_values_in_half(device, dtype, dim):
     """As under autocast: the logits are not rounded, each gradient has its own tensor's dtype."""
     logits, values, _ = arguments(2, 9, 6, 5, dim)
+    if multiplied_in_half(device, dtype):
+        return check_in_half(logits.to(device).float(), values.to(device, dtype), dim)
     logits, values = (
         logits.to(device).float().requires_grad_(),
         values.to(device, dtype).requires_grad_(),
@@ -79,6 +112,16 @@ def test_logits_of_float32_with_values_in_half(device, dtype, dim):
     assert_close(values.grad, values64.grad)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@each_dim
+@pytest.mark.parametrize("shape", [(2, 9, 6, 5), (3, 49, 196, 64), (2, 300, 44, 8), (1, 5, 1500, 16)])
+def test_values_in_half_whoever_multiplies(device, dtype, dim, shape):
+    logits, values, _ = arguments(*shape, dim)
+    logits[0, 1] = -INF
+    logits[0, :, 1] = -INF
+    check_in_half(logits.to(device).float(), values.to(device, dtype), dim)
+
+
 @each_dim
 def test_gradient(dim):
     check_gradient(soft_mix, arguments(2, 4, 3, 2, dim))
@@ -96,11 +139,15 @@ def test_gradient_of_one_argument_alone(device, dim, wanted):
 
 @each_dim
 @pytest.mark.parametrize("num_experts", [1, 3])
-def test_dispatcher(device, dim, num_experts):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dispatcher(device, dim, num_experts, dtype):
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("the op takes 16 bits on CUDA")
     G, T, D, C = 2, 4, 2, 3 // num_experts
     tokens, slots = (G, T, D), (num_experts, G, C, D)
-    make = partial(torch.randn, dtype=torch.float64, device=device)
+    make = partial(torch.randn, dtype=dtype, device=device)
     logits, values = make(G, T, 3), make(tokens if dim == 1 else slots)
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
     grad = make(slots if dim == 1 else tokens)
     backward = [grad, logits, values, dim, num_experts]
     check_dispatcher(torch.ops.vmoe_routers.soft_mix_backward.default, backward)
@@ -175,7 +222,7 @@ def test_does_not_depend_on_threads_or_neighbours(dim, G):
 def test_weights_sum_to_one(device, dim, dtype):
     logits, values, _ = arguments(2, 40, 24, 3, dim)
     out = soft_mix(logits.to(device, dtype), torch.ones_like(values).to(device, dtype), dim)
-    assert_close(out, torch.ones(out.shape))
+    assert_close(out, torch.ones(out.shape), slack=2 if multiplied_in_half(device, dtype) else 1)
 
 
 @each_dim
@@ -215,6 +262,8 @@ def test_extreme_logits(device, dim, dtype):
     logits[:, 3] = 1e4  # ties at the top of every column
     logits[:, 5] = 1e4
     logits[:, :, 2] = 1e4
+    if multiplied_in_half(device, dtype):
+        return check_in_half(logits.to(device, dtype), values.to(device, dtype), dim)
     check_reference(
         soft_mix,
         reference.soft_mix,

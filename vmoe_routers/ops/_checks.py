@@ -117,6 +117,12 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `x` goes into a product whose sums are in `dtype`: its own 16 bits, where it is on CUDA."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.dtype if half and x.is_cuda and dtype == torch.float32 else dtype
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which `x` and what is computed from it keep their dtype."""
     # torch.autocast knows no meta device, and takes microseconds to make.

@@ -1,4 +1,4 @@
-"""What a CUDA tensor gets from an op that has no CUDA kernel here: an error that says how to get it."""
+"""Loads the CUDA kernels. Without them a CUDA tensor gets an error from every op that says how to get them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ _library = torch.library.Library("vmoe_routers", "IMPL")
 
 
 def _why(op: str) -> str:
-    if _C.cuda_built and torch.version.cuda:
-        return f"vmoe_routers: {op} has no CUDA kernel yet: move its tensors to the CPU"
     if _C.cuda_built:
         return f"vmoe_routers: {op} on a CUDA tensor, but torch {torch.__version__} has no CUDA: install one that has"
     return (
@@ -41,7 +39,7 @@ def _without_kernel() -> frozenset[str]:
     return frozenset(op for op in ours if not has_kernel(f"vmoe_routers::{op}", "CUDA"))
 
 
-# The ops that have a kernel for the CPU alone. Each gets the error for its CUDA kernel.
+# All ops where the CUDA kernels were not built or cannot be loaded. Each gets the error for its CUDA kernel.
 WITHOUT_CUDA = _without_kernel()
 for _op in WITHOUT_CUDA:
     _refuse(_op)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from vmoe_routers.ops._call import call
 from vmoe_routers.ops._checks import (
+    FLOATS,
+    cast,
     check_choice,
     check_device,
     check_dtype,
@@ -20,6 +22,8 @@ from vmoe_routers.ops._checks import (
     refuse_second_derivative,
 )
 
+# What has a kernel of ours, by device.
+SERVED = {"cpu": (torch.float32, torch.float64), "cuda": FLOATS}
 GELU: dict[str, Callable[[Tensor], Tensor]] = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
 
 
@@ -34,10 +38,11 @@ def grouped_mlp(
 ) -> Tensor:
     """``act(x w1 + b1) w2 + b2``, one MLP per expert, over its filled rows.
 
-    A kernel of ours serves float32 and float64 on a CPU where `act` is a name: it visits the filled rows
-    alone, and bias, activation and their gradient cost no pass over memory. Everything else (other devices and
-    dtypes, autocast, an `act` that is a function, `torch.func` and forward-mode derivatives) is two batched
-    products of torch's over all rows, whose number the host knows: on CUDA nothing waits for the device.
+    Where `act` is a name it is one op. On a CPU, for float32 and float64, that visits the filled rows alone, and bias,
+    activation and their gradient cost no pass over memory. On CUDA, for every dtype and under autocast, they are one
+    pass between torch's batched products over all rows, whose number the host knows: nothing waits for the device.
+    Everything else (other dtypes and autocast on a CPU, an `act` that is a function, `torch.func` and forward-mode
+    derivatives) is torch's batched products and activation.
 
     Args:
         x: [E, N, D] floating point, N rows for each expert.
@@ -64,7 +69,13 @@ def grouped_mlp(
             weight = w1 if name == "b1" else w2
             check_tensor("grouped_mlp", name, value, "E F" if name == "b1" else "E D'")
             check_shape("grouped_mlp", name, value, (experts, weight.shape[2]), "E, columns")
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    device = x.device.type
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)
+    fused = isinstance(act, str) and not _transformed()
+    if autocast and fused and device == "cuda":
+        x, w1, w2 = _autocast(x), _autocast(w1), _autocast(w2)
+        b1, b2 = (None if bias is None else _autocast(bias) for bias in (b1, b2))
+        autocast = False
     for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if value is not None:
             check_device("grouped_mlp", name, value, "x", x)
@@ -74,8 +85,7 @@ def grouped_mlp(
         _check_filled(filled, x)
     if isinstance(act, str):
         check_choice("grouped_mlp", "act", act, tuple(GELU))
-        served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        if served and not autocast and not _transformed():
+        if fused and not autocast and x.dtype in SERVED.get(device, ()):
             save = torch.is_grad_enabled() and any(
                 value is not None and value.requires_grad for value in (x, w1, b1, w2, b2)
             )
@@ -115,6 +125,12 @@ def _check_filled(filled: Tensor, x: Tensor) -> None:
 def _transformed() -> bool:
     """Whether derivatives or batches are taken in a way that our kernel's gradient has no rule for."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """`x` as autocast hands it to a product of torch's on CUDA."""
+    eligible = x.dtype in FLOATS and x.dtype != torch.float64
+    return cast(x, torch.get_autocast_dtype("cuda")) if eligible else x
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from vmoe_routers.ops._checks import (
     check_shape,
     check_tensor,
     compute_dtype,
+    product_dtype,
     refuse_second_derivative,
 )
 
@@ -24,7 +25,9 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     ``dim = 1``: softmax over the tokens, every slot a mean of tokens.
     ``dim = 2``: softmax over all slots, every token a mean of slots.
 
-    On CUDA the products are torch's, in TF32 where `torch.set_float32_matmul_precision` allows it.
+    On CUDA the products are torch's: of float32 values in TF32 where `torch.set_float32_matmul_precision`
+    allows it; of values in 16 bits in 16 bits, with sums in float32. There the softmax is float32's too, and
+    its weights are rounded to the values' dtype; autocast does to float32 values what it does to `torch.bmm`'s.
 
     Args:
         logits: [G, T, S], or [G, T, E, C] with S = E * C; floating point; -inf is "not there".
@@ -34,7 +37,8 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
 
     Returns:
         For dim 1 slots, [G, S, D] or [G, E, C, D] as the logits are, for dim 2 tokens
-        [G, T, D], in values' dtype. A slot or token whose logits are all -inf gets zeros.
+        [G, T, D], in values' dtype (on CUDA under autocast in autocast's). A slot or token
+        whose logits are all -inf gets zeros.
         Slots [G, E, C, D] are a view, the experts first in memory; such are also taken
         without a copy.
 
@@ -53,6 +57,8 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     mixed = logits.shape[1:2] if dim == 1 else logits.shape[2:]
     check_shape("soft_mix", "values", values, (logits.shape[0], *mixed, values.shape[-1]), axes.replace(" ", ", "))
     check_device("soft_mix", "values", values, "logits", logits)
+    if values.is_cuda and values.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        values = values.to(torch.get_autocast_dtype("cuda"))
     dtype = compute_dtype(torch.promote_types(logits.dtype, values.dtype))
     # One expert of S slots is [1, G, S, D] in memory: as the public [G, S, D].
     by_slot = logits if by_expert else logits.unsqueeze(2)
@@ -60,7 +66,7 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     out = call(
         torch.ops.vmoe_routers.soft_mix.default,
         cast(by_slot, dtype).flatten(2),
-        cast(mixing, dtype),
+        cast(mixing, product_dtype(mixing, dtype)),
         dim,
         by_slot.shape[2],
     )

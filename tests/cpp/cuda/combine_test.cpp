@@ -11,35 +11,10 @@ struct Shape {
   int64_t slots() const { return G * E * C; }
 };
 
-// Small numbers in few bits, that every type holds exactly.
-float number(std::mt19937_64& random) { return static_cast<float>(integer(random, -32, 32)) / 16; }
-
-void set(float& to, float value) { to = value; }
-void set(double& to, float value) { to = value; }
-void set(BFloat16& to, float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  to.bits = static_cast<uint16_t>(bits >> 16);
-}
-void set(Float16& to, float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  const uint32_t magnitude = bits & 0x7FFFFFFF;
-  to.bits = static_cast<uint16_t>(
-      (bits >> 16 & 0x8000) | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0));
-}
-
 template <typename Row>
 class CudaCombine : public ::testing::Test {
  public:
   using T = Compute<Row>;
-
-  static std::vector<Row> rows(int64_t size, uint64_t seed) {
-    std::mt19937_64 random(seed);
-    std::vector<Row> out(size);
-    for (Row& value : out) set(value, number(random));
-    return out;
-  }
 
   static void expect_as_on_cpu(
       const Shape& shape, const std::vector<int32_t>& token, const std::vector<Row>& y,
@@ -62,7 +37,7 @@ class CudaCombine : public ::testing::Test {
           device_slots.data(), device_out.data(), G, tokens, E, C, D, nullptr);
       expect_same(device_out.values(), out);  // the same order, the same fma
     }
-    const auto grad = rows(G * tokens * D, 3);
+    const auto grad = rows<Row>(G * tokens * D, 3);
     std::vector<Row> grad_y(y.size());
     std::vector<T> grad_gate(gate.size());
     cpu::combine_backward(
@@ -78,11 +53,10 @@ class CudaCombine : public ::testing::Test {
   }
 
   static void expect_as_on_cpu(const Shape& shape, const std::vector<int32_t>& token) {
-    const auto y = rows(shape.slots() * shape.D, 1);
+    const auto y = rows<Row>(shape.slots() * shape.D, 1);
     expect_as_on_cpu(shape, token, y, uniform<T>(shape.slots(), 2));
   }
 };
-using Rows = ::testing::Types<float, double, BFloat16, Float16>;
 TYPED_TEST_SUITE(CudaCombine, Rows);
 
 // Rows in pieces of 16 bytes and entry by entry.
@@ -100,7 +74,7 @@ TYPED_TEST(CudaCombine, SumsSlotsIntoTokens) {
 TYPED_TEST(CudaCombine, EmptySlotsSayNothing) {
   using T = Compute<TypeParam>;
   const Shape shape{1, 3, 2, 1, 8};
-  auto y = this->rows(16, 7);
+  auto y = rows<TypeParam>(16, 7);
   for (int i = 8; i < 16; ++i) memset(&y[i], 0xFF, sizeof(y[i]));  // NaN
   this->expect_as_on_cpu(shape, {1, -1}, y, {2, kNaN<T>});
 }

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../testing.h"
+#include "half.h"
 
 namespace vmoe {
 
@@ -50,6 +51,84 @@ void expect_same(const std::vector<T>& actual, const std::vector<T>& wanted) {
   ASSERT_EQ(actual.size(), wanted.size());
   for (size_t i = 0; i < actual.size(); ++i) {
     ASSERT_EQ(memcmp(&actual[i], &wanted[i], sizeof(T)), 0) << "at " << i;
+  }
+}
+
+using Rows = ::testing::Types<float, double, BFloat16, Float16>;
+using Halves = ::testing::Types<BFloat16, Float16>;
+
+// Small numbers in few bits, that every type holds exactly.
+inline float number(std::mt19937_64& random) {
+  return static_cast<float>(integer(random, -32, 32)) / 16;
+}
+
+inline void set(float& to, float value) { to = value; }
+inline void set(double& to, float value) { to = value; }
+inline void set(BFloat16& to, float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  to.bits = static_cast<uint16_t>(bits >> 16);
+}
+inline void set(Float16& to, float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const uint32_t magnitude = bits & 0x7FFFFFFF;
+  to.bits = static_cast<uint16_t>(
+      (bits >> 16 & 0x8000) | (magnitude ? (magnitude - (112u << 23)) >> 13 : 0));
+}
+
+template <typename Row>
+std::vector<Row> rows(int64_t size, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::vector<Row> out(size);
+  for (Row& value : out) set(value, number(random));
+  return out;
+}
+
+// The way back, of every value.
+inline float value_of(float row) { return row; }
+inline double value_of(double row) { return row; }
+inline float value_of(BFloat16 row) {
+  const uint32_t bits = uint32_t{row.bits} << 16;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline float value_of(Float16 row) {
+  const int exponent = row.bits >> 10 & 31, fraction = row.bits & 1023;
+  float value = std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  if (exponent == 0) value = std::ldexp(static_cast<float>(fraction), -24);
+  if (exponent == 31) value = fraction ? kNaN<float> : kInf<float>;
+  return row.bits >> 15 ? -value : value;
+}
+
+template <typename Row>
+std::vector<Compute<Row>> values_of(const std::vector<Row>& rows) {
+  std::vector<Compute<Row>> out;
+  for (const Row& row : rows) out.push_back(value_of(row));
+  return out;
+}
+
+// By how much rounding to a row's dtype may change a number, of that number.
+template <typename Row>
+constexpr double kUnit = 0;
+template <>
+constexpr double kUnit<BFloat16> = 0x1p-8;
+template <>
+constexpr double kUnit<Float16> = 0x1p-11;
+
+// As on the CPU but for rounding to the rows' dtype.
+template <typename Row>
+void expect_rounded(const std::vector<Row>& actual, const std::vector<Compute<Row>>& wanted) {
+  using T = Compute<Row>;
+  ASSERT_EQ(actual.size(), wanted.size());
+  for (size_t i = 0; i < actual.size(); ++i) {
+    const double a = value_of(actual[i]), w = wanted[i];
+    const double tolerance = kUnit<Row> * std::abs(w) + kRounding<T> * (1 + std::abs(w));
+    const bool same = std::isnan(w)   ? std::isnan(a)
+                      : std::isinf(w) ? a == w
+                                      : std::abs(a - w) <= tolerance;
+    EXPECT_TRUE(same) << "[" << i << "] is " << a << ", wanted " << w;
   }
 }
 

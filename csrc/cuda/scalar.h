@@ -1,0 +1,19 @@
+// scalar -- the arithmetic that headers for every device ask for, of one thread.
+#pragma once
+
+#include "../order.h"
+#include "launch.h"
+
+namespace vmoe::cuda {
+
+struct Fused {
+  VMOE_HOST_DEVICE float operator()(float a, float b, float c) const { return fmaf(a, b, c); }
+  VMOE_HOST_DEVICE double operator()(double a, double b, double c) const { return fma(a, b, c); }
+};
+
+struct Exp {
+  VMOE_HOST_DEVICE float operator()(float x) const { return expf(x); }
+  VMOE_HOST_DEVICE double operator()(double x) const { return exp(x); }
+};
+
+}  // namespace vmoe::cuda
