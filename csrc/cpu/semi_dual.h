@@ -17,14 +17,16 @@ using Vector = std::vector<double>;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// In order, one by one: a zero more or less, of an absent token, then changes no bit.
+// Of whole vectors.
 double dot(const Vector& a, const Vector& b) {
-  double sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
-  return sum;
+  Vec<double> total{};
+  for (size_t i = 0; i < a.size(); i += kWidth<double>) {
+    total = fma(load(&a[i]), load(&b[i]), total);
+  }
+  return sum<double>(total);
 }
 
-// The semi-dual of one group. Columns are kept contiguous: every step reads each of them
+// The semi-dual of one group, of which no token is absent. Columns are kept contiguous: every step reads each of them
 // from top to bottom, and they are shared out among the threads.
 template <typename T>
 class SemiDual {
@@ -40,7 +42,7 @@ class SemiDual {
         k_(k),
         room_((std::min(k, size_) + kLongest) / kLongest * kLongest),
         columns_(new T[stride_ * E]),
-        there_(size_),
+        there_(size_, 0.0),
         alpha_before_(size_, 0.0),
         alpha_(size_),
         floor_(E, kUnknown),
@@ -55,18 +57,20 @@ class SemiDual {
         seen[i] = read(similarity, i * kPiece, std::min((i + 1) * kPiece, size_));
       }
     });
-    double present = 0;
     for (const Seen& piece : seen) {
-      present += piece.present;
       bad_ = bad_ || piece.bad;
       largest_similarity_ = std::max(largest_similarity_, piece.largest);
     }
-    b_ = present / static_cast<double>(E);
+    std::fill_n(there_.begin(), tokens, 1.0);
+    b_ = static_cast<double>(tokens) / static_cast<double>(E);
     scale_ = gamma * b_;
   }
 
   // Whether there is anything to solve: a token at least, and numbers only.
   bool solvable() const { return b_ > 0 && !bad_; }
+
+  // The plan where it is not b p.
+  T elsewhere() const { return bad_ ? std::numeric_limits<T>::quiet_NaN() : T{0}; }
 
   // Of every vector over tokens: as many and some without meaning, which stay 0.
   int64_t size() const { return size_; }
@@ -92,9 +96,8 @@ class SemiDual {
 
   void write_plan(const Vector& alpha, T* plan) {
     if (solvable()) project(alpha);
-    const T empty = bad_ ? std::numeric_limits<T>::quiet_NaN() : T{0};
     each_range([&](int64_t begin, int64_t end) {
-      std::fill(plan + begin * E_, plan + std::min(end, tokens_) * E_, empty);
+      std::fill(plan + begin * E_, plan + std::min(end, tokens_) * E_, elsewhere());
       each_share(begin, end, [&](int64_t t, int64_t e, double p) {
         plan[t * E_ + e] = static_cast<T>(b_ * p);
       });
@@ -109,7 +112,7 @@ class SemiDual {
 
   struct Seen {
     bool bad = false;
-    double present = 0, largest = 0;
+    double largest = 0;
   };
 
   // Of one column: the candidates, and of them the first `kept`.
@@ -158,7 +161,6 @@ class SemiDual {
     Mask<T> bad{};
     Vec<T> largest{};
     for (int64_t t = begin; t < end; t += W) {
-      Mask<T> there{};
       for (int64_t e = 0; e < E_; e += W) {
         const int64_t width = std::min(W, E_ - e);
         Vec<T> square[W];
@@ -172,14 +174,7 @@ class SemiDual {
           largest = size < inf && size > largest ? size : largest;
         }
         transpose<T>(square);
-        for (int64_t i = 0; i < width; ++i) {
-          there |= square[i] > -inf;
-          store(&columns_[(e + i) * stride_ + t], square[i]);
-        }
-      }
-      for (int64_t i = 0; i < W; ++i) {
-        there_[t + i] = there[i] ? 1 : 0;
-        seen.present += there_[t + i];
+        for (int64_t i = 0; i < width; ++i) store(&columns_[(e + i) * stride_ + t], square[i]);
       }
     }
     seen.bad = lane_bits<T>(bad) != 0;
@@ -345,8 +340,7 @@ class SemiDual {
   // The threshold of the simplex for what was kept, tau, relative to the largest and over
   // scale_; returns where it lies among the values. Entries at or below
   // the threshold are taken out until there are none: mostly all stay at once, and no order is
-  // needed. Lanes are places among the kept, not among the tokens: an absent token changes
-  // nothing.
+  // needed.
   double threshold(Scratch& scratch) const {
     scratch.tau = kUnknown;
     if (scratch.kept == 0) return -kInf;
@@ -384,7 +378,7 @@ class SemiDual {
   double b_ = 0, scale_ = 0;
   bool bad_ = false;
   std::unique_ptr<T[]> columns_;  // [E, stride]; a power of two would share cache sets
-  Vector there_;
+  Vector there_;                  // 1 for a token, 0 behind the last
   double largest_similarity_ = 0;
 
   // Of move_to.
