@@ -4,6 +4,7 @@
 #include <cmath>
 #include <deque>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -13,9 +14,11 @@ namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
 // Betas 0.9 and 0.999; the moments are divided by what they fall short at the start.
-void adam_step(
+// Returns the sum of the gradient's squares.
+double adam_step(
     int64_t size, double rate, double mean_share, double square_share, const double* gradient,
     double* mean, double* square, double* alpha) {
+  Vec<double> squares{};
   for (int64_t t = 0; t < size; t += kWidth<double>) {
     const Vec<double> g = load(gradient + t);
     const Vec<double> m = 0.9 * load(mean + t) + 0.1 * g;
@@ -24,21 +27,27 @@ void adam_step(
     store(mean + t, m);
     store(square + t, s);
     store(alpha + t, load(alpha + t) - step);
+    squares += g * g;
   }
+  return sum<double>(squares);
 }
 
 template <typename T>
 void adam(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
+  constexpr int64_t kPiece = SemiDual<T>::kPiece;
   Vector gradient(alpha.size()), mean(alpha.size(), 0), square(alpha.size(), 0);
+  Vector squares(alpha.size() / kPiece + 1);  // summed by piece, whatever the threads
   double decay1 = 1, decay2 = 1;
   for (int64_t i = 0; i < options.iterations; ++i) {
-    dual.differentiate(alpha, gradient);
     decay1 *= 0.9;
     decay2 *= 0.999;
-    adam_step(
-        static_cast<int64_t>(alpha.size()), options.learning_rate, 1 - decay1, 1 - decay2,
-        gradient.data(), mean.data(), square.data(), alpha.data());
-    if (std::sqrt(dot(gradient, gradient)) <= options.tolerance) return;
+    dual.differentiate(alpha, gradient, [&](int64_t begin, int64_t end) {
+      squares[begin / kPiece] = adam_step(
+          end - begin, options.learning_rate, 1 - decay1, 1 - decay2, &gradient[begin],
+          &mean[begin], &square[begin], &alpha[begin]);
+    });
+    const double total = std::accumulate(squares.begin(), squares.end(), 0.0);
+    if (std::sqrt(total) <= options.tolerance) return;
   }
 }
 

@@ -26,11 +26,13 @@ double dot(const Vector& a, const Vector& b) {
   return sum<double>(total);
 }
 
-// The semi-dual of one group, of which no token is absent. Columns are kept contiguous: every step reads each of them
-// from top to bottom, and they are shared out among the threads.
+// The semi-dual of one group, of which no token is absent. Columns are kept contiguous: every
+// step reads each of them from top to bottom, and they are shared out among the threads.
 template <typename T>
 class SemiDual {
  public:
+  static constexpr int64_t kPiece = 512;  // of tokens
+
   SemiDual(
       const T* similarity, int64_t tokens, int64_t E, int64_t k, double gamma,
       const Parallel& parallel)
@@ -45,6 +47,7 @@ class SemiDual {
         there_(size_, 0.0),
         alpha_before_(size_, 0.0),
         alpha_(size_),
+        moved_(size_ / kPiece + 1),
         floor_(E, kUnknown),
         count_(E, 0),
         token_(new int32_t[room_ * E]),
@@ -77,10 +80,18 @@ class SemiDual {
 
   // The gradient of the negated objective, to be minimised.
   void differentiate(const Vector& alpha, Vector& gradient) {
+    differentiate(alpha, gradient, [](int64_t, int64_t) {});
+  }
+
+  // The same, and use(begin, end) for every piece of the tokens once its gradient is there: by the
+  // thread that has it near.
+  template <typename Use>
+  void differentiate(const Vector& alpha, Vector& gradient, const Use& use) {
     project(alpha);
     each_range([&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) gradient[t] = -there_[t];
       each_share(begin, end, [&](int64_t t, int64_t, double p) { gradient[t] += b_ * p; });
+      for (int64_t t = begin; t < end; t += kPiece) use(t, std::min(t + kPiece, end));
     });
   }
 
@@ -106,13 +117,17 @@ class SemiDual {
 
  private:
   static constexpr int64_t kLongest = std::max(kWidth<float>, kWidth<double>);
-  static constexpr int64_t kPiece = 512;
   static constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
   using Key = SignedKey<double>;
 
   struct Seen {
     bool bad = false;
     double largest = 0;
+  };
+
+  // Of a range of tokens, under its first piece: the deepest fall of alpha, and its largest size.
+  struct Moved {
+    double fall = 0, size = 0;
   };
 
   // Of one column: the candidates, and of them the first `kept`.
@@ -139,7 +154,7 @@ class SemiDual {
   // Calls body(begin, end) for ranges of tokens, their number no matter of threads.
   template <typename Body>
   void each_range(const Body& body) const {
-    parallel_(size_, 4096, [&](int64_t begin, int64_t end) { body(begin, end); });
+    parallel_(size_, 2 * kPiece, [&](int64_t begin, int64_t end) { body(begin, end); });
   }
 
   // Calls body(t, e, p) for the non-zeros of the projections, by e, then by t.
@@ -187,20 +202,28 @@ class SemiDual {
   // What the columns share at one alpha: alpha in T for the filter, by how much the
   // filter's sums may be off, and by how much entries may have fallen since the last one.
   void move_to(const Vector& alpha) {
-    Vec<double> fall{}, size{};
-    for (int64_t t = 0; t < size_; t += kWidth<double>) {
-      const Vec<double> a = load(&alpha[t]);
-      const Vec<double> by = load(&alpha_before_[t]) - a;
-      fall = by > fall ? by : fall;
-      const Vec<double> absolute = a < 0.0 ? -a : a;
-      size = absolute > size ? absolute : size;
-      store(&alpha_before_[t], a);
-    }
-    for (int64_t t = 0; t < size_; ++t) alpha_[t] = static_cast<T>(alpha[t]);
+    std::fill(moved_.begin(), moved_.end(), Moved{});
+    each_range([&](int64_t begin, int64_t end) {
+      Vec<double> fall{}, size{};
+      for (int64_t t = begin; t < end; t += kWidth<double>) {
+        const Vec<double> a = load(&alpha[t]);
+        const Vec<double> by = load(&alpha_before_[t]) - a;
+        fall = by > fall ? by : fall;
+        const Vec<double> absolute = a < 0.0 ? -a : a;
+        size = absolute > size ? absolute : size;
+        store(&alpha_before_[t], a);
+      }
+      for (int64_t t = begin; t < end; ++t) alpha_[t] = static_cast<T>(alpha[t]);
+      Moved& moved = moved_[begin / kPiece];
+      for (int64_t i = 0; i < kWidth<double>; ++i) {
+        moved.fall = std::max(moved.fall, fall[i]);
+        moved.size = std::max(moved.size, size[i]);
+      }
+    });
     largest_fall_ = largest_alpha_ = 0;
-    for (int64_t i = 0; i < kWidth<double>; ++i) {
-      largest_fall_ = std::max(largest_fall_, fall[i]);
-      largest_alpha_ = std::max(largest_alpha_, size[i]);
+    for (const Moved& moved : moved_) {
+      largest_fall_ = std::max(largest_fall_, moved.fall);
+      largest_alpha_ = std::max(largest_alpha_, moved.size);
     }
   }
 
@@ -384,6 +407,7 @@ class SemiDual {
   // Of move_to.
   Vector alpha_before_;
   std::vector<T> alpha_;
+  std::vector<Moved> moved_;
   double largest_fall_ = 0, largest_alpha_ = 0;
 
   Vector floor_;  // [E] of the step before, or NaN
