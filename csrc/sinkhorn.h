@@ -13,7 +13,9 @@
 //   f_t =          - logsumexp_e(M[t, e] + h_e)       plan = exp(M + f + h)
 //
 // (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so
-// rows sum to 1. With tolerance > 0 a group stops once error <= tolerance.
+// rows sum to 1. With tolerance > 0 a group stops once error <= tolerance. On the CPU an
+// iteration that finds h where it was, but for a rounding, is the last to be run: the others, which
+// would find it there again, count as done.
 // A row that is all -inf is an absent token: n counts the others, its plan is 0.
 // A group with NaN or +inf among its logits gets NaN. Potentials are float64. Where the
 // logits of a group are within 40 of each other (over epsilon) the iteration runs on
@@ -24,7 +26,8 @@
 //
 // Two gradients: of the iterations done (unrolled; f_i is recomputed from h_i, so
 // that one [T, E] tensor and I * E numbers are all that is kept), and of the fixed
-// point by the implicit function theorem at the plan reached.
+// point by the implicit function theorem at the plan reached. On the CPU the former goes back no
+// further than to where the iterations before can add nothing beyond rounding.
 #pragma once
 
 #include <cstddef>

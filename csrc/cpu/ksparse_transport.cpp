@@ -1,7 +1,10 @@
 #include "../ksparse_transport.h"
 
+#include <algorithm>
 #include <cmath>
 #include <deque>
+#include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -11,9 +14,11 @@ namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
 // Betas 0.9 and 0.999; the moments are divided by what they fall short at the start.
-void adam_step(
+// Returns the sum of the gradient's squares.
+double adam_step(
     int64_t size, double rate, double mean_share, double square_share, const double* gradient,
     double* mean, double* square, double* alpha) {
+  Vec<double> squares{};
   for (int64_t t = 0; t < size; t += kWidth<double>) {
     const Vec<double> g = load(gradient + t);
     const Vec<double> m = 0.9 * load(mean + t) + 0.1 * g;
@@ -22,30 +27,27 @@ void adam_step(
     store(mean + t, m);
     store(square + t, s);
     store(alpha + t, load(alpha + t) - step);
+    squares += g * g;
   }
-}
-
-double norm(const Vector& x) {
-  Vec<double> total{};
-  for (size_t i = 0; i < x.size(); i += kWidth<double>) {
-    const Vec<double> part = load(&x[i]);
-    total += part * part;
-  }
-  return std::sqrt(sum<double>(total));
+  return sum<double>(squares);
 }
 
 template <typename T>
 void adam(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
+  constexpr int64_t kPiece = SemiDual<T>::kPiece;
   Vector gradient(alpha.size()), mean(alpha.size(), 0), square(alpha.size(), 0);
+  Vector squares(alpha.size() / kPiece + 1);  // summed by piece, whatever the threads
   double decay1 = 1, decay2 = 1;
   for (int64_t i = 0; i < options.iterations; ++i) {
-    dual.differentiate(alpha, gradient);
     decay1 *= 0.9;
     decay2 *= 0.999;
-    adam_step(
-        static_cast<int64_t>(alpha.size()), options.learning_rate, 1 - decay1, 1 - decay2,
-        gradient.data(), mean.data(), square.data(), alpha.data());
-    if (norm(gradient) <= options.tolerance) return;
+    dual.differentiate(alpha, gradient, [&](int64_t begin, int64_t end) {
+      squares[begin / kPiece] = adam_step(
+          end - begin, options.learning_rate, 1 - decay1, 1 - decay2, &gradient[begin],
+          &mean[begin], &square[begin], &alpha[begin]);
+    });
+    const double total = std::accumulate(squares.begin(), squares.end(), 0.0);
+    if (std::sqrt(total) <= options.tolerance) return;
   }
 }
 
@@ -63,7 +65,8 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   dual.differentiate(alpha, gradient);
   double value = dual.value(alpha);
   for (int64_t i = 0; i < options.iterations; ++i) {
-    if (!(std::sqrt(dot(gradient, gradient)) > options.tolerance)) return;
+    const double length = std::sqrt(dot(gradient, gradient));
+    if (!(length > options.tolerance)) return;
     direction = gradient;
     for (auto pair = memory.rbegin(); pair != memory.rend(); ++pair) {
       pair->weight = dot(pair->step, direction) / pair->curvature;
@@ -79,9 +82,8 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
       for (size_t t = 0; t < n; ++t) direction[t] += weight * pair.step[t];
     }
     const double slope = -dot(direction, gradient);
-    // Without memory the gradient's scale says nothing about the step's: about 1 is
-    // the size of a gradient entry at the start, and of a similarity.
-    double rate = 1;
+    // Without memory the gradient's scale says nothing about the step's: its length is 1.
+    double rate = memory.empty() ? 1 / length : 1;
     int halvings = 0;
     for (; halvings < kHalvings; ++halvings, rate /= 2) {
       for (size_t t = 0; t < n; ++t) next[t] = alpha[t] - rate * direction[t];
@@ -113,6 +115,52 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   }
 }
 
+// Returns the plan's value at nobody.
+template <typename T>
+T solve(
+    const T* similarity, T* plan, int64_t tokens, int64_t E, const TransportOptions& options,
+    const Parallel& parallel) {
+  SemiDual<T> dual(similarity, tokens, E, options.k, options.gamma, parallel);
+  Vector alpha(dual.size(), 0);
+  if (dual.solvable()) {
+    (options.solver == Solver::kAdam ? adam<T> : lbfgs<T>)(dual, alpha, options);
+  }
+  dual.write_plan(alpha, plan);
+  return dual.elsewhere();
+}
+
+// Absent tokens are left out, so that no bit depends on them.
+template <typename T>
+void solve_present(
+    const T* similarity, T* plan, int64_t tokens, int64_t E, const TransportOptions& options,
+    const Parallel& parallel) {
+  const auto is_absent = [&](int64_t t) {
+    const T* row = similarity + t * E;
+    return std::all_of(row, row + E, [](T s) { return s == -std::numeric_limits<T>::infinity(); });
+  };
+  std::vector<char> absent(tokens);
+  parallel(tokens, 2048, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) absent[t] = is_absent(t);
+  });
+  const int64_t present = std::count(absent.begin(), absent.end(), 0);
+  if (present == tokens) {
+    solve(similarity, plan, tokens, E, options, parallel);
+    return;
+  }
+  std::vector<T> rows(present * E), of_rows(present * E);
+  for (int64_t t = 0, row = 0; t < tokens; ++t) {
+    if (!absent[t]) std::copy_n(similarity + t * E, E, &rows[E * row++]);
+  }
+  const T nobody = solve(rows.data(), of_rows.data(), present, E, options, parallel);
+  for (int64_t t = 0, row = 0; t < tokens; ++t) {
+    if (absent[t]) {
+      std::fill_n(plan + t * E, E, nobody);
+    } else {
+      std::copy_n(&of_rows[E * row++], E, plan + t * E);
+    }
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -120,12 +168,7 @@ void ksparse_transport(
     const T* similarity, T* plan, int64_t tokens, int64_t E, const TransportOptions& options,
     int64_t group_begin, int64_t group_end, const Parallel& parallel) {
   for (int64_t g = group_begin; g < group_end; ++g) {
-    SemiDual<T> dual(similarity + g * tokens * E, tokens, E, options.k, options.gamma, parallel);
-    Vector alpha(dual.size(), 0);
-    if (dual.solvable()) {
-      (options.solver == Solver::kAdam ? adam<T> : lbfgs<T>)(dual, alpha, options);
-    }
-    dual.write_plan(alpha, plan + g * tokens * E);
+    solve_present(similarity + g * tokens * E, plan + g * tokens * E, tokens, E, options, parallel);
   }
 }
 

@@ -17,18 +17,22 @@ using Vector = std::vector<double>;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// In order, one by one: a zero more or less, of an absent token, then changes no bit.
+// Of whole vectors.
 double dot(const Vector& a, const Vector& b) {
-  double sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
-  return sum;
+  Vec<double> total{};
+  for (size_t i = 0; i < a.size(); i += kWidth<double>) {
+    total = fma(load(&a[i]), load(&b[i]), total);
+  }
+  return sum<double>(total);
 }
 
-// The semi-dual of one group. Columns are kept contiguous: every step reads each of them
-// from top to bottom, and they are shared out among the threads.
+// The semi-dual of one group, of which no token is absent. Columns are kept contiguous: every
+// step reads each of them from top to bottom, and they are shared out among the threads.
 template <typename T>
 class SemiDual {
  public:
+  static constexpr int64_t kPiece = 512;  // of tokens
+
   SemiDual(
       const T* similarity, int64_t tokens, int64_t E, int64_t k, double gamma,
       const Parallel& parallel)
@@ -40,9 +44,10 @@ class SemiDual {
         k_(k),
         room_((std::min(k, size_) + kLongest) / kLongest * kLongest),
         columns_(new T[stride_ * E]),
-        there_(size_),
+        there_(size_, 0.0),
         alpha_before_(size_, 0.0),
         alpha_(size_),
+        moved_(size_ / kPiece + 1),
         floor_(E, kUnknown),
         count_(E, 0),
         token_(new int32_t[room_ * E]),
@@ -55,28 +60,38 @@ class SemiDual {
         seen[i] = read(similarity, i * kPiece, std::min((i + 1) * kPiece, size_));
       }
     });
-    double present = 0;
     for (const Seen& piece : seen) {
-      present += piece.present;
       bad_ = bad_ || piece.bad;
       largest_similarity_ = std::max(largest_similarity_, piece.largest);
     }
-    b_ = present / static_cast<double>(E);
+    std::fill_n(there_.begin(), tokens, 1.0);
+    b_ = static_cast<double>(tokens) / static_cast<double>(E);
     scale_ = gamma * b_;
   }
 
   // Whether there is anything to solve: a token at least, and numbers only.
   bool solvable() const { return b_ > 0 && !bad_; }
 
+  // The plan where it is not b p.
+  T elsewhere() const { return bad_ ? std::numeric_limits<T>::quiet_NaN() : T{0}; }
+
   // Of every vector over tokens: as many and some without meaning, which stay 0.
   int64_t size() const { return size_; }
 
   // The gradient of the negated objective, to be minimised.
   void differentiate(const Vector& alpha, Vector& gradient) {
+    differentiate(alpha, gradient, [](int64_t, int64_t) {});
+  }
+
+  // The same, and use(begin, end) for every piece of the tokens once its gradient is there: by the
+  // thread that has it near.
+  template <typename Use>
+  void differentiate(const Vector& alpha, Vector& gradient, const Use& use) {
     project(alpha);
     each_range([&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) gradient[t] = -there_[t];
       each_share(begin, end, [&](int64_t t, int64_t, double p) { gradient[t] += b_ * p; });
+      for (int64_t t = begin; t < end; t += kPiece) use(t, std::min(t + kPiece, end));
     });
   }
 
@@ -92,9 +107,8 @@ class SemiDual {
 
   void write_plan(const Vector& alpha, T* plan) {
     if (solvable()) project(alpha);
-    const T empty = bad_ ? std::numeric_limits<T>::quiet_NaN() : T{0};
     each_range([&](int64_t begin, int64_t end) {
-      std::fill(plan + begin * E_, plan + std::min(end, tokens_) * E_, empty);
+      std::fill(plan + begin * E_, plan + std::min(end, tokens_) * E_, elsewhere());
       each_share(begin, end, [&](int64_t t, int64_t e, double p) {
         plan[t * E_ + e] = static_cast<T>(b_ * p);
       });
@@ -103,13 +117,17 @@ class SemiDual {
 
  private:
   static constexpr int64_t kLongest = std::max(kWidth<float>, kWidth<double>);
-  static constexpr int64_t kPiece = 512;
   static constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
   using Key = SignedKey<double>;
 
   struct Seen {
     bool bad = false;
-    double present = 0, largest = 0;
+    double largest = 0;
+  };
+
+  // Of a range of tokens, under its first piece: the deepest fall of alpha, and its largest size.
+  struct Moved {
+    double fall = 0, size = 0;
   };
 
   // Of one column: the candidates, and of them the first `kept`.
@@ -136,7 +154,7 @@ class SemiDual {
   // Calls body(begin, end) for ranges of tokens, their number no matter of threads.
   template <typename Body>
   void each_range(const Body& body) const {
-    parallel_(size_, 4096, [&](int64_t begin, int64_t end) { body(begin, end); });
+    parallel_(size_, 2 * kPiece, [&](int64_t begin, int64_t end) { body(begin, end); });
   }
 
   // Calls body(t, e, p) for the non-zeros of the projections, by e, then by t.
@@ -158,7 +176,6 @@ class SemiDual {
     Mask<T> bad{};
     Vec<T> largest{};
     for (int64_t t = begin; t < end; t += W) {
-      Mask<T> there{};
       for (int64_t e = 0; e < E_; e += W) {
         const int64_t width = std::min(W, E_ - e);
         Vec<T> square[W];
@@ -172,14 +189,7 @@ class SemiDual {
           largest = size < inf && size > largest ? size : largest;
         }
         transpose<T>(square);
-        for (int64_t i = 0; i < width; ++i) {
-          there |= square[i] > -inf;
-          store(&columns_[(e + i) * stride_ + t], square[i]);
-        }
-      }
-      for (int64_t i = 0; i < W; ++i) {
-        there_[t + i] = there[i] ? 1 : 0;
-        seen.present += there_[t + i];
+        for (int64_t i = 0; i < width; ++i) store(&columns_[(e + i) * stride_ + t], square[i]);
       }
     }
     seen.bad = lane_bits<T>(bad) != 0;
@@ -192,20 +202,28 @@ class SemiDual {
   // What the columns share at one alpha: alpha in T for the filter, by how much the
   // filter's sums may be off, and by how much entries may have fallen since the last one.
   void move_to(const Vector& alpha) {
-    Vec<double> fall{}, size{};
-    for (int64_t t = 0; t < size_; t += kWidth<double>) {
-      const Vec<double> a = load(&alpha[t]);
-      const Vec<double> by = load(&alpha_before_[t]) - a;
-      fall = by > fall ? by : fall;
-      const Vec<double> absolute = a < 0.0 ? -a : a;
-      size = absolute > size ? absolute : size;
-      store(&alpha_before_[t], a);
-    }
-    for (int64_t t = 0; t < size_; ++t) alpha_[t] = static_cast<T>(alpha[t]);
+    std::fill(moved_.begin(), moved_.end(), Moved{});
+    each_range([&](int64_t begin, int64_t end) {
+      Vec<double> fall{}, size{};
+      for (int64_t t = begin; t < end; t += kWidth<double>) {
+        const Vec<double> a = load(&alpha[t]);
+        const Vec<double> by = load(&alpha_before_[t]) - a;
+        fall = by > fall ? by : fall;
+        const Vec<double> absolute = a < 0.0 ? -a : a;
+        size = absolute > size ? absolute : size;
+        store(&alpha_before_[t], a);
+      }
+      for (int64_t t = begin; t < end; ++t) alpha_[t] = static_cast<T>(alpha[t]);
+      Moved& moved = moved_[begin / kPiece];
+      for (int64_t i = 0; i < kWidth<double>; ++i) {
+        moved.fall = std::max(moved.fall, fall[i]);
+        moved.size = std::max(moved.size, size[i]);
+      }
+    });
     largest_fall_ = largest_alpha_ = 0;
-    for (int64_t i = 0; i < kWidth<double>; ++i) {
-      largest_fall_ = std::max(largest_fall_, fall[i]);
-      largest_alpha_ = std::max(largest_alpha_, size[i]);
+    for (const Moved& moved : moved_) {
+      largest_fall_ = std::max(largest_fall_, moved.fall);
+      largest_alpha_ = std::max(largest_alpha_, moved.size);
     }
   }
 
@@ -345,8 +363,7 @@ class SemiDual {
   // The threshold of the simplex for what was kept, tau, relative to the largest and over
   // scale_; returns where it lies among the values. Entries at or below
   // the threshold are taken out until there are none: mostly all stay at once, and no order is
-  // needed. Lanes are places among the kept, not among the tokens: an absent token changes
-  // nothing.
+  // needed.
   double threshold(Scratch& scratch) const {
     scratch.tau = kUnknown;
     if (scratch.kept == 0) return -kInf;
@@ -384,12 +401,13 @@ class SemiDual {
   double b_ = 0, scale_ = 0;
   bool bad_ = false;
   std::unique_ptr<T[]> columns_;  // [E, stride]; a power of two would share cache sets
-  Vector there_;
+  Vector there_;                  // 1 for a token, 0 behind the last
   double largest_similarity_ = 0;
 
   // Of move_to.
   Vector alpha_before_;
   std::vector<T> alpha_;
+  std::vector<Moved> moved_;
   double largest_fall_ = 0, largest_alpha_ = 0;
 
   Vector floor_;  // [E] of the step before, or NaN

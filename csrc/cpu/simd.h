@@ -355,14 +355,21 @@ inline int64_t compress_index(int32_t* out, Mask<T> mask, int32_t index) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     return compress<int32_t>(out, mask, lane_index<T>() + index);
+  } else {
+    const uint32_t bits = lane_bits<T>(mask);
+    const __m256i lanes =
+        _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(index));
+    _mm256_storeu_si256((__m256i*)out, _mm256_maskz_compress_epi32(bits, lanes));
+    return __builtin_popcount(bits);
   }
-#endif
+#else
   int64_t count = 0;
   for (int64_t lane = 0; lane < kWidth<T>; ++lane) {
     out[count] = index + static_cast<int32_t>(lane);
     count -= mask[lane];  // true is -1
   }
   return count;
+#endif
 }
 
 }  // namespace vmoe::cpu::VMOE_ISA

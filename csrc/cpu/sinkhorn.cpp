@@ -27,17 +27,24 @@ void iterate(
     Domain& domain, const Group<T>& group, int64_t iterations, double tolerance,
     const Outputs& out) {
   domain.start();
-  int64_t step = 0;
+  int64_t step = 0, same = 0;
   for (; step < iterations; ++step) {
     if (tolerance > 0 && step > 0 &&
         column_error(domain, group.E, group.log_marginal) <= tolerance) {
       break;
     }
-    domain.step_columns();
+    if (!domain.step_columns() && step > 0) {
+      // Where they were, and so is all that follows.
+      same = iterations - step;
+      break;
+    }
     domain.step_rows(step + 1 == iterations);
     domain.get_columns(out.history + step * group.E);
   }
-  *out.steps = static_cast<int32_t>(step);
+  for (double* h = out.history + step * group.E; h < out.history + (step + same) * group.E; ++h) {
+    *h = *(h - group.E);
+  }
+  *out.steps = static_cast<int32_t>(step + same);
   *out.error = column_error(domain, group.E, group.log_marginal);
   if (step < iterations) domain.write_plan();
 }

@@ -76,8 +76,8 @@ struct Group {
   double M(int64_t t, int64_t e) const { return logits[t * E + e] * inverse_epsilon; }
 
   // exp(M) and every product with a potential fit the format where the M are no
-  // further apart than this. Let S be that distance. Entries are shifted by their row's
-  // largest, so they and the v / max v lie in [exp(-S), 1] (column sums of one u differ
+  // further apart than this. Let S be that distance. Entries are shifted by the
+  // group's largest, so they and the v / max v lie in [exp(-S), 1] (column sums of one u differ
   // by no more than the entries of a row do), products of the two in [exp(-2 S), 1], u
   // in [1/E, exp(S)]. Normal numbers end at exp(-87) in float32 and at exp(-708) in
   // float64. With forbidden pairs there may be no plan, and potentials grow with the

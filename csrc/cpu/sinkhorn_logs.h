@@ -22,7 +22,15 @@ class LogDomain {
 
   // The updates of the iteration; each row update leaves the columns' sums behind.
   void start() { sum_columns(); }
-  void step_columns() { update_columns(); }
+  bool step_columns() {
+    bool moved = false;
+    for (int64_t e = 0; e < group_.E; ++e) {
+      const double h = total_[e] == -kInf ? -kInf : group_.log_marginal - total_[e];
+      moved = moved || h != h_[e];
+      h_[e] = h;
+    }
+    return moved;
+  }
   void step_rows(bool last) {
     update_rows();
     sum_columns();
@@ -38,12 +46,6 @@ class LogDomain {
     });
     for (int64_t e = 0; e < group_.E; ++e) {
       total_[e] = high_[e] == -kInf ? -kInf : high_[e] + std::log(total_[e]);
-    }
-  }
-
-  void update_columns() {
-    for (int64_t e = 0; e < group_.E; ++e) {
-      h_[e] = total_[e] == -kInf ? -kInf : group_.log_marginal - total_[e];
     }
   }
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 
 #include "sinkhorn_group.h"
@@ -58,10 +59,10 @@ Vec<double> widen(const C* from) {
 // The same on exp(M): an exp for every entry once, products after that, in numbers of
 // type C. Where Group::fits_scaling<C>(). Kept between groups for its memory.
 //
-// K[t, e] = exp(M[t, e] - max_e M[t, e]), a vector of tokens a block: a row's sum is then
+// K[t, e] = exp(M[t, e] - max M), a vector of tokens a block: a row's sum is then
 // an addition of vectors, every token has the same arithmetic wherever it stands, and E
-// needs no padding. An absent token, and a lane behind the last, has K = 0 and u = 0.
-// The potentials are exp(f_t) = u_t exp(-max_e M[t, e] - log_scale) and
+// needs no padding. An absent token, and a lane behind the last, has K = 0.
+// The potentials are exp(f_t) = u_t exp(-max M - log_scale) and
 // exp(h_e) = v_e exp(log_scale), with max v = 1.
 //
 // A block of K is as large as its rows of the output, where C is T: it lies there until
@@ -81,13 +82,17 @@ class ScalingDomain {
     in_place_ = std::is_same_v<T, C> ? group.tokens / W : 0;
     own_.make((blocks_ - in_place_) * E_);
     u_.make(blocks_);
-    first_u_.make(blocks_);
     partial_.make(group.pieces * ((E_ + kWidth<double> - 1) / kWidth<double>));
     v_.assign(E_ + kWidth<double>, 0);
     total_.resize(E_ + kWidth<double>);
     const double inverse = group.inverse_epsilon;
     inverse_ = static_cast<C>(inverse);
     inverse_rest_ = static_cast<C>(inverse - static_cast<double>(inverse_));
+    const double high = group.high * inverse;
+    const bool fit = std::max(std::abs(high), std::abs(group.low * inverse)) <= 80;
+    low_ = static_cast<C>(group.low);
+    from_ = fit ? C{0} : static_cast<C>(group.high);
+    factor_ = fit ? static_cast<C>(std::exp(-high)) : C{1};
   }
 
   // K, and the sums of the columns at f = 0.
@@ -97,16 +102,24 @@ class ScalingDomain {
       Vec<C> u[count];
       for (int i = 0; i < count; ++i) {
         fill_block(b + i);
-        u[i] = load(first_u_[b + i]);
+        u[i] = splat(C{1});
       }
       add_columns<count>(b, u, sums);
     });
   }
 
-  void step_columns() {
+  bool step_columns() {
     const double least = *std::min_element(total_.begin(), total_.begin() + E_);
     log_scale_ += group_->log_marginal - std::log(least);
-    for (int64_t e = 0; e < E_; ++e) v_[e] = static_cast<C>(least / total_[e]);
+    bool moved = false;
+    for (int64_t e = 0; e < E_; ++e) {
+      const double v = least / total_[e];
+      // Within a rounding of where it was it stays: last bits would go to and fro for ever.
+      if (std::abs(v - v_[e]) <= 0.75 * std::numeric_limits<C>::epsilon() * v) continue;
+      v_[e] = static_cast<C>(v);
+      moved = true;
+    }
+    return moved;
   }
 
   // The row update and the sums that the next column update asks for, in one pass; the
@@ -151,6 +164,10 @@ class ScalingDomain {
   // the potentials change from step to step, so what a step takes from entry (t, e) is
   //   K[t, e] (a_i[t] v_i[e] + u_{i-1}[t] c_i[e]),   a_i = df_i u_i,  c_i = dh_i v_i / (n/E)
   // The vectors are collected and meet the matrix at the end; a step is one pass over K.
+  //
+  // As the columns of Q_i and the rows of P_i sum to 1, |dh_i| + |df_{i-1}| + |dh_{i-1}| + ...
+  // in the 1-norm never grow, and each is what its step adds to the gradient at most. Where the
+  // rest of them cannot reach the rounding of the first, the steps end.
   void backward(const T* grad, const double* history, int64_t steps) {
     slots_ = std::min(steps, kCollected) + 1;
     collected_.make(2 * blocks_ * slots_);
@@ -190,18 +207,29 @@ class ScalingDomain {
         store(sums + e * W, sum);
       }
     });
-    for (int64_t e = 0; e < E_; ++e) dh[e] = v_[e] * total_[e];
+    // Returns the 1-norm. The sum of dh is 0, since to add a constant to h changes no plan; what
+    // rounding left of it would never fade.
+    const auto set_dh = [&](double sign) {
+      for (int64_t e = 0; e < E_; ++e) dh[e] = sign * v_[e] * total_[e];
+      const double mean = std::accumulate(dh.begin(), dh.end(), 0.0) / static_cast<double>(E_);
+      double norm = 0;
+      for (double& d : dh) norm += std::abs(d -= mean);
+      return norm;
+    };
+    double norm = set_dh(1);
+    const double negligible = norm * std::numeric_limits<C>::epsilon();
 
     const double first_scale = -group_->high * group_->inverse_epsilon;
-    for (int64_t step = steps; step > 0; --step) {
+    for (int64_t step = steps;; --step) {
       const int64_t s = collected_count_++;
+      const bool done = 2 * static_cast<double>(step) * norm <= negligible;
       const double log_before = step > 1 ? log_scale(history + (step - 2) * E_) : first_scale;
-      const double factor = std::exp(log_scale_ - log_before - group_->log_marginal);
+      const double factor = done ? 0 : std::exp(log_scale_ - log_before - group_->log_marginal);
       for (int64_t e = 0; e < E_; ++e) {
         of_column_[s * E_ + e] = {v_[e], static_cast<C>(dh[e] * v_[e] * factor)};
       }
-      if (step == 1) {
-        each_block(0, [&](int64_t b, C*) { store(u(b, s), load(first_u_[b])); });
+      if (step == 1 || done) {
+        each_block(0, [&](int64_t b, C*) { store(u(b, s), splat(C{1})); });
         break;
       }
       set_columns(history + (step - 2) * E_);
@@ -224,7 +252,7 @@ class ScalingDomain {
         }
         add_columns<count>(b, da, sums);
       });
-      for (int64_t e = 0; e < E_; ++e) dh[e] = -v_[e] * total_[e];
+      norm = set_dh(-1);
       if (collected_count_ == kCollected) {
         taken_.make(blocks_ * E_);
         each_block(0, [&](int64_t b, C*) {
@@ -336,35 +364,26 @@ class ScalingDomain {
     }
   }
 
-  // exp((x - from) / epsilon). In float32 the exponent would be off by 2e-6 at 40: what it
-  // lacks is multiplied in.
-  Vec<C> power(Vec<C> x, Vec<C> from) const {
-    const Vec<C> difference = x - from;
+  // exp(M - max M). To that distance float32 may be off by 2e-6: where exp(M) fits it is taken
+  // of M itself and the rest multiplied, and elsewhere the logits are within a factor of 2 and
+  // their distance exact. What the exponent lacks by epsilon is multiplied in. exp_negative has
+  // no need of its sign up to 88.
+  Vec<C> power(Vec<C> x) const {
+    const Vec<C> difference = x - from_;
     const Vec<C> exponent = difference * inverse_;
-    if constexpr (std::is_same_v<C, double>) {
-      return exp_negative(exponent);
-    } else {
-      const Vec<C> back = difference - x;
-      const Vec<C> lost = (x - (difference - back)) - (from + back);
-      const Vec<C> inverse = splat(inverse_);
-      const Vec<C> rest = fma(lost, inverse, difference * inverse_rest_) +
-                          product_error(difference, inverse, exponent);
-      const Vec<C> rounded = exp_negative(exponent);
-      return fma(rounded, rest, rounded);
+    Vec<C> value = exp_negative(exponent);
+    if constexpr (std::is_same_v<C, float>) {
+      const Vec<C> rest = fma(
+          difference, splat(inverse_rest_), product_error(difference, splat(inverse_), exponent));
+      value = fma(value, rest, value);
     }
+    return x >= low_ ? value * factor_ : Vec<C>{};
   }
 
-  // K and first_u = exp(max_e M - high), the row potentials' start.
   void fill_block(int64_t b) const {
     C* K = block(b);
     pack(b, group_->logits, -std::numeric_limits<C>::infinity(), K);
-    Vec<C> top = load(K);
-    for (int64_t e = 1; e < E_; ++e) top = max<C>(top, load(K + e * W));
-    const Mask<C> there = top >= static_cast<C>(group_->low);
-    for (int64_t e = 0; e < E_; ++e) {
-      store(K + e * W, there ? power(load(K + e * W), top) : Vec<C>{});
-    }
-    store(first_u_[b], there ? power(top, splat(static_cast<C>(group_->high))) : Vec<C>{});
+    for (int64_t e = 0; e < E_; ++e) store(K + e * W, power(load(K + e * W)));
   }
 
   void write_block(int64_t b, Vec<C> u, C* tile) const {
@@ -517,11 +536,12 @@ class ScalingDomain {
   const Group<T>* group_ = nullptr;
   T* out_ = nullptr;
   int64_t E_ = 0, ahead_ = 0, blocks_ = 0, in_place_ = 0, slots_ = 0, collected_count_ = 0;
-  C inverse_ = 0, inverse_rest_ = 0;  // of epsilon: the nearest number, and what it lacks
+  C inverse_ = 0, inverse_rest_ = 0;   // of epsilon: the nearest number, and what it lacks
+  C from_ = 0, factor_ = 1, low_ = 0;  // K = factor exp((logit - from) / epsilon), or 0 below low
   double log_scale_ = 0;
   bool turned_ = false;
   Vectors<C> own_;                   // [blocks - in_place, E]  of K
-  Vectors<C> u_, first_u_;           // [blocks]
+  Vectors<C> u_;                     // [blocks]
   Vectors<C> sums_;                  // [pieces, E]
   Vectors<C> room_;                  // a pass's own, for each range
   Vectors<C> taken_;                 // [blocks, E]

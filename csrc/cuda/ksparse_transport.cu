@@ -187,7 +187,8 @@ __device__ void solve_lbfgs(
   each([&](int64_t t) { alpha[t] = dual.alpha[t]; });
   double value = differentiate(gradient);
   for (int64_t i = 0; i < task.iterations; ++i) {
-    if (!(sqrt(dot(gradient, gradient)) > task.tolerance)) break;
+    const double length = sqrt(dot(gradient, gradient));
+    if (!(length > task.tolerance)) break;
     each([&](int64_t t) { direction[t] = gradient[t]; });
     for (int j = kept - 1; j >= 0; --j) {
       const int slot = slot_of(j);
@@ -205,9 +206,8 @@ __device__ void solve_lbfgs(
       each([&](int64_t t) { direction[t] += by * step_of(slot)[t]; });
     }
     const double slope = -dot(direction, gradient);
-    // Without memory the gradient's scale says nothing about the step's: about 1 is the size of a
-    // gradient entry at the start, and of a similarity.
-    double rate = 1;
+    // Without memory the gradient's scale says nothing about the step's: its length is 1.
+    double rate = kept == 0 ? 1 / length : 1;
     int halvings = 0;
     for (; halvings < kHalvings; ++halvings, rate /= 2) {
       each([&](int64_t t) { dual.alpha[t] = alpha[t] - rate * direction[t]; });

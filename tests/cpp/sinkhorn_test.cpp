@@ -149,19 +149,21 @@ TYPED_TEST(Sinkhorn, RowsSumToOneWhateverTheIterations) {
 TYPED_TEST(Sinkhorn, PlanIsASoftmaxWithTheLastPotential) {
   using T = TypeParam;
   const Shape shape{2, 6, 4};
-  const Options options{7, 0.7, 0};
   const auto logits = uniform<T>(shape.size(), 3);
-  const auto result = sinkhorn(shape, logits, options);
-  std::vector<double> wanted;
-  for (int64_t i = 0; i < shape.G * shape.T; ++i) {
-    const double* h = &result.history[(i / shape.T * options.iterations + 6) * shape.E];
-    double sum = 0;
-    for (int64_t e = 0; e < shape.E; ++e) sum += std::exp(logits[i * shape.E + e] / 0.7 + h[e]);
-    for (int64_t e = 0; e < shape.E; ++e) {
-      wanted.push_back(std::exp(logits[i * shape.E + e] / 0.7 + h[e]) / sum);
+  for (const int64_t iterations : {7, 1000}) {  // the latter until nothing moves, and on
+    const auto result = sinkhorn(shape, logits, {iterations, 0.7, 0});
+    std::vector<double> wanted;
+    for (int64_t i = 0; i < shape.G * shape.T; ++i) {
+      const double* h = &result.history[((i / shape.T + 1) * iterations - 1) * shape.E];
+      double sum = 0;
+      for (int64_t e = 0; e < shape.E; ++e) sum += std::exp(logits[i * shape.E + e] / 0.7 + h[e]);
+      for (int64_t e = 0; e < shape.E; ++e) {
+        wanted.push_back(std::exp(logits[i * shape.E + e] / 0.7 + h[e]) / sum);
+      }
     }
+    expect_near(result.plan, wanted, kRounding<T>);
+    EXPECT_EQ(result.steps, std::vector<int32_t>(shape.G, iterations));
   }
-  expect_near(result.plan, wanted, kRounding<T>);
 }
 
 TYPED_TEST(Sinkhorn, EqualLogitsShareEqually) {
@@ -171,6 +173,20 @@ TYPED_TEST(Sinkhorn, EqualLogitsShareEqually) {
     const auto result = sinkhorn(shape, std::vector<T>(shape.size(), value));
     expect_near(result.plan, std::vector<T>(shape.size(), T{1} / 4), kRoundingOfLarge<T>);
     EXPECT_NEAR(result.error[0], 0, 1e-11);
+  }
+}
+
+TYPED_TEST(Sinkhorn, SmallDifferencesOfLogitsStayExact) {
+  using T = TypeParam;
+  // Small enough for exp(M), far from 0 or not; in 64ths, so that they are exact in float32 too.
+  const Shape shape{1, 40, 8};
+  auto logits = uniform<T>(shape.size(), 26, 0, 38);
+  for (T& logit : logits) logit = std::round(logit * 64) / 64;
+  const auto wanted = scaled_kernel(shape.T, shape.E, logits, 5, 1);
+  for (const T shift : {0, -38, 42, 43, -80, -81, 8192, -8192}) {
+    auto shifted = logits;
+    for (T& logit : shifted) logit += shift;
+    expect_near(sinkhorn(shape, shifted, {5, 1, 0}).plan, wanted, kRounding<T>);
   }
 }
 
@@ -408,6 +424,9 @@ TYPED_TEST(Sinkhorn, GradientsAreThoseOfFloat64) {
       exact_grad(grad.begin(), grad.end());
   expect_near(unrolled(shape, grad, logits), unrolled(shape, exact_grad, exact), kRounding<T>);
   const Options converged{300, 1, 0};
+  expect_near(
+      unrolled(shape, grad, logits, converged), unrolled(shape, exact_grad, exact, converged),
+      kRounding<T>);
   expect_near(
       implicit(shape, grad, sinkhorn(shape, logits, converged).plan),
       implicit(shape, exact_grad, sinkhorn(shape, exact, converged).plan), kRounding<T>);
