@@ -24,9 +24,15 @@ Written by `python -m benchmarks.docs` from the runs in `benchmarks/results/`; `
 is the median of paired ratios within one process, time of the variant / time of ours, with a bootstrap 95 % interval:
 above 1 ours is faster. Results are asserted equal before timing, or the row says that the function is another. The
 floor is what the case must do (flops, bytes, exponentials) at the ceilings measured in the same run. UNSTABLE: the same
-code measured twice came out more than 10 % apart, or may have come out 30 % apart; such a row says little. Results are
-new memory in every call, ours and theirs, as they are for a user: the system hands out large ones page by page, which
-can take longer than dispatch and combine themselves, and comes and goes with what ran before.
+code measured twice came out more than 10 % apart, or may have come out 30 % apart; such a row says little.
+
+Where memory is kept, the C library was told to use freed memory again, for ours and for theirs. Where large results are
+new memory in every call, as they are unless somebody says so, the system hands them out page by page, which can take
+longer than writing them: ours ask for pages of 2 MiB, and torch's do under `THP_MEM_ALLOC_ENABLE=1`.
+
+The products of experts and of Soft MoE are ours on a CPU. torch's, from MKL, run AVX2 code on a CPU of AMD's, at half the
+speed of its AVX-512 units; on one of Intel's they do not, and rows that are mostly products will show a smaller lead.
+No run on such a machine is kept here.
 """
 
 
