@@ -169,9 +169,10 @@ class ScalingDomain {
   // in the 1-norm never grow, and each is what its step adds to the gradient at most. Where the
   // rest of them cannot reach the rounding of the first, the steps end.
   void backward(const T* grad, const double* history, int64_t steps) {
-    slots_ = std::min(steps, kCollected) + 1;
-    collected_.make(2 * blocks_ * slots_);
-    of_column_.resize(slots_ * E_);
+    const int64_t slots = std::min(steps, kCollected) + 1;
+    slot_ = blocks_ | 1;  // a power of two would share cache sets
+    collected_.make(2 * slot_ * slots);
+    of_column_.resize(slots * E_);
     collected_count_ = 0;
     bool has_taken = false;
     std::vector<double> dh(E_);
@@ -304,8 +305,8 @@ class ScalingDomain {
     return load(p);
   }
   // What the backward collects of a block's tokens.
-  C* a(int64_t b, int64_t s) const { return collected_[2 * (b * slots_ + s)]; }
-  C* u(int64_t b, int64_t s) const { return collected_[2 * (b * slots_ + s) + 1]; }
+  C* a(int64_t b, int64_t s) const { return collected_[2 * (s * slot_ + b)]; }
+  C* u(int64_t b, int64_t s) const { return collected_[2 * (s * slot_ + b) + 1]; }
   int64_t count(int64_t b) const { return std::min(W, group_->tokens - b * W); }
 
   // A row's entries, `width` of them.
@@ -535,7 +536,7 @@ class ScalingDomain {
 
   const Group<T>* group_ = nullptr;
   T* out_ = nullptr;
-  int64_t E_ = 0, ahead_ = 0, blocks_ = 0, in_place_ = 0, slots_ = 0, collected_count_ = 0;
+  int64_t E_ = 0, ahead_ = 0, blocks_ = 0, in_place_ = 0, slot_ = 0, collected_count_ = 0;
   C inverse_ = 0, inverse_rest_ = 0;   // of epsilon: the nearest number, and what it lacks
   C from_ = 0, factor_ = 1, low_ = 0;  // K = factor exp((logit - from) / epsilon), or 0 below low
   double log_scale_ = 0;
@@ -545,7 +546,7 @@ class ScalingDomain {
   Vectors<C> sums_;                  // [pieces, E]
   Vectors<C> room_;                  // a pass's own, for each range
   Vectors<C> taken_;                 // [blocks, E]
-  Vectors<C> collected_;             // [blocks, slots, 2]
+  Vectors<C> collected_;             // [slots, blocks or one more, 2]; slots not used are no memory
   Vectors<double> partial_;          // [pieces, E rounded up to vectors]
   std::vector<OfColumn> of_column_;  // [slots, E]
   std::vector<C> v_;                 // [E], and room for a vector
