@@ -30,9 +30,10 @@ Where memory is kept, the C library was told to use freed memory again, for ours
 new memory in every call, as they are unless somebody says so, the system hands them out page by page, which can take
 longer than writing them: ours ask for pages of 2 MiB, and torch's do under `THP_MEM_ALLOC_ENABLE=1`.
 
-The products of experts and of Soft MoE are ours on a CPU. torch's, from MKL, run AVX2 code on a CPU of AMD's, at half the
-speed of its AVX-512 units; on one of Intel's they do not, and rows that are mostly products will show a smaller lead.
-No run on such a machine is kept here.
+The products of experts and of Soft MoE are ours on a CPU. torch's `mm` and `bmm`, from MKL, run AVX2 code on a CPU of
+AMD's, at half the speed of its AVX-512 units; on one of Intel's they do not, and rows that are mostly products will
+show a smaller lead. No run on such a machine is kept here. oneDNN, which torch has too, has no such loss: it is in the
+rows "packed for oneDNN", by ops that are not public and have no gradient.
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -94,22 +94,46 @@ def _unbind(parameter: Tensor | None) -> Iterable[Tensor | None]:
     return itertools.repeat(None) if parameter is None else parameter.unbind()
 
 
-def loop(layer: MoEMlp, x: Tensor) -> Tensor:
-    """A loop over the experts' own rows, index_add into the result: transformers' eager form.
+def mlps(layer: MoEMlp) -> Iterable[Callable[[Tensor], Tensor]]:
+    """Every expert as a function of its rows.
 
     The weights are unbound once: `w1[e]` under autograd would make a gradient of all experts' size for each.
     """
+    e = layer.experts
+    for w1, b1, w2, b2 in zip(*(_unbind(p) for p in (e.w1, e.b1, e.w2, e.b2)), strict=False):
+        yield lambda x, w1=w1, b1=b1, w2=w2, b2=b2: _linear(e.act(_linear(x, w1, b1)), w2, b2)
+
+
+def loop(layer: MoEMlp, x: Tensor, experts: Iterable[Callable[[Tensor], Tensor]] | None = None) -> Tensor:
+    """A loop over the experts' own rows, index_add into the result: transformers' eager form."""
     rows, gate = route(layer, x)
-    flat, e = x.flatten(0, 1), layer.experts
+    flat = x.flatten(0, 1)
     n = flat.shape[0]
     out = torch.zeros_like(flat)
-    parameters = zip(*(_unbind(p) for p in (e.w1, e.b1, e.w2, e.b2)), strict=False)
-    for mine, weight, (w1, b1, w2, b2) in zip(rows.flatten(1), gate.flatten(1), parameters, strict=True):
+    for mine, weight, expert in zip(rows.flatten(1), gate.flatten(1), experts or mlps(layer), strict=True):
         there = (mine < n).nonzero().squeeze(1)
         token = mine[there]
-        hidden = e.act(_linear(flat[token], w1, b1))
-        out = out.index_add_(0, token, _linear(hidden, w2, b2) * weight[there, None].to(x.dtype))
+        out = out.index_add_(0, token, expert(flat[token]) * weight[there, None].to(x.dtype))
     return out.view_as(x)
+
+
+def packed_mlps(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: int) -> list[Callable[[Tensor], Tensor]]:
+    """Every expert in oneDNN, of weights that were packed for about so many rows: what torch's compiler makes of frozen
+    weights. The ops are torch's own and not public; they have no gradient. None where torch lacks them.
+    """
+    if w1.device.type != "cpu" or w1.dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return []
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def pack(weights: Tensor) -> list[Tensor]:
+        pack_one = torch.ops.mkldnn._reorder_linear_weight
+        return [pack_one(w.t().contiguous(), rows) for w in weights.detach()]
+
+    def expert(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return linear(linear(x, w1, b1, "gelu", [], "tanh"), w2, b2, "none", [], "")
+
+    parameters = zip(pack(w1), b1.detach(), pack(w2), b2.detach(), strict=True)
+    return [lambda x, mine=mine: expert(x, *mine) for mine in parameters]
 
 
 def grouped(layer: MoEMlp, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
-from benchmarks.layers import dense
+from benchmarks.layers import dense, packed_mlps
 from vmoe_routers import capacity, ops
 
 
@@ -50,6 +50,12 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
         hidden = act(F.grouped_mm(x.flatten(0, 1)[rows], w1, offs=offsets) + F.embedding(owner, b1))
         return spread(F.grouped_mm(hidden, w2, offs=offsets) + F.embedding(owner, b2))
 
+    packed = packed_mlps(w1, b1, w2, b2, max(1, len(rows) // E))
+
+    def onednn():
+        inputs = x.flatten(0, 1)[rows].split(counts)
+        return spread(torch.cat([mlp(i) for mlp, i in zip(packed, inputs, strict=True)]))
+
     variant = partial(Variant, leaves=(x, w1, b1, w2, b2))
     flops = 2 * 2 * len(rows) * D * 4 * D
     moved = size.itemsize * (2 * len(rows) * D + 8 * E * D * D)
@@ -62,6 +68,7 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
             variant("torch baddbmm, padded", "index", padded),
             variant("loop over experts", "index", loop),
             variant("grouped_mm", "index", grouped),
+            *([Variant("loop over experts, packed for oneDNN", "peer", onednn)] if packed else []),
             dense(x, len(rows)),
         ),
         floors={

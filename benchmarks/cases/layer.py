@@ -56,6 +56,10 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
     if router == "softmax_token_choice":
         variants.append(variant("loop over experts", "index", torch_form(layers.loop)))
         variants.append(variant("grouped_mm", "index", torch_form(layers.grouped)))
+        rows = max(1, size.rows * top_k // size.experts)
+        if packed := layers.packed_mlps(experts.w1, experts.b1, experts.w2, experts.b2, rows):
+            in_onednn = lambda: [layers.loop(layer, x.view(grouped.shape), packed).view_as(x)]  # noqa: E731
+            variants.append(Variant("loop over experts, packed for oneDNN", "peer", in_onednn))
         dense_bytes = size.itemsize * size.rows * size.experts * layer.router.slots(grouped.shape[1])
         if dense_bytes <= EINSUM_BYTES:
             variants.append(variant("one-hot einsum", "naive", torch_form(layers.einsum)))
