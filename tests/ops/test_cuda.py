@@ -95,6 +95,7 @@ def test_soft_mixes_in_16_bits_what_it_routes_in_float32(dtype):
     assert seen.dtypes == {
         "soft_logits": [(dtype, torch.float32)],
         "soft_mix": [(torch.float32, dtype), (torch.float32, dtype)],
+        "grouped_mlp": [(dtype,) * 5],
     }
 
 
