@@ -20,7 +20,7 @@ struct Matrix {
   int64_t rows, columns;
   int64_t down, along;
 
-  // NOLINTNEXTLINE(google-explicit-constructor): as T* goes to const T*
+  // As T* goes to const T*.
   operator Matrix<const T>() const { return {data, rows, columns, down, along}; }
 };
 

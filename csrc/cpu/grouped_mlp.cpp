@@ -8,9 +8,7 @@ namespace {
 
 template <bool kTanh, typename T>
 inline Gelu<Vec<T>> gelu(Vec<T> x) {
-  return vmoe::gelu<kTanh, T>(
-      x, [](Vec<T> a, Vec<T> b, Vec<T> c) { return fma(a, b, c); },
-      [](Vec<T> v) { return exp(v); });
+  return vmoe::gelu<kTanh, T>(x, Fused{}, [](Vec<T> v) { return exp(v); });
 }
 
 // body(j, load, store): vectors of a row, the last one of it filled up with zeros, so that
