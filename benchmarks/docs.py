@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.report import GPU_TIMES, WAITS, mebibytes, seconds
+from benchmarks.report import GPU_TIMES, WAITS, mebibytes, memory_of_results, seconds
 from benchmarks.scaling import GAIN, SLACK
 from benchmarks.targets import best_peer, reasons
 
@@ -68,7 +68,7 @@ def where(machine: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     if machine["device"] == "cuda":
         return f"{machine['date']}. {versions}."
-    memory = "freed memory is kept" if machine["memory_kept"] else "large results are new memory"
+    memory = memory_of_results(machine)
     return f"{machine['cores']} cores, ISA {machine['isa']}, {machine['date']}; {memory}. {versions}."
 
 
@@ -81,7 +81,7 @@ def ceilings(run: dict) -> str:
             "GEMM 2048^3, GFLOP/s": f"{rates['gemm'] / 1e9:.4g}",
             "GEMM of the layer, GFLOP/s": f"{rates['gemm_layer'] / 1e9:.4g}",
         }
-        if rates.get("gemm_bfloat16"):
+        if rates["gemm_bfloat16"]:
             column["bfloat16 GEMM 8192^3, GFLOP/s"] = f"{rates['gemm_bfloat16'] / 1e9:.4g}"
         for kind in ("read", "copy"):
             column |= {f"{kind} {level}, GB/s": f"{rate / 1e9:.3g}" for level, rate in rates[kind].items()}
@@ -169,11 +169,11 @@ def case_table(result: dict) -> str:
     floor, again, best = result["floor"], result["again"], best_peer(result)
     head = f"**{result['title']}, {result['direction']}** ({result['size']}, {result['threads']} thread(s))"
     memory = any(v["saved_bytes"] is not None or v["peak_bytes"] is not None for v in result["variants"])
-    called = any(v.get("called_seconds") for v in result["variants"])
+    called = any(v["called_seconds"] for v in result["variants"])
     rows = []
     for v in result["variants"]:
         name = v["name"] + (" (best peer)" if v["name"] == best else "")
-        name += f" ({WAITS})" if v.get("waits") else ""
+        name += f" ({WAITS})" if v["waits"] else ""
         row = [
             name + (f" (different function: {v['different']})" if v["different"] else ""),
             seconds(v["seconds"]),

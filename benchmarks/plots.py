@@ -70,7 +70,7 @@ def roofline_figure(results: list[dict], ceilings: dict, threads: int) -> Figure
     shown = [r for r in results if r["threads"] == threads and r["floor"]["flops"] and r["floor"]["bytes"]]
     intensity = [r["floor"]["flops"] / r["floor"]["bytes"] for r in shown] or [1.0]
     left, right = min(intensity) / 3, max(intensity) * 3
-    gemm = max(ceilings[kind] for kind in ("gemm", "gemm_layer", "gemm_bfloat16") if kind in ceilings)
+    gemm = max(ceilings[kind] for kind in ("gemm", "gemm_layer", "gemm_bfloat16"))
     for level, style in zip(ceilings["read"], (":", "--", "-"), strict=False):
         rate = max(ceilings["read"][level], ceilings["copy"][level])
         xs = [left, min(max(gemm / rate, left), right), right]

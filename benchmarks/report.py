@@ -61,10 +61,15 @@ def mebibytes(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:.3g}"
 
 
+def memory_of_results(machine: dict) -> str:
+    """Where results of a run lay."""
+    return "freed memory is kept" if machine["memory_kept"] else "large results are new memory"
+
+
 def print_machine(console: Console, machine: dict, ceilings: list[dict]) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    memory = "freed memory is kept" if machine["memory_kept"] else "large results are new memory"
-    cpu = f"{machine['cores']} cores, ISA {machine['isa']}, {memory}, " if machine["device"] == "cpu" else ""
+    on_cpu = f"{machine['cores']} cores, ISA {machine['isa']}, {memory_of_results(machine)}, "
+    cpu = on_cpu if machine["device"] == "cpu" else ""
     console.print(f"{machine['name']}, {cpu}{machine['date']}; {packages}")
     for found in ceilings:
         rates = found["ceilings"]

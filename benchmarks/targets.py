@@ -4,6 +4,7 @@ GPU, the sizes that are named.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 
 from benchmarks.case import BACKWARD, FORWARD, RECORDED, VIT_B, VIT_B_BFLOAT16, Size
@@ -15,7 +16,7 @@ BEST = "best peer"  # the fastest of all that is not ours and not the dense MLP,
 
 
 @dataclass(frozen=True)
-class Aim:
+class Aim(ABC):
     """About which results a target is: `title` begins a case's title, `size` None is any.
 
     `cards` are the GPUs that it holds for, which the verdict says; with none, it holds for every one.
@@ -38,12 +39,13 @@ class Aim:
         )
 
     @property
+    @abstractmethod
     def against(self) -> str:
-        raise NotImplementedError
+        """What it is held against."""
 
+    @abstractmethod
     def reached(self, result: dict, report: dict) -> tuple[str, float, float, float] | None:
         """What it was held against, what is wanted, what came, and the factor: met from 1 on. None: nothing to hold."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
