@@ -95,6 +95,21 @@ void soft_mix_backward(
     bool over_tokens,
     CUstream_st* stream);
 
+// out = the softmax's mean of the values, in one kernel; false, and nothing done, where it does not take the
+// shapes: it takes rows of whole 16 bytes, and lines of up to 256 values. Rows in 16 bits.
+template <typename Row>
+bool soft_mix_product(
+    const float* logits,  // [G, T, S], S = E * C
+    const Row* values,    // over tokens [G, T, D], else [E, G, C, D]
+    Row* out,             // the other one
+    int64_t G,
+    int64_t tokens,
+    int64_t E,
+    int64_t C,
+    int64_t D,
+    bool over_tokens,
+    CUstream_st* stream);
+
 // Slots [E, G, C, D] to the rows [G, E * C, D] that the products take, or back.
 template <typename T>
 void soft_mix_rows(

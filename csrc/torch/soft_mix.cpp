@@ -102,6 +102,13 @@ Tensor soft_mix(
   by_row_dtype("soft_mix", values, [&](auto zero) {
     using Row = decltype(zero);
     on_device("soft_mix", logits, {values}, [&](auto stream) {
+      if constexpr (kHalf<Row>) {
+        if (cuda::soft_mix_product(
+                read<float>(logits), read<Row>(values), write<Row>(out), G, tokens, num_experts, C,
+                D, dim == 1, stream)) {
+          return;
+        }
+      }
       const Slots<Row> slots{num_experts, G, C, D, stream};
       Tensor weights = empty({G, tokens, row_stride<Row>(S)}, values);
       weights = narrow(weights, 2, 0, S);

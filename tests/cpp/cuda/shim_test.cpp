@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "cuda/tensor_core.h"
+#include "device.h"
 
 namespace vmoe {
 namespace {
@@ -62,6 +64,90 @@ TEST(Shim, WarpsExchangeValues) {
   }
 }
 
+// to = a b, of a [16, 16] and b [16, 8] as they lie, or of both transposed in memory.
+template <typename Row, bool kTransposed>
+__global__ void multiply(const Row* a, const Row* b, float* to) {
+  const int lane = static_cast<int>(threadIdx.x);
+  Row* shared = cuda::dynamic_shared<Row>();  // rows of 16
+  for (int piece = lane; piece < (kTransposed ? 48 : 64); piece += 32) {
+    const bool of_a = piece < 32;
+    cuda::copy_async(
+        cuda::shared_place(shared + piece * 8), of_a ? a + piece * 8 : b + (piece - 32) * 8,
+        of_a || kTransposed || piece < 48);
+  }
+  cuda::commit_copies();
+  cuda::await_copies<0>();
+  __syncwarp();
+  // Matrices of a: upper left, lower left, upper right, lower right.
+  uint32_t from_a[4], from_b[4];
+  const int down = lane / 8 % 2 * 8, right = lane / 16 * 8;
+  if constexpr (kTransposed) {  // a^T, then b^T [8, 16]
+    cuda::load_transposed(from_a, cuda::shared_place(shared + (lane % 8 + right) * 16 + down));
+    cuda::load_matrices(from_b, cuda::shared_place(shared + 256 + lane % 8 * 16 + down));
+  } else {  // a, then b [16, 8] and zeros
+    cuda::load_matrices(from_a, cuda::shared_place(shared + (lane % 8 + down) * 16 + right));
+    cuda::load_transposed(from_b, cuda::shared_place(shared + 256 + lane % 16 * 8));
+  }
+  float sums[4] = {1, 1, 1, 1};
+  cuda::multiply_add<Row>(sums, from_a, from_b[0], from_b[1]);
+  for (int i = 0; i < 4; ++i) to[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
+template <typename Row>
+void expect_product() {
+  const auto a = rows<Row>(256, 1), b = rows<Row>(128, 2);
+  std::vector<Row> a_transposed(256), b_transposed(128);
+  std::vector<float> wanted(128, 1), to(128);
+  for (int k = 0; k < 16; ++k) {
+    for (int i = 0; i < 16; ++i) a_transposed[k * 16 + i] = a[i * 16 + k];
+    for (int j = 0; j < 8; ++j) b_transposed[j * 16 + k] = b[k * 8 + j];
+    for (int i = 0; i < 128; ++i) {
+      wanted[i] += value_of(a[i / 8 * 16 + k]) * value_of(b[k * 8 + i % 8]);
+    }
+  }
+  cuda::launch(multiply<Row, false>, 1, 32, 1024, nullptr, a.data(), b.data(), to.data());
+  EXPECT_EQ(to, wanted);
+  cuda::launch(
+      multiply<Row, true>, 1, 32, 1024, nullptr, a_transposed.data(), b_transposed.data(),
+      to.data());
+  EXPECT_EQ(to, wanted);
+}
+
+TEST(Shim, WarpsMultiplyMatrices) {
+  expect_product<BFloat16>();
+  expect_product<Float16>();
+}
+
+// A copy is there when it was awaited, and may be before.
+__global__ void copy(const int* from, int* to) {
+  int* shared = cuda::dynamic_shared<int>();
+  cuda::copy_async(cuda::shared_place(shared), from, true);
+  cuda::commit_copies();
+  cuda::copy_async(cuda::shared_place(shared + 4), from, false);
+  cuda::commit_copies();
+  to[0] = shared[0];
+  cuda::await_copies<1>();
+  to[1] = shared[0];
+  to[2] = shared[4];
+  cuda::await_copies<0>();
+  to[3] = shared[4];
+}
+
+TEST(Shim, CopiesTakeTheirTime) {
+  const shim::Schedule before = shim::schedule;
+  alignas(16) const int from[4] = {7, 7, 7, 7};
+  for (const bool late : {true, false}) {
+    shim::schedule = late ? shim::Schedule::kForward : shim::Schedule::kBackward;
+    std::vector<int> to(4);
+    start(copy, 1, 1, from, to.data());
+    EXPECT_EQ(to[0] == 7, !late);
+    EXPECT_EQ(to[1], 7);
+    EXPECT_EQ(to[2] == 0, !late);
+    EXPECT_EQ(to[3], 0);
+  }
+  shim::schedule = before;
+}
+
 __global__ void some_skip_the_barrier() {
   if (threadIdx.x < 40) __syncthreads();
 }
@@ -93,6 +179,20 @@ __global__ void uninitialised(int* out) {
   if (threadIdx.x == 1) value = 7;
   out[threadIdx.x] = value;  // no barrier in between
 }
+__global__ void crooked_copy(const char* from) {
+  cuda::copy_async(cuda::shared_place(cuda::dynamic_shared<char>() + 8), from, true);
+}
+__global__ void forgotten_copy(const char* from) {
+  cuda::copy_async(cuda::shared_place(cuda::dynamic_shared<char>()), from, true);
+}
+__global__ void half_a_product() {
+  uint32_t to[4];
+  if (threadIdx.x < 16) {
+    cuda::load_matrices(to, cuda::shared_place(cuda::dynamic_shared<char>()));
+  } else {
+    cuda::load_transposed(to, cuda::shared_place(cuda::dynamic_shared<char>()));
+  }
+}
 #ifdef __SANITIZE_ADDRESS__
 __global__ void behind_shared() { cuda::dynamic_shared<char>()[64 + threadIdx.x] = 1; }
 __global__ void behind_declared(int* out) {
@@ -112,6 +212,12 @@ TEST(ShimDeathTest, MistakesEndTheProgram) {
   EXPECT_DEATH(start(from_outside, 1, 32), "a shuffle from a lane outside its mask");
   EXPECT_DEATH(start(wait_crosswise, 1, 64), "wait for each other for ever");
   EXPECT_DEATH(start(some_lanes_skip, (int64_t{1} << 32) + 1, 8), "a grid of too many blocks");
+  EXPECT_DEATH(start(half_a_product, 1, 32), "lanes of a warp are in different instructions");
+  EXPECT_DEATH(start(half_a_product, 1, 16), "a mask names lanes that the block has not");
+  alignas(16) const char from[16] = {};
+  EXPECT_DEATH(start(crooked_copy, 1, 1, from), "16 bytes at once that do not begin there");
+  shim::schedule = shim::Schedule::kForward;
+  EXPECT_DEATH(start(forgotten_copy, 1, 1, from), "a thread has returned and awaits copies no more");
 #ifdef __SANITIZE_ADDRESS__
   EXPECT_DEATH(start(behind_shared, 1, 1), "AddressSanitizer");
   int out;
@@ -129,6 +235,26 @@ TEST(Shim, SharedMemoryBeginsAsRubbish) {
   shim::schedule = shim::Schedule::kBackward;
   start(uninitialised, 1, 4, out.data());
   EXPECT_TRUE(out[0] == 7 && out[3] != 7);
+  shim::schedule = before;
+}
+
+__global__ void between_warps(int* out) {
+  __shared__ int values[2];
+  const unsigned warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) values[warp] = 7;
+  __syncwarp();
+  out[threadIdx.x] = values[1 - warp];  // no barrier of the block in between
+}
+
+TEST(Shim, WarpsDoNotWaitForEachOther) {
+  const shim::Schedule before = shim::schedule;
+  std::vector<int> out(64, 0);
+  for (const auto schedule : {shim::Schedule::kForward, shim::Schedule::kBackward}) {
+    shim::schedule = schedule;
+    start(between_warps, 1, 64, out.data());
+    EXPECT_EQ(out[0] == 7, schedule == shim::Schedule::kBackward);
+    EXPECT_EQ(out[32] == 7, schedule == shim::Schedule::kForward);
+  }
   shim::schedule = before;
 }
 

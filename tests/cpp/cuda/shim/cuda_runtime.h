@@ -10,9 +10,9 @@
 // lacks a barrier. Addresses are ASan's business: build with -fsanitize=address.
 //
 // Only what the kernels use is here. Not modelled: several blocks at a time (cooperative launches,
-// clusters, spinning on another block), streams, asynchronous copies, memory order, speed. Not run,
-// but stood in for: CUB's code (cub/ beside this), the conversions of 16-bit types, nvcc's own
-// arithmetic (expf, fused multiply-adds). Not there: the bindings of csrc/torch, with what they ask
+// clusters, spinning on another block), streams, memory order, speed. Not run, but stood in for:
+// CUB's code (cub/ beside this), the instructions of tensor cores (tensor_core.h beside this), the
+// conversions of 16-bit types, nvcc's own arithmetic (expf, fused multiply-adds). Not there: the bindings of csrc/torch, with what they ask
 // of torch's streams, allocator and cuBLAS.
 #pragma once
 
@@ -21,6 +21,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+
+#include "tensor_core.h"
 
 #define __global__
 #define __device__
@@ -66,7 +68,7 @@ void* dynamic_shared();
 int wait_for_block(const char* barrier, int value);
 
 // An operation of the lanes in `mask`: gets everyone's value, returns this lane's result.
-enum class WarpOp { kSync, kShuffle, kBallot, kMatch, kMin, kMax, kAdd, kOr };
+enum class WarpOp { kSync, kShuffle, kBallot, kMatch, kMin, kMax, kAdd, kOr, kTogether };
 uint64_t wait_for_warp(WarpOp op, unsigned mask, uint64_t value, int source);
 
 int lane();
@@ -156,6 +158,7 @@ T atomicOr(T* at, T value) {
   return before;
 }
 
+inline float __expf(float x) { return std::exp(x); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
@@ -31,9 +32,16 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kLargestShared = 227 << 10;
 constexpr uint64_t kCanary = 0x5AFE57AC5AFE57AC;
-constexpr int kRubbish = 0xA5;
+// Numbers, or NaN where they are read as such: a number may be multiplied by 0, or be lost in a sum.
+constexpr int kRubbish = 0xA5, kRubbishNan = 0xFF;
 
 enum class State { kReady, kBlock, kWarp, kDone };
+
+struct Copy {
+  char* to;
+  const void* from;
+  int group;
+};
 
 struct Fiber {
   State state = State::kReady;
@@ -45,6 +53,9 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
   int source = 0;
+  // Asynchronous copies that were not done yet, oldest first.
+  std::deque<Copy> copies;
+  int groups = 0;
 
   std::unique_ptr<char, int (*)(char*)> stack{nullptr, [](char* p) { return munmap(p, kStack); }};
   ucontext_t start;
@@ -68,7 +79,8 @@ size_t scheduler_stack_size = 0;
 const char* name(WarpOp op) {
   constexpr const char* kNames[] = {"__syncwarp",        "a shuffle",         "__ballot_sync",
                                     "__match_any_sync",  "__reduce_min_sync", "__reduce_max_sync",
-                                    "__reduce_add_sync", "__reduce_or_sync"};
+                                    "__reduce_add_sync", "__reduce_or_sync",
+                                    "a tensor core's instruction"};
   return kNames[static_cast<int>(op)];
 }
 
@@ -144,6 +156,15 @@ void resume(Fiber& fiber) {
 // Hands out what the lanes of `mask` wait for, all of which are there.
 void complete(Fiber* warp, unsigned mask, WarpOp op) {
   const auto taking_part = [&](int lane) { return mask >> lane & 1; };
+  if (op == WarpOp::kTogether) {
+    if (mask != 0xFFFFFFFF) fail("a tensor core's instruction without the whole warp");
+    Together* lanes[32];
+    for (int lane = 0; lane < 32; ++lane) lanes[lane] = from_bits<Together*>(warp[lane].value);
+    for (Together* lane : lanes) {
+      if (lane->run != lanes[0]->run) fail("lanes of a warp are in different instructions");
+    }
+    lanes[0]->run(lanes);
+  }
   uint64_t all = op == WarpOp::kMin ? UINT64_MAX : 0;
   for (int lane = 0; lane < 32; ++lane) {
     if (!taking_part(lane)) continue;
@@ -191,21 +212,27 @@ bool is_complete(const Fiber* warp, size_t lanes, const Fiber& fiber) {
   return true;
 }
 
-void release() {
-  size_t at_barrier = 0, done = 0;
-  for (size_t first = 0; first < block_size; first += 32) {
-    Fiber* warp = &fibers[first];
-    const size_t lanes = std::min<size_t>(32, block_size - first);
-    for (size_t lane = 0; lane < lanes; ++lane) {
-      const Fiber& fiber = warp[lane];
-      if (fiber.state == State::kWarp && is_complete(warp, lanes, fiber)) {
-        complete(warp, fiber.mask, fiber.op);
-      }
-      at_barrier += fiber.state == State::kBlock;
-      done += fiber.state == State::kDone;
+void release_warp(size_t first) {
+  Fiber* warp = &fibers[first];
+  const size_t lanes = std::min<size_t>(32, block_size - first);
+  for (size_t lane = 0; lane < lanes; ++lane) {
+    const Fiber& fiber = warp[lane];
+    if (fiber.state == State::kWarp && is_complete(warp, lanes, fiber)) {
+      complete(warp, fiber.mask, fiber.op);
     }
   }
-  if (at_barrier > 0 && done > 0) fail("a barrier that not all threads of the block reach");
+}
+
+void release_block() {
+  const auto in = [](State state) {
+    const auto end = fibers.begin() + static_cast<int64_t>(block_size);
+    return static_cast<size_t>(
+        std::count_if(fibers.begin(), end, [&](const Fiber& f) { return f.state == state; }));
+  };
+  const size_t at_barrier = in(State::kBlock);
+  if (at_barrier > 0 && in(State::kDone) > 0) {
+    fail("a barrier that not all threads of the block reach");
+  }
   if (at_barrier < block_size) return;
   uint64_t sum = 0;
   for (size_t i = 0; i < block_size; ++i) {
@@ -220,12 +247,14 @@ void release() {
 }
 
 __attribute__((no_sanitize("address"))) void spoil_shared(size_t size) {
+  const auto rubbish =
+      static_cast<char>(schedule == Schedule::kForward ? kRubbish : kRubbishNan);
   // By hand: the red zones between the variables are written too.
   for (volatile char* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) {
-    *p = static_cast<char>(kRubbish);
+    *p = rubbish;
   }
   ASAN_UNPOISON_MEMORY_REGION(dynamic, kLargestShared);
-  for (size_t i = 0; i < size; ++i) dynamic[i] = static_cast<char>(kRubbish);
+  for (size_t i = 0; i < size; ++i) dynamic[i] = rubbish;
   ASAN_POISON_MEMORY_REGION(dynamic + size, kLargestShared - size);
 }
 
@@ -239,6 +268,8 @@ void prepare(Fiber& fiber, size_t i, dim3 block) {
   }
   fiber.state = State::kReady;
   fiber.started = false;
+  fiber.copies.clear();
+  fiber.groups = 0;
   const auto x = static_cast<unsigned>(i);
   fiber.index = {x % block.x, x / block.x % block.y, x / block.x / block.y};
   getcontext(&fiber.start);
@@ -246,6 +277,14 @@ void prepare(Fiber& fiber, size_t i, dim3 block) {
   fiber.start.uc_stack.ss_size = kStack;
   fiber.start.uc_link = nullptr;
   makecontext(&fiber.start, run_fiber, 0);
+}
+
+void perform(const Copy& copy) {
+  if (copy.from) {
+    memcpy(copy.to, copy.from, 16);
+  } else {
+    memset(copy.to, 0, 16);
+  }
 }
 
 class Order {
@@ -259,6 +298,15 @@ class Order {
     if (schedule == Schedule::kShuffled) std::shuffle(order_.begin(), order_.end(), random_);
     return order_;
   }
+  // In their order, threads of a warp together.
+  std::vector<std::vector<size_t>> warps() const {
+    std::vector<std::vector<size_t>> warps;
+    for (const size_t i : order_) {
+      if (warps.empty() || warps.back().front() / 32 != i / 32) warps.emplace_back();
+      warps.back().push_back(i);
+    }
+    return warps;
+  }
 
  private:
   std::vector<size_t> order_;
@@ -268,16 +316,36 @@ class Order {
 void run_block(dim3 block, size_t shared, Order& order) {
   spoil_shared(shared);
   for (size_t i = 0; i < block_size; ++i) prepare(fibers[i], i, block);
-  const auto ready = [](const Fiber& fiber) { return fiber.state == State::kReady; };
-  const auto end = fibers.begin() + static_cast<int64_t>(block_size);
-  while (std::any_of(fibers.begin(), end, ready)) {
-    for (const size_t i : order.next()) {
-      if (ready(fibers[i])) resume(fibers[i]);
+  // In order a warp goes on as far as it can before the next one does, which finds a barrier that is
+  // missing; shuffled, all of them go on in turns.
+  const auto resume_all = [](const std::vector<size_t>& order) {
+    bool any = false;
+    for (const size_t i : order) {
+      if (fibers[i].state != State::kReady) continue;
+      any = true;
+      resume(fibers[i]);
     }
-    release();
+    return any;
+  };
+  bool any = true;
+  while (any) {
+    any = false;
+    if (schedule == Schedule::kShuffled) {
+      any = resume_all(order.next());
+      for (size_t first = 0; first < block_size; first += 32) release_warp(first);
+    } else {
+      for (const std::vector<size_t>& warp : order.warps()) {
+        while (resume_all(warp)) {
+          any = true;
+          release_warp(*std::min_element(warp.begin(), warp.end()));
+        }
+      }
+    }
+    release_block();
   }
   for (size_t i = 0; i < block_size; ++i) {
     if (fibers[i].state != State::kDone) fail("threads wait for each other for ever");
+    if (!fibers[i].copies.empty()) fail("a thread has returned and awaits copies no more");
     if (memcmp(fibers[i].stack.get(), &kCanary, sizeof(kCanary)) != 0) fail("a stack overflow");
   }
 }
@@ -324,5 +392,31 @@ uint64_t wait_for_warp(WarpOp op, unsigned mask, uint64_t value, int source) {
   to_scheduler();
   return current->result;
 }
+
+void check_alignment(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("16 bytes at once that do not begin there");
+}
+
+void copy_async(char* to, const void* from, bool there) {
+  static std::mt19937 random{1};
+  check_alignment(to);
+  check_alignment(from);
+  const Copy copy{to, there ? from : nullptr, current->groups};
+  const bool late = schedule == Schedule::kForward ||
+                    (schedule == Schedule::kShuffled && random() % 2 == 0);
+  late ? current->copies.push_back(copy) : perform(copy);
+}
+
+void commit_copies() { ++current->groups; }
+
+void await_copies(int pending) {
+  std::deque<Copy>& copies = current->copies;
+  while (!copies.empty() && copies.front().group < current->groups - pending) {
+    perform(copies.front());
+    copies.pop_front();
+  }
+}
+
+void together(Together* mine) { wait_for_warp(WarpOp::kTogether, 0xFFFFFFFF, to_bits(mine), 0); }
 
 }  // namespace shim

@@ -1,0 +1,367 @@
+// A block has up to 128 lines of a group: slots, of which each is a mean of the tokens, or tokens, of
+// which each is a mean of the slots. It makes their weights once, in shared memory, and multiplies
+// them with the values, which come by in stages of 32 rows and 128 columns while tensor cores work on
+// the stage before; the first are under way while the weights are made. Blocks are small, so that two or
+// three are on a multiprocessor, and one makes weights while another multiplies.
+//
+// Weights are the exponentials as they are, at most 1: what they have to be divided by meets the
+// float32 sums.
+#include "../soft_mix.h"
+#include "../slot_row.h"
+#include "softmax.h"
+#include "tensor_core.h"
+
+namespace vmoe::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kTile = 16;       // lines, and rows of values, that an instruction takes
+constexpr int kColumns = 128;   // of the values, at a time
+constexpr int kOfWarp = 32;     // columns of a warp
+constexpr int kStages = 2;
+constexpr int kStageRows = 32;
+constexpr int kEntries = 8;     // in 16 bytes
+// Rows in shared memory are an odd number of 16 bytes apart: eight of them are in different banks.
+constexpr int kStageStride = kColumns + kEntries;
+// Values of a line, from where on it is arithmetic that takes the time, and cuBLAS is better at it
+// (soft_mix.h).
+constexpr int64_t kMostValues = 256;
+// Columns are shared out among blocks, which make the same weights, until each multiprocessor has as
+// many blocks as this, so that the last ones do not leave it empty.
+constexpr int64_t kBlocksEach = 6;
+
+struct Mix {
+  int64_t G, tokens, S, C;
+  int D, depth;                        // depth: values of a line, in whole tiles
+  int64_t line_blocks, column_blocks;  // of a group; of the same lines
+  int columns;                         // of a block
+  bool wide;                           // logits can be read in pieces of 16 bytes
+};
+
+// The weights of kLines slots from `first` on, [depth, kLines + kEntries].
+template <int kLines, typename Row>
+__device__ void weights_over_tokens(
+    const float* __restrict__ logits,  // [tokens, S]
+    int64_t first, const Mix& mix, Row* weights, float (&scales)[kLines]) {
+  constexpr int kTogether = kWideEntries<float>, kAcross = kLines / kTogether;
+  constexpr int kDown = kThreads / kAcross;
+  __shared__ float shared[kDown][kLines];
+  const int tid = static_cast<int>(threadIdx.x);
+  const int column = tid % kAcross * kTogether, down = tid / kAcross;
+  const auto load = [&](int t) {
+    const int64_t n = t < mix.tokens ? mix.S : 0;
+    return load_entries(logits + t * mix.S, first + column, n, mix.wide, kAbsent<float>);
+  };
+  // Of each column, over the threads that it has; in one order, and all of them get it.
+  const auto join = [&](Wide<float>& value, auto&& join) {
+    __syncthreads();  // of an earlier call
+    if (down < kDown) {
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) shared[down][column + j] = value.entry[j];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      value.entry[j] = shared[0][column + j];
+      for (int i = 1; i < kDown; ++i) value.entry[j] = join(value.entry[j], shared[i][column + j]);
+    }
+  };
+  const int end = down < kDown ? mix.depth : 0;  // threads that are left over have no column
+
+  Wide<float> high, total = {};
+#pragma unroll
+  for (int j = 0; j < kTogether; ++j) high.entry[j] = kAbsent<float>;
+#pragma unroll 4
+  for (int t = down; t < end; t += kDown) {
+    const Wide<float> piece = load(t);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) high.entry[j] = larger(piece.entry[j], high.entry[j]);
+  }
+  join(high, [](float all, float one) { return larger(one, all); });
+#pragma unroll
+  for (int j = 0; j < kTogether; ++j) high.entry[j] = softmax_shift(high.entry[j]);
+#pragma unroll 4
+  for (int t = down; t < end; t += kDown) {
+    Wide<float> piece = load(t);
+    Piece<Row, kTogether> rounded;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const float power = __expf(piece.entry[j] - high.entry[j]);
+      total.entry[j] += power;
+      rounded.entry[j] = narrow<Row>(power);
+    }
+    store_piece<kTogether>(weights + t * (kLines + kEntries) + column, 0, rounded);
+  }
+  join(total, [](float all, float one) { return all + one; });
+  if (down == 0) {
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) scales[column + j] = softmax_scale(total.entry[j]);
+  }
+}
+
+// The weights of kLines tokens from `first` on, [kLines, depth + kEntries].
+template <int kLines, typename Row>
+__device__ void weights_over_slots(
+    const float* __restrict__ logits,  // [tokens, S]
+    int64_t first, const Mix& mix, Row* weights, float (&scales)[kLines]) {
+  constexpr int kTogether = kWideEntries<float>, kLanes = 8;
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % kLanes * kTogether;
+  for (int line = tid / kLanes; line < kLines; line += kThreads / kLanes) {
+    const bool there = first + line < mix.tokens;
+    const float* row = logits + (there ? first + line : 0) * mix.S;
+    const int64_t n = there ? mix.S : 0;
+    float high = kAbsent<float>, total = 0;
+#pragma unroll 4
+    for (int s = lane; s < mix.depth; s += kLanes * kTogether) {
+      const auto piece = load_entries(row, s, n, mix.wide, kAbsent<float>);
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) high = larger(piece.entry[j], high);
+    }
+    high = softmax_shift(max_of_lanes<kLanes>(high));
+#pragma unroll 4
+    for (int s = lane; s < mix.depth; s += kLanes * kTogether) {
+      const auto piece = load_entries(row, s, n, mix.wide, kAbsent<float>);
+      Piece<Row, kTogether> rounded;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        const float power = __expf(piece.entry[j] - high);
+        total += power;
+        rounded.entry[j] = narrow<Row>(power);
+      }
+      store_piece<kTogether>(weights + line * (mix.depth + kEntries) + s, 0, rounded);
+    }
+    total = sum_of_lanes<kLanes>(total);
+    if (lane == 0) scales[line] = softmax_scale(total);
+  }
+}
+
+// Lane i of four gets pieces[i] of all of them.
+__device__ inline void transpose_fours(uint32_t (&pieces)[4]) {
+#pragma unroll
+  for (int turn = 1; turn < 4; turn *= 2) {
+    const bool upper = threadIdx.x & turn;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & turn) continue;
+      const uint32_t kept = upper ? pieces[i + turn] : pieces[i];
+      const uint32_t given = upper ? pieces[i] : pieces[i + turn];
+      const uint32_t got = __shfl_xor_sync(kAllLanes, given, turn);
+      pieces[i] = upper ? got : kept;
+      pieces[i + turn] = upper ? kept : got;
+    }
+  }
+}
+
+template <typename Row>
+__device__ uint32_t pair(float first, float second) {
+  return narrow<Row>(first).bits | uint32_t{narrow<Row>(second).bits} << 16;
+}
+
+template <typename Row, bool kOverTokens, int kTiles>
+__global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
+    const float* __restrict__ logits,  // [G, T, S]
+    const Row* __restrict__ values,    // over tokens [G, T, D], else [E, G, C, D]
+    Row* __restrict__ out,             // the other one
+    Mix mix) {
+  constexpr int kLines = kTiles * kTile;
+  __shared__ float scales[kLines];
+  __shared__ int64_t to_rows[kLines], from_rows[kMostValues];  // of out and values; -1: none
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarp;
+  const int64_t block = blockIdx.x / mix.column_blocks;
+  const int64_t group = block / mix.line_blocks, first_line = block % mix.line_blocks * kLines;
+  const int first_column = static_cast<int>(blockIdx.x % mix.column_blocks) * mix.columns;
+  const int end_column = first_column + mix.columns < mix.D ? first_column + mix.columns : mix.D;
+
+  const auto row_of = [&](bool token, int64_t i) {
+    if (i >= (token ? mix.tokens : mix.S)) return int64_t{-1};
+    return token ? group * mix.tokens + i : row_of_slot(group, i, mix.G, mix.C);
+  };
+  for (int i = tid; i < kLines; i += kThreads) to_rows[i] = row_of(!kOverTokens, first_line + i);
+  for (int i = tid; i < kMostValues; i += kThreads) from_rows[i] = row_of(kOverTokens, i);
+  __syncthreads();
+
+  constexpr int kBytes = sizeof(Row), kStageBytes = kStageRows * kStageStride * kBytes;
+  const int stride = (kOverTokens ? kLines : mix.depth) + kEntries;
+  Row* weights = dynamic_shared<Row>();
+  const Shared stages = shared_place(weights + (kOverTokens ? mix.depth : kLines) * stride);
+
+  // Where copies or products are: rows from k on of the kColumns columns from `column` on.
+  struct Step {
+    int column, k, stage;
+
+    __device__ Step next(int depth) const {
+      const bool last = k + kStageRows >= depth;
+      return {last ? column + kColumns : column, last ? 0 : k + kStageRows, 1 - stage};
+    }
+  };
+  const auto fetch = [&](const Step& step) {
+    constexpr int kPieces = kColumns / kEntries, kRows = kThreads / kPieces;
+    if (step.column < end_column) {
+      const int piece = tid % kPieces * kEntries, column = step.column + piece;
+#pragma unroll
+      for (int i = 0; i < kStageRows; i += kRows) {
+        const int row = tid / kPieces + i;
+        const int64_t from = from_rows[step.k + row];
+        const bool there = from >= 0 && column < end_column;
+        copy_async(
+            stages + step.stage * kStageBytes + (row * kStageStride + piece) * kBytes,
+            there ? values + from * mix.D + column : values, there);
+      }
+    }
+    commit_copies();
+  };
+
+  Step step{first_column, 0, 0};
+  fetch(step);
+  const float* of_group = logits + group * mix.tokens * mix.S;
+  if constexpr (kOverTokens) {
+    weights_over_tokens<kLines>(of_group, first_line, mix, weights, scales);
+  } else {
+    weights_over_slots<kLines>(of_group, first_line, mix, weights, scales);
+  }
+
+  // Where this lane reads a's and b's matrices: as they lie b is read transposed, and a where the
+  // lines are its columns.
+  const int warp_column = tid / kWarp * kOfWarp;
+  const Shared a_at =
+      shared_place(weights) +
+      kBytes * (kOverTokens ? (lane % kEntries + lane / kTile * kEntries) * stride +
+                                  lane / kEntries % 2 * kEntries
+                            : lane % kTile * stride + lane / kTile * kEntries);
+  const Shared b_at =
+      stages + kBytes * (lane % kTile * kStageStride + warp_column + lane / kTile * kEntries);
+
+  float sums[kTiles][4][4] = {};
+  const auto multiply = [&](const Step& step) {
+#pragma unroll
+    for (int i = 0; i < kStageRows; i += kTile) {
+      const int k = step.k + i;
+      if (k >= mix.depth) break;
+      uint32_t b[2][4], a[4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        load_transposed(
+            b[j], b_at + step.stage * kStageBytes + kBytes * (i * kStageStride + j * kTile));
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if constexpr (kOverTokens) {
+          load_transposed(a, a_at + kBytes * (k * stride + tile * kTile));
+        } else {
+          load_matrices(a, a_at + kBytes * (tile * kTile * stride + k));
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          multiply_add<Row>(sums[tile][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
+      }
+    }
+  };
+  const auto store = [&](int column) {
+    column += warp_column + lane % 4 * kEntries;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int line = tile * kTile + half * kEntries + lane / 4;
+        const int64_t row = to_rows[line];
+        const float scale = scales[line];
+        uint32_t pieces[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float(&sum)[4] = sums[tile][j];
+          pieces[j] = pair<Row>(sum[2 * half] * scale, sum[2 * half + 1] * scale);
+          sum[2 * half] = sum[2 * half + 1] = 0;
+        }
+        transpose_fours(pieces);
+        if (row >= 0 && column < end_column) {
+          *reinterpret_cast<uint4*>(out + row * mix.D + column) =
+              uint4{pieces[0], pieces[1], pieces[2], pieces[3]};
+        }
+      }
+    }
+  };
+
+  while (step.column < end_column) {
+    await_copies<0>();
+    __syncthreads();  // also of the weights, and of the stage that was multiplied last
+    const Step coming = step.next(mix.depth);
+    fetch(coming);
+    multiply(step);
+    if (coming.k == 0) store(step.column);
+    step = coming;
+  }
+}
+
+int64_t multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+template <typename Row>
+struct Kernel {
+  int tiles;
+  void (*over_tokens)(const float*, const Row*, Row*, Mix);
+  void (*over_slots)(const float*, const Row*, Row*, Mix);
+
+  int64_t lines() const { return tiles * kTile; }
+  size_t shared(int64_t depth, bool tokens) const {
+    const int64_t weights =
+        tokens ? depth * (lines() + kEntries) : lines() * (depth + kEntries);
+    return (weights + kStages * kStageRows * kStageStride) * sizeof(Row);
+  }
+};
+
+}  // namespace
+
+template <typename Row>
+bool soft_mix_product(
+    const float* logits, const Row* values, Row* out, int64_t G, int64_t tokens, int64_t E,
+    int64_t C, int64_t D, bool over_tokens, CUstream_st* stream) {
+  const int64_t S = E * C, count = over_tokens ? tokens : S, lines = over_tokens ? S : tokens;
+  if (count < 1 || count > kMostValues || !in_wide_pieces<Row>(D, values, out)) return false;
+  const int64_t depth = ceil_div(count, kTile) * kTile;
+
+  // Of those that have room the one that leaves the fewest lines of its last block empty.
+  constexpr Kernel<Row> kKernels[] = {
+      {8, mix_kernel<Row, true, 8>, mix_kernel<Row, false, 8>},
+      {7, mix_kernel<Row, true, 7>, mix_kernel<Row, false, 7>},
+      {4, mix_kernel<Row, true, 4>, mix_kernel<Row, false, 4>}};
+  const auto padded = [&](const Kernel<Row>& kernel) {
+    return ceil_div(lines, kernel.lines()) * kernel.lines();
+  };
+  const Kernel<Row>* best = nullptr;
+  for (const Kernel<Row>& kernel : kKernels) {
+    if (static_cast<int64_t>(kernel.shared(depth, over_tokens)) > shared_limit()) continue;
+    if (!best || padded(kernel) < padded(*best)) best = &kernel;
+  }
+  if (!best) return false;
+
+  const int64_t line_blocks = ceil_div(lines, best->lines()), tiles = ceil_div(D, kColumns);
+  const int64_t blocks = G * line_blocks;
+  if (blocks == 0 || D == 0) return true;
+  const int64_t splits = std::min(tiles, ceil_div(kBlocksEach * multiprocessors(), blocks));
+  const int64_t columns = ceil_div(tiles, splits) * kColumns;
+  const Mix mix{
+      G,           tokens,
+      S,           C,
+      static_cast<int>(D), static_cast<int>(depth),
+      line_blocks, ceil_div(D, columns),
+      static_cast<int>(columns), rows_are_wide(logits, S)};
+  launch(
+      over_tokens ? best->over_tokens : best->over_slots, blocks * mix.column_blocks, kThreads,
+      best->shared(depth, over_tokens), stream, logits, values, out, mix);
+  return true;
+}
+
+#define VMOE_INSTANTIATE(Row)                                                                \
+  template bool soft_mix_product(                                                            \
+      const float*, const Row*, Row*, int64_t, int64_t, int64_t, int64_t, int64_t, bool,     \
+      CUstream_st*);
+VMOE_INSTANTIATE(BFloat16)
+VMOE_INSTANTIATE(Float16)
+#undef VMOE_INSTANTIATE
+
+}  // namespace vmoe::cuda

@@ -1,0 +1,92 @@
+// tensor_core -- products on tensor cores by the instructions themselves, and what feeds them: copies to
+// shared memory that nobody waits for, and matrices read from there as a warp's lanes hold them.
+//
+// A warp multiplies a [16, 16] by b [16, 8] in 16 bits and adds to float32. With lane = 4 * row +
+// pair, a lane holds of each 8 x 8 matrix the entries 2 * pair and 2 * pair + 1 of one row, in one
+// register: a is four of them (upper left, lower left, upper right, lower right), b two, each of b^T
+// (upper, lower), and sums, in float32, two (upper, lower).
+// (PTX ISA, "Matrix Fragments for mma.m16n8k16".)
+#pragma once
+
+#include "half.h"
+
+namespace vmoe::cuda {
+
+#ifdef __CUDACC__
+// A place in shared memory, in bytes: half as many registers as a pointer.
+using Shared = uint32_t;
+__device__ inline Shared shared_place(const void* at) {
+  return static_cast<Shared>(__cvta_generic_to_shared(at));
+}
+
+// 16 bytes from device memory; zeros if there is nothing, and then `from` is not read.
+__device__ inline void copy_async(Shared to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+}
+
+// Ends a group of this thread's copies.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all of this thread's groups but the last kPending. A barrier makes them everyone's.
+template <int kPending>
+__device__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit entries: lanes 8 i to 8 i + 7 say where the rows of matrix i are.
+__device__ inline void load_matrices(uint32_t (&to)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row));
+}
+
+// The same, each matrix transposed.
+__device__ inline void load_transposed(uint32_t (&to)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row));
+}
+
+// sums += a b.
+template <typename Row>
+__device__ void multiply_add(
+    float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower);
+template <>
+__device__ inline void multiply_add<BFloat16>(
+    float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
+}
+template <>
+__device__ inline void multiply_add<Float16>(
+    float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
+}
+#else
+using shim::commit_copies;
+using shim::copy_async;
+using shim::load_matrices;
+using shim::load_transposed;
+using Shared = char*;
+inline Shared shared_place(void* at) { return static_cast<char*>(at); }
+
+template <int kPending>
+void await_copies() {
+  shim::await_copies(kPending);
+}
+template <typename Row>
+void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower) {
+  shim::multiply_add(sums, a, b_upper, b_lower, [](uint16_t bits) { return widen(Row{bits}); });
+}
+#endif
+
+}  // namespace vmoe::cuda
