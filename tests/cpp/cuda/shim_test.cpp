@@ -217,7 +217,8 @@ TEST(ShimDeathTest, MistakesEndTheProgram) {
   alignas(16) const char from[16] = {};
   EXPECT_DEATH(start(crooked_copy, 1, 1, from), "16 bytes at once that do not begin there");
   shim::schedule = shim::Schedule::kForward;
-  EXPECT_DEATH(start(forgotten_copy, 1, 1, from), "a thread has returned and awaits copies no more");
+  EXPECT_DEATH(
+      start(forgotten_copy, 1, 1, from), "a thread has returned and awaits copies no more");
 #ifdef __SANITIZE_ADDRESS__
   EXPECT_DEATH(start(behind_shared, 1, 1), "AddressSanitizer");
   int out;
