@@ -1,4 +1,3 @@
-#include "cuda/launch.h"
 #include "device.h"
 #include "slot_row.h"
 #include "soft_mix.h"
