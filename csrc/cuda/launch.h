@@ -12,6 +12,17 @@ namespace vmoe::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
+// The most shared memory that a kernel declares itself.
+constexpr int kDeclaredShared = 13 << 10;
+
+// Dynamic shared memory that a block may ask for on this device, besides what it declares.
+inline int64_t shared_limit() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes - kDeclaredShared;
+}
+
 // By the runtime's call and not by <<<>>>: the tests compile kernels for the host too, as
 // C++ (tests/cpp/cuda/shim). Errors stay with the runtime, for the caller to ask for once.
 template <typename... Params, typename... Args>
@@ -19,10 +30,11 @@ void launch(
     void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
     Args... args) {
   if (blocks == 0) return;
-  constexpr size_t kWithoutAsking = 48 << 10;
+  constexpr size_t kWithoutAsking = (48 << 10) - kDeclaredShared;  // of 48 KiB for both
   if (shared > kWithoutAsking) {
+    // Never less: another thread may be about to start the same kernel with more.
     cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_limit()));
   }
   cudaLaunchConfig_t config = {};
   // Too many stay too many, which is an error, and do not become a few.
@@ -31,17 +43,6 @@ void launch(
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-}
-
-// The most shared memory that a kernel declares itself.
-constexpr int kDeclaredShared = 13 << 10;
-
-// Dynamic shared memory that a block may ask for on this device, besides.
-inline int64_t shared_limit() {
-  int device = 0, bytes = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes - kDeclaredShared;
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

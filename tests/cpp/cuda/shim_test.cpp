@@ -239,6 +239,24 @@ TEST(Shim, SharedMemoryBeginsAsRubbish) {
   shim::schedule = before;
 }
 
+__global__ void declaring(int* out) {
+  __shared__ int values[cuda::kDeclaredShared / sizeof(int)];
+  values[0] = 7;
+  *out = values[0];
+}
+
+// A block has 48 KiB without asking, for what its kernel declares and for what it gets at the launch.
+// What is asked for is the same for every launch: threads may start a kernel at the same time.
+TEST(Shim, LaunchesAskForSharedMemory) {
+  constexpr size_t kWithoutAsking = 48 << 10, kDynamic = kWithoutAsking - cuda::kDeclaredShared;
+  int out = 0;
+  for (const size_t shared : {kDynamic, kDynamic + 1, kWithoutAsking}) {
+    shim::shared_allowed = 0;
+    cuda::launch(declaring, 1, 1, shared, nullptr, &out);
+    EXPECT_EQ(shim::shared_allowed, shared > kDynamic ? cuda::shared_limit() : 0);
+  }
+}
+
 __global__ void between_warps(int* out) {
   __shared__ int values[2];
   const unsigned warp = threadIdx.x / 32;

@@ -123,6 +123,7 @@ TYPED_TEST(CudaSoftMixProduct, Means) {
     this->expect_means({2, 17, 5, 3, 128, over_tokens});
     this->expect_means({1, 49, 33, 1, 72, over_tokens});
     this->expect_means({2, 70, 25, 4, 200, over_tokens});   // the block of 112 lines
+    this->expect_means({1, 100, 100, 1, 16, over_tokens});  // close to 48 KiB of shared memory
     this->expect_means({1, 128, 128, 1, 32, over_tokens});  // of 128
     this->expect_means({1, 196, 196, 1, 48, over_tokens});  // some of 112
     this->expect_means({2, over_tokens ? 9 : 300, over_tokens ? 150 : 4, 2, 16, over_tokens});

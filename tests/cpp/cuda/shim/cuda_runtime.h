@@ -58,6 +58,9 @@ inline Schedule schedule = Schedule::kForward;
 // What a block may have of dynamic shared memory; tests lower it to reach other kernels.
 inline size_t shared_limit = 227 << 10;
 
+// What a kernel was last allowed of it by cudaFuncSetAttribute.
+inline int shared_allowed = 0;
+
 // Runs `thread` once for every thread of the grid.
 void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
 
@@ -188,8 +191,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-  return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int value) {
+  return shim::shared_allowed = value, cudaSuccess;
 }
 template <typename T>
 cudaError_t cudaMalloc(T** memory, size_t size) {
