@@ -22,8 +22,9 @@ done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 rm -f "$out"/*.log "$out"/bench*.json "$out/summary.txt"
+# CMake compiles CUDA as C++20 from 3.26 on: the one that was installed with $python, if any, before the system's.
 # compute-sanitizer is beside the compiler, which may be a link.
-export PATH=$PATH:/usr/local/cuda/bin out python googletest quick capability
+export PATH=$(dirname "$(command -v "$python")"):$PATH:/usr/local/cuda/bin out python googletest quick capability
 summary=()
 failed=0
 

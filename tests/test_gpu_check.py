@@ -24,12 +24,15 @@ esac
 PROGRAMS = {"python": PYTHON, "nvidia-smi": "#!/bin/sh\n", "nvcc": "#!/bin/sh\n", "cmake": "#!/bin/sh\nexit 3\n"}
 
 
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+
+
 @pytest.fixture
 def check(tmp_path):
     for name, text in PROGRAMS.items():
-        program = tmp_path / name
-        program.write_text(text)
-        program.chmod(program.stat().st_mode | stat.S_IEXEC)
+        write_program(tmp_path / name, text)
 
     def run(*arguments):
         command = [SCRIPT, "--out", tmp_path / "out", "--python", tmp_path / "python", *arguments]
@@ -50,6 +53,16 @@ def test_every_part_reports_whatever_became_of_the_others(check, tmp_path):
     assert "failed (3)" in lines["kernels"] and "googletest" not in lines
     assert "one test failed" in done.stdout
     assert "--device cuda --json" in lines["bench"] and "--quick" not in lines["bench"]
+
+
+def test_the_programs_beside_python_go_before_the_systems(check, tmp_path):
+    beside = tmp_path / "environment"
+    beside.mkdir()
+    write_program(beside / "python", PYTHON)
+    write_program(beside / "cmake", "#!/bin/sh\nexit 4\n")
+    check("--python", beside / "python", "--googletest", "/some/source")
+    lines = {line.split()[0]: line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()}
+    assert "failed (4)" in lines["kernels"]
 
 
 def test_refuses_what_it_does_not_know(check):
