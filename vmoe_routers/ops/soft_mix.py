@@ -25,9 +25,9 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
     ``dim = 1``: softmax over the tokens, every slot a mean of tokens.
     ``dim = 2``: softmax over all slots, every token a mean of slots.
 
-    On CUDA the products are torch's: of float32 values in TF32 where `torch.set_float32_matmul_precision`
-    allows it; of values in 16 bits in 16 bits, with sums in float32. There the softmax is float32's too, and
-    its weights are rounded to the values' dtype; autocast does to float32 values what it does to `torch.bmm`'s.
+    On CUDA values in 16 bits are mixed in 16 bits, with sums in float32: the softmax is float32's there too, and its
+    weights are rounded to the values' dtype. Of float32 values the products are torch's, in TF32 where
+    `torch.set_float32_matmul_precision` allows it; autocast does to them what it does to `torch.bmm`'s.
 
     Args:
         logits: [G, T, S], or [G, T, E, C] with S = E * C; floating point; -inf is "not there".
