@@ -38,6 +38,18 @@ struct Mix {
   bool wide;                           // logits can be read in pieces of 16 bytes
 };
 
+template <typename Row>
+__device__ uint32_t pair(float first, float second) {
+  return narrow<Row>(first).bits | uint32_t{narrow<Row>(second).bits} << 16;
+}
+
+// In one piece of 8 bytes.
+template <typename Row>
+__device__ void store_weights(Row* to, const Wide<float>& from) {
+  *reinterpret_cast<uint2*>(to) =
+      uint2{pair<Row>(from.entry[0], from.entry[1]), pair<Row>(from.entry[2], from.entry[3])};
+}
+
 // The weights of kLines slots from `first` on, [depth, kLines + kEntries].
 template <int kLines, typename Row>
 __device__ void weights_over_tokens(
@@ -83,14 +95,12 @@ __device__ void weights_over_tokens(
 #pragma unroll 4
   for (int t = down; t < end; t += kDown) {
     Wide<float> piece = load(t);
-    Piece<Row, kTogether> rounded;
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
-      const float power = __expf(piece.entry[j] - high.entry[j]);
-      total.entry[j] += power;
-      rounded.entry[j] = narrow<Row>(power);
+      piece.entry[j] = __expf(piece.entry[j] - high.entry[j]);
+      total.entry[j] += piece.entry[j];
     }
-    store_piece<kTogether>(weights + t * (kLines + kEntries) + column, 0, rounded);
+    store_weights(weights + t * (kLines + kEntries) + column, piece);
   }
   join(total, [](float all, float one) { return all + one; });
   if (down == 0) {
@@ -120,15 +130,13 @@ __device__ void weights_over_slots(
     high = softmax_shift(max_of_lanes<kLanes>(high));
 #pragma unroll 4
     for (int s = lane; s < mix.depth; s += kLanes * kTogether) {
-      const auto piece = load_entries(row, s, n, mix.wide, kAbsent<float>);
-      Piece<Row, kTogether> rounded;
+      auto piece = load_entries(row, s, n, mix.wide, kAbsent<float>);
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        const float power = __expf(piece.entry[j] - high);
-        total += power;
-        rounded.entry[j] = narrow<Row>(power);
+        piece.entry[j] = __expf(piece.entry[j] - high);
+        total += piece.entry[j];
       }
-      store_piece<kTogether>(weights + line * (mix.depth + kEntries) + s, 0, rounded);
+      store_weights(weights + line * (mix.depth + kEntries) + s, piece);
     }
     total = sum_of_lanes<kLanes>(total);
     if (lane == 0) scales[line] = softmax_scale(total);
@@ -150,11 +158,6 @@ __device__ inline void transpose_fours(uint32_t (&pieces)[4]) {
       pieces[i + turn] = upper ? kept : got;
     }
   }
-}
-
-template <typename Row>
-__device__ uint32_t pair(float first, float second) {
-  return narrow<Row>(first).bits | uint32_t{narrow<Row>(second).bits} << 16;
 }
 
 template <typename Row, bool kOverTokens, int kTiles>

@@ -1,6 +1,7 @@
 // sort -- whole rows in the order of order.h, by CUB: for axes too long for a block's memory.
 #pragma once
 
+#include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_segmented_radix_sort.cuh>
 
@@ -44,21 +45,27 @@ const int32_t* sort_rows(
         sort_prepare_kernel<T>, blocks < (1 << 20) ? blocks : 1 << 20, kThreads, 0, stream, x, keys,
         indices, boundaries, rows, n);
   }
-  const auto sort = [&](void* memory, size_t& size) {
+  // CUB counts the entries of segments in 32 bits: so many rows at a time.
+  const int64_t most = std::min(rows, std::max<int64_t>(1, INT32_MAX / n));
+  const auto sort = [&](void* memory, size_t& size, int64_t begin, int64_t count) {
     constexpr int kBits = 8 * sizeof(Key);
+    const int64_t at = begin * n;
     if (rows == 1) {
       cub::DeviceRadixSort::SortPairsDescending(
           memory, size, keys, sorted_keys, indices, sorted, n, 0, kBits, stream);
     } else {
       cub::DeviceSegmentedRadixSort::SortPairsDescending(
-          memory, size, keys, sorted_keys, indices, sorted, rows * n, rows, boundaries,
-          boundaries + 1, 0, kBits, stream);
+          memory, size, keys + at, sorted_keys + at, indices + at, sorted + at,
+          static_cast<int>(count * n), static_cast<int>(count), boundaries, boundaries + 1, 0,
+          kBits, stream);
     }
   };
   size_t size = 0;
-  sort(nullptr, size);
+  sort(nullptr, size, 0, most);
   char* memory = workspace.take<char>(static_cast<int64_t>(size));
-  if (run) sort(memory, size);
+  for (int64_t begin = 0; run && begin < rows; begin += most) {
+    sort(memory, size, begin, std::min(most, rows - begin));
+  }
   return sorted;
 }
 

@@ -83,8 +83,9 @@ __global__ void __launch_bounds__(kFewThreads) few_of_columns_kernel(
   const int64_t tiles = ceil_div(M, kWarp), stride = n | 1;
   const int64_t a = blockIdx.x / tiles, m = blockIdx.x % tiles * kWarp;
   const int64_t width = M - m < kWarp ? M - m : kWarp;
-  for (int64_t i = threadIdx.x; i < n * width; i += kFewThreads) {
-    tile[i % width * stride + i / width] = x[(a * n + i / width) * M + m + i % width];
+  const int column = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t i = threadIdx.x / kWarp; column < width && i < n; i += kFewThreads / kWarp) {
+    tile[column * stride + i] = x[(a * n + i) * M + m + column];
   }
   __syncthreads();
   for (int64_t c = threadIdx.x / kWarp; c < width; c += kFewThreads / kWarp) {
