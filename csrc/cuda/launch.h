@@ -13,11 +13,12 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 // By the runtime's call and not by <<<>>>: the tests compile kernels for the host too, as
-// C++ (tests/cpp/cuda/shim). Errors stay with the runtime, for the caller to ask for once.
+// C++ (tests/cpp/cuda/shim). Errors stay with the runtime, for the caller to ask for once. Blocks
+// that are `together` are all there at once and may wait for each other (block_barrier.h).
 template <typename... Params, typename... Args>
-void launch(
-    void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
-    Args... args) {
+void launch_blocks(
+    bool together, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+    cudaStream_t stream, Args... args) {
   if (blocks == 0) return;
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared > kWithoutAsking) {
@@ -30,7 +31,27 @@ void launch(
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = together;
+  config.attrs = &attribute;
+  config.numAttrs = together ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+template <typename... Params, typename... Args>
+void launch(
+    void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
+    Args... args) {
+  launch_blocks(false, kernel, blocks, threads, shared, stream, args...);
+}
+
+// How many blocks may be together: one a multiprocessor, which has room for any that can be launched at all.
+inline int64_t most_blocks_together() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 // Dynamic shared memory that a block may ask for on this device, with some left for what
