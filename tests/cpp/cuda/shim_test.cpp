@@ -164,7 +164,7 @@ __global__ void hand_round(unsigned* arrived, int* out) {
   int have = block;
   for (int turn = 0; turn < 3; ++turn) {
     int* places = out + turn % 2 * blocks;
-    for (int i = 0; threadIdx.x >= 32 && i < 5; ++i) __syncwarp(0xFF);  // so that it is late
+    for (int i = 0; threadIdx.x >= 32 && i < 5 * block; ++i) __syncwarp(0xFF);  // some are late
     if (threadIdx.x == 33) places[block] = have;
     barrier.wait();
     have = places[(block + 1) % blocks];
