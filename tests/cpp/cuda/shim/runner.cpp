@@ -278,7 +278,7 @@ __attribute__((no_sanitize("address"))) void restore_declared() {
 
 void spoil_shared(size_t size) {
   const unsigned char rubbish = schedule == Schedule::kForward ? kRubbish : kRubbishNan;
-  spoil_declared(rubbish * 0x0101010101010101);
+  spoil_declared(rubbish * uint64_t{0x0101010101010101});
   char* dynamic = block->dynamic->bytes;
   ASAN_UNPOISON_MEMORY_REGION(dynamic, kLargestShared);
   memset(dynamic, rubbish, size);
