@@ -7,11 +7,11 @@
 
 namespace vmoe::cuda {
 
-// What any thread of these blocks wrote before it, all of them see behind it, by ordinary loads (not
-// by those of memory that is said to be constant: const __restrict__): __syncthreads puts the
+// What any thread of these blocks wrote before it, all of them see behind it, by ordinary loads
+// (not by those of memory that is said to be constant: const __restrict__). __syncthreads puts the
 // writes of a block before its first thread's increment, which releases them to the device; the
-// increments are one chain of updates, so who acquires the last one sees what was before each; and the
-// second __syncthreads puts that before the loads of its block's threads.
+// increments are one chain of updates, so who acquires the last one sees what was before each; and
+// the second __syncthreads puts that before the loads of its block's threads.
 //
 // The count is never set back: turn n is over at n * blocks. It may wrap around.
 class BlockBarrier {

@@ -46,7 +46,8 @@ void launch(
   launch_blocks(false, kernel, blocks, threads, shared, stream, args...);
 }
 
-// How many blocks may be together: one a multiprocessor, which has room for any that can be launched at all.
+// How many blocks may be together: one a multiprocessor, which has room for any that can be
+// launched at all.
 inline int64_t most_blocks_together() {
   int device = 0, count = 0;
   cudaGetDevice(&device);

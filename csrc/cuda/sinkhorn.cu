@@ -1,20 +1,20 @@
 // A call is one launch. A group that fits a block's shared memory is a block's: the matrix, the
 // potentials and the sums stay there from the first iteration to the last. A larger one is cut into
-// pieces, a block each: a crew, whose blocks are all there at once (a cooperative launch, at most a
-// block a multiprocessor) and keep their pieces in shared memory likewise. In an iteration each
-// leaves its part of the column sums in device memory, meets the others at a barrier, and joins
-// all parts, in the same order as the others and so to the same bits: potentials of columns, and
-// where a tolerance stops, they find alike without another word. Where a device has too little shared
-// memory for the pieces, matrices and potentials of rows stay in device memory. Groups that there are
-// too few blocks for are done one after another.
+// pieces, a block each, and these blocks are a crew: all there at once (a cooperative launch, at
+// most a block a multiprocessor), each with its piece in shared memory likewise. In an iteration
+// they leave their parts of the column sums in device memory, meet at a barrier, and each joins all
+// parts, in the same order as the others and so to the same bits: the columns' potentials, and
+// where a tolerance stops, they find alike without another word. Pieces too large for shared memory
+// stay in device memory, with the rows' potentials. Groups that there are too few blocks for are
+// done one after another.
 //
 // What an iteration should cost, reckoned and not measured, for a group of 50,176 tokens and 32
-// experts in float32 on 132 multiprocessors at 1.7 GHz (pieces of 381 tokens, 52 KB): two passes over
-// the piece, some 800 loads of a warp each, 0.9 us; the parts' writing, the count, its news and
-// the parts' reading, a way to L2 and back each of some 600 cycles, 1.4 us; the reading itself, 34 KB a
-// block and 4.5 MB in all, at some 5.5 TB/s another 0.4 us beyond that; eight barriers of the
-// block and twice a join of 32 numbers one after another, 0.4 us. About 3 us, so 60 us for 20 of
-// them, and 10 us for the counter's clearing, the launch, and logits in and the plan out.
+// experts in float32 on 132 multiprocessors at 1.7 GHz (pieces of 381 tokens, 52 KB): two passes
+// over the piece, some 800 loads of a warp each, 0.9 us; the parts' writing, the count, its news
+// and the parts' reading, a way to L2 and back each of some 600 cycles, 1.4 us; the reading itself,
+// 34 KB a block and 4.5 MB in all, at some 5.5 TB/s another 0.4 us beyond that; eight barriers of
+// the block and twice a join of 32 numbers one after another, 0.4 us. About 3 us, so 60 us for 20
+// of them, and 10 us for the counter's clearing, the launch, and logits in and the plan out.
 #include <algorithm>
 
 #include "../sinkhorn.h"
@@ -102,7 +102,7 @@ struct Task {
 
 // The blocks that do a group together, each a piece of it, seen from one of them. What a block
 // leaves for the others in one turn they read behind that turn's barrier, and its place is written
-// over two turns later: behind the next barrier, where all have read it.
+// over two turns later: behind the next barrier, which all come to when they have read it.
 template <typename T>
 class Crew {
  public:
@@ -110,7 +110,7 @@ class Crew {
       : task_(task),
         index_(blockIdx.x / static_cast<unsigned>(task.pieces)),
         piece_(blockIdx.x % static_cast<unsigned>(task.pieces)),
-        barrier_(task.arrived + index_, task.pieces) {}
+        barrier_(alone() ? nullptr : task.arrived + index_, task.pieces) {}
 
   __device__ int64_t index() const { return index_; }
   // What one block alone has to write is the first one's.
@@ -351,7 +351,7 @@ Launch prepare(Task<T>& task, int row_vectors, int matrices, Workspace& workspac
         shared_of_piece<T>(task.of_piece, E, task.stride, threads, row_vectors, matrices);
     launch.in_shared = launch.shared <= limit;
   };
-  // As many groups at once as there are rounds for anyway, so that the crews are as large as can be.
+  // No more groups at once than it takes for as few rounds, so that crews are as large as can be.
   const auto form_crews = [&](int64_t most) {
     constexpr int64_t kLeastPiece = 64;
     const int64_t crews = ceil_div(G, ceil_div(G, most));

@@ -90,10 +90,10 @@ size_t scheduler_stack_size = 0;
 #endif
 
 const char* name(WarpOp op) {
-  constexpr const char* kNames[] = {"__syncwarp",        "a shuffle",         "__ballot_sync",
-                                    "__match_any_sync",  "__reduce_min_sync", "__reduce_max_sync",
-                                    "__reduce_add_sync", "__reduce_or_sync",
-                                    "a tensor core's instruction"};
+  constexpr const char* kNames[] = {
+      "__syncwarp",        "a shuffle",         "__ballot_sync",
+      "__match_any_sync",  "__reduce_min_sync", "__reduce_max_sync",
+      "__reduce_add_sync", "__reduce_or_sync",  "a tensor core's instruction"};
   return kNames[static_cast<int>(op)];
 }
 
@@ -492,8 +492,8 @@ void copy_async(char* to, const void* from, bool there) {
   check_alignment(to);
   check_alignment(from);
   const Copy copy{to, there ? from : nullptr, current->groups};
-  const bool late = schedule == Schedule::kForward ||
-                    (schedule == Schedule::kShuffled && random() % 2 == 0);
+  const bool late =
+      schedule == Schedule::kForward || (schedule == Schedule::kShuffled && random() % 2 == 0);
   late ? current->copies.push_back(copy) : perform(copy);
 }
 
