@@ -13,12 +13,14 @@ study: .venv/installed
 	$(bin)/vmoe-routers study $(ARGS)
 
 test: .venv/installed
-	$(bin)/cmake -S . -B build/cpp $(CMAKE_ARGS) && $(bin)/cmake --build build/cpp --parallel $(shell nproc)
+	$(bin)/cmake -S . -B build/cpp -DVMOE_TORCH=ON -DPython_EXECUTABLE=$(CURDIR)/$(bin)/python $(CMAKE_ARGS)
+	$(bin)/cmake --build build/cpp --parallel $(shell nproc)
 	for isa in $$(build/cpp/tests/cpp/cpp_tests --list-isas); do \
 	  build/cpp/tests/cpp/cpp_tests --isa=$$isa --gtest_brief=1 || exit 1; done
 	for schedule in forward backward shuffled; do \
 	  build/cpp/tests/cpp/cuda/cuda_tests --schedule=$$schedule --gtest_brief=1 || exit 1; done
 	$(bin)/pytest $(ARGS)
+	$(bin)/pytest --cuda-on-host=build/cpp/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS)
 
 bench: .venv/bench
 	$(bin)/python -m benchmarks.run $(ARGS)

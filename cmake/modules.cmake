@@ -1,22 +1,6 @@
-# The Python modules. torch's own CMake package asks for a CUDA toolkit as soon as
-# torch has CUDA; its headers and two libraries are all that is needed.
-find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
+# The Python modules.
+include(cmake/torch.cmake)
 find_package(pybind11 CONFIG REQUIRED)
-execute_process(
-  COMMAND "${Python_EXECUTABLE}" -c "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-  OUTPUT_VARIABLE torch_root OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-if(NOT EXISTS "${torch_root}/include/torch/csrc/stable/library.h")
-  message(FATAL_ERROR "vmoe_routers needs torch >= 2.11 to build, and found "
-                      "'${torch_root}': pip install 'torch>=2.11', or build with isolation")
-endif()
-
-add_library(torch_stable INTERFACE)
-target_include_directories(torch_stable SYSTEM INTERFACE
-  "${torch_root}/include" "${torch_root}/include/torch/csrc/api/include")
-# The stable ABI of 2.11: one binary for that torch and every later one.
-target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)
-target_compile_options(torch_stable INTERFACE "-ffile-prefix-map=${torch_root}/include/=")
-target_link_libraries(torch_stable INTERFACE "${torch_root}/lib/libtorch_cpu.so")
 
 # CUDA: where torch has it, and a toolkit that compiles C++20. FindCUDAToolkit looks in more places
 # (CUDA_PATH, /usr/local/cuda) than CMake does for a compiler, so it tells where nvcc is.

@@ -8,28 +8,28 @@
 // out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values
 // [G, T, D] (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU the products are of
 // a group at a time (product.h), so that no tensor ever holds the weights of all groups; on CUDA
-// they are torch's and, since one call has to fill the device, of all groups.
+// they are one kernel with the softmax, or torch's, of all groups at once.
 // -inf is "not there"; a line of -inf alone gets zeros, not NaN: a padding token
 // neither gives nor takes.
 //
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
 //
 // Values in 16 bits are multiplied in 16 bits, with sums in float32: the softmaxes are computed in
-// float32, and each weight is rounded to the values' dtype as it is written, as torch's own softmax
-// and bmm would have it; a result is off by at most an epsilon of sum |weight * value|. The gradient of
-// the weights is a product that leaves its float32 sums as they are, and meets weights that were not
-// rounded: that of the logits is float32's. (float16 holds weights to 3e-8: of 10^4 equal ones to its
-// own epsilon.)
+// float32, and each weight is rounded to the values' dtype, as torch's own softmax and bmm would have
+// it; a result is off by at most an epsilon of sum |weight * value|. The gradient of the weights is a
+// product that leaves its float32 sums as they are, and meets weights that were not rounded: that of
+// the logits is float32's. (Weights in float16 that torch multiplies are held to 3e-8: of 10^4 equal
+// ones to its own epsilon.)
 //
-// Why the products are torch's, and not one kernel with the softmax: for 256 images of 196 tokens and
-// 196 slots, D = 768, in bfloat16, a product is 15.1 GFLOP and moves 174 MB (77 of tokens, 77 of slots,
-// 20 of weights), for which a card with 4.3 TB/s and 770 TFLOP/s needs 40 us; arithmetic would be
-// done in 20. A softmax (39 MB of logits in, 20 of weights out) needs 14 us: dispatch and combine 466 MB,
-// 108 us. One kernel for both neither writes nor reads weights: 79 MB less, 90 us at best. It would
-// gain from 280 TFLOP/s on, and need 340 for all of that, with the exponentials in between: what
-// cuBLAS reaches and plain tensor-core loops hardly do. Torch's softmax and bmm under autocast move 158 MB
-// more than this does: they write the weights in float32 first, and copy them. (Arithmetic, not measured.
-// Where experts have several slots each, a copy of the slots comes on top, as for anyone.)
+// Who multiplies on CUDA: for 256 images of 196 tokens and 196 slots, D = 768, in bfloat16, a mean
+// reads 77 MB, writes 77 MB, and reads 39 MB of logits: dispatch and combine 386 MB, which a card with
+// 4.3 TB/s moves in 90 us, and 30 GFLOP. As softmaxes of ours and products of torch's they are 466 MB, for
+// the weights are written and read as well, 108 us, and 72 us more for copies of the slots where
+// experts have several; torch's own softmax and bmm under autocast move another 158 MB. So up to
+// 256 values a line soft_mix_product does it, which pays from 280 TFLOP/s on, and where memory is
+// slower against arithmetic from less on. The arithmetic of longer lines
+// outgrows what that saves: they are torch's. So is backward, where a line's gradient needs all of its
+// products before the first of them can be used. (Arithmetic; no GPU has measured it.)
 #pragma once
 
 #include <cstdint>

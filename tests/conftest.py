@@ -1,7 +1,12 @@
-"""Fixtures of the whole suite: one seed for every test, and the devices there are."""
+"""Fixtures of the whole suite: one seed for every test, and the devices there are.
+
+With --cuda-on-host LIBRARY, which `make test` builds, the CUDA kernels and their bindings are what tensors
+of the CPU get: run on the host as tests/cpp/cuda/shim has it, they pass the same tests.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -9,8 +14,30 @@ import pytest
 import torch
 
 import vmoe_routers
+from vmoe_routers.ops import _checks
 
 DEVICES = ["cpu", "cuda"] if vmoe_routers._C.cuda_built and torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cuda-on-host", metavar="LIBRARY", help="the CUDA kernels and bindings, built for the host")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_kernels: of what the CPU's own kernels do, whatever others do")
+    library = config.getoption("--cuda-on-host")
+    if library:
+        torch.ops.load_library(library)
+        _checks.HALF_PRODUCTS.add("cpu")
+        served = importlib.import_module("vmoe_routers.ops.grouped_mlp").SERVED
+        served["cpu"] = served["cuda"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--cuda-on-host"):
+        for item in items:
+            if item.get_closest_marker("cpu_kernels"):
+                item.add_marker(pytest.mark.skip(reason="the CPU's own kernels are not there"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

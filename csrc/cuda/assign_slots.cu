@@ -5,12 +5,14 @@
 // is where its own places begin, and it goes through its run again.
 //
 // A group of a few thousand requests is one chunk and one launch. With a priority the order comes
-// from topk's sort first.
+// from topk's sort first. To sort a large group would take longer than all the rest: there the
+// places make lists of the experts' requests, and a block an expert selects the first of its own, in
+// the order in which they are served.
 #include <algorithm>
 
 #include "../assign_slots.h"
 #include "../topk.h"
-#include "launch.h"
+#include "select.h"
 
 namespace vmoe::cuda {
 namespace {
@@ -105,19 +107,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(
   }
 }
 
-__global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
-    const int32_t* __restrict__ expert,   // [G, T, K]
-    const int32_t* __restrict__ order,    // [G, T] or null
-    const int32_t* __restrict__ counted,  // [G, chunks, E], not looked at for one chunk
-    int32_t* __restrict__ slot,           // [G, T, K]
-    int32_t* __restrict__ source,         // [G, E, C]
-    Shape shape) {
+// Makes of what the warps counted where their own places begin, and counts all requests of an expert.
+__device__ void add_up(
+    const Shape& shape, const Chunk& at, const int32_t* counted, int32_t* counts, int32_t* total) {
   const unsigned warps = blockDim.x / kWarp;
-  int32_t* counts = dynamic_shared<int32_t>();  // [warps, E]
-  int32_t* total = counts + warps * shape.E;    // [E]
-  const Chunk at(shape);
-  const Requests requests = requests_of(expert, order, at.group, shape);
-  count_chunk(requests, at.begin, at.end, counts);
   for (int64_t e = threadIdx.x; e < shape.E; e += blockDim.x) {
     const int32_t* of_chunk = counted + at.group * shape.chunks * shape.E + e;
     int32_t sum = 0, all = 0;
@@ -134,6 +127,21 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
     total[e] = shape.chunks > 1 ? all : sum;
   }
   __syncthreads();
+}
+
+__global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
+    const int32_t* __restrict__ expert,   // [G, T, K]
+    const int32_t* __restrict__ order,    // [G, T] or null
+    const int32_t* __restrict__ counted,  // [G, chunks, E], not looked at for one chunk
+    int32_t* __restrict__ slot,           // [G, T, K]
+    int32_t* __restrict__ source,         // [G, E, C]
+    Shape shape) {
+  int32_t* counts = dynamic_shared<int32_t>();             // [warps, E]
+  int32_t* total = counts + blockDim.x / kWarp * shape.E;  // [E]
+  const Chunk at(shape);
+  const Requests requests = requests_of(expert, order, at.group, shape);
+  count_chunk(requests, at.begin, at.end, counts);
+  add_up(shape, at, counted, counts, total);
   int32_t* holder = source + at.group * shape.E * shape.C;
   count_run(
       requests, at.begin, at.end, counts + threadIdx.x / kWarp * shape.E,
@@ -147,6 +155,117 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
   for (int64_t s = at.chunk * blockDim.x + threadIdx.x; s < shape.E * shape.C;
        s += shape.chunks * blockDim.x) {
     if (s % shape.C >= total[s / shape.C]) holder[s] = -1;
+  }
+}
+
+// ---- A large group with a priority ----
+
+constexpr int64_t kLargeGroup = 4096;  // tokens, from where on
+constexpr int kSelectThreads = 512;
+constexpr int kMostPlaces = 4096;    // of an expert, that a block sorts
+constexpr int64_t kMostKeys = 8192;  // that it keeps
+
+__global__ void __launch_bounds__(kMostWarps* kWarp) list_kernel(
+    const int32_t* __restrict__ expert,   // [G, T, K]
+    const int32_t* __restrict__ counted,  // [G, chunks, E], not looked at for one chunk
+    int32_t* __restrict__ begins,         // [G, E + 1]
+    int32_t* __restrict__ lists,          // [G, T * K]  requests by expert, choice 0 before 1
+    int32_t* __restrict__ slot,           // [G, T, K]  -1
+    Shape shape) {
+  int32_t* counts = dynamic_shared<int32_t>();             // [warps, E]
+  int32_t* begin = counts + blockDim.x / kWarp * shape.E;  // [E]
+  const Chunk at(shape);
+  const Requests requests = requests_of(expert, nullptr, at.group, shape);
+  count_chunk(requests, at.begin, at.end, counts);
+  add_up(shape, at, counted, counts, begin);
+  if (threadIdx.x < kWarp) {  // from how many there are of an expert to where they begin
+    const int lane = static_cast<int>(threadIdx.x);
+    int32_t before = 0;
+    for (int64_t base = 0; base < shape.E; base += kWarp) {
+      const int64_t e = base + lane;
+      const int32_t count = e < shape.E ? begin[e] : 0;
+      int32_t sum = count;
+      for (int turn = 1; turn < kWarp; turn *= 2) {
+        const int32_t other = __shfl_up_sync(kAllLanes, sum, turn);
+        if (lane >= turn) sum += other;
+      }
+      if (e < shape.E) begin[e] = before + sum - count;
+      before += __shfl_sync(kAllLanes, sum, kWarp - 1);
+    }
+    int32_t* of_group = begins + at.group * (shape.E + 1);
+    for (int64_t e = lane; at.chunk == 0 && e <= shape.E; e += kWarp) {
+      of_group[e] = e < shape.E ? begin[e] : before;
+    }
+  }
+  __syncthreads();
+  const int64_t first = at.group * shape.tokens * shape.K;
+  count_run(
+      requests, at.begin, at.end, counts + threadIdx.x / kWarp * shape.E,
+      [&](int32_t id, int32_t e, int32_t place) {
+        slot[first + id] = -1;
+        if (e >= 0) lists[first + begin[e] + place] = id;
+      });
+}
+
+// The order in which requests of an expert are served: an earlier choice first, then a larger
+// priority, then an earlier token, as the lists have them.
+template <typename T>
+struct Serving {
+  const int32_t* requests;  // of an expert
+  const T* priority;        // [T]
+  int64_t K;
+
+  // Whether this key has room for K choices.
+  static bool has_room(int64_t K) { return K == 1 || sizeof(T) == sizeof(float); }
+  __device__ uint64_t key(int64_t i) const {
+    const int32_t id = requests[i];
+    const auto choice = static_cast<uint64_t>(id % K);
+    const uint64_t key = order_key(priority[id / K]);
+    return K == 1 ? key : (static_cast<uint64_t>(K) - 1 - choice) << 32 | key;
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kSelectThreads) select_kernel(
+    const T* __restrict__ priority,      // [G, T]
+    const int32_t* __restrict__ begins,  // [G, E + 1]
+    const int32_t* __restrict__ lists,   // [G, T * K]
+    int32_t* __restrict__ slot,          // [G, T, K]
+    int32_t* __restrict__ source,        // [G, E, C]
+    Shape shape, int most_places, int64_t most_keys) {
+  using Select = BlockSelect<uint64_t, kSelectThreads>;
+  __shared__ typename Select::Storage storage;
+  static_assert(sizeof(storage) <= kDeclaredShared);
+  auto* picks = dynamic_shared<Pick<uint64_t>>();                 // [most_places]
+  auto* keys = reinterpret_cast<uint64_t*>(picks + most_places);  // [most_keys]
+  const int tid = static_cast<int>(threadIdx.x);
+  const int64_t g = blockIdx.x / shape.E, e = blockIdx.x % shape.E;
+  const int32_t* begin = begins + g * (shape.E + 1) + e;
+  const int64_t first = g * shape.tokens * shape.K, n = begin[1] - begin[0];
+  const int64_t k = n < shape.C ? n : shape.C;
+  const Serving<T> serving{lists + first + begin[0], priority + g * shape.tokens, shape.K};
+  if (k > 0) {
+    int places = 1;
+    while (places < n && places < most_places) places *= 2;
+    const bool staged = n <= most_keys;
+    const uint64_t some = serving.key(0);
+    uint64_t differ = 0;
+#pragma unroll 4
+    for (int64_t i = tid; i < n; i += kSelectThreads) {
+      const uint64_t key = serving.key(i);
+      if (staged) keys[i] = key;
+      differ |= key ^ some;
+    }
+    __syncthreads();
+    Select::select(
+        storage, picks, places, n, k, differ,
+        [&](int64_t i) { return staged ? keys[i] : serving.key(i); },
+        [&](int64_t i) { return serving.requests[i]; });
+  }
+  int32_t* holder = source + (g * shape.E + e) * shape.C;
+  for (int64_t j = tid; j < shape.C; j += kSelectThreads) {
+    holder[j] = j < k ? picks[j].index : -1;
+    if (j < k) slot[first + picks[j].index] = static_cast<int32_t>(e * shape.C + j);
   }
 }
 
@@ -165,6 +284,34 @@ size_t run(
   const int64_t chunks = std::max<int64_t>(1, ceil_div(tokens * K, warps * kRun));
   Workspace workspace(memory);
   int32_t* counted = workspace.take<int32_t>(chunks > 1 ? G * chunks * E : 0);
+  const Shape shape{tokens, K, E, C, chunks};
+  const auto shared = static_cast<size_t>(shared_bytes(E, warps));
+  const int threads = static_cast<int>(warps) * kWarp;
+  const auto count = [&](const int32_t* order) {
+    if (chunks == 1) return;
+    launch(count_kernel, G * chunks, threads, shared, stream, expert, order, counted, shape);
+  };
+
+  if (prioritised && tokens > kLargeGroup && C <= kMostPlaces && Serving<T>::has_room(K)) {
+    int32_t* begins = workspace.take<int32_t>(G * (E + 1));
+    int32_t* lists = workspace.take<int32_t>(G * tokens * K);
+    if (measure) return workspace.size();
+    count(nullptr);
+    launch(
+        list_kernel, G * chunks, threads, shared, stream, expert, counted, begins, lists, slot,
+        shape);
+    int places = 1;
+    while (places < C) places *= 2;
+    const int64_t room = shared_limit() - places * static_cast<int64_t>(sizeof(Pick<uint64_t>));
+    const int64_t keys = std::clamp<int64_t>(
+        room / static_cast<int64_t>(sizeof(uint64_t)), 0, std::min(kMostKeys, tokens * K));
+    launch(
+        select_kernel<T>, G * E, kSelectThreads,
+        places * sizeof(Pick<uint64_t>) + static_cast<size_t>(keys) * sizeof(uint64_t), stream,
+        priority, begins, lists, slot, source, shape, places, keys);
+    return workspace.size();
+  }
+
   const int32_t* order = nullptr;
   if (prioritised) {
     T* values = workspace.take<T>(G * tokens);
@@ -175,12 +322,7 @@ size_t run(
     order = sorted;
   }
   if (measure || G == 0) return workspace.size();
-  const Shape shape{tokens, K, E, C, chunks};
-  const auto shared = static_cast<size_t>(shared_bytes(E, warps));
-  const int threads = static_cast<int>(warps) * kWarp;
-  if (chunks > 1) {
-    launch(count_kernel, G * chunks, threads, shared, stream, expert, order, counted, shape);
-  }
+  count(order);
   launch(
       place_kernel, G * chunks, threads, shared, stream, expert, order, counted, slot, source,
       shape);

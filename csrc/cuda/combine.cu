@@ -6,6 +6,8 @@
 namespace vmoe::cuda {
 namespace {
 
+constexpr int kPieces = 4;  // of a row, that a lane has under way together
+
 // A token's slots one after another into registers: no atomics, one order, as on the CPU.
 template <typename Row, int kEntries>
 __global__ void __launch_bounds__(kRowThreads) combine_kernel(
@@ -20,19 +22,36 @@ __global__ void __launch_bounds__(kRowThreads) combine_kernel(
   if (row >= G * tokens) return;
   const int64_t g = row / tokens, t = row % tokens;
   const int32_t begin = offsets[g * (tokens + 1) + t], end = offsets[g * (tokens + 1) + t + 1];
-  for (int64_t piece = lane_of_warp(); piece < D / kEntries; piece += kWarp) {
-    T total[kEntries] = {};
+  const int64_t pieces = D / kEntries;
+  for (int64_t first = lane_of_warp(); first < pieces; first += kPieces * kWarp) {
+    T total[kPieces][kEntries] = {};
     for (int32_t i = begin; i < end; ++i) {
       const int64_t s = slots[g * E * C + i];
       const T weight = gate ? gate[g * E * C + s] : T{1};
-      const auto from = load_piece<kEntries>(y + row_of_slot(g, s, G, C) * D, piece);
+      const Row* from = y + row_of_slot(g, s, G, C) * D;
+      Piece<Row, kEntries> of_slot[kPieces] = {};
 #pragma unroll
-      for (int d = 0; d < kEntries; ++d) total[d] = Fused{}(weight, widen(from.entry[d]), total[d]);
+      for (int p = 0; p < kPieces; ++p) {
+        const int64_t piece = first + p * kWarp;
+        if (piece < pieces) of_slot[p] = load_piece<kEntries>(from, piece);
+      }
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+        for (int d = 0; d < kEntries; ++d) {
+          total[p][d] = Fused{}(weight, widen(of_slot[p].entry[d]), total[p][d]);
+        }
+      }
     }
-    Piece<Row, kEntries> sum;
 #pragma unroll
-    for (int d = 0; d < kEntries; ++d) sum.entry[d] = narrow<Row>(total[d]);
-    store_piece<kEntries>(out + row * D, piece, sum);
+    for (int p = 0; p < kPieces; ++p) {
+      const int64_t piece = first + p * kWarp;
+      if (piece >= pieces) break;
+      Piece<Row, kEntries> sum;
+#pragma unroll
+      for (int d = 0; d < kEntries; ++d) sum.entry[d] = narrow<Row>(total[p][d]);
+      store_piece<kEntries>(out + row * D, piece, sum);
+    }
   }
 }
 
@@ -54,18 +73,28 @@ __global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(
   const T weight = filled ? gate[at.slot] : T{0};
   const Row* from = grad_out + (at.group * tokens + (filled ? t : 0)) * D;
   T dot = 0;
-  for (int64_t piece = lane_of_warp(); piece < D / kEntries; piece += kWarp) {
-    Piece<Row, kEntries> to = {};
-    if (filled) {  // what lies in an empty slot must not come through
-      const auto grad = load_piece<kEntries>(from, piece);
-      const auto value = load_piece<kEntries>(y + row * D, piece);
+  const int64_t pieces = D / kEntries;
+  for (int64_t first = lane_of_warp(); first < pieces; first += kPieces * kWarp) {
+    Piece<Row, kEntries> grads[kPieces] = {}, values[kPieces] = {};
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int64_t piece = first + p * kWarp;
+      if (!filled || piece >= pieces) continue;  // what lies in an empty slot must not come through
+      grads[p] = load_piece<kEntries>(from, piece);
+      values[p] = load_piece<kEntries>(y + row * D, piece);
+    }
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int64_t piece = first + p * kWarp;
+      if (piece >= pieces) break;
+      Piece<Row, kEntries> to;
 #pragma unroll
       for (int d = 0; d < kEntries; ++d) {
-        to.entry[d] = narrow<Row>(weight * widen(grad.entry[d]));
-        dot = Fused{}(widen(grad.entry[d]), widen(value.entry[d]), dot);
+        to.entry[d] = narrow<Row>(weight * widen(grads[p].entry[d]));
+        dot = Fused{}(widen(grads[p].entry[d]), widen(values[p].entry[d]), dot);
       }
+      store_piece<kEntries>(grad_y + row * D, piece, to);
     }
-    store_piece<kEntries>(grad_y + row * D, piece, to);
   }
   for (int turn = kWarp / 2; turn > 0; turn /= 2) dot += __shfl_xor_sync(kAllLanes, dot, turn);
   if (lane_of_warp() == 0) grad_gate[at.slot] = dot;

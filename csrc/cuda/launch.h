@@ -55,14 +55,15 @@ inline int64_t most_blocks_together() {
   return count;
 }
 
-// Dynamic shared memory that a block may ask for on this device, with some left for what
-// kernels declare themselves.
+// The most shared memory that a kernel declares itself.
+constexpr int kDeclaredShared = 13 << 10;
+
+// Dynamic shared memory that a block may ask for on this device, besides.
 inline int64_t shared_limit() {
-  constexpr int kDeclared = 8 << 10;
   int device = 0, bytes = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes - kDeclared;
+  return bytes - kDeclaredShared;
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

@@ -3,6 +3,7 @@
 // Key 0 is nobody's: the least key is that of -inf.
 #pragma once
 
+#include <bit>
 #include <cub/block/block_scan.cuh>
 
 #include "../order.h"
@@ -78,90 +79,6 @@ class Few {
   }
 };
 
-// How a row is cut: the picks are all keys above `key` and the first `ties` equal to it, or,
-// with `all`, simply all keys from `key` on.
-template <typename Key>
-struct Cut {
-  Key key;
-  int32_t ties;
-  bool all;
-};
-
-// Cuts n keys for 1 <= k <= n picks, by a histogram a digit from the first bit in which keys differ
-// on: eight bits are mostly enough, as the first digit that is looked at tells keys apart. The
-// block's threads, kThreads >= 256, call this together; key_at(i) is asked for by any of them.
-template <typename Key, int kThreads>
-class BlockCut {
-  static constexpr int kBits = 8, kBins = 1 << kBits, kKeyBits = 8 * sizeof(Key);
-  static_assert(kThreads >= kBins);
-  using Scan = cub::BlockScan<int32_t, kThreads>;
-
- public:
-  struct Storage {
-    typename Scan::TempStorage scan;
-    int32_t bins[kBins];
-    Key differ[kThreads / kWarp];
-    int32_t digit, above, count;
-  };
-
-  template <typename KeyAt>
-  static __device__ Cut<Key> find(Storage& storage, int64_t n, int64_t k, KeyAt&& key_at) {
-    const int tid = static_cast<int>(threadIdx.x);
-    const Key some = key_at(0);
-    Key differ = 0;
-    for (int64_t i = tid; i < n; i += kThreads) differ |= key_at(i) ^ some;
-    for (int turn = kWarp / 2; turn > 0; turn /= 2) {
-      differ |= __shfl_xor_sync(kAllLanes, differ, turn);
-    }
-    __syncthreads();  // of an earlier use of the storage
-    if (tid % kWarp == 0) storage.differ[tid / kWarp] = differ;
-    __syncthreads();
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) differ |= storage.differ[warp];
-
-    // Bits [shift, kKeyBits) of the k-th key are known, and equal those of `prefix`.
-    int shift = bits_of(differ);
-    Key prefix = above_shift(some, shift);
-    auto missing = static_cast<int32_t>(k);
-    for (;;) {
-      if (shift == 0) return {prefix, missing, false};
-      const int bits = shift < kBits ? shift : kBits;
-      shift -= bits;
-      if (tid < kBins) storage.bins[tid] = 0;
-      __syncthreads();
-      for (int64_t i = tid; i < n; i += kThreads) {
-        const Key key = key_at(i);
-        if (above_shift(key, shift + bits) != prefix) continue;
-        atomicAdd(&storage.bins[key >> shift & ((Key{1} << bits) - 1)], 1);
-      }
-      __syncthreads();
-      // From the largest digit down, until the k-th is passed.
-      const int digit = kBins - 1 - tid;
-      const int32_t count = tid < kBins ? storage.bins[digit] : 0;
-      int32_t above;
-      Scan(storage.scan).ExclusiveSum(count, above);
-      if (above < missing && missing <= above + count) {
-        storage.digit = digit;
-        storage.above = above;
-        storage.count = count;
-      }
-      __syncthreads();
-      missing -= storage.above;
-      prefix = prefix << bits | static_cast<Key>(storage.digit);
-      if (storage.count == missing) return {prefix << shift, 0, true};
-    }
-  }
-
- private:
-  static __device__ int bits_of(uint32_t value) { return 32 - __clz(static_cast<int>(value)); }
-  static __device__ int bits_of(uint64_t value) {
-    return 64 - __clzll(static_cast<long long>(value));
-  }
-  // Shifting by all the bits there are is undefined.
-  static __device__ Key above_shift(Key key, int shift) {
-    return shift == kKeyBits ? Key{0} : key >> shift;
-  }
-};
-
 // Sorts `size` picks, a power of two, in shared memory.
 template <typename Key>
 __device__ void sort_picks(Pick<Key>* picks, int size) {
@@ -182,5 +99,130 @@ __device__ void sort_picks(Pick<Key>* picks, int size) {
   }
   __syncthreads();
 }
+
+// The first k of n picks, 1 <= k <= n, in order, by the kThreads of a block together. What is sure to
+// be among them is cut off by histograms of a digit of the keys, from the first bit in which they
+// differ on, until what is left fits in the `places` of shared memory that k has; that is sorted. One
+// digit is mostly enough.
+template <typename Key, int kThreads>
+class BlockSelect {
+  static constexpr int kEach = 2;  // bins of a thread
+  static constexpr int kBins = kEach * kThreads, kBits = 31 - std::countl_zero(unsigned{kBins});
+  using Scan = cub::BlockScan<int32_t, kThreads>;
+
+ public:
+  struct Storage {
+    typename Scan::TempStorage scan;
+    int32_t bins[kBins];
+    Key differ[kThreads / kWarp];
+    int32_t digit, above, count, taken;
+  };
+
+  // picks [places], a power of two and >= k: the first k of them are the result. Of pick i < n,
+  // key_at(i) and index_at(i) are asked for by any thread and several times; where keys are equal
+  // indices grow with i. differ: the bits in which the keys i = tid, tid + kThreads, ... differ
+  // from key 0.
+  template <typename KeyAt, typename IndexAt>
+  static __device__ void select(
+      Storage& storage, Pick<Key>* picks, int places, int64_t n, int64_t k, Key differ,
+      KeyAt&& key_at, IndexAt&& index_at) {
+    const int tid = static_cast<int>(threadIdx.x);
+    for (int i = tid; i < places; i += kThreads) picks[i] = no_pick<Key>();
+    if (tid == 0) storage.taken = 0;
+    Cut cut{0, 0, true};  // all there are
+    if (n > places) cut = find(storage, places, n, k, differ, key_at);
+    __syncthreads();
+    // In any order: they are sorted after that.
+    const auto take = [&](int64_t i, Key key) {
+      picks[atomicAdd(&storage.taken, 1)] = {key, index_at(i)};
+    };
+#pragma unroll 4
+    for (int64_t i = tid; i < n; i += kThreads) {
+      const Key key = key_at(i);
+      if (key > cut.key || (cut.all && key == cut.key)) take(i, key);
+    }
+    // The first ties, in order of index: more tie than there are places.
+    int32_t before = 0;
+    for (int64_t begin = 0; before < cut.ties; begin += kThreads) {
+      const int64_t i = begin + tid;
+      const bool ties = i < n && key_at(i) == cut.key;
+      int32_t rank, count;
+      Scan(storage.scan).ExclusiveSum(ties, rank, count);
+      if (ties && before + rank < cut.ties) take(i, cut.key);
+      before += count;
+      __syncthreads();
+    }
+    sort_picks(picks, places);
+  }
+
+ private:
+  // The picks are all keys above `key` and the first `ties` equal to it, or, with `all`, are
+  // among all keys from `key` on.
+  struct Cut {
+    Key key;
+    int32_t ties;
+    bool all;
+  };
+
+  template <typename KeyAt>
+  static __device__ Cut
+  find(Storage& storage, int places, int64_t n, int64_t k, Key differ, KeyAt&& key_at) {
+    const int tid = static_cast<int>(threadIdx.x);
+    const Key some = key_at(0);
+    for (int turn = kWarp / 2; turn > 0; turn /= 2) {
+      differ |= __shfl_xor_sync(kAllLanes, differ, turn);
+    }
+    if (tid % kWarp == 0) storage.differ[tid / kWarp] = differ;
+    __syncthreads();
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) differ |= storage.differ[warp];
+
+    // Bits [shift, kKeyBits) of the k-th key are known, and equal those of `prefix`.
+    int shift = bits_of(differ);
+    Key prefix = above_shift(some, shift);
+    auto missing = static_cast<int32_t>(k);
+    for (;;) {
+      if (shift == 0) return {prefix, missing, false};
+      const int bits = shift < kBits ? shift : kBits;
+      shift -= bits;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) storage.bins[tid + i * kThreads] = 0;
+      __syncthreads();
+#pragma unroll 4
+      for (int64_t i = tid; i < n; i += kThreads) {
+        const Key key = key_at(i);
+        if (above_shift(key, shift + bits) != prefix) continue;
+        atomicAdd(&storage.bins[key >> shift & ((Key{1} << bits) - 1)], 1);
+      }
+      __syncthreads();
+      // From the largest digit down, until the k-th is passed.
+      int32_t counts[kEach], sum = 0, above;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) sum += counts[i] = storage.bins[kBins - 1 - tid * kEach - i];
+      Scan(storage.scan).ExclusiveSum(sum, above);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if (above < missing && missing <= above + counts[i]) {
+          storage.digit = kBins - 1 - tid * kEach - i;
+          storage.above = above;
+          storage.count = counts[i];
+        }
+        above += counts[i];
+      }
+      __syncthreads();
+      missing -= storage.above;
+      prefix = prefix << bits | static_cast<Key>(storage.digit);
+      if (k - missing + storage.count <= places) return {prefix << shift, 0, true};
+    }
+  }
+
+  static __device__ int bits_of(uint32_t value) { return 32 - __clz(static_cast<int>(value)); }
+  static __device__ int bits_of(uint64_t value) {
+    return 64 - __clzll(static_cast<long long>(value));
+  }
+  // Shifting by all the bits there are is undefined.
+  static __device__ Key above_shift(Key key, int shift) {
+    return shift == 8 * static_cast<int>(sizeof(Key)) ? Key{0} : key >> shift;
+  }
+};
 
 }  // namespace vmoe::cuda

@@ -6,8 +6,8 @@
 //
 // Weights are the exponentials as they are, at most 1: what they have to be divided by meets the
 // float32 sums.
-#include "../soft_mix.h"
 #include "../slot_row.h"
+#include "../soft_mix.h"
 #include "softmax.h"
 #include "tensor_core.h"
 
@@ -15,12 +15,12 @@ namespace vmoe::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 16;       // lines, and rows of values, that an instruction takes
-constexpr int kColumns = 128;   // of the values, at a time
-constexpr int kOfWarp = 32;     // columns of a warp
+constexpr int kTile = 16;      // lines, and rows of values, that an instruction takes
+constexpr int kColumns = 128;  // of the values, at a time
+constexpr int kOfWarp = 32;    // columns of a warp
 constexpr int kStages = 2;
 constexpr int kStageRows = 32;
-constexpr int kEntries = 8;     // in 16 bytes
+constexpr int kEntries = 8;  // in 16 bytes
 // Rows in shared memory are an odd number of 16 bytes apart: eight of them are in different banks.
 constexpr int kStageStride = kColumns + kEntries;
 // Values of a line, from where on it is arithmetic that takes the time, and cuBLAS is better at it
@@ -223,11 +223,10 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
   // Where this lane reads a's and b's matrices: as they lie b is read transposed, and a where the
   // lines are its columns.
   const int warp_column = tid / kWarp * kOfWarp;
-  const Shared a_at =
-      shared_place(weights) +
-      kBytes * (kOverTokens ? (lane % kEntries + lane / kTile * kEntries) * stride +
-                                  lane / kEntries % 2 * kEntries
-                            : lane % kTile * stride + lane / kTile * kEntries);
+  const Shared a_at = shared_place(weights) +
+                      kBytes * (kOverTokens ? (lane % kEntries + lane / kTile * kEntries) * stride +
+                                                  lane / kEntries % 2 * kEntries
+                                            : lane % kTile * stride + lane / kTile * kEntries);
   const Shared b_at =
       stages + kBytes * (lane % kTile * kStageStride + warp_column + lane / kTile * kEntries);
 
@@ -269,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
         uint32_t pieces[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float(&sum)[4] = sums[tile][j];
+          float (&sum)[4] = sums[tile][j];
           pieces[j] = pair<Row>(sum[2 * half] * scale, sum[2 * half + 1] * scale);
           sum[2 * half] = sum[2 * half + 1] = 0;
         }
@@ -308,8 +307,7 @@ struct Kernel {
 
   int64_t lines() const { return tiles * kTile; }
   size_t shared(int64_t depth, bool tokens) const {
-    const int64_t weights =
-        tokens ? depth * (lines() + kEntries) : lines() * (depth + kEntries);
+    const int64_t weights = tokens ? depth * (lines() + kEntries) : lines() * (depth + kEntries);
     return (weights + kStages * kStageRows * kStageStride) * sizeof(Row);
   }
 };
@@ -345,20 +343,25 @@ bool soft_mix_product(
   const int64_t splits = std::min(tiles, ceil_div(kBlocksEach * multiprocessors(), blocks));
   const int64_t columns = ceil_div(tiles, splits) * kColumns;
   const Mix mix{
-      G,           tokens,
-      S,           C,
-      static_cast<int>(D), static_cast<int>(depth),
-      line_blocks, ceil_div(D, columns),
-      static_cast<int>(columns), rows_are_wide(logits, S)};
+      G,
+      tokens,
+      S,
+      C,
+      static_cast<int>(D),
+      static_cast<int>(depth),
+      line_blocks,
+      ceil_div(D, columns),
+      static_cast<int>(columns),
+      rows_are_wide(logits, S)};
   launch(
       over_tokens ? best->over_tokens : best->over_slots, blocks * mix.column_blocks, kThreads,
       best->shared(depth, over_tokens), stream, logits, values, out, mix);
   return true;
 }
 
-#define VMOE_INSTANTIATE(Row)                                                                \
-  template bool soft_mix_product(                                                            \
-      const float*, const Row*, Row*, int64_t, int64_t, int64_t, int64_t, int64_t, bool,     \
+#define VMOE_INSTANTIATE(Row)                                                                      \
+  template bool soft_mix_product(                                                                  \
+      const float*, const Row*, Row*, int64_t, int64_t, int64_t, int64_t, int64_t, bool,           \
       CUstream_st*);
 VMOE_INSTANTIATE(BFloat16)
 VMOE_INSTANTIATE(Float16)

@@ -7,8 +7,8 @@
 //   few_of_columns    dim 1, E <= 128: a block a group; a tile of gates in shared memory, a warp an
 //                     expert of it
 //
-// The rest goes through memory: norms, gates, topk of them, and then the picks of tokens that are
-// not there are taken back.
+// The rest goes through memory: gates, by the same tile where experts choose and are few, topk of
+// them, and then the picks of tokens that are not there are taken back.
 #include <algorithm>
 
 #include "../softmax_topk.h"
@@ -126,6 +126,37 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
 }
 
 constexpr int kColumnThreads = 512;
+constexpr int64_t kMostExperts = 128;
+
+// The gates of `count` tokens, by expert in shared memory; those of a token that is not there are
+// -inf. By the kColumnThreads of a block together.
+template <typename T, int kLanes, int kEach>
+__device__ void gates_to_tile(
+    const T* __restrict__ logits,  // [count, E]
+    T* tile,                       // [E, stride]
+    T* __restrict__ high,          // [count]
+    T* __restrict__ scale,         // [count]
+    int64_t count, int64_t E, int64_t stride, bool wide) {
+  using Softmax = RowSoftmax<T, kLanes, kEach>;
+  const int64_t own = threadIdx.x / kLanes;
+  for (int64_t begin = 0; begin < count; begin += kColumnThreads / kLanes) {
+    const bool there = begin + own < count;
+    const int64_t t = there ? begin + own : count - 1;  // the warp stays together
+    Softmax softmax;
+    softmax.read(logits + t * E, E, wide);
+    if (!there) continue;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int32_t e = Softmax::Picks::index(i);
+      if (e < E) tile[e * stride + t] = softmax.absent() ? kAbsent<T> : softmax.gate(i);
+    }
+    if (threadIdx.x % kLanes == 0) {
+      high[t] = softmax.high;
+      scale[t] = softmax.scale;
+    }
+  }
+  __syncthreads();
+}
 
 template <typename T, int kLanes, int kEach, int kTokens /* a lane */>
 __global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
@@ -134,27 +165,10 @@ __global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
     T* __restrict__ high,          // [G, T]
     T* __restrict__ scale,         // [G, T]
     int64_t tokens, int64_t E, bool wide) {
-  using Softmax = RowSoftmax<T, kLanes, kEach>;
   T* tile = dynamic_shared<T>();  // [E, tokens | 1]: an odd stride, so that no banks collide
   const int64_t g = blockIdx.x, stride = tokens | 1, first = g * tokens;
-  const int64_t own = threadIdx.x / kLanes;
-  for (int64_t begin = 0; begin < tokens; begin += kColumnThreads / kLanes) {
-    const bool there = begin + own < tokens;
-    const int64_t t = there ? begin + own : tokens - 1;  // the warp stays together
-    Softmax softmax;
-    softmax.read(logits + (first + t) * E, E, wide);
-    if (!there) continue;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int32_t e = Softmax::Picks::index(i);
-      if (e < E) tile[e * stride + t] = softmax.absent() ? kAbsent<T> : softmax.gate(i);
-    }
-    if (threadIdx.x % kLanes == 0) {
-      high[first + t] = softmax.high;
-      scale[first + t] = softmax.scale;
-    }
-  }
-  __syncthreads();
+  gates_to_tile<T, kLanes, kEach>(
+      logits + first * E, tile, high + first, scale + first, tokens, E, stride, wide);
   for (int64_t e = threadIdx.x / kWarp; e < E; e += kColumnThreads / kWarp) {
     const T* gates = tile + e * stride;
     Few<OrderKey<T>, kWarp, kTokens, 1> few;
@@ -168,6 +182,30 @@ __global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
       const bool absent = gate == kAbsent<T>;
       chosen.write(g * E + e, few.lane(), absent ? T{0} : gate, absent ? -1 : few.picks[0]);
     }
+  }
+}
+
+// The same gates by way of memory, kChunk tokens a block.
+constexpr int kChunk = 64;
+
+template <typename T, int kLanes, int kEach>
+__global__ void __launch_bounds__(kColumnThreads) gates_by_expert_kernel(
+    const T* __restrict__ logits,  // [G, T, E]
+    T* __restrict__ high,          // [G, T]
+    T* __restrict__ scale,         // [G, T]
+    T* __restrict__ gates,         // [G, E, T]
+    int64_t tokens, int64_t E, bool wide) {
+  constexpr int kStride = kChunk + 1;
+  T* tile = dynamic_shared<T>();  // [E, kStride]
+  const int64_t chunks = ceil_div(tokens, kChunk);
+  const int64_t g = blockIdx.x / chunks, t = blockIdx.x % chunks * kChunk, first = g * tokens + t;
+  const int64_t count = tokens - t < kChunk ? tokens - t : kChunk;
+  gates_to_tile<T, kLanes, kEach>(
+      logits + first * E, tile, high + first, scale + first, count, E, kStride, wide);
+  const int64_t column = threadIdx.x % kChunk;
+  if (column >= count) return;
+  for (int64_t e = threadIdx.x / kChunk; e < E; e += kColumnThreads / kChunk) {
+    gates[(g * E + e) * tokens + t + column] = tile[e * kStride + column];
   }
 }
 
@@ -219,6 +257,14 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
   indices[i] = -1;
 }
 
+// body(RowShape) for the rows of E <= kMostExperts that gates_to_tile reads.
+template <typename Body>
+void with_experts_in_tile(int64_t E, Body&& body) {
+  by_row_length(E, [&](auto shape) {
+    if constexpr (decltype(shape)::kLanes * decltype(shape)::kEach <= kMostExperts) body(shape);
+  });
+}
+
 // Launches the one kernel that does all, if there is one; with `measure` only says so.
 template <typename T>
 bool few(
@@ -245,20 +291,17 @@ bool few(
     }
     return true;
   }
-  constexpr int64_t kMostExperts = 128, kMostTokens = 1024;
+  constexpr int64_t kMostTokens = 1024;
   const int64_t tile = E * (tokens | 1) * static_cast<int64_t>(sizeof(T));
   if (E > kMostExperts || tokens > kMostTokens || tile > shared_limit()) return false;
   if (measure) return true;
-  by_row_length(E, [&](auto shape) {
-    using Shape = decltype(shape);
-    if constexpr (Shape::kLanes * Shape::kEach <= kMostExperts) {
-      constexpr int kLanes = Shape::kLanes, kEach = Shape::kEach;
-      launch(
-          tokens <= 256 ? few_of_columns_kernel<T, kLanes, kEach, 8>
-                        : few_of_columns_kernel<T, kLanes, kEach, 32>,
-          G, kColumnThreads, static_cast<size_t>(tile), stream, logits, chosen, high, scale, tokens,
-          E, wide);
-    }
+  with_experts_in_tile(E, [&](auto shape) {
+    constexpr int kLanes = decltype(shape)::kLanes, kEach = decltype(shape)::kEach;
+    launch(
+        tokens <= 256 ? few_of_columns_kernel<T, kLanes, kEach, 8>
+                      : few_of_columns_kernel<T, kLanes, kEach, 32>,
+        G, kColumnThreads, static_cast<size_t>(tile), stream, logits, chosen, high, scale, tokens,
+        E, wide);
   });
   return true;
 }
@@ -274,10 +317,20 @@ size_t run(
   T* gates = workspace.take<T>(G * tokens * E);
   char* rest = workspace.take<char>(static_cast<int64_t>(topk_workspace<T>(n, 1, chosen.k, rows)));
   if (measure) return workspace.size();
-  softmax_norms(logits, high, scale, E, G * tokens, stream);
-  launch(
-      gates_kernel<T>, G * ceil_div(tokens, kTile) * ceil_div(E, kTile), kSoftmaxThreads, 0, stream,
-      logits, high, scale, gates, tokens, E, of_tokens);
+  if (of_tokens && E <= kMostExperts) {
+    with_experts_in_tile(E, [&](auto shape) {
+      constexpr int kLanes = decltype(shape)::kLanes, kEach = decltype(shape)::kEach;
+      launch(
+          gates_by_expert_kernel<T, kLanes, kEach>, G * ceil_div(tokens, kChunk), kColumnThreads,
+          static_cast<size_t>(E * (kChunk + 1)) * sizeof(T), stream, logits, high, scale, gates,
+          tokens, E, rows_are_wide(logits, E));
+    });
+  } else {
+    softmax_norms(logits, high, scale, E, G * tokens, stream);
+    launch(
+        gates_kernel<T>, G * ceil_div(tokens, kTile) * ceil_div(E, kTile), kSoftmaxThreads, 0,
+        stream, logits, high, scale, gates, tokens, E, of_tokens);
+  }
   topk<T>(gates, chosen.values, chosen.indices, n, 1, chosen.k, rows, rest, stream);
   launch(
       take_back_kernel<T>, ceil_div(rows * chosen.k, kSoftmaxThreads), kSoftmaxThreads, 0, stream,

@@ -21,8 +21,8 @@ __device__ inline Shared shared_place(const void* at) {
 
 // 16 bytes from device memory; zeros if there is nothing, and then `from` is not read.
 __device__ inline void copy_async(Shared to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
-               "l"(from), "r"(there ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(there ? 16 : 0)
                : "memory");
 }
 

@@ -5,7 +5,7 @@
 //   few_of_columns  M > 1, the same (tokens of an expert, a group of an image): a block reads a
 //                   tile of columns as it lies, and a warp has each of them from shared memory.
 //   many            a block a row: the keys in shared memory where they fit, a cut, a sort of
-//                   what passes. Columns are transposed before, which for one large group costs
+//                   what passes (BlockSelect). Columns are transposed before, which for one large group costs
 //                   less than reading every 32-byte sector for four of its bytes.
 //   CUB's sort      more picks than a block sorts.
 #include <algorithm>
@@ -107,45 +107,27 @@ __global__ void __launch_bounds__(kThreads) many_kernel(
     int32_t* __restrict__ indices,  // [rows, k]
     int64_t n, int64_t k, int places /* k, up to a power of two */) {
   using Key = OrderKey<T>;
-  using Cutter = BlockCut<Key, kThreads>;
-  using Scan = cub::BlockScan<int32_t, kThreads>;
-  __shared__ typename Cutter::Storage storage;
-  __shared__ int32_t taken;
+  using Select = BlockSelect<Key, kThreads>;
+  __shared__ typename Select::Storage storage;
+  static_assert(sizeof(storage) <= kDeclaredShared);
   auto* picks = dynamic_shared<Pick<Key>>();           // [places]
   Key* keys = reinterpret_cast<Key*>(picks + places);  // [n] where kStaged
   const int tid = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x;
   const T* from = x + row * n;
-  const auto key_at = [&](int64_t i) { return kStaged ? keys[i] : order_key(from[i]); };
-  if constexpr (kStaged) {
-    for (int64_t i = tid; i < n; i += kThreads) keys[i] = order_key(from[i]);
-  }
-  for (int i = tid; i < places; i += kThreads) picks[i] = no_pick<Key>();
-  if (tid == 0) taken = 0;
-  __syncthreads();
-
-  Cut<Key> cut{0, 0, true};  // k = n: all of them
-  if (k < n) cut = Cutter::find(storage, n, k, key_at);
-  // In any order: they are sorted after that.
-  const auto take = [&](int64_t i, Key key) {
-    picks[atomicAdd(&taken, 1)] = {key, static_cast<int32_t>(i)};
-  };
+  const Key some = order_key(from[0]);
+  Key differ = 0;
+#pragma unroll 8
   for (int64_t i = tid; i < n; i += kThreads) {
-    const Key key = key_at(i);
-    if (key > cut.key || (cut.all && key == cut.key)) take(i, key);
+    const Key key = order_key(from[i]);
+    if constexpr (kStaged) keys[i] = key;
+    differ |= key ^ some;
   }
-  // The first ties, in order of index: more tie than there are places, mostly.
-  int32_t before = 0;
-  for (int64_t begin = 0; before < cut.ties; begin += kThreads) {
-    const int64_t i = begin + tid;
-    const bool ties = i < n && key_at(i) == cut.key;
-    int32_t rank, count;
-    Scan(storage.scan).ExclusiveSum(ties, rank, count);
-    if (ties && before + rank < cut.ties) take(i, cut.key);
-    before += count;
-    __syncthreads();
-  }
-  sort_picks(picks, places);
+  __syncthreads();
+  Select::select(
+      storage, picks, places, n, k, differ,
+      [&](int64_t i) { return kStaged ? keys[i] : order_key(from[i]); },
+      [](int64_t i) { return static_cast<int32_t>(i); });
   for (int64_t j = tid; j < k; j += kThreads) {
     values[row * k + j] = from[picks[j].index];
     indices[row * k + j] = picks[j].index;

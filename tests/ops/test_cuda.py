@@ -29,6 +29,14 @@ def test_an_op_without_a_kernel_says_how_to_get_it():
             on_cuda(op, *arguments)
 
 
+def test_on_the_host_it_is_the_cuda_kernels_that_run(request):
+    if not request.config.getoption("--cuda-on-host"):
+        pytest.skip("needs --cuda-on-host")
+    # The CPU's own take no 16 bits.
+    out = torch.ops.vmoe_routers.soft_mix(torch.zeros(1, 4, 3), torch.ones(1, 4, 8, dtype=torch.bfloat16), 1, 3)
+    assert torch.equal(out, torch.ones(3, 1, 1, 8, dtype=torch.bfloat16))
+
+
 def test_every_op_has_a_kernel_or_a_refusal():
     registered = set(torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"))
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU"):

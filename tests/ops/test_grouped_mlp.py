@@ -194,6 +194,7 @@ def test_what_comes_back_for_rows_that_are_not_filled_is_nothing(device):
         assert torch.equal(gradient, other)
 
 
+@pytest.mark.cpu_kernels
 def test_rows_that_are_not_filled_are_not_read():
     inputs = [a.requires_grad_() for a in arguments(2, 6, 4, 7, 4)]
     filled = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
@@ -206,6 +207,7 @@ def test_rows_that_are_not_filled_are_not_read():
     assert not any(g.isnan().any() for g in torch.autograd.grad(out, inputs, torch.full_like(out, 1.0)))
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("experts", [1, 2, 40])
 def test_threads_change_nothing_but_rounding(experts):
     inputs = [a.requires_grad_() for a in arguments(experts, 300, 8, 900, 8)]

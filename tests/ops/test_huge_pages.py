@@ -7,9 +7,12 @@ import torch
 
 from vmoe_routers import ops
 
-pytestmark = pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this system has no transparent huge pages"
-)
+pytestmark = [
+    pytest.mark.cpu_kernels,
+    pytest.mark.skipif(
+        not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="this system has no transparent huge pages"
+    ),
+]
 
 
 def advised(address: int) -> bool:

@@ -324,6 +324,7 @@ def test_refuses():
             ksparse_transport(similarity, 2, mask=mask)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("solver", ["adam", "lbfgs"])
 @pytest.mark.parametrize("shape", [(1, 3000, 32), (40, 49, 8)])
 def test_does_not_depend_on_threads(solver, shape):

@@ -21,6 +21,7 @@ from checks import (
 from torch import Tensor
 
 from vmoe_routers.ops import reference, soft_mix
+from vmoe_routers.ops._checks import HALF_PRODUCTS
 
 OP = "soft_mix"
 HALVES = (torch.bfloat16, torch.float16)
@@ -43,7 +44,7 @@ def arguments(G: int, T: int, S: int, D: int, dim: int) -> list[Tensor | int]:
 
 def multiplied_in_half(device: str, dtype: torch.dtype) -> bool:
     """Whether weights are rounded to the values' dtype, for products in 16 bits."""
-    return device == "cuda" and dtype in HALVES
+    return device in HALF_PRODUCTS and dtype in HALVES
 
 
 def check_in_half(logits: Tensor, values: Tensor, dim: int) -> None:
@@ -164,23 +165,27 @@ def test_compile(device, dim):
 
 
 @each_dim
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each_dtype
+@pytest.mark.parametrize("D", [7, 136])
 @pytest.mark.parametrize(("E", "C"), [(3, 4), (1, 5), (5, 1)])
-def test_slots_by_expert_are_the_same_slots(device, dtype, dim, E, C):
-    logits, values, _ = (a.to(device, dtype) if isinstance(a, Tensor) else a for a in arguments(2, 9, E * C, 7, dim))
+def test_slots_by_expert_are_the_same_slots(device, dtype, dim, E, C, D):
+    logits, values, _ = (a.to(device, dtype) if isinstance(a, Tensor) else a for a in arguments(2, 9, E * C, D, dim))
 
     def run(by_expert):
         a, b = logits.clone().requires_grad_(), values.clone().requires_grad_()
         if by_expert:
             mixed = soft_mix(a.unflatten(2, (E, C)), b if dim == 1 else b.unflatten(1, (E, C)), dim)
-            assert mixed.shape == ((2, E, C, 7) if dim == 1 else (2, 9, 7))
+            assert mixed.shape == ((2, E, C, D) if dim == 1 else (2, 9, D))
             out = mixed.flatten(1, 2) if dim == 1 else mixed
         else:
             out = soft_mix(a, b, dim)
         return out.detach(), *torch.autograd.grad(out.square().sum(), (a, b))
 
     for a, b in zip(run(True), run(False), strict=True):
-        assert torch.equal(a, b)
+        if device in HALF_PRODUCTS:  # torch's products may choose by how the slots lie
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
 
 
 def test_slots_by_expert_are_not_copied(device):
@@ -195,6 +200,7 @@ def test_slots_by_expert_are_not_copied(device):
     assert {t.data_ptr() for t in kept} == {logits.data_ptr(), y.data_ptr()}
 
 
+@pytest.mark.cpu_kernels
 @each_dim
 @pytest.mark.parametrize("G", [1, 5, 40])
 def test_does_not_depend_on_threads_or_neighbours(dim, G):

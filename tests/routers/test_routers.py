@@ -158,6 +158,7 @@ def test_noise_of_sinkhorn_token_choice_is_in_the_plan_only():
     assert changed == {name: name != "sinkhorn_token_choice" for name in SPARSE[:-1]}
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_routing_runs_in_float32(name, options, dtype):

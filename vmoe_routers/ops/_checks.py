@@ -117,10 +117,14 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+# Where the kernels' products take 16 bits as they are.
+HALF_PRODUCTS = {"cuda"}
+
+
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which `x` goes into a product whose sums are in `dtype`: its own 16 bits, where it is on CUDA."""
+    """The dtype in which `x` goes into a product whose sums are in `dtype`: its own 16 bits where those are taken."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    return x.dtype if half and x.is_cuda and dtype == torch.float32 else dtype
+    return x.dtype if half and x.device.type in HALF_PRODUCTS and dtype == torch.float32 else dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

@@ -65,13 +65,27 @@ TYPED_TEST(CudaAssignSlots, RanksRequests) {
   }
 }
 
-// More tokens than a block sorts.
-TYPED_TEST(CudaAssignSlots, OneLargeGroup) {
+// More tokens than a block sorts, experts that many of them ask for, buffers larger than a block's.
+TYPED_TEST(CudaAssignSlots, LargeGroups) {
   using T = TypeParam;
-  const Shape shape{1, 5000, 2, 8, 1000};
-  const auto expert = integers(shape.T * shape.K, 4, 0, shape.E - 1);
-  const auto priority = tied<T>(shape.T, 5, 900);
-  this->expect_as_on_cpu(shape, expert, &priority);
+  for (const Shape& shape :
+       {Shape{1, 5000, 2, 8, 1000},
+        {2, 4100, 1, 5, 900},
+        {1, 4100, 3, 40, 50},
+        {1, 9000, 1, 2, 4096},
+        {1, 9000, 1, 2, 4097},
+        {1, 20000, 1, 3, 300},
+        {1, 4500, 1, 700, 3},
+        {1, 4500, 2, 4, 0}}) {
+    auto expert = integers(shape.G * shape.T * shape.K, 4, -1, shape.E);
+    for (size_t i = 0; i < expert.size(); i += 3) expert[i] = 1;
+    const auto ties = tied<T>(shape.G * shape.T, 5, 900);
+    this->expect_as_on_cpu(shape, expert, &ties);
+    const auto distinct = uniform<T>(shape.G * shape.T, 6);
+    this->expect_as_on_cpu(shape, expert, &distinct);
+    const std::vector<T> equal(shape.G * shape.T, T{2});
+    this->expect_as_on_cpu(shape, expert, &equal);
+  }
 }
 
 TYPED_TEST(CudaAssignSlots, StrangePriorityAndExperts) {
@@ -79,14 +93,16 @@ TYPED_TEST(CudaAssignSlots, StrangePriorityAndExperts) {
   const std::vector<T> strange{0, -T{0}, -kInf<T>, kInf<T>, kNaN<T>, -kNaN<T>, T{1e-30}, -T{1e30}};
   const std::vector<int32_t> strange_expert{-1, 5, INT32_MIN, INT32_MAX, 6, 0, 1, 2, 3, 4};
   std::mt19937_64 random(9);
-  const Shape shape{2, 400, 2, 5, 70};
-  std::vector<T> priority(shape.G * shape.T);
-  for (T& value : priority) value = strange[random() % strange.size()];
-  std::vector<int32_t> expert(shape.G * shape.T * shape.K);
-  for (int32_t& e : expert) e = strange_expert[random() % strange_expert.size()];
-  this->expect_as_on_cpu(shape, expert, &priority);
-  this->expect_as_on_cpu(shape, std::vector<int32_t>(expert.size(), 0), &priority);
-  this->expect_as_on_cpu(shape, std::vector<int32_t>(expert.size(), -1), nullptr);
+  for (const Shape& shape : {Shape{2, 400, 2, 5, 70}, Shape{1, 4200, 2, 5, 800}}) {
+    std::vector<T> priority(shape.G * shape.T);
+    for (T& value : priority) value = strange[random() % strange.size()];
+    std::vector<int32_t> expert(shape.G * shape.T * shape.K);
+    for (int32_t& e : expert) e = strange_expert[random() % strange_expert.size()];
+    this->expect_as_on_cpu(shape, expert, &priority);
+    this->expect_as_on_cpu(shape, std::vector<int32_t>(expert.size(), 0), &priority);
+    this->expect_as_on_cpu(shape, std::vector<int32_t>(expert.size(), -1), &priority);
+    this->expect_as_on_cpu(shape, std::vector<int32_t>(expert.size(), -1), nullptr);
+  }
 }
 
 TYPED_TEST(CudaAssignSlots, EmptyShapes) {

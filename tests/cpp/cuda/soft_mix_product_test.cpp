@@ -1,4 +1,3 @@
-#include "cuda/launch.h"
 #include "device.h"
 #include "slot_row.h"
 #include "soft_mix.h"
@@ -72,7 +71,8 @@ class CudaSoftMixProduct : public ::testing::Test {
         for (int64_t d = 0; d < D; ++d) {
           double wanted = 0, sizes = 0;
           for (int64_t i = 0; total > 0 && i < shape.count(); ++i) {
-            const double part = weights[i] / total * value_of(values[shape.value_row(g, i) * D + d]);
+            const double part =
+                weights[i] / total * value_of(values[shape.value_row(g, i) * D + d]);
             wanted += part;
             sizes += std::abs(part);
           }
@@ -96,8 +96,9 @@ TYPED_TEST_SUITE(CudaSoftMixProduct, Halves);
 TYPED_TEST(CudaSoftMixProduct, OneValueIsItself) {
   using Row = TypeParam;
   for (const Shape& shape :
-       {Shape{2, 37, 3, 7, 136, true}, Shape{2, 37, 3, 7, 136, false}, Shape{1, 130, 100, 1, 8, true},
-        Shape{1, 130, 100, 1, 8, false}, Shape{2, 256, 9, 2, 264, true}, Shape{2, 5, 256, 1, 40, false}}) {
+       {Shape{2, 37, 3, 7, 136, true}, Shape{2, 37, 3, 7, 136, false},
+        Shape{1, 130, 100, 1, 8, true}, Shape{1, 130, 100, 1, 8, false},
+        Shape{2, 256, 9, 2, 264, true}, Shape{2, 5, 256, 1, 40, false}}) {
     std::mt19937_64 random(7);
     std::vector<float> logits(shape.G * shape.tokens * shape.S(), -kInf<float>);
     const auto values = rows<Row>(shape.G * shape.count() * shape.D, 8);

@@ -124,6 +124,7 @@ TYPED_TEST(CudaSoftmaxTopk, OfTokens) {
 TYPED_TEST(CudaSoftmaxTopk, OfTokensByWayOfMemory) {
   this->expect_definition({2, 40, 3, 17, true});
   this->expect_definition({1, 300, 33, 150, true});
+  this->expect_definition({2, 130, 128, 20, true});
   this->expect_definition({2, 5, 130, 2, true});
   this->expect_definition({1, 1500, 3, 4, true});
   this->expect_definition({1, 9000, 2, 8000, true});

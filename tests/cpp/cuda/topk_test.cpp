@@ -78,6 +78,16 @@ TYPED_TEST(CudaTopk, LongAxes) {
   for (const int64_t N : {1, 2})
     this->expect_as_on_cpu(tied<T>(N * 5000, 1, 900), N, 5000, 1, 4500);
   this->expect_as_on_cpu(uniform<T>(5000 * 2, 1), 1, 5000, 2, 5000);
+  // Keys that differ in their last digit alone, or in the first two.
+  std::vector<T> close(30000), apart(30000);
+  for (int64_t i = 0; i < 30000; ++i) {
+    close[i] = 1 + std::numeric_limits<T>::epsilon() * static_cast<T>(i * 7919 % 200);
+    apart[i] = i % 4 ? close[i] : T{1e-30};
+  }
+  for (const int64_t k : {5, 1024, 3000, 4096}) {
+    this->expect_as_on_cpu(close, 1, 30000, 1, k);
+    this->expect_as_on_cpu(apart, 1, 30000, 1, k);
+  }
   for (const int64_t k : {16, 17, 4095, 4096, 4097}) {
     this->expect_as_on_cpu(tied<T>(4097, k, 700), 1, 4097, 1, k);
   }
