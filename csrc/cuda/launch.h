@@ -24,11 +24,12 @@ inline int64_t shared_limit() {
 }
 
 // By the runtime's call and not by <<<>>>: the tests compile kernels for the host too, as
-// C++ (tests/cpp/cuda/shim). Errors stay with the runtime, for the caller to ask for once.
+// C++ (tests/cpp/cuda/shim). Errors stay with the runtime, for the caller to ask for once. Blocks
+// that are `together` are all there at once and may wait for each other (block_barrier.h).
 template <typename... Params, typename... Args>
-void launch(
-    void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
-    Args... args) {
+void launch_blocks(
+    bool together, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+    cudaStream_t stream, Args... args) {
   if (blocks == 0) return;
   constexpr size_t kWithoutAsking = (48 << 10) - kDeclaredShared;  // of 48 KiB for both
   if (shared > kWithoutAsking) {
@@ -42,7 +43,28 @@ void launch(
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = together;
+  config.attrs = &attribute;
+  config.numAttrs = together ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+template <typename... Params, typename... Args>
+void launch(
+    void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
+    Args... args) {
+  launch_blocks(false, kernel, blocks, threads, shared, stream, args...);
+}
+
+// Of this device. So many blocks may be together: there is room for one that can be launched at all
+// on each.
+inline int64_t multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

@@ -2,8 +2,7 @@
 // gradients.
 //
 // A block has all tokens of a group or a piece of them. Whatever is summed over the tokens is left
-// behind as this piece's part, and joined before the next update: in the same block where it has
-// all tokens, by gather() of the next launch elsewhere.
+// behind as this piece's part; where there are several, gather() joins them before the next update.
 #pragma once
 
 #include "matrix.h"
@@ -59,9 +58,6 @@ class Scaling {
   __device__ Scaling(const Piece& piece, const Facts& facts, T* K, int64_t stride)
       : piece_(piece), facts_(facts), K_(K), stride_(stride) {}
 
-  __device__ double log_scale() const { return log_scale_; }
-  __device__ void set_log_scale(double log_scale) { log_scale_ = log_scale; }
-
   // K from the logits, which may lie where K will, and u at f = 0.
   __device__ void start(const T* logits, int64_t stride) {
     log_scale_ = first_log_scale();
@@ -101,9 +97,6 @@ class Scaling {
     });
     __syncthreads();
   }
-
-  // The columns' potentials, of which only the scale is known.
-  __device__ void set_columns(const double* h) const { set(v(), h, log_scale_); }
 
   // max_e |column sum / (n/E) - 1|, by every warp for itself.
   __device__ double error() const {
@@ -286,9 +279,6 @@ class Logarithms {
   __device__ Logarithms(const Piece& piece, const Facts& facts, const T* logits, int64_t stride)
       : piece_(piece), facts_(facts), logits_(logits), stride_(stride) {}
 
-  __device__ double log_scale() const { return 0; }
-  __device__ void set_log_scale(double) {}
-
   __device__ void start(const T*, int64_t) {
     for (int64_t t = threadIdx.x; t < piece_.count; t += blockDim.x) f()[t] = 0;
     __syncthreads();
@@ -353,8 +343,6 @@ class Logarithms {
     });
     __syncthreads();
   }
-
-  __device__ void set_columns(const double* from) const { set(h(), from); }
 
   __device__ double error() const {
     if (facts_.marginal == 0) return 0;  // nobody is there

@@ -295,13 +295,6 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
   }
 }
 
-int64_t multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 template <typename Row>
 struct Kernel {
   int tiles;

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "cuda/block_barrier.h"
 #include "cuda/launch.h"
 #include "cuda/tensor_core.h"
 #include "device.h"
@@ -148,6 +149,62 @@ TEST(Shim, CopiesTakeTheirTime) {
   shim::schedule = before;
 }
 
+void start_together(
+    void (*kernel)(unsigned*, int*), int64_t blocks, int threads, unsigned* arrived, int* out) {
+  cuda::launch_blocks(true, kernel, blocks, threads, 64, nullptr, arrived, out);
+}
+
+// Each block hands its number to the next one, and so on, and keeps its own memory all the time.
+__global__ void hand_round(unsigned* arrived, int* out) {
+  __shared__ int own;
+  cuda::BlockBarrier barrier(arrived, gridDim.x);
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  int* dynamic = cuda::dynamic_shared<int>();
+  if (threadIdx.x == 0) own = dynamic[0] = block;
+  int have = block;
+  for (int turn = 0; turn < 3; ++turn) {
+    int* places = out + turn % 2 * blocks;
+    for (int i = 0; threadIdx.x >= 32 && i < 5 * block; ++i) __syncwarp(0xFF);  // some are late
+    if (threadIdx.x == 33) places[block] = have;
+    barrier.wait();
+    have = places[(block + 1) % blocks];
+  }
+  if (threadIdx.x == 1) out[2 * blocks + block] = own == block && dynamic[0] == block ? have : -1;
+}
+
+TEST(Shim, BlocksMeetAtBarriers) {
+  unsigned arrived = 0;
+  std::vector<int> out(12);
+  start_together(hand_round, 4, 40, &arrived, out.data());
+  EXPECT_EQ(std::vector(out.begin() + 8, out.end()), (std::vector{3, 0, 1, 2}));
+  EXPECT_EQ(arrived, 12u);
+}
+
+__global__ void between_blocks(unsigned* arrived, int* out) {
+  if (threadIdx.x == 0) out[blockIdx.x] = 7;
+  cuda::BlockBarrier barrier(arrived + blockIdx.x, 1);  // nobody else's
+  barrier.wait();
+  if (threadIdx.x == 0) out[2 + blockIdx.x] = out[1 - blockIdx.x];
+}
+
+TEST(Shim, BlocksDoNotWaitForEachOther) {
+  const shim::Schedule before = shim::schedule;
+  for (const auto schedule : {shim::Schedule::kForward, shim::Schedule::kBackward}) {
+    shim::schedule = schedule;
+    std::vector<unsigned> arrived(2);
+    std::vector<int> out(4);
+    start_together(between_blocks, 2, 40, arrived.data(), out.data());
+    EXPECT_EQ(out[2] == 7, schedule == shim::Schedule::kBackward);
+    EXPECT_EQ(out[3] == 7, schedule == shim::Schedule::kForward);
+  }
+  shim::schedule = before;
+}
+
+__global__ void some_blocks_skip(unsigned* arrived, int*) {
+  cuda::BlockBarrier barrier(arrived, gridDim.x);
+  if (blockIdx.x > 0) barrier.wait();
+}
+
 __global__ void some_skip_the_barrier() {
   if (threadIdx.x < 40) __syncthreads();
 }
@@ -174,8 +231,9 @@ __global__ void wait_crosswise() {
     __syncwarp();
   }
 }
-__global__ void uninitialised(int* out) {
-  __shared__ int value;
+template <typename T>
+__global__ void uninitialised(T* out) {
+  __shared__ T value;
   if (threadIdx.x == 1) value = 7;
   out[threadIdx.x] = value;  // no barrier in between
 }
@@ -216,9 +274,16 @@ TEST(ShimDeathTest, MistakesEndTheProgram) {
   EXPECT_DEATH(start(half_a_product, 1, 16), "a mask names lanes that the block has not");
   alignas(16) const char from[16] = {};
   EXPECT_DEATH(start(crooked_copy, 1, 1, from), "16 bytes at once that do not begin there");
+  const shim::Schedule before = shim::schedule;
   shim::schedule = shim::Schedule::kForward;
   EXPECT_DEATH(
       start(forgotten_copy, 1, 1, from), "a thread has returned and awaits copies no more");
+  shim::schedule = before;
+  unsigned arrived = 0;
+  EXPECT_DEATH(
+      start_together(some_blocks_skip, 4, 1, &arrived, nullptr), "for an atomic to change");
+  EXPECT_DEATH(start_together(some_blocks_skip, 5, 1, &arrived, nullptr), "more blocks together");
+  EXPECT_DEATH(start(some_blocks_skip, 4, 1, &arrived, nullptr), "wait for each other for ever");
 #ifdef __SANITIZE_ADDRESS__
   EXPECT_DEATH(start(behind_shared, 1, 1), "AddressSanitizer");
   int out;
@@ -231,10 +296,10 @@ TEST(Shim, SharedMemoryBeginsAsRubbish) {
   const shim::Schedule before = shim::schedule;
   std::vector<int> out(4, 0);
   shim::schedule = shim::Schedule::kForward;
-  start(uninitialised, 1, 4, out.data());
+  start(uninitialised<int>, 1, 4, out.data());
   EXPECT_TRUE(out[0] != 7 && out[3] == 7);
   shim::schedule = shim::Schedule::kBackward;
-  start(uninitialised, 1, 4, out.data());
+  start(uninitialised<int>, 1, 4, out.data());
   EXPECT_TRUE(out[0] == 7 && out[3] != 7);
   shim::schedule = before;
 }

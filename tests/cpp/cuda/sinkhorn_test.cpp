@@ -152,6 +152,74 @@ TYPED_TEST(CudaSinkhorn, GroupsInPieces) {
   }
 }
 
+#ifdef VMOE_SHIM
+class SmallDevice {
+ public:
+  SmallDevice(int multiprocessors, size_t shared_limit) {
+    shim::multiprocessors = multiprocessors;
+    shim::shared_limit = shared_limit;
+  }
+  ~SmallDevice() {
+    shim::multiprocessors = multiprocessors_before_;
+    shim::shared_limit = shared_limit_before_;
+  }
+
+ private:
+  int multiprocessors_before_ = shim::multiprocessors;
+  size_t shared_limit_before_ = shim::shared_limit;
+};
+
+// A block a group and several, matrices in shared memory and in device memory, column vectors too;
+// groups in one round and in several, and more blocks than there is work for.
+TYPED_TEST(CudaSinkhorn, OnSmallDevices) {
+  using T = TypeParam;
+  for (const auto& [multiprocessors, shared_kib] : {std::pair{2, 25}, {5, 32}, {7, 48}}) {
+    const SmallDevice device(multiprocessors, size_t(shared_kib) << 10);
+    for (const Shape& shape : {Shape{1, 700, 9}, {3, 300, 33}, {5, 260, 17}, {2, 70, 520}}) {
+      SCOPED_TRACE(::testing::Message() << multiprocessors << " of " << shared_kib << " KiB");
+      const auto logits = uniform<T>(shape.size(), 12);
+      this->expect_as_on_cpu(shape, logits, {2, 1, 0});
+      auto some_absent = logits;
+      for (int64_t i = 0; i < shape.size(); ++i) {
+        const int64_t t = i / shape.E % shape.T;
+        if (t % 3 == 1 || t < shape.T / 4) some_absent[i] = -kInf<T>;
+      }
+      this->expect_as_on_cpu(shape, some_absent, {5, 0.5, 1e-2});
+      const Shape one{1, shape.T, shape.E};
+      this->expect_as_on_cpu(one, uniform<T>(one.size(), 13, -300, 300), {2, 1, 0});
+    }
+  }
+}
+
+TYPED_TEST(CudaSinkhorn, TheSameBitsInEveryOrder) {
+  using T = TypeParam;
+  const SmallDevice device(5, 34 << 10);
+  const shim::Schedule before = shim::schedule;
+  const Shape shape{3, 330, 21};
+  const Options options{6, 1, 1e-3};
+  for (const double spread : {1.0, 300.0}) {
+    const auto logits = uniform<T>(shape.size(), 14, -spread, spread);
+    const auto grad = uniform<T>(shape.size(), 15);
+    const auto run = [&](shim::Schedule schedule) {
+      shim::schedule = schedule;
+      auto out = this->on_device(shape, logits, options);
+      return std::pair{
+          out, this->backward_on_device(shape, grad, logits, out.history, out.steps, options)};
+    };
+    const auto [wanted, wanted_grad] = run(shim::Schedule::kForward);
+    for (const auto schedule : {shim::Schedule::kBackward, shim::Schedule::kShuffled}) {
+      const auto [actual, actual_grad] = run(schedule);
+      expect_same(actual.plan, wanted.plan);
+      expect_same(actual.history, wanted.history);
+      expect_same(actual.error, wanted.error);
+      expect_same(actual.steps, wanted.steps);
+      expect_same(actual_grad, wanted_grad);
+    }
+  }
+  shim::schedule = before;
+}
+#endif
+
 // Far apart: from float32 on exp(M) to float64 and to logarithms.
 TYPED_TEST(CudaSinkhorn, WideLogits) {
   using T = TypeParam;

@@ -1,19 +1,19 @@
 // cuda_runtime -- a stand-in for CUDA's header, that has the kernels of csrc/cuda run on the host.
 //
 // Found before the real one, it makes a .cu file plain C++. A launch runs its blocks one after
-// another; the threads of a block are fibers (runner.cpp) that go on until they wait for each
-// other, in __syncthreads or in an operation of their warp. What a GPU would answer with a wrong
-// result or a hang ends the program here, with a line that says where the threads are: a barrier
-// that some do not reach, an operation whose mask names lanes that do not take part or do another
-// one, a shuffle from outside the mask. Shared memory is filled with rubbish before every block,
-// and --schedule sets the order in which threads and blocks run: a result that depends on it
+// another, a cooperative one all of them in turns; the threads of a block are fibers (runner.cpp)
+// that go on until they wait for each other, in __syncthreads, in an operation of their warp or for
+// an atomic of another block's to change (cuda/atomic beside this). What a GPU would answer with a
+// wrong result or a hang ends the program here, with a line that says where the threads are: a
+// barrier that some do not reach, an operation whose mask names lanes that do not take part or do
+// another one, a shuffle from outside the mask. Shared memory is filled with rubbish before every
+// block, and --schedule sets the order in which threads and blocks run: a result that depends on it
 // lacks a barrier. Addresses are ASan's business: build with -fsanitize=address.
 //
-// Only what the kernels use is here. Not modelled: several blocks at a time (cooperative launches,
-// clusters, spinning on another block), streams, memory order, speed. Not run, but stood in for:
-// CUB's code (cub/ beside this), the instructions of tensor cores (tensor_core.h), the conversions
-// of 16-bit types, nvcc's own arithmetic (expf, fused multiply-adds), and what the bindings ask of
-// torch's CUDA (torch_cuda.h).
+// Only what the kernels use is here. Not modelled: clusters, streams, memory order, speed. Not run,
+// but stood in for: CUB's code (cub/ beside this), the instructions of tensor cores (tensor_core.h),
+// the conversions of 16-bit types, nvcc's own arithmetic (expf, fused multiply-adds), and what the
+// bindings ask of torch's CUDA (torch_cuda.h).
 #pragma once
 
 #include <cmath>
@@ -29,8 +29,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// A section of its own, so that runner.cpp knows where shared memory lies.
-#define __shared__ static __attribute__((section("cuda_shared")))
+#define __shared__ static  // shared.ld beside this puts them all into one place
 
 struct uint3 {
   unsigned x, y, z;
@@ -61,8 +60,16 @@ inline size_t shared_limit = 227 << 10;
 // What a kernel was last allowed of it by cudaFuncSetAttribute.
 inline int shared_allowed = 0;
 
-// Runs `thread` once for every thread of the grid.
-void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread);
+// As many blocks of a cooperative launch has the device room for, whatever they are like.
+inline int multiprocessors = 4;
+
+// Runs `thread` once for every thread of the grid; with `together` all blocks are there at once.
+void run(
+    dim3 grid, dim3 threads, size_t shared, bool together, const std::function<void()>& thread);
+
+// A thread that reads again waits until some atomic was written since.
+void before_atomic_read();
+void after_atomic_write();
 
 // Dynamic shared memory of the block that runs.
 void* dynamic_shared();
@@ -175,10 +182,19 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
@@ -187,7 +203,7 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const bool shared = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  *value = shared ? static_cast<int>(shim::shared_limit) : 4;
+  *value = shared ? static_cast<int>(shim::shared_limit) : shim::multiprocessors;
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -211,6 +227,9 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStr
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
-  shim::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); });
+  const bool together = config->numAttrs > 0 && config->attrs->val.cooperative;
+  shim::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, together, [&] {
+    kernel(args...);
+  });
   return cudaSuccess;
 }

@@ -1,5 +1,5 @@
-// runner -- the threads of a block as fibers of one host thread; cuda_runtime.h beside this says
-// what for.
+// runner -- the threads of a block, or of all blocks that are there together, as fibers of one host
+// thread; cuda_runtime.h beside this says what for.
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -20,10 +20,10 @@
 #define ASAN_UNPOISON_MEMORY_REGION(memory, size)
 #endif
 
-// Where __shared__ variables lie; none where no kernel has any.
+// Where __shared__ variables lie (shared.ld).
 extern "C" {
-extern char __start_cuda_shared[] __attribute__((weak));
-extern char __stop_cuda_shared[] __attribute__((weak));
+extern uint64_t __start_cuda_shared[];
+extern uint64_t __stop_cuda_shared[];
 }
 
 namespace shim {
@@ -33,9 +33,9 @@ constexpr size_t kStack = 256 << 10;
 constexpr size_t kLargestShared = 227 << 10;
 constexpr uint64_t kCanary = 0x5AFE57AC5AFE57AC;
 // Numbers, or NaN where they are read as such: a number may be multiplied by 0, or be lost in a sum.
-constexpr int kRubbish = 0xA5, kRubbishNan = 0xFF;
+constexpr unsigned char kRubbish = 0xA5, kRubbishNan = 0xFF;
 
-enum class State { kReady, kBlock, kWarp, kDone };
+enum class State { kReady, kBlock, kWarp, kAtomic, kDone };
 
 struct Copy {
   char* to;
@@ -53,6 +53,7 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
   int source = 0;
+  uint64_t changes = 0;  // of atomics, when it last read one
   // Asynchronous copies that were not done yet, oldest first.
   std::deque<Copy> copies;
   int groups = 0;
@@ -63,11 +64,23 @@ struct Fiber {
   void* fake_stack = nullptr;  // ASan's
 };
 
-std::vector<Fiber> fibers;
+struct alignas(128) Dynamic {
+  char bytes[kLargestShared];
+};
+
+struct Block {
+  uint3 index{};
+  std::vector<Fiber> fibers;
+  std::unique_ptr<Dynamic> dynamic = std::make_unique<Dynamic>();
+  std::vector<uint64_t> declared;  // what is in its __shared__ variables while another block runs
+};
+
+std::vector<Block> blocks;  // those that are there at once
+Block* block = nullptr;     // the one that runs
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 size_t block_size = 0;
-alignas(128) char dynamic[kLargestShared];
+uint64_t changes = 1;  // of atomics, so far
 
 void* scheduler_registers[5];
 #if defined(__SANITIZE_ADDRESS__)
@@ -88,13 +101,15 @@ const char* name(WarpOp op) {
   fprintf(
       stderr, "CUDA on the host: %s, in block %u of %u, %zu threads:\n", what, blockIdx.x,
       gridDim.x, block_size);
-  for (size_t i = 0; i < block_size; ++i) {
-    const Fiber& fiber = fibers[i];
+  for (size_t i = 0; block && i < block_size; ++i) {
+    const Fiber& fiber = block->fibers[i];
     fprintf(stderr, "  thread %zu ", i);
     if (fiber.state == State::kBlock) {
       fprintf(stderr, "waits in %s\n", fiber.barrier);
     } else if (fiber.state == State::kWarp) {
       fprintf(stderr, "waits in %s of the lanes %08x\n", name(fiber.op), fiber.mask);
+    } else if (fiber.state == State::kAtomic) {
+      fprintf(stderr, "waits for an atomic to change\n");
     } else {
       fprintf(stderr, fiber.state == State::kDone ? "has returned\n" : "runs\n");
     }
@@ -213,7 +228,7 @@ bool is_complete(const Fiber* warp, size_t lanes, const Fiber& fiber) {
 }
 
 void release_warp(size_t first) {
-  Fiber* warp = &fibers[first];
+  Fiber* warp = &block->fibers[first];
   const size_t lanes = std::min<size_t>(32, block_size - first);
   for (size_t lane = 0; lane < lanes; ++lane) {
     const Fiber& fiber = warp[lane];
@@ -224,7 +239,8 @@ void release_warp(size_t first) {
 }
 
 void release_block() {
-  const auto in = [](State state) {
+  std::vector<Fiber>& fibers = block->fibers;
+  const auto in = [&](State state) {
     const auto end = fibers.begin() + static_cast<int64_t>(block_size);
     return static_cast<size_t>(
         std::count_if(fibers.begin(), end, [&](const Fiber& f) { return f.state == state; }));
@@ -246,18 +262,30 @@ void release_block() {
   }
 }
 
-__attribute__((no_sanitize("address"))) void spoil_shared(size_t size) {
-  const auto rubbish = static_cast<char>(schedule == Schedule::kForward ? kRubbish : kRubbishNan);
-  // By hand: the red zones between the variables are written too.
-  for (volatile char* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) {
-    *p = rubbish;
-  }
+// By hand, all three: the red zones between the variables are read and written too.
+__attribute__((no_sanitize("address"))) void spoil_declared(uint64_t rubbish) {
+  for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = rubbish;
+}
+__attribute__((no_sanitize("address"))) void keep_declared() {
+  block->declared.resize(__stop_cuda_shared - __start_cuda_shared);
+  uint64_t* to = block->declared.data();
+  for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *to++ = *p;
+}
+__attribute__((no_sanitize("address"))) void restore_declared() {
+  const uint64_t* from = block->declared.data();
+  for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = *from++;
+}
+
+void spoil_shared(size_t size) {
+  const unsigned char rubbish = schedule == Schedule::kForward ? kRubbish : kRubbishNan;
+  spoil_declared(rubbish * uint64_t{0x0101010101010101});
+  char* dynamic = block->dynamic->bytes;
   ASAN_UNPOISON_MEMORY_REGION(dynamic, kLargestShared);
-  for (size_t i = 0; i < size; ++i) dynamic[i] = rubbish;
+  memset(dynamic, rubbish, size);
   ASAN_POISON_MEMORY_REGION(dynamic + size, kLargestShared - size);
 }
 
-void prepare(Fiber& fiber, size_t i, dim3 block) {
+void prepare(Fiber& fiber, size_t i) {
   if (!fiber.stack) {
     void* memory =
         mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -267,10 +295,11 @@ void prepare(Fiber& fiber, size_t i, dim3 block) {
   }
   fiber.state = State::kReady;
   fiber.started = false;
+  fiber.changes = 0;
   fiber.copies.clear();
   fiber.groups = 0;
   const auto x = static_cast<unsigned>(i);
-  fiber.index = {x % block.x, x / block.x % block.y, x / block.x / block.y};
+  fiber.index = {x % blockDim.x, x / blockDim.x % blockDim.y, x / blockDim.x / blockDim.y};
   getcontext(&fiber.start);
   fiber.start.uc_stack.ss_sp = fiber.stack.get();
   fiber.start.uc_stack.ss_size = kStack;
@@ -312,36 +341,55 @@ class Order {
   std::mt19937 random_{1};
 };
 
-void run_block(dim3 block, size_t shared, Order& order) {
+void enter_block(Block& next) {
+  block = &next;
+  blockIdx = next.index;
+}
+
+void begin_block(Block& next, size_t i, size_t shared) {
+  const auto x = static_cast<unsigned>(i);
+  next.index = {x % gridDim.x, x / gridDim.x % gridDim.y, x / gridDim.x / gridDim.y};
+  if (next.fibers.size() < block_size) next.fibers.resize(block_size);
+  enter_block(next);
   spoil_shared(shared);
-  for (size_t i = 0; i < block_size; ++i) prepare(fibers[i], i, block);
-  // In order a warp goes on as far as it can before the next one does, which finds a barrier that is
-  // missing; shuffled, all of them go on in turns.
-  const auto resume_all = [](const std::vector<size_t>& order) {
+  for (size_t i = 0; i < block_size; ++i) prepare(next.fibers[i], i);
+}
+
+// In order a warp goes on as far as it can before the next one does, which finds a barrier that is
+// missing; shuffled, all of them go on once. Whether any did.
+bool run_block(Order& order) {
+  std::vector<Fiber>& fibers = block->fibers;
+  const auto may_go_on = [](const Fiber& fiber) {
+    return fiber.state == State::kReady ||
+           (fiber.state == State::kAtomic && fiber.changes != changes);
+  };
+  const auto resume_all = [&](const std::vector<size_t>& order) {
     bool any = false;
     for (const size_t i : order) {
-      if (fibers[i].state != State::kReady) continue;
+      if (!may_go_on(fibers[i])) continue;
       any = true;
       resume(fibers[i]);
     }
     return any;
   };
-  bool any = true;
-  while (any) {
-    any = false;
-    if (schedule == Schedule::kShuffled) {
-      any = resume_all(order.next());
-      for (size_t first = 0; first < block_size; first += 32) release_warp(first);
-    } else {
-      for (const std::vector<size_t>& warp : order.warps()) {
-        while (resume_all(warp)) {
-          any = true;
-          release_warp(*std::min_element(warp.begin(), warp.end()));
-        }
+  bool any = false;
+  if (schedule == Schedule::kShuffled) {
+    any = resume_all(order.next());
+    for (size_t first = 0; first < block_size; first += 32) release_warp(first);
+  } else {
+    for (const std::vector<size_t>& warp : order.warps()) {
+      while (resume_all(warp)) {
+        any = true;
+        release_warp(*std::min_element(warp.begin(), warp.end()));
       }
     }
-    release_block();
   }
+  release_block();
+  return any;
+}
+
+void end_block() {
+  const std::vector<Fiber>& fibers = block->fibers;
   for (size_t i = 0; i < block_size; ++i) {
     if (fibers[i].state != State::kDone) fail("threads wait for each other for ever");
     if (!fibers[i].copies.empty()) fail("a thread has returned and awaits copies no more");
@@ -351,27 +399,70 @@ void run_block(dim3 block, size_t shared, Order& order) {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& thread) {
-  block_size = size_t{block.x} * block.y * block.z;
+void run(
+    dim3 grid, dim3 threads, size_t shared, bool together, const std::function<void()>& thread) {
+  const size_t grid_size = size_t{grid.x} * grid.y * grid.z;
+  block = nullptr;
+  block_size = size_t{threads.x} * threads.y * threads.z;
   gridDim = grid;
-  blockDim = block;
+  blockDim = threads;
   if (block_size == 0 || block_size > 1024) fail("a block of no or of more than 1024 threads");
-  if (size_t{grid.x} * grid.y * grid.z == 0) fail("a grid without blocks");
+  if (grid_size == 0) fail("a grid without blocks");
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) fail("a grid of too many blocks");
   if (shared > shared_limit) fail("more shared memory than a block may have");
-  if (fibers.size() < block_size) fibers.resize(block_size);
+  if (together && grid_size > static_cast<size_t>(multiprocessors)) {
+    fail("more blocks together than there are multiprocessors");
+  }
   body = &thread;
-  Order threads(block_size), blocks(size_t{grid.x} * grid.y * grid.z);
-  for (const size_t i : blocks.next()) {
-    const auto x = static_cast<unsigned>(i);
-    blockIdx = {x % grid.x, x / grid.x % grid.y, x / grid.x / grid.y};
-    run_block(block, shared, threads);
+  blocks.resize(std::max(blocks.size(), together ? grid_size : 1));
+  Order in_block(block_size), in_grid(grid_size);
+  if (!together) {
+    for (const size_t i : in_grid.next()) {
+      begin_block(blocks[0], i, shared);
+      while (run_block(in_block)) {
+      }
+      end_block();
+    }
+    return;
+  }
+  for (size_t i = 0; i < grid_size; ++i) {
+    begin_block(blocks[i], i, shared);
+    keep_declared();
+  }
+  bool any = true;
+  while (any) {
+    any = false;
+    for (const size_t i : in_grid.next()) {
+      enter_block(blocks[i]);
+      restore_declared();
+      // In order it goes on as far as it can, as its warps do.
+      while (run_block(in_block)) {
+        any = true;
+        if (schedule == Schedule::kShuffled) break;
+      }
+      keep_declared();
+    }
+  }
+  for (size_t i = 0; i < grid_size; ++i) {
+    enter_block(blocks[i]);
+    end_block();
   }
 }
 
-void* dynamic_shared() { return dynamic; }
+void* dynamic_shared() { return block->dynamic->bytes; }
 
-int lane() { return static_cast<int>((current - fibers.data()) % 32); }
+int lane() { return static_cast<int>((current - block->fibers.data()) % 32); }
+
+void before_atomic_read() {
+  if (current->changes == changes) {
+    current->state = State::kAtomic;
+    to_scheduler();
+    current->state = State::kReady;
+  }
+  current->changes = changes;
+}
+
+void after_atomic_write() { ++changes; }
 
 int wait_for_block(const char* barrier, int value) {
   current->state = State::kBlock;
