@@ -15,21 +15,21 @@
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
 //
 // Values in 16 bits are multiplied in 16 bits, with sums in float32: the softmaxes are computed in
-// float32, and each weight is rounded to the values' dtype, as torch's own softmax and bmm would have
-// it; a result is off by at most an epsilon of sum |weight * value|. The gradient of the weights is a
-// product that leaves its float32 sums as they are, and meets weights that were not rounded: that of
-// the logits is float32's. (Weights in float16 that torch multiplies are held to 3e-8: of 10^4 equal
-// ones to its own epsilon.)
+// float32, and each weight is rounded to the values' dtype, as torch's own softmax and bmm would
+// have it; a result is off by at most an epsilon of sum |weight * value|. The gradient of the
+// weights is a product that leaves its float32 sums as they are, and meets weights that were not
+// rounded: that of the logits is float32's. (Weights in float16 that torch multiplies are held to
+// 3e-8: of 10^4 equal ones to its own epsilon.)
 //
 // Who multiplies on CUDA: for 256 images of 196 tokens and 196 slots, D = 768, in bfloat16, a mean
-// reads 77 MB, writes 77 MB, and reads 39 MB of logits: dispatch and combine 386 MB, which a card with
-// 4.3 TB/s moves in 90 us, and 30 GFLOP. As softmaxes of ours and products of torch's they are 466 MB, for
-// the weights are written and read as well, 108 us, and 72 us more for copies of the slots where
-// experts have several; torch's own softmax and bmm under autocast move another 158 MB. So up to
-// 256 values a line soft_mix_product does it, which pays from 280 TFLOP/s on, and where memory is
-// slower against arithmetic from less on. The arithmetic of longer lines
-// outgrows what that saves: they are torch's. So is backward, where a line's gradient needs all of its
-// products before the first of them can be used. (Arithmetic; no GPU has measured it.)
+// reads 77 MB, writes 77 MB, and reads 39 MB of logits: dispatch and combine 386 MB, which a card
+// with 4.3 TB/s moves in 90 us, and 30 GFLOP. As softmaxes of ours and products of torch's they are
+// 466 MB, for the weights are written and read as well, 108 us, and 72 us more for copies of the
+// slots where experts have several; torch's own softmax and bmm under autocast move another 158 MB.
+// So up to 256 values a line soft_mix_product does it, which pays from 280 TFLOP/s on, and where
+// memory is slower against arithmetic from less on. The arithmetic of longer lines outgrows what
+// that saves: they are torch's. So is backward, where a line's gradient needs all of its products
+// before the first of them can be used. (Arithmetic; no GPU has measured it.)
 #pragma once
 
 #include <cstdint>
@@ -95,8 +95,8 @@ void soft_mix_backward(
     bool over_tokens,
     CUstream_st* stream);
 
-// out = the softmax's mean of the values, in one kernel; false, and nothing done, where it does not take the
-// shapes: it takes rows of whole 16 bytes, and lines of up to 256 values. Rows in 16 bits.
+// out = the softmax's mean of the values, in one kernel; false, and nothing done, where it does not
+// take the shapes: it takes rows of whole 16 bytes, and lines of up to 256 values. Rows in 16 bits.
 template <typename Row>
 bool soft_mix_product(
     const float* logits,  // [G, T, S], S = E * C

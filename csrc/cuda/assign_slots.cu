@@ -6,8 +6,8 @@
 //
 // A group of a few thousand requests is one chunk and one launch. With a priority the order comes
 // from topk's sort first. To sort a large group would take longer than all the rest: there the
-// places make lists of the experts' requests, and a block an expert selects the first of its own, in
-// the order in which they are served.
+// places make lists of the experts' requests, and a block an expert selects the first of its own,
+// in the order in which they are served.
 #include <algorithm>
 
 #include "../assign_slots.h"
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(
   }
 }
 
-// Makes of what the warps counted where their own places begin, and counts all requests of an expert.
+// Makes of what the warps counted where their own places begin, and counts all requests of an
+// expert.
 __device__ void add_up(
     const Shape& shape, const Chunk& at, const int32_t* counted, int32_t* counts, int32_t* total) {
   const unsigned warps = blockDim.x / kWarp;

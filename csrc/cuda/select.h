@@ -100,10 +100,10 @@ __device__ void sort_picks(Pick<Key>* picks, int size) {
   __syncthreads();
 }
 
-// The first k of n picks, 1 <= k <= n, in order, by the kThreads of a block together. What is sure to
-// be among them is cut off by histograms of a digit of the keys, from the first bit in which they
-// differ on, until what is left fits in the `places` of shared memory that k has; that is sorted. One
-// digit is mostly enough.
+// The first k of n picks, 1 <= k <= n, in order, by the kThreads of a block together. What is sure
+// to be among them is cut off by histograms of a digit of the keys, from the first bit in which
+// they differ on, until what is left fits in the `places` of shared memory that k has; that is
+// sorted. One digit is mostly enough.
 template <typename Key, int kThreads>
 class BlockSelect {
   static constexpr int kEach = 2;  // bins of a thread

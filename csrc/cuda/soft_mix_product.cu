@@ -1,8 +1,9 @@
-// A block has up to 128 lines of a group: slots, of which each is a mean of the tokens, or tokens, of
-// which each is a mean of the slots. It makes their weights once, in shared memory, and multiplies
-// them with the values, which come by in stages of 32 rows and 128 columns while tensor cores work on
-// the stage before; the first are under way while the weights are made. Blocks are small, so that two or
-// three are on a multiprocessor, and one makes weights while another multiplies.
+// A block has up to 128 lines of a group: slots, of which each is a mean of the tokens, or tokens,
+// of which each is a mean of the slots. It makes their weights once, in shared memory, and
+// multiplies them with the values, which come by in stages of 32 rows and 128 columns while tensor
+// cores work on the stage before; the first are under way while the weights are made. Blocks are
+// small, so that two or three are on a multiprocessor, and one makes weights while another
+// multiplies.
 //
 // Weights are the exponentials as they are, at most 1: what they have to be divided by meets the
 // float32 sums.
@@ -26,8 +27,8 @@ constexpr int kStageStride = kColumns + kEntries;
 // Values of a line, from where on it is arithmetic that takes the time, and cuBLAS is better at it
 // (soft_mix.h).
 constexpr int64_t kMostValues = 256;
-// Columns are shared out among blocks, which make the same weights, until each multiprocessor has as
-// many blocks as this, so that the last ones do not leave it empty.
+// Columns are shared out among blocks, which make the same weights, until each multiprocessor has
+// as many blocks as this, so that the last ones do not leave it empty.
 constexpr int64_t kBlocksEach = 6;
 
 struct Mix {

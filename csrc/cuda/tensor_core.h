@@ -1,11 +1,12 @@
-// tensor_core -- products on tensor cores by the instructions themselves, and what feeds them: copies to
-// shared memory that nobody waits for, and matrices read from there as a warp's lanes hold them.
+// tensor_core -- products on tensor cores by the instructions themselves, and what feeds them:
+// copies to shared memory that nobody waits for, and matrices read from there as a warp's lanes
+// hold them.
 //
 // A warp multiplies a [16, 16] by b [16, 8] in 16 bits and adds to float32. With lane = 4 * row +
 // pair, a lane holds of each 8 x 8 matrix the entries 2 * pair and 2 * pair + 1 of one row, in one
-// register: a is four of them (upper left, lower left, upper right, lower right), b two, each of b^T
-// (upper, lower), and sums, in float32, two (upper, lower).
-// (PTX ISA, "Matrix Fragments for mma.m16n8k16".)
+// register: a is four of them (upper left, lower left, upper right, lower right), b two, each of
+// b^T (upper, lower), and sums, in float32, two (upper, lower). (PTX ISA, "Matrix Fragments for
+// mma.m16n8k16".)
 #pragma once
 
 #include "half.h"

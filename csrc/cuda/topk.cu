@@ -5,8 +5,8 @@
 //   few_of_columns  M > 1, the same (tokens of an expert, a group of an image): a block reads a
 //                   tile of columns as it lies, and a warp has each of them from shared memory.
 //   many            a block a row: the keys in shared memory where they fit, a cut, a sort of
-//                   what passes (BlockSelect). Columns are transposed before, which for one large group costs
-//                   less than reading every 32-byte sector for four of its bytes.
+//                   what passes (BlockSelect). Columns are transposed before, which for one
+//                   large group costs less than reading every 32-byte sector for four of its bytes.
 //   CUB's sort      more picks than a block sorts.
 #include <algorithm>
 

@@ -310,8 +310,9 @@ __global__ void declaring(int* out) {
   *out = values[0];
 }
 
-// A block has 48 KiB without asking, for what its kernel declares and for what it gets at the launch.
-// What is asked for is the same for every launch: threads may start a kernel at the same time.
+// A block has 48 KiB without asking, for what its kernel declares and for what it gets at the
+// launch. What is asked for is the same for every launch: threads may start a kernel at the same
+// time.
 TEST(Shim, LaunchesAskForSharedMemory) {
   constexpr size_t kWithoutAsking = 48 << 10, kDynamic = kWithoutAsking - cuda::kDeclaredShared;
   int out = 0;

@@ -11,9 +11,9 @@
 // lacks a barrier. Addresses are ASan's business: build with -fsanitize=address.
 //
 // Only what the kernels use is here. Not modelled: clusters, streams, memory order, speed. Not run,
-// but stood in for: CUB's code (cub/ beside this), the instructions of tensor cores (tensor_core.h),
-// the conversions of 16-bit types, nvcc's own arithmetic (expf, fused multiply-adds), and what the
-// bindings ask of torch's CUDA (torch_cuda.h).
+// but stood in for: CUB's code (cub/ beside this), the instructions of tensor cores
+// (tensor_core.h), the conversions of 16-bit types, nvcc's own arithmetic (expf, fused
+// multiply-adds), and what the bindings ask of torch's CUDA (torch_cuda.h).
 #pragma once
 
 #include <cmath>

@@ -32,7 +32,8 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kLargestShared = 227 << 10;
 constexpr uint64_t kCanary = 0x5AFE57AC5AFE57AC;
-// Numbers, or NaN where they are read as such: a number may be multiplied by 0, or be lost in a sum.
+// Numbers, or NaN where they are read as such: a number may be multiplied by 0, or be lost in a
+// sum.
 constexpr unsigned char kRubbish = 0xA5, kRubbishNan = 0xFF;
 
 enum class State { kReady, kBlock, kWarp, kAtomic, kDone };

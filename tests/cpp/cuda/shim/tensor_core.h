@@ -1,7 +1,7 @@
 // tensor_core -- the instructions of csrc/cuda/tensor_core.h on the host.
 //
-// An asynchronous copy may happen at any time until it is awaited. Here it is done as late as that, or
-// at once, as --schedule has it (forward or backward; shuffled: the one or the other): a result
+// An asynchronous copy may happen at any time until it is awaited. Here it is done as late as that,
+// or at once, as --schedule has it (forward or backward; shuffled: the one or the other): a result
 // that depends on it waits too little, or is overwritten too early.
 #pragma once
 

@@ -1,8 +1,8 @@
 // torch_cuda -- what the bindings of csrc/torch ask torch's CUDA for, on the host: included before
 // anything else, it has them register the CUDA kernels, which run there, for tensors of the CPU.
 //
-// The products are torch's for a CPU. Not modelled: streams, the current device, the allocator, the order
-// in which a GPU would do what is asked of it.
+// The products are torch's for a CPU. Not modelled: streams, the current device, the allocator, the
+// order in which a GPU would do what is asked of it.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
