@@ -169,18 +169,25 @@ def experts(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 on_every_path = pytest.mark.parametrize("path", (route, choose_tokens, mix, experts, gradients))
 
 
+def capture(step):
+    """A CUDA graph of `step`, once it has run, and what it computes: when the graph is replayed, and while it lives."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = step()
+    return graph, results
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 class TestOnAGpu:
     @on_every_path
     def test_a_graph_can_be_captured_and_replayed(self, path):
         x, logits = torch.randn(2, 30, 16, device="cuda"), tied(2, 30, 8, levels=9).float().cuda()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            path(x, logits)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            out = path(x, logits)
+        graph, out = capture(lambda: path(x, logits))
         x.copy_(torch.randn_like(x))
         graph.replay()
         torch.testing.assert_close(out, path(x, logits))  # cuBLAS may choose otherwise outside of a graph
@@ -205,13 +212,7 @@ class TestOnAGpu:
             (gradient,) = torch.autograd.grad(sum(plan.square().sum() for plan in plans), x)
             return *(plan.detach() for plan in plans), gradient
 
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            solve()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = solve()
+        graph, captured = capture(solve)
         logits.copy_(torch.randn_like(logits))
         graph.replay()
         for ours, wanted in zip(captured, solve(), strict=True):
@@ -229,19 +230,13 @@ class TestOnAGpu:
             loss = layer(x).square().sum() + vr.aux_loss(layer)
             return loss.detach(), *torch.autograd.grad(loss, leaves)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             step()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph, captured = capture(step)
         with torch.no_grad():
             x.copy_(torch.randn_like(x))
         graph.replay()
@@ -288,14 +283,7 @@ class TestOnAGpu:
             out = ops.soft_mix(logits, ops.soft_mix(logits, x, 1), 2)
             return out.detach(), *torch.autograd.grad(out.float().square().sum(), (x, phi))
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = step()
+        graph, captured = capture(step)
         with torch.no_grad():
             x.copy_(torch.randn_like(x))
         graph.replay()
