@@ -20,7 +20,8 @@ test: .venv/installed
 	for schedule in forward backward shuffled; do \
 	  build/cpp/tests/cpp/cuda/cuda_tests --schedule=$$schedule --gtest_brief=1 || exit 1; done
 	$(bin)/pytest $(ARGS)
-	$(bin)/pytest --cuda-on-host=build/cpp/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS)
+	$(bin)/pytest --cuda-on-host=build/cpp/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS) || \
+	  [ $$? -eq 5 ]  # ARGS may choose none of these
 
 bench: .venv/bench
 	$(bin)/python -m benchmarks.run $(ARGS)
