@@ -248,20 +248,9 @@ __global__ void __launch_bounds__(kSelectThreads) select_kernel(
   if (k > 0) {
     int places = 1;
     while (places < n && places < most_places) places *= 2;
-    const bool staged = n <= most_keys;
-    const uint64_t some = serving.key(0);
-    uint64_t differ = 0;
-#pragma unroll 4
-    for (int64_t i = tid; i < n; i += kSelectThreads) {
-      const uint64_t key = serving.key(i);
-      if (staged) keys[i] = key;
-      differ |= key ^ some;
-    }
-    __syncthreads();
     Select::select(
-        storage, picks, places, n, k, differ,
-        [&](int64_t i) { return staged ? keys[i] : serving.key(i); },
-        [&](int64_t i) { return serving.requests[i]; });
+        storage, picks, places, keys, n <= most_keys, n, k,
+        [&](int64_t i) { return serving.key(i); }, [&](int64_t i) { return serving.requests[i]; });
   }
   int32_t* holder = source + (g * shape.E + e) * shape.C;
   for (int64_t j = tid; j < shape.C; j += kSelectThreads) {

@@ -119,18 +119,30 @@ class BlockSelect {
   };
 
   // picks [places], a power of two and >= k: the first k of them are the result. Of pick i < n,
-  // key_at(i) and index_at(i) are asked for by any thread and several times; where keys are equal
-  // indices grow with i. differ: the bits in which the keys i = tid, tid + kThreads, ... differ
-  // from key 0.
-  template <typename KeyAt, typename IndexAt>
+  // given(i) and index_at(i) are its key and index, asked for by any thread and, but that `keys`
+  // has room for all n to be kept, several times; where keys are equal indices grow with i.
+  template <typename Given, typename IndexAt>
   static __device__ void select(
-      Storage& storage, Pick<Key>* picks, int places, int64_t n, int64_t k, Key differ,
-      KeyAt&& key_at, IndexAt&& index_at) {
+      Storage& storage, Pick<Key>* picks, int places, Key* keys, bool room, int64_t n, int64_t k,
+      Given&& given, IndexAt&& index_at) {
     const int tid = static_cast<int>(threadIdx.x);
+    const bool cuts = n > places, kept = cuts && room;
+    const auto key_at = [&](int64_t i) { return kept ? keys[i] : given(i); };
     for (int i = tid; i < places; i += kThreads) picks[i] = no_pick<Key>();
     if (tid == 0) storage.taken = 0;
     Cut cut{0, 0, true};  // all there are
-    if (n > places) cut = find(storage, places, n, k, differ, key_at);
+    if (cuts) {
+      const Key some = given(0);
+      Key differ = 0;
+#pragma unroll 8
+      for (int64_t i = tid; i < n; i += kThreads) {
+        const Key key = given(i);
+        if (kept) keys[i] = key;
+        differ |= key ^ some;
+      }
+      __syncthreads();
+      cut = find(storage, places, n, k, differ, key_at);
+    }
     __syncthreads();
     // In any order: they are sorted after that.
     const auto take = [&](int64_t i, Key key) {
@@ -164,6 +176,8 @@ class BlockSelect {
     bool all;
   };
 
+  // differ: the bits in which the keys that this thread has seen differ from key 0; each has been
+  // seen by some thread.
   template <typename KeyAt>
   static __device__ Cut
   find(Storage& storage, int places, int64_t n, int64_t k, Key differ, KeyAt&& key_at) {

@@ -327,9 +327,10 @@ bool soft_mix_product(
   const auto padded = [&](const Kernel<Row>& kernel) {
     return ceil_div(lines, kernel.lines()) * kernel.lines();
   };
+  const int64_t limit = shared_limit();
   const Kernel<Row>* best = nullptr;
   for (const Kernel<Row>& kernel : kKernels) {
-    if (static_cast<int64_t>(kernel.shared(depth, over_tokens)) > shared_limit()) continue;
+    if (static_cast<int64_t>(kernel.shared(depth, over_tokens)) > limit) continue;
     if (!best || padded(kernel) < padded(*best)) best = &kernel;
   }
   if (!best) return false;

@@ -54,24 +54,19 @@ __device__ inline void load_transposed(uint32_t (&to)[4], Shared row) {
 template <typename Row>
 __device__ void multiply_add(
     float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower);
-template <>
-__device__ inline void multiply_add<BFloat16>(
-    float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
-}
-template <>
-__device__ inline void multiply_add<Float16>(
-    float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
-}
+#define VMOE_MULTIPLY_ADD(Row, type)                                                               \
+  template <>                                                                                      \
+  __device__ inline void multiply_add<Row>(                                                        \
+      float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower) {              \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                            \
+                 ".f32 "                                                                           \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                 \
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));        \
+  }
+VMOE_MULTIPLY_ADD(BFloat16, "bf16")
+VMOE_MULTIPLY_ADD(Float16, "f16")
+#undef VMOE_MULTIPLY_ADD
 #else
 using shim::commit_copies;
 using shim::copy_async;

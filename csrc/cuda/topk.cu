@@ -116,18 +116,8 @@ __global__ void __launch_bounds__(kThreads) many_kernel(
   const int tid = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x;
   const T* from = x + row * n;
-  const Key some = order_key(from[0]);
-  Key differ = 0;
-#pragma unroll 8
-  for (int64_t i = tid; i < n; i += kThreads) {
-    const Key key = order_key(from[i]);
-    if constexpr (kStaged) keys[i] = key;
-    differ |= key ^ some;
-  }
-  __syncthreads();
   Select::select(
-      storage, picks, places, n, k, differ,
-      [&](int64_t i) { return kStaged ? keys[i] : order_key(from[i]); },
+      storage, picks, places, keys, kStaged, n, k, [&](int64_t i) { return order_key(from[i]); },
       [](int64_t i) { return static_cast<int32_t>(i); });
   for (int64_t j = tid; j < k; j += kThreads) {
     values[row * k + j] = from[picks[j].index];

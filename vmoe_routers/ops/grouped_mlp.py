@@ -19,11 +19,13 @@ from vmoe_routers.ops._checks import (
     check_floating,
     check_shape,
     check_tensor,
+    compute_dtype,
+    product_dtype,
     refuse_second_derivative,
 )
 
-# What has a kernel of ours, by device.
-SERVED = {"cpu": (torch.float32, torch.float64), "cuda": FLOATS}
+# Where there is a kernel of ours, for dtypes that its products take as they are.
+DEVICES = ("cpu", "cuda")
 GELU: dict[str, Callable[[Tensor], Tensor]] = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
 
 
@@ -85,7 +87,8 @@ def grouped_mlp(
         _check_filled(filled, x)
     if isinstance(act, str):
         check_choice("grouped_mlp", "act", act, tuple(GELU))
-        if fused and not autocast and x.dtype in SERVED.get(device, ()):
+        served = device in DEVICES and product_dtype(x, compute_dtype(x.dtype)) == x.dtype
+        if fused and not autocast and served:
             save = torch.is_grad_enabled() and any(
                 value is not None and value.requires_grad for value in (x, w1, b1, w2, b2)
             )

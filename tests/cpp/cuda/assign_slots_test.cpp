@@ -34,6 +34,14 @@ class CudaAssignSlots : public ::testing::Test {
     EXPECT_EQ(device_slot.values(), slot);
     EXPECT_EQ(device_source.values(), source);
   }
+
+  // With priorities that tie, and with distinct ones.
+  static void expect_by_priority(
+      const Shape& shape, const std::vector<int32_t>& expert, const std::vector<T>& ties) {
+    expect_as_on_cpu(shape, expert, &ties);
+    const auto distinct = uniform<T>(shape.G * shape.T, 2);
+    expect_as_on_cpu(shape, expert, &distinct);
+  }
 };
 TYPED_TEST_SUITE(CudaAssignSlots, Floats);
 
@@ -58,10 +66,7 @@ TYPED_TEST(CudaAssignSlots, RanksRequests) {
         {1, 2000, 1, 1500, 2}}) {
     const auto expert = integers(shape.G * shape.T * shape.K, 1, 0, shape.E - 1);
     this->expect_as_on_cpu(shape, expert, nullptr);
-    const auto distinct = uniform<T>(shape.G * shape.T, 2);
-    this->expect_as_on_cpu(shape, expert, &distinct);
-    const auto ties = tied<T>(shape.G * shape.T, 3);
-    this->expect_as_on_cpu(shape, expert, &ties);
+    this->expect_by_priority(shape, expert, tied<T>(shape.G * shape.T, 3));
   }
 }
 
@@ -79,10 +84,7 @@ TYPED_TEST(CudaAssignSlots, LargeGroups) {
         {1, 4500, 2, 4, 0}}) {
     auto expert = integers(shape.G * shape.T * shape.K, 4, -1, shape.E);
     for (size_t i = 0; i < expert.size(); i += 3) expert[i] = 1;
-    const auto ties = tied<T>(shape.G * shape.T, 5, 900);
-    this->expect_as_on_cpu(shape, expert, &ties);
-    const auto distinct = uniform<T>(shape.G * shape.T, 6);
-    this->expect_as_on_cpu(shape, expert, &distinct);
+    this->expect_by_priority(shape, expert, tied<T>(shape.G * shape.T, 5, 900));
     const std::vector<T> equal(shape.G * shape.T, T{2});
     this->expect_as_on_cpu(shape, expert, &equal);
   }
