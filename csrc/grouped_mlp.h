@@ -24,8 +24,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "half.h"
-#include "isa.h"
+#include "common/half.h"
+#include "common/isa.h"
 
 struct CUstream_st;
 

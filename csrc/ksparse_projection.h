@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "common/isa.h"
 
 struct CUstream_st;
 

@@ -24,8 +24,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "isa.h"
-#include "parallel.h"
+#include "common/isa.h"
+#include "common/parallel.h"
 
 struct CUstream_st;
 

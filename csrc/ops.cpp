@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "isa.h"
+#include "common/isa.h"
 
 namespace {
 

@@ -33,8 +33,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "isa.h"
-#include "parallel.h"
+#include "common/isa.h"
+#include "common/parallel.h"
 
 struct CUstream_st;
 

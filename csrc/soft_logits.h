@@ -23,8 +23,8 @@
 
 #include <cstdint>
 
-#include "half.h"
-#include "isa.h"
+#include "common/half.h"
+#include "common/isa.h"
 
 struct CUstream_st;
 

@@ -7,7 +7,7 @@
 //
 // out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values
 // [G, T, D] (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU the products are of
-// a group at a time (product.h), so that no tensor ever holds the weights of all groups; on CUDA
+// a group at a time (cpu/product.h), so that no tensor ever holds the weights of all groups; on CUDA
 // they are one kernel with the softmax, or torch's, of all groups at once.
 // -inf is "not there"; a line of -inf alone gets zeros, not NaN: a padding token
 // neither gives nor takes.
@@ -34,8 +34,8 @@
 
 #include <cstdint>
 
-#include "half.h"
-#include "isa.h"
+#include "common/half.h"
+#include "common/isa.h"
 
 struct CUstream_st;
 

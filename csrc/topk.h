@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "isa.h"
+#include "common/isa.h"
 
 struct CUstream_st;
 

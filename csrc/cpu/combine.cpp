@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../slot_row.h"
+#include "../common/slot_row.h"
 #include "half.h"
 #include "token_rows.h"
 

@@ -1,6 +1,6 @@
 #include "../grouped_mlp.h"
 
-#include "../gelu.h"
+#include "../common/gelu.h"
 #include "simd.h"
 
 namespace vmoe::cpu::VMOE_ISA {

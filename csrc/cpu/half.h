@@ -2,7 +2,7 @@
 // and rounded to nearest, ties to even, on the way out. NaN stays NaN; overflow is infinity.
 #pragma once
 
-#include "../half.h"
+#include "../common/half.h"
 #include "simd.h"
 #include "stream.h"
 

@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../order.h"
+#include "../common/order.h"
 #include "simd.h"
 
 namespace vmoe::cpu::VMOE_ISA {

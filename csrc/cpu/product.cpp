@@ -2,7 +2,7 @@
 // registers while k runs; A's rows in panels of a tile's height and B's columns in strips of a
 // tile's width are copied so that the loop reads both front to back. A block of A stays in the
 // second-level cache; a strip of B is copied once for every such block.
-#include "../product.h"
+#include "product.h"
 
 #include <algorithm>
 #include <array>

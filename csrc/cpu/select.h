@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "../order.h"
+#include "../common/order.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 

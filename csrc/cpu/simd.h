@@ -1,7 +1,7 @@
 // simd -- one small vector layer, width-generic: every kernel is written once.
 //
 // Built on the vector extension of GCC and Clang, so that the compiler picks the
-// instructions of the ISA level a file is compiled for (../isa.h); intrinsics only
+// instructions of the ISA level a file is compiled for (../common/isa.h); intrinsics only
 // where the extension has no word for it (fused multiply-add, compress).
 #pragma once
 
@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../exp.h"
+#include "../common/exp.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../slot_row.h"
+#include "../common/slot_row.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 

@@ -1,5 +1,5 @@
 #include "../combine.h"
-#include "../slot_row.h"
+#include "../common/slot_row.h"
 #include "rows.h"
 #include "scalar.h"
 

@@ -1,5 +1,5 @@
+#include "../common/slot_row.h"
 #include "../dispatch.h"
-#include "../slot_row.h"
 #include "rows.h"
 
 namespace vmoe::cuda {

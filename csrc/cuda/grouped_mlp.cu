@@ -2,7 +2,7 @@
 // the rows, and a thread keeps its columns' bias and sums in registers.
 #include <type_traits>
 
-#include "../gelu.h"
+#include "../common/gelu.h"
 #include "../grouped_mlp.h"
 #include "rows.h"
 #include "scalar.h"

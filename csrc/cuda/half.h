@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../half.h"
+#include "../common/half.h"
 #include "launch.h"
 
 namespace vmoe::cuda {

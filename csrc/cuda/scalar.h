@@ -1,7 +1,7 @@
 // scalar -- the arithmetic that headers for every device ask for, of one thread.
 #pragma once
 
-#include "../order.h"
+#include "../common/order.h"
 #include "launch.h"
 
 namespace vmoe::cuda {

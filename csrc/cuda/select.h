@@ -6,7 +6,7 @@
 #include <bit>
 #include <cub/block/block_scan.cuh>
 
-#include "../order.h"
+#include "../common/order.h"
 #include "launch.h"
 
 namespace vmoe::cuda {

@@ -2,7 +2,7 @@
 // ksparse ops.
 #pragma once
 
-#include "../order.h"
+#include "../common/order.h"
 #include "team.h"
 
 namespace vmoe::cuda {

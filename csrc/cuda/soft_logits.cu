@@ -1,5 +1,5 @@
 // A warp a token, before or behind a product of torch's.
-#include "../row_stride.h"
+#include "../common/row_stride.h"
 #include "../soft_logits.h"
 #include "rows.h"
 

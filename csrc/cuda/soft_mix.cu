@@ -4,8 +4,8 @@
 // over the tile find it in the first-level cache.
 //
 // Forward and backward are one kernel: backward makes the weights again, and has the gradient pass by.
-#include "../row_stride.h"
-#include "../slot_row.h"
+#include "../common/row_stride.h"
+#include "../common/slot_row.h"
 #include "../soft_mix.h"
 #include "softmax.h"
 

@@ -7,7 +7,7 @@
 
 #include <limits>
 
-#include "../exp.h"
+#include "../common/exp.h"
 #include "rows.h"
 #include "scalar.h"
 #include "select.h"

@@ -5,7 +5,7 @@
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_segmented_radix_sort.cuh>
 
-#include "../order.h"
+#include "../common/order.h"
 #include "launch.h"
 
 namespace vmoe::cuda {

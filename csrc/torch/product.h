@@ -1,6 +1,6 @@
 // product -- matrix products, for both devices, and what a CPU needs around them for loops over groups.
 //
-// On a CPU they are ours (../product.h): each runs on the one thread that calls it, and what it makes
+// On a CPU they are ours (../cpu/product.h): each runs on the one thread that calls it, and what it makes
 // stays in that thread's cache for the next step. On CUDA they are torch's, cuBLAS, on the current
 // device and torch's stream there, and follow torch's settings (TF32, sums of 16-bit products).
 // Autocast does not touch them: the shims do not go through the dispatcher, and it does not know the
@@ -15,7 +15,7 @@
 #include <memory>
 #include <new>
 
-#include "../product.h"
+#include "../cpu/product.h"
 #endif
 
 namespace vmoe {

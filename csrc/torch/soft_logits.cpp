@@ -1,6 +1,6 @@
 #include "../soft_logits.h"
 
-#include "../row_stride.h"
+#include "../common/row_stride.h"
 #include "product.h"
 
 namespace vmoe {

@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "../row_stride.h"
+#include "../common/row_stride.h"
 #include "product.h"
 
 namespace vmoe {

@@ -19,8 +19,8 @@
 #include <string>
 #include <tuple>
 
-#include "../half.h"
-#include "../parallel.h"
+#include "../common/half.h"
+#include "../common/parallel.h"
 #include "huge_pages.h"
 
 #ifdef VMOE_DEVICE_CUDA

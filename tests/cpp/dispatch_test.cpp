@@ -1,6 +1,6 @@
 #include "dispatch.h"
 
-#include "slot_row.h"
+#include "common/slot_row.h"
 #include "testing.h"
 
 namespace vmoe {

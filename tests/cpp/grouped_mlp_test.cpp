@@ -3,7 +3,7 @@
 #include <numbers>
 #include <tuple>
 
-#include "filled_rows.h"
+#include "cpu/filled_rows.h"
 #include "testing.h"
 
 namespace vmoe {

@@ -1,6 +1,6 @@
 // cpu/half.h against the definitions, in double: every 16-bit value widened, and floats around
 // every one of them narrowed.
-#include "half.h"
+#include "common/half.h"
 
 #include "simd_probe.h"
 #include "testing.h"

@@ -6,7 +6,7 @@
 #include <map>
 #include <string>
 
-#include "isa.h"
+#include "common/isa.h"
 
 int main(int argc, char** argv) {
   using vmoe::cpu::Isa;

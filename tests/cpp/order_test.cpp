@@ -1,4 +1,4 @@
-#include "order.h"
+#include "common/order.h"
 
 #include "testing.h"
 

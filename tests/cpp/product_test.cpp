@@ -1,4 +1,4 @@
-#include "product.h"
+#include "cpu/product.h"
 
 #include "testing.h"
 

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "half.h"
-#include "isa.h"
+#include "common/half.h"
+#include "common/isa.h"
 
 namespace vmoe::cpu {
 

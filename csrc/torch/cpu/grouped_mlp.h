@@ -6,7 +6,7 @@
 #include <numeric>
 #include <vector>
 
-#include "../../filled_rows.h"
+#include "../../cpu/filled_rows.h"
 #include "../grouped_mlp.h"
 
 namespace vmoe {

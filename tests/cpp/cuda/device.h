@@ -5,7 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../testing.h"
-#include "half.h"
+#include "common/half.h"
 
 namespace vmoe {
 

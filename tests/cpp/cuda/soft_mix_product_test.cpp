@@ -1,5 +1,5 @@
+#include "common/slot_row.h"
 #include "device.h"
-#include "slot_row.h"
 #include "soft_mix.h"
 
 namespace vmoe {

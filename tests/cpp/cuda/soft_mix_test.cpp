@@ -1,7 +1,7 @@
 #include "soft_mix.h"
 
+#include "common/row_stride.h"
 #include "device.h"
-#include "row_stride.h"
 
 namespace vmoe {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "isa.h"
+#include "../common/isa.h"
 
 namespace vmoe {
 
