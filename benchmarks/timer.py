@@ -27,9 +27,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds, and the ratio of the variant's time to the base's: above 1 the base is faster."""
+    """Median and least seconds, and the ratio of the variant's time to the base's: above 1 the base is faster."""
 
     seconds: float
+    fastest: float
     ratio: Ratio
 
 
@@ -132,7 +133,11 @@ def paired(
         return bootstrap([a / b for a, b in zip(seconds[name], seconds[base], strict=True)])
 
     again = ratio(AGAIN)
-    timings = {name: Timing(statistics.median(seconds[name]), ratio(name)) for name in measurements if name != AGAIN}
+    timings = {
+        name: Timing(statistics.median(seconds[name]), min(seconds[name]), ratio(name))
+        for name in measurements
+        if name != AGAIN
+    }
     return timings, again
 
 

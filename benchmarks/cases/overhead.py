@@ -1,4 +1,4 @@
-"""What a call costs on input so small that nothing else does, beside the cheapest call of torch."""
+"""Call overhead: ops and whole layers on input so small that the calls take the time, not the arithmetic."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.case import BACKWARD, FORWARD, RECORDED, Case, Entry, Floor, Size, Variant
-from vmoe_routers import ksparse_projection, ksparse_transport, ops, sinkhorn
+from vmoe_routers import ROUTERS, MoEMlp, ops
 
 TINY = Size(images=1, tokens=4, experts=4, width=8, top_k=1)
+TINY_LAYER = Size(images=1, tokens=16, experts=4, width=8, top_k=1)
 
 
 def calls(size: Size, device: str) -> dict[str, tuple[Callable[[], Sequence[Tensor]], tuple[Tensor, ...]]]:
@@ -36,9 +37,9 @@ def calls(size: Size, device: str) -> dict[str, tuple[Callable[[], Sequence[Tens
         "invert_slots": (lambda: ops.invert_slots(token, T), ()),
         "dispatch": (lambda: [ops.dispatch(x, token, offsets, slots)], (x,)),
         "combine": (lambda: [ops.combine(y, gate, token, offsets, slots)], (y, gate)),
-        "sinkhorn": (lambda: [sinkhorn(scores, iterations=1)], (scores,)),
-        "ksparse_projection": (lambda: [ksparse_projection(scores, 1)], (scores,)),
-        "ksparse_transport": (lambda: [ksparse_transport(scores, 1, iterations=1)], (scores,)),
+        "sinkhorn": (lambda: [ops.sinkhorn(scores, iterations=1)], (scores,)),
+        "ksparse_projection": (lambda: [ops.ksparse_projection(scores, 1)], (scores,)),
+        "ksparse_transport": (lambda: [ops.ksparse_transport(scores, 1, iterations=1)], (scores,)),
         "grouped_mlp": (lambda: [ops.grouped_mlp(rows, w1, b1, w2, b2)], (rows, w1, b1, w2, b2)),
         "soft_logits": (lambda: [ops.soft_logits(x, phi)], (x, phi)),
         "soft_mix": (lambda: [ops.soft_mix(scores, x, 1)], (scores, x)),
@@ -64,19 +65,36 @@ def build(size: Size, device: str, *, name: str) -> Case:
     )
 
 
-NAMES = (
-    "topk",
-    "softmax_topk",
-    "softmax_gather",
-    "assign_slots",
-    "invert_slots",
-    "dispatch",
-    "combine",
-    "sinkhorn",
-    "ksparse_projection",
-    "ksparse_transport",
-    "grouped_mlp",
-    "soft_logits",
-    "soft_mix",
+def tiny_layers(size: Size, device: str, router: str) -> tuple[MoEMlp, nn.Module, Tensor]:
+    """A layer of the router, a dense MLP as wide, and tokens. Only the layer's public constructor is relied on."""
+    D = size.width
+    layer = MoEMlp(D, 2 * D, num_experts=size.experts, router=router).to(device)
+    dense = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D)).to(device)
+    return layer, dense, torch.randn(size.images, size.tokens, D, device=device, requires_grad=True)
+
+
+def build_layer(size: Size, device: str, *, router: str) -> Case:
+    """A whole layer in eval mode, where routing has no noise and results can be compared."""
+    layer, dense, x = tiny_layers(size, device, router)
+    layer.eval()
+    leaves = {module: (x, *module.parameters()) for module in (layer, dense)}
+    return Case(
+        op="overhead",
+        title=f"tiny layer, {router}",
+        size=size,
+        variants=(
+            Variant("ours", "ours", lambda: [layer(x)], leaves[layer]),
+            Variant("dense MLP", "yardstick", lambda: [dense(x)], leaves[dense], different="one MLP without a router"),
+        ),
+        floors=dict.fromkeys((FORWARD, BACKWARD), Floor(bytes=8 * x.numel())),
+    )
+
+
+OPS = tuple(
+    Entry("overhead", partial(build, name=name), default=TINY, quick=TINY, cuda=(TINY,)) for name in ops.__all__
 )
-ENTRIES = tuple(Entry("overhead", partial(build, name=name), default=TINY, quick=TINY, cuda=(TINY,)) for name in NAMES)
+LAYERS = tuple(
+    Entry("overhead", partial(build_layer, router=router), default=TINY_LAYER, quick=TINY_LAYER, cuda=(TINY_LAYER,))
+    for router in ROUTERS
+)
+ENTRIES = (*OPS, *LAYERS)

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import overhead
 from benchmarks.case import BACKWARD, ROLES, Size, Variant
 from benchmarks.cases import entries
 from benchmarks.compare import applies, check, mismatch, runner
 from benchmarks.targets import AIMS, WHY, Target
+from vmoe_routers import ROUTERS, ops, token_choice
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,3 +94,24 @@ def test_a_target_of_a_gpu_is_about_a_size_that_a_quick_run_has_and_about_a_vari
         mine = [case for case in cases if case.title.startswith(aim.title)]
         assert mine, aim
         assert not isinstance(aim, Target) or all(aim.versus in {v.name for v in case.variants} for case in mine)
+
+
+def test_every_op_has_an_overhead_case_and_every_router_a_layer():
+    titles = {entry.build(entry.default, "cpu").title for entry in entries("overhead")}
+    assert titles == {f"call of {op}, tiny input" for op in ops.__all__} | {f"tiny layer, {name}" for name in ROUTERS}
+
+
+def test_overhead_of_layers_counts_python_calls_and_checks(capsys):
+    threads = torch.get_num_threads()
+    overhead.main(["--rounds", "1"])
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == [name for name in ROUTERS for _ in overhead.CALLS]
+    assert all(int(line.split()[-2]) > int(line.split()[-1]) > 0 for line in lines)
+
+
+def test_python_calls_are_those_of_the_package():
+    routing = token_choice(torch.rand(1, 4, 2), 1, 2)
+    every, checks = overhead.python_calls(lambda: routing.dispatch(torch.randn(1, 4, 8)))
+    assert every > checks > 0
+    assert overhead.python_calls(lambda: torch.randn(3).sum()) == (0, 0)
