@@ -1,21 +1,19 @@
-"""Where and with what a run was made."""
+"""Where and with what a run was made: what `vmoe_routers.machine` says, ISA level and kept memory."""
 
 from __future__ import annotations
 
 import ctypes
 import datetime
-import importlib.metadata
 import os
 import platform
-import re
-from pathlib import Path
 
 import torch
 
-import vmoe_routers
 from vmoe_routers import _C
+from vmoe_routers.machine import cpu_model, package_version
 
 PACKAGES = (
+    "vmoe_routers",
     "torch",
     "numpy",
     "soft-moe-pytorch",
@@ -27,22 +25,9 @@ PACKAGES = (
 )
 
 
-def cpu_name() -> str:
-    try:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def versions() -> dict[str, str]:
-    found = {"vmoe_routers": vmoe_routers.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {name: package_version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: text for name, text in found.items() if text}
 
 
 def keep_memory() -> bool:
@@ -61,7 +46,7 @@ def keep_memory() -> bool:
 
 def machine(device: str, *, memory_kept: bool = False) -> dict:
     """Device, versions, date and ISA level, for the table's head and the JSON."""
-    name, found = cpu_name(), versions()
+    name, found = cpu_model(), versions()
     if device == "cuda":
         name, found["CUDA"] = torch.cuda.get_device_name(), torch.version.cuda or ""
     return {

@@ -8,7 +8,6 @@ import pytest
 from records import run, study, variant
 
 from vmoe_routers.study import report
-from vmoe_routers.study.machine import machine_description
 from vmoe_routers.study.summary import summarise
 
 VOID = {"meta", "img"}
@@ -133,9 +132,3 @@ def test_a_narrow_mlp_is_explained(tmp_path):
 def test_names_the_command(tmp_path, monkeypatch, program, command):
     monkeypatch.setattr("sys.argv", [program, "study", "--output", "a b"])
     assert command in write(tmp_path, study(seeds=1), {"data": "digits"})[1].text
-
-
-def test_machine_description():
-    found = machine_description()
-    assert {"CPU", "cores", "memory", "system", "Python", "torch", "vmoe_routers", "timm"} <= set(found)
-    assert all(isinstance(value, str) and value for value in found.values())

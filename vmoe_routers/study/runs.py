@@ -15,9 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vmoe_routers import __version__
+from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
 from vmoe_routers.moe import MoEMlp
-from vmoe_routers.study.machine import here_and_now
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Images, evaluate, few_shot_accuracy, train

@@ -12,7 +12,7 @@ A run's record, one for each variant and seed, is a dict as JSON holds it:
     layers         list of block, load (tokens per image of each expert), utilisation, load_cv, dropped, entropy,
                    dead_experts; empty for the dense ViT
     transfer       data, accuracy; or None
-    machine, date  where and when it was run; see `vmoe_routers.study.machine`
+    machine, date  where and when it was run; by `vmoe_routers.machine`
 
 Means are over seeds, with the standard error of the mean (sample deviation, ddof = 1);
 differences to the dense ViT are taken seed by seed first, since runs of one seed share trunk

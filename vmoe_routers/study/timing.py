@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vmoe_routers.study.machine import here_and_now
+from vmoe_routers.machine import here_and_now
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Images, Step

@@ -1,4 +1,4 @@
-"""The machine that a study runs on, and the versions that matter."""
+"""The machine that the study and the benchmarks run on, and the versions that matter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+NOT_INSTALLED = "not installed"
+
 
 def here_and_now() -> dict[str, Any]:
     """What every measurement keeps: `machine` as `machine_description` has it, and `date` to the minute."""
@@ -20,11 +22,11 @@ def here_and_now() -> dict[str, Any]:
 
 @cache
 def machine_description() -> dict[str, str]:
-    """This machine and the versions that matter, in words; every key is there on every machine but the GPU's."""
+    """This machine and the versions that matter, in words; every machine has all keys but the GPU's."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
     found = {
-        "CPU": f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
+        "CPU": f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": f"{cores} used of {os.cpu_count()}",
         "memory": _memory(),
     }
@@ -34,12 +36,13 @@ def machine_description() -> dict[str, str]:
         "system": _system(),
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "vmoe_routers": _version("vmoe_routers"),
-        "timm": _version("timm"),
+        "vmoe_routers": package_version("vmoe_routers") or NOT_INSTALLED,
+        "timm": package_version("timm") or NOT_INSTALLED,
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -63,8 +66,9 @@ def _system() -> str:
         return kernel
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str | None:
+    """Version of an installed package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None
