@@ -22,8 +22,8 @@ from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.machine import keep_memory, machine
 from benchmarks.measure import measure_job
 from benchmarks.plan import jobs, parse
-from benchmarks.report import TimeLeft, print_machine, print_result, print_verdicts
-from benchmarks.targets import verdicts
+from benchmarks.report.console import TimeLeft, print_machine, print_result, print_verdicts
+from benchmarks.report.targets import verdicts
 
 
 def run(options: argparse.Namespace, console: Console) -> dict:
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         written = [options.json]
         if report["results"]:
             try:
-                from benchmarks.plots import save_plots
+                from benchmarks.report.plots import save_plots
             except ImportError as error:
                 console.print(f"no figures: {error}")
             else:

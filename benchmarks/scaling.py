@@ -24,7 +24,7 @@ from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.compare import recording, runner
 from benchmarks.machine import keep_memory, machine
 from benchmarks.plan import use_isa
-from benchmarks.report import TimeLeft, seconds
+from benchmarks.report.console import TimeLeft, seconds
 from benchmarks.timer import is_unstable, measure, once
 
 THREADS = (1, 2)
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     report["seconds"] = time.perf_counter() - start
     print_curves(console, report)
     if options.json:
-        from benchmarks.plots import scaling_figure
+        from benchmarks.report.plots import scaling_figure
 
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -11,8 +11,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks import forms, peers
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import forms, packages
 from vmoe_routers import capacity, ops
 
 
@@ -81,8 +81,8 @@ def build(size: Size, device: str, *, one_group: bool = False) -> Case:
         variant("torch index_add", "index", index_add),
     ]
     skipped: list[str] = []
-    if peers.runs_triton(device):
-        peers.add(variants, skipped, peers.triton_rows, x, token.shape, gate, rows, places)
+    if packages.runs_triton(device):
+        packages.add(variants, skipped, packages.triton_rows, x, token.shape, gate, rows, places)
     # Tokens read, slots written; slots read, tokens written.
     moved = size.itemsize * D * (2 * G * T + 2 * G * E * C)
     return Case(
@@ -113,8 +113,8 @@ def build_dispatch(size: Size, device: str) -> Case:
         ),
     ]
     skipped: list[str] = []
-    if peers.runs_triton(device):
-        peers.add(variants, skipped, peers.triton_gather, x, token.shape, rows)
+    if packages.runs_triton(device):
+        packages.add(variants, skipped, packages.triton_gather, x, token.shape, rows)
     filled = int((token >= 0).sum())
     moved = size.itemsize * D * (filled + G * E * C)
     back = size.itemsize * D * (filled + G * T)
@@ -143,8 +143,8 @@ def build_combine(size: Size, device: str) -> Case:
         variant("torch index_add", "index", lambda: [forms.add_rows(flat, gate.flatten(), rows, G * T).view(G, T, D)]),
     ]
     skipped: list[str] = []
-    if peers.runs_triton(device):
-        peers.add(variants, skipped, peers.triton_sum_slots, flat, gate, places, (G, T, D))
+    if packages.runs_triton(device):
+        packages.add(variants, skipped, packages.triton_sum_slots, flat, gate, places, (G, T, D))
     filled = int((token >= 0).sum())
     moved = size.itemsize * D * (filled + G * T)
     # Both y and its gradient are by slot, and the gradient of a gate is of y's row and its token's.

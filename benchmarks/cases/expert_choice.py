@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import forms
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import forms
 from vmoe_routers import capacity, ops
 
 

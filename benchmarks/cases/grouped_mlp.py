@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
-from benchmarks.layers import dense, packed_mlps
+from benchmarks.peers.layers import dense, packed_mlps
 from vmoe_routers import capacity, ops
 
 

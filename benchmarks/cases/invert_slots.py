@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import forms
 from benchmarks.case import FORWARD, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import forms
 from vmoe_routers import capacity, ops
 
 MASK_BYTES = 256 << 20  # a mask larger than this is not built

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import forms, peers
 from benchmarks.case import BACKWARD, FORWARD, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import forms, packages
 from vmoe_routers import capacity, ksparse_projection
 from vmoe_routers.ops import reference
 
@@ -24,7 +24,7 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
         variant("torch topk", "index", lambda: [forms.ksparse_projection(x, k)]),
     ]
     skipped: list[str] = []
-    peers.add(variants, skipped, peers.pot_projection, x, k)
+    packages.add(variants, skipped, packages.pot_projection, x, k)
     moved = 8 * G * E * T
     return Case(
         op="ksparse_projection",

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import forms, peers
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import forms, packages
 from vmoe_routers import capacity, ksparse_transport
 from vmoe_routers.ops import reference
 
@@ -49,7 +49,7 @@ def build_lbfgs(size: Size, device: str) -> Case:
         Variant("ours", "ours", lambda: [ksparse_transport(similarity, k, iterations=ITERATIONS, solver="lbfgs")]),
     ]
     skipped: list[str] = []
-    peers.add(variants, skipped, peers.pot_ksparse, similarity, k, ITERATIONS)
+    packages.add(variants, skipped, packages.pot_ksparse, similarity, k, ITERATIONS)
     return Case(
         op="ksparse_transport",
         title="k-sparse transport, L-BFGS, one image, float64",

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import layers, peers
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import layers, packages
 from vmoe_routers import MoEMlp
 
 EINSUM_BYTES = 256 << 20  # a dispatch tensor larger than this is not built
@@ -96,7 +96,7 @@ def soft(size: Size, device: str) -> Case:
         variant("torch softmax + bmm", "index", lambda: [layers.soft(layer, x)]),
     ]
     skipped: list[str] = []
-    peers.add(variants, skipped, peers.soft_moe_pytorch, layer, x)
+    packages.add(variants, skipped, packages.soft_moe_pytorch, layer, x)
     rows = size.images * size.experts * slots
     variants.append(layers.dense(x, rows))
     mixing = 3 * 2 * size.images * size.tokens * size.experts * slots * size.width

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import hugging_face, layers, peers
 from benchmarks.case import VIT_B, Case, Entry, Size, Variant
 from benchmarks.cases.layer import DEFAULT, QUICK, floors, make
+from benchmarks.peers import hugging_face, layers, packages
 from vmoe_routers import MoEMlp
 
 
@@ -57,8 +57,8 @@ def top2(size: Size, device: str) -> Case:
     """lucidrains' packages: top-2, renormalised, buffers per image."""
     title = "layer of lucidrains' packages, top-2 renormalised, per image"
     layer, x, variants, skipped, case = build(size, device, title, [BUFFERS], top_k=2, renormalize=True, **ROUND)
-    for peer in (peers.mixture_of_experts, peers.st_moe_pytorch):
-        peers.add(variants, skipped, peer, layer, x, layer.router.slots(size.tokens))
+    for peer in (packages.mixture_of_experts, packages.st_moe_pytorch):
+        packages.add(variants, skipped, peer, layer, x, layer.router.slots(size.tokens))
     return case()
 
 
@@ -67,7 +67,7 @@ def top1(size: Size, device: str) -> Case:
     size = replace(size, top_k=1)
     title = "layer of Switch Transformers, top-1, per image"
     layer, x, variants, skipped, case = build(size, device, title, [BUFFERS], top_k=1, **ROUND)
-    peers.add(variants, skipped, hugging_face.transformers_switch, layer, x, layer.router.slots(size.tokens))
+    packages.add(variants, skipped, hugging_face.transformers_switch, layer, x, layer.router.slots(size.tokens))
     return case()
 
 
@@ -79,8 +79,8 @@ def dropless(size: Size, device: str) -> Case:
     layer, x, variants, skipped, case = build(size, device, title, forms, **options)
     layer.router.eval_capacity_factor = fullest(layer, x) * size.experts / (2 * size.rows)
     for implementation in ("eager", "grouped_mm", "batched_mm"):
-        peers.add(variants, skipped, hugging_face.transformers_experts, layer, x, implementation)
-    peers.add(variants, skipped, hugging_face.transformers_mixtral, layer, x)
+        packages.add(variants, skipped, hugging_face.transformers_experts, layer, x, implementation)
+    packages.add(variants, skipped, hugging_face.transformers_mixtral, layer, x)
     return case()
 
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import forms, peers
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import forms, packages
 from vmoe_routers import sinkhorn
 
 ITERATIONS = 20
@@ -38,7 +38,7 @@ def build(size: Size, device: str, *, one_group: bool, sigma: int = 1) -> Case:
                 different="other marginals (1/n, 1/E), rows first",
             )
         )
-        peers.add(variants, skipped, peers.pot_sinkhorn, logits, ITERATIONS)
+        packages.add(variants, skipped, packages.pot_sinkhorn, logits, ITERATIONS)
     # K is read once at least in every iteration that moves something, from memory where it does not fit a cache;
     # backward goes the same way.
     once = 4 * G * T * E

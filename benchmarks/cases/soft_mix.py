@@ -8,8 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks import forms
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import forms
 from vmoe_routers import ops
 
 

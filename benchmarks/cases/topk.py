@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from benchmarks import forms, peers
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
+from benchmarks.peers import forms, packages
 from vmoe_routers import ops
 
 
@@ -31,8 +31,8 @@ def build(size: Size, device: str) -> Case:
         variant("torch topk, then softmax of k", "index", lambda: forms.topk_then_normalize(logits, K)),
     ]
     skipped: list[str] = []
-    if peers.runs_triton(device):
-        peers.add(variants, skipped, peers.triton_topk, logits, K)
+    if packages.runs_triton(device):
+        packages.add(variants, skipped, packages.triton_topk, logits, K)
     forward = Floor(bytes=size.itemsize * n * (E + K) + 4 * n * K, exps=n * E)
     return Case(
         op="topk",

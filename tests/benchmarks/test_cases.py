@@ -14,7 +14,7 @@ from benchmarks import overhead
 from benchmarks.case import BACKWARD, ROLES, Size, Variant
 from benchmarks.cases import entries
 from benchmarks.compare import applies, check, mismatch, runner
-from benchmarks.targets import AIMS, WHY, Target
+from benchmarks.report.targets import AIMS, WHY, Target
 from vmoe_routers import ROUTERS, ops, token_choice
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import ceilings, docs, measure, plan, run, targets, timer
+from benchmarks import ceilings, measure, plan, run, timer
 from benchmarks.case import FORWARD, Size
 from benchmarks.cases import entries
+from benchmarks.report import docs, targets
 
 TINY = Size(images=2, tokens=48, experts=4, width=16, top_k=1)
 RATES = {"L2": 2e12, "DRAM": 1e12}

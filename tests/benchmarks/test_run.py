@@ -11,12 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import ceilings, docs, plan, run, scaling, targets, timer
+from benchmarks import ceilings, plan, run, scaling, timer
 from benchmarks.case import Entry, Floor, Size
 from benchmarks.cases import topk
 from benchmarks.machine import machine
 from benchmarks.measure import usable
-from benchmarks.report import print_result, print_verdicts
+from benchmarks.report import docs, targets
+from benchmarks.report.console import print_result, print_verdicts
 from vmoe_routers import _C
 
 CEILINGS = ceilings.Ceilings(
@@ -29,11 +30,18 @@ CEILINGS = ceilings.Ceilings(
 )
 
 
-def test_ratio_of_twice_the_work_is_two():
-    timings, again = timer.measure({"one": lambda: time.sleep(0.002), "two": lambda: time.sleep(0.004)})
-    assert 1.6 < timings["two"].ratio.median < 2.4
-    assert timings["one"].ratio.median == 1
-    assert again.low <= again.median <= again.high
+def test_ratios_are_paired_with_the_first_and_times_are_medians():
+    twice = iter([2.0, 4.0, 6.0])
+    timings, again = timer.paired({"one": lambda: 1.0, "two": lambda: next(twice)}, rounds=3)
+    assert (timings["two"].seconds, timings["two"].fastest, timings["two"].ratio.median) == (4, 2, 4)
+    assert timings["one"].ratio.median == again.low == again.median == again.high == 1
+
+
+def test_seconds_are_of_one_call(monkeypatch):
+    clock = iter([0.0, 3.0])
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: next(clock))
+    calls = []
+    assert timer.once(lambda: calls.append(1), 6, "cpu") == 0.5 and len(calls) == 6
 
 
 def test_a_short_call_is_repeated():
@@ -220,7 +228,7 @@ def test_without_matplotlib_a_run_has_no_figures_and_says_so(tmp_path, monkeypat
     small = Size(images=1, tokens=32, experts=4)
     monkeypatch.setattr(plan, "entries", lambda *_: [Entry("topk", topk.build, quick=small)])
     monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
-    monkeypatch.setitem(sys.modules, "benchmarks.plots", None)  # as if its import of matplotlib failed
+    monkeypatch.setitem(sys.modules, "benchmarks.report.plots", None)  # as if its import of matplotlib failed
     run.main(["--quick", "--json", str(tmp_path / "run.json")])
     assert "seconds" in json.loads((tmp_path / "run.json").read_text())
     assert "no figures" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
@@ -280,7 +288,7 @@ def test_torch_compile_has_its_time():
 
 def test_pages_are_what_the_kept_runs_say():
     for path, text in docs.pages(docs.ROOT).items():
-        assert path.read_text() == text, f"{path.name}: run python -m benchmarks.docs"
+        assert path.read_text() == text, f"{path.name}: run python -m benchmarks.report.docs"
 
 
 def test_slope_is_of_the_larger_half():

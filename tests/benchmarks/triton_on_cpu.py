@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks import peers
 from benchmarks.case import FORWARD, Size
 from benchmarks.cases import entries
 from benchmarks.compare import applies, check
+from benchmarks.peers import packages
 
 SIZE = Size(images=2, tokens=48, experts=4, width=300)  # of the width's and the tokens' blocks the last is not full
 
-peers.runs_triton = lambda device: True
+packages.runs_triton = lambda device: True
 found = []
 for entry in entries(device="cuda"):
     if entry.op not in ("topk", "dispatch"):

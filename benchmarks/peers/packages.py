@@ -1,5 +1,5 @@
 """Installed packages beside ours, with our weights put in. One that is not installed is skipped, which the output
-says: `pip install -e '.[bench]'` before a run to keep. transformers' blocks are in `benchmarks.hugging_face`.
+says: `pip install -e '.[bench]'` before a run to keep. transformers' blocks are in `benchmarks.peers.hugging_face`.
 """
 
 from __future__ import annotations
@@ -89,33 +89,33 @@ def runs_triton(device: str) -> bool:
 
 
 def triton_topk(logits: Tensor, k: int) -> Variant:
-    from benchmarks import triton_forms
+    from benchmarks.peers import triton
 
     # Without leaves: no gradient was written.
-    return Variant("triton", "peer", lambda: triton_forms.softmax_topk(logits, k))
+    return Variant("triton", "peer", lambda: triton.softmax_topk(logits, k))
 
 
 def triton_gather(x: Tensor, slots: Sequence[int], rows: Tensor) -> Variant:
     """Dispatch: `slots` are [G, E, C], `rows` the batch's, n for an empty slot."""
-    from benchmarks import triton_forms
+    from benchmarks.peers import triton
 
-    return Variant("triton", "peer", lambda: [triton_forms.gather_rows(x.flatten(0, 1), rows).view(*slots, -1)])
+    return Variant("triton", "peer", lambda: [triton.gather_rows(x.flatten(0, 1), rows).view(*slots, -1)])
 
 
 def triton_sum_slots(y: Tensor, gate: Tensor, places: Tensor, shape: Sequence[int]) -> Variant:
     """Combine: y [S, D] by slot, `places` [n, K] of a token's slots, -1 for dropped; tokens of `shape`."""
-    from benchmarks import triton_forms
+    from benchmarks.peers import triton
 
-    return Variant("triton", "peer", lambda: [triton_forms.sum_slots(y, gate.flatten(), places).view(shape)])
+    return Variant("triton", "peer", lambda: [triton.sum_slots(y, gate.flatten(), places).view(shape)])
 
 
 def triton_rows(x: Tensor, slots: Sequence[int], gate: Tensor, rows: Tensor, places: Tensor) -> Variant:
     """Dispatch and combine, as `triton_gather` and `triton_sum_slots`."""
-    from benchmarks import triton_forms
+    from benchmarks.peers import triton
 
     def call():
-        y = triton_forms.gather_rows(x.flatten(0, 1), rows)
-        return [triton_forms.sum_slots(y, gate.flatten(), places).view_as(x), y.view(*slots, -1)]
+        y = triton.gather_rows(x.flatten(0, 1), rows)
+        return [triton.sum_slots(y, gate.flatten(), places).view_as(x), y.view(*slots, -1)]
 
     return Variant("triton", "peer", call)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Variant
-from benchmarks.peers import NotComparable, stacked
+from benchmarks.peers.packages import NotComparable, stacked
 from vmoe_routers import MoEMlp
 
 GATHERED_BYTES = 256 << 20  # more than this of weights, copied for every token, is not built

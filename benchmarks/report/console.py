@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from benchmarks.targets import best_peer, reasons
+from benchmarks.report.targets import best_peer, reasons
 
 WAITS = "with what Python takes"
 GPU_TIMES = (

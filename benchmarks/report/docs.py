@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and README's figures from the kept runs: `python -m benchmarks.docs`.
+"""docs/benchmarks.md and README's figures from the kept runs: `python -m benchmarks.report.docs`.
 
 Runs are kept in `benchmarks/results`: `<name>.json` of `benchmarks.run`, `<name>-scaling.json` of
 `benchmarks.scaling`. No figure is written by hand; a test says where the pages and the runs differ.
@@ -10,19 +10,20 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.report import GPU_TIMES, WAITS, mebibytes, memory_of_results, seconds
+from benchmarks.report.console import GPU_TIMES, WAITS, mebibytes, memory_of_results, seconds
+from benchmarks.report.targets import best_peer, reasons
 from benchmarks.scaling import GAIN, SLACK
-from benchmarks.targets import best_peer, reasons
 
-ROOT = Path(__file__).resolve().parent.parent
-MARKS = ("<!-- benchmarks: written by python -m benchmarks.docs -->", "<!-- end of benchmarks -->")
+ROOT = Path(__file__).resolve().parents[2]
+MARKS = ("<!-- benchmarks: written by python -m benchmarks.report.docs -->", "<!-- end of benchmarks -->")
 NO_GPU = "No run on a GPU is kept here: how long the CUDA kernels take is not known."
 NONE = "No run is kept here yet; `make bench` measures on your machine."
 HEAD = """# Benchmarks
 
-Written by `python -m benchmarks.docs` from the runs in `benchmarks/results/`; `make bench` measures anew. Every ratio
-is the median of paired ratios within one process, time of the variant / time of ours, with a bootstrap 95 % interval:
-above 1 ours is faster. Results are asserted equal before timing, or the row says that the function is another. The
+Written by `python -m benchmarks.report.docs` from the runs in `benchmarks/results/`; `make bench` measures anew. Every
+ratio is the median of paired ratios within one process, time of the variant / time of ours, with a bootstrap 95 %
+interval; above 1 ours is faster.
+Results are asserted equal before timing, or the row says that the function is another. The
 floor is what the case must do (flops, bytes, exponentials) at the ceilings measured in the same run. UNSTABLE: the same
 code measured twice came out more than 10 % apart, or may have come out 30 % apart; such a row says little.
 
@@ -266,7 +267,9 @@ def pages(root: Path) -> dict[Path, str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.docs", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report.docs", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
     for path, text in pages(parser.parse_args(arguments).root).items():
         path.write_text(text)

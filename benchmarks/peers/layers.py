@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import forms
 from benchmarks.case import Variant
+from benchmarks.peers import forms
 from vmoe_routers import MoEMlp, TokenChoiceRouter
 from vmoe_routers.affinity import Sinkhorn, Softmax, SparsityConstrained
 
