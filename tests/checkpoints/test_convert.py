@@ -1,5 +1,9 @@
 """convert: the reference's checkpoint and dense ViTs into folders, and what is none."""
 
+import io
+import random
+import shutil
+
 import numpy as np
 import parity
 import pytest
@@ -11,6 +15,7 @@ from vmoe_routers import cli
 from vmoe_routers.checkpoints import CheckpointError, from_pretrained
 from vmoe_routers.checkpoints.convert import _ratio, convert, infer_arguments
 from vmoe_routers.models import upcycle
+from vmoe_routers.options import OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = str(parity.GOLDEN / "ckpt" / "tiny")
@@ -88,3 +93,65 @@ def test_refuses_other_parameters(tmp_path, capsys, change, message):
 @pytest.mark.parametrize(("hidden", "width"), [(1000, 768), (341, 1023), (3072, 768), (7, 49), (29, 100)])
 def test_the_hidden_width_is_kept(hidden, width):
     assert int(width * _ratio(hidden, width)) == hidden
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"img_size": 0}, "img_size must be at least 1 and below"),
+    ({"img_size": -16}, "img_size must be at least 1"),
+    ({"img_size": 33}, "img_size 33 is not a multiple of the patch size 8 of"),
+    ({"img_size": 8_000_000}, r"img_size 8000000: the model needs at least .* TiB, .* are available"),
+    ({"top_k": 0}, "top_k must be at least 1"),
+    ({"top_k": 99}, "top_k 99 is more than the 4 experts of"),
+    ({"group_size": 0}, "group_size must be at least 1"),
+    ({"capacity_factor": 0.0}, "capacity_factor must be positive and at most"),
+    ({"capacity_factor": float("nan")}, "capacity_factor must be positive"),
+    ({"capacity_factor": 1e308}, "capacity_factor must be positive"),
+    ({"router": "hard"}, "router 'hard' does not exist; there are"),
+])  # fmt: skip
+def test_refuses_options(tmp_path, options, message):
+    with pytest.raises(OptionError, match=message) as error:
+        convert(TINY, str(tmp_path / "folder"), **options)
+    assert set(error.value.options) == set(options) and not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(("source", "folder", "message"), [("", "x", "source must not be"), (TINY, "", "folder must")])
+def test_refuses_empty_paths(source, folder, message):
+    with pytest.raises(OptionError, match=message):
+        convert(source, folder)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_fuzz_of_an_npz_file(tmp_path, save):
+    """A mutated file is converted or refused, in a folder that is written whole or not at all."""
+    dense = flax_model(router=None, pre_logits=True)
+    buffer = io.BytesIO()
+    save(buffer, **{path: array.numpy() for path, array in flax_params(dense).items()})
+    check_fuzz(tmp_path, tmp_path / "a.npz", buffer.getvalue(), str(tmp_path / "a.npz"), 80, begin=b"PK\x01\x02")
+
+
+@pytest.mark.parametrize(("name", "turns"), [("tiny.index", 150), ("tiny.data-00000-of-00002", 20)])
+def test_fuzz_of_a_checkpoint(tmp_path, name, turns):
+    for path in (parity.GOLDEN / "ckpt").glob("tiny.*"):
+        shutil.copy(path, tmp_path)
+    check_fuzz(tmp_path, tmp_path / name, (tmp_path / name).read_bytes(), str(tmp_path / "tiny"), turns)
+
+
+def check_fuzz(folder, path, whole, source, turns, begin=b""):
+    """Mutates bytes, in every second turn only from `begin` on, and cuts in every fifth turn."""
+    draw, refused = random.Random(0), 0
+    start = whole.index(begin)
+    for turn in range(turns):
+        data = bytearray(whole[: draw.randrange(1, len(whole))] if turn % 5 == 0 else whole)
+        for _ in range(draw.randrange(1, 4)):
+            place = draw.randrange(start if turn % 2 else 0, len(whole))
+            data[place % len(data) : place % len(data) + 1] = bytes([draw.choice([draw.randrange(256), 0, 255, 14])])
+        path.write_bytes(data)
+        target = folder / str(turn)
+        try:
+            convert(source, str(target))
+        except CheckpointError as error:
+            refused += 1
+            assert str(folder) in str(error) and not target.exists()
+        else:
+            assert sorted(file.name for file in target.iterdir()) == ["config.json", "model.safetensors"]
+    assert turns / 5 <= refused <= turns

@@ -96,10 +96,12 @@ def test_fuzz(tmp_path, save):
     draw, refused = random.Random(0), 0
     tracemalloc.start()
     try:
-        for _ in range(1000):
+        for _ in range(400):
             data = bytearray(whole[: draw.randrange(len(whole))] if draw.random() < 0.2 else whole)
+            directory = data.find(b"PK\x01\x02") if draw.random() < 0.5 else 0
             for _ in range(draw.randrange(1, 4) if data else 0):
-                data[draw.randrange(len(data))] = draw.choice([draw.randrange(256), 0, 255])
+                place = draw.randrange(max(directory, 0), len(data))
+                data[place] = draw.choice([draw.randrange(256), 0, 255, 12, 14])  # 12, 14: bzip2, LZMA
             path.write_bytes(data)
             try:
                 read_npz(path)
@@ -108,4 +110,57 @@ def test_fuzz(tmp_path, save):
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
-    assert 300 < refused < 1000
+    assert 120 < refused < 400
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2], ids=["lzma", "bzip2"])
+def test_other_compressions_are_refused(tmp_path, method):
+    path = npz(tmp_path / "a.npz", [("a.npy", npy(header(), b"\0" * 8))], method)
+    with pytest.raises(CheckpointError, match=r"a\.npz: a: compressed by method \d+, wanted a stored or deflated"):
+        read_npz(path)
+
+
+def central(path, at, value):
+    """Overwrites bytes of the first member's entry in the archive's directory."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"PK\x01\x02") + at
+    data[place : place + len(value)] = value
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("at", "value", "message"), [
+    (8, b"\1\0", "encrypted"),
+    (10, b"\x63\0", "method 99"),
+    (20, b"\xff\xff\xff\x7f", "2147483647 bytes for"),
+    (24, b"\0\x01\0\0", "bytes for 256 in a file of"),
+    (24, b"\xff\xff\xff\x7f", "would unfold to"),
+])  # fmt: skip
+def test_hostile_directories(tmp_path, at, value, message):
+    path = npz(tmp_path / "a.npz", [("a.npy", npy(header(), b"\0" * 8))])
+    central(path, at, value)
+    with pytest.raises(CheckpointError, match=message):
+        read_npz(path)
+
+
+def test_memory_follows_the_bytes_that_are_present(tmp_path):
+    """The directory and the header agree on 60 MB, which a truncated deflated stream does not hold."""
+    path = npz(tmp_path / "a.npz", [("b.npy", npy(header(shape="(15000000,)"), b"\0" * 1000))], zipfile.ZIP_DEFLATED)
+    central(path, 24, (60_000_000 + len(npy(header(shape="(15000000,)")))).to_bytes(4, "little"))
+    path.write_bytes(bytes(1_000_000) + path.read_bytes())
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"a\.npz"):
+            read_npz(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_no_memory_is_a_checkpoint_error(tmp_path, monkeypatch):
+    def none(*_):
+        raise MemoryError
+
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    monkeypatch.setattr("vmoe_routers.checkpoints.npz._read_array", none)
+    with pytest.raises(CheckpointError, match=r"a\.npz.*not enough memory"):
+        read_npz(tmp_path / "a.npz")

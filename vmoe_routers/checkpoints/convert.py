@@ -18,6 +18,11 @@ from vmoe_routers.checkpoints.flax import load_flax, reference_path
 from vmoe_routers.checkpoints.npz import read_npz
 from vmoe_routers.checkpoints.pretrained import make_empty, save_pretrained
 from vmoe_routers.checkpoints.vmoe import read_vmoe
+from vmoe_routers.memory import available_memory, in_words
+from vmoe_routers.options import OptionError
+from vmoe_routers.routers import ROUTERS
+
+MAX_FACTOR = 1e4  # of capacity: far beyond a buffer for every token at every expert
 
 
 def convert(
@@ -49,9 +54,11 @@ def convert(
         the model.
 
     Raises:
-        CheckpointError: a file that cannot be read, or an architecture that `vit_moe` does not have.
-        ValueError: parameters that do not match, or an argument out of range.
+        CheckpointError: a file that cannot be read, an architecture that `vit_moe` does not have, or parameters that
+            do not match it.
+        OptionError: an argument out of range, or images too large for the memory.
     """
+    _check_arguments(source, folder, router, top_k, capacity_factor, group_size, img_size)
     is_npz = os.path.isfile(source)
     arrays = read_npz(source, progress=progress) if is_npz else read_vmoe(source, progress=progress)
     if any(path.startswith("params/") for path in arrays):  # beside it is the rest of a training state
@@ -61,8 +68,13 @@ def convert(
         arguments = infer_arguments(arrays, img_size)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
+    sides = arguments["patch_size"]
+    if img_size is not None and any(img_size % side for side in (sides if isinstance(sides, tuple) else (sides,))):
+        raise OptionError(f"img_size {img_size} is not a multiple of the patch size {sides} of {source}", "img_size")
     options: dict[str, Any] = {}
     if arguments["router"] is not None:
+        if top_k > arguments["num_experts"]:
+            raise OptionError(f"top_k {top_k} is more than the {arguments['num_experts']} experts of {source}", "top_k")
         arguments["router"] = router or arguments["router"]
         options = {"group_size": group_size, "capacity_factor": capacity_factor}
         if "token_choice" in arguments["router"]:
@@ -72,13 +84,48 @@ def convert(
         raise CheckpointError(f"{source}: a dense model, which has no router {router!r}")
     from vmoe_routers.models import vit_moe
 
-    # Without memory first, which a few shapes beyond belief could exhaust
-    load_flax(make_empty({**arguments, **options}, source), arrays)
-    with torch.random.fork_rng(devices=[]):  # what is drawn is written over
-        model = vit_moe(**arguments, **options)
-    load_flax(model, arrays).eval()
+    # Build on the meta device first: absurd shapes in a bad file must not exhaust memory.
+    empty = make_empty({**arguments, **options}, source)
+    # Resizing the positions holds them twice more in float64.
+    wanted = sum(tensor.nbytes for tensor in empty.state_dict().values()) + 4 * empty.pos_embed.nbytes
+    available = available_memory()
+    if img_size is not None and available is not None and wanted > available:
+        raise OptionError(
+            f"img_size {img_size}: the model needs at least {in_words(wanted)}, {in_words(available)} are available",
+            "img_size",
+        )
+    try:
+        load_flax(empty, arrays)
+        with torch.random.fork_rng(devices=[]):  # the drawn values are overwritten
+            model = vit_moe(**arguments, **options)
+        load_flax(model, arrays).eval()
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
     save_pretrained(model, Path(folder))
     return model
+
+
+def _check_arguments(
+    source: str,
+    folder: str,
+    router: str | None,
+    top_k: int,
+    capacity_factor: float | None,
+    group_size: int,
+    img_size: int | None,
+) -> None:
+    for name, path in (("source", source), ("folder", folder)):
+        if not os.fspath(path):
+            raise OptionError(f"{name} must not be empty", name)
+    if router is not None and router not in ROUTERS:
+        raise OptionError(f"router {router!r} does not exist; there are {', '.join(ROUTERS)}", "router")
+    for name, value in (("top_k", top_k), ("group_size", group_size), ("img_size", img_size)):
+        if value is not None and not 1 <= value < 1 << 31:
+            raise OptionError(f"{name} must be at least 1 and below 2 ** 31, got {value}", name)
+    if capacity_factor is not None and not 0 < capacity_factor <= MAX_FACTOR:
+        raise OptionError(
+            f"capacity_factor must be positive and at most {MAX_FACTOR:g}, got {capacity_factor}", "capacity_factor"
+        )
 
 
 def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import zipfile
 import zlib
 from math import prod
@@ -29,9 +30,23 @@ _HEADER = re.compile(
     r"'shape': \((?P<shape>|\d{1,18},|\d{1,18}(?:, \d{1,18}){1,31})\), \} *\n"
 )
 _MAX_HEADER_BYTES = 10_000  # numpy's own limit
-_MAX_EXPANSION = 64  # parameters shrink by a tenth; what shrinks to a thousandth is there to fill the memory
+_MAX_EXPANSION = 64  # parameters shrink by a tenth; an array that shrinks to a thousandth would fill the memory
 _MAX_ARRAYS = 100_000
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
+_PIECE = 1 << 24
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes no other, and the decoders can be attacked
+_ENCRYPTED = 1  # bit of a member's flags
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
 
 
 def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) -> dict[str, Tensor]:
@@ -41,9 +56,9 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
 
     Tensors on the CPU in the dtypes of the file; two bytes without a meaning (numpy's V2) are bfloat16.
 
-    Raises CheckpointError, which names the file: no npz file, a damaged or truncated one, a dtype that is no number (so
-    nothing is ever unpickled), an array whose size is not its shape's, and an archive that would unfold to more than 64
-    times its size.
+    Raises CheckpointError, which names the file: no npz file, a damaged or truncated one, members that are neither
+    stored nor deflated, a dtype that is no number (so nothing is ever unpickled), an array whose size is not its
+    shape's, an archive that would unfold to more than 64 times its size, and arrays that do not fit in memory.
     """
     path = os.fspath(path)
     found: dict[str, Tensor] = {}
@@ -61,6 +76,7 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
                     name = entry.filename.removesuffix(".npy")
                     if name in found or name == entry.filename:
                         raise CheckpointError(f"{path}: {name!r} is {'twice in it' if name in found else 'no array'}")
+                    _check_entry(entry, size, f"{path}: {name}")
                     with archive.open(entry) as member:
                         found[name] = _read_array(member, entry.file_size, f"{path}: {name}")
                     done += entry.file_size
@@ -69,8 +85,19 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
         except CheckpointError:
             raise
         except _DAMAGED as error:
-            raise CheckpointError(f"{path}: no npz file, or a damaged one ({error})") from error
+            reason = "not enough memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+            raise CheckpointError(f"{path}: no npz file, or a damaged one ({reason})") from error
     return found
+
+
+def _check_entry(entry: zipfile.ZipInfo, size: int, name: str) -> None:
+    """Refuses members that numpy does not write; `size` is the archive's."""
+    if entry.compress_type not in _COMPRESSIONS or entry.flag_bits & _ENCRYPTED:
+        kind = "encrypted" if entry.flag_bits & _ENCRYPTED else f"compressed by method {entry.compress_type}"
+        raise CheckpointError(f"{name}: {kind}, wanted a stored or deflated member")
+    stored = entry.compress_type == zipfile.ZIP_STORED
+    if entry.compress_size > size or (stored and entry.compress_size != entry.file_size):
+        raise CheckpointError(f"{name}: {entry.compress_size} bytes for {entry.file_size} in a file of {size}")
 
 
 def _read_array(member: IO[bytes], size: int, name: str) -> Tensor:
@@ -91,12 +118,11 @@ def _read_array(member: IO[bytes], size: int, name: str) -> Tensor:
     left = size - 8 - width - length
     if prod(shape) * dtype.itemsize != left or max(shape, default=0) > size:
         raise CheckpointError(f"{name}: {dtype} of shape {list(shape)} in {left} bytes")
-    buffer = bytearray(left)
-    place = 0
-    while n := member.readinto(memoryview(buffer)[place : place + (1 << 24)]):  # type: ignore[attr-defined]
-        place += n
-    if place != left or member.read(1):
-        raise CheckpointError(f"{name}: truncated, {place} bytes of {left}")
+    buffer = bytearray()  # grows with the bytes that are present, whatever the archive declares
+    while len(buffer) < left and (piece := member.read(min(_PIECE, left - len(buffer)))):
+        buffer += piece
+    if len(buffer) != left or member.read(1):
+        raise CheckpointError(f"{name}: truncated, {len(buffer)} bytes of {left}")
     if header["fortran"] == "True":
         return as_tensor(buffer, dtype, shape[::-1]).permute(*reversed(range(len(shape)))).contiguous()
     return as_tensor(buffer, dtype, shape)

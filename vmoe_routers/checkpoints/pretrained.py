@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vmoe_routers.checkpoints._files import open_file
 from vmoe_routers.checkpoints.error import CheckpointError
+from vmoe_routers.files import write_whole
 from vmoe_routers.ops._checks import FLOATS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -73,8 +74,8 @@ def save_pretrained(
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        _replace(folder / CONFIG, lambda path: path.write_text(text + "\n"))
+        write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        write_whole(folder / CONFIG, lambda path: path.write_text(text + "\n"))
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it the owner's alone
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{str(folder)!r}: cannot be written ({error})") from error
@@ -228,14 +229,3 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
         kind = "tensor without memory" if getattr(tensor, "is_meta", False) else type(tensor).__name__
         raise CheckpointError(f"save_pretrained: {name} is a {kind}, wanted a whole tensor, which state_dict can bring")
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Written beside it first, so that what is interrupted leaves the file that was there."""
-    beside = path.with_name(path.name + ".part")
-    beside.unlink(missing_ok=True)  # a link would lead to a file elsewhere
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
