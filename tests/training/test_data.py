@@ -1,14 +1,17 @@
 """Reading data sets: digits, IDX files, folders of images; and what cannot be read, in one line."""
 
 import gzip
+import os
 import struct
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from vmoe_routers.options import OptionError
 from vmoe_routers.training import DataError, load
 from vmoe_routers.training.data import fit, read_idx
 
@@ -71,9 +74,10 @@ def damaged(raw):
 
 @pytest.mark.parametrize(("name", "raw", "words"), [
     ("truncated", idx(PIXELS)[:-1], r"its header says \[6, 5, 4\], but 119 bytes follow"),
-    ("longer", idx(PIXELS) + b"\0", "but 121 bytes follow"),
+    ("longer", idx(PIXELS) + b"\0", "but more than 120 bytes follow"),
     ("only the header's beginning", idx(PIXELS)[:9], "but 0 bytes follow"),
     ("an overflowing header", b"\0\0\x08\x04" + b"\xff" * 16, "but 0 bytes follow"),
+    ("255 axes", b"\0\0\x08\xff" + b"\1" * 1020, r"says \[16843009, 16843009, 16843009, 16843009, \.\.\.\], but 0"),
     ("no axes", b"\0\0\x08\0", "header says"),
     ("floats", b"\0\0\x0d" + idx(PIXELS)[3:], "not an IDX file of bytes .it begins with 00000d03"),
     ("text", b"<html>", "not an IDX file"),
@@ -90,6 +94,50 @@ def test_read_idx_refuses(tmp_path, name, raw, words):
     with pytest.raises(DataError, match=words) as caught:
         read_idx(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_read_idx_needs_no_more_memory_than_the_header_says(tmp_path):
+    """A gzip bomb: 64 MB of zeros after a header of six pixels, and a header of 4 GB before six pixels."""
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(idx(np.zeros(6)) + bytes(64_000_000)))
+    (tmp_path / "liar.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\xff\xff\xff\xff" + bytes(6)))
+    tracemalloc.start()
+    try:
+        for name, words in (("bomb", "more than 6 bytes follow"), ("liar", "but 6 bytes follow")):
+            with pytest.raises(DataError, match=words):
+                read_idx(tmp_path / f"{name}.gz")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_read_idx_larger_than_the_memory(tmp_path, monkeypatch):
+    (tmp_path / "large").write_bytes(idx(PIXELS))
+    monkeypatch.setattr("vmoe_routers.training.data.available_memory", lambda: 100)
+    with pytest.raises(DataError, match="120 bytes of pixels, 100 bytes of memory are available"):
+        read_idx(tmp_path / "large")
+
+
+@pytest.mark.parametrize("path", ["pipe", "pipe.gz", "folder", "nowhere"])
+def test_read_idx_opens_regular_files_only(tmp_path, path):
+    (tmp_path / "folder").mkdir()
+    if path.startswith("pipe"):
+        os.mkfifo(tmp_path / path)
+    with pytest.raises(DataError, match=f"{path}: not a regular file"):
+        read_idx(tmp_path / path)
+
+
+@pytest.mark.parametrize("options", [{"image_size": 0}, {"image_size": 1_000_000}, {"image_size": 10**30},
+                                     {"max_images": 0}, {"max_images": 10**30}])  # fmt: skip
+def test_options_out_of_range(options):
+    ((name, value),) = options.items()
+    with pytest.raises(OptionError, match=f"^{name} .*{value}") as error:
+        load("digits", **options)
+    assert error.value.options == (name,)
+
+
+def test_images_larger_than_the_memory_are_refused_before_they_are_read(tmp_path):
+    with pytest.raises(OptionError, match=r"image_size 1000000: 6 images .* need at least 65.5 TiB, .* are available"):
+        load(str(image_folder(tmp_path)), image_size=1_000_000)
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vmoe_routers.memory import available_memory, in_words
+from vmoe_routers.options import OptionError
+from vmoe_routers.training.error import DataError
+
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
 
 
-class DataError(ValueError):
-    """Data that cannot be read, in words that say what to do."""
+MAX_SIZE = 1 << 31  # of an option that counts pixels or images
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,11 @@ def load(data: str, *, image_size: int | None = None, max_images: int | None = N
 
     Raises:
         DataError: nothing there, or nothing that can be read.
+        OptionError: an option out of range, or images too large for the memory.
     """
+    for name, value in (("image_size", image_size), ("max_images", max_images)):
+        if value is not None and not 1 <= value <= MAX_SIZE:
+            raise OptionError(f"{name} must be at least 1 and at most {MAX_SIZE}, got {value}", name)
     folder = Path(data)
     if data == "digits":
         images = _load_digits()
@@ -88,12 +95,29 @@ def load(data: str, *, image_size: int | None = None, max_images: int | None = N
 
 
 def fit(images: Images, size: int, channels: int) -> Images:
-    """The same images at another size and number of channels."""
+    """The same images at another size and number of channels.
+
+    Raises:
+        OptionError: they do not fit in memory.
+    """
+    if (images.size, images.channels) != (size, channels):
+        _check_memory(len(images.train_labels) + len(images.test_labels), size, channels)
     return replace(
         images,
         train_images=_fit(images.train_images, size, channels),
         test_images=_fit(images.test_images, size, channels),
     )
+
+
+def _check_memory(count: int, size: int, channels: int) -> None:
+    """Refuses images that do not fit in memory as float32."""
+    wanted, available = 4 * count * channels * size * size, available_memory()
+    if available is not None and wanted > available:
+        raise OptionError(
+            f"image_size {size}: {count} images of {size} x {size} pixels need at least {in_words(wanted)}, "
+            f"{in_words(available)} are available",
+            "image_size",
+        )
 
 
 def _fit(x: Tensor, size: int, channels: int) -> Tensor:
@@ -146,24 +170,40 @@ def _find_idx(folder: Path, stem: str) -> Path:
 def read_idx(path: Path) -> Tensor:
     """A file in the IDX format of MNIST, plain or gzipped: a uint8 tensor of its shape.
 
+    Memory follows the bytes that are present, whatever the header declares.
+
     Raises:
-        DataError: not an IDX file of bytes, or one of another length than its header says.
+        DataError: not an IDX file of bytes, one of another length than its header says, or one larger than the memory.
     """
+    if not path.is_file():  # a pipe would block
+        raise DataError(f"{path}: not a regular file")
     opener: Callable = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            raw = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise DataError(f"{path}: not an IDX file of bytes (it begins with {raw[:4].hex() or 'nothing'})")
-    axes = raw[3]
-    start = 4 + 4 * axes
-    shape = struct.unpack(f">{axes}I", raw[4:start]) if len(raw) >= start else ()
-    if not shape or len(raw) - start != math.prod(shape):
-        raise DataError(f"{path}: its header says {list(shape)}, but {max(len(raw) - start, 0)} bytes follow")
-    # bytearray: torch warns of memory that it may not write to.
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[start:].view(shape)
+            start = file.read(4)
+            if len(start) < 4 or start[:3] != b"\0\0\x08":
+                raise DataError(f"{path}: not an IDX file of bytes (it begins with {start.hex() or 'nothing'})")
+            header = file.read(4 * start[3])
+            shape = struct.unpack(f">{start[3]}I", header) if len(header) == 4 * start[3] else ()
+            size, available = math.prod(shape) if shape else 0, available_memory()
+            if available is not None and min(size, _MOST_GZIP_SHRINKS * path.stat().st_size) > available:
+                raise DataError(f"{path}: {in_words(size)} of pixels, {in_words(available)} of memory are available")
+            raw = bytearray()
+            while len(raw) <= size and (piece := file.read(min(_PIECE, size + 1 - len(raw)))):
+                raw += piece
+    except (OSError, EOFError, MemoryError, zlib.error) as error:
+        reason = "not enough memory" if isinstance(error, MemoryError) else error
+        raise DataError(f"{path}: cannot be read: {reason}") from error
+    if not shape or len(raw) != size:
+        says = f"[{', '.join(map(str, shape[:_AXES_SHOWN]))}{', ...' if len(shape) > _AXES_SHOWN else ''}]"
+        follow = f"but more than {size} bytes follow" if len(raw) > size else f"but {len(raw)} bytes follow"
+        raise DataError(f"{path}: its header says {says}, {follow}")
+    return torch.frombuffer(raw, dtype=torch.uint8).view(shape) if raw else torch.empty(shape, dtype=torch.uint8)
+
+
+_PIECE = 1 << 20
+_MOST_GZIP_SHRINKS = 1032
+_AXES_SHOWN = 4
 
 
 def evenly(size: int, most: int) -> Tensor:
@@ -174,14 +214,16 @@ def evenly(size: int, most: int) -> Tensor:
 def _load_image(images: ImageFolder, index: int) -> Tensor:
     try:
         return images[index][0]
-    except (OSError, SyntaxError) as error:  # so Pillow's broken PNG files
-        raise DataError(f"{images.samples[index][0]}: cannot be read: {error}") from error
+    except (MemoryError, RuntimeError) as error:
+        raise DataError(f"{images.samples[index][0]}: cannot be resized: {error or 'not enough memory'}") from error
 
 
 def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Images:
     try:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
+
+        from vmoe_routers.training.pictures import read_picture
     except (ImportError, RuntimeError, AttributeError) as error:
         # A torchvision that does not fit torch raises the last two on import.
         raise DataError(
@@ -194,9 +236,10 @@ def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Image
     parts = []
     for part in (folder / "train", test_folder):
         try:
-            found = ImageFolder(str(part), transform=to_tensor)
+            found = ImageFolder(str(part), transform=to_tensor, loader=read_picture)
         except FileNotFoundError as error:
             raise DataError(f"{part}: wanted a folder of images for every class: {error}") from error
+        _check_memory(min(len(found), max_images or len(found)), size, 3)
         chosen = evenly(len(found), max_images or len(found)).tolist()
         images = torch.stack([_load_image(found, i) for i in chosen])
         parts.append((images, torch.tensor(found.targets)[chosen], found.classes))

@@ -1,0 +1,88 @@
+"""Image files as 8-bit RGB, for the modes that Pillow knows."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from vmoe_routers.training.error import DataError
+
+# By content, whatever the name says. Formats whose decoders start other programs (EPS) are left out.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
+_ALPHA = ("LA", "PA", "RGBA", "RGBa")
+_OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+_MOST_LONG = 100  # a longer strip would need far more memory to be resized than to be read
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # of TIFF
+
+
+def read_picture(path: str) -> Image.Image:
+    """An image file as an RGB image of 8 bits, turned upright as its EXIF orientation says.
+
+    Grey levels of 16 bits are scaled to 8. Transparent pixels are shown on white. CMYK is converted without a profile.
+
+    Raises:
+        DataError: names the file. It is not a regular file (a pipe, a device, a link to nothing), no image, damaged,
+            larger than Pillow allows, an animation or a document, a strip of more than 100 to 1, or has pixels whose
+            range is unknown (32-bit integers and floats).
+    """
+    if not os.path.isfile(path):  # a pipe would block
+        raise DataError(f"{path}: not a regular file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what is large or odd without naming the file
+            # An open file, not its path, from which Pillow 13 maps uncompressed TIFF pixels of rotated sides wrongly.
+            with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+                _refuse_shape(path, image)
+                _refuse_pixels(path, image)
+                image.load()  # which already turns the pixels of a TIFF file
+                return _as_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except Exception as error:  # damaged files make Pillow's decoders raise errors of nearly every type
+        reason = "not enough memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+        raise DataError(f"{path}: cannot be read: {reason}") from error
+
+
+def _refuse_shape(path: str, image: Image.Image) -> None:
+    if max(image.size) > _MOST_LONG * min(image.size):
+        sides = " x ".join(map(str, image.size))
+        raise DataError(f"{path}: {sides} pixels, wanted sides of at most {_MOST_LONG} to 1")
+    # A JPEG file of several pictures (MPO) is a photograph, with previews or a second view after it.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if frames != 1:
+        raise DataError(f"{path}: an animation or a document of {frames} frames, wanted one picture")
+
+
+def _refuse_pixels(path: str, image: Image.Image) -> None:
+    if _is_deep(image):
+        if "transparency" in image.info:
+            raise DataError(f"{path}: 16-bit grey with a transparent level, wanted it opaque or in 8 bits")
+        if not _is_16_bit(image):
+            raise DataError(f"{path}: pixels of Pillow's mode {image.mode}, wanted 8 bits, or 16 with black at 0")
+    elif image.mode not in _OPAQUE + _ALPHA:
+        raise DataError(f"{path}: pixels of Pillow's mode {image.mode}, wanted one of {', '.join(_OPAQUE + _ALPHA)}")
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if _is_deep(image):
+        image = image.convert("I").point([round(value / 257) for value in range(1 << 16)], "L")
+    elif image.mode in _ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether pixels are one number of more than 8 bits, which `convert` would clamp."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _is_16_bit(image: Any) -> bool:
+    """Whether grey levels are in [0, 65535]; Pillow scales a PPM file's to that."""
+    if image.format == "TIFF":
+        bits, photometric = image.tag_v2.get(_BITS_PER_SAMPLE), image.tag_v2.get(_PHOTOMETRIC)
+        return image.mode.startswith("I;16") and bits == (16,) and photometric == _BLACK_IS_ZERO
+    return image.mode != "F"
