@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
         "--new-memory", action="store_true", help="large results from the system in every call, not from the last one's"
     )
     parser.add_argument("--memory", action="store_true", help="peak memory too, in processes of their own (Linux)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, and figures beside them")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results")
     options = parser.parse_args(arguments)
     if options.rounds < ROUNDS:
         parser.error(f"--rounds must be at least {ROUNDS}, got {options.rounds}")

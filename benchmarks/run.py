@@ -1,15 +1,14 @@
 """The benchmark: `python -m benchmarks.run [--quick | --full] [--device cpu] [--isa v3] [--threads 1,2] [--only OP]
-[--json FILE]`.
+[--csv FILE]`.
 
 Measures the machine's ceilings, then every case: correctness first, then all variants of the case in one process and
-in shuffled rounds, as ratios to ours. Prints tables and writes JSON with figures beside it.
+in shuffled rounds, as ratios to ours. Prints tables, and writes a CSV file where asked.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from rich.console import Console
 
 from benchmarks.case import Floor
 from benchmarks.ceilings import Ceilings, measure_ceilings
+from benchmarks.kept import write_run
 from benchmarks.machine import keep_memory, machine
 from benchmarks.measure import measure_job
 from benchmarks.plan import jobs, parse
@@ -60,14 +60,15 @@ def run(options: argparse.Namespace, console: Console) -> dict:
 
 
 def write(report: dict, options: argparse.Namespace) -> None:
-    """The JSON file, if one was asked for."""
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    """The CSV file, if one was asked for."""
+    if options.csv:
+        write_run(report, options.csv)
 
 
 def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace, console: Console) -> None:
-    """Measures the ceilings once more: a neighbour at the beginning would have made every floor too easy."""
+    """Measures the ceilings again: had another process slowed the first measurement, times would look closer to the
+    floor than they are.
+    """
     for entry in report["ceilings"]:
         threads = entry["threads"]
         torch.set_num_threads(threads)
@@ -82,7 +83,7 @@ def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace,
     if raised and max(raised) > 1.1:
         console.print(
             f"\nThe ceilings were higher at the end of the run: fractions of the floor above are up to "
-            f"{max(raised):.2f} times too high. The JSON and its figures have the higher ceilings:"
+            f"{max(raised):.2f} times too high. The CSV file has the higher ceilings:"
         )
         print_machine(console, report["machine"], report["ceilings"])
 
@@ -95,16 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     report = run(options, console)
     report["seconds"] = time.perf_counter() - start
     write(report, options)
-    if options.json:
-        written = [options.json]
-        if report["results"]:
-            try:
-                from benchmarks.report.plots import save_plots
-            except ImportError as error:
-                console.print(f"no figures: {error}")
-            else:
-                written += save_plots(report, options.json.with_suffix(""))
-        console.print("\nwritten: " + ", ".join(map(str, written)))
+    if options.csv:
+        console.print(f"\nwritten: {options.csv}")
     console.print(f"{report['seconds']:.0f} s")
     if report["failed"]:
         cases = ", ".join(f"{case['op']} [{case['size']}]" for case in report["failed"])

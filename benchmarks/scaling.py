@@ -1,4 +1,4 @@
-"""How the cost of each op grows: `python -m benchmarks.scaling [--json FILE] [--isa v3] [--only OP]`.
+"""How the cost of each op grows: `python -m benchmarks.scaling [--csv FILE] [--isa v3] [--only OP]`.
 
 Time against tokens, experts and groups, with one and with two threads by turns in one process; the slope of the
 log-log line through the larger half of the points, beside the slope that the algorithm has.
@@ -7,10 +7,10 @@ log-log line through the larger half of the points, beside the slope that the al
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from benchmarks.case import FORWARD, Case, Entry, Size
 from benchmarks.cases import OPS, entries
 from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.compare import recording, runner
+from benchmarks.kept import read_table, write_table
 from benchmarks.machine import keep_memory, machine
 from benchmarks.plan import use_isa
 from benchmarks.report.console import TimeLeft, seconds
@@ -112,20 +113,23 @@ def slope(xs: list[float], ys: list[float]) -> float:
     return float(np.polyfit(np.log(xs[half:]), np.log(ys[half:]), 1)[0])
 
 
-def curve(entry: Entry, axis: Axis, rounds: int) -> dict:
-    found = [(value, point(entry, axis.size(value), rounds)) for value in axis.values]
-    points = [{"x": value, **p} for value, p in found if p is not None]
+def curve(op: str, axis: str, points: list[dict]) -> dict:
+    """Points of one op along an axis, and the slope of its time with each number of threads."""
     xs = [p["x"] for p in points]
-    slopes = {str(n): slope(xs, [p["seconds"][str(n)] for p in points]) for n in THREADS}
     return {
-        "op": entry.op,
+        "op": op,
         "title": points[0]["title"],
-        "axis": axis.name,
+        "axis": axis,
         "points": points,
-        "slope": slopes,
-        "expected": expected(entry.op, axis.name),
+        "slope": {str(n): slope(xs, [p["seconds"][str(n)] for p in points]) for n in THREADS},
+        "expected": expected(op, axis),
         "unstable": any(p["unstable"] for p in points),
     }
+
+
+def measure_curve(entry: Entry, axis: Axis, rounds: int) -> dict:
+    found = [(value, point(entry, axis.size(value), rounds)) for value in axis.values]
+    return curve(entry.op, axis.name, [{"x": value, **p} for value, p in found if p is not None])
 
 
 def gains(found: Ceilings, only: str | None, rounds: int) -> list[dict]:
@@ -142,15 +146,55 @@ def gains(found: Ceilings, only: str | None, rounds: int) -> list[dict]:
         ratio = timings[str(THREADS[-1])].ratio
         rows.append(
             {
+                "op": entry.op,
                 "title": case.title,
                 "size": str(case.size),
                 "by": by,
-                "compute_bound": "bandwidth" not in by,
+                "seconds": {name: timing.seconds for name, timing in timings.items()},
                 "gain": {"median": 1 / ratio.median, "low": 1 / ratio.high, "high": 1 / ratio.low},
                 "unstable": is_unstable(again),
             }
         )
     return rows
+
+
+def is_compute_bound(gain: dict) -> bool:
+    """Whether arithmetic sets the floor, so that two threads should bring `GAIN`."""
+    return "bandwidth" not in gain["by"]
+
+
+COLUMNS = ("op", "title", "axis", "x", "size", "by", "seconds_1", "seconds_2", "median", "low", "high", "unstable")
+
+
+def write_scaling(report: dict, path: Path) -> None:
+    """Writes a row per point of a curve, and per case at its default size, where the axis is empty."""
+
+    def row(found: dict, **more: object) -> dict:
+        seconds = {f"seconds_{n}": time for n, time in found["seconds"].items()}
+        same = {name: found[name] for name in ("title", "unstable")}
+        return {**same, **seconds, **found["gain"], **more}
+
+    rows = [row(p, op=c["op"], axis=c["axis"], x=p["x"]) for c in report["curves"] for p in c["points"]]
+    rows += [row(g, op=g["op"], size=g["size"], by=g["by"]) for g in report["gains"]]
+    about = {key: value for key, value in report.items() if key not in ("curves", "gains")}
+    write_table(path, about, COLUMNS, rows)
+
+
+def read_scaling(path: Path) -> dict:
+    """The report that `write_scaling` wrote."""
+    about, rows = read_table(path)
+    found = [
+        {
+            **{name: row[name] for name in ("op", "title", "axis", "x", "size", "by")},
+            "seconds": {str(n): row[f"seconds_{n}"] for n in THREADS},
+            "gain": {name: row[name] for name in ("median", "low", "high")},
+            "unstable": bool(row["unstable"]),
+        }
+        for row in rows
+    ]
+    points = groupby((f for f in found if f["axis"]), lambda f: (f["op"], f["axis"]))
+    curves = [curve(op, axis, list(group)) for (op, axis), group in points]
+    return {**about, "curves": curves, "gains": [f for f in found if not f["axis"]]}
 
 
 def print_curves(console: Console, report: dict) -> None:
@@ -168,7 +212,7 @@ def print_curves(console: Console, report: dict) -> None:
     table = Table("case", "size", "floor by", "gain", "95 %", "", box=None, pad_edge=False)
     for row in report["gains"]:
         gain, verdict = row["gain"], ""
-        if row["compute_bound"]:
+        if is_compute_bound(row):
             reached = gain["median"] / GAIN
             verdict = f"{'[green]met[/]' if reached >= 1 else '[red]missed[/]'}, {reached:.2f} of it"
         verdict += " [bold red]UNSTABLE[/]" if row["unstable"] else ""
@@ -182,7 +226,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--isa", help="the CPU kernels of a lower level: v2, v3 or v4 on x86-64; by default the best")
     parser.add_argument("--only", choices=[op for op in OPS if op not in LEAVE_OUT], help="one op")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of a point")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, and the figure beside them")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
@@ -200,19 +244,14 @@ def main(arguments: list[str] | None = None) -> None:
     plan = [(axis, entry) for axis in AXES for entry in chosen(axis, options.only)]
     with TimeLeft(console, [1] * len(plan)) as left:
         for axis, entry in plan:
-            report["curves"].append(curve(entry, axis, options.rounds))
+            report["curves"].append(measure_curve(entry, axis, options.rounds))
             left.done()
     report["gains"] = gains(found, options.only, options.rounds)
     report["seconds"] = time.perf_counter() - start
     print_curves(console, report)
-    if options.json:
-        from benchmarks.report.plots import scaling_figure
-
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-        image = options.json.with_suffix(".png")
-        scaling_figure(report["curves"]).savefig(image, dpi=130)
-        console.print(f"\nwritten: {options.json}, {image}")
+    if options.csv:
+        write_scaling(report, options.csv)
+        console.print(f"\nwritten: {options.csv}")
     console.print(f"{report['seconds']:.0f} s")
 
 

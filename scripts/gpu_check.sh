@@ -80,7 +80,7 @@ sanitize_ops() {
 }
 sanitize_kernels() { sanitize "$1" "$out/cpp/tests/cpp/cuda/cuda_tests" --gtest_brief=1; }
 
-bench() { "$python" -m benchmarks.run $quick --device cuda --json "$out/bench.json"; }
+bench() { "$python" -m benchmarks.run $quick --device cuda --csv "$out/bench.csv"; }
 
 export -f machine build tests kernels googletests sanitize sanitize_ops sanitize_kernels bench
 

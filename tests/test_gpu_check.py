@@ -52,7 +52,7 @@ def test_every_part_reports_whatever_became_of_the_others(check, tmp_path):
     assert "failed (1)" in lines["ops"] and lines["ops"].endswith("one test failed")
     assert "failed (3)" in lines["kernels"] and "googletest" not in lines
     assert "one test failed" in done.stdout
-    assert "--device cuda --json" in lines["bench"] and "--quick" not in lines["bench"]
+    assert "--device cuda --csv" in lines["bench"] and "--quick" not in lines["bench"]
 
 
 def test_the_programs_beside_python_go_before_the_systems(check, tmp_path):

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from benchmarks.report.targets import best_peer, reasons
+from benchmarks.report.targets import best_peer, reason
 
 WAITS = "with what Python takes"
 GPU_TIMES = (
@@ -129,7 +129,7 @@ def print_verdicts(console: Console, verdicts: list[dict]) -> None:
     if not verdicts:
         return
     console.print("\n[bold]Targets[/] (times faster than; against the dense MLP: its time over ours)")
-    table = Table("case", "size", "thr", "against", "target", "reached", "", box=None, pad_edge=False)
+    table = Table("case", "size", "thr", "against", "target", "reached", "", "why", box=None, pad_edge=False)
     for v in sorted(verdicts, key=lambda v: v["factor"]):
         verdict = "[green]met[/]" if v["factor"] >= 1 else "[red]missed[/]"
         table.add_row(
@@ -140,7 +140,6 @@ def print_verdicts(console: Console, verdicts: list[dict]) -> None:
             f"{v['target']:.3g}",
             f"{v['ratio']:.3g}",
             f"{verdict}, {v['factor']:.2f} of it" + (" [bold red]UNSTABLE[/]" if v["unstable"] else ""),
+            escape(reason(v)),
         )
     console.print(table)
-    for reason in reasons(verdicts):
-        console.print(f"missed: {reason}", markup=False, highlight=False)

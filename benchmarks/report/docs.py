@@ -1,278 +1,303 @@
-"""docs/benchmarks.md and README's figures from the kept runs: `python -m benchmarks.report.docs`.
+"""docs/benchmarks.md, its pictures and README's lines from the kept results: `python -m benchmarks.report.docs`.
 
-Runs are kept in `benchmarks/results`: `<name>.json` of `benchmarks.run`, `<name>-scaling.json` of
-`benchmarks.scaling`. No figure is written by hand; a test says where the pages and the runs differ.
+Results are kept in `benchmarks/results`: `<name>.csv` of `benchmarks.run`, `<name>-scaling.csv` of
+`benchmarks.scaling`. No figure is written by hand; a test holds the pages to the results.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 from pathlib import Path
 
-from benchmarks.report.console import GPU_TIMES, WAITS, mebibytes, memory_of_results, seconds
-from benchmarks.report.targets import best_peer, reasons
-from benchmarks.scaling import GAIN, SLACK
+from benchmarks.case import BACKWARD, FORWARD, RECORDED
+from benchmarks.kept import read_run
+from benchmarks.report.console import GPU_TIMES, WAITS, memory_of_results, seconds
+from benchmarks.report.targets import best_peer, reason, verdicts
+from benchmarks.scaling import GAIN, SLACK, is_compute_bound, read_scaling
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKS = ("<!-- benchmarks: written by python -m benchmarks.report.docs -->", "<!-- end of benchmarks -->")
-NO_GPU = "No run on a GPU is kept here: how long the CUDA kernels take is not known."
+NO_GPU = "No run on a GPU is kept here: how fast the CUDA kernels are is not known."
 NONE = "No run is kept here yet; `make bench` measures on your machine."
+README_CASES = (
+    "softmax + top-k",
+    "Sinkhorn, one group",
+    "k-sparse transport, Adam, one group",
+    "dispatch + combine, one group",
+    "layer, softmax_token_choice, K=1, one group",
+    "layer, soft",
+)
 HEAD = """# Benchmarks
 
-Written by `python -m benchmarks.report.docs` from the runs in `benchmarks/results/`; `make bench` measures anew. Every
-ratio is the median of paired ratios within one process, time of the variant / time of ours, with a bootstrap 95 %
-interval; above 1 ours is faster.
-Results are asserted equal before timing, or the row says that the function is another. The
-floor is what the case must do (flops, bytes, exponentials) at the ceilings measured in the same run. UNSTABLE: the same
-code measured twice came out more than 10 % apart, or may have come out 30 % apart; such a row says little.
+How fast the ops and layers are beside other ways to compute the same. Every case has several variants: forms that
+people write in torch, `torch.compile` of those, installed packages, a dense MLP of the same FLOPs. Variants run in one
+process, in shuffled rounds. Before timing, results are asserted equal to ours, or the variant says that it is another
+function and is left out of the table.
 
-Where memory is kept, the C library was told to use freed memory again, for ours and for theirs. Where large results are
-new memory in every call, as they are unless somebody says so, the system hands them out page by page, which can take
-longer than writing them: ours ask for pages of 2 MiB, and torch's do under `THP_MEM_ALLOC_ENABLE=1`.
+- **Ratios** are medians of paired ratios: time of the variant / time of ours. Above 1x ours is faster; the other form
+  is faster where a ratio is **bold**.
+- **The floor** is the time that the case's flops, bytes and exponentials take at the machine's ceilings, measured in
+  the same run.
+- **UNSTABLE**: the same code measured twice came out more than 10 % apart, or may have come out 30 % apart.
+- **Memory**: where freed memory is kept, the C library was told to use it again, for every variant alike. Otherwise the
+  system hands out large results page by page in every call, which can take longer than writing them.
+- **Processors**: on a CPU the products of experts and of Soft MoE are our own. torch's `mm` and `bmm`, from MKL, run
+  AVX2 code on AMD CPUs, at half the speed of the AVX-512 units; on Intel CPUs they do not, and rows that are mostly
+  products will show a smaller lead. No run on an Intel CPU is kept here. "Packed for oneDNN" has no such loss: it uses
+  torch ops that are not public and have no gradient, on weights packed ahead of time.
+"""
+TAIL = """## Measure again
 
-The products of experts and of Soft MoE are ours on a CPU. torch's `mm` and `bmm`, from MKL, run AVX2 code on a CPU of
-AMD's, at half the speed of its AVX-512 units; on one of Intel's they do not, and rows that are mostly products will
-show a smaller lead. No run on such a machine is kept here. oneDNN, which torch has too, has no such loss: it is in the
-rows "packed for oneDNN", by ops that are not public and have no gradient.
+```bash
+make bench                                    # every case at its default size, one thread
+make bench ARGS="--quick"                     # small sizes, nothing compiled
+python -m benchmarks.overhead                 # call overhead of a tiny layer of every router, in seconds
+python -m benchmarks.run --full --csv benchmarks/results/NAME.csv          # to keep: memory and other sizes too
+python -m benchmarks.scaling --csv benchmarks/results/NAME-scaling.csv
+python -m benchmarks.report.docs              # this page, its pictures and README's lines
+```
+
+The CSV files in [benchmarks/results](../benchmarks/results) have a row per case, direction and variant: times, ratios
+with their bootstrap 95 % interval, floors, memory kept for backward, and peak memory.
 """
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    align = ["---"] + ["---:"] * (len(head) - 1)
+def table(head: list[str], rows: list[list[str]], numbers: int = 1) -> str:
+    """A Markdown table; columns from `numbers` on are aligned right."""
+    align = ["---"] * numbers + ["---:"] * (len(head) - numbers)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, align, *rows])
-
-
-def section(run: dict, scaling: dict | None, images: list[str]) -> str:
-    """One device."""
-    machine, gpu = run["machine"], on_gpu(run)
-    parts = ["## " + machine["name"] + ("" if gpu else f", {machine['isa']}"), where(machine), ceilings(run)]
-    if gpu:
-        parts.append(GPU_TIMES)
-    elif run["quick"]:
-        parts.append("**A quick run: smaller sizes than the targets are for.**")
-    parts += [f"![{image}]({image})" for image in images]
-    parts += targets(run) + losses(run["results"])
-    if scaling:
-        parts += growth(scaling)
-    parts.append("### Cases")
-    parts += [case_table(result) for result in run["results"]]
-    return "\n\n".join(parts)
 
 
 def on_gpu(run: dict) -> bool:
     return run["machine"]["device"] == "cuda"
 
 
-def where(machine: dict) -> str:
+def shown(run: dict) -> list[dict]:
+    """Results for the table: one thread, default sizes, no call overheads."""
+    return [r for r in run["results"] if r["threads"] == 1 and (r["default"] or run["quick"]) and r["op"] != "overhead"]
+
+
+def best(result: dict) -> dict | None:
+    """The fastest variant beside ours that computes the same."""
+    return next((v for v in result["variants"] if v["name"] == best_peer(result)), None)
+
+
+def lead(result: dict) -> str:
+    """How many times ours is faster than the best other form."""
+    found = best(result)
+    if found is None:
+        return "-"
+    ratio = found["ratio"]["median"]
+    return (f"{ratio:.2g}x" if ratio >= 1 else f"**{ratio:.2g}x**") + unstable(result)
+
+
+def unstable(row: dict) -> str:
+    return " UNSTABLE" if row["unstable"] else ""
+
+
+def ratios(run: dict, others: list[dict], only: tuple[str, ...] | None = None) -> str:
+    """The table of ratios, a row per case and size; a column for every other run on a CPU."""
+    results = {(r["title"], r["size"], r["direction"]): r for r in shown(run)}
+    cases = [(title, size) for title, size, way in results if way == FORWARD and (only is None or title in only)]
+    common = set.intersection(*(set(size.split()) for _, size in cases)) if cases else set()
+    called = any(r["variants"][0]["called_seconds"] for r in results.values())
+    rows = []
+    for title, size in cases:
+        forward, both = results[title, size, FORWARD], results.get((title, size, BACKWARD))
+        ours, other = forward["variants"][0], best(forward)
+        row = [title, " ".join(part for part in size.split() if part not in common)]
+        row.append((other["name"] + (f" ({WAITS})" if other["waits"] else "")) if other else "-")
+        row.append(seconds(ours["seconds"]) + (f" ({WAITS})" if ours["waits"] else ""))
+        row += [seconds(ours["called_seconds"]) if ours["called_seconds"] else ""] if called else []
+        row += [lead(forward), lead(both) if both else "", f"{forward['floor']['seconds'] / ours['seconds']:.0%}"]
+        for run_of in others:
+            same = (r for r in shown(run_of) if r["title"] == title and r["direction"] == FORWARD)
+            row.append(next(map(lead, same), ""))
+        rows.append(row)
+    head = ["case", "size", "best other form, forward", "ours", *(["of a call"] if called else [])]
+    head += ["faster by", "with gradients", "of the floor"]
+    head += [f"ISA {other['machine']['isa']}" + (", small sizes" if other["quick"] else "") for other in others]
+    note = f"Sizes: {' '.join(sorted(common))} in every row. " if common else ""
+    note += "n tokens in images of T, E experts, width D, K experts per token."
+    for other in others:
+        form = ", nothing was compiled, and sizes are those of `--quick`" if other["quick"] else ""
+        note += (
+            f" Column ISA {other['machine']['isa']}: our kernels are limited to that level, other forms are not{form}."
+        )
+    return f"{note}\n\n{table(head, rows, 3)}"
+
+
+def where(run: dict) -> str:
+    """Machine, versions, ceilings."""
+    machine = run["machine"]
+    on_cpu = "" if on_gpu(run) else f"{machine['cores']} cores, ISA {machine['isa']}, {memory_of_results(machine)}. "
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    if machine["device"] == "cuda":
-        return f"{machine['date']}. {versions}."
-    memory = memory_of_results(machine)
-    return f"{machine['cores']} cores, ISA {machine['isa']}, {machine['date']}; {memory}. {versions}."
+    rates = run["ceilings"][0]["ceilings"]
+    bfloat16 = f", in bfloat16 {rates['gemm_bfloat16'] / 1e9:.4g}" if rates["gemm_bfloat16"] else ""
+    bandwidth = ", ".join(f"{name} {rate / 1e9:.3g}" for name, rate in rates["copy"].items())
+    return (
+        f"Measured {machine['date']}. {on_cpu}{versions}. Ceilings of one run: products "
+        f"{max(rates['gemm'], rates['gemm_layer']) / 1e9:.4g} GFLOP/s{bfloat16}; copy {bandwidth} GB/s; "
+        f"{rates['exp'] / 1e9:.3g} G exponentials/s."
+    )
 
 
-def ceilings(run: dict) -> str:
-    """The machine's rates, on a CPU a column for each number of threads."""
-    columns = []
-    for found in run["ceilings"]:
-        rates = found["ceilings"]
-        column = {
-            "GEMM 2048^3, GFLOP/s": f"{rates['gemm'] / 1e9:.4g}",
-            "GEMM of the layer, GFLOP/s": f"{rates['gemm_layer'] / 1e9:.4g}",
-        }
-        if rates["gemm_bfloat16"]:
-            column["bfloat16 GEMM 8192^3, GFLOP/s"] = f"{rates['gemm_bfloat16'] / 1e9:.4g}"
-        for kind in ("read", "copy"):
-            column |= {f"{kind} {level}, GB/s": f"{rate / 1e9:.3g}" for level, rate in rates[kind].items()}
-        columns.append({**column, "exp, G/s": f"{rates['exp'] / 1e9:.3g}"})
-    head = ["ceiling", *("" if on_gpu(run) else f"{found['threads']} thread(s)" for found in run["ceilings"])]
-    return table(head, [[name, *(column[name] for column in columns)] for name in columns[0]])
+def due(run: dict) -> list[dict]:
+    """Verdicts on the targets: they are for one thread and the default sizes."""
+    return [v for v in verdicts(run) if v["default"] and v["threads"] == 1]
 
 
 def targets(run: dict) -> list[str]:
-    """Met and missed, the most missed first; the targets are for one thread and the default sizes."""
-    due = [v for v in run["targets"] if v["default"] and v["threads"] == 1]
-    if not due:
+    """How many are met, and the missed ones with the reason where it is known."""
+    found = due(run)
+    missed = sorted((v for v in found if v["factor"] < 1), key=lambda v: v["factor"])
+    if not found:
         return []
-    missed = sum(v["factor"] < 1 for v in due)
     rows = [
         [
             f"{v['title']}, {v['direction']}" + (f" ({v['size']})" if on_gpu(run) else ""),
             v["against"],
+            reason(v),
             f"{v['target']:.3g}",
-            f"{v['ratio']:.3g}",
-            ("met" if v["factor"] >= 1 else "**missed**") + f", {v['factor']:.2f} of it" + _unstable(v),
+            f"{v['ratio']:.4g}" + unstable(v),
         ]
-        for v in sorted(due, key=lambda v: v["factor"])
+        for v in missed
     ]
-    head = f"### Targets: {len(due) - missed} met, {missed} missed"
-    note = "" if on_gpu(run) else "One thread, the default sizes. "
-    note += "Of a layer against the dense MLP: the MLP's time over ours."
-    parts = [head, note, table(["case", "against", "target", "reached", ""], rows)]
-    why = reasons(due)
-    return [*parts, "Why they are missed, where it is known:", "\n".join(f"- {line}" for line in why)] if why else parts
-
-
-def losses(results: list[dict]) -> list[str]:
-    """Where something that computes the same is faster than ours."""
-    rows = []
-    for result in results:
-        best = next((v for v in result["variants"] if v["name"] == best_peer(result)), None)
-        if best and best["ratio"]["median"] < 1:
-            title = f"{result['title']}, {result['direction']}, {result['threads']} thr"
-            rows.append([title, result["size"], best["name"], f"{best['ratio']['median']:.2f}" + _unstable(result)])
     if not rows:
-        return ["### Losses", "None: nothing that computes the same was faster than ours."]
-    return ["### Losses", table(["case", "size", "faster", "its time / ours"], rows)]
+        return [f"### Targets: all {len(found)} met"]
+    head = f"### Targets: {len(found) - len(rows)} met, {len(rows)} missed"
+    note = "Target and reached: times faster, times less peak memory, or the unit that the second column names."
+    return [head, note, table(["missed", "against", "why, where known", "target", "reached"], rows, 3)]
 
 
-def growth(scaling: dict) -> list[str]:
-    """Slopes of time, and what a second thread brings."""
-    rows = [
-        [
-            f"{c['title']}, {c['axis']} {c['points'][0]['x']} to {c['points'][-1]['x']}",
-            f"{c['slope']['1']:.2f}",
-            f"{c['slope']['2']:.2f}",
-            f"{c['expected']:g}",
-            ("near it" if c["slope"]["1"] <= c["expected"] + SLACK else "**steeper**") + _unstable(c),
-        ]
-        for c in scaling["curves"]
+def overhead(run: dict) -> list[str]:
+    """The range of the ops' call times on tiny input."""
+    parts = []
+    for direction in (FORWARD, RECORDED, BACKWARD):
+        found = [r for r in run["results"] if r["op"] == "overhead" and r["direction"] == direction]
+        times = [1e6 * r["variants"][0]["seconds"] for r in found if r["title"].startswith("call of ")]
+        if times:
+            parts.append(f"{direction} {min(times):.3g} to {max(times):.3g} us (median {statistics.median(times):.3g})")
+    if not parts:
+        return []
+    add = [1e6 * v["seconds"] for r in run["results"] for v in r["variants"] if v["name"] == "torch.add"]
+    beside = f"; the cheapest call of torch, `torch.add`, at least {min(add):.2g} us" if add else ""
+    return [
+        "### Call overhead",
+        f"Ops on tiny input, where nothing but the call takes time: {'; '.join(parts)}{beside}.",
     ]
-    head = ["case", "slope, 1 thread", "2 threads", "the algorithm's", ""]
-    parts = ["### Scaling", "Log-log slope of time through the larger half of the points.", table(head, rows)]
-    rows = [
-        [
-            f"{g['title']} ({g['size']})",
-            g["by"],
-            f"{g['gain']['median']:.2f} ({g['gain']['low']:.2f}-{g['gain']['high']:.2f})",
-            _gain(g) + _unstable(g),
-        ]
-        for g in scaling["gains"]
-    ]
-    note = f"Two threads over one, forward; at least {GAIN} is wanted where arithmetic sets the floor."
-    return [*parts, note, table(["case", "floor by", "gain", ""], rows)]
 
 
-def _gain(row: dict) -> str:
-    if not row["compute_bound"]:
-        return ""
-    return "met" if row["gain"]["median"] >= GAIN else f"**missed**, {row['gain']['median'] / GAIN:.2f} of it"
+def slope(curve: dict) -> str:
+    """One thread's, and the algorithm's."""
+    text = f"{curve['slope']['1']:.2f} ({curve['expected']:g})"
+    steep = curve["slope"]["1"] > curve["expected"] + SLACK
+    return (f"**{text}**" if steep else text) + unstable(curve)
 
 
-def _unstable(row: dict) -> str:
-    return " **UNSTABLE**" if row["unstable"] else ""
-
-
-def case_table(result: dict) -> str:
-    """One case in one direction."""
-    floor, again, best = result["floor"], result["again"], best_peer(result)
-    head = f"**{result['title']}, {result['direction']}** ({result['size']}, {result['threads']} thread(s))"
-    memory = any(v["saved_bytes"] is not None or v["peak_bytes"] is not None for v in result["variants"])
-    called = any(v["called_seconds"] for v in result["variants"])
+def growth(scaling: dict, picture: str) -> list[str]:
+    """Slopes of time, and the gain of a second thread, a row per op."""
+    slopes = {(c["op"], c["axis"]): c for c in scaling["curves"]}
+    axes = list(dict.fromkeys(axis for _, axis in slopes))
     rows = []
-    for v in result["variants"]:
-        name = v["name"] + (" (best peer)" if v["name"] == best else "")
-        name += f" ({WAITS})" if v["waits"] else ""
-        row = [
-            name + (f" (different function: {v['different']})" if v["different"] else ""),
-            seconds(v["seconds"]),
-            *([seconds(v["called_seconds"])] if called else []),
-            f"{v['ratio']['median']:.2f} ({v['ratio']['low']:.2f}-{v['ratio']['high']:.2f})",
-            f"{floor['seconds'] / v['seconds']:.1%}",
-        ]
-        rows.append(row + [mebibytes(v["saved_bytes"]), mebibytes(v["peak_bytes"])] * memory)
-    columns = ["variant", "time", *["of a call"] * called, "time / ours", "floor / time"]
-    columns += ["saved MiB", "peak MiB"] * memory
-    foot = f"Floor {seconds(floor['seconds'])} ({floor['by']}); A/A {again['median']:.3f}."
-    skipped = "".join(f" Skipped: {line}." for line in result["skipped"])
-    return "\n\n".join([head + _unstable(result), table(columns, rows), foot + skipped])
+    for op in dict.fromkeys(c["op"] for c in scaling["curves"]):
+        row = [op]
+        for axis in axes:
+            row.append(slope(slopes[op, axis]) if (op, axis) in slopes else "")
+        gains = [g["gain"]["median"] for g in scaling["gains"] if g["op"] == op]
+        row.append(" to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(gains), max(gains)))) if gains else "")
+        rows.append(row)
+    missed = [g for g in scaling["gains"] if is_compute_bound(g) and g["gain"]["median"] < GAIN]
+    below = ", ".join(f"{g['title']} ({g['gain']['median']:.2f}{unstable(g)})" for g in missed)
+    return [
+        "### Scaling",
+        f"![Time against tokens, experts and groups]({picture})",
+        "Log-log slope of the forward time through the larger half of the points, one thread; in parentheses the slope "
+        f"of the algorithm; **bold** where steeper by more than {SLACK}. Last, the gain of two threads over one at the "
+        f"default sizes, from the worst case of the op to the best. At least {GAIN} is wanted where arithmetic sets "
+        "the floor" + (f"; below it: {below}." if below else "; every case has it."),
+        table(["op", *axes, "two threads"], rows),
+    ]
 
 
-def summary(run: dict, page: str) -> str:
-    """README's lines: every case at its default size, one thread, against the best that computes the same."""
-    rows: dict[str, list[str]] = {}
-    for result in run["results"]:
-        if result["threads"] != 1 or not (result["default"] or run["quick"]) or result["op"] == "overhead":
-            continue
-        title = result["title"] + (f" ({result['size']})" if on_gpu(run) else "")
-        row = rows.setdefault(title, [title, "", "", "", ""])
-        best = next((v for v in result["variants"] if v["name"] == best_peer(result)), None)
-        ours, forward = result["variants"][0], result["direction"] == "forward"
-        text = f"{best['ratio']['median']:.2g}x" + _unstable(result) if best else "-"
-        row[2 if forward else 3] = text
-        if forward:
-            row[1], row[4] = best["name"] if best else "-", f"{result['floor']['seconds'] / ours['seconds']:.0%}"
-    machine, due = run["machine"], [v for v in run["targets"] if v["default"] and v["threads"] == 1]
-    met = sum(v["factor"] >= 1 for v in due)
-    form = ", a quick run on small sizes" if run["quick"] and not on_gpu(run) else ""
+def section(name: str, run: dict, others: list[dict], scaling: dict | None) -> str:
+    """One device."""
+    form = "" if on_gpu(run) else f", ISA {run['machine']['isa']}, one thread, float32"
+    parts = ["## " + run["machine"]["name"] + form, where(run)]
     if on_gpu(run):
-        what = f"{machine['name']} ({machine['date']}, torch {machine['versions']['torch']})"
-    else:
-        what = (
-            f"One thread of {machine['name']} (ISA {machine['isa']}, {machine['date']}, torch "
-            f"{machine['versions']['torch']}), float32{form}"
-        )
-    head = ["case", "best of the others, forward", "faster than it by", "with gradients", "of the floor, forward"]
-    return "\n\n".join(
-        [
-            f"{what}; {met} of {len(due)} targets met. All variants, threads, memory, scaling and what is missed: "
-            f"[{page}]({page}).",
-            table(head, list(rows.values())),
-        ]
-    )
+        parts.append(GPU_TIMES)
+    elif run["quick"]:
+        parts.append("**A quick run: smaller sizes than the targets are for.**")
+    parts += [ratios(run, others), f"![Times of all variants over ours](benchmarks/{name}-ratios.png)"]
+    parts += targets(run) + overhead(run)
+    if scaling:
+        parts += growth(scaling, f"benchmarks/{name}-scaling.png")
+    return "\n\n".join(parts)
 
 
-def kept(results: Path) -> list[Path]:
-    """The runs, without those of the scaling."""
-    return [path for path in sorted(results.glob("*.json")) if not path.stem.endswith("-scaling")]
+class Kept:
+    """The kept runs: `main` have sections, a CPU's full run first; `others` are more runs on a CPU."""
+
+    def __init__(self, results: Path):
+        paths = [path for path in sorted(results.glob("*.csv")) if not path.stem.endswith("-scaling")]
+        runs = {path.stem: read_run(path) for path in paths}
+        on_cpus = sorted((name for name in runs if not on_gpu(runs[name])), key=lambda name: runs[name]["quick"])
+        self.main = {name: runs[name] for name in [*on_cpus[:1], *(name for name in runs if on_gpu(runs[name]))]}
+        self.others = [runs[name] for name in on_cpus[1:]]
+        scalings = {name: results / f"{name}-scaling.csv" for name in self.main}
+        self.scaling = {name: read_scaling(path) for name, path in scalings.items() if path.exists()}
+
+    def others_of(self, run: dict) -> list[dict]:
+        return [] if on_gpu(run) else self.others
 
 
-def document(results: Path, docs: Path) -> str:
+def document(kept: Kept) -> str:
     """The page."""
     parts = [HEAD.strip()]
-    devices = set()
-    for path in kept(results):
-        scaling = path.with_name(f"{path.stem}-scaling.json")
-        found = json.loads(scaling.read_text()) if scaling.exists() else None
-        images = [Path("..") / image.relative_to(docs.parent) for image in sorted(results.glob(f"{path.stem}-*.png"))]
-        run = json.loads(path.read_text())
-        devices.add(run["machine"]["device"])
-        parts.append(section(run, found, [image.as_posix() for image in images]))
-    if not devices:
-        parts.append(NONE)
-    elif "cuda" not in devices:
-        parts.insert(1, NO_GPU)
-    return "\n\n".join(parts) + "\n"
+    if not any(map(on_gpu, kept.main.values())):
+        parts.append(NO_GPU if kept.main else NONE)
+    parts += [section(name, run, kept.others_of(run), kept.scaling.get(name)) for name, run in kept.main.items()]
+    return "\n\n".join([*parts, TAIL])
 
 
-def with_summary(readme: str, results: Path) -> str:
-    """README with its lines between the marks written anew, from the first run kept of a CPU and the first of a GPU."""
+def summary(run: dict) -> str:
+    """README's lines on a device."""
+    machine, found = run["machine"], due(run)
+    what = f"{machine['name']} ({machine['date']}, torch {machine['versions']['torch']})"
+    if not on_gpu(run):
+        form = ", a quick run on small sizes" if run["quick"] else ""
+        what = f"One thread of {what[:-1]}, ISA {machine['isa']}), float32{form}"
+    met = sum(v["factor"] >= 1 for v in found)
+    page = "docs/benchmarks.md"
+    line = f"{what}; {met} of {len(found)} targets met. All cases, scaling and what is missed: [{page}]({page})."
+    return f"{line}\n\n{ratios(run, [], README_CASES)}"
+
+
+def with_summary(readme: str, kept: Kept) -> str:
+    """README with its lines between the marks written anew."""
     before, rest = readme.split(MARKS[0])
-    behind = rest.split(MARKS[1])[1]
-    runs = [json.loads(path.read_text()) for path in kept(results)]
-    first = [next((run for run in runs if on_gpu(run) == gpu), None) for gpu in (False, True)]
-    lines = "\n\n".join(summary(run, "docs/benchmarks.md") for run in first if run) or NONE
-    return f"{before}{MARKS[0]}\n{lines}\n{MARKS[1]}{behind}"
+    after = rest.split(MARKS[1])[1]
+    return f"{before}{MARKS[0]}\n{chr(10).join(map(summary, kept.main.values())) or NONE}\n{MARKS[1]}{after}"
 
 
-def pages(root: Path) -> dict[Path, str]:
-    """Every file that is written, and what it is to hold."""
-    results, readme = root / "benchmarks" / "results", root / "README.md"
-    return {
-        root / "docs" / "benchmarks.md": document(results, root / "docs"),
-        readme: with_summary(readme.read_text(), results),
-    }
+def pages(root: Path, kept: Kept) -> dict[Path, str]:
+    """Every text that is written, and what it is to hold."""
+    readme = root / "README.md"
+    return {root / "docs" / "benchmarks.md": document(kept), readme: with_summary(readme.read_text(), kept)}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report.docs", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report.docs")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout")
-    for path, text in pages(parser.parse_args(arguments).root).items():
+    root = parser.parse_args(arguments).root
+    kept = Kept(root / "benchmarks" / "results")
+    for path, text in pages(root, kept).items():
         path.write_text(text)
+    from benchmarks.report.plots import save_figures
+
+    for name, run in kept.main.items():
+        save_figures(run, kept.scaling.get(name), root / "docs" / "benchmarks" / name)
 
 
 if __name__ == "__main__":

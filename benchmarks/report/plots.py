@@ -1,4 +1,4 @@
-"""Figures of a run: the ratios to ours, and every variant under the machine's roof."""
+"""Figures of kept results: the ratios to ours, and how times grow."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def ratio_figure(results: list[dict], title: str) -> Figure:
     """Time of every variant over ours, with its interval: a row a case, a column a direction."""
     rows = list(dict.fromkeys((r["title"], r["size"]) for r in results))
     directions = list(dict.fromkeys(r["direction"] for r in results))
-    size = (5 + 4 * len(directions), 1.4 + 0.36 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
+    inches = (5 + 4 * len(directions), 1.4 + 0.22 * len(rows))
+    figure = Figure(figsize=inches, layout="constrained")
     panels = figure.subplots(1, len(directions), squeeze=False, sharey=True)[0]
     for axes, direction in zip(panels, directions, strict=True):
         for result in (r for r in results if r["direction"] == direction):
@@ -56,49 +56,11 @@ def ratio_figure(results: list[dict], title: str) -> Figure:
         axes.set_title(direction, fontsize=9)
         axes.grid(axis="x", color="0.92", linewidth=0.6)
         axes.set_axisbelow(True)
-    panels[0].set_yticks(range(len(rows)), [f"{case}\n{where}" for case, where in rows], fontsize=7)
+    several = len(rows) > len({case for case, _ in rows})  # sizes of a case
+    panels[0].set_yticks(range(len(rows)), [f"{c} ({size})" if several else c for c, size in rows], fontsize=7)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.supxlabel(f"time / time of ours (hollow: a different function; faint: UNSTABLE), {title}", fontsize=9)
     _legend(figure, {v["role"] for r in results for v in r["variants"][1:]}, loc="outside upper center", ncols=7)
-    return figure
-
-
-def roofline_figure(results: list[dict], ceilings: dict, threads: int) -> Figure:
-    """flop/s against flop per byte of the cases that multiply, under the GEMM and the bandwidth roofs."""
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
-    axes = figure.subplots()
-    shown = [r for r in results if r["threads"] == threads and r["floor"]["flops"] and r["floor"]["bytes"]]
-    intensity = [r["floor"]["flops"] / r["floor"]["bytes"] for r in shown] or [1.0]
-    left, right = min(intensity) / 3, max(intensity) * 3
-    gemm = max(ceilings[kind] for kind in ("gemm", "gemm_layer", "gemm_bfloat16"))
-    for level, style in zip(ceilings["read"], (":", "--", "-"), strict=False):
-        rate = max(ceilings["read"][level], ceilings["copy"][level])
-        xs = [left, min(max(gemm / rate, left), right), right]
-        axes.plot(xs, [min(gemm, rate * x) for x in xs], color="0.4", linestyle=style, label=f"roof, {level}")
-    roles = set()
-    for result, x in zip(shown, intensity, strict=False):
-        for v in result["variants"]:
-            colour, marker = LOOKS[v["role"]]
-            axes.plot(x, result["floor"]["flops"] / v["seconds"], marker=marker, color=colour, ms=5, linestyle="")
-            roles.add(v["role"])
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlim(left, right)
-    axes.set_ylim(top=3 * gemm)
-    axes.set_xlabel("flop per byte that the case must move")
-    axes.set_ylabel("flop/s (of the case's own flops)")
-    axes.set_title(f"{threads} thread(s)", loc="left", fontsize=10)
-    axes.grid(color="0.92", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for x in sorted(set(intensity)):
-        here = [r for r, other in zip(shown, intensity, strict=False) if other == x]
-        lowest = min(r["floor"]["flops"] / v["seconds"] for r in here for v in r["variants"])
-        names = ", ".join(dict.fromkeys(r["op"] for r in here))
-        axes.annotate(
-            names, (x, lowest), (0, -8), textcoords="offset points", rotation=90, ha="center", va="top", size=7
-        )
-    axes.set_ylim(bottom=axes.get_ylim()[0] / 30)  # room for the names
-    _legend(axes, roles, axes.lines[: len(ceilings["read"])], loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
@@ -148,16 +110,11 @@ def scaling_figure(curves: list[dict]) -> Figure:
     return figure
 
 
-def save_plots(run: dict, stem: Path) -> list[Path]:
-    """`<stem>-ratios.png` of the first number of threads, `<stem>-roofline-<threads>.png`."""
+def save_figures(run: dict, scaling: dict | None, stem: Path) -> None:
+    """`<stem>-ratios.png` of the first number of threads, and `<stem>-scaling.png`."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
     first = run["ceilings"][0]["threads"]
     shown = [r for r in run["results"] if r["threads"] == first and r["op"] != "overhead"] or run["results"]
-    written = [stem.with_name(f"{stem.name}-ratios.png")]
-    ratio_figure(shown, f"{first} thread(s)").savefig(written[0], dpi=110)
-    for found in run["ceilings"]:
-        threads = found["threads"]
-        if not any(result["floor"]["flops"] for result in run["results"]):
-            break
-        written.append(stem.with_name(f"{stem.name}-roofline-{threads}.png"))
-        roofline_figure(run["results"], found["ceilings"], threads).savefig(written[-1], dpi=130)
-    return written
+    ratio_figure(shown, f"{first} thread(s)").savefig(f"{stem}-ratios.png", dpi=110)
+    if scaling:
+        scaling_figure(scaling["curves"]).savefig(f"{stem}-scaling.png", dpi=110)

@@ -169,38 +169,39 @@ CUDA = (
 AIMS = (*CPU, *CUDA)
 EXACT = {"layer, soft"}  # titles that also begin others
 
+RANDOM_ROWS = (
+    "rows of 1.5 KiB in random order are read at half the rate of a copy, although each is prefetched two slots ahead"
+)
+THREE_TENSORS = "slots, expert outputs and the result are three tensors of the tokens' size, and every form holds them"
+WEIGHT_GRADIENTS = "the gradients of the expert weights, 144 MiB, are more than a third of that form's peak"
+NOT_CONVERGED = "the plan does not converge within 20 iterations, so all of them run"
+
 # Why a target is missed, in a sentence, by the beginning of the case's title (the longest counts), the direction, and
 # what it was held against, for the best peer `BEST`.
 WHY: dict[tuple[str, str, str], str] = {
-    ("dispatch + combine", FORWARD, "torch gather, both ways"): (
-        "rows of 1.5 KiB in random order come at half the rate of a copy, though each is asked for two slots early"
-    ),
-    ("dispatch + combine", BACKWARD, "torch gather, both ways"): "as forward",
+    ("dispatch + combine", FORWARD, "torch gather, both ways"): RANDOM_ROWS,
+    ("dispatch + combine", BACKWARD, "torch gather, both ways"): RANDOM_ROWS,
     ("slots with batch priority, one group", FORWARD, "one-hot cumsum"): (
-        "slots are in order of priority, and to sort 12,544 tokens by it takes two thirds of the time"
+        "slots go by priority, and sorting 12,544 tokens by priority takes two thirds of the time"
     ),
-    ("Sinkhorn, one group, 4 sigma", FORWARD, "Megatron-LM's loop"): "none of the 20 iterations stands still",
+    ("Sinkhorn, one group, 4 sigma", FORWARD, "Megatron-LM's loop"): NOT_CONVERGED,
     ("Sinkhorn, one group, 4 sigma", BACKWARD, "scaling loop"): (
-        "none of the 20 iterations stands still, and each is a pass over the matrix forward and one back"
+        f"{NOT_CONVERGED}, and each is a pass over the matrix forward and one back"
     ),
     ("k-sparse transport, L-BFGS", FORWARD, "POT smooth_ot_semi_dual"): (
-        "of an iteration's 6 us the projections of 32 columns take 5, which bisect for their k-th largest entry"
+        "projecting 32 columns takes 5 of an iteration's 6 us: each projection bisects for its k-th largest entry"
     ),
     ("layer, softmax_token_choice", FORWARD, BEST): (
-        "oneDNN's weights were packed ahead of time, for inference alone; ours are packed in every call, as they are "
-        "where weights are trained"
+        "oneDNN's weights were packed ahead of time, which serves inference alone; ours are packed in every call, as "
+        "training needs"
     ),
     ("layer, soft", FORWARD, "soft-moe-pytorch"): (
-        "both are products for most of the time: nothing but still faster ones would bring more"
+        "both spend most of the time in matrix products: only faster products would help"
     ),
-    ("layer, soft", FORWARD, "peak memory of bwconrad's form"): (
-        "slots, the experts' outputs, and the result are three tensors as large as the tokens, which everybody holds"
-    ),
-    ("layer, soft", FORWARD, "peak memory of soft-moe-pytorch"): "as of bwconrad's form",
-    ("layer, soft", BACKWARD, "peak memory of bwconrad's form"): (
-        "the gradients of the experts' weights, 144 MiB, are more than a third of their peak"
-    ),
-    ("layer, soft", BACKWARD, "peak memory of soft-moe-pytorch"): "as of bwconrad's form",
+    ("layer, soft", FORWARD, "peak memory of bwconrad's form"): THREE_TENSORS,
+    ("layer, soft", FORWARD, "peak memory of soft-moe-pytorch"): THREE_TENSORS,
+    ("layer, soft", BACKWARD, "peak memory of bwconrad's form"): WEIGHT_GRADIENTS,
+    ("layer, soft", BACKWARD, "peak memory of soft-moe-pytorch"): WEIGHT_GRADIENTS,
 }
 
 
@@ -225,13 +226,8 @@ def verdicts(report: dict) -> list[dict]:
     return found
 
 
-def reasons(verdicts: list[dict]) -> list[str]:
-    """Why the missed ones of `verdicts` are missed, where it is known."""
-    found = {}
-    for v in (v for v in verdicts if v["factor"] < 1):
-        held = v["direction"], BEST if v["against"].startswith(BEST) else v["against"]
-        keys = [key for key in WHY if v["title"].startswith(key[0]) and key[1:] == held]
-        if keys:
-            key = max(keys, key=lambda key: len(key[0]))
-            found[f"{', '.join(key)}: {WHY[key]}"] = None
-    return list(found)
+def reason(verdict: dict) -> str:
+    """Why a target is missed, where it is known."""
+    held = verdict["direction"], BEST if verdict["against"].startswith(BEST) else verdict["against"]
+    keys = [key for key in WHY if verdict["title"].startswith(key[0]) and key[1:] == held]
+    return WHY[max(keys, key=lambda key: len(key[0]))] if keys and verdict["factor"] < 1 else ""

@@ -1,7 +1,7 @@
 """The timer, the ceilings' arithmetic, and a run from the command to the page."""
 
-import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +14,7 @@ from rich.console import Console
 from benchmarks import ceilings, plan, run, scaling, timer
 from benchmarks.case import Entry, Floor, Size
 from benchmarks.cases import topk
+from benchmarks.kept import read_run, read_table, write_run, write_table
 from benchmarks.machine import machine
 from benchmarks.measure import usable
 from benchmarks.report import docs, targets
@@ -149,22 +150,23 @@ def test_why_a_target_is_missed_is_said_where_it_is(monkeypatch, capsys):
         same = {"size": "", "default": True, "threads": 1, "direction": "forward", "unstable": False, "target": 2.0}
         return {**same, "title": title, "against": against, "ratio": 1.0, "factor": factor}
 
-    def said(*verdicts):
-        print_verdicts(Console(width=160), list(verdicts))
-        page = "\n".join(docs.targets({"targets": verdicts, "machine": {"device": "cpu"}}))
-        lines = targets.reasons(list(verdicts))
-        printed = capsys.readouterr().out
-        assert all(f"missed: {line}" in printed and f"- {line}" in page for line in lines)
-        assert ("Why they are missed" in page) == ("missed: " in printed) == bool(lines)
-        return lines
+    def said(missed):
+        print_verdicts(Console(width=300), [missed])
+        assert targets.reason(missed) in capsys.readouterr().out
+        monkeypatch.setattr(docs, "verdicts", lambda run: [missed])
+        page = docs.targets({"machine": {"device": "cpu"}})
+        assert missed["factor"] >= 1 or f"| {missed['against']} | {targets.reason(missed)} |" in page[-1]
+        return targets.reason(missed)
 
     missed = [verdict(f"layer, x, K={k}", "best peer: loop", 0.5) for k in (1, 2, 3)]
-    assert not said(*missed)
-    monkeypatch.setattr(targets, "WHY", {("layer, x", "forward", "best peer"): "GEMM-bound [all]."})
-    assert said(*missed) == ["layer, x, forward, best peer: GEMM-bound [all]."]
-    assert not said(verdict("layer, x, K=1", "best peer: loop", 1.5), verdict("layer, x, K=1", "loop", 0.5))
+    assert not any(map(said, missed))
+    monkeypatch.setattr(targets, "WHY", {("layer, x", "forward", "best peer"): "Bound by products [all]."})
+    assert all(said(v) == "Bound by products [all]." for v in missed)
+    assert not said(verdict("layer, x, K=1", "best peer: loop", 1.5)) and not said(
+        verdict("layer, x, K=1", "loop", 0.5)
+    )
     targets.WHY["layer, x, K=2", "forward", "best peer"] = "Another."
-    assert len(said(*missed)) == 2 and said(missed[1]) == ["layer, x, K=2, forward, best peer: Another."]
+    assert [said(v) for v in missed] == ["Bound by products [all].", "Another.", "Bound by products [all]."]
 
 
 def test_names_with_brackets_are_printed_whole(capsys):
@@ -190,23 +192,78 @@ def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"Before.\n{docs.MARKS[0]}\nold\n{docs.MARKS[1]}\nBehind.\n")
     threads = torch.get_num_threads()
-    run.main(["--quick", "--only", "topk", "--json", str(results / "here.json")])
-    scaling.main(["--rounds", "1", "--json", str(results / "here-scaling.json")])
+    run.main(["--quick", "--only", "topk", "--csv", str(results / "here.csv")])
+    scaling.main(["--rounds", "1", "--csv", str(results / "here-scaling.csv")])
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert "(n=32 T=32 E=4 D=384 K=2, 1 thread(s))" in printed
     for words in ("Targets", "floor / time", "A/A", "1 of 1 cases", "Time against tokens", "Two threads over one"):
         assert words in printed
-    report = json.loads((results / "here.json").read_text())
+    report = read_run(results / "here.csv")
     assert [r["direction"] for r in report["results"]] == ["forward", "forward + backward"]
     assert {"isa", "date", "versions"} <= report["machine"].keys()
-    assert sorted(p.name for p in results.glob("*.png")) == ["here-ratios.png", "here-scaling.png"]
     docs.main(["--root", str(tmp_path)])
     page, readme = (tmp_path / "docs" / "benchmarks.md").read_text(), (tmp_path / "README.md").read_text()
-    assert "../benchmarks/results/here-ratios.png" in page and "../benchmarks/results/here-scaling.png" in page
-    assert "softmax + top-k, forward" in page and "### Scaling" in page
+    assert pictures(page) == {"here-ratios.png", "here-scaling.png"} == files(tmp_path / "docs" / "benchmarks")
+    assert "| softmax + top-k |" in page and "### Scaling" in page and docs.NO_GPU in page
     assert readme.startswith("Before.") and readme.endswith("Behind.\n") and "old" not in readme
-    assert "| softmax + top-k | torch" in readme
+    assert "| softmax + top-k |" in readme
+
+
+def pictures(page):
+    return {name.split("/")[1] for name in re.findall(r"!\[.*?\]\((benchmarks/.*?)\)", page)}
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_kept_results_are_what_was_measured(tmp_path):
+    ratio = {"median": 1.25, "low": 1.0, "high": 2.0}
+    variant = {
+        "name": "ours",
+        "role": "ours",
+        "different": "",
+        "seconds": 1 / 3,
+        "called_seconds": None,
+        "waits": False,
+    }
+    variant |= {"ratio": ratio, "saved_bytes": None, "peak_bytes": 12345678901}
+    other = {**variant, "name": 'other, "quoted"', "role": "peer", "different": "another sum", "waits": True}
+    floor = {"seconds": 1e-9, "by": "exp", "flops": 0, "bytes": 8, "exps": 1.5}
+    result = {"op": "x", "title": "x, one group", "size": "n=1", "default": True, "threads": 2, "direction": "forward"}
+    result |= {"floor": floor, "again": {"median": 1.5}, "unstable": False, "skipped": ["peer: too large: 3 MiB"]}
+    second = {**result, "default": False, "direction": "forward + backward", "unstable": True, "skipped": []}
+    results = [{**result, "variants": [variant, other]}, {**second, "variants": [variant]}]
+    report = {"machine": machine("cpu"), "quick": False, "failed": [], "results": results}
+    write_run({**report, "targets": ["left out"]}, tmp_path / "run.csv")
+    for found in results:
+        for v in found["variants"]:
+            v["seconds"] = 0.333333
+    assert read_run(tmp_path / "run.csv") == report
+
+
+def test_a_table_keeps_kinds_of_values(tmp_path):
+    row = {"a": 1, "b": 0.5, "c": True, "d": None, "e": "text", "f": 1e-12}
+    write_table(tmp_path / "new" / "table.csv", {"about": [1, 2 / 3]}, row, [row, {**row, "c": False}])
+    about, rows = read_table(tmp_path / "new" / "table.csv")
+    assert about == {"about": [1, 0.666667]} and rows == [row, {**row, "c": None}]
+
+
+def test_kept_scaling_is_what_was_measured(tmp_path):
+    gain = {"median": 1.5, "low": 1.25, "high": 2.0}
+    at = {"title": "x", "seconds": {"1": 1.0, "2": 0.5}, "gain": gain, "unstable": False}
+    points = [{**at, "x": x, "seconds": {"1": x / 2, "2": x / 4}} for x in (2, 4, 8)]
+    gains = [{**at, "op": "topk", "size": "n=1", "by": "exp", "unstable": True}]
+    scaling.write_scaling(
+        {"seconds": 1.5, "curves": [scaling.curve("topk", "tokens", points)], "gains": gains}, tmp_path / "scaling.csv"
+    )
+    found = scaling.read_scaling(tmp_path / "scaling.csv")
+    (curve,) = found["curves"]
+    assert (found["seconds"], curve["expected"], curve["unstable"]) == (1.5, 1, False)
+    assert curve["slope"] == {"1": pytest.approx(1), "2": pytest.approx(1)}
+    assert [p["x"] for p in curve["points"]] == [2, 4, 8] and curve["points"][1].items() >= points[1].items()
+    assert len(found["gains"]) == 1 and found["gains"][0].items() >= gains[0].items()
 
 
 def test_a_case_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
@@ -218,20 +275,10 @@ def test_a_case_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(plan, "entries", lambda *_: [bad, good])
     monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
     with pytest.raises(SystemExit, match=r"failed: topk \[n=32"):
-        run.main(["--quick", "--json", str(tmp_path / "run.json")])
-    report = json.loads((tmp_path / "run.json").read_text())
+        run.main(["--quick", "--csv", str(tmp_path / "run.csv")])
+    report = read_run(tmp_path / "run.csv")
     assert len(report["results"]) == 2 and "no such kernel" in report["failed"][0]["error"]
     assert "no such kernel" in capsys.readouterr().err
-
-
-def test_without_matplotlib_a_run_has_no_figures_and_says_so(tmp_path, monkeypatch, capsys):
-    small = Size(images=1, tokens=32, experts=4)
-    monkeypatch.setattr(plan, "entries", lambda *_: [Entry("topk", topk.build, quick=small)])
-    monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
-    monkeypatch.setitem(sys.modules, "benchmarks.report.plots", None)  # as if its import of matplotlib failed
-    run.main(["--quick", "--json", str(tmp_path / "run.json")])
-    assert "seconds" in json.loads((tmp_path / "run.json").read_text())
-    assert "no figures" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
@@ -242,8 +289,8 @@ def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "entries", lambda *_: [Entry("topk", b, quick=small) for b in (topk.build, cut_off)])
     monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
     with pytest.raises(KeyboardInterrupt):
-        run.main(["--quick", "--json", str(tmp_path / "run.json")])
-    assert len(json.loads((tmp_path / "run.json").read_text())["results"]) == 2
+        run.main(["--quick", "--csv", str(tmp_path / "run.csv")])
+    assert len(read_run(tmp_path / "run.csv")["results"]) == 2
 
 
 def test_on_a_gpu_a_form_without_a_kernel_is_skipped_and_a_wrong_one_is_not():
@@ -286,9 +333,22 @@ def test_torch_compile_has_its_time():
     assert now < until("--quick", "--device", "cuda") < now + plan.COMPILING + 10
 
 
-def test_pages_are_what_the_kept_runs_say():
-    for path, text in docs.pages(docs.ROOT).items():
+def test_pages_are_what_the_kept_results_say():
+    kept = docs.Kept(docs.ROOT / "benchmarks" / "results")
+    for path, text in docs.pages(docs.ROOT, kept).items():
         assert path.read_text() == text, f"{path.name}: run python -m benchmarks.report.docs"
+    page = docs.document(kept)
+    assert pictures(page) == files(docs.ROOT / "docs" / "benchmarks")
+    assert len(page.splitlines()) < 200, "the page is to be read in five minutes"
+
+
+def test_readme_has_six_rows_and_the_page_marks_where_another_form_is_faster():
+    kept = docs.Kept(docs.ROOT / "benchmarks" / "results")
+    for kept_run in kept.main.values():
+        assert docs.ratios(kept_run, [], docs.README_CASES).count("\n| ") == 2 + len(docs.README_CASES)
+        slower = [r for r in docs.shown(kept_run) if docs.best(r) and docs.best(r)["ratio"]["median"] < 1]
+        assert slower and all(docs.lead(r).startswith("**0.") for r in slower)
+        assert all(docs.lead(r) in docs.document(kept) for r in slower)
 
 
 def test_slope_is_of_the_larger_half():
