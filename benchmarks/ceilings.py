@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured anew in every run, and the floors of the cases under it."""
+"""The machine's ceilings, measured in every run, and the floors of the cases under them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ceilings:
         return max(self.gemm, self.gemm_layer)
 
     def level(self, working_set: float) -> str:
-        """The smallest level that holds the working set: twice what was measured there."""
+        """The smallest level that holds the working set: a level counts for twice the size that was measured in it."""
         return next((name for name, size in self.sizes.items() if working_set <= 2 * size), list(self.sizes)[-1])
 
     def seconds(self, floor: Floor) -> dict[str, float]:
@@ -50,7 +50,7 @@ class Ceilings:
         }
 
     def at_least(self, other: Ceilings) -> Ceilings:
-        """The higher of two measurements, rate by rate: what slows a ceiling down is somebody else."""
+        """The higher of two measurements, rate by rate: a slower one was disturbed by other processes."""
 
         def levels(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
             return {level: max(a[level], b[level]) for level in a}
@@ -107,7 +107,7 @@ def measure_ceilings(device: str, *, quick: bool = False) -> Ceilings:
         out = torch.empty(m, n, device=device, dtype=dtype)
         rate = 2 * m * k * n / best(lambda: torch.mm(a, b, out=out))
         if device == "cpu":
-            # torch's product does not use all of every CPU. Ours is a thread's; soft_logits has little else to do.
+            # torch's product does not reach the peak of every CPU. Ours runs in soft_logits, which adds little to it.
             each = torch.randn(torch.get_num_threads(), m, k)
             rate = max(rate, 2 * each.numel() * n / best(lambda: ops.soft_logits(each, b)))
         return rate

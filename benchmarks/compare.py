@@ -29,7 +29,7 @@ def applies(variant: Variant, direction: str) -> bool:
 
 
 def recording(direction: str) -> torch.set_grad_enabled:
-    """The context for what is timed; around the loop, since to enter it takes as long as a small call."""
+    """The grad mode of a direction; entered around the timed loop, since entering takes as long as a small call."""
     return torch.set_grad_enabled(direction != FORWARD)
 
 
@@ -47,7 +47,7 @@ def runner(variant: Variant, direction: str) -> Callable[[], Sequence[Tensor]]:
 
 
 def mismatch(a: Tensor, b: Tensor, tolerance: float) -> float:
-    """The share of entries that differ: integers at all, others by more than tolerance * max |b|."""
+    """The share of entries that differ: integers by any amount, floats by more than tolerance * max |b|."""
     if a.shape != b.shape:
         raise AssertionError(f"shape {list(a.shape)}, ours has {list(b.shape)}")
     if not b.is_floating_point():

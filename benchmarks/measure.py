@@ -37,7 +37,7 @@ def without_naive(case: Case) -> Case:
 def usable(case: Case, direction: str, skipped: list[str], device: str) -> list[Variant]:
     """The variants that compute what they should. A wrong one of ours or of torch's forms is an error of the run.
 
-    On a GPU one of the others may have no kernel, or ask for more memory than there is: it is skipped.
+    On a GPU another form may have no kernel, or need more memory than the GPU has: it is skipped.
     """
     kept = []
     for variant in case.variants:
@@ -77,7 +77,7 @@ def measure_job(job: Job, options: argparse.Namespace, ceilings: Ceilings) -> li
 def measure_case(
     case: Case, direction: str, job: Job, options: argparse.Namespace, ceilings: Ceilings, peak: dict[str, int]
 ) -> dict:
-    """Times, ratios, fractions of the floor, memory. On a GPU time is its own; that of a call from Python comes too."""
+    """Times, ratios, fractions of the floor, memory. On a GPU by its clock, and per call from Python too."""
     skipped = list(case.skipped)
     variants = usable(case, direction, skipped, options.device)
     calls = {variant.name: runner(variant, direction) for variant in variants}

@@ -62,7 +62,7 @@ def peaks(op: str, index: int, size: Size, threads: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Forks before any thread is started, once a variant and direction: what one leaves behind, none other finds."""
+    """Forks before any thread is started, once per variant and direction, so that none finds another's memory."""
     from benchmarks.cases import entries
 
     request = json.loads(sys.argv[1])
@@ -87,7 +87,7 @@ def _in_child(work: Callable[[], bool]) -> bool:
 
 
 def _print_peak(entry: Entry, size: Size, number: int) -> bool:
-    """Runs and prints the peak of one variant in one direction, the `number`-th; False behind the last."""
+    """Runs and prints the peak of one variant in one direction, the `number`-th; False after the last."""
 
     def prepare(size: Size):
         torch.manual_seed(0)

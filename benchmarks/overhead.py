@@ -1,8 +1,8 @@
 """Call overhead of a whole tiny layer of every router: `python -m benchmarks.overhead [--rounds N]`.
 
-Tensors are so small that the time is that of the calls. Prints microseconds of CPU time a call (on a quiet machine the
-time that passes; other processes change it little), the time over that of a dense MLP measured in the same rounds, and
-how many Python functions of the package a call runs, checks of arguments among them.
+Tensors are so small that calls take the time, not arithmetic. Prints microseconds of CPU time per call (on a quiet
+machine the time that passes; other processes change it little), their ratio to a dense MLP measured in the same rounds,
+and how many Python functions of the package a call runs, checks of arguments among them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def training_step(module: nn.Module, x: Tensor) -> None:
     torch.autograd.grad(loss, (x, *module.parameters()))
 
 
-# By name: whether in training mode, and what is called.
+# Whether in training mode, and the call, by name.
 CALLS = {
     "forward": (False, forward),
     "forward + backward": (False, forward_backward),

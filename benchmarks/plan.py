@@ -87,7 +87,7 @@ def use_isa(parser: argparse.ArgumentParser, isa: str | None) -> None:
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """All cases. With the first thread count and the first size comes all there is to say; a second count and other
+    """All cases. The first thread count and the first size have every measurement; a second count and other
     sizes go without the naive forms, torch.compile and memory, so that a full run stays short.
     """
     seen: dict[str, int] = {}

@@ -27,7 +27,7 @@ from benchmarks.report.targets import verdicts
 
 
 def run(options: argparse.Namespace, console: Console) -> dict:
-    """Everything that the options ask for, printed as it comes. A case that fails does not keep the others."""
+    """Everything that the options ask for, printed when measured. Other cases run on after one that fails."""
     kept = not options.new_memory and keep_memory()
     about = machine(options.device, memory_kept=kept)
     report = {"machine": about, "quick": options.quick, "ceilings": [], "results": [], "failed": []}
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, console: Console) -> dict:
     report["targets"] = verdicts(report)
     print_verdicts(console, report["targets"])
     if options.quick and options.device == "cpu" and report["targets"]:
-        console.print("The targets are for the default sizes; those of --quick are smaller.")
+        console.print("The targets are for the default sizes; --quick has smaller ones.")
     return report
 
 

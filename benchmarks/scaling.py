@@ -1,6 +1,6 @@
 """How the cost of each op grows: `python -m benchmarks.scaling [--csv FILE] [--isa v3] [--only OP]`.
 
-Time against tokens, experts and groups, with one and with two threads by turns in one process; the slope of the
+Time against tokens, experts and groups, with one and with two threads alternating in one process; the slope of the
 log-log line through the larger half of the points, beside the slope that the algorithm has.
 """
 
@@ -62,7 +62,7 @@ def expected(op: str, axis: str) -> float:
 
 
 def chosen(axis: Axis, only: str | None) -> list[Entry]:
-    """One entry an op: with many groups the one per image, else the one of one group, where there are two."""
+    """One entry per op: of two, the one per image for many groups, else the one for a single group."""
     found: dict[str, Entry] = {}
     for entry in entries(only):
         if entry.op in LEAVE_OUT:
@@ -108,7 +108,7 @@ def point(entry: Entry, size: Size, rounds: int) -> dict | None:
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Of the log-log line through the larger half of the points."""
+    """Slope of the log-log line through the larger half of the points."""
     half = len(xs) // 2 if len(xs) > 3 else 0
     return float(np.polyfit(np.log(xs[half:]), np.log(ys[half:]), 1)[0])
 

@@ -67,7 +67,7 @@ def _between_events(call: Callable[[], object], repeats: int) -> tuple[float, bo
 class Queued:
     """Seconds a call that the GPU takes, whatever Python takes to ask for it.
 
-    The GPU is kept waiting until calls enough are in its queue, and takes them one behind the other.
+    The GPU is kept waiting until enough calls are in its queue, and then runs them one after another.
     """
 
     LEAST = 1e-3  # seconds of asking: some hundred kernels, of which a queue holds a thousand
@@ -119,7 +119,7 @@ def measure(
 def paired(
     measurements: dict[str, Callable[[], float]], *, rounds: int = 15, seed: int = 0
 ) -> tuple[dict[str, Timing], Ratio]:
-    """Medians of what is measured, and the A/A ratio: the first is the base, and comes twice in a round."""
+    """Medians of `measurements`, and the A/A ratio: the first is the base, and is measured twice in a round."""
     base = next(iter(measurements))
     measurements = {**measurements, AGAIN: measurements[base]}
     rng, names = random.Random(seed), list(measurements)

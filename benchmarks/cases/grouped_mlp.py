@@ -20,16 +20,16 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
     gates = torch.randn(G, size.rows // G, E, device=device)
     wanted = F.one_hot(gates.topk(K).indices, E).sum((1, 2))  # [G, E]
     filled = wanted.clamp(max=C).int().t().contiguous()
-    there = (torch.arange(C, device=device) < filled[..., None]).flatten(1)
-    count = there.sum(1)
-    rows, offsets = there.flatten().nonzero().squeeze(1), count.cumsum(0).int()
+    is_filled = (torch.arange(C, device=device) < filled[..., None]).flatten(1)
+    count = is_filled.sum(1)
+    rows, offsets = is_filled.flatten().nonzero().squeeze(1), count.cumsum(0).int()
     owner = torch.repeat_interleave(count)
     counts = count.tolist()
 
     def leaf(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).div_(shape[-2] ** 0.5).to(size.torch_dtype).requires_grad_()
 
-    x = (torch.randn(E, G * C, D, device=device) * there[..., None]).to(size.torch_dtype).requires_grad_()
+    x = (torch.randn(E, G * C, D, device=device) * is_filled[..., None]).to(size.torch_dtype).requires_grad_()
     w1, b1, w2, b2 = leaf(E, D, 4 * D), leaf(E, 4 * D), leaf(E, 4 * D, D), leaf(E, D)
     act = partial(F.gelu, approximate="tanh")
 
@@ -38,7 +38,7 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
 
     def padded():
         hidden = act(torch.baddbmm(b1[:, None], x, w1))
-        return [torch.baddbmm(b2[:, None], hidden, w2) * there[..., None]]
+        return [torch.baddbmm(b2[:, None], hidden, w2) * is_filled[..., None]]
 
     def loop():
         inputs = x.flatten(0, 1)[rows].split(counts)

@@ -23,7 +23,7 @@ def build(size: Size, device: str, *, one_group: bool, sigma: int = 1) -> Case:
             "ours, implicit gradient",
             "ours",
             lambda: [sinkhorn(logits, iterations=ITERATIONS, gradient="implicit")],
-            different_gradient="that of the fixed point",
+            different_gradient="gradient of the fixed point",
         ),
         variant("log domain", "naive", lambda: [forms.sinkhorn_log(logits, ITERATIONS)]),
         variant("scaling loop", "index", lambda: [forms.sinkhorn(logits, ITERATIONS)]),
@@ -56,8 +56,8 @@ def build(size: Size, device: str, *, one_group: bool, sigma: int = 1) -> Case:
     )
 
 
-# Standard normal logits, those of a fresh router, stand still after some iterations, of which the CPU runs no more;
-# at 4 sigma all of them move something.
+# With standard normal logits, as a fresh router has, the iteration converges to rounding and the CPU skips the rest; at
+# 4 sigma it does not converge, and all iterations run.
 ENTRIES = (
     Entry("sinkhorn", partial(build, one_group=True), quick=Size(), sweep=("experts",), cuda_quick=(VIT_B,)),
     Entry("sinkhorn", partial(build, one_group=True, sigma=4), quick=Size()),

@@ -85,9 +85,9 @@ def _write_slots(served: Tensor, position: Tensor, order: Tensor, shape: tuple[i
 def invert_slots_mask(token: Tensor, T: int) -> tuple[Tensor, Tensor]:
     """Slots of every token from a mask [G, T, S] of who is where."""
     G, S = token.shape[0], token[0].numel()
-    there = token.view(G, 1, S) == torch.arange(T, device=token.device).view(T, 1)
-    group, _, slot = there.nonzero().unbind(1)
-    return _by_token(there.sum(2), group, slot, S)
+    is_source = token.view(G, 1, S) == torch.arange(T, device=token.device).view(T, 1)
+    group, _, slot = is_source.nonzero().unbind(1)
+    return _by_token(is_source.sum(2), group, slot, S)
 
 
 def invert_slots(token: Tensor, T: int) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def sinkhorn_log(logits: Tensor, iterations: int = 20) -> Tensor:
 def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
     """Scaling: one exp, then two matrix-vector products an iteration."""
     n, E = logits.shape[1:]
-    # A shift of the rows changes no plan, only the scale of u, which begins as if there were none.
+    # A shift of the rows changes no plan, only the scale of u, which begins as without a shift.
     shift = logits.detach().amax(2, keepdim=True)
     K = (logits - shift).exp()
     u = shift.exp().transpose(1, 2)  # [G, 1, n]
@@ -189,9 +189,9 @@ def add_rows(y: Tensor, gate: Tensor, token: Tensor, n: int) -> Tensor:
 
 def sum_slots(y: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
     """The same from the token's side: slot [n, K] with -1 for dropped, gate by slot; no scattered sum."""
-    there = slot >= 0
+    is_kept = slot >= 0
     where = slot.clamp(min=0)
-    weight = (gate[where] * there).to(y.dtype)
+    weight = (gate[where] * is_kept).to(y.dtype)
     return (y.index_select(0, where.flatten()).view(*slot.shape, -1) * weight[..., None]).sum(1)
 
 

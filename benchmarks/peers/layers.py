@@ -111,9 +111,9 @@ def loop(layer: MoEMlp, x: Tensor, experts: Iterable[Callable[[Tensor], Tensor]]
     n = flat.shape[0]
     out = torch.zeros_like(flat)
     for mine, weight, expert in zip(rows.flatten(1), gate.flatten(1), experts or mlps(layer), strict=True):
-        there = (mine < n).nonzero().squeeze(1)
-        token = mine[there]
-        out = out.index_add_(0, token, expert(flat[token]) * weight[there, None].to(x.dtype))
+        is_kept = (mine < n).nonzero().squeeze(1)
+        token = mine[is_kept]
+        out = out.index_add_(0, token, expert(flat[token]) * weight[is_kept, None].to(x.dtype))
     return out.view_as(x)
 
 
@@ -141,9 +141,9 @@ def grouped(layer: MoEMlp, x: Tensor) -> Tensor:
     rows, gate = route(layer, x)
     flat, e = x.flatten(0, 1), layer.experts
     n = flat.shape[0]
-    there = rows.flatten(1) < n
-    count = there.sum(1)
-    token, weight = rows.flatten(1)[there], gate.flatten(1)[there]
+    is_kept = rows.flatten(1) < n
+    count = is_kept.sum(1)
+    token, weight = rows.flatten(1)[is_kept], gate.flatten(1)[is_kept]
     offsets = count.cumsum(0).int()
     y = F.grouped_mm(flat[token], e.w1, offs=offsets)
     if e.b1 is None or e.b2 is None:

@@ -20,7 +20,7 @@ class NotComparable(Exception):
 
 
 def add(variants: list[Variant], skipped: list[str], make: Callable[..., Variant], *args: object) -> None:
-    """The peer's variant, or a line that says why it is not there."""
+    """Adds the peer's variant, or a line that says why it is skipped."""
     try:
         variants.append(make(*args))
     except ImportError as error:

@@ -15,8 +15,8 @@ TOKENS = 8
 @triton.jit
 def _softmax_topk(logits, values, indices, n, E, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = row < n
-    # Rows behind the last are the last again: a row of nothing but -inf has no softmax.
+    is_row = row < n
+    # Rows past the end read the last row again: a row of nothing but -inf has no softmax.
     source = tl.minimum(row, n - 1).to(tl.int64) * E
     column = tl.arange(0, BLOCK_E)[None, :]
     x = tl.load(logits + source[:, None] + column, mask=column < E, other=float("-inf")).to(tl.float32)
@@ -25,8 +25,8 @@ def _softmax_topk(logits, values, indices, n, E, K: tl.constexpr, BLOCK_N: tl.co
     for k in tl.static_range(K):
         best, index = tl.max(x, 1, return_indices=True)
         target = row.to(tl.int64) * K + k
-        tl.store(values + target, tl.exp(best - largest) / total, mask=there)
-        tl.store(indices + target, index, mask=there)
+        tl.store(values + target, tl.exp(best - largest) / total, mask=is_row)
+        tl.store(indices + target, index, mask=is_row)
         x = tl.where(column == index[:, None], float("-inf"), x)
 
 

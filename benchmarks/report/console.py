@@ -12,11 +12,11 @@ from rich.table import Table
 
 from benchmarks.report.targets import best_peer, reason
 
-WAITS = "with what Python takes"
+WAITS = "Python included"
 GPU_TIMES = (
-    "Times are the GPU's, of calls one behind the other on the same tensors: what its L2 holds is warm. The time of a "
-    f"call is what one takes that Python asks for, again and again. Those marked '{WAITS}' wait for the GPU, or are of "
-    "too many kernels to be asked for ahead."
+    "Times are by the GPU's clock, for queued calls on the same tensors, so that its L2 cache is warm. The time of a "
+    f"call includes Python, which launches one call after another. Variants marked '{WAITS}' synchronise with the GPU, "
+    "or have too many kernels to be queued."
 )
 
 
@@ -40,7 +40,7 @@ class TimeLeft:
         self._bar.stop()
 
     def done(self) -> None:
-        """One case more; what is left goes by the weights of the cases."""
+        """Counts one more case; the time left is estimated by the weights of the cases."""
         self._number += 1
         took = (time.perf_counter() - self._start) / sum(self._weights[: self._number])
         left = f"{took * sum(self._weights[self._number :]) / 60:.1f} min"
@@ -62,7 +62,7 @@ def mebibytes(value: int | None) -> str:
 
 
 def memory_of_results(machine: dict) -> str:
-    """Where results of a run lay."""
+    """Where a run's results were stored."""
     return "freed memory is kept" if machine["memory_kept"] else "large results are new memory"
 
 

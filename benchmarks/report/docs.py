@@ -111,8 +111,8 @@ def ratios(run: dict, others: list[dict], only: tuple[str, ...] | None = None) -
         row.append(seconds(ours["seconds"]) + (f" ({WAITS})" if ours["waits"] else ""))
         row += [seconds(ours["called_seconds"]) if ours["called_seconds"] else ""] if called else []
         row += [lead(forward), lead(both) if both else "", f"{forward['floor']['seconds'] / ours['seconds']:.0%}"]
-        for run_of in others:
-            same = (r for r in shown(run_of) if r["title"] == title and r["direction"] == FORWARD)
+        for another in others:
+            same = (r for r in shown(another) if r["title"] == title and r["direction"] == FORWARD)
             row.append(next(map(lead, same), ""))
         rows.append(row)
     head = ["case", "size", "best other form, forward", "ours", *(["of a call"] if called else [])]
@@ -275,7 +275,7 @@ def summary(run: dict) -> str:
 
 
 def with_summary(readme: str, kept: Kept) -> str:
-    """README with its lines between the marks written anew."""
+    """README with new lines between the marks."""
     before, rest = readme.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     return f"{before}{MARKS[0]}\n{chr(10).join(map(summary, kept.main.values())) or NONE}\n{MARKS[1]}{after}"

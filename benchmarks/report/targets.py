@@ -45,12 +45,12 @@ class Aim(ABC):
 
     @abstractmethod
     def reached(self, result: dict, report: dict) -> tuple[str, float, float, float] | None:
-        """What it was held against, what is wanted, what came, and the factor: met from 1 on. None: nothing to hold."""
+        """What it was held against, the wanted and the reached value, and the factor, met from 1 on; or None."""
 
 
 @dataclass(frozen=True)
 class Target(Aim):
-    """Of `versus` (a variant's name, `BEST`) the time over ours must be >= `ratio`; with `memory` the peak memory."""
+    """The time of `versus` (a variant's name or `BEST`) over ours must be >= `ratio`; with `memory` its peak memory."""
 
     versus: str
     ratio: float

@@ -123,12 +123,12 @@ def test_a_quick_run_has_all_targets_and_its_page_says_where_it_ran(gpu, tmp_pat
     due = {(v["direction"], v["against"], v["size"]) for v in targets.verdicts(report)}
     assert due == {(aim.direction, aim.against, str(aim.size)) for aim in targets.AIMS if aim.device == "cuda"}
     printed = capsys.readouterr().out
-    for words in ("what its L2 holds is warm", "of a call", "bfloat16 8192^3", "us, at most (H200)", "skipped triton"):
+    for words in ("L2 cache is warm", "of a call", "bfloat16 8192^3", "us, at most (H200)", "skipped triton"):
         assert words in printed
     docs.main(["--root", str(tmp_path)])
     page, readme = (tmp_path / "docs" / "benchmarks.md").read_text(), (tmp_path / "README.md").read_text()
     assert "## NVIDIA H200\n" in page and docs.NO_GPU not in page and "in bfloat16" in page and "ISA" not in page
-    assert "what its L2 holds is warm" in page and "| of a call |" in page
+    assert "L2 cache is warm" in page and "| of a call |" in page
     assert readme.startswith(docs.MARKS[0] + "\nNVIDIA H200 (")
     assert re.search(r"\| softmax \+ top-k \| [^|]*n=50176[^|]* \| torch", readme)
 
