@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_segmented_radix_sort.cuh>
+#include <stdexcept>
+#include <string>
 
 #include "../common/order.h"
 #include "launch.h"
@@ -28,7 +30,8 @@ __global__ void __launch_bounds__(256) sort_prepare_kernel(
 }
 
 // The indices of every row of x [rows, n] in order, as a piece of the workspace. CUB's radix
-// sort is stable, so ties stay in order of index.
+// sort is stable, so ties stay in order of index. An error of CUB is thrown here: CUB returns it and
+// takes it out of the runtime, where the caller asks for the errors of launches.
 template <typename T>
 const int32_t* sort_rows(
     const T* x, int64_t rows, int64_t n, Workspace& workspace, bool run, cudaStream_t stream) {
@@ -50,14 +53,18 @@ const int32_t* sort_rows(
   const auto sort = [&](void* memory, size_t& size, int64_t begin, int64_t count) {
     constexpr int kBits = 8 * sizeof(Key);
     const int64_t at = begin * n;
+    cudaError_t error;
     if (rows == 1) {
-      cub::DeviceRadixSort::SortPairsDescending(
+      error = cub::DeviceRadixSort::SortPairsDescending(
           memory, size, keys, sorted_keys, indices, sorted, n, 0, kBits, stream);
     } else {
-      cub::DeviceSegmentedRadixSort::SortPairsDescending(
+      error = cub::DeviceSegmentedRadixSort::SortPairsDescending(
           memory, size, keys + at, sorted_keys + at, indices + at, sorted + at,
           static_cast<int>(count * n), static_cast<int>(count), boundaries, boundaries + 1, 0,
           kBits, stream);
+    }
+    if (error != cudaSuccess) {
+      throw std::runtime_error(std::string("CUB's sort failed: ") + cudaGetErrorString(error));
     }
   };
   size_t size = 0;

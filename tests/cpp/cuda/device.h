@@ -14,15 +14,18 @@ inline void expect_success(cudaError_t error) {
 }
 
 // Memory of the size asked for and no more, so that a sanitizer sees its ends; what was not
-// written is full of one byte that no kernel writes by chance.
+// written is full of one byte that no kernel writes by chance. An empty array is a null pointer,
+// which the runtime's calls need not take, not even with a size of 0.
 template <typename T>
 class DeviceArray {
  public:
   explicit DeviceArray(int64_t size) : size_(size) {
+    if (size_ == 0) return;
     expect_success(cudaMalloc(&memory_, size * sizeof(T)));
     expect_success(cudaMemsetAsync(memory_, 0xA5, size * sizeof(T), nullptr));
   }
   DeviceArray(const std::vector<T>& values) : DeviceArray(static_cast<int64_t>(values.size())) {
+    if (size_ == 0) return;
     expect_success(cudaMemcpy(memory_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
   }
   ~DeviceArray() { expect_success(cudaFree(memory_)); }
@@ -36,6 +39,7 @@ class DeviceArray {
     std::vector<T> out(size_);
     expect_success(cudaGetLastError());
     expect_success(cudaDeviceSynchronize());
+    if (size_ == 0) return out;
     expect_success(cudaMemcpy(out.data(), memory_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
     return out;
   }

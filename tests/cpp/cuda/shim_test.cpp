@@ -2,12 +2,15 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <cub/device/device_radix_sort.cuh>
+#include <stdexcept>
 #include <vector>
 
 #include "cuda/block_barrier.h"
 #include "cuda/launch.h"
 #include "cuda/tensor_core.h"
 #include "device.h"
+#include "topk.h"
 
 namespace vmoe {
 namespace {
@@ -320,6 +323,23 @@ TEST(Shim, LaunchesAskForSharedMemory) {
     shim::shared_allowed = 0;
     cuda::launch(declaring, 1, 1, shared, nullptr, &out);
     EXPECT_EQ(shim::shared_allowed, shared > kDynamic ? cuda::shared_limit() : 0);
+  }
+}
+
+// Both for one row, which CUB sorts whole, and for several, which are segments.
+TEST(Shim, AFailedSortIsThrown) {
+  const int64_t n = 5000, k = 4500;
+  for (const int64_t rows : {1, 2}) {
+    DeviceArray<float> x(rows * n), values(rows * k);
+    DeviceArray<int32_t> indices(rows * k);
+    DeviceArray<char> workspace(static_cast<int64_t>(cuda::topk_workspace<float>(n, 1, k, rows)));
+    const auto sort = [&] {
+      cuda::topk(x.data(), values.data(), indices.data(), n, 1, k, rows, workspace.data(), nullptr);
+    };
+    shim::sort_error = cudaErrorInvalidValue;
+    EXPECT_THROW(sort(), std::runtime_error);
+    shim::sort_error = cudaSuccess;
+    EXPECT_NO_THROW(sort());
   }
 }
 

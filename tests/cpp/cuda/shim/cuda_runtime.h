@@ -174,7 +174,8 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 inline int __clzll(long long bits) { return bits ? __builtin_clzll(bits) : 64; }
 
-// The runtime's calls. Device memory is the heap, so that ASan sees its ends.
+// The runtime's calls. Device memory is the heap, so that ASan sees its ends. No memory is a null
+// pointer, as a driver has it, and is no place to write to or read from.
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
@@ -212,17 +213,17 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int value) {
 }
 template <typename T>
 cudaError_t cudaMalloc(T** memory, size_t size) {
-  *memory = static_cast<T*>(malloc(size));
+  *memory = size > 0 ? static_cast<T*>(malloc(size)) : nullptr;
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* memory) { return free(memory), cudaSuccess; }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
-  if (size > 0) memcpy(to, from, size);
-  return cudaSuccess;
+  if (!to || !from) return cudaErrorInvalidValue;
+  return memcpy(to, from, size), cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t) {
-  if (size > 0) memset(memory, value, size);
-  return cudaSuccess;
+  if (!memory) return cudaErrorInvalidValue;
+  return memset(memory, value, size), cudaSuccess;
 }
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(

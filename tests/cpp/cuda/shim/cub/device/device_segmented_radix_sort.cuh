@@ -9,14 +9,16 @@ struct DeviceSegmentedRadixSort {
   template <typename Key, typename Value, typename Offset>
   static cudaError_t SortPairsDescending(
       void* storage, size_t& size, const Key* keys, Key* sorted_keys, const Value* values,
-      Value* sorted_values, int64_t, int64_t segments, const Offset* begins, const Offset* ends,
-      int = 0, int = 8 * sizeof(Key), cudaStream_t = nullptr) {
-    if (!storage) return size = 1, cudaSuccess;
+      Value* sorted_values, int64_t count, int64_t segments, const Offset* begins,
+      const Offset* ends, int = 0, int = 8 * sizeof(Key), cudaStream_t = nullptr) {
+    if (!storage) return size = count, cudaSuccess;
+    if (size < static_cast<size_t>(count)) return cudaErrorInvalidValue;
     for (int64_t s = 0; s < segments; ++s) {
       const Offset at = begins[s];
-      DeviceRadixSort::SortPairsDescending(
+      const cudaError_t error = DeviceRadixSort::SortPairsDescending(
           storage, size, keys + at, sorted_keys + at, values + at, sorted_values + at,
           ends[s] - at);
+      if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
   }
