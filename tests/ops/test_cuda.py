@@ -218,7 +218,6 @@ class TestOnAGpu:
         for ours, wanted in zip(captured, solve(), strict=True):
             assert torch.equal(ours, wanted)
 
-    @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
     @on_every_layer
     def test_a_training_step_of_a_layer_can_be_captured(self, router, options):
         """Nothing is asked for on the host, and the captured step is the step."""
@@ -310,6 +309,7 @@ class TestOnAGpu:
     def test_runs_on_the_current_stream(self):
         x = torch.randn(8, 4096, 64, device="cuda")
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # until x is made
         with torch.cuda.stream(stream):
             values, _ = ops.topk(torch.cumsum(x.abs(), 1), 3, 1)
         stream.synchronize()
