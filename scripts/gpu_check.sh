@@ -1,123 +1,170 @@
 #!/usr/bin/env bash
-# gpu_check.sh [--quick] [--out DIR] [--python PYTHON] [--googletest SOURCE_DIR] -- what a machine with a GPU
-# can show, without a network: builds against the torch there, runs the tests on the GPU, the kernels' under
-# compute-sanitizer, and the benchmark. Every part goes on whatever became of the one before, leaves its log in
-# DIR (build/gpu_check), and has a line in the table at the end, DIR/summary.txt. With --quick all of it ends
-# within ten minutes: the benchmark has the targets' cases alone and compiles for a minute and a half at most, and
-# a part is cut off when its time, or the time of all, is over.
+# gpu_check.sh [--quick] [--dry-run] [--out DIR] [--python PYTHON] [--googletest DIR] -- checks this package on a
+# machine with a GPU, without a network: builds it against the torch of PYTHON for that GPU, runs the tests and the
+# benchmark on the GPU, and the kernels' tests under compute-sanitizer. A part that fails stops no other part. Each
+# part writes DIR/<part>.log (DIR is build/gpu_check by default) and one line of DIR/summary.txt.
+#   --quick       ends within eight minutes: every part has a time limit, and a part that reaches it is interrupted
+#   --dry-run     prints the commands of every part with its time limit, and runs none of them
+#   --googletest  the source of GoogleTest for the kernels' tests; by default /usr/src/googletest where it exists
 set -uo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
-out=build/gpu_check python=python3 googletest='' quick=''
+out=build/gpu_check python=python3 googletest='' quick='' dry_run=''
 while [ $# -gt 0 ]; do
-  if [ "$1" = --quick ]; then quick=--quick; shift; continue; fi
-  [ $# -gt 1 ] || { echo "gpu_check: do not know '$1', or it lacks a value" >&2; exit 2; }
+  case $1 in
+    --quick) quick=--quick; shift; continue ;;
+    --dry-run) dry_run=1; shift; continue ;;
+  esac
+  [ $# -gt 1 ] || { echo "gpu_check: unknown option '$1', or an option without its value" >&2; exit 2; }
   case $1 in
     --out) out=$2 ;;
     --python) python=$2 ;;
-    --googletest) googletest=$2 ;;
-    *) echo "gpu_check: do not know '$1'" >&2; exit 2 ;;
+    --googletest) googletest=$(cd "$caller" && realpath -e -- "$2" 2>/dev/null) && [ -f "$googletest/CMakeLists.txt" ] ||
+      { echo "gpu_check: --googletest $2 has no CMakeLists.txt; wanted: the source folder of GoogleTest" >&2; exit 2; } ;;
+    *) echo "gpu_check: unknown option '$1'" >&2; exit 2 ;;
   esac
   shift 2
 done
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-rm -f "$out"/*.log "$out"/bench*.json "$out/summary.txt"
+[ -n "$googletest" ] || [ ! -f /usr/src/googletest/CMakeLists.txt ] || googletest=/usr/src/googletest
+out=$(realpath -m -- "$out")
 # CMake compiles CUDA as C++20 from 3.26 on: the one that was installed with $python, if any, before the system's.
-# compute-sanitizer is beside the compiler, which may be a link.
-export PATH=$(dirname "$(command -v "$python")"):$PATH:/usr/local/cuda/bin out python googletest quick capability
-summary=()
-failed=0
+# compute-sanitizer is beside the compiler, which may be a link. A part that is killed keeps the output it had.
+export PATH=$(dirname "$(command -v "$python")"):$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1
 
-row() { summary+=("$(printf '%-12s %-12s %5s  %s' "$@")"); }
-skip() { row "$1" skipped "" "$2"; }
 has() { "$python" -c "import $1" 2>/dev/null; }
 
-# part NAME SECONDS QUICK_SECONDS FUNCTION [ARGUMENT...]: runs it with its log in NAME.log.
+# row NAME RESULT SECONDS WORDS: one line of the summary.
+row() {
+  if [ -n "$dry_run" ]; then printf '# %s: %s, %s\n' "$1" "$2" "$4"; return; fi
+  printf '%-14s %-11s %6s  %s\n' "$@" >>"$out/summary.txt"
+}
+
+# run COMMAND...: one command of a part, which is interrupted at the part's end: by SIGINT, so that pytest still
+# prints its tracebacks.
+run() {
+  local left=$((end - SECONDS))
+  set -- timeout --signal=INT --kill-after=10 $((left > 1 ? left : 1)) "$@"
+  printf '%q ' "$@"
+  echo
+  [ -n "$dry_run" ] || "$@"
+}
+
+# part NAME SECONDS QUICK_SECONDS FUNCTION [ARGUMENT...]: runs FUNCTION, with its output in NAME.log.
 part() {
-  local name=$1 limit=$2 began=$SECONDS rc=0 how=passed
-  if [ -n "$quick" ]; then limit=$(($3 < 580 - SECONDS ? $3 : 580 - SECONDS)); fi
-  if [ "$limit" -lt 5 ]; then skip "$name" "no time left"; failed=1; return 1; fi
+  local name=$1 limit=$2 began=$SECONDS rc=0 result=passed left end
+  if [ -n "$quick" ]; then left=$((total - began)) limit=$(($3 < left ? $3 : left)); fi
+  if [ "$limit" -lt 5 ]; then row "$name" "no time" '' "the parts before it took all of it"; return 1; fi
+  end=$((began + limit))
   shift 3
+  if [ -n "$dry_run" ]; then
+    echo "# $name: at most $limit s"
+    "$@"
+    return 0
+  fi
   echo "gpu_check: $name"
-  # A shell of its own: timeout runs no function of this one.
-  timeout --kill-after=5 "$limit" bash -c '"$@"' part "$@" >"$out/$name.log" 2>&1 || rc=$?
+  "$@" >"$out/$name.log" 2>&1 || rc=$?
   case $rc in
     0) ;;
-    124 | 137) how="cut off" ;;
-    *) how="failed ($rc)" ;;
+    124 | 137) result="cut off" ;;
+    *) result="failed ($rc)" ;;
   esac
-  [ $rc -eq 0 ] || { failed=1; tail -n 15 "$out/$name.log"; }
-  row "$name" "$how" "$((SECONDS - began)) s" "$(grep -av '^\s*$' "$out/$name.log" | tail -n 1 | cut -c 1-90)"
+  [ $rc -eq 0 ] || tail -n 40 "$out/$name.log"
+  row "$name" "$result" "$((SECONDS - began)) s" "$(grep -av '^\s*$' "$out/$name.log" | tail -n 1 | cut -c 1-90)"
   return $rc
 }
 
 machine() {
-  nvidia-smi && nvcc --version &&
-    "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_properties(0))'
+  run nvidia-smi && run nvcc --version &&
+    run "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_properties(0))'
 }
 
-# A venv that sees what $python sees, and takes this package without touching that.
+# A venv that sees the packages that $python sees, and takes this package without touching them.
 build() {
-  "$python" -m venv --without-pip "$out/venv" &&
-    "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
-      >"$("$out/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/parent.pth" &&
-    "$python" -m pip --python "$out/venv/bin/python" install --no-deps --no-build-isolation --no-index --editable . \
+  local packages
+  mapfile -t packages < <("$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
+  run "$python" -m venv --without-pip "$out/venv" &&
+    run "$venv" -c 'import pathlib, sys, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "parent.pth").write_text("\n".join(sys.argv[1:]))' "${packages[@]}" &&
+    run "$python" -m pip --python "$venv" install --no-deps --no-build-isolation --no-index --editable . \
       -C cmake.define.VMOE_CUDA=ON -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$capability" -C "build-dir=$out/build"
 }
 
-tests() { "$python" -m pytest -p no:cacheprovider -k "cuda or Gpu" --durations=10 "$@"; }
-
 kernels() {
-  cmake -S . -B "$out/cpp" -G Ninja -DVMOE_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$capability" -DFETCHCONTENT_FULLY_DISCONNECTED=ON \
-    ${googletest:+"-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$googletest"} && cmake --build "$out/cpp" --target cuda_tests
+  run cmake -S . -B "$out/cpp" -G Ninja -DVMOE_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$capability" \
+    -DFETCHCONTENT_FULLY_DISCONNECTED=ON \
+    ${googletest:+-DCMAKE_DISABLE_FIND_PACKAGE_GTest=ON "-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$googletest"} &&
+    run cmake --build "$out/cpp" --target gpu_tests
 }
-googletests() { "$out/cpp/tests/cpp/cuda/cuda_tests" --gtest_brief=1; }
-sanitize() { compute-sanitizer --tool "$1" --error-exitcode 9 "${@:2}"; }
-# Without GoogleTest the same kernels by way of the ops; torch's own are none of racecheck's business here.
-sanitize_ops() {
-  sanitize "$1" --kernel-name kernel_substring=vmoe "$python" -m pytest -p no:cacheprovider -k "cuda or Gpu" \
-    tests/ops/test_invert_slots.py tests/ops/test_assign_slots.py tests/ops/test_softmax_topk.py tests/ops/test_cuda.py
+
+kernel_tests() { run "$out/cpp/tests/cpp/cuda/gpu/gpu_tests" "$@"; }
+sanitize() { run compute-sanitizer --tool "$1" --error-exitcode 9 "$out/cpp/tests/cpp/cuda/gpu/gpu_tests" --gtest_brief=1 "${@:2}"; }
+tests() { run "$venv" -m pytest -p no:cacheprovider --durations=10 "$@"; }
+bench() { run "$venv" -m benchmarks.run ${quick:+--quick --no-compile} --device cuda --csv "$out/bench.csv"; }
+
+capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null) || {
+  [ -n "$dry_run" ] || { echo "gpu_check: $python has no torch that sees a GPU" >&2; exit 1; }
+  capability=90
+  echo "# no GPU here: the commands are for compute capability $capability"
 }
-sanitize_kernels() { sanitize "$1" "$out/cpp/tests/cpp/cuda/cuda_tests" --gtest_brief=1; }
 
-bench() { "$python" -m benchmarks.run $quick --device cuda --csv "$out/bench.csv"; }
+if [ -z "$dry_run" ]; then
+  mkdir -p "$out"
+  rm -f "$out"/*.log "$out"/bench.csv "$out/summary.txt"
+fi
+total=470  # seconds of a quick run, with ten to spare for a part that does not end when it is interrupted
+venv=$out/venv/bin/python
 
-export -f machine build tests kernels googletests sanitize sanitize_ops sanitize_kernels bench
+part machine 60 20 machine
 
-capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') ||
-  { echo "gpu_check: $python has no torch that sees a GPU" >&2; exit 1; }
+# The two builds side by side.
+has_kernels=''
+part build 1200 150 build &
+module=$!
+if [ -n "$dry_run" ]; then wait "$module"; fi  # one after the other on the screen
+if [ -n "$googletest" ] || [ -e /usr/include/gtest/gtest.h ]; then
+  part kernels 1200 150 kernels && has_kernels=1
+else
+  row kernels skipped '' "no GoogleTest here (--googletest DIR)"
+fi
+wait
 
-part machine 60 30 machine
-part build 600 240 build
-python=$out/venv/bin/python
+# Sinkhorn apart and with the names of its tests: its blocks wait for each other, and a hang has to be named.
+if [ -n "$has_kernels" ]; then
+  part googletest 600 45 kernel_tests --gtest_brief=1 '--gtest_filter=-*Sinkhorn*'
+  part sinkhorn 300 30 kernel_tests '--gtest_filter=*Sinkhorn*'
+fi
 
 if has pytest; then
-  part ops 600 120 tests tests/ops
-  part layers 600 60 tests tests/routers tests/test_moe.py tests/models
+  workers=()
+  if has xdist; then workers=(-n 6); fi
+  part cuda 600 75 tests tests/ops/test_cuda.py
+  part ops 600 60 tests "${workers[@]}" -k "cuda or Gpu" --ignore=tests/ops/test_cuda.py tests/ops
+  if [ -z "$quick" ]; then
+    part layers 600 0 tests "${workers[@]}" -k "cuda or Gpu" tests/routers tests/test_moe.py tests/models
+  fi
 else
-  skip pytest "not installed"
+  row pytest skipped '' "not installed"
 fi
 
+sanitizing=0
+if [ -n "$has_kernels" ] && command -v compute-sanitizer >/dev/null; then sanitizing=40; fi
 if has rich; then
-  part bench 3600 240 bench
+  benching=50
+  # The time that the parts before have not used, besides.
+  if [ -z "$dry_run" ]; then benching=$((total - sanitizing - SECONDS)); fi
+  part bench 3600 $benching bench
 else
-  skip bench "rich is not installed"
+  row bench skipped '' "rich is not installed"
 fi
 
-check=sanitize_ops
-if [ -n "$googletest" ] || [ -e /usr/include/gtest/gtest.h ]; then
-  part kernels 600 120 kernels && part googletest 300 60 googletests && check=sanitize_kernels
+if [ $sanitizing -eq 0 ]; then
+  row sanitizers skipped '' "no compute-sanitizer, or no kernels' tests to run under it"
+elif [ -n "$quick" ]; then
+  part memcheck 0 $sanitizing sanitize memcheck '--gtest_filter=-*Large*:*Long*'
 else
-  skip googletest "not here (--googletest SOURCE_DIR)"
-fi
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck initcheck; do
-    # initcheck takes torch's own memory for uninitialised.
-    [ $tool = initcheck ] && [ $check = sanitize_ops ] || part $tool 1200 60 $check $tool
-  done
-else
-  skip sanitizers "no compute-sanitizer"
+  for tool in memcheck racecheck initcheck; do part $tool 1200 0 sanitize $tool; done
 fi
 
-printf '%s\n' "${summary[@]}" | tee "$out/summary.txt"
-exit $failed
+[ -z "$dry_run" ] || exit 0
+cat "$out/summary.txt"
+! grep -qE '^\S+ +(failed|cut off|no time)' "$out/summary.txt"

@@ -1,6 +1,8 @@
-"""scripts/gpu_check.sh where everything that it calls only pretends: what it says of the parts."""
+"""scripts/gpu_check.sh with stand-ins for the GPU and for every program that it calls."""
 
 import os
+import re
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -9,19 +11,34 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
 
-# Asked for the GPU's capability, for folders of packages, for modules; as pytest it fails, else it does its work.
-PYTHON = """#!/bin/sh
+# Knows a GPU's capability, a folder of packages and all modules; the tests of the ops fail. pip, which builds the
+# module, waits for the build of the kernels' tests to begin.
+PYTHON = """#!/bin/bash
 case "$*" in
   *capability*) echo 90 ;;
   *without-pip*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
-  *sys.path*) echo /some/site-packages ;;
-  *purelib*) echo "$(dirname "$0")" ;;
-  *pytest*tests/ops*) echo "one test failed"; exit 1 ;;
-  *benchmarks.run*) echo "$@" ;;
+  *print*sys.path*) echo /some/site-packages ;;
+  *pip*install*) for i in {1..600}; do [ -e "$BESIDE/kernels" ] && exit 0; sleep 0.1; done; exit 1 ;;
+  *pytest*--ignore=*) echo "one test failed"; exit 1 ;;
   *) echo "did $*" ;;
 esac
 """
-PROGRAMS = {"python": PYTHON, "nvidia-smi": "#!/bin/sh\n", "nvcc": "#!/bin/sh\n", "cmake": "#!/bin/sh\nexit 3\n"}
+# Configures, and builds a program that prints its arguments.
+CMAKE = """#!/bin/bash
+touch "$BESIDE/kernels"
+if [ "$1" = --build ]; then
+  mkdir -p "$2/tests/cpp/cuda/gpu" && cp "$BESIDE/gpu_tests" "$2/tests/cpp/cuda/gpu/"
+fi
+"""
+PROGRAMS = {
+    "python": PYTHON,
+    "cmake": CMAKE,
+    "gpu_tests": "#!/bin/sh\necho ran $*\n",
+    "compute-sanitizer": '#!/bin/sh\nshift 4\nexec "$@"\n',
+    "nvidia-smi": "#!/bin/sh\n",
+    "nvcc": "#!/bin/sh\n",
+}
+PARTS = ["machine", "build", "kernels", "googletest", "sinkhorn", "cuda", "ops", "bench", "memcheck"]
 
 
 def write_program(path: Path, text: str) -> None:
@@ -29,46 +46,137 @@ def write_program(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
 
 
+class Check:
+    def __init__(self, folder: Path):
+        self.folder, self.out = folder, folder / "out"
+        self.source = folder / "googletest"
+        self.source.mkdir()
+        (self.source / "CMakeLists.txt").touch()
+        for name, text in PROGRAMS.items():
+            write_program(folder / name, text)
+
+    def __call__(self, *arguments, **options):
+        command = [SCRIPT, "--out", self.out, "--python", self.folder / "python", *arguments]
+        environment = {**os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}", "BESIDE": str(self.folder)}
+        options = {"env": environment, "capture_output": True, "text": True, **options}
+        return subprocess.run(command, **options)
+
+    def summary(self) -> dict[str, str]:
+        return {line.split()[0]: line for line in (self.out / "summary.txt").read_text().splitlines()}
+
+    def log(self, part: str) -> str:
+        return (self.out / f"{part}.log").read_text()
+
+
 @pytest.fixture
 def check(tmp_path):
-    for name, text in PROGRAMS.items():
-        write_program(tmp_path / name, text)
-
-    def run(*arguments):
-        command = [SCRIPT, "--out", tmp_path / "out", "--python", tmp_path / "python", *arguments]
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    return run
+    return Check(tmp_path)
 
 
-def test_every_part_reports_whatever_became_of_the_others(check, tmp_path):
-    done = check("--googletest", "/some/source")
+def test_every_part_reports_whatever_became_of_the_others(check):
+    done = check("--googletest", check.source)
     assert done.returncode == 1
-    lines = {line.split()[0]: line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()}
-    for name in ("machine", "build", "layers", "bench"):
-        assert "passed" in lines[name], lines[name]
-        assert (tmp_path / "out" / f"{name}.log").exists()
-    assert "failed (1)" in lines["ops"] and lines["ops"].endswith("one test failed")
-    assert "failed (3)" in lines["kernels"] and "googletest" not in lines
-    assert "one test failed" in done.stdout
+    lines = check.summary()
+    assert set(lines) == {*PARTS, "layers", "racecheck", "initcheck"}
+    for name, line in lines.items():
+        assert ("failed (1)" if name == "ops" else "passed") in line
+        assert (check.out / f"{name}.log").exists()
+    assert lines["ops"].endswith("one test failed") and "one test failed" in done.stdout
     assert "--device cuda --csv" in lines["bench"] and "--quick" not in lines["bench"]
+    assert lines["googletest"].endswith("ran --gtest_brief=1 --gtest_filter=-*Sinkhorn*")
+    assert lines["sinkhorn"].endswith("ran --gtest_filter=*Sinkhorn*")
+
+
+def test_a_quick_run_has_the_short_parts(check):
+    check("--quick", "--googletest", check.source)
+    lines = check.summary()
+    assert set(lines) == set(PARTS)
+    assert "--quick --no-compile --device cuda" in lines["bench"]
+    assert lines["memcheck"].endswith("--gtest_filter=-*Large*:*Long*")
+
+
+def test_all_is_well_when_every_part_is(check):
+    write_program(check.folder / "python", PYTHON.replace("exit 1", "exit 0"))
+    done = check("--googletest", check.source)
+    assert done.returncode == 0, done.stdout
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a log or of a dry run, without their seconds."""
+    return [re.sub(r"=10 \d+", "", line) for line in text.splitlines() if line.startswith("timeout --signal=INT")]
+
+
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+def test_a_dry_run_prints_the_commands_and_runs_none(check, quick):
+    dry = check(*quick, "--dry-run", "--googletest", check.source)
+    assert dry.returncode == 0 and not dry.stderr and not check.out.exists()
+    check(*quick, "--googletest", check.source)
+    ran = [command for log in check.out.glob("*.log") for command in commands(log.read_text())]
+    assert ran and sorted(ran) == sorted(commands(dry.stdout))
+
+
+def test_the_time_limits_of_a_quick_run_add_up_to_eight_minutes(check):
+    dry = check("--quick", "--dry-run", "--googletest", check.source).stdout
+    limits = {name: int(limit) for name, limit in re.findall(r"^# (\w+): at most (\d+) s$", dry, re.MULTILINE)}
+    assert list(limits) == PARTS
+    assert limits.pop("kernels") == limits["build"]  # side by side
+    assert 420 < sum(limits.values()) <= 480
+
+
+def test_a_dry_run_needs_no_gpu(check):
+    write_program(check.folder / "python", PYTHON.replace("echo 90", "exit 1"))
+    dry = check("--dry-run")
+    assert dry.returncode == 0 and "no GPU here" in dry.stdout and "CUDA_ARCHITECTURES=90" in dry.stdout
+
+
+def test_a_part_that_is_cut_off_keeps_its_tracebacks(check):
+    write_program(
+        check.folder / "gpu_tests",
+        """#!/bin/bash
+case "$*" in
+  *=-*Sinkhorn*) trap 'echo a traceback; exit 2' INT; echo began; sleep 30 & wait ;;
+esac
+""",
+    )
+    # Only the test that hangs runs out of its time.
+    real = shutil.which("timeout")
+    hurry = f'#!/bin/bash\ncase "$*" in *=-*) set -- "$1" "$2" 3 "${{@:4}}" ;; esac\nexec {real} "$@"\n'
+    write_program(check.folder / "timeout", hurry)
+    done = check("--quick", "--googletest", check.source)
+    lines = check.summary()
+    assert done.returncode == 1
+    assert "cut off" in lines["googletest"] and lines["googletest"].endswith("a traceback")
+    assert check.log("googletest").endswith("began\na traceback\n")
+    assert "passed" in lines["sinkhorn"]
 
 
 def test_the_programs_beside_python_go_before_the_systems(check, tmp_path):
     beside = tmp_path / "environment"
     beside.mkdir()
     write_program(beside / "python", PYTHON)
-    write_program(beside / "cmake", "#!/bin/sh\nexit 4\n")
-    check("--python", beside / "python", "--googletest", "/some/source")
-    lines = {line.split()[0]: line for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()}
+    write_program(beside / "cmake", '#!/bin/sh\ntouch "$BESIDE/kernels"\nexit 4\n')
+    check("--python", beside / "python", "--googletest", check.source)
+    lines = check.summary()
     assert "failed (4)" in lines["kernels"]
+    assert "googletest" not in lines and "skipped" in lines["sanitizers"] and "passed" in lines["cuda"]
+
+
+def test_googletest_is_carried_in_by_an_option(check):
+    given = "-DCMAKE_DISABLE_FIND_PACKAGE_GTest=ON -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST="
+    dry = check("--dry-run", "--googletest", "googletest", cwd=check.folder)
+    assert f"{given}{check.source} " in dry.stdout  # CMake takes no relative path
+    standard = Path("/usr/src/googletest/CMakeLists.txt").exists()
+    assert (f"{given}/usr/src/googletest " in check("--dry-run").stdout) == standard
+    for wrong in ("elsewhere", "out"):
+        (check.folder / "out").mkdir(exist_ok=True)
+        done = check("--googletest", wrong, cwd=check.folder)
+        assert done.returncode == 2 and f"--googletest {wrong} has no CMakeLists.txt" in done.stderr
 
 
 def test_refuses_what_it_does_not_know(check):
     for arguments in (["--fast"], ["--out"], ["--fast", "2"]):
         done = check(*arguments)
-        assert done.returncode == 2 and "do not know" in done.stderr
+        assert done.returncode == 2 and "unknown option" in done.stderr
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
