@@ -6,6 +6,7 @@ of the CPU get: run on the host as tests/cpp/cuda/shim has it, they pass the sam
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -24,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_kernels: of what the CPU's own kernels do, whatever others do")
+    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if workers:
+        # The processes share the cores, and so do the processes that a test starts.
+        threads = max(1, (os.cpu_count() or 1) // int(workers))
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     library = config.getoption("--cuda-on-host")
     if library:
         torch.ops.load_library(library)

@@ -1,0 +1,84 @@
+"""scripts/setup.sh with stand-ins for Python, pip and the GPU: what it compiles, and what it installs."""
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "setup.sh"
+STAND_IN = '#!/bin/sh\necho "$(basename "$0") $*" >>"$LOG"\n'
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Runs the script in a folder with a .venv, and returns what was installed."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "scripts")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+
+    def program(path, text):
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IEXEC)
+
+    for name in ("python", "pip"):
+        program(tmp_path / ".venv" / "bin" / name, STAND_IN)
+    for name in ("python3", "c++", "apt-get"):
+        program(tmp_path / "beside" / name, STAND_IN)
+
+    def run(*extra, gpus=None, choice=None):
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        smi = "exit 9" if gpus is None else f"printf '{gpus}'"
+        program(tmp_path / "beside" / "nvidia-smi", f"#!/bin/sh\n{smi}\n")
+        environment = {**os.environ, "PATH": f"{tmp_path / 'beside'}:{os.environ['PATH']}", "LOG": str(log)}
+        environment.pop("VMOE_CUDA", None)
+        if choice is not None:
+            environment["VMOE_CUDA"] = choice
+        done = subprocess.run(
+            [tmp_path / "scripts" / "setup.sh", "python3", *extra], env=environment, capture_output=True, text=True
+        )
+        lines = log.read_text().splitlines()
+        return done, [line for line in lines if line.startswith(("python -m pip", "apt-get"))]
+
+    return run
+
+
+def test_without_a_gpu_no_cuda_kernel_is_compiled(setup):
+    for gpus in (None, "", "[N/A]\\n", "NVIDIA-SMI has failed\\n"):
+        done, installed = setup(gpus=gpus)
+        assert done.returncode == 0, done.stderr
+        assert installed[-1].endswith("--editable .[study] -C cmake.define.VMOE_CUDA=OFF")
+        assert "no CUDA kernels" in done.stdout and "VMOE_CUDA=ON" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpus", "architectures"), [("9.0\\n", "90"), ("9.0\\n9.0\\n", "90"), ("9.0\\n8.0\\n10.0\\n", "100;80;90")]
+)
+def test_with_gpus_the_kernels_are_compiled_for_them(setup, gpus, architectures):
+    _, installed = setup(gpus=gpus, choice="AUTO")
+    end = f"-C cmake.define.VMOE_CUDA=AUTO -C cmake.define.CMAKE_CUDA_ARCHITECTURES={architectures}"
+    assert installed[-1].endswith(end)
+
+
+def test_what_was_asked_for_goes_before_what_is_there(setup):
+    for gpus in (None, "9.0\\n"):
+        _, installed = setup(gpus=gpus, choice="ON")
+        # None by name: CMakeLists.txt has the list.
+        assert installed[-1].endswith("-C cmake.define.VMOE_CUDA=ON -C cmake.args=-UCMAKE_CUDA_ARCHITECTURES")
+        _, installed = setup(gpus=gpus, choice="OFF")
+        assert installed[-1].endswith(".[study] -C cmake.define.VMOE_CUDA=OFF")
+    done, installed = setup(choice="on")
+    assert done.returncode == 1 and "VMOE_CUDA must be AUTO, ON or OFF, got 'on'" in done.stderr and not installed
+
+
+def test_googletest_is_for_the_tests_alone(setup):
+    _, installed = setup("study")
+    assert not any("libgtest-dev" in line for line in installed)
+    _, installed = setup("test")
+    assert ".[test]" in installed[-1]
+    if os.getuid() == 0 and not Path("/usr/include/gtest/gtest.h").exists():
+        assert any("libgtest-dev" in line for line in installed)
