@@ -35,8 +35,7 @@ people write in torch, `torch.compile` of those, installed packages, a dense MLP
 process, in shuffled rounds. Before timing, results are asserted equal to ours, or the variant says that it is another
 function and is left out of the table.
 
-- **Ratios** are medians of paired ratios: time of the variant / time of ours. Above 1x ours is faster; the other form
-  is faster where a ratio is **bold**.
+- **Ratios** are medians of paired ratios: time of the variant / time of ours. Above 1x ours is faster.
 - **The floor** is the time that the case's flops, bytes and exponentials take at the machine's ceilings, measured in
   the same run.
 - **UNSTABLE**: the same code measured twice came out more than 10 % apart, or may have come out 30 % apart.
@@ -119,7 +118,7 @@ def ratios(run: dict, others: list[dict], only: tuple[str, ...] | None = None) -
     head += ["faster by", "with gradients", "of the floor"]
     head += [f"ISA {other['machine']['isa']}" + (", small sizes" if other["quick"] else "") for other in others]
     note = f"Sizes: {' '.join(sorted(common))} in every row. " if common else ""
-    note += "n tokens in images of T, E experts, width D, K experts per token."
+    note += "n tokens in images of T, E experts, width D, K experts per token. **Bold**: the other form is faster."
     for other in others:
         form = ", nothing was compiled, and sizes are those of `--quick`" if other["quick"] else ""
         note += (
