@@ -30,7 +30,6 @@ TINY = (
     ("--routers soft,softmax_expert_choice", {"routers": ["soft", "softmax_expert_choice"]}),
     ('--routers ["soft","softmax_expert_choice"]', {"routers": ["soft", "softmax_expert_choice"]}),
     ("--routers=[soft]", {"routers": ["soft"]}),
-    ("--routers=", {"routers": []}),
     ("--top-k 2 --capacity-factors .5,1", {"top_k": [2], "capacity_factors": [0.5, 1.0]}),
     ("--top_k=1,2,4 --capacity_factors=2", {"top_k": [1, 2, 4], "capacity_factors": [2.0]}),
     ("--data a-b/c_d --output=x-y=z", {"data": "a-b/c_d", "output": Path("x-y=z")}),
@@ -49,25 +48,90 @@ def test_options_of_convert():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ("study --routers hard", "no router 'hard'; there are softmax_token_choice"),
+    ("study --routers hard", "--routers has no 'hard'; there are softmax_token_choice"),
     ("study --data nowhere", "no folder 'nowhere'"),
-    ("study --batch-size 30", "batch_size 30 must be a multiple of group_size 8"),
-    ("study --seeds many", "many"),
-    ("study --top-k one", "one"),
+    ("study --batch-size 30", "--batch-size 30 must be a multiple of --group-size 8"),
+    ("study --batch_size 30", "--batch_size 30 must be a multiple of --group-size 8"),
+    ("study --seeds many", "--seeds must be a whole number, got many"),
+    ("study --width=1.5", "--width must be a whole number, got 1.5"),
+    ("study --plan-combine maybe", "--plan-combine must be true or false, got maybe"),
+    ("study --top-k one", "--top-k must be a whole number, got one"),
     ("study --colour red", "--colour red"),
-    ("study --device cuda", "torch finds no CUDA here"),
+    ("study --device cuda", "--device 'cuda': torch finds no CUDA here"),
+    ("study --device cpu:x", "--device must be 'cpu', 'cuda' or 'cuda:N', got 'cpu:x'"),
     ("study --max-images 200 --output /dev/null/x", "/dev/null/x"),
+    ("study --capacity_factors 1e308", "--capacity_factors must be positive and at most 10000, got [1e+308]"),
+    ("study --capacity-factors 1,1e9", "--capacity-factors must be positive and at most 10000"),
+    ("study --capacity-factors 1,1.00000001", "--capacity-factors [1.0, 1.00000001] must differ in their first six"),
+    ("study --capacity-factors .nan", "--capacity-factors must be positive"),
+    ("study --image_size 1000000", "--image_size 1000000: Soft MoE needs at least"),
+    ("study --image-size 800", "--image-size 800: "),
+    ("study --width 1000000", "--width 1000000: "),
+    ("study --mlp_ratio 1e12", "--mlp_ratio 1000000000000.0: "),
+    ("study --num_experts 10000000 --capacity_factors 10000", "--num_experts 10000000: "),
+    ("study --depth 100000000", "--depth 100000000: "),
+    ("study --heads 1000000 --width 1000000", "1000000: "),
+    ("study --width 99999999999999999999", "--width must be at least 1 and at most 2147483647"),
+    ("study --mlp-ratio 1e-9", "--mlp-ratio 1e-09 of --width 64 is less than 1"),
+    ("study --mlp-ratio .nan", "--mlp-ratio must be positive and finite, got nan"),
+    ("study --seeds 1000000000", "--seeds must be at least 1 and at most 10000"),
+    ("study --epochs 1000000000", "--epochs must be at least 1 and at most 1000000"),
+    ("study --shift 1000000", "--shift 1000000 moves images of 8 x 8 pixels out of sight"),
+    ("study --patch-size 3", "--patch-size 3 does not divide images of 8 x 8 pixels"),
+    ("study --batch-size 2048", "--batch-size 2048: 1437 training images are less than one batch"),
+    ("study --workers 1000000", "--workers 1000000: each needs at least"),
+    ("study --routers=", "--routers must not be empty"),
+    ("study --routers []", "--routers must not be empty"),
+    ("study --top-k []", "--top-k must not be empty"),
+    ("study --output=", "--output must not be empty"),
+    ("study --data= --seeds 1", "--data must not be empty"),
     ("convert", "convert.source"),
     ("convert nowhere folder", "nowhere.index: there is no such file"),
+    ("convert nowhere folder --img_size 0", "--img_size must be at least 1"),
+    ("convert nowhere folder --img-size x", "--img-size must be a whole number, got x"),
+    ("convert nowhere folder --capacity-factor 1e308", "--capacity-factor must be positive and at most 10000"),
+    ("convert nowhere folder --router=", "--router must not be empty"),
     ("train", "train"),
     ("", "study"),
 ])  # fmt: skip
-def test_errors_are_one_line(capsys, monkeypatch, arguments, words):
+def test_errors_are_one_line(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vmoe_routers.study.study._run_all", None)  # nothing is run
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert cli.main(arguments.split()) == 2
+    check_refused(arguments.split(), words, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["study", "--data", ""], "--data must not be empty"),
+    (["study", "--output", "", "--seeds", "1"], "--output must not be empty"),
+    (["convert", "", "folder"], "source must not be empty"),
+    (["convert", "--top-k", "1", "P", ""], "folder must not be empty"),
+    (["study", "--output", "\udcff"], "is not valid UTF-8"),
+])  # fmt: skip
+def test_arguments_that_are_no_text(capsys, arguments, words):
+    check_refused(arguments, words, capsys)
+
+
+def check_refused(arguments, words, capsys):
+    assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert err.startswith("vmoe-routers: ") and words in err and err.count("\n") == 1 and err.endswith("\n")
-    assert out == ""
+    assert out == "" and len(err) < 2100
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (MemoryError(), "vmoe-routers: not enough memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory DefaultCPUAllocator"),
+    (ValueError("x" * 10_000), "x ..."),
+    (ValueError("a\x1b[31mred\nline"), "a [31mred line"),
+])  # fmt: skip
+def test_errors_of_a_study_are_one_line(capsys, monkeypatch, error, words):
+    def fail(settings):
+        raise error
+
+    monkeypatch.setattr("vmoe_routers.study.run_study", fail)
+    check_refused(["study"], words, capsys)
 
 
 def test_a_missing_package_is_one_line(capsys, monkeypatch):
@@ -142,3 +206,55 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
     assert out.count("  acc. ") == 6 - len(done) and f"{epochs}/{epochs} epochs" in out and "28/28 rounds" in out
     assert "report: " in out and (tmp_path / "report.html").is_file()
     assert {path: path.stat().st_mtime_ns for path in done} == done and len(list(records.glob("*-seed*.json"))) == 6
+
+
+def start(tmp_path, *arguments, **options):
+    """A study in a session of its own, as in a terminal: Ctrl-C there is a signal to all its processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vmoe_routers", "study", "--output", str(tmp_path / "out"), *TINY.split(), *arguments],
+        start_new_session=True,
+        # Where the tests run in the background of a script, Ctrl-C is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("wait", [0.3, 1.0, 2.5])
+def test_ctrl_c_twice_while_importing(tmp_path, wait):
+    process = start(tmp_path)
+    time.sleep(wait)
+    for _ in range(2):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in out and out.count("\n") < 5
+
+
+def children(process):
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
+def test_workers_end_with_a_killed_parent_also_while_they_import(tmp_path):
+    process = start(tmp_path, "--workers", "2")
+    try:
+        # The workers are the children that multiprocessing starts; they import for seconds.
+        def workers():
+            lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children(process.pid)}
+            return [child for child, line in lines.items() if b"--multiprocessing-fork" in line]
+
+        wait_until(lambda: len(workers()) == 2 or process.poll() is not None)
+        time.sleep(0.3)  # until the second is known to the guard
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(10)
+        wait_until(lambda: alone(process.pid), 3)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()

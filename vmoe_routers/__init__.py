@@ -5,6 +5,9 @@ One formulation with two routing tensors, dispatch and combine, and the six rout
 C++/CUDA kernels behind autograd-aware PyTorch ops.
 """
 
+import vmoe_routers._ctrl_c  # noqa: F401  (before torch, which takes seconds to import)
+
+# isort: split
 from importlib.metadata import version
 
 from vmoe_routers import affinity, checkpoints, losses, ops

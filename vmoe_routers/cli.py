@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -9,33 +10,72 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from vmoe_routers import __version__
+from vmoe_routers._ctrl_c import end_at_once, raising
+from vmoe_routers.options import OptionError
 
 if TYPE_CHECKING:
     from vmoe_routers.study import Settings
 
 
+_POSITIONAL = ("source", "folder")  # of convert
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_MOST_SHOWN = 2000  # characters of a message
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status. What the user can mend comes in one line."""
+    if arguments is None:
+        end_at_once()
+        arguments = sys.argv[1:]
     try:
-        command = _parse(sys.argv[1:] if arguments is None else arguments)
+        command = _parse(arguments)
         if isinstance(command, dict):
             _convert(command)
         else:
             from vmoe_routers.study import run_study
 
-            run_study(command)
+            with raising():
+                run_study(command)
     except ImportError as error:
         message = f"{error}; what the commands need comes with: pip install 'vmoe_routers[study]'"
     except ArgumentError as error:
-        message = f"{error} (vmoe-routers study --help, or convert --help, lists what there is)"
+        message = f"{_plain(str(error), arguments)} (vmoe-routers study --help, or convert --help, lists what there is)"
+    except OptionError as error:
+        message = str(error)
+        for name in error.options:
+            message = re.sub(rf"\b{name}\b", _as_typed(name, arguments), message, count=1)
     except (ValueError, OSError) as error:
         message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):  # as torch calls it
+            raise
+        message = f"not enough memory {str(error)[:200]}"
     except KeyboardInterrupt:
         return 130
     else:
         return 0
-    print("vmoe-routers:", " ".join(message.split()), file=sys.stderr)
+    message = "".join(character if character.isprintable() else " " for character in message)
+    message = " ".join(message.split())
+    print("vmoe-routers:", f"{message[:_MOST_SHOWN]} ..." if len(message) > _MOST_SHOWN else message, file=sys.stderr)
     return 2
+
+
+def _as_typed(name: str, arguments: Sequence[str]) -> str:
+    """An option as the user typed it, or as the help does; the names of positional arguments as they are."""
+    if name in _POSITIONAL:
+        return name
+    flags = (argument.partition("=")[0] for argument in arguments if len(argument) > 2 and argument.startswith("--"))
+    found = (flag for flag in flags if name.startswith(flag[2:].replace("-", "_")))
+    return next(found, "--" + name.replace("_", "-"))
+
+
+def _plain(message: str, arguments: Sequence[str]) -> str:
+    """The parser's message; where it is about a value's type, with the option as it was typed."""
+    key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(\w+)'>", message)
+    value = re.search(r"(?:Given|Got) value: (.*)", message)
+    if not (key and kind and value):
+        return message
+    return f"{_as_typed(key[1], arguments)} must be {_KINDS.get(kind[1], kind[1])}, got {value[1]}"
 
 
 def _convert(options: dict[str, Any]) -> None:
@@ -89,15 +129,27 @@ def _parse(arguments: Sequence[str]) -> Settings | dict[str, Any]:
 
 
 def _spelled_out(arguments: Sequence[str], lists: set[str]) -> list[str]:
-    """Arguments as jsonargparse wants them: ``--top-k 1,2`` becomes ``--top_k [1,2]``."""
+    """Arguments as jsonargparse wants them: ``--top-k 1,2`` becomes ``--top_k [1,2]``.
+
+    Raises:
+        OptionError: an option with an empty value, such as a shell's variable that is not set.
+        ValueError: an argument that is not text.
+    """
     found, option = [], ""
     for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):  # how Python keeps other bytes
+            raise ValueError(f"argument {argument!r} is not valid UTF-8")
         name, equals, value = argument.partition("=")
-        if argument.startswith("--"):
+        is_option = argument.startswith("--")
+        if is_option:
             option = "--" + name[2:].replace("-", "_")
+        if option and (argument == "" or (is_option and equals and value == "")):
+            raise OptionError(f"{option[2:]} must not be empty", option[2:])
+        if is_option:
             found.append(option + equals + (_in_brackets(value) if equals and option in lists else value))
         else:
             found.append(_in_brackets(argument) if option in lists else argument)
+            option = ""
     return found
 
 

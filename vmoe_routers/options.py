@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MAX_CAPACITY_FACTOR = 1e4  # far beyond a slot for every token at every expert
+
 
 class OptionError(ValueError):
     """An option's value cannot be used.

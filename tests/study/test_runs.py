@@ -1,16 +1,15 @@
-"""One run: the models of a seed, what they cost, what is recorded, and where the record lies."""
+"""One run: the models of a seed, what they cost and what is recorded."""
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import vmoe_routers as vr
-from vmoe_routers.study import Settings, Variant, runs, timing, variants
-from vmoe_routers.study.runs import _LayerStatistics, fingerprint, read_record, record_path, run, write_record
+from vmoe_routers.study import Settings, Variant, timing, variants
+from vmoe_routers.study.runs import _LayerStatistics, run
 from vmoe_routers.study.variants import build
 from vmoe_routers.training import Images, evaluate
 
@@ -156,41 +155,6 @@ def test_transfer():
     assert record["transfer"]["data"] == "others" and record["transfer"]["accuracy"] > 0.9
 
 
-def test_a_record_lies_where_its_settings_say():
-    path = record_path(TINY, "inputs", "soft-c1-seed0")
-    assert path.parent == Path("study/runs") and path.name.startswith("soft-c1-seed0-")
-    for same in (
-        {"routers": ["soft"]}, {"seeds": 9}, {"workers": 3}, {"top_k": [1]}, {"capacity_factors": [2.0]},
-        {"plan_combine": False}, {"data": "x"}, {"transfer_data": "digits"},
-    ):  # fmt: skip
-        assert record_path(replace(TINY, **same), "inputs", "soft-c1-seed0") == path
-    there = replace(TINY, output=Path("there"))
-    assert record_path(there, "inputs", "soft-c1-seed0") == Path("there/runs") / path.name
-    others = [
-        {"epochs": 3}, {"batch_size": 8}, {"learning_rate": 1e-3},
-        {"image_size": 4}, {"max_images": 5}, {"shift": 0}, {"patch_size": 4}, {"width": 32}, {"mlp_ratio": 1.0},
-        {"depth": 4}, {"heads": 4}, {"num_experts": 8}, {"group_size": 2}, {"scale_init": 1.0}, {"device": "cuda"},
-    ]  # fmt: skip
-    paths = [record_path(replace(TINY, **other), "inputs", "soft-c1-seed0") for other in others]
-    paths += [path, record_path(TINY, "inputs", "soft-c1-seed1"), record_path(TINY, "others", "soft-c1-seed0")]
-    paths += [record_path(TINY, "inputs", "soft-c1-seed0", {"top_k": 1})]
-    assert len({path.stem[-12:] for path in paths}) == len(others) + 4
-
-
-def test_fingerprint_is_of_the_images_and_the_versions(monkeypatch):
-    data, other = made_up(), made_up(seed=1)
-    assert fingerprint(data, None) == fingerprint(made_up(), None)
-    labels = data.train_labels.clone()
-    labels[3] += 1
-    different = [
-        fingerprint(data, None), fingerprint(other, None), fingerprint(data, other), fingerprint(other, data),
-        fingerprint(made_up(train=15, test=11), None), fingerprint(replace(data, train_labels=labels), None),
-    ]  # fmt: skip
-    monkeypatch.setattr(runs, "__version__", "another")
-    different.append(fingerprint(data, None))
-    assert len(set(different)) == 7
-
-
 def test_steps_are_timed_in_turns(monkeypatch):
     turns = []
     monkeypatch.setattr(timing, "Step", lambda model, *_: lambda images, labels: turns.append((id(model), len(images))))
@@ -208,13 +172,3 @@ def test_steps_are_timed_in_turns(monkeypatch):
 def test_timed_steps_train():
     record = timing.time_steps(TINY, [DENSE, SOFT], made_up())
     assert json.loads(json.dumps(record)) == record and record["machine"] and record["date"]
-
-
-@pytest.mark.parametrize("content", [b"", b'{"variant": {"na', b"\xff\xfe\x00garbage"])
-def test_a_corrupted_record_is_none(tmp_path, content):
-    path = tmp_path / "runs" / "record.json"
-    assert read_record(path) is None
-    write_record(path, {"loss": 1.5})
-    assert read_record(path) == {"loss": 1.5} and [path] == list(path.parent.iterdir())
-    path.write_bytes(content)
-    assert read_record(path) is None

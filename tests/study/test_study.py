@@ -2,7 +2,8 @@
 
 import csv
 import io
-from concurrent.futures import Future, ProcessPoolExecutor
+import json
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from vmoe_routers.study import Settings, Variant, run_study, study, variants
-from vmoe_routers.study.runs import read_record, run, write_record
+from vmoe_routers.study.records import write_record
+from vmoe_routers.study.runs import run
 from vmoe_routers.study.timing import time_steps
+from vmoe_routers.study.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,14 +30,14 @@ class Stop:
     def __init__(self):
         self.done, self.after = [], None
 
-    def __call__(self, settings, jobs, timing, console):
+    def __call__(self, settings, jobs, timing, workers, console):
         data, transfer = study._load(settings)
         for job in jobs:
             if len(self.done) == self.after:
                 raise KeyboardInterrupt
             write_record(job.path, run(settings, job.variant, job.seed, data, transfer))
             self.done.append((job.variant, job.seed))
-        if not timing.is_done():
+        if timing is not None:
             write_record(timing.path, time_steps(settings, timing.variants, data))
             self.done.append("timing")
 
@@ -61,13 +64,14 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
 
     # The same again, but for one record that is broken.
     (broken,) = settings.output.glob(f"runs/{jobs[2][0].name}-seed0-*.json")
-    broken.write_text('{"variant"')
+    broken.write_text("[]")
     here.done, here.after = [], None
     console = silent()
     path = run_study(settings, console)
     assert here.done == [jobs[2], *jobs[6:], "timing"]
-    assert read_record(broken)["variant"]["name"] == jobs[2][0].name
+    assert json.loads(broken.read_text())["variant"]["name"] == jobs[2][0].name
     said = console.file.getvalue()
+    assert f"{broken}: no record, the whole is [], wanted a mapping; run again\n" in said
     assert "40 training and 40 test images of 8 x 8, 10 classes" in said
     assert "models: 5, seeds: 2, runs: 10, done before: 5" in said
     assert f"report: {path}" in said.replace("\n", "")
@@ -96,32 +100,38 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
 
 
 def test_other_images_at_the_same_place_are_run_anew(tmp_path, here, monkeypatch):
-    settings = replace(TINY, routers=[], seeds=1, output=tmp_path)
+    settings = replace(TINY, routers=["soft"], capacity_factors=[1.0], seeds=1, output=tmp_path)
     run_study(settings, silent())
     run_study(settings, silent())
-    assert here.done == [(Variant(), 0), "timing"]
+    done = [(Variant(), 0), (Variant("soft", 1.0), 0), "timing"]
+    assert here.done == done
     data, transfer = study._load(settings)
     changed = replace(data, train_images=1 - data.train_images), transfer
     monkeypatch.setattr(study, "_load", lambda settings: changed)
     run_study(settings, silent())
-    assert here.done == 2 * [(Variant(), 0), "timing"]
+    assert here.done == 2 * done
 
 
 def test_a_killed_worker_is_told_in_words(tmp_path, monkeypatch):
-    class Killed(ProcessPoolExecutor):
+    class Killed(Workers):
         def submit(self, *args, **kwargs):
             future = Future()
             future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
             return future
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", Killed)
+    monkeypatch.setattr(study, "Workers", Killed)
     with pytest.raises(ChildProcessError, match=r"a worker process was killed, .*; what is finished is kept"):
         run_study(replace(TINY, output=tmp_path), silent())
 
 
 def test_transfer_gives_figure_2(tmp_path, here):
     settings = replace(
-        TINY, routers=[], seeds=1, transfer_data="digits", max_images=150, output=tmp_path / "with [b]brackets[/b]"
+        TINY,
+        routers=["soft"],
+        seeds=1,
+        transfer_data="digits",
+        max_images=150,
+        output=tmp_path / "with [b]brackets[/b]",
     )
     console = Console(file=io.StringIO(), width=200, markup=False)
     path = run_study(settings, console)
@@ -130,9 +140,9 @@ def test_transfer_gives_figure_2(tmp_path, here):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"batch_size": 64}, "40 training images are less than one batch of 64"),
-    ({"patch_size": 3}, "img_size 8 is not a multiple of patch_size 3"),
-    ({"heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
+    ({"batch_size": 64}, "batch_size 64: 40 training images are less than one batch"),
+    ({"patch_size": 3}, "patch_size 3 does not divide images of 8 x 8 pixels"),
+    ({"shift": 8}, "shift 8 moves images of 8 x 8 pixels out of sight"),
     ({"transfer_data": "digits"}, "10-shot transfer wants more than 100 training images for 10 classes, there are 40"),
     ({"transfer_data": "nowhere"}, "no folder 'nowhere'"),
 ])  # fmt: skip
@@ -145,18 +155,25 @@ def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
 @pytest.mark.parametrize(("changes", "words"), [
     ({"batch_size": 30, "group_size": 8}, "batch_size 30 must be a multiple of group_size 8"),
     ({"group_size": 0}, "group_size"),
-    ({"seeds": 0}, "seeds must be at least 1, got 0"),
+    ({"seeds": 0}, "seeds must be at least 1 and at most 10000, got 0"),
     ({"epochs": -1}, "epochs must be at least 1"),
     ({"max_images": 0}, "max_images must be at least 1"),
     ({"image_size": -8}, "image_size must be at least 1"),
-    ({"routers": ["soft", "hard"]}, "no router 'hard'; there are softmax_token_choice, "),
+    ({"routers": ["soft", "hard"]}, "routers has no 'hard'; there are softmax_token_choice, "),
     ({"top_k": [1, 9]}, "top_k must be between 1 and num_experts = 8, got 9"),
     ({"top_k": [0]}, "top_k must be between 1"),
     ({"capacity_factors": [1.0, 0.0]}, "capacity_factors must be positive"),
     ({"capacity_factors": [float("inf")]}, "capacity_factors must be positive"),
     ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
-    ({"device": "gpu"}, "device must be 'cpu' or 'cuda', got 'gpu'"),
-    ({"workers": -1}, "workers and shift must be at least 0"),
+    ({"device": "gpu"}, "device must be 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
+    ({"device": "cpu:0"}, "device must be"),
+    ({"workers": -1}, "workers must be at least 0"),
+    ({"heads": 3}, "width 64 must be a multiple of heads 3"),
+    ({"routers": []}, "routers must not be empty"),
+    ({"capacity_factors": []}, "capacity_factors must not be empty"),
+    ({"data": ""}, "data must not be empty"),
+    ({"scale_init": float("nan")}, "scale_init must be finite"),
+    ({"depth": 10**30}, "depth must be at least 1 and at most"),
 ])  # fmt: skip
 def test_settings_refuse(changes, words):
     with pytest.raises(ValueError, match=words):

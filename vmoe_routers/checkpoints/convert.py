@@ -19,10 +19,8 @@ from vmoe_routers.checkpoints.npz import read_npz
 from vmoe_routers.checkpoints.pretrained import make_empty, save_pretrained
 from vmoe_routers.checkpoints.vmoe import read_vmoe
 from vmoe_routers.memory import available_memory, in_words
-from vmoe_routers.options import OptionError
+from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
 from vmoe_routers.routers import ROUTERS
-
-MAX_FACTOR = 1e4  # of capacity: far beyond a buffer for every token at every expert
 
 
 def convert(
@@ -122,9 +120,10 @@ def _check_arguments(
     for name, value in (("top_k", top_k), ("group_size", group_size), ("img_size", img_size)):
         if value is not None and not 1 <= value < 1 << 31:
             raise OptionError(f"{name} must be at least 1 and below 2 ** 31, got {value}", name)
-    if capacity_factor is not None and not 0 < capacity_factor <= MAX_FACTOR:
+    if capacity_factor is not None and not 0 < capacity_factor <= MAX_CAPACITY_FACTOR:
         raise OptionError(
-            f"capacity_factor must be positive and at most {MAX_FACTOR:g}, got {capacity_factor}", "capacity_factor"
+            f"capacity_factor must be positive and at most {MAX_CAPACITY_FACTOR:g}, got {capacity_factor}",
+            "capacity_factor",
         )
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vmoe_routers.files import write_whole
 from vmoe_routers.study.summary import Row
 
 
@@ -78,15 +79,19 @@ def write_csv(rows: Sequence[Row], path: Path | str) -> None:
     header = [*_VARIANT]
     for column in COLUMNS:
         header += [column.key, f"{column.key}_error"] if column.has_error else [column.key]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for row in rows:
-            cells = [getattr(row, key) for key in _VARIANT]
-            for column in COLUMNS:
-                value = getattr(row, column.key)
-                cells += (value[:2] if value else (None, None)) if column.has_error else (value,)
-            writer.writerow(cells)
+    table = [header]
+    for row in rows:
+        cells = [getattr(row, key) for key in _VARIANT]
+        for column in COLUMNS:
+            value = getattr(row, column.key)
+            cells += (value[:2] if value else (None, None)) if column.has_error else (value,)
+        table.append(cells)
+
+    def write(partial: Path) -> None:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(table)
+
+    write_whole(Path(path), write)
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from vmoe_routers.files import write_whole
 from vmoe_routers.study import plots
 from vmoe_routers.study.plots import Data
 from vmoe_routers.study.summary import Run, by_variant, stat, summarise, summarise_layers
@@ -46,12 +47,16 @@ def save(folder: Path | str, name: str, figure: Figure, data: Data) -> Path:
     """Writes `name.png` and, beside it, the drawn numbers as `name.csv`; returns the picture's path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(data[0]) if data else [])
-        writer.writeheader()
-        writer.writerows(data)
+
+    def write(partial: Path) -> None:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(data[0]) if data else [])
+            writer.writeheader()
+            writer.writerows(data)
+
+    write_whole(folder / f"{name}.csv", write)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
     return path
 
 

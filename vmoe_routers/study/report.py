@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vmoe_routers.files import write_whole
 from vmoe_routers.study import figures
 from vmoe_routers.study.summary import Row, Run, Stat, by_variant, loss, paired, stat, summarise, summarise_layers
 from vmoe_routers.study.tables import results_table, routing_table
@@ -128,7 +129,8 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
     )
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+    page += "\n".join(body) + "\n</body></html>\n"
+    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
 
 

@@ -1,75 +1,22 @@
-"""One run: a variant trained from a seed, and its record on disk."""
+"""One run: a variant trained from a seed, and measured."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vmoe_routers import __version__
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
 from vmoe_routers.moe import MoEMlp
+from vmoe_routers.study.records import evaluated_epochs
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Images, evaluate, few_shot_accuracy, train
-
-RECORD_VERSION = 3  # goes up when a record of the same settings would come out differently
-
-
-def fingerprint(data: Images, transfer: Images | None) -> str:
-    """A hash of what a result depends on beside the settings: the images themselves, and the versions."""
-    digest = hashlib.sha256(f"{RECORD_VERSION} {__version__} {torch.__version__}".encode())
-    for images in (data, transfer):
-        digest.update(repr(images and images.name).encode())
-        if images is not None:
-            for tensor in (images.train_images, images.train_labels, images.test_images, images.test_labels):
-                digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def record_path(settings: Settings, inputs: str, name: str, *of: Any) -> Path:
-    """Where a record lies: its name holds a hash of all that its numbers depend on.
-
-    Args:
-        settings: those that a single run does not depend on (other routers, more seeds,
-            another place) are left out of the hash.
-        inputs: the `fingerprint` of the data.
-        name: begins the file's name.
-        of: what else the record is of, such as the variant and the seed.
-    """
-    # The data themselves are in the fingerprint, wherever they lie.
-    others = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "seeds", "workers")
-    others += ("data", "transfer_data")
-    of_run = {key: value for key, value in asdict(settings).items() if key not in others}
-    text = json.dumps([inputs, of_run, name, *of], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return settings.output / "runs" / f"{name}-{digest}.json"
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A finished run's record, or None: not there, or not to be read."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(path)
 
 
 def run(
@@ -87,8 +34,7 @@ def run(
     epochs: list[dict[str, float]] = []
 
     def after(epoch) -> None:
-        # Every second epoch gives the curves, at half the price.
-        if (settings.epochs - epoch.epoch) % 2 == 0:
+        if epoch.epoch in evaluated_epochs(settings.epochs):
             accuracy, loss = evaluate(model, data.test_images, data.test_labels, batch)
             epochs.append({**asdict(epoch), "accuracy": accuracy, "loss": loss})
         on_epoch()

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
 from vmoe_routers.routers import ROUTERS
 from vmoe_routers.training.loop import Recipe
+
+_MAX = (1 << 31) - 1
+_LIMITS = {
+    "seeds": 10_000,
+    "epochs": 1_000_000,
+    **dict.fromkeys(("batch_size", "image_size", "max_images", "patch_size", "width", "depth", "heads"), _MAX),
+    **dict.fromkeys(("num_experts", "group_size"), _MAX),
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,8 @@ class Settings:
         num_experts: of every MoE layer.
         group_size: images routed together by the sparse routers (Soft MoE: 1).
         scale_init: start of Soft MoE's scale.
-        device: "cpu" or "cuda".
-        workers: runs side by side; 0: one for every CPU core of this process (on CUDA one).
+        device: "cpu", "cuda" or "cuda:N".
+        workers: runs side by side; 0: one for every CPU core of this process, as far as memory goes (on CUDA one).
     """
 
     data: str = "digits"
@@ -67,28 +77,46 @@ class Settings:
     workers: int = 0
 
     def __post_init__(self):
-        for name in ("seeds", "epochs", "batch_size", "patch_size", "width", "depth", "heads", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("image_size", "max_images"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.group_size < 1 or self.batch_size % self.group_size:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}")
+        for name, most in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise OptionError(f"{name} must be at least 1 and at most {most}, got {value}", name)
+        for name in ("shift", "workers"):
+            if not 0 <= getattr(self, name) <= _MAX:
+                raise OptionError(f"{name} must be at least 0 and at most {_MAX}, got {getattr(self, name)}", name)
+        if not math.isfinite(self.scale_init):
+            raise OptionError(f"scale_init must be finite, got {self.scale_init}", "scale_init")
+        for name in ("learning_rate", "mlp_ratio"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OptionError(f"{name} must be positive and finite, got {getattr(self, name)}", name)
+        for name in ("data", "transfer_data", "routers", "top_k", "capacity_factors"):
+            if getattr(self, name) in ("", []):
+                raise OptionError(f"{name} must not be empty", name)
+        if self.batch_size % self.group_size:
+            raise OptionError(
+                f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}",
+                "batch_size",
+                "group_size",
+            )
+        if self.width % self.heads:
+            raise OptionError(f"width {self.width} must be a multiple of heads {self.heads}", "width", "heads")
+        if self.width * self.mlp_ratio < 1:
+            raise OptionError(f"mlp_ratio {self.mlp_ratio} of width {self.width} is less than 1", "mlp_ratio", "width")
         for router in self.routers:
             if router not in ROUTERS:
-                raise ValueError(f"no router {router!r}; there are {', '.join(ROUTERS)}")
+                raise OptionError(f"routers has no {router!r}; there are {', '.join(ROUTERS)}", "routers")
         for k in self.top_k:
             if not 1 <= k <= self.num_experts:
-                raise ValueError(f"top_k must be between 1 and num_experts = {self.num_experts}, got {k}")
-        if not all(0 < factor < math.inf for factor in self.capacity_factors):
-            raise ValueError(f"capacity_factors must be positive and finite, got {self.capacity_factors}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
-        if self.workers < 0 or self.shift < 0:
-            raise ValueError(f"workers and shift must be at least 0, got {self.workers} and {self.shift}")
+                raise OptionError(
+                    f"top_k must be between 1 and num_experts = {self.num_experts}, got {k}", "top_k", "num_experts"
+                )
+        if not all(0 < factor <= MAX_CAPACITY_FACTOR for factor in self.capacity_factors):
+            raise OptionError(
+                f"capacity_factors must be positive and at most {MAX_CAPACITY_FACTOR:g}, got {self.capacity_factors}",
+                "capacity_factors",
+            )
+        if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", self.device):
+            raise OptionError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}", "device")
 
     def recipe(self, seed: int) -> Recipe:
         """The training recipe of a seed's runs."""

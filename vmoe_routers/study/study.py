@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cache
+from dataclasses import asdict, replace
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +17,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.layers.config import set_fused_attn
 
+from vmoe_routers.options import OptionError
 from vmoe_routers.study.columns import print_table, write_csv
-from vmoe_routers.study.runs import fingerprint, read_record, record_path, run, write_record
+from vmoe_routers.study.memory import check_memory
+from vmoe_routers.study.records import (
+    RecordError,
+    fingerprint,
+    read_record,
+    record_path,
+    run_record,
+    timing_record,
+    write_record,
+)
+from vmoe_routers.study.runs import run
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.summary import summarise
 from vmoe_routers.study.timing import ROUNDS, WARM_UP, time_steps
-from vmoe_routers.study.variants import Variant, build, variants
-from vmoe_routers.training import Images, load
+from vmoe_routers.study.variants import Variant, make, variants
+from vmoe_routers.study.workers import Workers
+from vmoe_routers.training import DataError, Images, load
 from vmoe_routers.training.data import fit
 from vmoe_routers.training.fewshot import SHOTS
 
@@ -40,6 +47,10 @@ class Job(NamedTuple):
     seed: int
     path: Path
 
+    def read(self, settings: Settings, transfer: Images | None) -> dict[str, Any] | None:
+        """The record; None: there is none. RecordError: it is damaged."""
+        return read_record(self.path, run_record(settings, self.variant, self.seed, transfer and transfer.name))
+
 
 class Timing(NamedTuple):
     """The steps to be timed, of these variants, and where the record goes."""
@@ -47,16 +58,16 @@ class Timing(NamedTuple):
     variants: list[Variant]
     path: Path
 
-    def is_done(self) -> bool:
-        """Whether there is a record of all of them."""
-        record = read_record(self.path)
-        return record is not None and {variant.name for variant in self.variants} <= set(record["step_ms"])
+    def read(self) -> dict[str, Any] | None:
+        """The record; None: not all of the variants are in it, or there is none. RecordError: it is damaged."""
+        record = read_record(self.path, timing_record(ROUNDS))
+        return record if record and {variant.name for variant in self.variants} <= set(record["step_ms"]) else None
 
 
 def run_study(settings: Settings, console: Console | None = None) -> Path:
     """Runs what has no record yet, then writes table, figures and report.
 
-    Records lie in ``settings.output / "runs"``, one a run: interrupted, a study goes on
+    Records are kept in ``settings.output / "runs"``, one a run: interrupted, a study goes on
     where it stopped.
 
     Returns:
@@ -68,19 +79,17 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
         KeyboardInterrupt: interrupted; what is finished is kept.
     """
     console = console or Console(markup=False, emoji=False)  # names and paths may have brackets
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {settings.device!r}: torch finds no CUDA here")
-    data, transfer = _load(settings)
+    _check_device(settings.device)
     found = variants(settings)
-    for variant in found:
-        build(variant, settings, data, seed=0)  # says now what does not fit, not in a worker
-    if len(data.train_labels) < settings.batch_size:
-        raise ValueError(f"{len(data.train_labels)} training images are less than one batch of {settings.batch_size}")
-    if transfer is not None and len(transfer.train_labels) <= SHOTS * transfer.num_classes:
-        raise ValueError(
-            f"{transfer.name}: {SHOTS}-shot transfer wants more than {SHOTS * transfer.num_classes} training images "
-            f"for {transfer.num_classes} classes, there are {len(transfer.train_labels)}"
-        )
+    if settings.image_size is not None:  # before images of that size are made
+        check_memory(settings, found, settings.image_size)
+    data, transfer = _load(settings)
+    _check_fit(settings, data, transfer)
+    images = data.train_images.nbytes + data.test_images.nbytes
+    workers = check_memory(settings, found, data.size, data.channels, data.num_classes, images)
+    with torch.device("meta"):  # says now what does not fit, not in a worker; a block of each kind is enough
+        for variant in found:
+            make(variant, replace(settings, depth=min(settings.depth, 2)), data)
     settings.output.mkdir(parents=True, exist_ok=True)  # says now if it cannot
     inputs = fingerprint(data, transfer)
     # Seed by seed: an interrupted study has whole comparisons.
@@ -89,20 +98,63 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
         for seed in range(settings.seeds)
         for variant in found
     ]
-    missing = [job for job in jobs if read_record(job.path) is None]
     timing = Timing(found, record_path(settings, inputs, "steps"))
+    missing = [job for job in jobs if not _is_done(lambda job=job: job.read(settings, transfer), console)]
+    is_timed = _is_done(timing.read, console)
     console.print(
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test images of "
         f"{data.size} x {data.size}, {data.num_classes} classes\n"
         f"models: {len(found)}, seeds: {settings.seeds}, runs: {len(jobs)}, done before: {len(jobs) - len(missing)}"
     )
-    if missing or not timing.is_done():
-        _run_all(settings, missing, timing, console)
-    records = [record for job in jobs if (record := read_record(job.path))]
-    timed = read_record(timing.path) or {}
+    if missing or not is_timed:
+        _run_all(settings, missing, None if is_timed else timing, workers, console)
+    timed = timing.read()
+    records = [record for job in jobs if (record := job.read(settings, transfer)) is not None]
+    if timed is None or len(records) < len(jobs):
+        raise OSError(f"{settings.output / 'runs'}: a record was removed while the study ran")
     for record in records:
         record["timing"] = timed | {"step_ms": timed["step_ms"][record["variant"]["name"]]}
     return _write(settings, data, records, console)
+
+
+def _is_done(read: Callable[[], dict[str, Any] | None], console: Console) -> bool:
+    """Whether there is a record; one that is damaged is named, and does not count."""
+    try:
+        return read() is not None
+    except RecordError as error:
+        console.print(f"{error}; run again", highlight=False, soft_wrap=True)
+        return False
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise OptionError(f"device {device!r}: torch finds no CUDA here", "device")
+    if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices", "device")
+
+
+def _check_fit(settings: Settings, data: Images, transfer: Images | None) -> None:
+    """Whether the settings suit the data."""
+    if len(data.train_labels) < settings.batch_size:
+        raise OptionError(
+            f"batch_size {settings.batch_size}: {len(data.train_labels)} training images are less than one batch",
+            "batch_size",
+        )
+    if data.size % settings.patch_size:
+        raise OptionError(
+            f"patch_size {settings.patch_size} does not divide images of {data.size} x {data.size} pixels", "patch_size"
+        )
+    if settings.shift >= data.size:
+        raise OptionError(
+            f"shift {settings.shift} moves images of {data.size} x {data.size} pixels out of sight", "shift"
+        )
+    if transfer is not None and len(transfer.train_labels) <= SHOTS * transfer.num_classes:
+        raise DataError(
+            f"{transfer.name}: {SHOTS}-shot transfer wants more than {SHOTS * transfer.num_classes} training images "
+            f"for {transfer.num_classes} classes, there are {len(transfer.train_labels)}"
+        )
 
 
 def _load(settings: Settings) -> tuple[Images, Images | None]:
@@ -113,27 +165,21 @@ def _load(settings: Settings) -> tuple[Images, Images | None]:
     return data, fit(transfer, data.size, data.channels)
 
 
-def _run_all(settings: Settings, jobs: list[Job], timing: Timing, console: Console) -> None:
+def _run_all(settings: Settings, jobs: list[Job], timing: Timing | None, workers: int, console: Console) -> None:
     """Runs the jobs side by side, a thread each: models this small gain nothing from more. Then times the steps."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = settings.workers or (cores if settings.device == "cpu" else 1)
-    context = multiprocessing.get_context("spawn")
-    finished = context.SimpleQueue()
-    executor = ProcessPoolExecutor(
-        max(1, min(workers, len(jobs))), context, initializer=_start_worker, initargs=(settings, finished)
-    )
+    finished = multiprocessing.get_context("spawn").SimpleQueue()
     try:
-        with _progress(console) as progress:
+        with (
+            _progress(console) as progress,
+            Workers(max(1, min(workers, len(jobs))), _start_worker, settings, finished) as pool,
+        ):
             task = progress.add_task("training", total=len(jobs) * settings.epochs, unit="epochs")
-            with _deaf_to_ctrl_c():
-                futures = [executor.submit(_work, job) for job in jobs]
-                if not jobs:
-                    executor.submit(int)  # starts a worker, deaf as well
+            futures = [pool.submit(_work, job) for job in jobs]
             _watch(futures, finished, lambda: progress.advance(task), progress.console)
-            if not timing.is_done():
-                # Alone, now that all the others are done.
+            if timing is not None:
+                # Alone, now that all runs are finished.
                 task = progress.add_task("timing", total=WARM_UP + ROUNDS, unit="rounds")
-                _watch([executor.submit(_time, timing)], finished, lambda: progress.advance(task), progress.console)
+                _watch([pool.submit(_time, timing)], finished, lambda: progress.advance(task), progress.console)
     except KeyboardInterrupt:
         console.print("interrupted; what is finished is kept, and the same command goes on from there")
         raise
@@ -142,20 +188,6 @@ def _run_all(settings: Settings, jobs: list[Job], timing: Timing, console: Conso
             "a worker process was killed, perhaps for want of memory (fewer --workers need less); "
             "what is finished is kept, and the same command goes on from there"
         ) from None
-    finally:
-        for process in list((executor._processes or {}).values()):
-            process.terminate()
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C from their first moment on: it is the parent that decides."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def _progress(console: Console) -> Progress:
@@ -189,40 +221,28 @@ def _watch(futures: list[Future], finished: SimpleQueue, advance: Callable[[], N
             )
 
 
+_worker: dict[str, Any] = {}  # what a worker process keeps between its runs
+
+
 def _start_worker(settings: Settings, finished: SimpleQueue) -> None:
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     if settings.device == "cpu":
         set_fused_attn(False)  # a few tokens a head: plain products are faster there
-    _worker_state().update(settings=settings, finished=finished, data=_load(settings))
-
-
-def _leave_with_parent() -> None:
-    """Ends this worker when its parent is gone, however that came; else it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@cache
-def _worker_state() -> dict[str, Any]:
-    """What a worker process keeps between its runs."""
-    return {}
+    _worker.update(settings=settings, finished=finished, data=_load(settings))
 
 
 def _work(job: Job) -> dict[str, Any]:
-    state = _worker_state()
-    settings, (data, transfer) = state["settings"], state["data"]
-    record = run(settings, job.variant, job.seed, data, transfer, lambda: state["finished"].put(None))
+    settings, (data, transfer) = _worker["settings"], _worker["data"]
+    record = run(settings, job.variant, job.seed, data, transfer, lambda: _worker["finished"].put(None))
     write_record(job.path, record)
     return record
 
 
 def _time(timing: Timing) -> None:
-    state = _worker_state()
-    data, _ = state["data"]
-    write_record(timing.path, time_steps(state["settings"], timing.variants, data, lambda: state["finished"].put(None)))
+    data, _ = _worker["data"]
+    write_record(
+        timing.path, time_steps(_worker["settings"], timing.variants, data, lambda: _worker["finished"].put(None))
+    )
 
 
 def _write(settings: Settings, data: Images, records: list[dict[str, Any]], console: Console) -> Path:

@@ -112,10 +112,10 @@ def stat(values: Iterable[float]) -> Stat:
     """The mean of at least one value, with its standard error."""
     values = [float(value) for value in values]
     count = len(values)
-    mean = math.fsum(values) / count
+    mean = _sum(values) / count
     if count == 1:
         return Stat(mean, None)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    variance = _sum((value - mean) * (value - mean) for value in values) / (count - 1)
     return Stat(mean, math.sqrt(variance / count), count)
 
 
@@ -172,7 +172,13 @@ def _order(variant: Mapping[str, Any]) -> tuple:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     there = [float(value) for value in values if value is not None]
-    return math.fsum(there) / len(there) if there else None
+    return _sum(there) / len(there) if there else None
+
+
+def _sum(values: Iterable[float]) -> float:
+    """The exact sum; NaN for infinities of both signs, which a training that diverges can bring."""
+    values = list(values)
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 def _layer_values(runs: Sequence[Run], key: str) -> list[float | None]:

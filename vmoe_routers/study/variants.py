@@ -9,8 +9,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from vmoe_routers.models import vit_moe
+from vmoe_routers.options import OptionError
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.training.data import Images
+
+MOE_BLOCKS = "last_half"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Variant:
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """Every variant of a study once, the dense model first."""
+    """Every variant of a study once, the dense model first.
+
+    Raises:
+        OptionError: two capacity factors have one name.
+    """
     found = [Variant()]
     for factor in settings.capacity_factors:
         for router in settings.routers:
@@ -64,11 +71,22 @@ def variants(settings: Settings) -> list[Variant]:
             for combine in combines:
                 for k in settings.top_k if router.endswith("token_choice") else [None]:
                     found.append(Variant(router, float(factor), k, combine))
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    if len({variant.name for variant in found}) < len(found):
+        raise OptionError(
+            f"capacity_factors {settings.capacity_factors} must differ in their first six digits", "capacity_factors"
+        )
+    return found
 
 
 def build(variant: Variant, settings: Settings, data: Images, seed: int) -> VisionTransformer:
-    """The variant's model. One seed gives every variant the same trunk."""
+    """The variant's model on the settings' device. One seed gives every variant the same trunk."""
+    torch.manual_seed(seed)
+    return make(variant, settings, data).to(settings.device)
+
+
+def make(variant: Variant, settings: Settings, data: Images) -> VisionTransformer:
+    """The variant's model, for images like the data's."""
     options: dict[str, Any] = {}
     if variant.router is not None:
         options = {"num_experts": settings.num_experts, "capacity_factor": variant.capacity_factor}
@@ -80,7 +98,6 @@ def build(variant: Variant, settings: Settings, data: Images, seed: int) -> Visi
             options["top_k"] = variant.top_k
         if variant.combine is not None:
             options["combine"] = variant.combine
-    torch.manual_seed(seed)
     return vit_moe(
         img_size=data.size,
         patch_size=settings.patch_size,
@@ -91,7 +108,8 @@ def build(variant: Variant, settings: Settings, data: Images, seed: int) -> Visi
         num_heads=settings.heads,
         mlp_ratio=settings.mlp_ratio,
         router=variant.router,
+        moe_blocks=MOE_BLOCKS,
         # A learned table of the usual std 0.02 starves short trainings.
         pos_embed_std=1.0,
         **options,
-    ).to(settings.device)
+    )

@@ -1,0 +1,126 @@
+"""How much memory a study needs at least, to refuse what cannot fit before anything is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from vmoe_routers.memory import available_memory, in_words
+from vmoe_routers.options import OptionError
+from vmoe_routers.study.settings import Settings
+from vmoe_routers.study.variants import Variant
+
+_FLOAT = 4
+_SIZES = ("image_size", "patch_size", "width", "mlp_ratio", "depth", "heads", "num_experts", "batch_size")
+_SIZES += ("group_size", "top_k", "capacity_factors")
+_BLOCK = 20_000  # of Python objects
+_PROCESS = 100 << 20  # what a process with torch does not share with other processes
+
+
+class Need(NamedTuple):
+    """Bytes for training one model: lower bounds, so that nothing is refused that would have fitted."""
+
+    parameters: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+
+def check_memory(
+    settings: Settings,
+    variants: Sequence[Variant],
+    size: int,
+    channels: int = 1,
+    classes: int = 2,
+    images: int = 0,
+) -> int:
+    """The number of workers that fit in memory: `settings.workers`, or where it is 0 at most one for every core.
+
+    Args:
+        settings: of the study.
+        variants: its models.
+        size, channels, classes: of the images.
+        images: their bytes, which every worker has.
+
+    Raises:
+        OptionError: a model does not fit, or the workers together do not. Names the option that costs most.
+    """
+    shape, available = (size, channels, classes), available_memory(settings.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = settings.workers or (cores if settings.device == "cpu" else 1)
+    if available is None:
+        return wanted
+    largest = max(variants, key=lambda variant: _need(vars(settings), variant, shape).total)
+    need = _need(vars(settings), largest, shape)
+    if need.total > available:
+        name, value = _culprit(settings, variants, shape)
+        raise OptionError(
+            f"{name} {value}: {largest.label} needs at least {in_words(need.total)} "
+            f"(parameters {in_words(need.parameters)}, gradients and optimizer {in_words(need.optimizer)}, "
+            f"activations {in_words(need.activations)}), {in_words(available)} are available",
+            name,
+        )
+    # The timing has all models in one process.
+    together = sum(sum(_need(vars(settings), variant, shape)[:2]) for variant in variants) + need.activations
+    if together > available:
+        name, value = _culprit(settings, variants, shape)
+        raise OptionError(
+            f"{name} {value}: timing all {len(variants)} models in turns needs at least "
+            f"{in_words(together)}, {in_words(available)} are available",
+            name,
+        )
+    each = need.total + (_PROCESS + images if settings.device == "cpu" else 0)
+    if settings.workers and settings.workers * each > available:
+        raise OptionError(
+            f"workers {settings.workers}: each needs at least {in_words(each)}, {in_words(available)} are available",
+            "workers",
+        )
+    return max(1, min(wanted, int(available // each)))
+
+
+def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]) -> Need:
+    """Of a variant, from sizes that may be too large for anything but floats."""
+    o, (size, channels, classes) = SimpleNamespace(**options), shape
+    width, depth, experts, batch = float(o.width), float(o.depth), float(o.num_experts), float(o.batch_size)
+    hidden = width * o.mlp_ratio
+    tokens = float(max(size // o.patch_size, 1)) ** 2  # of an image
+    moe = 0.0 if variant.router is None else depth - depth // 2
+    group = tokens if variant.router == "soft" else tokens * o.group_size
+    capacity = group * (variant.top_k or 1) * (variant.capacity_factor or 0.0) / experts
+    if variant.router != "soft":  # more slots than tokens hold nothing
+        capacity = min(capacity, group)
+    slots = experts * max(capacity, 1.0)  # of a group
+    parameters = depth * 4 * width**2 + (depth - moe) * 2 * width * hidden
+    parameters += moe * (experts * 2 * width * hidden + width * (slots if variant.router == "soft" else experts))
+    parameters += width * (tokens + channels * o.patch_size**2 + classes)
+    # Kept for the backward pass: inputs of the two norms and of the projections, attention's shares, hidden layers.
+    activations = depth * batch * (tokens * 6 * width + o.heads * tokens**2) + (depth - moe) * batch * tokens * hidden
+    activations += moe * batch * tokens / group * slots * (width + hidden)
+    if variant.router == "soft":
+        activations += moe * batch * tokens * slots
+    return Need(_FLOAT * parameters + depth * _BLOCK, 3 * _FLOAT * parameters, _FLOAT * activations)
+
+
+def _culprit(settings: Settings, variants: Sequence[Variant], shape: tuple[int, int, int]) -> tuple[str, Any]:
+    """The size whose default would save most, and its value."""
+    defaults = {field.name: field.default for field in fields(Settings)}
+
+    def total_without(name: str) -> float:
+        options = vars(settings) | {name: defaults[name]}
+        found = variants
+        if name == "capacity_factors":
+            found = [replace(variant, capacity_factor=variant.capacity_factor and 1.0) for variant in variants]
+        elif name == "top_k":
+            found = [replace(variant, top_k=variant.top_k and 1) for variant in variants]
+        small = (min(shape[0], 8), *shape[1:])
+        return max(_need(options, variant, small if name == "image_size" else shape).total for variant in found)
+
+    name = min(_SIZES, key=total_without)
+    return name, shape[0] if name == "image_size" else getattr(settings, name)

@@ -1,0 +1,83 @@
+"""Worker processes that ignore Ctrl-C, which the parent handles, and that end when the parent does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+# A worker that imports torch cannot watch its parent for many seconds. This process can from its first moment on:
+# its input ends with the parent.
+_GUARD = """
+import os, signal, sys
+for process in sys.stdin.read().split():
+    try:
+        os.kill(int(process), signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+class Workers:
+    """Processes that start with the first calls; a context that ends them.
+
+    Args:
+        count: of processes, at most.
+        start: called first in every process, with `arguments`.
+        arguments: picklable.
+    """
+
+    def __init__(self, count: int, start: Callable[..., None], *arguments: Any):
+        self._executor = ProcessPoolExecutor(
+            count, multiprocessing.get_context("spawn"), initializer=start, initargs=arguments
+        )
+        self._guarded: set[int] = set()
+
+    def __enter__(self) -> Workers:
+        with ignoring_ctrl_c():
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _GUARD],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        return self
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        """Calls the function in a worker."""
+        with ignoring_ctrl_c():
+            future = self._executor.submit(function, *arguments)
+            new = set(self._executor._processes or ()) - self._guarded
+            self._guarded |= new
+            with suppress(BrokenPipeError):
+                self._guard.stdin.write("".join(f"{process}\n" for process in new))  # type: ignore[union-attr]
+                self._guard.stdin.flush()  # type: ignore[union-attr]
+        return future
+
+    def __exit__(self, *_: object) -> None:
+        with ignoring_ctrl_c():
+            for process in list((self._executor._processes or {}).values()):
+                process.terminate()
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._guard.kill()
+            self._guard.communicate()
+
+
+@contextmanager
+def ignoring_ctrl_c() -> Iterator[None]:
+    """Ignores Ctrl-C inside, and in the processes that are started inside for as long as they run."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may change this
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
