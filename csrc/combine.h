@@ -6,6 +6,9 @@
 //   slots    [G, E * C]    int32   of invert_slots
 //   out      [G, T, D]     y's dtype   out[g, t] = sum over the slots s of t: gate[g, s] y[s]
 //
+// Offsets are clamped to [0, E * C] and slots outside [0, E * C) are skipped: no value in the lists
+// makes a read outside y and gate.
+//
 // Y = B Y~ of the paper's formulation, with B = D * gate. A token without a slot
 // gets zeros. Slots are added in ascending order, so the sum is deterministic; it is
 // rounded to 16 bits once.

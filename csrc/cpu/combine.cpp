@@ -92,9 +92,11 @@ void combine(
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t g = row / tokens, t = row % tokens;
     const int32_t* start = offsets + g * (tokens + 1) + t;
+    const int64_t begin = std::max(start[0], 0), end = std::min<int64_t>(start[1], E * C);
     from.clear();
-    for (int32_t i = start[0]; i < start[1]; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t s = slots[g * E * C + i];
+      if (s < 0 || s >= E * C) continue;
       from.push_back({y + row_of_slot(g, s, G, C) * D, gate ? gate[g * E * C + s] : 1});
     }
     if (past_caches) {

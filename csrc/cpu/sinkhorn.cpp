@@ -144,14 +144,15 @@ void sinkhorn_backward(
     const int64_t at = g * tokens * E;
     const Group<T> group(logits + at, tokens, E, epsilon, parallel);
     const double* kept = history + g * iterations * E;
-    if (steps[g] > 0 && group.template fits_scaling<T>()) {
+    const int64_t done = std::clamp<int64_t>(steps[g], 0, iterations);
+    if (done > 0 && group.template fits_scaling<T>()) {
       scaling.reset(group, grad_logits + at);
-      scaling.backward(grad + at, kept, steps[g]);
-    } else if (steps[g] > 0 && group.template fits_scaling<double>()) {
+      scaling.backward(grad + at, kept, done);
+    } else if (done > 0 && group.template fits_scaling<double>()) {
       wide.reset(group, grad_logits + at);
-      wide.backward(grad + at, kept, steps[g]);
+      wide.backward(grad + at, kept, done);
     } else {
-      backward_by_logs(group, grad + at, kept, steps[g], grad_logits + at);
+      backward_by_logs(group, grad + at, kept, done, grad_logits + at);
     }
   }
 }

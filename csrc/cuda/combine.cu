@@ -21,12 +21,14 @@ __global__ void __launch_bounds__(kRowThreads) combine_kernel(
   const int64_t row = row_of_warp();
   if (row >= G * tokens) return;
   const int64_t g = row / tokens, t = row % tokens;
-  const int32_t begin = offsets[g * (tokens + 1) + t], end = offsets[g * (tokens + 1) + t + 1];
+  const int32_t* start = offsets + g * (tokens + 1) + t;
+  const int64_t begin = start[0] > 0 ? start[0] : 0, end = start[1] < E * C ? start[1] : E * C;
   const int64_t pieces = D / kEntries;
   for (int64_t first = lane_of_warp(); first < pieces; first += kPieces * kWarp) {
     T total[kPieces][kEntries] = {};
-    for (int32_t i = begin; i < end; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t s = slots[g * E * C + i];
+      if (s < 0 || s >= E * C) continue;
       const T weight = gate ? gate[g * E * C + s] : T{1};
       const Row* from = y + row_of_slot(g, s, G, C) * D;
       Piece<Row, kEntries> of_slot[kPieces] = {};

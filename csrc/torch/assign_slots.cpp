@@ -5,15 +5,27 @@
 namespace vmoe {
 namespace {
 
+constexpr int64_t kMostExperts = 1 << 20;
+// Slots that a group may have at any number of tokens.
+constexpr int64_t kMostEmptySlots = 1 << 20;
+
 std::tuple<Tensor, Tensor> assign_slots(
     const Tensor& expert_, std::optional<Tensor> priority_, int64_t E, int64_t C) {
   check_dim("assign_slots", "expert", expert_, 3);
   check_dtype("assign_slots", "expert", expert_, ScalarType::Int);
-  STD_TORCH_CHECK(E >= 0 && C >= 0, "assign_slots: num_experts ", E, ", capacity ", C);
   const int64_t G = expert_.size(0), tokens = expert_.size(1), K = expert_.size(2);
   STD_TORCH_CHECK(
-      tokens * K <= INT32_MAX && E * C <= INT32_MAX, "assign_slots: ", tokens * K, " requests and ",
-      E * C, " slots a group do not fit int32");
+      tokens <= INT32_MAX && K <= INT32_MAX && tokens * K <= INT32_MAX, "assign_slots: ", tokens,
+      " tokens and ", K, " requests of each do not fit int32");
+  STD_TORCH_CHECK(
+      E >= 0 && E <= kMostExperts, "assign_slots: num_experts = ", E, ", wanted 0 to ",
+      kMostExperts);
+  // Slots beyond the requests stay empty: time and memory follow the tokens.
+  const int64_t most = std::max(tokens * K, kMostEmptySlots / std::max<int64_t>(E, 1));
+  STD_TORCH_CHECK(
+      C >= 0 && C <= most, "assign_slots: capacity = ", C, ", wanted 0 to ", most, " for ",
+      tokens * K, " requests");
+  STD_TORCH_CHECK(E * C <= INT32_MAX, "assign_slots: ", E * C, " slots a group do not fit int32");
   if (priority_) check_shape("assign_slots", "priority", *priority_, {G, tokens});
   const Tensor expert = packed(expert_);
   const Tensor priority = priority_ ? packed(*priority_) : empty({0}, expert, ScalarType::Float);

@@ -12,9 +12,11 @@ Tensor combine(
   check_dim("combine", "offsets", offsets_, 2);
   const int64_t E = y_.size(0), G = y_.size(1), C = y_.size(2), D = y_.size(3);
   const int64_t tokens = offsets_.size(1) - 1;
+  STD_TORCH_CHECK(tokens >= 0, "combine: offsets has no entries, wanted T + 1");
   check_shape("combine", "token", token, {G, E, C});
   check_shape("combine", "offsets", offsets_, {G, tokens + 1});
   check_shape("combine", "slots", slots_, {G, E * C});
+  check_dtype("combine", "token", token, ScalarType::Int);
   check_dtype("combine", "offsets", offsets_, ScalarType::Int);
   check_dtype("combine", "slots", slots_, ScalarType::Int);
   if (gate_) {

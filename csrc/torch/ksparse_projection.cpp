@@ -33,6 +33,7 @@ Tensor ksparse_projection_backward(const Tensor& grad_, const Tensor& out_) {
   check_dtype("ksparse_projection_backward", "grad", grad_, out_.scalar_type());
   const Tensor grad = packed(grad_), out = packed(out_);
   Tensor grad_x = empty({A, n, B}, out);
+  if (grad_x.numel() == 0) return grad_x;
   by_dtype("ksparse_projection_backward", out, [&](auto zero) {
     using T = decltype(zero);
 #ifdef VMOE_DEVICE_CUDA

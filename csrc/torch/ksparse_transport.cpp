@@ -15,12 +15,16 @@ Tensor ksparse_transport(
       tokens, " tokens");
   STD_TORCH_CHECK(
       solver == "adam" || solver == "lbfgs", "ksparse_transport: solver '", solver, "'");
+  STD_TORCH_CHECK(
+      iterations >= 0 && iterations <= INT32_MAX, "ksparse_transport: iterations = ", iterations,
+      ", wanted 0 to 2**31 - 1");
   STD_TORCH_CHECK(gamma > 0, "ksparse_transport: gamma = ", gamma);
   const TransportOptions options{
       k,         iterations, solver == "adam" ? Solver::kAdam : Solver::kLbfgs, learning_rate,
       tolerance, gamma};
   const Tensor similarity = packed(similarity_);
   Tensor plan = empty({G, tokens, E}, similarity);
+  if (plan.numel() == 0) return plan;
   by_dtype("ksparse_transport", similarity, [&](auto zero) {
     using T = decltype(zero);
 #ifdef VMOE_DEVICE_CUDA
@@ -31,7 +35,7 @@ Tensor ksparse_transport(
           read<T>(similarity), write<T>(plan), G, tokens, E, options, write<void>(scratch), stream);
     });
 #else
-    const int64_t work = tokens * E * (iterations + 1);
+    const int64_t work = tokens * E * std::min<int64_t>(iterations + 1, 1 << 10);
     parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::ksparse_transport(
           read<T>(similarity), write<T>(plan), tokens, E, options, begin, end, inside);

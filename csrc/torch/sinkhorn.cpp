@@ -5,15 +5,21 @@
 namespace vmoe {
 namespace {
 
-// exp of both updates, for the grain of the parallel loop.
-[[maybe_unused]] constexpr int64_t kWorkPerEntry = 16;
+// Work of a group, for the grain of the parallel loop: an entry costs the exp of both updates. More
+// iterations change no grain, and the product cannot overflow.
+[[maybe_unused]] int64_t work_of(int64_t tokens, int64_t E, int64_t iterations) {
+  return 16 * tokens * E * std::min<int64_t>(iterations, 1 << 10);
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn(
     const Tensor& logits_, double epsilon, int64_t iterations, double tolerance, bool) {
   check_dim("sinkhorn", "logits", logits_, 3);
-  STD_TORCH_CHECK(iterations >= 1, "sinkhorn: iterations = ", iterations);
+  STD_TORCH_CHECK(
+      iterations >= 1 && iterations <= INT32_MAX, "sinkhorn: iterations = ", iterations,
+      ", wanted 1 to 2**31 - 1");
   STD_TORCH_CHECK(epsilon > 0, "sinkhorn: epsilon = ", epsilon);
   const int64_t G = logits_.size(0), tokens = logits_.size(1), E = logits_.size(2);
+  STD_TORCH_CHECK(E > 0, "sinkhorn: logits has no experts");
   const Tensor logits = packed(logits_);
   Tensor plan = empty({G, tokens, E}, logits);
   Tensor history = empty({G, iterations, E}, logits, ScalarType::Double);
@@ -30,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn(
           stream);
     });
 #else
-    const int64_t work = tokens * E * iterations * kWorkPerEntry;
+    const int64_t work = work_of(tokens, E, iterations);
     parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::sinkhorn(
           read<T>(logits), write<T>(plan), write<double>(history), write<double>(error),
@@ -67,7 +73,7 @@ Tensor sinkhorn_backward(
           write<T>(grad_logits), G, tokens, E, iterations, epsilon, write<void>(scratch), stream);
     });
 #else
-    const int64_t work = tokens * E * iterations * kWorkPerEntry;
+    const int64_t work = work_of(tokens, E, iterations);
     parallel_groups(G, work, [&](int64_t begin, int64_t end, const Parallel& inside) {
       cpu::sinkhorn_backward(
           read<T>(grad), read<T>(logits), read<double>(history), read<int32_t>(steps),

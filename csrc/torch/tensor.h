@@ -81,8 +81,11 @@ inline Tensor empty(
   STD_TORCH_CHECK(shape.size() <= strides.size());
   int64_t stride = 1;
   for (size_t axis = shape.size(); axis-- > 0;) {
+    const int64_t size = shape.begin()[axis];
     strides[axis] = stride;
-    stride *= std::max<int64_t>(1, shape.begin()[axis]);
+    STD_TORCH_CHECK(
+        size >= 0 && !__builtin_mul_overflow(stride, std::max<int64_t>(1, size), &stride),
+        "a result of ", size, " entries along axis ", axis, " does not fit int64");
   }
   int32_t type, device;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &type));

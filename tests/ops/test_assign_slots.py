@@ -187,6 +187,22 @@ def test_permuted_tokens_with_distinct_priorities(device):
     assert torch.equal(permuted, slot[:, permutation])
 
 
+def test_capacity_beyond_the_requests(device):
+    """As far as a group's slots are few, or an expert could be asked for so many."""
+    expert = torch.zeros(1, 5, 2, dtype=torch.int32, device=device)
+    slot, source = assign_slots(expert, 4, 2**18)
+    assert slot.flatten().tolist() == [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]
+    assert source[0, 0, :10].tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7, 9]
+    assert (source[0, 0, 10:] == -1).all()
+    assert (source[0, 1:] == -1).all()
+    many = expert.expand(1, 13, 5, 2).reshape(1, 65, 2)
+    assert assign_slots(many, 2**13, 130)[1].shape == (1, 2**13, 130)
+    with pytest.raises(ValueError, match=r"capacity must be in \[0, 130\], got 131"):
+        assign_slots(many, 2**13, 131)
+    with pytest.raises(RuntimeError, match=r"capacity = 131, wanted 0 to 130 for 130 requests"):
+        torch.ops.vmoe_routers.assign_slots(many, None, 2**13, 131)
+
+
 def test_refuses():
     expert = torch.zeros(2, 4, 2, dtype=torch.int32)
     with refused(OP, "expert"):
@@ -195,10 +211,10 @@ def test_refuses():
         assign_slots(expert.float(), 3, 2)
     with refused(OP, "expert"):
         assign_slots(expert.tolist(), 3, 2)
-    for num_experts in (0, -1, 2.5, None):
+    for num_experts in (0, -1, 2.5, None, 2**20 + 1, 2**63 - 1):
         with refused(OP, "num_experts"):
             assign_slots(expert, num_experts, 2)
-    for capacity in (-1, 2.5, None):
+    for capacity in (-1, 2.5, None, 2**20 // 3 + 1, 10**9, 2**63 - 1):
         with refused(OP, "capacity"):
             assign_slots(expert, 3, capacity)
     with refused(OP, "priority"):

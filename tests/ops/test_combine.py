@@ -197,6 +197,19 @@ def test_not_contiguous(device):
     assert_close(view.grad, expected)
 
 
+def test_lists_that_are_no_lists(device):
+    """Offsets are clamped to [0, E * C], slots outside [0, E * C) skipped; also in dispatch's backward."""
+    y, gate, token, _, _ = (a.to(device) for a in arguments(1, 3, 5, 2, 2))
+    offsets = torch.tensor([[-(10**6), 2, 1, 10**6]], dtype=torch.int32, device=device)
+    slots = torch.tensor([[10**6, 3, -1, 2]], dtype=torch.int32, device=device)
+    out = combine(y, gate, token, offsets, slots)
+    rows = (gate.transpose(0, 1)[..., None] * y)[:, 0].flatten(0, 1)  # by slot
+    assert_close(out[0], torch.stack([rows[3], torch.zeros_like(rows[0]), rows[3] + rows[2]]))
+    x = torch.randn(1, 3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    ops.dispatch(x, token, offsets, slots).backward(y)
+    assert torch.equal(x.grad, combine(y, None, token, offsets, slots))
+
+
 def test_refuses():
     y, gate, token, offsets, slots = arguments(2, 7, 5, 3, 4)
     with refused(OP, "y"):

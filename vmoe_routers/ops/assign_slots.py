@@ -16,6 +16,10 @@ from vmoe_routers.ops._checks import (
     compute_dtype,
 )
 
+MOST_EXPERTS = 2**20
+# Slots of a group at any number of tokens. Beyond the requests slots stay empty, and cost all the same.
+MOST_EMPTY_SLOTS = 2**20
+
 
 def assign_slots(
     expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None = None
@@ -29,8 +33,9 @@ def assign_slots(
     Args:
         expert: [G, T, K] int32, the expert of every request, in [0, E). Anything
             else, such as -1, is no request.
-        num_experts: E.
-        capacity: C, slots per expert and group.
+        num_experts: E, at most 2**20.
+        capacity: C, slots per expert and group. An expert cannot fill more than ``T * K``: at most
+            ``max(T * K, 2**20 // E)``.
         priority: [G, T] floating point, or None.
 
     Returns:
@@ -42,8 +47,11 @@ def assign_slots(
     """
     expert = check_tensor("assign_slots", "expert", expert, "G T K")
     check_dtype("assign_slots", "expert", expert, torch.int32)
-    num_experts = check_int("assign_slots", "num_experts", num_experts, 1)
+    num_experts = check_int("assign_slots", "num_experts", num_experts, 1, MOST_EXPERTS)
     capacity = check_int("assign_slots", "capacity", capacity, 0)
+    if not torch.compiler.is_compiling():  # a traced size is a symbol, which a comparison would fix
+        requests = expert.shape[1] * expert.shape[2]
+        check_int("assign_slots", "capacity", capacity, 0, max(requests, MOST_EMPTY_SLOTS // num_experts))
     if priority is not None:
         priority = check_floating("assign_slots", "priority", priority)
         check_shape("assign_slots", "priority", priority, expert.shape[:2], "G, T")
