@@ -1,6 +1,7 @@
-# make study | test | bench | gpu-check | lint | format. The first run makes .venv with what it needs; later runs compile
-# only what changed. ARGS is passed on: make study ARGS="--seeds 1", make test ARGS="-k topk" (with ARGS="-n0", in one
-# process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine, ON for every architecture, OFF for none.
+# make study | test | bench | gpu-check | lint | format. The first run makes .venv with what it needs; later runs
+# compile only what changed. ARGS is passed on: make study ARGS="--seeds 1", make test ARGS="-k topk" (ARGS="-n0" for
+# one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine, ON for every architecture, OFF
+# for none.
 PYTHON ?= python3
 VMOE_CUDA ?= AUTO
 export VMOE_CUDA

@@ -97,7 +97,9 @@ kernels() {
 }
 
 kernel_tests() { run "$out/cpp/tests/cpp/cuda/gpu/gpu_tests" "$@"; }
-sanitize() { run compute-sanitizer --tool "$1" --error-exitcode 9 "$out/cpp/tests/cpp/cuda/gpu/gpu_tests" --gtest_brief=1 "${@:2}"; }
+sanitize() {
+  run compute-sanitizer --tool "$1" --error-exitcode 9 "$out/cpp/tests/cpp/cuda/gpu/gpu_tests" --gtest_brief=1 "${@:2}"
+}
 tests() { run "$venv" -m pytest -p no:cacheprovider --durations=10 "$@"; }
 bench() { run "$venv" -m benchmarks.run ${quick:+--quick --no-compile} --device cuda --csv "$out/bench.csv"; }
 

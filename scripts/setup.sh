@@ -39,7 +39,8 @@ fi
 options=(-C "cmake.define.VMOE_CUDA=$cuda")
 case $cuda in
   AUTO)
-    capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+\.[0-9]+' | sort -u || true)
+    capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
+      grep -xE '[0-9]+\.[0-9]+' | sort -u || true)
     if [ -n "$capabilities" ]; then
       architectures=$(tr -d . <<<"$capabilities" | paste -sd ';')
       options+=(-C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$architectures")
