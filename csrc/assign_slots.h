@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/slots.h"
 
 struct CUstream_st;
 
@@ -27,10 +28,8 @@ VMOE_EACH_ISA(
         const T* priority,      // [G, T] or null
         int32_t* slot,          // [G, T, K]
         int32_t* source,        // [G, E, C]
-        int64_t tokens,
+        const Slots& shape,
         int64_t K,
-        int64_t E,
-        int64_t C,
         int64_t group_begin,
         int64_t group_end);
 
@@ -47,8 +46,7 @@ int64_t assign_slots_most_experts();
 
 // Bytes of workspace that assign_slots asks for.
 template <typename T>
-size_t assign_slots_workspace(
-    bool prioritised, int64_t G, int64_t tokens, int64_t K, int64_t E, int64_t C);
+size_t assign_slots_workspace(bool prioritised, const Slots& shape, int64_t K);
 
 template <typename T>
 void assign_slots(
@@ -56,11 +54,8 @@ void assign_slots(
     const T* priority,      // [G, T] or null
     int32_t* slot,          // [G, T, K]
     int32_t* source,        // [G, E, C]
-    int64_t G,
-    int64_t tokens,
+    const Slots& shape,
     int64_t K,
-    int64_t E,
-    int64_t C,
     void* workspace,  // of assign_slots_workspace
     CUstream_st* stream);
 

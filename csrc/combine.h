@@ -21,6 +21,7 @@
 
 #include "common/half.h"
 #include "common/isa.h"
+#include "common/slots.h"
 
 struct CUstream_st;
 
@@ -34,10 +35,7 @@ VMOE_EACH_ISA(
         const int32_t* offsets,    // [G, T + 1]
         const int32_t* slots,      // [G, E * C]
         Row* out,                  // [G, T, D]
-        int64_t G,
-        int64_t tokens,
-        int64_t E,
-        int64_t C,
+        const Slots& shape,
         int64_t D,
         int64_t row_begin,  // rows of out, [row_begin, row_end) of G * T
         int64_t row_end);
@@ -50,10 +48,7 @@ VMOE_EACH_ISA(
         const int32_t* token,      // [G, E, C]
         Row* grad_y,               // [E, G, C, D]
         Compute<Row>* grad_gate,   // [G, E, C]
-        int64_t G,
-        int64_t tokens,
-        int64_t E,
-        int64_t C,
+        const Slots& shape,
         int64_t D,
         int64_t row_begin,  // rows of grad_y, [row_begin, row_end) of E * G * C
         int64_t row_end);
@@ -74,10 +69,7 @@ void combine(
     const int32_t* offsets,    // [G, T + 1]
     const int32_t* slots,      // [G, E * C]
     Row* out,                  // [G, T, D]
-    int64_t G,
-    int64_t tokens,
-    int64_t E,
-    int64_t C,
+    const Slots& shape,
     int64_t D,
     CUstream_st* stream);
 
@@ -89,10 +81,7 @@ void combine_backward(
     const int32_t* token,      // [G, E, C]
     Row* grad_y,               // [E, G, C, D]
     Compute<Row>* grad_gate,   // [G, E, C]
-    int64_t G,
-    int64_t tokens,
-    int64_t E,
-    int64_t C,
+    const Slots& shape,
     int64_t D,
     CUstream_st* stream);
 

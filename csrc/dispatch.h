@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/slots.h"
 
 struct CUstream_st;
 
@@ -23,10 +24,7 @@ VMOE_EACH_ISA(
         const char* x,         // [G, T, row_bytes]
         const int32_t* token,  // [G, E, C]
         char* out,             // [E, G, C, row_bytes]
-        int64_t G,
-        int64_t tokens,
-        int64_t E,
-        int64_t C,
+        const Slots& shape,
         int64_t row_bytes,
         int64_t row_begin,  // rows of out, [row_begin, row_end) of E * G * C
         int64_t row_end);
@@ -43,10 +41,7 @@ void dispatch(
     const char* x,         // [G, T, row_bytes]
     const int32_t* token,  // [G, E, C]
     char* out,             // [E, G, C, row_bytes]
-    int64_t G,
-    int64_t tokens,
-    int64_t E,
-    int64_t C,
+    const Slots& shape,
     int64_t row_bytes,
     CUstream_st* stream);
 

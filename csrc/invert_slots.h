@@ -1,18 +1,20 @@
 // invert_slots -- from "the token of a slot" to "the slots of a token".
 //
-//   token    [G, S]      int32   token that a slot holds, in [0, T); anything else: empty
+//   token    [G, E, C]   int32   token that a slot holds, in [0, T); anything else: empty
 //   offsets  [G, T + 1]  int32   the slots of token t are slots[offsets[t], offsets[t + 1])
-//   slots    [G, S]      int32   slots by token, ascending within a token; -1 behind the last
+//   slots    [G, E * C]  int32   slots by token, ascending within a token; -1 after the last
+//   filled   [G, E]      int32   1 + the position of an expert's last slot that is not empty, or 0
 //
 // With both directions at hand, forward and backward of dispatch and combine are
 // gathers: no atomics, no zero fill, one order of summation.
-// Deterministic. O(S + T) a group.
+// Deterministic. O(E * C + T) a group.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/slots.h"
 
 struct CUstream_st;
 
@@ -21,11 +23,11 @@ namespace vmoe::cpu {
 VMOE_EACH_ISA(
 
     void invert_slots(
-        const int32_t* token,  // [G, S]
+        const int32_t* token,  // [G, E, C]
         int32_t* offsets,      // [G, T + 1]
-        int32_t* slots,        // [G, S]
-        int64_t S,
-        int64_t tokens,
+        int32_t* slots,        // [G, E * C]
+        int32_t* filled,       // [G, E]
+        const Slots& shape,
         int64_t group_begin,
         int64_t group_end);
 
@@ -38,15 +40,14 @@ VMOE_BY_ISA(invert_slots)
 namespace vmoe::cuda {
 
 // Bytes of workspace that invert_slots asks for.
-size_t invert_slots_workspace(int64_t G, int64_t S, int64_t tokens);
+size_t invert_slots_workspace(const Slots& shape);
 
 void invert_slots(
-    const int32_t* token,  // [G, S]
+    const int32_t* token,  // [G, E, C]
     int32_t* offsets,      // [G, T + 1]
-    int32_t* slots,        // [G, S]
-    int64_t G,
-    int64_t S,
-    int64_t tokens,
+    int32_t* slots,        // [G, E * C]
+    int32_t* filled,       // [G, E] or null
+    const Slots& shape,
     void* workspace,  // of invert_slots_workspace
     CUstream_st* stream);
 

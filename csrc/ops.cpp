@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("softmax_gather_backward(Tensor grad, Tensor values, Tensor logits, Tensor indices, Tensor norms, int dim) -> Tensor");
   m.def("softmax_topk(Tensor logits, int k, int dim) -> (Tensor values, Tensor indices, Tensor norms)");
   m.def("assign_slots(Tensor expert, Tensor? priority, int num_experts, int capacity) -> (Tensor slot, Tensor source)");
-  m.def("invert_slots(Tensor token, int num_tokens) -> (Tensor offsets, Tensor slots)");
+  m.def("invert_slots(Tensor token, int num_tokens) -> (Tensor offsets, Tensor slots, Tensor filled)");
   m.def("dispatch(Tensor x, Tensor token, Tensor offsets, Tensor slots) -> Tensor");
   m.def("combine(Tensor y, Tensor? gate, Tensor token, Tensor offsets, Tensor slots) -> Tensor");
   m.def("combine_backward(Tensor grad, Tensor y, Tensor gate, Tensor token) -> (Tensor grad_y, Tensor grad_gate)");

@@ -219,7 +219,7 @@ class SparseRouting(Routing):
         self.gate = gate
         self.expert = expert
         self.slot = slot
-        self._offsets, self._slots = ops.invert_slots(token, self.num_tokens)
+        self._offsets, self._slots, self._filled = ops.invert_slots(token, self.num_tokens)
 
     @property
     def weights(self) -> Tensor:
@@ -229,9 +229,7 @@ class SparseRouting(Routing):
     @property
     def filled(self) -> Tensor:
         """See `Routing.filled`."""
-        last = torch.arange(1, self.capacity + 1, device=self.token.device, dtype=torch.int32)
-        # The zero in front is for buffers without slots.
-        return F.pad((self.token >= 0) * last, (1, 0)).amax(-1)
+        return self._filled
 
     def dispatch(self, x: Tensor) -> Tensor:
         """See `Routing.dispatch`. A view: the experts come first in memory."""
@@ -459,7 +457,7 @@ def _share(kept: Tensor, token: Tensor, tokens: int) -> Tensor:
     """kept [G, E, C] over the sum of what is kept of the same token; 0 in empty slots."""
     groups, experts, slots = kept.shape
     ones = kept.new_ones(experts, groups, slots, 1)
-    lists = ops.invert_slots(token, tokens)
+    lists = ops.invert_slots(token, tokens)[:2]
     # A dispatch of the sums, whose gradient is a combine again: added up in one order on every device.
     total = ops.dispatch(ops.combine(ones, kept, token, *lists), token, *lists)
     return kept / total.squeeze(3).transpose(0, 1).clamp(min=torch.finfo(kept.dtype).tiny)

@@ -57,7 +57,7 @@ def build(size: Size, device: str, *, one_group: bool = False) -> Case:
         return (token[:, None] == torch.arange(T, device=device).view(1, T, 1, 1)).to(x.dtype)
 
     def ours():
-        offsets, slots = ops.invert_slots(token, T)
+        offsets, slots, _ = ops.invert_slots(token, T)
         y = ops.dispatch(x, token, offsets, slots)
         return [ops.combine(y, gate, token, offsets, slots), y.detach().transpose(0, 1)]
 
@@ -100,7 +100,7 @@ def build_dispatch(size: Size, device: str) -> Case:
     drawn = draw(size, device, one_group=True)
     x, token, rows = drawn.x, drawn.token, drawn.rows
     (G, T, D), (_, E, C) = x.shape, token.shape
-    offsets, slots = ops.invert_slots(token, T)
+    offsets, slots, _ = ops.invert_slots(token, T)
     variant = partial(Variant, leaves=(x,))
     variants = [
         variant("ours", "ours", lambda: [ops.dispatch(x, token, offsets, slots).transpose(0, 1)]),
@@ -133,7 +133,7 @@ def build_combine(size: Size, device: str) -> Case:
     drawn = draw(size, device, one_group=True)
     token, gate, rows, places = drawn.token, drawn.gate, drawn.rows, drawn.places
     (G, T, D), (_, E, C) = drawn.x.shape, token.shape
-    offsets, slots = ops.invert_slots(token, T)
+    offsets, slots, _ = ops.invert_slots(token, T)
     y = torch.randn(E, G, C, D, device=device).to(size.torch_dtype).requires_grad_()
     flat = y.transpose(0, 1).reshape(G * E * C, D)  # one group: the same memory
     variant = partial(Variant, leaves=(y, gate))

@@ -28,7 +28,7 @@ def calls(size: Size, device: str) -> dict[str, tuple[Callable[[], Sequence[Tens
     chosen = ops.topk(scores, 1)[1]
     w1, b1, w2, b2 = (torch.randn(E, *sizes, device=device, requires_grad=True) for sizes in ((D, D), (D,)) * 2)
     token = ops.assign_slots(expert, E, 1)[1]
-    offsets, slots = ops.invert_slots(token, T)
+    offsets, slots, _ = ops.invert_slots(token, T)
     return {
         "topk": (lambda: ops.topk(scores, 1), (scores,)),
         "softmax_topk": (lambda: ops.softmax_topk(scores, 1), (scores,)),

@@ -6,8 +6,9 @@ namespace vmoe::cpu::VMOE_ISA {
 
 template <typename T>
 void assign_slots(
-    const int32_t* expert, const T* priority, int32_t* slot, int32_t* source, int64_t tokens,
-    int64_t K, int64_t E, int64_t C, int64_t group_begin, int64_t group_end) {
+    const int32_t* expert, const T* priority, int32_t* slot, int32_t* source, const Slots& shape,
+    int64_t K, int64_t group_begin, int64_t group_end) {
+  const auto [_, tokens, E, C] = shape;
   std::vector<int64_t> taken(E);
   std::vector<Pick<OrderKey<T>>> order;
   for (int64_t g = group_begin; g < group_end; ++g) {
@@ -31,10 +32,8 @@ void assign_slots(
 }
 
 template void assign_slots(
-    const int32_t*, const float*, int32_t*, int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t,
-    int64_t);
+    const int32_t*, const float*, int32_t*, int32_t*, const Slots&, int64_t, int64_t, int64_t);
 template void assign_slots(
-    const int32_t*, const double*, int32_t*, int32_t*, int64_t, int64_t, int64_t, int64_t, int64_t,
-    int64_t);
+    const int32_t*, const double*, int32_t*, int32_t*, const Slots&, int64_t, int64_t, int64_t);
 
 }  // namespace vmoe::cpu::VMOE_ISA

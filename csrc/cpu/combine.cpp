@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/slot_row.h"
+#include "../common/slots.h"
 #include "half.h"
 #include "token_rows.h"
 
@@ -85,19 +85,19 @@ Compute<Row> scale_and_dot(const Row* from, const Row* y, Compute<Row> weight, R
 template <typename Row>
 void combine(
     const Row* y, const Compute<Row>* gate, const int32_t* offsets, const int32_t* slots, Row* out,
-    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D, int64_t row_begin,
-    int64_t row_end) {
-  const bool past_caches = streams(out, G * tokens, D * sizeof(Row));
+    const Slots& shape, int64_t D, int64_t row_begin, int64_t row_end) {
+  const int64_t tokens = shape.tokens, S = shape.of_group();
+  const bool past_caches = streams(out, shape.all_tokens(), D * sizeof(Row));
   std::vector<Weighted<Row>> from;
   for (int64_t row = row_begin; row < row_end; ++row) {
     const int64_t g = row / tokens, t = row % tokens;
     const int32_t* start = offsets + g * (tokens + 1) + t;
-    const int64_t begin = std::max(start[0], 0), end = std::min<int64_t>(start[1], E * C);
+    const int64_t begin = std::max(start[0], 0), end = std::min<int64_t>(start[1], S);
     from.clear();
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t s = slots[g * E * C + i];
-      if (s < 0 || s >= E * C) continue;
-      from.push_back({y + row_of_slot(g, s, G, C) * D, gate ? gate[g * E * C + s] : 1});
+      const int64_t s = slots[g * S + i];
+      if (s < 0 || s >= S) continue;
+      from.push_back({y + shape.row(g, s) * D, gate ? gate[g * S + s] : 1});
     }
     if (past_caches) {
       weighted_sum<true>(from, out + row * D, D);
@@ -111,10 +111,9 @@ void combine(
 template <typename Row>
 void combine_backward(
     const Row* grad_out, const Row* y, const Compute<Row>* gate, const int32_t* token, Row* grad_y,
-    Compute<Row>* grad_gate, int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D,
-    int64_t row_begin, int64_t row_end) {
-  const bool past_caches = streams(grad_y, E * G * C, D * sizeof(Row));
-  TokenRows<Row> rows(grad_out, token, G, tokens, E, C, D, row_begin, row_end);
+    Compute<Row>* grad_gate, const Slots& shape, int64_t D, int64_t row_begin, int64_t row_end) {
+  const bool past_caches = streams(grad_y, shape.all(), D * sizeof(Row));
+  TokenRows<Row> rows(grad_out, token, shape, D, row_begin, row_end);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const auto [from, slot] = rows.next();
     Row* to = grad_y + row * D;
@@ -131,11 +130,11 @@ void combine_backward(
 
 #define VMOE_INSTANTIATE(Row)                                                                      \
   template void combine(                                                                           \
-      const Row*, const Compute<Row>*, const int32_t*, const int32_t*, Row*, int64_t, int64_t,     \
-      int64_t, int64_t, int64_t, int64_t, int64_t);                                                \
+      const Row*, const Compute<Row>*, const int32_t*, const int32_t*, Row*, const Slots&,         \
+      int64_t, int64_t, int64_t);                                                                  \
   template void combine_backward(                                                                  \
-      const Row*, const Row*, const Compute<Row>*, const int32_t*, Row*, Compute<Row>*, int64_t,   \
-      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+      const Row*, const Row*, const Compute<Row>*, const int32_t*, Row*, Compute<Row>*,            \
+      const Slots&, int64_t, int64_t, int64_t);
 VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)
 VMOE_INSTANTIATE(BFloat16)

@@ -8,11 +8,11 @@
 namespace vmoe::cpu::VMOE_ISA {
 
 void dispatch(
-    const char* x, const int32_t* token, char* out, int64_t G, int64_t tokens, int64_t E, int64_t C,
-    int64_t row_bytes, int64_t row_begin, int64_t row_end) {
+    const char* x, const int32_t* token, char* out, const Slots& shape, int64_t row_bytes,
+    int64_t row_begin, int64_t row_end) {
   if (row_bytes == 0) return;  // the pointers may be null
-  const bool past_caches = streams(out, E * G * C, row_bytes);
-  TokenRows<char> rows(x, token, G, tokens, E, C, row_bytes, row_begin, row_end);
+  const bool past_caches = streams(out, shape.all(), row_bytes);
+  TokenRows<char> rows(x, token, shape, row_bytes, row_begin, row_end);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const char* from = rows.next().from;
     char* to = out + row * row_bytes;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../common/slot_row.h"
+#include "../common/slots.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 
@@ -19,14 +19,10 @@ template <typename Row>
 class TokenRows {
  public:
   TokenRows(
-      const Row* x, const int32_t* token, int64_t G, int64_t tokens, int64_t E, int64_t C,
-      int64_t D, int64_t begin, int64_t end)
+      const Row* x, const int32_t* token, const Slots& shape, int64_t D, int64_t begin, int64_t end)
       : x_(x),
         token_(token),
-        G_(G),
-        tokens_(tokens),
-        E_(E),
-        C_(C),
+        shape_(shape),
         D_(D),
         coming_(begin),
         end_(end),
@@ -43,17 +39,18 @@ class TokenRows {
  private:
   TokenRow<Row> ask() {
     if (coming_ >= end_) return {};
-    const SlotRow at = slot_of_row(coming_++, G_, E_, C_);
+    const SlotRow at = shape_.at(coming_++);
     const int32_t t = token_[at.slot];
-    if (t < 0 || t >= tokens_) return {nullptr, at.slot};
-    const Row* from = x_ + (at.group * tokens_ + t) * D_;
+    if (t < 0 || t >= shape_.tokens) return {nullptr, at.slot};
+    const Row* from = x_ + (at.group * shape_.tokens + t) * D_;
     for (int64_t d = 0; d < D_; d += 64 / sizeof(Row)) __builtin_prefetch(from + d);
     return {from, at.slot};
   }
 
   const Row* x_;          // [G, T, D]
   const int32_t* token_;  // [G, E, C]
-  int64_t G_, tokens_, E_, C_, D_, coming_, end_;
+  Slots shape_;
+  int64_t D_, coming_, end_;
   TokenRow<Row> next_, after_next_;
 };
 

@@ -1,5 +1,5 @@
 #include "../combine.h"
-#include "../common/slot_row.h"
+#include "../common/slots.h"
 #include "rows.h"
 #include "scalar.h"
 
@@ -16,21 +16,21 @@ __global__ void __launch_bounds__(kRowThreads) combine_kernel(
     const int32_t* __restrict__ offsets,    // [G, T + 1]
     const int32_t* __restrict__ slots,      // [G, E * C]
     Row* __restrict__ out,                  // [G, T, D]
-    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D) {
+    Slots shape, int64_t D) {
   using T = Compute<Row>;
-  const int64_t row = row_of_warp();
-  if (row >= G * tokens) return;
+  const int64_t row = row_of_warp(), tokens = shape.tokens, S = shape.of_group();
+  if (row >= shape.all_tokens()) return;
   const int64_t g = row / tokens, t = row % tokens;
   const int32_t* start = offsets + g * (tokens + 1) + t;
-  const int64_t begin = start[0] > 0 ? start[0] : 0, end = start[1] < E * C ? start[1] : E * C;
+  const int64_t begin = start[0] > 0 ? start[0] : 0, end = start[1] < S ? start[1] : S;
   const int64_t pieces = D / kEntries;
   for (int64_t first = lane_of_warp(); first < pieces; first += kPieces * kWarp) {
     T total[kPieces][kEntries] = {};
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t s = slots[g * E * C + i];
-      if (s < 0 || s >= E * C) continue;
-      const T weight = gate ? gate[g * E * C + s] : T{1};
-      const Row* from = y + row_of_slot(g, s, G, C) * D;
+      const int64_t s = slots[g * S + i];
+      if (s < 0 || s >= S) continue;
+      const T weight = gate ? gate[g * S + s] : T{1};
+      const Row* from = y + shape.row(g, s) * D;
       Piece<Row, kEntries> of_slot[kPieces] = {};
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
@@ -65,15 +65,15 @@ __global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(
     const int32_t* __restrict__ token,      // [G, E, C]
     Row* __restrict__ grad_y,               // [E, G, C, D]
     Compute<Row>* __restrict__ grad_gate,   // [G, E, C]
-    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D) {
+    Slots shape, int64_t D) {
   using T = Compute<Row>;
   const int64_t row = row_of_warp();
-  if (row >= E * G * C) return;
-  const SlotRow at = slot_of_row(row, G, E, C);
+  if (row >= shape.all()) return;
+  const SlotRow at = shape.at(row);
   const int32_t t = token[at.slot];
-  const bool filled = t >= 0 && t < tokens;
+  const bool filled = t >= 0 && t < shape.tokens;
   const T weight = filled ? gate[at.slot] : T{0};
-  const Row* from = grad_out + (at.group * tokens + (filled ? t : 0)) * D;
+  const Row* from = grad_out + (at.group * shape.tokens + (filled ? t : 0)) * D;
   T dot = 0;
   const int64_t pieces = D / kEntries;
   for (int64_t first = lane_of_warp(); first < pieces; first += kPieces * kWarp) {
@@ -107,33 +107,32 @@ __global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(
 template <typename Row>
 void combine(
     const Row* y, const Compute<Row>* gate, const int32_t* offsets, const int32_t* slots, Row* out,
-    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D, CUstream_st* stream) {
+    const Slots& shape, int64_t D, CUstream_st* stream) {
   launch(
       in_wide_pieces<Row>(D, y, out) ? combine_kernel<Row, kWideEntries<Row>>
                                      : combine_kernel<Row, 1>,
-      blocks_of_rows(G * tokens), kRowThreads, 0, stream, y, gate, offsets, slots, out, G, tokens,
-      E, C, D);
+      blocks_of_rows(shape.all_tokens()), kRowThreads, 0, stream, y, gate, offsets, slots, out,
+      shape, D);
 }
 
 template <typename Row>
 void combine_backward(
     const Row* grad_out, const Row* y, const Compute<Row>* gate, const int32_t* token, Row* grad_y,
-    Compute<Row>* grad_gate, int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t D,
-    CUstream_st* stream) {
+    Compute<Row>* grad_gate, const Slots& shape, int64_t D, CUstream_st* stream) {
   launch(
       in_wide_pieces<Row>(D, grad_out, y, grad_y) ? combine_backward_kernel<Row, kWideEntries<Row>>
                                                   : combine_backward_kernel<Row, 1>,
-      blocks_of_rows(E * G * C), kRowThreads, 0, stream, grad_out, y, gate, token, grad_y,
-      grad_gate, G, tokens, E, C, D);
+      blocks_of_rows(shape.all()), kRowThreads, 0, stream, grad_out, y, gate, token, grad_y,
+      grad_gate, shape, D);
 }
 
 #define VMOE_INSTANTIATE(Row)                                                                      \
   template void combine(                                                                           \
-      const Row*, const Compute<Row>*, const int32_t*, const int32_t*, Row*, int64_t, int64_t,     \
-      int64_t, int64_t, int64_t, CUstream_st*);                                                    \
+      const Row*, const Compute<Row>*, const int32_t*, const int32_t*, Row*, const Slots&,         \
+      int64_t, CUstream_st*);                                                                      \
   template void combine_backward(                                                                  \
-      const Row*, const Row*, const Compute<Row>*, const int32_t*, Row*, Compute<Row>*, int64_t,   \
-      int64_t, int64_t, int64_t, int64_t, CUstream_st*);
+      const Row*, const Row*, const Compute<Row>*, const int32_t*, Row*, Compute<Row>*,            \
+      const Slots&, int64_t, CUstream_st*);
 VMOE_INSTANTIATE(float)
 VMOE_INSTANTIATE(double)
 VMOE_INSTANTIATE(BFloat16)

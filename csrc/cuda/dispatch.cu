@@ -1,4 +1,4 @@
-#include "../common/slot_row.h"
+#include "../common/slots.h"
 #include "../dispatch.h"
 #include "rows.h"
 
@@ -11,17 +11,17 @@ __global__ void __launch_bounds__(kRowThreads) dispatch_kernel(
     const Unit* __restrict__ x,         // [G, T, units]
     const int32_t* __restrict__ token,  // [G, E, C]
     Unit* __restrict__ out,             // [E, G, C, units]
-    int64_t G, int64_t tokens, int64_t E, int64_t C, int64_t units) {
+    Slots shape, int64_t units) {
   const int64_t row = row_of_warp();
-  if (row >= E * G * C) return;
-  const SlotRow at = slot_of_row(row, G, E, C);
+  if (row >= shape.all()) return;
+  const SlotRow at = shape.at(row);
   const int32_t t = token[at.slot];
   Unit* to = out + row * units;
-  if (t < 0 || t >= tokens) {
+  if (t < 0 || t >= shape.tokens) {
     for (int64_t i = lane_of_warp(); i < units; i += kWarp) to[i] = Unit{};
     return;
   }
-  const Unit* from = x + (at.group * tokens + t) * units;
+  const Unit* from = x + (at.group * shape.tokens + t) * units;
 #pragma unroll 4
   for (int64_t i = lane_of_warp(); i < units; i += kWarp) to[i] = from[i];
 }
@@ -29,14 +29,14 @@ __global__ void __launch_bounds__(kRowThreads) dispatch_kernel(
 }  // namespace
 
 void dispatch(
-    const char* x, const int32_t* token, char* out, int64_t G, int64_t tokens, int64_t E, int64_t C,
-    int64_t row_bytes, CUstream_st* stream) {
+    const char* x, const int32_t* token, char* out, const Slots& shape, int64_t row_bytes,
+    CUstream_st* stream) {
   if (row_bytes == 0) return;
   const auto copy = [&](auto unit) {
     using Unit = decltype(unit);
     launch(
-        dispatch_kernel<Unit>, blocks_of_rows(E * G * C), kRowThreads, 0, stream,
-        reinterpret_cast<const Unit*>(x), token, reinterpret_cast<Unit*>(out), G, tokens, E, C,
+        dispatch_kernel<Unit>, blocks_of_rows(shape.all()), kRowThreads, 0, stream,
+        reinterpret_cast<const Unit*>(x), token, reinterpret_cast<Unit*>(out), shape,
         row_bytes / static_cast<int64_t>(sizeof(Unit)));
   };
   const uintptr_t bits = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(out) |

@@ -16,30 +16,48 @@ namespace {
 constexpr int kThreads = 512;
 using Scan = cub::BlockScan<int32_t, kThreads>;
 
-// One group, and where its phases keep what they need. `step` threads, this one's number is `first`.
+// One group, and the memory of its phases. `step` threads share it; this one's number is `first`.
 struct Group {
-  const int32_t* token;  // [S]
+  const int32_t* token;  // [E, C]
   int32_t* offsets;      // [T + 1]
   int32_t* slots;        // [S]
+  int32_t* filled;       // [E] or null
   int32_t* next;         // [T]  where a token's next slot goes
   int32_t* claimed;      // [S]
-  int64_t S, tokens, first, step;
+  int64_t E, C, tokens, first, step;
 
-  __device__ bool filled(int64_t s) const { return token[s] >= 0 && token[s] < tokens; }
+  __device__ int64_t size() const { return E * C; }
+  __device__ bool is_filled(int64_t s) const { return token[s] >= 0 && token[s] < tokens; }
 
+  // One warp per expert searches its slots from the last one on.
+  __device__ void find_last() const {
+    const int64_t lane = first % kWarp;
+    for (int64_t e = first / kWarp; filled && e < E; e += step / kWarp) {
+      int64_t end = C;
+      unsigned found = 0;
+      for (; end > 0; end -= kWarp) {
+        const int64_t c = end - 1 - lane;
+        found = __ballot_sync(kAllLanes, c >= 0 && is_filled(e * C + c));
+        if (found) break;
+      }
+      if (lane == 0) {
+        filled[e] = found ? static_cast<int32_t>(end + 1 - __ffs(static_cast<int>(found))) : 0;
+      }
+    }
+  }
   __device__ void count() const {
-    for (int64_t s = first; s < S; s += step) {
-      if (filled(s)) atomicAdd(&next[token[s]], 1);
+    for (int64_t s = first; s < size(); s += step) {
+      if (is_filled(s)) atomicAdd(&next[token[s]], 1);
     }
   }
   __device__ void claim() const {
-    for (int64_t s = first; s < S; s += step) {
-      if (filled(s)) claimed[atomicAdd(&next[token[s]], 1)] = static_cast<int32_t>(s);
+    for (int64_t s = first; s < size(); s += step) {
+      if (is_filled(s)) claimed[atomicAdd(&next[token[s]], 1)] = static_cast<int32_t>(s);
     }
   }
   __device__ void rank() const {
     const int32_t total = offsets[tokens];
-    for (int64_t i = first; i < S; i += step) {
+    for (int64_t i = first; i < size(); i += step) {
       if (i >= total) {
         slots[i] = -1;
         continue;
@@ -76,16 +94,27 @@ struct Group {
 };
 
 __global__ void __launch_bounds__(kThreads) whole_kernel(
-    const int32_t* __restrict__ token,  // [G, S]
+    const int32_t* __restrict__ token,  // [G, E, C]
     int32_t* __restrict__ offsets,      // [G, T + 1]
     int32_t* __restrict__ slots,        // [G, S]
-    int64_t S, int64_t tokens) {
+    int32_t* __restrict__ filled,       // [G, E] or null
+    Slots shape) {
   __shared__ typename Scan::TempStorage storage;
   int32_t* shared = dynamic_shared<int32_t>();  // [T + 1 + T + S]
-  const int64_t g = blockIdx.x;
+  const int64_t g = blockIdx.x, S = shape.of_group(), tokens = shape.tokens;
   const Group group{
-      token + g * S, shared,      slots + g * S, shared + tokens + 1, shared + 2 * tokens + 1, S,
-      tokens,        threadIdx.x, kThreads};
+      token + g * S,
+      shared,
+      slots + g * S,
+      filled ? filled + g * shape.E : nullptr,
+      shared + tokens + 1,
+      shared + 2 * tokens + 1,
+      shape.E,
+      shape.C,
+      tokens,
+      threadIdx.x,
+      kThreads};
+  group.find_last();
   for (int64_t t = threadIdx.x; t < tokens; t += kThreads) group.next[t] = 0;
   __syncthreads();
   group.count();
@@ -106,16 +135,28 @@ enum class Phase { kCount, kAddUp, kClaim, kRank };
 template <Phase kPhase>
 __global__ void __launch_bounds__(kThreads) phase_kernel(
     const int32_t* __restrict__ token, int32_t* __restrict__ offsets, int32_t* __restrict__ slots,
+    int32_t* __restrict__ filled,
     int32_t* __restrict__ next,     // [G, T]  zeros at first
     int32_t* __restrict__ claimed,  // [G, S]
-    int64_t S, int64_t tokens, int64_t blocks) {
+    Slots shape, int64_t blocks) {
   const int64_t g = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  const Group group{token + g * S,    offsets + g * (tokens + 1),
-                    slots + g * S,    next + g * tokens,
-                    claimed + g * S,  S,
-                    tokens,           block * kThreads + threadIdx.x,
-                    blocks * kThreads};
-  if constexpr (kPhase == Phase::kCount) group.count();
+  const int64_t S = shape.of_group(), tokens = shape.tokens;
+  const Group group{
+      token + g * S,
+      offsets + g * (tokens + 1),
+      slots + g * S,
+      filled ? filled + g * shape.E : nullptr,
+      next + g * tokens,
+      claimed + g * S,
+      shape.E,
+      shape.C,
+      tokens,
+      block * kThreads + threadIdx.x,
+      blocks * kThreads};
+  if constexpr (kPhase == Phase::kCount) {
+    group.find_last();
+    group.count();
+  }
   if constexpr (kPhase == Phase::kAddUp) {
     __shared__ typename Scan::TempStorage storage;
     group.add_up<16>(storage);
@@ -124,51 +165,57 @@ __global__ void __launch_bounds__(kThreads) phase_kernel(
   if constexpr (kPhase == Phase::kRank) group.rank();
 }
 
-int64_t whole_bytes(int64_t S, int64_t tokens) {
-  return (2 * tokens + 1 + S) * static_cast<int64_t>(sizeof(int32_t));
+// Shared memory of whole_kernel.
+int64_t whole_bytes(const Slots& shape) {
+  return (2 * shape.tokens + 1 + shape.of_group()) * static_cast<int64_t>(sizeof(int32_t));
 }
 
-size_t run(
-    const int32_t* token, int32_t* offsets, int32_t* slots, int64_t G, int64_t S, int64_t tokens,
-    void* memory, bool measure, cudaStream_t stream) {
-  // Beyond this one block takes longer than the launches of several.
-  constexpr int64_t kLargestWhole = 100 << 10;
-  const int64_t bytes = whole_bytes(S, tokens);
-  Workspace workspace(memory);
-  if (bytes <= std::min(kLargestWhole, shared_limit())) {
-    if (measure) return 0;
+// Whether a group is one block's. Beyond kLargest that takes longer than the launches of several.
+bool is_whole(const Slots& shape) {
+  constexpr int64_t kLargest = 100 << 10;
+  return whole_bytes(shape) <= std::min(kLargest, shared_limit());
+}
+
+struct Layout {
+  Workspace workspace;
+  int32_t* next;     // [G, T]
+  int32_t* claimed;  // [G, S]
+
+  Layout(void* memory, const Slots& shape)
+      : workspace(memory),
+        next(workspace.take<int32_t>(shape.all_tokens())),
+        claimed(workspace.take<int32_t>(shape.all())) {}
+};
+
+}  // namespace
+
+size_t invert_slots_workspace(const Slots& shape) {
+  return is_whole(shape) ? 0 : Layout(nullptr, shape).workspace.size();
+}
+
+void invert_slots(
+    const int32_t* token, int32_t* offsets, int32_t* slots, int32_t* filled, const Slots& shape,
+    void* workspace, CUstream_st* stream) {
+  if (is_whole(shape)) {
     launch(
-        whole_kernel, G, kThreads, static_cast<size_t>(bytes), stream, token, offsets, slots, S,
-        tokens);
-    return 0;
+        whole_kernel, shape.G, kThreads, static_cast<size_t>(whole_bytes(shape)), stream, token,
+        offsets, slots, filled, shape);
+    return;
   }
-  int32_t* next = workspace.take<int32_t>(G * tokens);
-  int32_t* claimed = workspace.take<int32_t>(G * S);
-  if (measure || G == 0) return workspace.size();
-  cudaMemsetAsync(next, 0, static_cast<size_t>(G * tokens) * sizeof(int32_t), stream);
-  const int64_t many = std::max<int64_t>(1, ceil_div(S, kThreads));
+  if (shape.G == 0) return;
+  const Layout layout(workspace, shape);
+  cudaMemsetAsync(
+      layout.next, 0, static_cast<size_t>(shape.all_tokens()) * sizeof(int32_t), stream);
+  const int64_t many = std::max<int64_t>(1, ceil_div(shape.of_group(), kThreads));
   const auto phase = [&](auto kernel, int64_t blocks) {
     launch(
-        kernel, G * blocks, kThreads, 0, stream, token, offsets, slots, next, claimed, S, tokens,
-        blocks);
+        kernel, shape.G * blocks, kThreads, 0, stream, token, offsets, slots, filled, layout.next,
+        layout.claimed, shape, blocks);
   };
   phase(phase_kernel<Phase::kCount>, many);
   phase(phase_kernel<Phase::kAddUp>, 1);
   phase(phase_kernel<Phase::kClaim>, many);
   phase(phase_kernel<Phase::kRank>, many);
-  return workspace.size();
-}
-
-}  // namespace
-
-size_t invert_slots_workspace(int64_t G, int64_t S, int64_t tokens) {
-  return run(nullptr, nullptr, nullptr, G, S, tokens, nullptr, true, nullptr);
-}
-
-void invert_slots(
-    const int32_t* token, int32_t* offsets, int32_t* slots, int64_t G, int64_t S, int64_t tokens,
-    void* workspace, CUstream_st* stream) {
-  run(token, offsets, slots, G, S, tokens, workspace, false, stream);
 }
 
 }  // namespace vmoe::cuda

@@ -5,7 +5,7 @@
 //
 // Forward and backward are one kernel: backward makes the weights again, and has the gradient pass by.
 #include "../common/row_stride.h"
-#include "../common/slot_row.h"
+#include "../common/slots.h"
 #include "../soft_mix.h"
 #include "softmax.h"
 

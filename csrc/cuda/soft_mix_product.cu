@@ -7,7 +7,7 @@
 //
 // Weights are the exponentials as they are, at most 1: what they have to be divided by meets the
 // float32 sums.
-#include "../common/slot_row.h"
+#include "../common/slots.h"
 #include "../soft_mix.h"
 #include "softmax.h"
 #include "tensor_core.h"

@@ -124,7 +124,7 @@ struct Lists {
 Lists lists(Workspace& workspace, int64_t G, int64_t tokens, int64_t E, int64_t K) {
   int32_t* offsets = workspace.take<int32_t>(G * (tokens + 1));
   int32_t* slots = workspace.take<int32_t>(G * E * K);
-  const size_t rest = invert_slots_workspace(G, E * K, tokens);
+  const size_t rest = invert_slots_workspace({G, tokens, E, K});
   return {offsets, slots, workspace.take<char>(static_cast<int64_t>(rest))};
 }
 
@@ -146,7 +146,8 @@ void softmax_gather_backward(
   Lists inverse{};
   if (by_expert) {
     inverse = lists(workspace, G, tokens, E, K);
-    invert_slots(indices, inverse.offsets, inverse.slots, G, E * K, tokens, inverse.rest, stream);
+    invert_slots(
+        indices, inverse.offsets, inverse.slots, nullptr, {G, tokens, E, K}, inverse.rest, stream);
   }
   by_row_length(std::min(E, kLongestRow), [&](auto shape) {
     constexpr int kLanes = decltype(shape)::kLanes;

@@ -26,6 +26,7 @@ std::tuple<Tensor, Tensor> assign_slots(
       C >= 0 && C <= most, "assign_slots: capacity = ", C, ", wanted 0 to ", most, " for ",
       tokens * K, " requests");
   STD_TORCH_CHECK(E * C <= INT32_MAX, "assign_slots: ", E * C, " slots a group do not fit int32");
+  const Slots shape{G, tokens, E, C};
   if (priority_) check_shape("assign_slots", "priority", *priority_, {G, tokens});
   const Tensor expert = packed(expert_);
   const Tensor priority = priority_ ? packed(*priority_) : empty({0}, expert, ScalarType::Float);
@@ -40,16 +41,16 @@ std::tuple<Tensor, Tensor> assign_slots(
           cuda::assign_slots_most_experts(), " on this device");
       const bool prioritised = priority_.has_value();
       const Tensor scratch =
-          workspace(expert, cuda::assign_slots_workspace<T>(prioritised, G, tokens, K, E, C));
+          workspace(expert, cuda::assign_slots_workspace<T>(prioritised, shape, K));
       cuda::assign_slots(
           read<int32_t>(expert), prioritised ? read<T>(priority) : nullptr, write<int32_t>(slot),
-          write<int32_t>(source), G, tokens, K, E, C, write<void>(scratch), stream);
+          write<int32_t>(source), shape, K, write<void>(scratch), stream);
     });
 #else
     parallel(G, tokens * K + E * C, [&](int64_t begin, int64_t end) {
       cpu::assign_slots(
           read<int32_t>(expert), priority_ ? read<T>(priority) : nullptr, write<int32_t>(slot),
-          write<int32_t>(source), tokens, K, E, C, begin, end);
+          write<int32_t>(source), shape, K, begin, end);
     });
 #endif
   });

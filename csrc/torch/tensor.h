@@ -40,6 +40,8 @@
 #define VMOE_REGISTER(m) VMOE_REGISTER_(VMOE_DEVICE, m)
 
 namespace vmoe {
+namespace cpu {}
+namespace cuda {}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -190,6 +192,24 @@ void on_device(
 // graph is captured.
 inline Tensor workspace(const Tensor& like, size_t bytes) {
   return empty({static_cast<int64_t>(bytes)}, like, ScalarType::Byte);
+}
+
+namespace device = cuda;
+
+// Calls body(where...), what a kernel on whole rows takes last: on CUDA the stream, on a CPU ranges
+// [begin, end) of the rows, in parallel. The first of `tensors` says where; the rest must be there too.
+template <typename Body>
+void each_row(
+    const char* op, int64_t, int64_t, std::initializer_list<Tensor> tensors, Body&& body) {
+  on_device(op, *tensors.begin(), tensors, body);
+}
+#else
+namespace device = cpu;
+
+template <typename Body>
+void each_row(
+    const char*, int64_t rows, int64_t elements_each, std::initializer_list<Tensor>, Body&& body) {
+  parallel(rows, elements_each, body);
 }
 #endif
 

@@ -6,9 +6,8 @@
 namespace vmoe {
 namespace {
 
-struct Shape {
-  int64_t G, T, E, C, D;
-  int64_t slots() const { return G * E * C; }
+struct Shape : Slots {
+  int64_t D;
 };
 
 // Where y of group g, slot s = e * C + c begins.
@@ -25,9 +24,9 @@ Lists invert(const Shape& shape, const std::vector<int32_t>& token) {
   const int64_t S = shape.E * shape.C;
   for (int64_t g = 0; g < shape.G; ++g) {
     const size_t begin = lists.slots.size();
-    for (int64_t t = 0; t <= shape.T; ++t) {
+    for (int64_t t = 0; t <= shape.tokens; ++t) {
       lists.offsets.push_back(static_cast<int32_t>(lists.slots.size() - begin));
-      for (int64_t s = 0; s < S && t < shape.T; ++s) {
+      for (int64_t s = 0; s < S && t < shape.tokens; ++s) {
         if (token[g * S + s] == t) lists.slots.push_back(static_cast<int32_t>(s));
       }
     }
@@ -41,10 +40,10 @@ std::vector<T> combine(
     const Shape& shape, const std::vector<T>& y, const std::vector<T>* gate,
     const std::vector<int32_t>& token) {
   const Lists lists = invert(shape, token);
-  Guarded<T> out(shape.G * shape.T * shape.D);
+  Guarded<T> out(shape.G * shape.tokens * shape.D);
   cpu::combine(
       y.data(), gate ? gate->data() : nullptr, lists.offsets.data(), lists.slots.data(), out.data(),
-      shape.G, shape.T, shape.E, shape.C, shape.D, 0, shape.G * shape.T);
+      shape, shape.D, 0, shape.all_tokens());
   EXPECT_TRUE(out.fences_stand());
   return out.values();
 }
@@ -58,10 +57,10 @@ template <typename T>
 Gradients<T> combine_backward(
     const Shape& shape, const std::vector<T>& grad, const std::vector<T>& y,
     const std::vector<T>& gate, const std::vector<int32_t>& token) {
-  Guarded<T> grad_y(shape.slots() * shape.D), grad_gate(shape.slots());
+  Guarded<T> grad_y(shape.all() * shape.D), grad_gate(shape.all());
   cpu::combine_backward(
-      grad.data(), y.data(), gate.data(), token.data(), grad_y.data(), grad_gate.data(), shape.G,
-      shape.T, shape.E, shape.C, shape.D, 0, shape.slots());
+      grad.data(), y.data(), gate.data(), token.data(), grad_y.data(), grad_gate.data(), shape,
+      shape.D, 0, shape.all());
   EXPECT_TRUE(grad_y.fences_stand() && grad_gate.fences_stand());
   return {grad_y.values(), grad_gate.values()};
 }
@@ -71,18 +70,19 @@ class Combine : public ::testing::Test {
  public:
   // By definition: every slot added to its token, in float64.
   static void expect_sums(const Shape& shape, const std::vector<int32_t>& token) {
-    const auto y = uniform<T>(shape.slots() * shape.D, 1);
-    const auto gate = uniform<T>(shape.slots(), 2);
-    const auto grad = uniform<T>(shape.G * shape.T * shape.D, 3);
+    const auto y = uniform<T>(shape.all() * shape.D, 1);
+    const auto gate = uniform<T>(shape.all(), 2);
+    const auto grad = uniform<T>(shape.G * shape.tokens * shape.D, 3);
     std::vector<double> out(grad.size()), plain(grad.size()), grad_y(y.size()),
         grad_gate(gate.size());
     const int64_t S = shape.E * shape.C;
     for (int64_t g = 0; g < shape.G; ++g) {
       for (int64_t s = 0; s < S; ++s) {
         const int64_t t = token[g * S + s];
-        if (t < 0 || t >= shape.T) continue;
+        if (t < 0 || t >= shape.tokens) continue;
         for (int64_t d = 0; d < shape.D; ++d) {
-          const int64_t from = row(shape, g, s) * shape.D + d, to = (g * shape.T + t) * shape.D + d;
+          const int64_t from = row(shape, g, s) * shape.D + d,
+                        to = (g * shape.tokens + t) * shape.D + d;
           const double weight = gate[g * S + s];
           out[to] += weight * y[from];
           plain[to] += y[from];
@@ -108,20 +108,43 @@ TYPED_TEST(Combine, SumsSlotsIntoTokens) {
         {2, 7, 3, 5, 17},
         {1, 2, 4, 8, 5},
         {4, 30, 2, 3, 2}}) {
-    this->expect_sums(shape, integers(shape.slots(), 4, -1, shape.T - 1));
+    this->expect_sums(shape, integers(shape.all(), 4, -1, shape.tokens - 1));
   }
 }
 
 TYPED_TEST(Combine, EmptyShapes) {
   for (const Shape& shape :
        {Shape{0, 4, 3, 2, 5}, {2, 0, 3, 2, 5}, {2, 4, 0, 2, 5}, {2, 4, 3, 0, 5}, {2, 4, 3, 2, 0}}) {
-    this->expect_sums(shape, std::vector<int32_t>(shape.slots(), shape.T > 0 ? 0 : -1));
+    this->expect_sums(shape, std::vector<int32_t>(shape.all(), shape.tokens > 0 ? 0 : -1));
   }
 }
 
 TYPED_TEST(Combine, TokenOutOfRangeIsAnEmptySlot) {
   const Shape shape{2, 4, 3, 2, 3};
   this->expect_sums(shape, {4, 0, -1, 3, INT32_MAX, INT32_MIN, 1, 5, 2, -2, 3, 8});
+}
+
+// Offsets are clamped to [0, S], slots outside [0, S) are skipped.
+TYPED_TEST(Combine, ListsOutOfRange) {
+  using T = TypeParam;
+  const Shape shape{1, 3, 2, 2, 1};
+  const std::vector<T> y{1, 2, 4, 8}, gate{1, 2, 3, 4};
+  const std::vector<int32_t> offsets{INT32_MIN, 2, 1, INT32_MAX}, slots{INT32_MAX, 3, -1, 2};
+  Guarded<T> out(3);
+  cpu::combine(y.data(), gate.data(), offsets.data(), slots.data(), out.data(), shape, 1, 0, 3);
+  EXPECT_TRUE(out.fences_stand());
+  EXPECT_EQ(out.values(), (std::vector<T>{32, 0, 44}));
+  // Any lists: a sanitizer sees what is read.
+  const std::vector<int32_t> strange{INT32_MIN, -1, 0, 1, 3, 4, 5, 1000000, INT32_MAX};
+  std::mt19937_64 random(3);
+  for (int round = 0; round < 100; ++round) {
+    std::vector<int32_t> any_offsets(4), any_slots(4);
+    for (int32_t& value : any_offsets) value = strange[random() % strange.size()];
+    for (int32_t& value : any_slots) value = strange[random() % strange.size()];
+    cpu::combine(
+        y.data(), gate.data(), any_offsets.data(), any_slots.data(), out.data(), shape, 1, 0, 3);
+    EXPECT_TRUE(out.fences_stand());
+  }
 }
 
 TYPED_TEST(Combine, TokenWithoutSlotGetsZeros) {
@@ -148,52 +171,47 @@ TYPED_TEST(Combine, AddsInAscendingOrderOfSlots) {
 TYPED_TEST(Combine, NoGateIsAGateOfOnes) {
   using T = TypeParam;
   const Shape shape{2, 4, 3, 2, 5};
-  const auto y = uniform<T>(shape.slots() * shape.D, 5);
-  const auto token = integers(shape.slots(), 6, -1, shape.T - 1);
-  const std::vector<T> ones(shape.slots(), 1);
+  const auto y = uniform<T>(shape.all() * shape.D, 5);
+  const auto token = integers(shape.all(), 6, -1, shape.tokens - 1);
+  const std::vector<T> ones(shape.all(), 1);
   EXPECT_EQ(combine<T>(shape, y, nullptr, token), combine(shape, y, &ones, token));
 }
 
 TYPED_TEST(Combine, PiecesMakeTheWhole) {
   using T = TypeParam;
   const Shape shape{3, 5, 4, 2, 3};
-  const auto [G, tokens, E, C, D] = shape;
-  const auto y = uniform<T>(shape.slots() * D, 7), gate = uniform<T>(shape.slots(), 8);
-  const auto grad = uniform<T>(G * tokens * D, 9);
-  const auto token = integers(shape.slots(), 10, -1, tokens);
+  const int64_t D = shape.D, S = shape.of_group();
+  const auto y = uniform<T>(shape.all() * D, 7), gate = uniform<T>(shape.all(), 8);
+  const auto grad = uniform<T>(shape.all_tokens() * D, 9);
+  const auto token = integers(shape.all(), 10, -1, shape.tokens);
   const Lists lists = invert(shape, token);
-  expect_pieces<T>(
-      G * tokens, D,
-      [&, G = G, tokens = tokens, E = E, C = C, D = D](int64_t begin, int64_t end, T* out) {
-        cpu::combine(
-            y.data(), gate.data(), lists.offsets.data(), lists.slots.data(), out, G, tokens, E, C,
-            D, begin, end);
-      });
+  expect_pieces<T>(shape.all_tokens(), D, [&](int64_t begin, int64_t end, T* out) {
+    cpu::combine(
+        y.data(), gate.data(), lists.offsets.data(), lists.slots.data(), out, shape, D, begin, end);
+  });
   std::vector<T> grad_y(y.size()), grad_gate(gate.size());
-  expect_pieces<T>(
-      E * G * C, D,
-      [&, G = G, tokens = tokens, E = E, C = C, D = D](int64_t begin, int64_t end, T* out) {
-        cpu::combine_backward(
-            grad.data(), y.data(), gate.data(), token.data(), out, grad_gate.data(), G, tokens, E,
-            C, D, begin, end);
-      });
+  expect_pieces<T>(shape.all(), D, [&](int64_t begin, int64_t end, T* out) {
+    cpu::combine_backward(
+        grad.data(), y.data(), gate.data(), token.data(), out, grad_gate.data(), shape, D, begin,
+        end);
+  });
   // The gate's gradient lies by slot, not by row.
   expect_pieces<T>(
-      shape.slots(), shape.slots(),
-      [&, G = G, tokens = tokens, E = E, C = C, D = D](int64_t begin, int64_t end, T* out) {
+      shape.all(), shape.all(),
+      [&](int64_t begin, int64_t end, T* out) {
         cpu::combine_backward(
-            grad.data(), y.data(), gate.data(), token.data(), grad_y.data(), out, G, tokens, E, C,
-            D, begin, end);
+            grad.data(), y.data(), gate.data(), token.data(), grad_y.data(), out, shape, D, begin,
+            end);
       },
-      [&, E = E, C = C](int64_t i) { return row(shape, i / (E * C), i % (E * C)); });
+      [&](int64_t i) { return row(shape, i / S, i % S); });
 }
 
 TEST(CombineBackward, IsTheGradient) {
   const Shape shape{2, 4, 3, 2, 3};
-  const auto y = uniform<double>(shape.slots() * shape.D, 11);
-  const auto gate = uniform<double>(shape.slots(), 12);
-  const auto grad = uniform<double>(shape.G * shape.T * shape.D, 13);
-  const auto token = integers(shape.slots(), 14, -1, shape.T - 1);
+  const auto y = uniform<double>(shape.all() * shape.D, 11);
+  const auto gate = uniform<double>(shape.all(), 12);
+  const auto grad = uniform<double>(shape.G * shape.tokens * shape.D, 13);
+  const auto token = integers(shape.all(), 14, -1, shape.tokens - 1);
   const auto gradients = combine_backward(shape, grad, y, gate, token);
   expect_gradient(gradients.y, y, [&](const std::vector<double>& moved) {
     return inner(grad, combine(shape, moved, &gate, token));
@@ -225,21 +243,20 @@ TYPED_TEST(CombineHalves, ComputesInFloat) {
   using Half = TypeParam;
   for (const int64_t D : {1, 7, 16, 64, 100, 131}) {
     const Shape shape{2, 5, 3, 4, D};
-    const auto [G, tokens, E, C, _] = shape;
-    const auto y = this->narrow(uniform<float>(shape.slots() * D, 15));
-    const auto grad = this->narrow(uniform<float>(G * tokens * D, 16));
-    const auto gate = uniform<float>(shape.slots(), 17);
-    const auto token = integers(shape.slots(), 18, -1, tokens);
+    const auto y = this->narrow(uniform<float>(shape.all() * D, 15));
+    const auto grad = this->narrow(uniform<float>(shape.all_tokens() * D, 16));
+    const auto gate = uniform<float>(shape.all(), 17);
+    const auto token = integers(shape.all(), 18, -1, shape.tokens);
     const Lists lists = invert(shape, token);
 
-    Guarded<Half> out(G * tokens * D), grad_y(shape.slots() * D);
-    Guarded<float> grad_gate(shape.slots());
+    Guarded<Half> out(shape.all_tokens() * D), grad_y(shape.all() * D);
+    Guarded<float> grad_gate(shape.all());
     cpu::combine(
-        y.data(), gate.data(), lists.offsets.data(), lists.slots.data(), out.data(), G, tokens, E,
-        C, D, 0, G * tokens);
+        y.data(), gate.data(), lists.offsets.data(), lists.slots.data(), out.data(), shape, D, 0,
+        shape.all_tokens());
     cpu::combine_backward(
-        grad.data(), y.data(), gate.data(), token.data(), grad_y.data(), grad_gate.data(), G,
-        tokens, E, C, D, 0, shape.slots());
+        grad.data(), y.data(), gate.data(), token.data(), grad_y.data(), grad_gate.data(), shape, D,
+        0, shape.all());
     EXPECT_TRUE(out.fences_stand() && grad_y.fences_stand() && grad_gate.fences_stand());
 
     const auto wide_y = this->widen(y), wide_grad = this->widen(grad);
@@ -268,13 +285,13 @@ TYPED_TEST(Combine, LargeOutputs) {
   }
   offsets[tokens] = offsets[tokens - 1];  // the last token has no slot
   token[0] = -1;
+  const Slots shape{1, tokens, 1, tokens};
   T* out = aligned(a);
   T* grad_y = aligned(b);
-  cpu::combine(
-      y.data(), gate.data(), offsets.data(), slots.data(), out, 1, tokens, 1, tokens, D, 0, tokens);
+  cpu::combine(y.data(), gate.data(), offsets.data(), slots.data(), out, shape, D, 0, tokens);
   cpu::combine_backward(
-      static_cast<const T*>(out), y.data(), gate.data(), token.data(), grad_y, dot.data(), 1,
-      tokens, 1, tokens, D, 0, tokens);
+      static_cast<const T*>(out), y.data(), gate.data(), token.data(), grad_y, dot.data(), shape, D,
+      0, tokens);
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t s = slots[t];
     for (int64_t d = 0; d < D; d += 97) {

@@ -1,17 +1,13 @@
 #include "dispatch.h"
 
-#include "common/slot_row.h"
+#include "common/slots.h"
 #include "testing.h"
 
 namespace vmoe {
 namespace {
 
-struct Shape {
-  int64_t G, T, E, C, row_bytes;
-};
-
-void expect_rows(const Shape& shape, const std::vector<int32_t>& token) {
-  const auto [G, tokens, E, C, width] = shape;
+void expect_rows(const Slots& shape, int64_t width, const std::vector<int32_t>& token) {
+  const auto [G, tokens, E, C] = shape;
   SCOPED_TRACE(
       ::testing::Message() << "G " << G << " T " << tokens << " E " << E << " C " << C << " bytes "
                            << width);
@@ -19,7 +15,7 @@ void expect_rows(const Shape& shape, const std::vector<int32_t>& token) {
   std::vector<char> x(G * tokens * width);
   for (char& byte : x) byte = static_cast<char>(random());  // any bits, NaN payloads among them
   Guarded<char> out(E * G * C * width);
-  cpu::dispatch(x.data(), token.data(), out.data(), G, tokens, E, C, width, 0, E * G * C);
+  cpu::dispatch(x.data(), token.data(), out.data(), shape, width, 0, shape.all());
   EXPECT_TRUE(out.fences_stand());
   std::vector<char> wanted;
   for (int64_t e = 0; e < E; ++e) {
@@ -35,17 +31,18 @@ void expect_rows(const Shape& shape, const std::vector<int32_t>& token) {
   EXPECT_EQ(out.values(), wanted);
 }
 
-TEST(SlotRow, IsABijection) {
+TEST(Slots, RowsAreABijection) {
   const int64_t G = 3, E = 4, C = 5;
+  const Slots shape{G, 7, E, C};
   std::vector<int> seen(G * E * C);
   for (int64_t e = 0; e < E; ++e) {
     for (int64_t g = 0; g < G; ++g) {
       for (int64_t c = 0; c < C; ++c) {
         const int64_t row = (e * G + g) * C + c;
-        const SlotRow at = slot_of_row(row, G, E, C);
+        const SlotRow at = shape.at(row);
         EXPECT_EQ(at.group, g);
         EXPECT_EQ(at.slot, (g * E + e) * C + c);
-        EXPECT_EQ(row_of_slot(g, e * C + c, G, C), row);
+        EXPECT_EQ(shape.row(g, e * C + c), row);
         ++seen[at.slot];
       }
     }
@@ -54,37 +51,35 @@ TEST(SlotRow, IsABijection) {
 }
 
 TEST(Dispatch, LaysRowsOutByExpert) {
-  for (const Shape& shape :
-       {Shape{1, 1, 1, 1, 4},
-        {3, 5, 4, 2, 8},
-        {2, 7, 3, 5, 12},
-        {1, 9, 2, 9, 1},
-        {4, 3, 2, 3, 2}}) {
-    expect_rows(shape, integers(shape.G * shape.E * shape.C, 2, -1, shape.T - 1));
+  for (const Slots& shape :
+       {Slots{1, 1, 1, 1}, {3, 5, 4, 2}, {2, 7, 3, 5}, {1, 9, 2, 9}, {4, 3, 2, 3}}) {
+    for (const int64_t width : {1, 2, 4, 8, 12}) {
+      expect_rows(shape, width, integers(shape.all(), 2, -1, shape.tokens - 1));
+    }
   }
 }
 
 TEST(Dispatch, TokenOutOfRangeGivesZeros) {
-  const Shape shape{2, 4, 3, 2, 8};
-  expect_rows(shape, {4, 0, -1, 3, INT32_MAX, INT32_MIN, 1, 5, 2, -2, 3, 8});
-  expect_rows(shape, std::vector<int32_t>(12, 4));
+  const Slots shape{2, 4, 3, 2};
+  expect_rows(shape, 8, {4, 0, -1, 3, INT32_MAX, INT32_MIN, 1, 5, 2, -2, 3, 8});
+  expect_rows(shape, 8, std::vector<int32_t>(12, 4));
 }
 
 TEST(Dispatch, EmptyShapes) {
-  for (const Shape& shape :
-       {Shape{0, 4, 3, 2, 8}, {2, 0, 3, 2, 8}, {2, 4, 0, 2, 8}, {2, 4, 3, 0, 8}, {2, 4, 3, 2, 0}}) {
-    expect_rows(shape, std::vector<int32_t>(shape.G * shape.E * shape.C, 0));
+  for (const Slots& shape : {Slots{0, 4, 3, 2}, {2, 0, 3, 2}, {2, 4, 0, 2}, {2, 4, 3, 0}}) {
+    expect_rows(shape, 8, std::vector<int32_t>(shape.all(), 0));
   }
+  expect_rows({2, 4, 3, 2}, 0, std::vector<int32_t>(12, 0));
 }
 
 TEST(Dispatch, PiecesMakeTheWhole) {
-  const int64_t G = 3, tokens = 5, E = 4, C = 2;
-  const auto token = integers(G * E * C, 3, -1, tokens);
-  const auto x = uniform<double>(G * tokens, 4);  // rows of one double
+  const Slots shape{3, 5, 4, 2};
+  const auto token = integers(shape.all(), 3, -1, shape.tokens);
+  const auto x = uniform<double>(shape.all_tokens(), 4);  // rows of one double
   const auto* bytes = reinterpret_cast<const char*>(x.data());
-  expect_pieces<double>(E * G * C, 1, [&](int64_t begin, int64_t end, double* out) {
+  expect_pieces<double>(shape.all(), 1, [&](int64_t begin, int64_t end, double* out) {
     cpu::dispatch(
-        bytes, token.data(), reinterpret_cast<char*>(out), G, tokens, E, C, sizeof(double), begin,
+        bytes, token.data(), reinterpret_cast<char*>(out), shape, int64_t{sizeof(double)}, begin,
         end);
   });
 }
@@ -97,7 +92,7 @@ TEST(Dispatch, LargeOutput) {
   const auto* from = reinterpret_cast<const char*>(x.data());
   std::vector<char> memory(C * width + 64, 1);
   auto* out = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-  cpu::dispatch(from, token.data(), out, 1, tokens, 1, C, width, 0, C);
+  cpu::dispatch(from, token.data(), out, Slots{1, tokens, 1, C}, width, int64_t{0}, C);
   const std::vector<char> zeros(width);
   for (int64_t s = 0; s < C; ++s) {
     const bool filled = token[s] >= 0 && token[s] < tokens;

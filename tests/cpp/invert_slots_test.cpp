@@ -6,12 +6,14 @@ namespace vmoe {
 namespace {
 
 // By definition: token by token, its slots in order, then -1.
-void expect_lists(const std::vector<int32_t>& token, int64_t G, int64_t S, int64_t tokens) {
-  SCOPED_TRACE(::testing::Message() << "G " << G << " S " << S << " T " << tokens);
-  Guarded<int32_t> offsets(G * (tokens + 1)), slots(G * S);
-  cpu::invert_slots(token.data(), offsets.data(), slots.data(), S, tokens, 0, G);
-  EXPECT_TRUE(offsets.fences_stand() && slots.fences_stand());
-  std::vector<int32_t> starts, lists;
+void expect_lists(const std::vector<int32_t>& token, const Slots& shape) {
+  const int64_t G = shape.G, tokens = shape.tokens, S = shape.of_group();
+  SCOPED_TRACE(
+      ::testing::Message() << "G " << G << " E " << shape.E << " C " << shape.C << " T " << tokens);
+  Guarded<int32_t> offsets(G * (tokens + 1)), slots(G * S), filled(G * shape.E);
+  cpu::invert_slots(token.data(), offsets.data(), slots.data(), filled.data(), shape, 0, G);
+  EXPECT_TRUE(offsets.fences_stand() && slots.fences_stand() && filled.fences_stand());
+  std::vector<int32_t> starts, lists, last(G * shape.E, 0);
   for (int64_t g = 0; g < G; ++g) {
     std::vector<int32_t> list;
     starts.push_back(0);
@@ -21,48 +23,59 @@ void expect_lists(const std::vector<int32_t>& token, int64_t G, int64_t S, int64
       }
       starts.push_back(static_cast<int32_t>(list.size()));
     }
+    for (const int32_t s : list) {
+      int32_t& of_expert = last[g * shape.E + s / shape.C];
+      of_expert = std::max(of_expert, static_cast<int32_t>(s % shape.C + 1));
+    }
     list.resize(S, -1);
     lists.insert(lists.end(), list.begin(), list.end());
   }
   EXPECT_EQ(offsets.values(), starts);
   EXPECT_EQ(slots.values(), lists);
+  EXPECT_EQ(filled.values(), last);
 }
 
 TEST(InvertSlots, ListsTheSlotsOfEveryToken) {
   for (uint64_t seed = 0; seed < 20; ++seed) {
-    const int64_t tokens = 1 + static_cast<int64_t>(seed), S = 17;
-    expect_lists(integers(3 * S, seed, -1, tokens - 1), 3, S, tokens);
+    const int64_t tokens = 1 + static_cast<int64_t>(seed);
+    const Slots shape{3, tokens, 1 + static_cast<int64_t>(seed % 4), 5};
+    expect_lists(integers(shape.all(), seed, -1, tokens - 1), shape);
+    expect_lists(integers(shape.all(), seed, -2 * tokens, tokens - 1), shape);  // most are empty
   }
 }
 
 TEST(InvertSlots, OneTokenMayHoldEverySlotOrNone) {
-  expect_lists(std::vector<int32_t>(12, 2), 1, 12, 4);
-  expect_lists(std::vector<int32_t>(12, -1), 1, 12, 4);
-  expect_lists({0}, 1, 1, 1);
+  expect_lists(std::vector<int32_t>(12, 2), {1, 4, 3, 4});
+  expect_lists(std::vector<int32_t>(12, -1), {1, 4, 3, 4});
+  expect_lists({0}, {1, 1, 1, 1});
 }
 
 TEST(InvertSlots, TokenOutOfRangeIsAnEmptySlot) {
-  expect_lists({4, 0, -2, INT32_MAX, 3, INT32_MIN, 5, 3}, 1, 8, 4);
-  expect_lists(std::vector<int32_t>(8, 4), 2, 4, 4);
+  expect_lists({4, 0, -2, INT32_MAX, 3, INT32_MIN, 5, 3}, {1, 4, 2, 4});
+  expect_lists(std::vector<int32_t>(8, 4), {2, 4, 2, 2});
 }
 
 TEST(InvertSlots, EmptyShapes) {
-  expect_lists({}, 0, 3, 4);
-  expect_lists({}, 2, 0, 4);
-  expect_lists({0, -1, 3, 0, 0, 1}, 2, 3, 0);
-  expect_lists({}, 2, 0, 0);
+  expect_lists({}, {0, 4, 1, 3});
+  expect_lists({}, {2, 4, 0, 3});
+  expect_lists({}, {2, 4, 3, 0});
+  expect_lists({0, -1, 3, 0, 0, 1}, {2, 0, 1, 3});
+  expect_lists({}, {2, 0, 3, 0});
 }
 
 TEST(InvertSlots, PiecesMakeTheWhole) {
-  const int64_t G = 5, S = 11, tokens = 6;
-  const auto token = integers(G * S, 1, -1, tokens);
-  expect_pieces<int32_t>(G, tokens + 1, [&](int64_t begin, int64_t end, int32_t* offsets) {
-    std::vector<int32_t> slots(G * S);
-    cpu::invert_slots(token.data(), offsets, slots.data(), S, tokens, begin, end);
+  const Slots shape{5, 6, 3, 4};
+  const int64_t G = shape.G, S = shape.of_group();
+  const auto token = integers(shape.all(), 1, -1, shape.tokens);
+  std::vector<int32_t> offsets(G * (shape.tokens + 1)), slots(shape.all()), filled(G * shape.E);
+  expect_pieces<int32_t>(G, shape.tokens + 1, [&](int64_t begin, int64_t end, int32_t* out) {
+    cpu::invert_slots(token.data(), out, slots.data(), filled.data(), shape, begin, end);
   });
-  expect_pieces<int32_t>(G, S, [&](int64_t begin, int64_t end, int32_t* slots) {
-    std::vector<int32_t> offsets(G * (tokens + 1));
-    cpu::invert_slots(token.data(), offsets.data(), slots, S, tokens, begin, end);
+  expect_pieces<int32_t>(G, S, [&](int64_t begin, int64_t end, int32_t* out) {
+    cpu::invert_slots(token.data(), offsets.data(), out, filled.data(), shape, begin, end);
+  });
+  expect_pieces<int32_t>(G, shape.E, [&](int64_t begin, int64_t end, int32_t* out) {
+    cpu::invert_slots(token.data(), offsets.data(), slots.data(), out, shape, begin, end);
   });
 }
 

@@ -127,7 +127,7 @@ def route(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     values, expert = ops.topk(gates, 2)
     _, source = ops.assign_slots(expert, logits.shape[-1], 5, values[..., 0])
     token = torch.where(source < 0, -1, source // 2)
-    offsets, slots = ops.invert_slots(token, x.shape[1])
+    offsets, slots, _ = ops.invert_slots(token, x.shape[1])
     y = ops.dispatch(x, token, offsets, slots)
     flat = values.flatten(1).gather(1, source.flatten(1).clamp(min=0).long())
     return ops.combine(y, flat.view(source.shape), token, offsets, slots)
@@ -136,7 +136,7 @@ def route(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 def choose_tokens(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Expert Choice, the gates twice: as they were chosen by, and looked up."""
     values, token = ops.softmax_topk(logits, 5, 1)
-    offsets, slots = ops.invert_slots(token, x.shape[1])
+    offsets, slots, _ = ops.invert_slots(token, x.shape[1])
     y = ops.dispatch(x, token, offsets, slots)
     return ops.combine(y, values + ops.softmax_gather(logits, token, 1), token, offsets, slots)
 

@@ -32,7 +32,7 @@ def advised(address: int) -> bool:
 def test_a_large_result_asks_for_huge_pages():
     token = torch.arange(8192, dtype=torch.int32).view(1, 2, 4096)
     x = torch.randn(1, 8192, 512)
-    result = ops.dispatch(x, token, *ops.invert_slots(token, 8192))
+    result = ops.dispatch(x, token, *ops.invert_slots(token, 8192)[:2])
     assert result.nbytes == 16 << 20
     assert advised(result.data_ptr() + (8 << 20))
     assert not advised(torch.ones(1).data_ptr())

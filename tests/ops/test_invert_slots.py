@@ -20,8 +20,10 @@ def tokens_of_slots(G: int, T: int, E: int, C: int, *, empty: float = 0.3) -> Te
 def test_definition(device, G, T, E, C, empty):
     token = tokens_of_slots(G, T, E, C, empty=empty)
     for invert in (reference.invert_slots, invert_slots):
-        offsets, slots = invert(token.to(device), T)
-        assert offsets.dtype == slots.dtype == torch.int32
+        offsets, slots, filled = invert(token.to(device), T)
+        assert offsets.dtype == slots.dtype == filled.dtype == torch.int32
+        for row, last in zip(token.flatten(0, 1).tolist(), filled.flatten().tolist(), strict=True):
+            assert last == max((c + 1 for c, holds in enumerate(row) if holds >= 0), default=0)
         assert offsets.shape == (G, T + 1)
         assert slots.shape == (G, E * C)
         for g in range(G):
@@ -30,16 +32,17 @@ def test_definition(device, G, T, E, C, empty):
             start, list_ = offsets[g].tolist(), slots[g].tolist()
             if held is not None:
                 assert [list_[start[t] : start[t + 1]] for t in range(T)] == held
-            filled = [s for s, holds in enumerate(flat) if holds >= 0]
-            assert list_[: len(filled)] == sorted(filled, key=lambda s: (flat[s], s))
-            assert list_[len(filled) :] == [-1] * (len(flat) - len(filled))
-            assert start[-1] == len(filled)
+            there = [s for s, holds in enumerate(flat) if holds >= 0]
+            assert list_[: len(there)] == sorted(there, key=lambda s: (flat[s], s))
+            assert list_[len(there) :] == [-1] * (len(flat) - len(there))
+            assert start[-1] == len(there)
 
 
 def test_anything_out_of_range_is_an_empty_slot(device):
     token = torch.tensor([[[2, 7, -3], [0, 2**31 - 1, -(2**31)]]], dtype=torch.int32, device=device)
     for invert in (reference.invert_slots, invert_slots):
-        offsets, slots = invert(token, 3)
+        offsets, slots, filled = invert(token, 3)
+        assert filled.tolist() == [[1, 1]]
         assert offsets.tolist() == [[0, 1, 1, 2]]
         assert slots.tolist() == [[3, 0, -1, -1, -1, -1]]
 
@@ -55,7 +58,8 @@ def test_compile(device):
 @pytest.mark.parametrize("G, T, E, C", [(0, 4, 3, 2), (2, 4, 3, 0), (2, 4, 0, 3), (2, 0, 3, 2)])
 def test_empty(device, G, T, E, C):
     token = torch.full((G, E, C), -1, dtype=torch.int32, device=device)
-    offsets, slots = invert_slots(token, T)
+    offsets, slots, filled = invert_slots(token, T)
+    assert torch.equal(filled.cpu(), torch.zeros(G, E, dtype=torch.int32))
     assert torch.equal(offsets.cpu(), torch.zeros(G, T + 1, dtype=torch.int32))
     assert torch.equal(slots.cpu(), torch.full((G, E * C), -1, dtype=torch.int32))
 

@@ -25,7 +25,7 @@ def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tens
         y: [E, G, C, D] floating point, the outputs by slot, as `dispatch` lays them out.
         gate: [G, E, C] floating point, the weight of every slot.
         token: [G, E, C] int32, the token in every slot; outside [0, T): empty.
-        offsets, slots: `invert_slots` of `token`.
+        offsets, slots: `invert_slots` of `token`. Other offsets are clamped to [0, E * C], other slots skipped.
 
     Returns:
         [G, T, D], y's dtype (sums in float32, or float64). A token without a slot gets zeros.

@@ -8,8 +8,8 @@ from torch import Tensor
 from vmoe_routers.ops._checks import check_dtype, check_int, check_tensor
 
 
-def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The slots of every token, for `dispatch` and `combine`.
+def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The slots of every token, for `dispatch` and `combine`, and how many of an expert's slots to compute.
 
     Args:
         token: [G, E, C] int32, the token in every slot; outside [0, T): empty.
@@ -17,7 +17,8 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         offsets: [G, T + 1] int32; the slots of token t are ``slots[offsets[t] : offsets[t + 1]]``.
-        slots: [G, E * C] int32, ``e * C + c``, ascending within a token; -1 behind the last.
+        slots: [G, E * C] int32, ``e * C + c``, ascending within a token; -1 after the last.
+        filled: [G, E] int32, 1 + the position of an expert's last slot that is not empty, or 0.
 
     Raises:
         TypeError, ValueError: a wrong shape, dtype or number.
@@ -29,6 +30,7 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("vmoe_routers::invert_slots")
-def _(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     groups, experts, capacity = token.shape
-    return token.new_empty(groups, num_tokens + 1), token.new_empty(groups, experts * capacity)
+    offsets, slots = token.new_empty(groups, num_tokens + 1), token.new_empty(groups, experts * capacity)
+    return offsets, slots, token.new_empty(groups, experts)

@@ -82,13 +82,18 @@ def assign_slots(
     return slot.int(), source[:, : E * C].reshape(G, E, C).int()
 
 
-def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Slots of every token, CSR: those of t are slots[offsets[t] : offsets[t + 1]], ascending."""
+def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots of every token, CSR: those of t are slots[offsets[t] : offsets[t + 1]], ascending.
+
+    And of every expert 1 + the position of its last slot that is not empty, or 0.
+    """
     row = _row(token, num_tokens)
     ordered, slots = row.sort(dim=1, stable=True)  # empty slots last
     count = row.new_zeros(row.shape[0], num_tokens + 1).scatter_add(1, row, torch.ones_like(row))
     offsets = F.pad(count[:, :num_tokens].cumsum(1), (1, 0))
-    return offsets.int(), torch.where(ordered < num_tokens, slots, -1).int()
+    position = torch.arange(1, token.shape[2] + 1, device=token.device)
+    filled = F.pad((row.view(token.shape) < num_tokens) * position, (1, 0)).amax(-1)  # the 0 is for no slots
+    return offsets.int(), torch.where(ordered < num_tokens, slots, -1).int(), filled.int()
 
 
 def dispatch(x: Tensor, token: Tensor, offsets: Tensor | None = None, slots: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-#include "common/slot_row.h"
+#include "common/slots.h"
 #include "device.h"
 #include "soft_mix.h"
 

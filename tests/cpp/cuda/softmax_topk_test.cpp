@@ -1,29 +1,15 @@
 #include "softmax_topk.h"
 
+#include "../softmax_topk_oracle.h"
 #include "device.h"
 #include "softmax_gather.h"
-#include "topk.h"
 
 namespace vmoe {
 namespace {
 
 template <typename T>
-struct Chosen {
-  std::vector<T> values;
-  std::vector<int32_t> indices;
-};
-
-template <typename T>
 class CudaSoftmaxTopk : public ::testing::Test {
  public:
-  struct Choice {
-    int64_t G, tokens, E, k;
-    bool of_tokens;
-
-    int64_t all() const { return G * tokens; }
-    int64_t rows() const { return of_tokens ? G * E : all(); }
-  };
-
   static Chosen<T> choose(const Choice& choice, const std::vector<T>& logits) {
     const auto [G, tokens, E, k, of_tokens] = choice;
     const int64_t size = choice.rows() * k;
@@ -41,22 +27,17 @@ class CudaSoftmaxTopk : public ::testing::Test {
     return {values.values(), indices.values()};
   }
 
-  // All gates as softmax_gather has them on the device, those of a token that is not there being -inf.
+  // All gates as softmax_gather has them on the device, -inf for absent tokens.
   static std::vector<T> gates(const Choice& choice, const std::vector<T>& logits) {
     const auto [G, tokens, E, k, of_tokens] = choice;
-    std::vector<int32_t> every(logits.size());
-    for (size_t i = 0; i < every.size(); ++i) every[i] = static_cast<int32_t>(i % E);
     const auto size = static_cast<int64_t>(logits.size());
     DeviceArray<T> x(logits), values(size), high(choice.all()), scale(choice.all());
-    DeviceArray<int32_t> indices(every);
+    DeviceArray<int32_t> indices(choice.every_expert());
     cuda::softmax_gather(
         x.data(), indices.data(), values.data(), high.data(), scale.data(), G, tokens, E, E, false,
         nullptr);
     auto gates = values.values();
-    const auto scales = scale.values();
-    for (size_t i = 0; i < gates.size(); ++i) {
-      if (scales[i / E] == 0) gates[i] = -kInf<T>;
-    }
+    mark_absent(scale.values(), E, gates);
     std::vector<T> wanted(logits.size()), other(2 * choice.all());
     cpu::softmax_gates(
         logits.data(), wanted.data(), other.data(), other.data() + choice.all(), tokens, E, false,
@@ -67,21 +48,9 @@ class CudaSoftmaxTopk : public ::testing::Test {
 
   // Bit by bit topk of the gates, which are the CPU's up to rounding.
   static void expect_definition(const Choice& choice, const std::vector<T>& logits) {
-    const auto [G, tokens, E, k, of_tokens] = choice;
-    SCOPED_TRACE(
-        ::testing::Message() << G << " x " << tokens << " x " << E << ", k " << k
-                             << (of_tokens ? " of the tokens" : ""));
+    SCOPED_TRACE(::testing::Message() << choice);
     const auto actual = choose(choice, logits);
-    const auto from = gates(choice, logits);
-    Chosen<T> wanted{std::vector<T>(choice.rows() * k), std::vector<int32_t>(choice.rows() * k)};
-    cpu::topk(
-        from.data(), wanted.values.data(), wanted.indices.data(), of_tokens ? tokens : E,
-        of_tokens ? E : 1, k, 0, choice.rows());
-    for (size_t i = 0; i < wanted.values.size(); ++i) {
-      if (wanted.values[i] != -kInf<T>) continue;
-      wanted.values[i] = 0;
-      wanted.indices[i] = -1;
-    }
+    const auto wanted = chosen_by_definition(choice, gates(choice, logits));
     EXPECT_EQ(actual.indices, wanted.indices);
     expect_near(actual.values, wanted.values, 0);
   }
@@ -135,17 +104,8 @@ TYPED_TEST(CudaSoftmaxTopk, TokensThatAreNotThereAndNaN) {
   using T = TypeParam;
   for (const int64_t E : {11, 40, 1300}) {
     const int64_t tokens = 20;
-    for (const int64_t step : {2, 3, 1}) {  // 1: nobody is there
-      auto logits = uniform<T>(2 * tokens * E, 7);
-      for (int64_t t = 0; t < 2 * tokens; t += step) {
-        std::fill(&logits[t * E], &logits[t * E] + E, -kInf<T>);
-      }
-      for (int64_t t = 0; t < 2 * tokens; t += 7) logits[t * E + t % E] = -kInf<T>;
-      if (step != 1) {
-        logits[3 * E + 2] = kNaN<T>;
-        logits[5 * E + 1] = kInf<T>;
-        logits[17 * E] = -kNaN<T>;
-      }
+    for (const int64_t step : {2, 3, 1}) {  // 1: all tokens are absent
+      const auto logits = strange_logits<T>(tokens, E, step);
       for (const int64_t k : {1, 2, 11, 18}) {
         if (k <= E) this->expect_definition({2, tokens, E, k, false}, logits);
         if (E < 1000) this->expect_definition({2, tokens, E, k, true}, logits);

@@ -1,0 +1,35 @@
+// slots -- the sizes of a routing, and where a slot's row is stored: slots are [G, E, C], their rows
+// [E, G, C].
+#pragma once
+
+#include <cstdint>
+
+#include "order.h"
+
+namespace vmoe {
+
+// Row of slot `s` (e * C + c) of group `g`.
+VMOE_HOST_DEVICE inline int64_t row_of_slot(int64_t g, int64_t s, int64_t G, int64_t C) {
+  return (s / C * G + g) * C + s % C;
+}
+
+struct SlotRow {
+  int64_t group;
+  int64_t slot;  // in [G, E, C], flat
+};
+
+struct Slots {
+  int64_t G, tokens, E, C;  // groups, tokens of a group, experts, slots of an expert and group
+
+  VMOE_HOST_DEVICE int64_t of_group() const { return E * C; }
+  VMOE_HOST_DEVICE int64_t all() const { return G * E * C; }
+  VMOE_HOST_DEVICE int64_t all_tokens() const { return G * tokens; }
+
+  VMOE_HOST_DEVICE int64_t row(int64_t g, int64_t s) const { return row_of_slot(g, s, G, C); }
+  VMOE_HOST_DEVICE SlotRow at(int64_t row) const {
+    const int64_t e = row / (G * C), g = row / C % G;
+    return {g, (g * E + e) * C + row % C};
+  }
+};
+
+}  // namespace vmoe

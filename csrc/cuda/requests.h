@@ -1,0 +1,134 @@
+// requests -- of every request, how many for the same expert are served before it: a multisplit.
+//
+// The requests of a group, in the order in which they are served, are cut into chunks, one per block,
+// and a chunk into one run per warp. A warp counts its run by expert in shared memory that no other
+// warp writes, so that nothing is atomic. The counts of the warps and chunks before it are where its own
+// places begin, and it goes through its run again.
+#pragma once
+
+#include "../common/slots.h"
+#include "launch.h"
+
+namespace vmoe::cuda {
+namespace {
+
+constexpr int kMostWarps = 8;
+constexpr int64_t kRun = 256;  // requests of a warp
+
+struct Requests {
+  const int32_t* expert;  // [T, K]  of one group
+  const int32_t* order;   // [T] or null
+  int64_t tokens, K, E;
+
+  // The request that is served as number i, and its expert, or -1.
+  __device__ int32_t id(int64_t i) const {
+    const int64_t k = i / tokens, t = i % tokens;
+    return static_cast<int32_t>((order ? order[t] : t) * K + k);
+  }
+  __device__ int32_t expert_of(int32_t id) const {
+    const int32_t e = expert[id];
+    return e >= 0 && e < E ? e : -1;
+  }
+};
+
+// Counts the run [begin, end) of this warp into counts [E], and says of every request how
+// many of the run are before it: visit(request, expert, rank), with counts[expert] added.
+template <typename Visit>
+__device__ void count_run(
+    const Requests& requests, int64_t begin, int64_t end, int32_t* counts, Visit&& visit) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t base = begin; base < end; base += kWarp) {
+    const int64_t i = base + lane;
+    const int32_t id = i < end ? requests.id(i) : -1;
+    const int32_t e = id < 0 ? -1 : requests.expert_of(id);
+    const unsigned same = __match_any_sync(kAllLanes, e);
+    const int32_t before = e < 0 ? 0 : counts[e];
+    __syncwarp();  // everyone has read
+    const int rank = __popc(same & ((1u << lane) - 1));
+    if (e >= 0 && rank == 0) counts[e] = before + __popc(same);
+    __syncwarp();
+    if (id >= 0) visit(id, e, before + rank);
+  }
+}
+
+// What the warps of a block counted: [warps, E] in shared memory, behind it [E].
+__device__ void count_chunk(const Requests& requests, int64_t begin, int64_t end, int32_t* counts) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  for (int64_t i = threadIdx.x; i < warps * requests.E; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+  count_run(
+      requests, begin, end, counts + threadIdx.x / kWarp * requests.E,
+      [](int32_t, int32_t, int32_t) {});
+  __syncthreads();
+}
+
+struct Shape : Slots {
+  int64_t K, chunks;  // requests of a token; chunks of a group
+};
+
+// A block's chunk, and its warps' runs.
+struct Chunk {
+  int64_t group, chunk, begin, end;
+
+  __device__ explicit Chunk(const Shape& shape) {
+    group = blockIdx.x / shape.chunks;
+    chunk = blockIdx.x % shape.chunks;
+    const int64_t run = (chunk * blockDim.x + threadIdx.x) / kWarp;
+    const int64_t all = shape.tokens * shape.K;
+    begin = run * kRun < all ? run * kRun : all;
+    end = begin + kRun < all ? begin + kRun : all;
+  }
+};
+
+__device__ Requests
+requests_of(const int32_t* expert, const int32_t* order, int64_t g, const Shape& shape) {
+  return {
+      expert + g * shape.tokens * shape.K, order ? order + g * shape.tokens : nullptr, shape.tokens,
+      shape.K, shape.E};
+}
+
+__global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(
+    const int32_t* __restrict__ expert,  // [G, T, K]
+    const int32_t* __restrict__ order,   // [G, T] or null
+    int32_t* __restrict__ counted,       // [G, chunks, E]
+    Shape shape) {
+  int32_t* counts = dynamic_shared<int32_t>();  // [warps, E]
+  const Chunk at(shape);
+  count_chunk(requests_of(expert, order, at.group, shape), at.begin, at.end, counts);
+  for (int64_t e = threadIdx.x; e < shape.E; e += blockDim.x) {
+    int32_t total = 0;
+    for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total += counts[warp * shape.E + e];
+    counted[blockIdx.x * shape.E + e] = total;
+  }
+}
+
+// Makes of what the warps counted where their own places begin, and counts all requests of an
+// expert.
+__device__ void add_up(
+    const Shape& shape, const Chunk& at, const int32_t* counted, int32_t* counts, int32_t* total) {
+  const unsigned warps = blockDim.x / kWarp;
+  for (int64_t e = threadIdx.x; e < shape.E; e += blockDim.x) {
+    const int32_t* of_chunk = counted + at.group * shape.chunks * shape.E + e;
+    int32_t sum = 0, all = 0;
+    for (int64_t chunk = 0; shape.chunks > 1 && chunk < shape.chunks; ++chunk) {
+      const int32_t count = of_chunk[chunk * shape.E];
+      if (chunk < at.chunk) sum += count;
+      all += count;
+    }
+    for (unsigned warp = 0; warp < warps; ++warp) {
+      const int32_t count = counts[warp * shape.E + e];
+      counts[warp * shape.E + e] = sum;
+      sum += count;
+    }
+    total[e] = shape.chunks > 1 ? all : sum;
+  }
+  __syncthreads();
+}
+
+// Shared memory for the counts of so many warps, and for one number of every expert.
+int64_t shared_bytes(int64_t E, int64_t warps) {
+  return (warps + 1) * E * static_cast<int64_t>(sizeof(int32_t));
+}
+
+}  // namespace
+}  // namespace vmoe::cuda
