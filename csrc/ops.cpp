@@ -32,21 +32,21 @@ void use_isa(const std::string& wanted) {
 
 // clang-format off: a schema is a line
 STABLE_TORCH_LIBRARY(vmoe_routers, m) {
-  m.def("topk(Tensor x, int k, int dim) -> (Tensor values, Tensor indices)");
+  m.def("topk(Tensor x, SymInt k, int dim) -> (Tensor values, Tensor indices)");
   m.def("softmax_gather(Tensor logits, Tensor indices, int dim) -> (Tensor values, Tensor norms)");
   m.def("softmax_gather_backward(Tensor grad, Tensor values, Tensor logits, Tensor indices, Tensor norms, int dim) -> Tensor");
-  m.def("softmax_topk(Tensor logits, int k, int dim) -> (Tensor values, Tensor indices, Tensor norms)");
-  m.def("assign_slots(Tensor expert, Tensor? priority, int num_experts, int capacity) -> (Tensor slot, Tensor source)");
-  m.def("invert_slots(Tensor token, int num_tokens) -> (Tensor offsets, Tensor slots, Tensor filled)");
+  m.def("softmax_topk(Tensor logits, SymInt k, int dim) -> (Tensor values, Tensor indices, Tensor norms)");
+  m.def("assign_slots(Tensor expert, Tensor? priority, int num_experts, SymInt capacity) -> (Tensor slot, Tensor source)");
+  m.def("invert_slots(Tensor token, SymInt num_tokens) -> (Tensor offsets, Tensor slots, Tensor filled)");
   m.def("dispatch(Tensor x, Tensor token, Tensor offsets, Tensor slots) -> Tensor");
   m.def("combine(Tensor y, Tensor? gate, Tensor token, Tensor offsets, Tensor slots) -> Tensor");
   m.def("combine_backward(Tensor grad, Tensor y, Tensor gate, Tensor token) -> (Tensor grad_y, Tensor grad_gate)");
   m.def("sinkhorn(Tensor logits, float epsilon, int iterations, float tolerance, bool implicit) -> (Tensor plan, Tensor history, Tensor error, Tensor steps)");
   m.def("sinkhorn_backward(Tensor grad, Tensor logits, Tensor history, Tensor steps, float epsilon) -> Tensor");
   m.def("sinkhorn_implicit_backward(Tensor grad, Tensor plan, float epsilon) -> Tensor");
-  m.def("ksparse_projection(Tensor x, int k) -> Tensor");
+  m.def("ksparse_projection(Tensor x, SymInt k) -> Tensor");
   m.def("ksparse_projection_backward(Tensor grad, Tensor out) -> Tensor");
-  m.def("ksparse_transport(Tensor similarity, int k, int iterations, str solver, float learning_rate, float tolerance, float gamma) -> Tensor");
+  m.def("ksparse_transport(Tensor similarity, SymInt k, int iterations, str solver, float learning_rate, float tolerance, float gamma) -> Tensor");
   m.def("soft_logits(Tensor x, Tensor phi) -> Tensor");
   m.def("soft_logits_backward(Tensor grad, Tensor x, Tensor phi) -> (Tensor grad_x, Tensor grad_phi)");
   m.def("soft_mix(Tensor logits, Tensor values, int dim, int num_experts) -> Tensor");

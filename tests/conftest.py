@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vmoe_routers
-from vmoe_routers.ops._checks import HALF_PRODUCTS
+from vmoe_routers.ops import _dtypes
 
 DEVICES = ["cpu", "cuda"] if vmoe_routers._C.cuda_built and torch.cuda.is_available() else ["cpu"]
 
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     library = config.getoption("--cuda-on-host")
     if library:
         torch.ops.load_library(library)
-        HALF_PRODUCTS.add("cpu")
+        _dtypes.HALF_PRODUCTS = frozenset({"cpu", "cuda"})
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

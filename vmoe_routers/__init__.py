@@ -10,22 +10,23 @@ import vmoe_routers._ctrl_c  # noqa: F401  (before torch, which takes seconds to
 # isort: split
 from importlib.metadata import version
 
-from vmoe_routers import affinity, checkpoints, losses, ops
-from vmoe_routers.moe import Experts, MoEMlp, aux_loss
+from vmoe_routers import checkpoints, inspect, ops
+from vmoe_routers.experts import ExpertList, Experts
+from vmoe_routers.moe import MoEMlp, aux_loss
 from vmoe_routers.ops import ksparse_projection, ksparse_transport, sinkhorn
 from vmoe_routers.routers import (
     ROUTERS,
     ExpertChoiceRouter,
-    SoftRouter,
-    TokenChoiceRouter,
-    create_router,
-)
-from vmoe_routers.routing import (
     Routing,
+    SoftRouter,
     SoftRouting,
     SparseRouting,
+    TokenChoiceRouter,
+    affinity,
     capacity,
+    create_router,
     expert_choice,
+    losses,
     token_choice,
 )
 
@@ -34,6 +35,7 @@ __version__ = version("vmoe_routers")
 __all__ = [
     "ROUTERS",
     "ExpertChoiceRouter",
+    "ExpertList",
     "Experts",
     "MoEMlp",
     "Routing",
@@ -47,6 +49,7 @@ __all__ = [
     "checkpoints",
     "create_router",
     "expert_choice",
+    "inspect",
     "ksparse_projection",
     "ksparse_transport",
     "losses",

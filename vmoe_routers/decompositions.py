@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmoe_routers.experts import GELU, by_products
 from vmoe_routers.ops import reference
-from vmoe_routers.ops.grouped_mlp import GELU, by_products
 
 
 def _for_gradient(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -97,13 +97,6 @@ def _ksparse_transport(
     return plan.to(similarity.dtype)
 
 
-def _soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int) -> Tensor:
-    if dim == 2:  # values [E, G, C, D]
-        return reference.soft_mix(logits, values.transpose(0, 1).flatten(1, 2), 2)
-    slots = reference.soft_mix(logits, values, 1)
-    return slots.unflatten(1, (num_experts, logits.shape[2] // num_experts)).transpose(0, 1)
-
-
 def _grouped_mlp(
     x: Tensor,
     w1: Tensor,
@@ -168,7 +161,7 @@ DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
         (_ops.ksparse_projection, _ksparse_projection),
         (_ops.ksparse_transport, _ksparse_transport),
         (_ops.soft_logits, reference.soft_logits),
-        (_ops.soft_mix, _soft_mix),
+        (_ops.soft_mix, reference.soft_mix),
         (_ops.grouped_mlp, _grouped_mlp),
     )
 } | {torch.ops.aten.sort.stable: _stable_sort}

@@ -22,8 +22,8 @@ def build(size: Size, device: str) -> Case:
     variant = partial(Variant, leaves=(x, phi))
 
     def ours():
-        logits = ops.soft_logits(x, phi).unflatten(2, (E, -1))
-        return [ops.soft_mix(logits, ops.soft_mix(logits, x, 1), 2)]
+        logits = ops.soft_logits(x, phi)
+        return [ops.soft_mix(logits, ops.soft_mix(logits, x, 1, E), 2)]
 
     moved = size.itemsize
     products = Floor(6 * G * T * S * D, moved * (2 * G * T * D + D * S), G * T * S, size.dtype)

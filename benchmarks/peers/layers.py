@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.case import Variant
 from benchmarks.peers import forms
 from vmoe_routers import MoEMlp, TokenChoiceRouter
-from vmoe_routers.affinity import Sinkhorn, Softmax, SparsityConstrained
+from vmoe_routers.routers.affinity import Sinkhorn, Softmax, SparsityConstrained
 
 
 def dense(x: Tensor, rows: int) -> Variant:

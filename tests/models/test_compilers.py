@@ -66,11 +66,11 @@ def test_exports_saves_and_reloads(router, tmp_path):
 def test_routing_is_float32_under_autocast(router):
     model = model_of(router, noise_std=0.0).train()
     x = torch.randn(4, 1, 8, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), vr.inspect.record(model) as trace:
         logits = model(x)
     assert logits.dtype == torch.bfloat16
     (logits.float().square().mean() + vr.aux_loss(model)).backward()
-    routing = model.blocks[1].mlp.routings[0]
+    (routing,) = trace.routings["blocks.1.mlp"]
     assert routing.combine_tensor().dtype == torch.float32
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name

@@ -60,18 +60,31 @@ def make_layer(router: str, options: dict, device: str) -> vr.MoEMlp:
     return vr.MoEMlp(16, 32, num_experts=8, router=router, group_size=2, device=device, **options)
 
 
+class WithLoss(torch.nn.Module):
+    """A layer with its auxiliary loss, which is on the device of the parameters that the call got."""
+
+    def __init__(self, layer: vr.MoEMlp):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, mask):
+        return self.layer(x, mask), vr.aux_loss(self.layer)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @on_every_layer
 def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, masked):
     """Without a GPU: on tensors that have no values, to ask for one is an error, and so is to mix devices."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
-        parameters = {name: torch.empty(p.shape, device="cuda") for name, p in layer.named_parameters()}
+        model = WithLoss(layer)
+        parameters = {name: torch.empty(p.shape, device="cuda") for name, p in model.named_parameters()}
         x = torch.empty(4, 9, 16, device="cuda")
         mask = torch.empty(4, 9, dtype=torch.bool, device="cuda") if masked else None
-        out = torch.func.functional_call(layer, parameters, (x, mask))
-        (routing,) = layer.routings
-        results = [out, vr.aux_loss(layer), *routing.losses.values(), *routing.metrics.values()]
+        with vr.inspect.record(layer) as trace:
+            out, loss = torch.func.functional_call(model, parameters, (x, mask))
+        (routing,) = trace.routings[""]
+        results = [out, loss, *routing.losses.values(), *routing.metrics.values()]
         results += [routing.dispatch_tensor(), routing.combine_tensor()]
         assert {result.device.type for result in results} == {"cuda"}
 
@@ -81,10 +94,11 @@ def test_a_gradient_asks_for_nothing(router, options):
     """The same of the backward, which torch runs on such tensors on the CPU alone."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
-        parameters = {name: torch.empty(p.shape, requires_grad=True) for name, p in layer.named_parameters()}
+        model = WithLoss(layer)
+        parameters = {name: torch.empty(p.shape, requires_grad=True) for name, p in model.named_parameters()}
         x = torch.empty(4, 9, 16, requires_grad=True)
-        out = torch.func.functional_call(layer, parameters, (x, torch.empty(4, 9, dtype=torch.bool)))
-        (out.float().sum() + vr.aux_loss(layer)).backward()
+        out, loss = torch.func.functional_call(model, parameters, (x, torch.empty(4, 9, dtype=torch.bool)))
+        (out.float().sum() + loss).backward()
         assert all(value.grad is not None for value in (x, *parameters.values()))
 
 
@@ -96,10 +110,10 @@ def test_soft_mixes_in_16_bits_what_it_routes_in_float32(dtype):
         parameters = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in layer.named_parameters()}
         x = torch.empty(4, 9, 16, dtype=dtype, device="cuda")
         seen = Seen()
-        with seen:
+        with seen, vr.inspect.record(layer) as trace:
             out = torch.func.functional_call(layer, parameters, x)
         assert out.dtype == dtype
-        assert layer.routings[0].logits.dtype == torch.float32
+        assert trace.routings[""][0].logits.dtype == torch.float32
     assert seen.dtypes == {
         "soft_logits": [(dtype, torch.float32)],
         "soft_mix": [(torch.float32, dtype), (torch.float32, dtype)],
@@ -143,8 +157,8 @@ def choose_tokens(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 def mix(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Soft MoE without its experts."""
-    by_slot = ops.soft_logits(x, x[0, :12].t()).unflatten(2, (4, 3))
-    return ops.soft_mix(by_slot, ops.soft_mix(by_slot, x, 1), 2)
+    logits = ops.soft_logits(x, x[0, :12].t())
+    return ops.soft_mix(logits, ops.soft_mix(logits, x, 1, 4), 2)
 
 
 def gradients(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -278,8 +292,8 @@ class TestOnAGpu:
         x, phi = x.requires_grad_(), phi.requires_grad_()
 
         def step():
-            logits = ops.soft_logits(x, phi).unflatten(2, (4, 3))
-            out = ops.soft_mix(logits, ops.soft_mix(logits, x, 1), 2)
+            logits = ops.soft_logits(x, phi)
+            out = ops.soft_mix(logits, ops.soft_mix(logits, x, 1, 4), 2)
             return out.detach(), *torch.autograd.grad(out.float().square().sum(), (x, phi))
 
         graph, captured = capture(step)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vmoe_routers.experts import mlp_of_slots
 from vmoe_routers.ops import grouped_mlp, reference
 
 OP = "grouped_mlp"
@@ -37,6 +38,13 @@ SHAPES = [
 
 
 GELU = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
+
+
+def by_experts(x, w1, b1, w2, b2, act="gelu_tanh", filled=None):
+    """As `vr.Experts` computes it: by the op where it serves, else by torch's products."""
+    return mlp_of_slots(x, w1, b1, w2, b2, filled, act)
+
+
 each_act = pytest.mark.parametrize("act", GELU)
 
 
@@ -62,7 +70,7 @@ def test_reference(device, dtype, shape, bias):
     slack = 8 if dtype in (torch.bfloat16, torch.float16) else 2
     inputs = arguments(*shape, bias=bias)
     if dtype in (torch.bfloat16, torch.float16):
-        result = grouped_mlp(*(None if a is None else a.to(device, dtype) for a in inputs))
+        result = by_experts(*(None if a is None else a.to(device, dtype) for a in inputs))
         wanted = reference.grouped_mlp(*(None if a is None else a.to(dtype).double() for a in inputs))
         assert result.dtype == dtype
         torch.testing.assert_close(
@@ -73,7 +81,7 @@ def test_reference(device, dtype, shape, bias):
         )
     else:
         check_reference(
-            grouped_mlp,
+            by_experts,
             reference.grouped_mlp,
             inputs,
             dtype,
@@ -99,7 +107,7 @@ def test_exact_gelu(device, dtype):
     slack = 8 if dtype in (torch.bfloat16, torch.float16) else 2
     inputs = [None if a is None else a.to(device, dtype) for a in arguments(3, 21, 4, 19, 6)]
     wanted = reference.grouped_mlp(*(a.cpu().double() for a in inputs), F.gelu)
-    out = grouped_mlp(*inputs, "gelu").double().cpu()
+    out = by_experts(*inputs, "gelu").double().cpu()
     torch.testing.assert_close(out, wanted, rtol=0, atol=slack * torch.finfo(dtype).eps * wanted.abs().max().item())
 
 
@@ -116,9 +124,9 @@ def test_gradient(device, bias, act, filled):
 def test_gradient_of_some(device, frozen):
     inputs = [a.to(device).requires_grad_(i not in frozen) for i, a in enumerate(arguments(3, 5, 4, 7, 6))]
     leaves = [a for a in inputs if a.requires_grad]
-    products = grouped_mlp(*inputs, GELU["gelu_tanh"])
+    products = by_experts(*inputs, GELU["gelu_tanh"])
     wanted = torch.autograd.grad(products, leaves, torch.ones_like(products))
-    out = grouped_mlp(*inputs)
+    out = by_experts(*inputs)
     for gradient, other in zip(torch.autograd.grad(out, leaves, torch.ones_like(out)), wanted, strict=True):
         assert_close(gradient, other)
 
@@ -168,8 +176,8 @@ def test_filled_rows_are_those_of_the_padded_form(device, groups, slots, counts,
     filled = torch.tensor(counts, dtype=torch.int32, device=device)
     inputs = [a.to(device, dtype).requires_grad_() for a in arguments(3, groups * slots, 4, 9, 6)]
     there = (torch.arange(slots, device=device) < filled[..., None]).flatten(1).unsqueeze(2)
-    out = grouped_mlp(*inputs, act, filled)
-    padded = grouped_mlp(*inputs, GELU[act])
+    out = by_experts(*inputs, act, filled)
+    padded = by_experts(*inputs, GELU[act])
     tolerance = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
     torch.testing.assert_close(out, padded.masked_fill(~there, 0), **tolerance)
 
@@ -262,11 +270,11 @@ def test_saves_one_hidden_product(device):
 def test_autocast(device):
     inputs = [a.to(device, torch.float32).requires_grad_() for a in arguments(3, 5, 4, 7, 6)]
     with torch.autocast(device, dtype=torch.bfloat16):
-        out = grouped_mlp(*inputs)
-        products = grouped_mlp(*inputs, GELU["gelu_tanh"])
+        out = by_experts(*inputs)
+        products = by_experts(*inputs, GELU["gelu_tanh"])
     assert out.dtype == torch.bfloat16
     # On a CPU it is the products, on CUDA the op on what autocast makes of the inputs.
-    wanted = products if device == "cpu" else grouped_mlp(*(a.bfloat16() for a in inputs))
+    wanted = products if device == "cpu" else by_experts(*(a.bfloat16() for a in inputs))
     assert torch.equal(out, wanted)
     gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
     for gradient, other in zip(gradients, torch.autograd.grad(wanted, inputs, torch.ones_like(out)), strict=True):
@@ -309,7 +317,7 @@ def test_cuda_takes_the_op(dtype, autocast):
         ]
         filled = torch.ones(3, 2, dtype=torch.int32, device="cuda")
         with nullcontext() if autocast is None else autocast_on_cuda(autocast), Called() as called:
-            out = grouped_mlp(*inputs, "gelu", filled)
+            out = by_experts(*inputs, "gelu", filled)
     computed = dtype if autocast is None or dtype == torch.float64 else autocast
     assert out.device.type == "cuda"
     assert out.dtype == computed
@@ -330,7 +338,7 @@ def test_transforms():
     x, others = inputs[0], inputs[1:]
 
     def loss(x):
-        return grouped_mlp(x, *others, filled=filled).square().sum()
+        return by_experts(x, *others, filled=filled).square().sum()
 
     x.requires_grad_()
     (wanted,) = torch.autograd.grad(loss(x), x)
@@ -390,7 +398,7 @@ def test_not_contiguous(device):
 def test_other_activation(device):
     inputs = arguments(3, 5, 4, 7, 6)
     check_reference(
-        lambda *a: grouped_mlp(*a, torch.tanh),
+        lambda *a: by_experts(*a, torch.tanh),
         lambda *a: reference.grouped_mlp(*a, torch.tanh),
         inputs,
         torch.float64,

@@ -18,7 +18,7 @@ from checks import (
 from torch import Tensor
 
 from vmoe_routers.ops import reference, soft_logits
-from vmoe_routers.ops._checks import HALF_PRODUCTS
+from vmoe_routers.ops._dtypes import HALF_PRODUCTS
 
 OP = "soft_logits"
 

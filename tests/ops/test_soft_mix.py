@@ -21,7 +21,7 @@ from checks import (
 from torch import Tensor
 
 from vmoe_routers.ops import reference, soft_mix
-from vmoe_routers.ops._checks import HALF_PRODUCTS
+from vmoe_routers.ops._dtypes import HALF_PRODUCTS
 
 OP = "soft_mix"
 HALVES = (torch.bfloat16, torch.float16)
@@ -38,8 +38,14 @@ SHAPES = [
 ]
 
 
-def arguments(G: int, T: int, S: int, D: int, dim: int) -> list[Tensor | int]:
-    return [spread(G, T, S), torch.randn(G, T if dim == 1 else S, D, dtype=torch.float64), dim]
+def arguments(G: int, T: int, S: int, D: int, dim: int, E: int = 1) -> list[Tensor | int]:
+    tokens, slots = (G, T, D), (E, G, S // E, D)
+    return [spread(G, T, S), torch.randn(tokens if dim == 1 else slots, dtype=torch.float64), dim]
+
+
+def by_group(values: Tensor, groups: int) -> Tensor:
+    """Tokens [G, T, D] as they are; slots of one expert [1, G, S, D] as [G, S, D]."""
+    return values.reshape(groups, -1, values.shape[-1])
 
 
 def multiplied_in_half(device: str, dtype: torch.dtype) -> bool:
@@ -124,8 +130,9 @@ def test_values_in_half_whoever_multiplies(device, dtype, dim, shape):
 
 
 @each_dim
-def test_gradient(dim):
-    check_gradient(soft_mix, arguments(2, 4, 3, 2, dim))
+@pytest.mark.parametrize("E", [1, 3])
+def test_gradient(dim, E):
+    check_gradient(soft_mix, [*arguments(2, 4, 3, 2, dim, E), E])
 
 
 @each_dim
@@ -174,11 +181,11 @@ def test_slots_by_expert_are_the_same_slots(device, dtype, dim, E, C, D):
     def run(by_expert):
         a, b = logits.clone().requires_grad_(), values.clone().requires_grad_()
         if by_expert:
-            mixed = soft_mix(a.unflatten(2, (E, C)), b if dim == 1 else b.unflatten(1, (E, C)), dim)
-            assert mixed.shape == ((2, E, C, D) if dim == 1 else (2, 9, D))
-            out = mixed.flatten(1, 2) if dim == 1 else mixed
+            mixed = soft_mix(a, b if dim == 1 else b[0].unflatten(1, (E, C)).transpose(0, 1), dim, E)
+            assert mixed.shape == ((E, 2, C, D) if dim == 1 else (2, 9, D))
+            out = mixed.transpose(0, 1).flatten(1, 2) if dim == 1 else mixed
         else:
-            out = soft_mix(a, b, dim)
+            out = by_group(soft_mix(a, b, dim), 2)
         return out.detach(), *torch.autograd.grad(out.square().sum(), (a, b))
 
     for a, b in zip(run(True), run(False), strict=True):
@@ -189,14 +196,14 @@ def test_slots_by_expert_are_the_same_slots(device, dtype, dim, E, C, D):
 
 
 def test_slots_by_expert_are_not_copied(device):
-    """In memory the experts come first, as the experts' products want them."""
-    logits, x = torch.randn(2, 9, 3, 4, device=device), torch.randn(2, 9, 7, device=device)
-    assert soft_mix(logits, x, 1).transpose(0, 1).is_contiguous()
+    """In memory too the experts come first, as the experts' products want them."""
+    logits, x = torch.randn(2, 9, 12, device=device), torch.randn(2, 9, 7, device=device)
+    assert soft_mix(logits, x, 1, 3).is_contiguous()
     y = torch.randn(3, 2, 4, 7, device=device, requires_grad=True)
     logits.requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        soft_mix(logits, y.transpose(0, 1), 2)
+        soft_mix(logits, y, 2)
     assert {t.data_ptr() for t in kept} == {logits.data_ptr(), y.data_ptr()}
 
 
@@ -207,7 +214,7 @@ def test_does_not_depend_on_threads_or_neighbours(dim, G):
     logits, values, _ = (a.float() if isinstance(a, Tensor) else a for a in arguments(G, 49, 48, 64, dim))
     logits.requires_grad_()
     values.requires_grad_()
-    grad = torch.randn(G, 48 if dim == 1 else 49, 64)
+    grad = torch.randn_like(soft_mix(logits, values, dim))
 
     def run():
         out = soft_mix(logits, values, dim)
@@ -217,7 +224,8 @@ def test_does_not_depend_on_threads_or_neighbours(dim, G):
     for other in results[1:]:
         for a, b in zip(other, results[0], strict=True):
             assert torch.equal(a, b)
-    assert torch.equal(soft_mix(logits.flip(0), values.flip(0), dim).flip(0), results[0][0])
+    flipped = soft_mix(logits.flip(0), values.flip(dim - 1), dim)  # the groups
+    assert torch.equal(flipped.flip(2 - dim), results[0][0])
 
 
 # -- what mixing is
@@ -246,7 +254,7 @@ def test_permuted_tokens(device, dim):
 def test_equal_logits_give_the_mean(device, dim):
     _, values, _ = arguments(2, 9, 6, 5, dim)
     out = soft_mix(torch.full((2, 9, 6), 3.0, dtype=torch.float64, device=device), values.to(device), dim)
-    assert_close(out, values.mean(1, keepdim=True).expand(out.shape))
+    assert_close(by_group(out, 2), by_group(values, 2).mean(1, keepdim=True).expand(2, 6 if dim == 1 else 9, 5))
 
 
 @each_dim
@@ -254,7 +262,7 @@ def test_a_line_far_above_is_a_hard_choice(device, dim):
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     best = logits.argmax(dim)
     out = soft_mix((logits * 1e6).to(device), values.to(device), dim)
-    assert torch.equal(out.cpu(), values.gather(1, best[..., None].expand(-1, -1, 5)))
+    assert torch.equal(by_group(out, 2).cpu(), by_group(values, 2).gather(1, best[..., None].expand(-1, -1, 5)))
 
 
 # -- edges
@@ -296,8 +304,9 @@ def test_nothing_there_gives_zeros(device, dim):
     assert out.isfinite().all()
     assert logits.grad.isfinite().all()
     assert (logits.grad[logits.isneginf()] == 0).all()
+    out, grad, values = (by_group(x, 2) for x in (out, values.grad, values))
     assert (out[0, 1 if dim == 1 else 4] == 0).all()
-    assert (values.grad[0, 4 if dim == 1 else 1] == 0).all()
+    assert (grad[0, 4 if dim == 1 else 1] == 0).all()
     assert torch.equal(out[1, 3 if dim == 1 else 2], values[1, 2 if dim == 1 else 3])
 
 
@@ -309,7 +318,8 @@ def test_not_a_number_is_not_hidden(device, dim, others, value, place):
     """Wherever in its line it stands, and whatever stands beside it."""
     logits = torch.full((1, 4, 4), others, device=device)
     logits[0, place, place] = value
-    out = soft_mix(logits, torch.ones(1, 4, 2, device=device), dim)
+    ones = torch.ones((1, 4, 2) if dim == 1 else (1, 1, 4, 2), device=device)
+    out = by_group(soft_mix(logits, ones, dim), 1)
     if value == value and others == -INF:
         return  # a lone +inf may be a hard choice or NaN
     assert out[0, place].isnan().all()
@@ -323,7 +333,7 @@ def test_empty(device, dim, shape):
     logits, values = logits.to(device).requires_grad_(), values.to(device).requires_grad_()
     out = soft_mix(logits, values, dim)
     G, T, S, D = shape
-    assert torch.equal(out.cpu(), torch.zeros(G, S if dim == 1 else T, D, dtype=torch.float64))
+    assert torch.equal(out.cpu(), torch.zeros((1, G, S, D) if dim == 1 else (G, T, D), dtype=torch.float64))
     out.sum().backward()
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
@@ -332,7 +342,7 @@ def test_empty(device, dim, shape):
 def test_not_contiguous(device, dim):
     logits, values, _ = (a.to(device) if isinstance(a, Tensor) else a for a in arguments(2, 9, 6, 5, dim))
     results = []
-    for view in (lambda x: x, strided, lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+    for view in (lambda x: x, strided, lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1)):
         a, b = view(logits).detach().requires_grad_(), view(values).detach().requires_grad_()
         out = soft_mix(a, b, dim)
         out.backward(strided(torch.ones_like(out)))
@@ -359,12 +369,14 @@ def test_refuses():
             soft_mix(logits, wrong, 1)
     with refused(OP, "values"):
         soft_mix(logits, values, 2)
-    by_expert = logits.unflatten(2, (2, 3))
-    with refused(OP, "logits"):
-        soft_mix(torch.randn(2, 9, 0, 3), values, 1)
-    for wrong in (values, torch.randn(2, 3, 2, 5), torch.randn(2, 2, 3, 5)[:1]):
+    for wrong in (values, torch.randn(2, 3, 2, 5), torch.randn(2, 2, 3, 5)[:1], torch.randn(4, 2, 1, 5)):
         with refused(OP, "values"):
-            soft_mix(by_expert, wrong, 2)
+            soft_mix(logits, wrong, 2)
+    with refused(OP, "values"):
+        soft_mix(torch.randn(2, 9, 0), torch.randn(0, 2, 3, 5), 2)
+    for wrong in (0, 4, 1.5, None):
+        with refused(OP, "num_experts"):
+            soft_mix(logits, values, 1, wrong)
     for dim in (0, 3, -1, 1.5, None):
         with refused(OP, "dim"):
             soft_mix(logits, values, dim)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vmoe_routers as vr
-from vmoe_routers.gates import PlainGates, SoftmaxGates
+from vmoe_routers.routers.gates import PlainGates, SoftmaxGates
 
 ROUTERS = [name for name in vr.ROUTERS if name != "soft"]
 

@@ -95,7 +95,7 @@ def test_other_combinations_come_free():
 @pytest.mark.parametrize("name", SPARSE)
 def test_the_weight_at_the_start(name):
     router = vr.create_router(name, 100, 400)
-    assert [key for key, _ in router.named_parameters()] == ["weight"]
+    assert [key for key, _ in router.named_parameters()] == ["logits.weight"]
     assert router.weight.shape == (400, 100)
     assert abs(router.weight.std() * 10 - 1) < 0.02
     assert router.weight.abs().max() <= 2.28 / 10  # truncated
@@ -231,7 +231,7 @@ def test_padding_changes_nothing_for_the_others(name, options):
     for got, want in zip(tables(routing), tables(alone), strict=True):
         assert (got[~mask] == 0).all()
         torch.testing.assert_close(got[mask], want.flatten(0, 1), atol=1e-12, rtol=0)
-    y = torch.randn(2, E, slots, 6).double()
+    y = torch.randn(E, 2, slots, 6).double()
     out = routing.combine(y)
     assert (out[~mask] == 0).all(), "exactly zero"
     torch.testing.assert_close(out[mask], alone.combine(y).flatten(0, 1))
@@ -360,7 +360,7 @@ def test_small_groups(name, options, experts, shape):
     x = torch.randn(*shape, 6, requires_grad=True)
     routing = router(x)
     slots = routing.dispatch(x)
-    assert slots.shape == (shape[0], experts, routing.capacity, 6)
+    assert slots.shape == (experts, shape[0], routing.capacity, 6)
     out = routing.combine(slots)
     assert out.shape == x.shape
     (out.sum() + routing.aux_loss).backward()

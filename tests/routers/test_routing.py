@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vmoe_routers as vr
+from vmoe_routers.routers.gates import PlainGates
 
 SHAPE = (3, 7, 5)  # G, T, E
 
@@ -24,7 +25,8 @@ def some_mask(groups, tokens):
 
 def make(kind, mask=None):
     if kind == "soft":
-        return vr.SoftRouting(torch.randn(3, 7, 10, dtype=torch.float64), 5, mask)
+        logits = torch.randn(3, 7, 10, dtype=torch.float64)
+        return vr.SoftRouting(logits if mask is None else logits.masked_fill(~mask[..., None], -math.inf), 5, mask)
     if kind == "expert_choice":
         return vr.expert_choice(gates(*SHAPE), 2, weights=gates(*SHAPE), mask=mask)
     return vr.token_choice(gates(*SHAPE), 2, 2, weights=gates(*SHAPE), mask=mask)
@@ -120,14 +122,14 @@ def test_dispatch_and_combine_are_the_dense_tensors(kind, masked):
     assert (routing.num_groups, routing.num_tokens) == (G, T)
     assert (routing.num_experts, routing.capacity) == (E, C)
     x = torch.randn(G, T, 3, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(G, E, C, 4, dtype=torch.float64, requires_grad=True)
-    slots, out = torch.zeros(G, E, C, 3).double(), torch.zeros(G, T, 4).double()
+    y = torch.randn(E, G, C, 4, dtype=torch.float64, requires_grad=True)
+    slots, out = torch.zeros(E, G, C, 3).double(), torch.zeros(G, T, 4).double()
     for g in range(G):
         for t in range(T):
             for e in range(E):
                 for c in range(C):
-                    slots[g, e, c] = slots[g, e, c] + D[g, t, e, c] * x[g, t]
-                    out[g, t] = out[g, t] + B[g, t, e, c] * y[g, e, c]
+                    slots[e, g, c] = slots[e, g, c] + D[g, t, e, c] * x[g, t]
+                    out[g, t] = out[g, t] + B[g, t, e, c] * y[e, g, c]
     torch.testing.assert_close(routing.dispatch(x), slots, atol=1e-12, rtol=0)
     torch.testing.assert_close(routing.combine(y), out, atol=1e-12, rtol=0)
     for ours, theirs, at in ((routing.dispatch(x), slots, x), (routing.combine(y), out, y)):
@@ -150,17 +152,20 @@ def test_filled_slots(kind, masked):
 
 def test_filled_ends_at_the_last_token():
     token = torch.tensor([[[2, -1, 0, -1], [-1, -1, -1, -1], [-1, -1, -1, 1]]], dtype=torch.int32)
-    routing = vr.SparseRouting(token, (token >= 0).double(), gates(1, 3, 3))
-    assert routing.filled.tolist() == [[3, 0, 4]]
-    none = vr.SparseRouting(token[..., :0], gates(1, 3, 0), gates(1, 3, 3))
-    assert none.filled.tolist() == [[0, 0, 0]]
+
+    def filled(token):
+        gates_, places = PlainGates(gates(1, 3, 3)), vr.ops.invert_slots(token, 3)
+        return vr.SparseRouting(token, (token >= 0).double(), gates_, *places, None, None, None, {}, {}).filled
+
+    assert filled(token).tolist() == [[3, 0, 4]]
+    assert filled(token[..., :0]).tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dispatch_and_combine_keep_the_dtype(kind, dtype):
     routing = make(kind)
-    x, y = torch.randn(3, 7, 3), torch.randn(3, 5, 2, 4)
+    x, y = torch.randn(3, 7, 3), torch.randn(5, 3, 2, 4)
     tolerance = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}[dtype]
     for function, value in ((routing.dispatch, x), (routing.combine, y)):
         narrow = function(value.to(dtype))
@@ -172,7 +177,7 @@ def test_dispatch_and_combine_keep_the_dtype(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dispatch_and_combine_take_any_strides(kind):
     routing = make(kind)
-    x, y = torch.randn(3, 7, 6).double(), torch.randn(3, 5, 2, 8).double()
+    x, y = torch.randn(3, 7, 6).double(), torch.randn(5, 3, 2, 8).double()
     for function, value in ((routing.dispatch, x), (routing.combine, y)):
         strided = torch.empty(*value.shape[:-1], 2 * value.shape[-1]).double()[..., ::2]
         strided.copy_(value)
@@ -191,11 +196,11 @@ def test_dispatch_and_combine_take_any_strides(kind):
         ("dispatch", torch.zeros(3, 7, 4).int(), TypeError, r"float.*int32"),
         ("dispatch", torch.zeros(3, 7, 4, device="meta"), ValueError, r"on meta.*on cpu|on cpu.*on meta"),
         ("dispatch", [[1.0]], TypeError, r"Tensor.*list"),
-        ("combine", torch.zeros(3, 5, 3, 4), ValueError, r"3, 5, 2, 4.*3, 5, 3, 4"),
-        ("combine", torch.zeros(3, 4, 2, 4), ValueError, r"3, 5, 2, 4.*3, 4, 2, 4"),
+        ("combine", torch.zeros(5, 3, 3, 4), ValueError, r"5, 3, 2, 4.*5, 3, 3, 4"),
+        ("combine", torch.zeros(3, 5, 2, 4), ValueError, r"5, 3, 2, 4.*3, 5, 2, 4"),
         ("combine", torch.zeros(5, 2, 4), ValueError, r"4 axes.*5, 2, 4"),
-        ("combine", torch.zeros(3, 5, 2, 4).long(), TypeError, r"float.*int64"),
-        ("combine", torch.zeros(3, 5, 2, 4, device="meta"), ValueError, r"on meta.*on cpu|on cpu.*on meta"),
+        ("combine", torch.zeros(5, 3, 2, 4).long(), TypeError, r"float.*int64"),
+        ("combine", torch.zeros(5, 3, 2, 4, device="meta"), ValueError, r"on meta.*on cpu|on cpu.*on meta"),
         ("combine", None, TypeError, r"Tensor.*NoneType"),
     ],
     ids=lambda value: str(list(value.shape)) if isinstance(value, torch.Tensor) else None,
@@ -328,7 +333,7 @@ def test_metrics_and_losses_are_computed_only_when_read(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(vr.SparseRouting, "_load", count("metrics", vr.SparseRouting._load))
+    monkeypatch.setattr(vr.SparseRouting, "usage", count("metrics", vr.SparseRouting.usage))
     routing = vr.token_choice(
         gates(*SHAPE),
         1,

@@ -11,7 +11,7 @@ import vmoe_routers as vr
 from vmoe_routers.study import Settings, Variant, timing, variants
 from vmoe_routers.study.runs import _LayerStatistics, run
 from vmoe_routers.study.variants import build
-from vmoe_routers.training import Images, evaluate
+from vmoe_routers.training import Images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,7 +84,8 @@ def test_layer_statistics_by_brute_force(variant, batch):
     inputs = []
     hook = layer.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     statistics = _LayerStatistics(model)
-    evaluate(model, data.test_images, data.test_labels, batch, statistics.add)
+    for images in data.test_images.split(batch):
+        statistics.add(images)
     hook.remove()
 
     size = 1 if variant == SOFT else 4
@@ -123,7 +124,7 @@ def test_layer_statistics_by_brute_force(variant, batch):
 def test_statistics_of_a_dense_model_are_empty():
     model = build(DENSE, TINY, made_up(), 0)
     statistics = _LayerStatistics(model)
-    evaluate(model, made_up().test_images, made_up().test_labels, 8, statistics.add)
+    statistics.add(made_up().test_images)
     assert statistics.means() == []
 
 

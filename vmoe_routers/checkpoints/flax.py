@@ -232,7 +232,7 @@ def _resize_positions(table: Tensor, grid: tuple[int, int], like: Tensor) -> Ten
 
 def _moe(path: str, layer: MoEMlp) -> Iterator[_Entry]:
     yield from _router(f"{path}Router/", layer.router)
-    experts = layer.experts
+    experts: Any = layer.experts
     for name, kernel, bias in (("Dense_0", experts.w1, experts.b1), ("Dense_1", experts.w2, experts.b2)):
         yield _same(f"{path}Mlp/{name}/kernel", kernel)
         if bias is not None:
@@ -242,7 +242,7 @@ def _moe(path: str, layer: MoEMlp) -> Iterator[_Entry]:
 def _router(path: str, router: Any) -> Iterator[_Entry]:
     if isinstance(router, SoftRouter):
         yield _same(f"{path}mu", router.phi)
-        yield _same(f"{path}scale", router.scale)
+        yield _Entry(f"{path}scale", (), router.scale)
     else:
         experts, width = router.weight.shape
         yield _Entry(f"{path}dense/kernel", (width, experts), router.weight, layout=Tensor.t)

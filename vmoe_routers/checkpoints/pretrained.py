@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vmoe_routers.checkpoints._files import open_file
 from vmoe_routers.checkpoints.error import CheckpointError
 from vmoe_routers.files import write_whole
-from vmoe_routers.ops._checks import FLOATS
+from vmoe_routers.ops._dtypes import FLOATS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT_VERSION = 1

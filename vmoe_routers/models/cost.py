@@ -9,8 +9,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from vmoe_routers.experts import Experts
 from vmoe_routers.moe import MoEMlp
-from vmoe_routers.routers import SoftRouter
 
 
 def cost(model: VisionTransformer | Eva) -> dict[str, float]:
@@ -76,9 +76,18 @@ def _weights(module: nn.Module | None) -> int:
 def _layer_cost(layer: MoEMlp, tokens: int) -> tuple[float, float]:
     """Slots and operations per image of a MoE layer."""
     router: Any = layer.router
-    group = router.num_experts * router.slots(layer.group_size * tokens)  # slots of a group
-    slots = group / layer.group_size
-    flops = 2.0 * slots * (layer.experts.w1[0].numel() + layer.experts.w2[0].numel())
-    if isinstance(router, SoftRouter):  # logits and the two mixtures: every token with every slot of its group
-        return slots, flops + 6.0 * tokens * group * router.dim
-    return slots, flops + 2.0 * tokens * router.num_experts * router.dim
+    if not hasattr(router, "slots"):
+        raise TypeError(
+            f"cost: router {type(router).__name__} must have slots(tokens), the slots per expert of a group"
+        )
+    group = layer.group_size * tokens
+    slots = router.num_experts * router.slots(group) / layer.group_size
+    flops = 2.0 * slots * _weights_of_an_expert(layer.experts)
+    return slots, flops + (router.flops(group) / layer.group_size if hasattr(router, "flops") else 0.0)
+
+
+def _weights_of_an_expert(experts: Any) -> float:
+    """Multiplications of one slot in its expert."""
+    if isinstance(experts, Experts):
+        return experts.w1[0].numel() + experts.w2[0].numel()
+    return _weights(experts) / experts.num_experts

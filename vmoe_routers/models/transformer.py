@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vmoe_routers.moe import MoEMlp
-from vmoe_routers.ops._checks import fill_absent
+from vmoe_routers.ops._dtypes import fill_masked
 
 try:
     from timm.models.vision_transformer import Block, VisionTransformer
@@ -74,7 +74,7 @@ class MoEVisionTransformer(VisionTransformer):
             )
         mask = self._of_tokens(mask)
         # Attention weighs the others by 0, which makes nothing of all but infinity and NaN.
-        x = fill_absent(x, mask, 0.0)
+        x = fill_masked(x, mask, 0.0)
         x = self.norm_pre(self.patch_drop(x))
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():

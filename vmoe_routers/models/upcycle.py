@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, TypeVar, cast
 
 import torch
 from timm.layers.mlp import Mlp
 from torch import nn
 
-from vmoe_routers.models.vit import moe_block_indices
+from vmoe_routers.models.vit import moe_block_indices, needs_num_tokens
 from vmoe_routers.moe import MoEMlp
-from vmoe_routers.ops._checks import check_choice, check_int, check_positive
-from vmoe_routers.routers import ROUTERS
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.routers import ROUTERS, RouterFactory
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,9 +22,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def upcycle(
     model: Model,
     *,
-    router: str,
+    router: str | RouterFactory,
     num_experts: int,
-    blocks: str | Sequence[int] = "last_half",
+    blocks: str | Iterable[int] = "last_half",
     group_size: int = 1,
     noise: float = 0.0,
     **router_options: Any,
@@ -45,7 +45,8 @@ def upcycle(
     Args:
         model: a timm VisionTransformer, or another with ``model.blocks[i].mlp`` being a timm `Mlp` (DeiT, DINOv2 with
             layer scale, register tokens, ...).
-        router: one of `vmoe_routers.ROUTERS`.
+        router: one of `vmoe_routers.ROUTERS`, or a function (dim, num_experts) that makes a router, called once for
+            every MoE layer.
         num_experts: E.
         blocks: which, as `moe_block_indices`.
         group_size: images routed together.
@@ -60,13 +61,16 @@ def upcycle(
         TypeError, ValueError: blocks or MLPs of another kind (SwiGLU, a norm inside), or options that do not fit. The
             model is then as it was.
     """
-    check_choice("upcycle", "router", router, ROUTERS)
-    check_int("upcycle", "num_experts", num_experts, 1)
-    check_positive("upcycle", "noise", noise, zero=True)
+    check = Check("upcycle")
+    if not callable(router) or isinstance(router, nn.Module):
+        check.choice("router", router, ROUTERS)
+    num_experts = check.integer("num_experts", num_experts, 1)
+    group_size = check.integer("group_size", group_size, 1)
+    noise = check.number("noise", noise, zero=True)
     found = getattr(model, "blocks", None)
     if not isinstance(found, (nn.Sequential, nn.ModuleList)) or not len(found):
         raise TypeError(f"upcycle: model must have transformer blocks as model.blocks, got {type(model).__name__}")
-    if router == "soft" and router_options.get("capacity_factor") is not None and "num_tokens" not in router_options:
+    if needs_num_tokens(router, router_options):
         router_options["num_tokens"] = group_size * _tokens(model)
     chosen = moe_block_indices(len(found), blocks)
     layers = [_layer(found[i], f"blocks[{i}]", router, num_experts, group_size, noise, router_options) for i in chosen]
@@ -87,7 +91,7 @@ def _tokens(model: nn.Module) -> int:
 
 
 def _layer(
-    block: nn.Module, where: str, router: str, num_experts: int, group_size: int, noise: float, options: dict[str, Any]
+    block: nn.Module, where: str, router: Any, num_experts: int, group_size: int, noise: float, options: dict[str, Any]
 ) -> MoEMlp:
     """The MoE layer that takes the place of the block's MLP."""
     mlp: Any = getattr(block, "mlp", None)

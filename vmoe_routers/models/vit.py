@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Integral, Number
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from vmoe_routers.experts import GeluTanh
 from vmoe_routers.models.transformer import MoEBlock, MoEVisionTransformer
-from vmoe_routers.moe import GeluTanh, MoEMlp
-from vmoe_routers.ops._checks import check_choice, check_flag, check_int, check_positive
-from vmoe_routers.routers import ROUTERS
+from vmoe_routers.moe import MoEMlp
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.routers import ROUTERS, RouterFactory, router_options
 
 #: Ti, S, B, L, H (arXiv 2010.11929, table 1): `vit_moe(**SIZES["S"], patch_size=16)`.
 SIZES: dict[str, dict[str, int]] = {
@@ -37,7 +39,7 @@ POSITIONS = ("learned", "sincos")
 _DERIVED = ("in_features", "hidden_features", "out_features", "act_layer", "drop", "norm_layer", "device", "dtype")
 
 
-def moe_block_indices(depth: int, rule: str | Sequence[int]) -> tuple[int, ...]:
+def moe_block_indices(depth: int, rule: str | Iterable[int]) -> tuple[int, ...]:
     """The blocks, of 0 .. depth - 1, that hold a MoE layer.
 
     rule: "last_half" (Soft MoE, arXiv 2308.00951; the larger half of an odd depth), "every_2" (blocks 1, 3, 5, ...;
@@ -45,7 +47,7 @@ def moe_block_indices(depth: int, rule: str | Sequence[int]) -> tuple[int, ...]:
 
     Raises ValueError for a rule that is none of these, or that names no block or one that is not there.
     """
-    check_int("moe_block_indices", "depth", depth, 1)
+    depth = Check("moe_block_indices").integer("depth", depth, 1)
     if isinstance(rule, str):
         match = re.fullmatch(r"(last|every)_([1-9]\d*)", rule)
         if rule == "last_half":
@@ -59,9 +61,9 @@ def moe_block_indices(depth: int, rule: str | Sequence[int]) -> tuple[int, ...]:
         else:
             chosen = range(depth - int(match[2]), depth)
     else:
-        if not isinstance(rule, Sequence) or not all(type(i) is int for i in rule):
+        if not isinstance(rule, Iterable) or not all(isinstance(i, Integral) and type(i) is not bool for i in rule):
             raise ValueError(f"moe_block_indices: moe_blocks is {rule!r}, wanted a rule's name or a list of int")
-        chosen = sorted(rule)
+        chosen = sorted(int(i) for i in rule)
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"moe_block_indices: moe_blocks {rule!r} names the blocks {list(chosen)},"
@@ -80,9 +82,9 @@ def vit_moe(
     num_heads: int = 3,
     mlp_ratio: float = 4.0,
     *,
-    router: str | None = "soft",
+    router: str | RouterFactory | None = "soft",
     num_experts: int = 32,
-    moe_blocks: str | Sequence[int] = "last_half",
+    moe_blocks: str | Iterable[int] = "last_half",
     group_size: int = 1,
     global_pool: str = "avg",
     qk_norm: bool = False,
@@ -97,7 +99,8 @@ def vit_moe(
 ) -> MoEVisionTransformer:
     """A vision transformer with MoE layers: images [N, in_chans, height, width] -> logits [N, num_classes].
 
-    router          one of `vmoe_routers.ROUTERS`; None makes the dense ViT of the same trunk
+    router          one of `vmoe_routers.ROUTERS`, or a function (dim, num_experts) that makes a router, called once for
+                    every MoE layer; None makes the dense ViT of the same trunk
     num_experts     E, of every MoE layer
     moe_blocks      where the MoE layers are: see `moe_block_indices`
     group_size      images that are routed together; the batch must be a multiple of it in training
@@ -123,101 +126,136 @@ def vit_moe(
 
     Raises TypeError or ValueError naming the argument: sizes that do not fit together, names that do not exist.
     """
-    config = dict(locals())
-    config |= config.pop("router_options")
-    where = "vit_moe"
+    given = dict(locals())
+    options = {name: _plain(value) for name, value in given.pop("router_options").items()}
+    c = _checked(given, options)
     image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
-    if image[0] % patch[0] or image[1] % patch[1]:
-        raise ValueError(f"{where}: img_size {img_size} is not a multiple of patch_size {patch_size}")
-    check_int(where, "in_chans", in_chans, 1)
-    check_int(where, "num_classes", num_classes, 0)
-    check_int(where, "embed_dim", embed_dim, 1)
-    check_int(where, "depth", depth, 1)
-    check_int(where, "num_heads", num_heads, 1)
-    if embed_dim % num_heads:
-        raise ValueError(f"{where}: embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-    if embed_dim * check_positive(where, "mlp_ratio", mlp_ratio) < 1:
-        raise ValueError(f"{where}: mlp_ratio is {mlp_ratio}, wanted a hidden width of at least 1")
-    check_int(where, "group_size", group_size, 1)
-    check_choice(where, "global_pool", global_pool, POOLINGS)
-    check_flag(where, "qk_norm", qk_norm)
-    check_flag(where, "pre_logits", pre_logits)
-    check_flag(where, "dynamic_img_size", dynamic_img_size)
-    check_choice(where, "pos_embed", pos_embed, POSITIONS)
-    check_positive(where, "pos_embed_std", pos_embed_std, zero=True)
-    rates = {"drop_rate": drop_rate, "proj_drop_rate": proj_drop_rate, "drop_path_rate": drop_path_rate}
-    for name, rate in rates.items():
-        if check_positive(where, name, rate, zero=True) >= 1:
-            raise ValueError(f"{where}: {name} is {rate}, wanted a rate in [0, 1)")
-    check_choice(where, "router", router, (*ROUTERS, None))
-    if router is None and router_options:
-        raise ValueError(f"{where}: router is None (a dense model), but came with {sorted(router_options)}")
-    for name in _DERIVED:
-        if name in router_options:
-            raise TypeError(f"{where}: {name!r} is no option, it follows from the model's other arguments")
-    moe_at = () if router is None else moe_block_indices(depth, moe_blocks)
+    moe_at = () if router is None else moe_block_indices(c["depth"], c["moe_blocks"])
 
     model = MoEVisionTransformer(
         img_size=image,
         patch_size=patch,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        mlp_ratio=mlp_ratio,
+        in_chans=c["in_chans"],
+        num_classes=c["num_classes"],
+        embed_dim=c["embed_dim"],
+        depth=c["depth"],
+        num_heads=c["num_heads"],
+        mlp_ratio=c["mlp_ratio"],
         global_pool=cast(Any, global_pool),  # timm has a Literal
         class_token=global_pool == "token",
         fc_norm=False,  # the encoder's norm comes before the pooling, also for "avg"
         no_embed_class=pos_embed == "sincos",  # a learned table has a row for the class token, a fixed one has not
-        drop_rate=drop_rate,
-        proj_drop_rate=proj_drop_rate,
-        drop_path_rate=drop_path_rate,
+        drop_rate=c["drop_rate"],
+        proj_drop_rate=c["proj_drop_rate"],
+        drop_path_rate=c["drop_path_rate"],
         dynamic_img_size=dynamic_img_size,
         block_fn=MoEBlock,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         act_layer=GeluTanh,
         weight_init="skip",
     )
-    setattr(model, "moe_config", config)  # noqa: B010  (timm's class declares none)
+    setattr(model, "moe_config", {**c, **options})  # noqa: B010  (timm's class declares none)
     blocks: Any = model.blocks
     if pre_logits:  # timm's place for what comes between pooling and head
-        model.fc_norm = nn.Sequential(OrderedDict(dense=nn.Linear(embed_dim, embed_dim), act=nn.Tanh()))
+        model.fc_norm = nn.Sequential(OrderedDict(dense=nn.Linear(c["embed_dim"], c["embed_dim"]), act=nn.Tanh()))
     if qk_norm:
         for attention in [block.attn for block in blocks] + ([model.attn_pool] if global_pool == "map" else []):
-            attention.q_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False)
-            attention.k_norm = nn.LayerNorm(embed_dim // num_heads, eps=1e-6, bias=False)
+            attention.q_norm = nn.LayerNorm(c["embed_dim"] // c["num_heads"], eps=1e-6, bias=False)
+            attention.k_norm = nn.LayerNorm(c["embed_dim"] // c["num_heads"], eps=1e-6, bias=False)
     if pos_embed == "sincos":
         grid = image[0] // patch[0], image[1] // patch[1]
         del model.pos_embed
-        model.register_buffer("pos_embed", _sincos_positions(*grid, embed_dim))
+        model.register_buffer("pos_embed", _sincos_positions(*grid, c["embed_dim"]))
     _init_trunk(model, pos_embed_std)
 
     if router is None:
         return model
-    if router == "soft" and router_options.get("capacity_factor") is not None:
+    if needs_num_tokens(router, options):
+        # Kept in the config: it fixes the shape of Phi, whatever size the images have when the model is made again.
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        # Kept, so that images of another size do not make other slots of the model when it is made again
-        config["num_tokens"] = router_options.setdefault("num_tokens", tokens * group_size)
+        options["num_tokens"] = tokens * c["group_size"]
+    setattr(model, "moe_config", {**c, **options})  # noqa: B010
     for i in moe_at:
         blocks[i].mlp = MoEMlp(
-            embed_dim,
-            int(embed_dim * mlp_ratio),
+            c["embed_dim"],
+            int(c["embed_dim"] * c["mlp_ratio"]),
             act_layer=GeluTanh,
-            drop=proj_drop_rate,
-            num_experts=num_experts,
-            router=router,
-            group_size=group_size,
-            **router_options,
+            drop=c["proj_drop_rate"],
+            num_experts=c["num_experts"],
+            router=cast(Any, router),
+            group_size=c["group_size"],
+            **options,
         )
     return model
 
 
+def needs_num_tokens(router: str | RouterFactory, options: Mapping[str, Any]) -> bool:
+    """Whether the router needs to be told the tokens of a group, because its capacity factor fixes a shape."""
+    takes = isinstance(router, str) and "num_tokens" in router_options(router)
+    return takes and options.get("capacity_factor") is not None and "num_tokens" not in options
+
+
+def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `vit_moe` as plain values of Python, which a config can keep.
+
+    Raises:
+        TypeError, ValueError: as `vit_moe`.
+    """
+    check = Check("vit_moe")
+    c = dict(config)
+    image, patch = (_pair(name, c[name]) for name in ("img_size", "patch_size"))
+    if image[0] % patch[0] or image[1] % patch[1]:
+        raise ValueError(f"vit_moe: img_size {c['img_size']} is not a multiple of patch_size {c['patch_size']}")
+    for name, size in (("img_size", image), ("patch_size", patch)):
+        c[name] = size[0] if size[0] == size[1] else size
+    lowest = {"in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 1, "num_heads": 1, "group_size": 1}
+    for name, low in {**lowest, "num_experts": 1}.items():
+        c[name] = check.integer(name, c[name], low)
+    if c["embed_dim"] % c["num_heads"]:
+        raise ValueError(f"vit_moe: embed_dim {c['embed_dim']} is not a multiple of num_heads {c['num_heads']}")
+    c["mlp_ratio"] = check.number("mlp_ratio", c["mlp_ratio"])
+    if c["embed_dim"] * c["mlp_ratio"] < 1:
+        raise ValueError(f"vit_moe: mlp_ratio is {c['mlp_ratio']}, wanted a hidden width of at least 1")
+    check.choice("global_pool", c["global_pool"], POOLINGS)
+    check.choice("pos_embed", c["pos_embed"], POSITIONS)
+    for name in ("qk_norm", "pre_logits", "dynamic_img_size"):
+        check.flag(name, c[name])
+    for name in ("pos_embed_std", "drop_rate", "proj_drop_rate", "drop_path_rate"):
+        c[name] = check.number(name, c[name], zero=True)
+        if name != "pos_embed_std" and c[name] >= 1:
+            raise ValueError(f"vit_moe: {name} is {c[name]}, wanted a rate in [0, 1)")
+    router = c["router"]
+    if not callable(router) or isinstance(router, nn.Module):
+        check.choice("router", router, (*ROUTERS, None))
+    if router is None and options:
+        raise ValueError(f"vit_moe: router is None (a dense model), but came with {sorted(options)}")
+    for name in _DERIVED:
+        if name in options:
+            raise TypeError(f"vit_moe: {name!r} is no option, it follows from the model's other arguments")
+    if router is not None:
+        c["moe_blocks"] = _plain_blocks(c["depth"], c["moe_blocks"])
+    return c
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as a number of Python."""
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value  # type: ignore[attr-defined]
+
+
+def _plain_blocks(depth: int, rule: str | Iterable[int]) -> str | list[int]:
+    """A rule's name as it is, indices as a list."""
+    if isinstance(rule, str):
+        moe_block_indices(depth, rule)
+        return rule
+    return list(moe_block_indices(depth, rule))
+
+
 def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+    pair = (size, size) if isinstance(size, Integral) else tuple(size) if isinstance(size, Sequence) else ()
+    whole = all(isinstance(side, Integral) and not isinstance(side, bool) and int(side) > 0 for side in pair)
+    if len(pair) != 2 or not whole:
         raise ValueError(f"vit_moe: {name} is {size!r}, wanted a positive int or a pair of them")
-    return pair
+    return int(pair[0]), int(pair[1])
 
 
 def _sincos_positions(height: int, width: int, dim: int) -> Tensor:

@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._checks import (
-    cast,
-    check_device,
-    check_dtype,
-    check_floating,
-    check_int,
-    check_shape,
-    check_tensor,
-    compute_dtype,
-)
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype
+
+check = Check("assign_slots")
 
 MOST_EXPERTS = 2**20
 # Slots of a group at any number of tokens. Beyond the requests slots stay empty, and cost all the same.
@@ -45,17 +39,25 @@ def assign_slots(
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or number.
     """
-    expert = check_tensor("assign_slots", "expert", expert, "G T K")
-    check_dtype("assign_slots", "expert", expert, torch.int32)
-    num_experts = check_int("assign_slots", "num_experts", num_experts, 1, MOST_EXPERTS)
-    capacity = check_int("assign_slots", "capacity", capacity, 0)
-    if not torch.compiler.is_compiling():  # a traced size is a symbol, which a comparison would fix
-        requests = expert.shape[1] * expert.shape[2]
-        check_int("assign_slots", "capacity", capacity, 0, max(requests, MOST_EMPTY_SLOTS // num_experts))
+    expert = check.tensor("expert", expert, "G T K")
+    check.dtype("expert", expert, torch.int32)
+    num_experts = check.integer("num_experts", num_experts, 1, MOST_EXPERTS)
+    capacity = check.integer("capacity", capacity, 0)
     if priority is not None:
-        priority = check_floating("assign_slots", "priority", priority)
-        check_shape("assign_slots", "priority", priority, expert.shape[:2], "G, T")
-        check_device("assign_slots", "priority", priority, "expert", expert)
+        priority = check.floating("priority", priority)
+        check.shape("priority", priority, expert.shape[:2], "G, T")
+        check.device("priority", priority, "expert", expert)
+    return assign_slots_unchecked(expert, num_experts, capacity, priority)
+
+
+def assign_slots_unchecked(
+    expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`assign_slots` of arguments known to be right, but for a capacity beyond what the requests can fill."""
+    if not torch.compiler.is_compiling():  # a comparison would specialise a symbolic size
+        requests = expert.shape[1] * expert.shape[2]
+        check.integer("capacity", capacity, 0, max(requests, MOST_EMPTY_SLOTS // num_experts))
+    if priority is not None:
         priority = cast(priority.detach(), compute_dtype(priority.dtype))
     return torch.ops.vmoe_routers.assign_slots.default(expert, priority, num_experts, capacity)
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import (
-    cast,
-    check_device,
-    check_floating,
-    check_shape,
-    check_tensor,
-    compute_dtype,
-    refuse_second_derivative,
-)
+from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype
 from vmoe_routers.ops.dispatch import check_slots
+
+check = Check("combine")
 
 
 def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
@@ -33,14 +28,19 @@ def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tens
     Raises:
         TypeError, ValueError: a wrong shape, dtype or device.
     """
-    y = check_floating("combine", "y", check_tensor("combine", "y", y, "E G C D"))
-    gate = check_floating("combine", "gate", gate)
+    y = check.floating("y", y, "E G C D")
+    gate = check.floating("gate", gate)
     experts, groups, capacity, _ = y.shape
-    tokens = check_tensor("combine", "offsets", offsets, "G T+1").shape[1] - 1
-    check_slots("combine", token, offsets, slots, (groups, experts, capacity), tokens)
-    check_shape("combine", "gate", gate, (groups, experts, capacity), "G, E, C")
-    check_device("combine", "gate", gate, "y", y)
-    check_device("combine", "token", token, "y", y)
+    tokens = check.tensor("offsets", offsets, "G T+1").shape[1] - 1
+    check_slots(check, token, offsets, slots, (groups, experts, capacity), tokens)
+    check.shape("gate", gate, (groups, experts, capacity), "G, E, C")
+    check.device("gate", gate, "y", y)
+    check.device("token", token, "y", y)
+    return combine_unchecked(y, gate, token, offsets, slots)
+
+
+def combine_unchecked(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
+    """`combine` of arguments known to be right."""
     return call(torch.ops.vmoe_routers.combine.default, y, cast(gate, compute_dtype(y.dtype)), token, offsets, slots)
 
 

@@ -5,33 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import (
-    check_device,
-    check_dtype,
-    check_floating,
-    check_shape,
-    check_tensor,
-)
+from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._checks import Check
+
+check = Check("dispatch")
 
 
 def check_slots(
-    where: str, token: Tensor, offsets: Tensor, slots: Tensor, shape: tuple[int, int, int], tokens: int
+    check: Check, token: Tensor, offsets: Tensor, slots: Tensor, shape: tuple[int, int, int], tokens: int
 ) -> None:
-    """token of this shape [G, E, C], and what `invert_slots` made of it, for T = `tokens`."""
+    """token of this shape [G, E, C], and the results of `invert_slots` for it and T = `tokens`."""
     groups, experts, capacity = shape
-    check_shape(where, "token", token, shape, "G, E, C")
-    check_shape(where, "offsets", offsets, (groups, tokens + 1), "G, T + 1")
-    check_shape(where, "slots", slots, (groups, experts * capacity), "G, E * C")
-    check_dtype(where, "token", token, torch.int32)
-    check_dtype(where, "offsets", offsets, torch.int32)
-    check_dtype(where, "slots", slots, torch.int32)
-    check_device(where, "offsets", offsets, "token", token)
-    check_device(where, "slots", slots, "token", token)
+    check.shape("token", token, shape, "G, E, C")
+    check.shape("offsets", offsets, (groups, tokens + 1), "G, T + 1")
+    check.shape("slots", slots, (groups, experts * capacity), "G, E * C")
+    check.dtype("token", token, torch.int32)
+    check.dtype("offsets", offsets, torch.int32)
+    check.dtype("slots", slots, torch.int32)
+    check.device("offsets", offsets, "token", token)
+    check.device("slots", slots, "token", token)
 
 
 def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """Copies every slot's token: ``out[e, g, c] = x[g, token[g, e, c]]``, zeros where empty.
+    """Copies every slot's token: ``out[e, g, c] = x[g, token[g, e, c]]``, zeros where the slot is empty.
 
     Args:
         x: [G, T, D] floating point.
@@ -44,11 +40,16 @@ def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor
     Raises:
         TypeError, ValueError: a wrong shape, dtype or device.
     """
-    x = check_floating("dispatch", "x", check_tensor("dispatch", "x", x, "G T D"))
+    x = check.floating("x", x, "G T D")
     groups, tokens, _ = x.shape
-    _, experts, capacity = check_tensor("dispatch", "token", token, "G E C").shape
-    check_slots("dispatch", token, offsets, slots, (groups, experts, capacity), tokens)
-    check_device("dispatch", "token", token, "x", x)
+    _, experts, capacity = check.tensor("token", token, "G E C").shape
+    check_slots(check, token, offsets, slots, (groups, experts, capacity), tokens)
+    check.device("token", token, "x", x)
+    return dispatch_unchecked(x, token, offsets, slots)
+
+
+def dispatch_unchecked(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
+    """`dispatch` of arguments known to be right."""
     return call(torch.ops.vmoe_routers.dispatch.default, x, token, offsets, slots)
 
 
@@ -64,7 +65,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    # Every gate 1: the rows that were copied from a token are summed into it.
+    # The rows that were copied from a token are summed into it: combine with gates of 1.
     return torch.ops.vmoe_routers.combine.default(grad, None, *ctx.saved_tensors), None, None, None
 
 

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import (
-    FLOATS,
-    cast,
-    check_choice,
-    check_device,
-    check_dtype,
-    check_floating,
-    check_shape,
-    check_tensor,
-    compute_dtype,
-    product_dtype,
-    refuse_second_derivative,
-)
+from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import compute_dtype, product_dtype
 
-# Where there is a kernel of ours, for dtypes that its products take as they are.
-DEVICES = ("cpu", "cuda")
-GELU: dict[str, Callable[[Tensor], Tensor]] = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
+check = Check("grouped_mlp")
+
+ACTIVATIONS = ("gelu_tanh", "gelu")
 
 
 def grouped_mlp(
@@ -35,24 +20,22 @@ def grouped_mlp(
     b1: Tensor | None,
     w2: Tensor,
     b2: Tensor | None,
-    act: str | Callable[[Tensor], Tensor] = "gelu_tanh",
+    act: str = "gelu_tanh",
     filled: Tensor | None = None,
 ) -> Tensor:
     """``act(x w1 + b1) w2 + b2``, one MLP per expert, over its filled rows.
 
-    Where `act` is a name it is one op. On a CPU, for float32 and float64, that visits the filled rows alone, and bias,
-    activation and their gradient cost no pass over memory. On CUDA, for every dtype and under autocast, they are one
-    pass between torch's batched products over all rows, whose number the host knows: nothing waits for the device.
-    Everything else (other dtypes and autocast on a CPU, an `act` that is a function, `torch.func` and forward-mode
-    derivatives) is torch's batched products and activation.
+    On a CPU the op visits the filled rows alone, and bias, activation and their gradient cost no pass over memory. On
+    CUDA they are one pass between torch's batched products over all rows, whose number the host knows: nothing waits
+    for the device. `vmoe_routers.Experts` serves every other dtype, activation and transform.
 
     Args:
-        x: [E, N, D] floating point, N rows for each expert.
-        w1, b1: [E, D, F] and [E, F] (or None).
-        w2, b2: [E, F, D'] and [E, D'] (or None).
-        act: "gelu_tanh", "gelu" (the exact form), or any elementwise function.
-        filled: [E, G] int32: an expert's rows are G segments of N / G, and of each this many at its front are
-            filled. None: all rows. What is in the others must be finite, and is not used.
+        x: [E, N, D], N rows for each expert; float32 or float64, on CUDA also float16 or bfloat16.
+        w1, b1: [E, D, F] and [E, F] (or None), in x's dtype.
+        w2, b2: [E, F, D'] and [E, D'] (or None), in x's dtype.
+        act: "gelu_tanh" or "gelu" (the exact form).
+        filled: [E, G] int32: an expert's rows are G segments of N / G, and the first ``filled[e, g]`` rows of a
+            segment are filled. None: all rows are. The other rows must be finite, and are not used.
 
     Returns:
         [E, N, D'], x's dtype. Rows that are not filled are zeros, and have no gradient.
@@ -60,84 +43,50 @@ def grouped_mlp(
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or `act`.
     """
-    x = check_floating("grouped_mlp", "x", check_tensor("grouped_mlp", "x", x, "E N D"), tangent=True)
-    w1 = check_tensor("grouped_mlp", "w1", w1, "E D F")
-    w2 = check_tensor("grouped_mlp", "w2", w2, "E F D'")
+    x = check.floating("x", x, "E N D")
+    w1 = check.tensor("w1", w1, "E D F")
+    w2 = check.tensor("w2", w2, "E F D'")
     experts, width, hidden = x.shape[0], x.shape[2], w1.shape[2]
-    check_shape("grouped_mlp", "w1", w1, (experts, width, hidden), "E, D, F")
-    check_shape("grouped_mlp", "w2", w2, (experts, hidden, w2.shape[2]), "E, F, D'")
-    for name, value in (("b1", b1), ("b2", b2)):
-        if value is not None:
-            weight = w1 if name == "b1" else w2
-            check_tensor("grouped_mlp", name, value, "E F" if name == "b1" else "E D'")
-            check_shape("grouped_mlp", name, value, (experts, weight.shape[2]), "E, columns")
-    device = x.device.type
-    autocast = not x.is_meta and torch.is_autocast_enabled(device)
-    fused = isinstance(act, str) and not _transformed()
-    if autocast and fused and device == "cuda":
-        x, w1, w2 = _autocast(x), _autocast(w1), _autocast(w2)
-        b1, b2 = (None if bias is None else _autocast(bias) for bias in (b1, b2))
-        autocast = False
+    check.shape("w1", w1, (experts, width, hidden), "E, D, F")
+    check.shape("w2", w2, (experts, hidden, w2.shape[2]), "E, F, D'")
+    if b1 is not None:
+        check.shape("b1", b1, (experts, hidden), "E, F")
+    if b2 is not None:
+        check.shape("b2", b2, (experts, w2.shape[2]), "E, D'")
     for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if value is not None:
-            check_device("grouped_mlp", name, value, "x", x)
-            if value.dtype != x.dtype and not autocast:
-                raise TypeError(f"grouped_mlp: {name} must be {x.dtype} as x is, got {value.dtype}")
+            check.device(name, value, "x", x)
+            check.dtype(name, value, x.dtype)
     if filled is not None:
-        _check_filled(filled, x)
-    if isinstance(act, str):
-        check_choice("grouped_mlp", "act", act, tuple(GELU))
-        served = device in DEVICES and product_dtype(x, compute_dtype(x.dtype)) == x.dtype
-        if fused and not autocast and served:
-            save = torch.is_grad_enabled() and any(
-                value is not None and value.requires_grad for value in (x, w1, b1, w2, b2)
-            )
-            return call(torch.ops.vmoe_routers.grouped_mlp.default, x, w1, b1, w2, b2, filled, act, save)[0]
-        act = GELU[act]
-    return by_products(x, w1, b1, w2, b2, filled, act)
+        check_filled(check, filled, x)
+    check.choice("act", act, ACTIVATIONS)
+    if not serves(x):
+        raise TypeError(f"grouped_mlp: x must be float32 or float64 on {x.device.type}, got {x.dtype}")
+    return grouped_mlp_unchecked(x, w1, b1, w2, b2, act, filled)
 
 
-def by_products(
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    filled: Tensor | None,
-    act: Callable[[Tensor], Tensor],
+def serves(x: Tensor) -> bool:
+    """Whether there is a kernel for the device and dtype of `x`."""
+    return x.device.type in ("cpu", "cuda") and product_dtype(x, compute_dtype(x.dtype)) == x.dtype
+
+
+def grouped_mlp_unchecked(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, filled: Tensor | None
 ) -> Tensor:
-    """`grouped_mlp` as two batched products over all rows, filled or not."""
-    y = _affine(act(_affine(x, w1, b1)), w2, b2)
-    if filled is None or filled.shape[1] == 0:
-        return y
-    place = torch.arange(x.shape[1] // filled.shape[1], device=x.device)
-    empty = (place >= filled.unsqueeze(2)).flatten(1)
-    return y.masked_fill(empty.unsqueeze(2), 0)
+    """`grouped_mlp` of arguments known to be right."""
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
+    return call(torch.ops.vmoe_routers.grouped_mlp.default, x, w1, b1, w2, b2, filled, act, save)[0]
 
 
-def _check_filled(filled: Tensor, x: Tensor) -> None:
-    check_tensor("grouped_mlp", "filled", filled, "E G")
-    check_dtype("grouped_mlp", "filled", filled, torch.int32)
-    check_device("grouped_mlp", "filled", filled, "x", x)
+def check_filled(check: Check, filled: Tensor, x: Tensor) -> None:
+    """filled [E, G] int32 beside rows x [E, N, D], N a multiple of G."""
+    check.tensor("filled", filled, "E G")
+    check.dtype("filled", filled, torch.int32)
+    check.device("filled", filled, "x", x)
     rows, groups = x.shape[1], filled.shape[1]
-    check_shape("grouped_mlp", "filled", filled, (x.shape[0], groups), "E, G")
+    check.shape("filled", filled, (x.shape[0], groups), "E, G")
     if rows % groups if groups else rows:
-        raise ValueError(f"grouped_mlp: filled has {groups} segments, which do not divide {rows} rows")
-
-
-def _transformed() -> bool:
-    """Whether derivatives or batches are taken in a way that our kernel's gradient has no rule for."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """`x` as autocast hands it to a product of torch's on CUDA."""
-    eligible = x.dtype in FLOATS and x.dtype != torch.float64
-    return cast(x, torch.get_autocast_dtype("cuda")) if eligible else x
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
+        raise ValueError(f"{check.where}: filled has {groups} segments, which do not divide {rows} rows")
 
 
 @torch.library.register_fake("vmoe_routers::grouped_mlp")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._checks import check_dtype, check_int, check_tensor
+from vmoe_routers.ops._checks import Check
+
+check = Check("invert_slots")
 
 
 def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,9 +25,14 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor
     Raises:
         TypeError, ValueError: a wrong shape, dtype or number.
     """
-    token = check_tensor("invert_slots", "token", token, "G E C")
-    check_dtype("invert_slots", "token", token, torch.int32)
-    num_tokens = check_int("invert_slots", "num_tokens", num_tokens, 0)
+    token = check.tensor("token", token, "G E C")
+    check.dtype("token", token, torch.int32)
+    num_tokens = check.integer("num_tokens", num_tokens, 0)
+    return invert_slots_unchecked(token, num_tokens)
+
+
+def invert_slots_unchecked(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`invert_slots` of arguments known to be right."""
     return torch.ops.vmoe_routers.invert_slots.default(token, num_tokens)
 
 

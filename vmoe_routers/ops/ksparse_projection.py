@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import cast, check_floating, check_int, compute_dtype
+from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype
+
+check = Check("ksparse_projection")
 
 
 def ksparse_projection(x: Tensor, k: int) -> Tensor:
@@ -28,10 +31,10 @@ def ksparse_projection(x: Tensor, k: int) -> Tensor:
     Raises:
         TypeError, ValueError: a wrong dtype, shape or k.
     """
-    x = check_floating("ksparse_projection", "x", x)
+    x = check.floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"ksparse_projection: x must have a last axis of at least 1, got {list(x.shape)}")
-    k = check_int("ksparse_projection", "k", k, 1, x.shape[-1])
+    k = check.integer("k", k, 1, x.shape[-1])
     # Not reshape(-1, n): with no rows at all, -1 would be ambiguous to a reader of shapes.
     rows = cast(x, compute_dtype(x.dtype)).reshape(x.shape[:-1].numel(), x.shape[-1])
     return cast(call(torch.ops.vmoe_routers.ksparse_projection.default, rows, k).reshape(x.shape), x.dtype)

@@ -7,18 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import (
-    cast,
-    check_choice,
-    check_floating,
-    check_int,
-    check_mask,
-    check_positive,
-    check_tensor,
-    compute_dtype,
-    fill_absent,
-)
+from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
+
+check = Check("ksparse_transport")
 
 SOLVERS = ("adam", "lbfgs")
 
@@ -59,20 +52,32 @@ def ksparse_transport(
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or number.
     """
-    where = "ksparse_transport"
-    similarity = check_floating(where, "similarity", check_tensor(where, "similarity", similarity, "G T E"))
-    k = check_int(where, "k", k, min(1, similarity.shape[1]), similarity.shape[1])
-    iterations = check_int(where, "iterations", iterations, 0)
-    check_choice(where, "solver", solver, SOLVERS)
-    learning_rate = check_positive(where, "learning_rate", learning_rate)
-    tolerance = check_positive(where, "tolerance", tolerance, zero=True)
-    gamma = check_positive(where, "gamma", gamma)
+    similarity = check.floating("similarity", similarity, "G T E")
+    k = check.integer("k", k, min(1, similarity.shape[1]), similarity.shape[1])
+    iterations = check.integer("iterations", iterations, 0)
+    check.choice("solver", solver, SOLVERS)
+    learning_rate = check.number("learning_rate", learning_rate)
+    tolerance = check.number("tolerance", tolerance, zero=True)
+    gamma = check.number("gamma", gamma)
     if mask is not None:
-        mask = check_mask(where, mask, "similarity", similarity)
-    there = fill_absent(cast(similarity, compute_dtype(similarity.dtype)), mask)
-    plan = call(
-        torch.ops.vmoe_routers.ksparse_transport.default, there, k, iterations, solver, learning_rate, tolerance, gamma
-    )
+        mask = check.mask(mask, "similarity", similarity)
+    return ksparse_transport_unchecked(similarity, k, iterations, solver, learning_rate, tolerance, gamma, mask)
+
+
+def ksparse_transport_unchecked(
+    similarity: Tensor,
+    k: int,
+    iterations: int,
+    solver: str,
+    learning_rate: float,
+    tolerance: float,
+    gamma: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """`ksparse_transport` of arguments known to be right."""
+    present = fill_masked(cast(similarity, compute_dtype(similarity.dtype)), mask)
+    op = torch.ops.vmoe_routers.ksparse_transport.default
+    plan = call(op, present, k, iterations, solver, learning_rate, tolerance, gamma)
     return cast(plan, similarity.dtype)
 
 

@@ -313,18 +313,23 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
     return torch.einsum("gtd,ds->gts", unit, _wide(phi))
 
 
-def soft_mix(logits: Tensor, values: Tensor, dim: int) -> Tensor:
+def soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int = 1) -> Tensor:
     """Soft MoE's mixing (arXiv 2308.00951, equations 1 to 3): softmax of the logits times values.
 
-    ``dim`` 1: over the tokens, values [G, T, D] -> [G, S, D]; ``dim`` 2: over the slots, values
-    [G, S, D] -> [G, T, D]. Where all logits are -inf the result is zero.
+    ``dim`` 1: over the tokens, values [G, T, D] -> [E, G, C, D]; ``dim`` 2: over the slots, values
+    [E, G, C, D] -> [G, T, D]. Where all logits are -inf the result is zero.
     """
+    if dim == 2:
+        values = values.transpose(0, 1).flatten(1, 2)  # [G, S, D]
     wide, mixed = _wide(logits), _wide(values)
     absent = (wide == -INF).all(dim, keepdim=True)
     weights = wide.masked_fill(absent, 0).softmax(dim).masked_fill(absent, 0)
     dtype = torch.promote_types(weights.dtype, mixed.dtype)
     formula = "gts,gtd->gsd" if dim == 1 else "gts,gsd->gtd"
-    return torch.einsum(formula, weights.to(dtype), mixed.to(dtype)).to(values.dtype)
+    out = torch.einsum(formula, weights.to(dtype), mixed.to(dtype)).to(values.dtype)
+    if dim == 2:
+        return out
+    return out.unflatten(1, (num_experts, logits.shape[2] // num_experts)).transpose(0, 1)
 
 
 def grouped_mlp(

@@ -7,19 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import (
-    cast,
-    check_choice,
-    check_floating,
-    check_int,
-    check_mask,
-    check_positive,
-    check_tensor,
-    compute_dtype,
-    fill_absent,
-    refuse_second_derivative,
-)
+from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
+
+check = Check("sinkhorn")
 
 Gradient = Literal["unrolled", "implicit"]
 GRADIENTS = ("unrolled", "implicit")
@@ -83,19 +75,26 @@ def sinkhorn(
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or number.
     """
-    logits = check_floating("sinkhorn", "logits", check_tensor("sinkhorn", "logits", logits, "G T E"))
-    epsilon = check_positive("sinkhorn", "epsilon", epsilon)
-    iterations = check_int("sinkhorn", "iterations", iterations, 1)
-    stop = 0.0 if tolerance is None else check_positive("sinkhorn", "tolerance", tolerance)
-    check_choice("sinkhorn", "gradient", gradient, GRADIENTS)
+    logits = check.floating("logits", logits, "G T E")
+    epsilon = check.number("epsilon", epsilon)
+    iterations = check.integer("iterations", iterations, 1)
+    tolerance = None if tolerance is None else check.number("tolerance", tolerance)
+    check.choice("gradient", gradient, GRADIENTS)
     if mask is not None:
-        mask = check_mask("sinkhorn", mask, "logits", logits)
-    there = fill_absent(cast(logits, compute_dtype(logits.dtype)), mask)
+        mask = check.mask(mask, "logits", logits)
+    result = sinkhorn_unchecked(logits, epsilon, iterations, tolerance, mask, gradient)
+    return result if return_error else result[0]
+
+
+def sinkhorn_unchecked(
+    logits: Tensor, epsilon: float, iterations: int, tolerance: float | None, mask: Tensor | None, gradient: Gradient
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sinkhorn` of arguments known to be right: plan, error, iterations done."""
+    present = fill_masked(cast(logits, compute_dtype(logits.dtype)), mask)
     plan, _, error, steps = call(
-        torch.ops.vmoe_routers.sinkhorn.default, there, epsilon, iterations, stop, gradient == "implicit"
+        torch.ops.vmoe_routers.sinkhorn.default, present, epsilon, iterations, tolerance or 0.0, gradient == "implicit"
     )
-    plan = cast(plan, logits.dtype)
-    return (plan, error, steps) if return_error else plan
+    return cast(plan, logits.dtype), error, steps
 
 
 @torch.library.register_fake("vmoe_routers::sinkhorn")

@@ -5,17 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import (
-    cast,
-    check_device,
-    check_floating,
-    check_shape,
-    check_tensor,
-    compute_dtype,
-    product_dtype,
-    refuse_second_derivative,
-)
+from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype, product_dtype
+
+check = Check("soft_logits")
 
 
 def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
@@ -37,10 +31,15 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: a wrong shape, dtype or device.
     """
-    x = check_floating("soft_logits", "x", check_tensor("soft_logits", "x", x, "G T D"))
-    phi = check_floating("soft_logits", "phi", check_tensor("soft_logits", "phi", phi, "D S"))
-    check_shape("soft_logits", "phi", phi, (x.shape[2], phi.shape[1]), "D, S")
-    check_device("soft_logits", "phi", phi, "x", x)
+    x = check.floating("x", x, "G T D")
+    phi = check.floating("phi", phi, "D S")
+    check.shape("phi", phi, (x.shape[2], phi.shape[1]), "D, S")
+    check.device("phi", phi, "x", x)
+    return soft_logits_unchecked(x, phi)
+
+
+def soft_logits_unchecked(x: Tensor, phi: Tensor) -> Tensor:
+    """`soft_logits` of arguments known to be right."""
     dtype = compute_dtype(torch.promote_types(x.dtype, phi.dtype))
     return call(torch.ops.vmoe_routers.soft_logits.default, cast(x, product_dtype(x, dtype)), cast(phi, dtype))
 

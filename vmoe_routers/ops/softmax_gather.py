@@ -5,18 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import (
-    cast,
-    check_choice,
-    check_device,
-    check_dtype,
-    check_floating,
-    check_shape,
-    check_tensor,
-    compute_dtype,
-    refuse_second_derivative,
-)
+from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype
+
+check = Check("softmax_gather")
 
 
 def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
@@ -37,13 +30,18 @@ def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device or dim.
     """
-    logits = check_floating("softmax_gather", "logits", check_tensor("softmax_gather", "logits", logits, "G T E"))
-    check_choice("softmax_gather", "dim", dim, (1, 2))
-    indices = check_tensor("softmax_gather", "indices", indices, "G T K" if dim == 2 else "G E C")
-    check_dtype("softmax_gather", "indices", indices, torch.int32)
+    logits = check.floating("logits", logits, "G T E")
+    check.choice("dim", dim, (1, 2))
+    indices = check.tensor("indices", indices, "G T K" if dim == 2 else "G E C")
+    check.dtype("indices", indices, torch.int32)
     shape = (logits.shape[0], logits.shape[3 - dim], indices.shape[2])
-    check_shape("softmax_gather", "indices", indices, shape, "G, T, K" if dim == 2 else "G, E, C")
-    check_device("softmax_gather", "indices", indices, "logits", logits)
+    check.shape("indices", indices, shape, "G, T, K" if dim == 2 else "G, E, C")
+    check.device("indices", indices, "logits", logits)
+    return softmax_gather_unchecked(logits, indices, dim)
+
+
+def softmax_gather_unchecked(logits: Tensor, indices: Tensor, dim: int) -> Tensor:
+    """`softmax_gather` of arguments known to be right."""
     values, _ = call(
         torch.ops.vmoe_routers.softmax_gather.default, cast(logits, compute_dtype(logits.dtype)), indices, dim
     )

@@ -5,17 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import (
-    cast,
-    check_choice,
-    check_floating,
-    check_int,
-    check_mask,
-    check_tensor,
-    compute_dtype,
-    fill_absent,
-)
+from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
+
+check = Check("softmax_topk")
 
 
 def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -43,12 +37,17 @@ def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = 
     Raises:
         TypeError, ValueError: a wrong shape, dtype, device, `k` or dim.
     """
-    logits = check_floating("softmax_topk", "logits", check_tensor("softmax_topk", "logits", logits, "G T E"))
-    check_choice("softmax_topk", "dim", dim, (1, 2))
-    k = check_int("softmax_topk", "k", k, min(1, logits.shape[dim]), logits.shape[dim])
+    logits = check.floating("logits", logits, "G T E")
+    check.choice("dim", dim, (1, 2))
+    k = check.integer("k", k, min(1, logits.shape[dim]), logits.shape[dim])
     if mask is not None:
-        mask = check_mask("softmax_topk", mask, "logits", logits)
-    wide = fill_absent(cast(logits, compute_dtype(logits.dtype)), mask)
+        mask = check.mask(mask, "logits", logits)
+    return softmax_topk_unchecked(logits, k, dim, mask)
+
+
+def softmax_topk_unchecked(logits: Tensor, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`softmax_topk` of arguments known to be right."""
+    wide = fill_masked(cast(logits, compute_dtype(logits.dtype)), mask)
     values, indices, _ = call(torch.ops.vmoe_routers.softmax_topk.default, wide, k, dim)
     return cast(values, logits.dtype), indices
 

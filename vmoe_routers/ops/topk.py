@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._call import call
-from vmoe_routers.ops._checks import cast, check_floating, check_int, compute_dtype
+from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import cast, compute_dtype
+
+check = Check("topk")
 
 
 def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
@@ -29,11 +32,16 @@ def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: a wrong dtype, `k` or `dim`.
     """
-    x = check_floating("topk", "x", x)
+    x = check.floating("x", x)
     if x.ndim == 0:
         raise ValueError("topk: x must have at least one axis, got a scalar")
-    dim = check_int("topk", "dim", dim, -x.ndim, x.ndim - 1) % x.ndim
-    k = check_int("topk", "k", k, min(1, x.shape[dim]), x.shape[dim])
+    dim = check.integer("dim", dim, -x.ndim, x.ndim - 1) % x.ndim
+    k = check.integer("k", k, min(1, x.shape[dim]), x.shape[dim])
+    return topk_unchecked(x, k, dim)
+
+
+def topk_unchecked(x: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
+    """`topk` of arguments known to be right, ``dim >= 0``."""
     values, indices = call(torch.ops.vmoe_routers.topk.default, cast(x, compute_dtype(x.dtype)), k, dim)
     return cast(values, x.dtype), indices
 

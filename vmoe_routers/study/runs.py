@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from vmoe_routers import inspect
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
 from vmoe_routers.moe import MoEMlp
@@ -40,8 +41,9 @@ def run(
         on_epoch()
 
     steps = train(model, data, settings.recipe(seed), after)
-    statistics_of = _LayerStatistics(model)
-    evaluate(model, data.test_images, data.test_labels, batch, statistics_of.add)
+    statistics_of = _LayerStatistics(model.eval())
+    for images in data.test_images.split(batch):
+        statistics_of.add(images)
     return {
         "variant": variant.describe(),
         "seed": seed,
@@ -58,18 +60,25 @@ class _LayerStatistics:
     """The MoE layers' metrics, averaged over the images of the batches."""
 
     def __init__(self, model: VisionTransformer):
-        self.layers = [(i, b.mlp) for i, b in enumerate(model.blocks) if isinstance(b.mlp, MoEMlp)]
+        self.model = model
         self.images = 0
-        self.sums: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoEMlp)]
+        self.sums: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
 
-    def add(self, images: int) -> None:
-        """Adds the batch that the layers have just seen."""
-        self.images += images
-        for (_, layer), sums in zip(self.layers, self.sums, strict=True):
-            # In eval the last group may be smaller and have a routing of its own.
-            total = sum(routing.num_groups * routing.num_tokens for routing in layer.routings)
-            for routing in layer.routings:
-                share = images * routing.num_groups * routing.num_tokens / total
+    @torch.no_grad()
+    def add(self, images: Tensor) -> None:
+        """Runs the model, which is in eval mode, on a batch and adds what its layers did."""
+        self.images += len(images)
+        if not self.sums:
+            return
+        with inspect.record(self.model) as trace:
+            self.model(images.to(next(self.model.parameters()).device))
+        for block, sums in self.sums.items():
+            routings = trace.routings[f"blocks.{block}.mlp"]
+            # The last group may be smaller and have a routing of its own.
+            total = sum(routing.num_groups * routing.num_tokens for routing in routings)
+            for routing in routings:
+                share = len(images) * routing.num_groups * routing.num_tokens / total
                 metrics = {name: value.double() for name, value in routing.metrics.items()}
                 load, utilisation = metrics.pop("load").sum(0), metrics.pop("utilisation")
                 slots = routing.num_groups * routing.num_experts * routing.capacity
@@ -81,7 +90,7 @@ class _LayerStatistics:
     def means(self) -> list[dict[str, Any]]:
         """One dict a layer: loads per image, of all images, and the means of the other metrics."""
         layers = []
-        for (block, _), sums in zip(self.layers, self.sums, strict=True):
+        for block, sums in self.sums.items():
             sums = dict(sums)
             load, utilisation = sums.pop("load") / self.images, float(sums.pop("filled") / sums.pop("slots"))
             layer = {name: float(value / self.images) for name, value in sums.items()} | {"utilisation": utilisation}

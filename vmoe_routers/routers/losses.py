@@ -10,17 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops import topk
-from vmoe_routers.ops._checks import (
-    check_device,
-    check_floating,
-    check_int,
-    check_mask,
-    check_positive,
-    check_shape,
-    check_tensor,
-    fill_absent,
-)
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import fill_masked
+from vmoe_routers.ops.topk import topk_unchecked
 
 
 def importance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -52,14 +44,15 @@ def load_loss(
         mask: [G, T] or None.
     """
     _check("load_loss", "logits", logits, mask)
-    _check("load_loss", "noisy_logits", noisy_logits, None)
-    check_shape("load_loss", "noisy_logits", noisy_logits, logits.shape, "G, T, E")
-    check_device("load_loss", "noisy_logits", noisy_logits, "logits", logits)
-    noise_std = check_positive("load_loss", "noise_std", noise_std, zero=True)
-    top_k = check_int("load_loss", "top_k", top_k, 1, logits.shape[2])
+    check = Check("load_loss")
+    check.floating("noisy_logits", noisy_logits, "G T E")
+    check.shape("noisy_logits", noisy_logits, logits.shape, "G, T, E")
+    check.device("noisy_logits", noisy_logits, "logits", logits)
+    noise_std = check.number("noise_std", noise_std, zero=True)
+    top_k = check.integer("top_k", top_k, 1, logits.shape[2])
     if noise_std == 0:
         return logits.new_zeros(())
-    threshold = topk(noisy_logits, top_k)[0][..., -1:]
+    threshold = topk_unchecked(noisy_logits, top_k, 2)[0][..., -1:]
     chosen = torch.special.ndtr((logits - threshold) / noise_std)
     return _mean_over_groups(_squared_cv(_sum_over_tokens(chosen, mask)))
 
@@ -72,7 +65,7 @@ def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     _check("balance_loss", "noisy_logits", noisy_logits, mask)
     gates = noisy_logits.softmax(-1)
-    first = topk(gates.detach(), 1)[1].long()
+    first = topk_unchecked(gates.detach(), 1, 2)[1].long()
     chosen = torch.zeros_like(gates).scatter(-1, first, 1)
     tokens = _tokens(gates, mask)
     share = _sum_over_tokens(chosen, mask) / tokens
@@ -88,13 +81,14 @@ def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _check(where: str, name: str, logits: Tensor, mask: Tensor | None) -> None:
-    check_floating(where, name, check_tensor(where, name, logits, "G T E"), tangent=True)
+    check = Check(where)
+    check.floating(name, logits, "G T E")
     if mask is not None:
-        check_mask(where, mask, name, logits)
+        check.mask(mask, name, logits)
 
 
 def _sum_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    return fill_absent(values, mask, 0.0).sum(1)
+    return fill_masked(values, mask, 0.0).sum(1)
 
 
 def _tokens(like: Tensor, mask: Tensor | None) -> Tensor | int:

@@ -1,0 +1,16 @@
+"""An affinity of your own: gates by sigmoid instead of softmax, for Token Choice and Expert Choice alike."""
+
+import torch
+
+import vmoe_routers as vr
+
+
+def sigmoid(logits, noisy_logits, capacity, mask):
+    """The noisy sigmoid selects, and the sigmoid weighs; both [G, T, E]."""
+    return noisy_logits.sigmoid(), logits.sigmoid()
+
+
+if __name__ == "__main__":
+    for kind in (vr.TokenChoiceRouter, vr.ExpertChoiceRouter):
+        layer = vr.MoEMlp(64, num_experts=4, router=kind(64, 4, affinity=sigmoid))
+        print(kind.__name__, layer(torch.randn(2, 49, 64)).shape)

@@ -1,0 +1,35 @@
+"""Every file in examples/ runs."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import vmoe_routers as vr
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_an_own_router_takes_30_lines_at_most():
+    (path,) = [path for path in EXAMPLES if path.stem == "own_router"]
+    source = path.read_text().split("class HashRouter")[1].split("if __name__")[0]
+    assert len(source.strip().splitlines()) <= 30
+
+
+def test_own_router_and_experts_train_in_a_vit():
+    pytest.importorskip("timm")
+    from vmoe_routers.models import cost, vit_moe
+
+    router = runpy.run_path(str(next(path for path in EXAMPLES if path.stem == "own_router")))["HashRouter"]
+    model = vit_moe(8, 4, embed_dim=16, depth=2, num_heads=2, num_classes=3, router=router, num_experts=2)
+    assert type(model.blocks[1].mlp.router).__name__ == "HashRouter"
+    assert cost(model)["slots"] == 8
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert vr.aux_loss(model) == 0

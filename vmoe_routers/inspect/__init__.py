@@ -1,0 +1,5 @@
+"""Looking at the routing of a model."""
+
+from vmoe_routers.inspect.record import Trace, record
+
+__all__ = ["Trace", "record"]

@@ -1,0 +1,66 @@
+"""record: the routings of a model's forwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from vmoe_routers.moe import MoEMlp
+from vmoe_routers.routers import Routing
+
+
+class Trace:
+    """What `record` collected.
+
+    Attributes:
+        routings: from the name of every MoE layer in the model to the routings of its forwards, in order. In eval a
+            batch that `group_size` does not divide has two.
+    """
+
+    def __init__(self, names: list[str]):
+        self.routings: dict[str, list[Routing]] = {name: [] for name in names}
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Records the routings of the forwards of `model` that this thread runs within the context.
+
+        with vr.inspect.record(model) as trace:
+            model(images)
+        print(trace.routings["blocks.3.mlp"][0].metrics)
+
+    The routings keep their graph where gradients are on. Contexts may be nested; each records for itself. A forward
+    that activation checkpointing repeats in backward is not recorded. Record the eager model: torch.compile ignores
+    hooks that are added after it has compiled.
+
+    Args:
+        model: a module with MoE layers, or a `MoEMlp`, whose name is "".
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `model` has no MoE layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"record: model must be an nn.Module, got {type(model).__name__}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEMlp)}
+    if not layers:
+        raise ValueError(f"record: model must have a MoEMlp inside, {type(model).__name__} has none")
+    trace, thread = Trace(list(layers)), threading.get_ident()
+
+    def hook(name: str):
+        def keep(module: nn.Module, args: object, routing: Routing) -> None:
+            if threading.get_ident() == thread and torch._C._current_graph_task_id() == -1:
+                trace.routings[name].append(routing)
+
+        return keep
+
+    handles = [layer.router.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()

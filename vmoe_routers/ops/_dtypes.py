@@ -1,0 +1,44 @@
+"""The dtypes that kernels take and compute in, and masked values."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+HALF_PRODUCTS = frozenset({"cuda"})
+"""The types of device whose matrix products take 16-bit values without a cast."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a kernel computes in: float64 for float64, float32 for every other dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in this dtype."""
+    # The comparison saves time: a `to` that changes nothing takes as long as a sum of two small tensors.
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `x` enters a product with sums in `dtype`: its own 16 bits where the device takes them."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.dtype if half and x.device.type in HALF_PRODUCTS and dtype == torch.float32 else dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context without autocast on the device of `x`."""
+    # torch.autocast does not accept the meta device, and takes microseconds to make.
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def fill_masked(x: Tensor, mask: Tensor | None, value: float = -math.inf) -> Tensor:
+    """`x` [G, T, ...] with `value` in the rows of masked tokens; -inf marks an absent entry in every op."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)

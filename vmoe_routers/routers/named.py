@@ -1,0 +1,82 @@
+"""The six routers of "Routers in Vision Mixture of Experts: An Empirical Study" (arXiv 2401.15969), by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.routers.affinity import Sinkhorn, Softmax, SparsityConstrained
+from vmoe_routers.routers.soft import SoftRouter
+from vmoe_routers.routers.sparse import ExpertChoiceRouter, SparseRouter, TokenChoiceRouter
+
+RouterFactory = Callable[[int, int], nn.Module]
+"""Makes a router from the width of a token and the number of experts."""
+
+
+class _Named(NamedTuple):
+    router: type[nn.Module]
+    affinity: type | None
+    defaults: dict[str, Any]
+
+
+_TABLE: dict[str, _Named] = {
+    "softmax_token_choice": _Named(
+        TokenChoiceRouter, Softmax, {"importance_loss_weight": 0.005, "load_loss_weight": 0.005}
+    ),
+    "sinkhorn_token_choice": _Named(TokenChoiceRouter, Sinkhorn, {"noisy_softmax": False}),
+    "softmax_expert_choice": _Named(ExpertChoiceRouter, Softmax, {}),
+    "sinkhorn_expert_choice": _Named(ExpertChoiceRouter, Sinkhorn, {}),
+    "sparsity_constrained_expert_choice": _Named(ExpertChoiceRouter, SparsityConstrained, {"noise_std": 0.0}),
+    "soft": _Named(SoftRouter, None, {}),
+}
+
+ROUTERS: tuple[str, ...] = tuple(_TABLE)
+"""The names of the six routers."""
+
+
+def router_options(name: str) -> frozenset[str]:
+    """The names of the options that `create_router` takes for the router `name`."""
+    entry = _TABLE[name]
+    return frozenset(_of_router(entry.router) | _of_affinity(entry.affinity))
+
+
+def _of_router(router: type[nn.Module]) -> set[str]:
+    classes = (router, SparseRouter) if issubclass(router, SparseRouter) else (router,)
+    parameters = [p for cls in classes for p in inspect.signature(cls.__init__).parameters.values()]
+    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _of_affinity(affinity: type | None) -> set[str]:
+    return set() if affinity is None else {field.name for field in dataclasses.fields(affinity)}
+
+
+def create_router(name: str, dim: int, num_experts: int, **options: Any) -> nn.Module:
+    """One of the six routers by name, called as ``router(x, mask=None) -> Routing``.
+
+    Args:
+        name: one of `ROUTERS`.
+        dim: D, width of a token.
+        num_experts: E.
+        options: of `TokenChoiceRouter`, `ExpertChoiceRouter` or `SoftRouter`, and of
+            the affinity (`Sinkhorn`, `SparsityConstrained`).
+
+    Raises:
+        ValueError: an unknown name or a value out of range.
+        TypeError: an unknown option or a wrong type.
+    """
+    Check("create_router").choice("name", name, ROUTERS)
+    known = router_options(name)
+    for option in options:
+        if option not in known:
+            raise TypeError(f"create_router: {name!r} has no option {option!r}; it has {', '.join(sorted(known))}")
+    router, affinity, defaults = _TABLE[name]
+    options = {**defaults, **options}
+    if affinity is None:
+        return router(dim, num_experts, **options)
+    for_affinity = {key: options.pop(key) for key in _of_affinity(affinity) & options.keys()}
+    return router(dim, num_experts, affinity(**for_affinity), **options)

@@ -1,0 +1,175 @@
+"""Soft MoE's router (arXiv 2308.00951): slots are means of tokens, tokens means of slots."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import compute_dtype, fill_masked, without_autocast
+from vmoe_routers.ops.soft_logits import soft_logits_unchecked
+from vmoe_routers.routers.choice import slots_per_expert as slots_for
+from vmoe_routers.routers.routing import SoftRouting
+from vmoe_routers.routers.sparse import check_tokens
+
+
+class SoftLogits(nn.Module):
+    """Soft MoE's logits, ``<x / |x|, scale * Phi / |Phi|>``, Phi normalised over the width.
+
+    A module of its own, whose input and output are tensors: wrappers that shard a module's parameters (FSDP, ZeRO)
+    gather them when it is called.
+
+    Args:
+        dim: D, width of a token.
+        num_experts: E.
+        slots_per_expert: C.
+        scale_init: start of the scale.
+
+    Attributes:
+        phi: [D, E, C]; truncated normal of std sqrt(1 / D), cut at two standard deviations.
+        scale: [1].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        slots_per_expert: int,
+        scale_init: float,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.scale_init = scale_init
+        self.phi = nn.Parameter(torch.empty(dim, num_experts, slots_per_expert, device=device, dtype=dtype))
+        # One axis: FSDP2 and ZeRO do not shard parameters without axes.
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws Phi again and resets the scale."""
+        std = math.sqrt(1 / self.phi.shape[0])
+        nn.init.trunc_normal_(self.phi, std=std, a=-2 * std, b=2 * std)
+        nn.init.constant_(self.scale, self.scale_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens x [G, T, D] to logits [G, T, E * C], expert by expert, in float32 (float64 for float64 tokens)."""
+        with without_autocast(x):
+            dtype = compute_dtype(x.dtype)
+            phi = self.phi.to(dtype).flatten(1)
+            unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6).rsqrt()
+            return soft_logits_unchecked(x, self.scale.to(dtype) * unit)
+
+
+class SoftRouter(nn.Module):
+    """Soft MoE (arXiv 2308.00951). The mixing uses the tokens as they are; only the logits use normalised ones.
+
+    Args:
+        dim: D, width of a token.
+        num_experts: E.
+        slots_per_expert: C, 1 by default.
+        capacity_factor: instead of `slots_per_expert`, together with `num_tokens`, tokens of a group:
+            Phi's shape depends on C.
+        scale_init: start of the scale. At 1 and small width the slots start as the
+            mean token, and short trainings stay there; about 2 sqrt(D) helps those.
+        noise_std: in training, standard deviation of noise on the logits.
+
+    Attributes:
+        phi: [D, E, C], the parameter of `logits`.
+        scale: [1], the parameter of `logits`.
+        logits: the `SoftLogits`.
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        slots_per_expert: int | None = None,
+        capacity_factor: float | None = None,
+        num_tokens: int | None = None,
+        scale_init: float = 1.0,
+        noise_std: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check = self.check = Check("SoftRouter")
+        self.dim = check.integer("dim", dim, 1)
+        self.num_experts = check.integer("num_experts", num_experts, 1)
+        if capacity_factor is None:
+            if num_tokens is not None:
+                raise ValueError("SoftRouter: num_tokens is for capacity_factor, which is not given")
+            slots = 1 if slots_per_expert is None else slots_per_expert
+            self.slots_per_expert = check.integer("slots_per_expert", slots, 1)
+        elif slots_per_expert is not None:
+            raise ValueError("SoftRouter: give slots_per_expert or capacity_factor, not both")
+        elif num_tokens is None:
+            raise ValueError(
+                "SoftRouter: capacity_factor needs num_tokens, the tokens of a group, "
+                "because Phi's shape depends on them"
+            )
+        else:
+            num_tokens = check.integer("num_tokens", num_tokens, 1)
+            capacity_factor = check.number("capacity_factor", capacity_factor)
+            self.slots_per_expert = slots_for(num_tokens, self.num_experts, capacity_factor, "round", 1)
+        self.noise_std = check.number("noise_std", noise_std, zero=True)
+        scale_init = check.number("scale_init", scale_init)
+        self.logits = SoftLogits(self.dim, self.num_experts, self.slots_per_expert, scale_init, device, dtype)
+
+    @property
+    def phi(self) -> nn.Parameter:
+        """[D, E, C], the parameter of `logits`."""
+        return self.logits.phi
+
+    @property
+    def scale(self) -> nn.Parameter:
+        """[1], the parameter of `logits`."""
+        return self.logits.scale
+
+    def reset_parameters(self) -> None:
+        """Draws Phi again and resets the scale."""
+        self.logits.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Early state dicts of version 0.1.0 have the parameters on the router, and a scale without axes.
+        for name in ("phi", "scale"):
+            if prefix + name in state_dict:
+                value = state_dict.pop(prefix + name)
+                state_dict[f"{prefix}logits.{name}"] = value.reshape(1) if value.ndim == 0 else value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def slots(self, tokens: int) -> int:
+        """C, the slots per expert: fixed by Phi, for any number of tokens."""
+        return self.slots_per_expert
+
+    def flops(self, tokens: int) -> float:
+        """Operations of the logits and the two mixtures for a group of `tokens` tokens."""
+        return 6.0 * tokens * self.num_experts * self.slots_per_expert * self.dim
+
+    def draw_noise(self, logits: Tensor) -> Tensor:
+        """Standard normal noise in the shape of the logits [G, T, E, C]."""
+        return torch.randn_like(logits)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> SoftRouting:
+        """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
+        x = check_tokens(self.check, x, mask, self.dim, "phi", self.phi)
+        logits = self.logits(x)
+        with without_autocast(x):
+            if self.training and self.noise_std > 0:
+                by_slot = logits.unflatten(2, (self.num_experts, self.slots_per_expert))
+                logits = logits + self.noise_std * self.draw_noise(by_slot).flatten(2)
+            return SoftRouting(fill_masked(logits, mask), self.num_experts, mask)
+
+    def extra_repr(self) -> str:
+        """The arguments that print(router) shows."""
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, "
+            f"slots_per_expert={self.slots_per_expert}, noise_std={self.noise_std}"
+        )

@@ -1,0 +1,295 @@
+"""The five sparse routers' front end, and the two ways to choose: by token and by expert."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._dtypes import compute_dtype, fill_masked, without_autocast
+from vmoe_routers.routers import losses
+from vmoe_routers.routers.affinity import Affinity, Softmax
+from vmoe_routers.routers.choice import expert_choice_unchecked, slots_per_expert, token_choice_unchecked
+from vmoe_routers.routers.gates import as_gates
+from vmoe_routers.routers.routing import Losses, SparseRouting
+
+CAPACITY_ROUNDINGS = ("ceil", "round")
+
+
+def check_tokens(check: Check, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor) -> Tensor:
+    """x [G, T, D], with zeros in the rows of masked tokens: a gradient of 0 times NaN would be NaN."""
+    x = check.floating("x", x, "G T D")
+    if x.shape[2] != dim:
+        raise ValueError(f"{check.where}: x must have width {dim}, got shape {list(x.shape)}")
+    check.device("x", x, name, parameter)
+    if mask is not None:
+        check.mask(mask, "x", x)
+    return fill_masked(x, mask, 0.0)
+
+
+class RouterLogits(nn.Module):
+    """The sparse routers' logits, x W^T in float32 (float64 for float64 tokens) whatever autocast says.
+
+    A module of its own, whose input and output are tensors: wrappers that shard a module's parameters (FSDP, ZeRO)
+    gather them when it is called.
+
+    Args:
+        dim: D, width of a token.
+        num_experts: E.
+
+    Attributes:
+        weight: [E, D], no bias; truncated normal of std sqrt(1 / D).
+    """
+
+    def __init__(self, dim: int, num_experts: int, device: Any = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weight again."""
+        # A normal distribution cut at two standard deviations keeps 0.8796 of its standard deviation.
+        std = math.sqrt(1 / self.weight.shape[1]) / 0.87962566
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens x [G, T, D] to logits [G, T, E]."""
+        with without_autocast(x):
+            dtype = compute_dtype(x.dtype)
+            return nn.functional.linear(x.to(dtype), self.weight.to(dtype))
+
+
+class SparseRouter(nn.Module):
+    """The front end of the five sparse routers: logits, noise, affinity, losses. A base class.
+
+    Routing runs in float32 (float64 for float64 tokens), whatever the dtype of the
+    tokens and under autocast.
+
+    Args:
+        dim: D, width of a token.
+        num_experts: E.
+        affinity: makes the gates that select and the gates that weigh (`vmoe_routers.affinity`); None: `Softmax`.
+        capacity_factor: slots for every token routed, > 0.
+        eval_capacity_factor: the same in eval; None: as in training.
+        capacity_rounding, capacity_multiple_of: arguments of `vmoe_routers.capacity`.
+        noise_std: in training, noise of this standard deviation divided by E is added to the logits.
+        importance_loss_weight, load_loss_weight, balance_loss_weight, z_loss_weight:
+            weights of the auxiliary losses in `Routing.aux_loss`.
+
+    Attributes:
+        weight: [E, D], the parameter of `logits`.
+        logits: the `RouterLogits`.
+
+    Raises:
+        TypeError, ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        affinity: Affinity | None = None,
+        *,
+        capacity_factor: float = 1.0,
+        eval_capacity_factor: float | None = None,
+        capacity_rounding: str = "ceil",
+        capacity_multiple_of: int = 4,
+        noise_std: float = 1.0,
+        importance_loss_weight: float = 0.0,
+        load_loss_weight: float = 0.0,
+        balance_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check = self.check = Check(type(self).__name__)
+        self.dim = check.integer("dim", dim, 1)
+        self.num_experts = check.integer("num_experts", num_experts, 1)
+        if affinity is not None and (isinstance(affinity, type) or not callable(affinity)):
+            raise TypeError(f"{check.where}: affinity must be an Affinity such as Sinkhorn(), got {affinity!r}")
+        self.affinity: Affinity = Softmax() if affinity is None else affinity
+        self.capacity_factor = check.number("capacity_factor", capacity_factor)
+        if eval_capacity_factor is None:
+            eval_capacity_factor = self.capacity_factor
+        self.eval_capacity_factor = check.number("eval_capacity_factor", eval_capacity_factor)
+        check.choice("capacity_rounding", capacity_rounding, CAPACITY_ROUNDINGS)
+        self.capacity_rounding = capacity_rounding
+        self.capacity_multiple_of = check.integer("capacity_multiple_of", capacity_multiple_of, 0)
+        self.noise_std = check.number("noise_std", noise_std, zero=True)
+        self.loss_weights = {
+            name: check.number(f"{name}_loss_weight", weight, zero=True)
+            for name, weight in (
+                ("importance", importance_loss_weight),
+                ("load", load_loss_weight),
+                ("balance", balance_loss_weight),
+                ("z", z_loss_weight),
+            )
+        }
+        self.logits = RouterLogits(self.dim, self.num_experts, device=device, dtype=dtype)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """[E, D], the parameter of `logits`."""
+        return self.logits.weight
+
+    def reset_parameters(self) -> None:
+        """Draws the weight again."""
+        self.logits.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Early state dicts of version 0.1.0 have the weight on the router.
+        if prefix + "weight" in state_dict:
+            state_dict[f"{prefix}logits.weight"] = state_dict.pop(prefix + "weight")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def draw_noise(self, logits: Tensor) -> Tensor:
+        """Standard normal noise in the shape of the logits."""
+        return torch.randn_like(logits)
+
+    def slots(self, tokens: int) -> int:
+        """C, the slots per expert for groups of `tokens` tokens."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        return slots_per_expert(tokens, self.num_experts, factor, self.capacity_rounding, self.capacity_multiple_of)
+
+    def flops(self, tokens: int) -> float:
+        """Operations of the logits for a group of `tokens` tokens; a multiplication and an addition are two."""
+        return 2.0 * tokens * self.num_experts * self.dim
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:
+        """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
+        x = check_tokens(self.check, x, mask, self.dim, "weight", self.weight)
+        logits = self.logits(x)
+        with without_autocast(x):
+            noise_std = self.noise_std / self.num_experts if self.training else 0.0
+            noisy = logits + noise_std * self.draw_noise(logits) if noise_std > 0 else logits
+            # torch.export knows the tokens of x as a number where x has a fixed shape; the logits have a symbol.
+            return self._route(logits, noisy, noise_std, x.shape[1], mask)
+
+    @abstractmethod
+    def _route(
+        self, logits: Tensor, noisy: Tensor, noise_std: float, tokens: int, mask: Tensor | None
+    ) -> SparseRouting: ...
+
+    def _losses(self, logits: Tensor, noisy: Tensor, noise_std: float, top_k: int, mask: Tensor | None) -> Losses:
+        return {
+            "importance": partial(losses.importance_loss, logits, mask),
+            "load": partial(losses.load_loss, logits, noisy, noise_std, top_k, mask),
+            "balance": partial(losses.balance_loss, noisy, mask),
+            "z": partial(losses.z_loss, logits, mask),
+        }
+
+    def extra_repr(self) -> str:
+        """The arguments that print(router) shows."""
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, affinity={self.affinity}, "
+            f"capacity_factor={self.capacity_factor}, noise_std={self.noise_std}"
+        )
+
+
+class TokenChoiceRouter(SparseRouter):
+    """Every token chooses `top_k` experts, whose buffers are filled in order (V-MoE, arXiv 2106.05974).
+
+    Choice 1 of every token goes before choice 2 of any; a request that comes to a full buffer is dropped.
+
+    Args:
+        dim, num_experts, affinity: arguments of `SparseRouter`.
+        top_k: K, experts per token.
+        batch_priority: fill the buffers in order of the tokens' largest selecting value.
+        renormalize: divide a token's gates by the sum of its top_k.
+        options: further arguments of `SparseRouter`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        affinity: Affinity | None = None,
+        *,
+        top_k: int = 1,
+        batch_priority: bool = False,
+        renormalize: bool = False,
+        **options: Any,
+    ):
+        super().__init__(dim, num_experts, affinity, **options)
+        self.top_k = self.check.integer("top_k", top_k, 1, num_experts)
+        self.batch_priority = self.check.flag("batch_priority", batch_priority)
+        self.renormalize = self.check.flag("renormalize", renormalize)
+
+    def slots(self, tokens: int) -> int:
+        """C, the slots per expert for groups of `tokens` tokens, each of which asks for K places."""
+        return super().slots(tokens * self.top_k)
+
+    def _route(self, logits, noisy, noise_std, tokens, mask):
+        slots = self.slots(tokens)
+        gates, weights = self.affinity(logits, noisy, slots, mask)
+        selecting = as_gates(gates)
+        weighing = selecting if weights is gates else as_gates(weights)
+        terms = self._losses(logits, noisy, noise_std, self.top_k, mask)
+        return token_choice_unchecked(
+            selecting,
+            weighing,
+            self.top_k,
+            slots,
+            self.batch_priority,
+            self.renormalize,
+            mask,
+            terms,
+            self.loss_weights,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that print(router) shows."""
+        return f"{super().extra_repr()}, top_k={self.top_k}, batch_priority={self.batch_priority}"
+
+
+class ExpertChoiceRouter(SparseRouter):
+    """Every expert chooses its C best tokens of the group (Expert Choice, arXiv 2202.09368).
+
+    By default capacity is rounded to the nearest integer (half to even) and not to a multiple,
+    so that equal factors cost as much as Soft MoE.
+
+    Args:
+        dim, num_experts, affinity: arguments of `SparseRouter`.
+        renormalize: divide a token's gates by their sum over the experts that took it.
+        capacity_rounding, capacity_multiple_of, options: further arguments of `SparseRouter`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        affinity: Affinity | None = None,
+        *,
+        capacity_rounding: str = "round",
+        capacity_multiple_of: int = 1,
+        renormalize: bool = False,
+        **options: Any,
+    ):
+        super().__init__(
+            dim,
+            num_experts,
+            affinity,
+            capacity_rounding=capacity_rounding,
+            capacity_multiple_of=capacity_multiple_of,
+            **options,
+        )
+        self.renormalize = self.check.flag("renormalize", renormalize)
+
+    def slots(self, tokens: int) -> int:
+        """C, the slots per expert for groups of `tokens` tokens; at most as many as tokens, at least 1."""
+        # An empty group has no token for a slot; its capacity is clamped to 0 in forward.
+        return cast(int, torch.sym_max(1, torch.sym_min(super().slots(tokens), tokens)))
+
+    def _route(self, logits, noisy, noise_std, tokens, mask):
+        slots = cast(int, torch.sym_min(self.slots(tokens), tokens))
+        gates, weights = self.affinity(logits, noisy, slots, mask)
+        selecting = as_gates(gates)
+        weighing = selecting if weights is gates else as_gates(weights)
+        terms = self._losses(logits, noisy, noise_std, 1, mask)
+        return expert_choice_unchecked(selecting, weighing, slots, self.renormalize, mask, terms, self.loss_weights)
