@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -79,8 +80,9 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the weights again."""
         for weight in (self.w1, self.w2):
-            for expert in weight:
-                nn.init.xavier_uniform_(expert)
+            # Xavier's bound for one expert. One call draws all: a loop would split a sharded parameter.
+            bound = math.sqrt(6 / (weight.shape[1] + weight.shape[2]))
+            nn.init.uniform_(weight, -bound, bound)
             if self.same_init:
                 with torch.no_grad():
                     weight[1:] = weight[0]

@@ -1,0 +1,79 @@
+"""Layers under the wrappers of torch.distributed, in one process: the hooks find every tensor, and aux_loss works."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import vmoe_routers as vr
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed's own, about a group of one process
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def layers(router):
+    options = {} if router == "soft" else {"importance_loss_weight": 0.5}
+    return nn.Sequential(*(vr.MoEMlp(8, 12, num_experts=4, router=router, **options) for _ in range(2)))
+
+
+def gradients(model, x):
+    model.zero_grad()
+    torch.manual_seed(1)
+    (model(x).square().sum() + vr.aux_loss(model)).backward()
+    return [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_fsdp2_also_of_the_router_alone(mesh, router):
+    model, x = layers(router), torch.randn(4, 6, 8)
+    wanted = gradients(copy.deepcopy(model), x)
+    for layer in model:
+        fully_shard(layer.router, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for _ in range(2):
+        torch.testing.assert_close(gradients(model, x), wanted)
+
+
+@pytest.mark.parametrize("router", ["softmax_token_choice", "soft"])
+def test_ddp(mesh, router):
+    model, x = layers(router), torch.randn(4, 6, 8)
+    wanted = gradients(copy.deepcopy(model), x)
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        torch.testing.assert_close(gradients(wrapped, x), wanted)
+
+
+def test_fsdp2_from_the_meta_device(mesh):
+    with torch.device("meta"):
+        model = layers("softmax_token_choice")
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for gradient in gradients(model, torch.randn(4, 6, 8)):
+        assert gradient.isfinite().all()
+    assert vr.aux_loss(model) == 0
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_torchinfo(router):
+    torchinfo = pytest.importorskip("torchinfo")
+    model = layers(router)
+    summary = torchinfo.summary(model, input_data=torch.randn(4, 6, 8), verbose=0)
+    assert summary.total_params == sum(p.numel() for p in model.parameters())
