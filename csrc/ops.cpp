@@ -1,4 +1,4 @@
-// ops -- every schema, and the Python module _C with the facts of its build.
+// ops -- the schemas of all ops, and the Python module _C with the facts of its build.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
@@ -30,7 +30,7 @@ void use_isa(const std::string& wanted) {
 
 }  // namespace
 
-// clang-format off: a schema is a line
+// clang-format off: one schema per line
 STABLE_TORCH_LIBRARY(vmoe_routers, m) {
   m.def("topk(Tensor x, SymInt k, int dim) -> (Tensor values, Tensor indices)");
   m.def("softmax_gather(Tensor logits, Tensor indices, int dim) -> (Tensor values, Tensor norms)");

@@ -1,20 +1,20 @@
-// softmax_gather -- gates, softmax over the experts, at the places that were chosen.
+// softmax_gather -- gates, the softmax over the experts, at chosen positions.
 //
 //   logits   [G, T, E]                  float32 | float64
 //   indices  [G, T, K] or [G, E, C]     int32       experts of every token (dim 2), or tokens
 //                                                   of every expert (dim 1)
 //   values   like indices, logits' dtype            gate of that token and expert
-//   norms    [2, G, T]                  same dtype   largest logit of the token, and 1 over its
-//                                                   sum of exponentials: what the backward needs
+//   norms    [2, G, T]                  same dtype   for the backward: largest logit of the token,
+//                                                   and 1 over its sum of exponentials
 //
 //   gate[t, e] = exp(logits[t, e] - norms[0, t]) * norms[1, t]
 //
-// An index outside of the axis has the value 0 and no gradient. A token whose logits are all
-// -inf is not there: norms and gates are 0. One with NaN or +inf has NaN gates. The gates of a
-// token depend on its own logits alone, to the bit, and are the same in softmax_topk.
+// An index outside of the axis has the value 0 and no gradient. A token whose logits are all -inf
+// is absent: its norms and gates are 0. A token with NaN or +inf has NaN gates. The gates of a token
+// depend on its own logits alone, to the bit, and are the same in softmax_topk.
 //
-// Gradient, with d[t, e] that of the value of gate[t, e] (0 where not chosen):
-// grad_logits = gate (d - sum_e gate d). The gates are made again from logits and norms.
+// Gradient, with d[t, e] the gradient of the value of gate[t, e] (0 if not chosen):
+// grad_logits = gate (d - sum_e gate d). The gates are computed again from logits and norms.
 #pragma once
 
 #include <cstddef>
@@ -47,7 +47,7 @@ VMOE_EACH_ISA(
         int64_t E,
         int64_t K,
         bool by_expert,
-        int64_t row_begin,  // rows of K indices, [row_begin, row_end) of G * T or G * E
+        int64_t row_begin,  // rows [row_begin, row_end) of the G * T or G * E rows of indices
         int64_t row_end);
 
     // The three steps of the backward.
@@ -56,12 +56,12 @@ VMOE_EACH_ISA(
         const T* grad,           // as indices
         const T* values,         // as indices
         const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
-        T* dots,                 // [G, T]  added to: sum of a token's grad * value
+        T* dots,                 // [G, T]  += sum of a token's grad * value
         int64_t tokens,
         int64_t E,
         int64_t K,
         bool by_expert,
-        int64_t row_begin,  // as of softmax_gather; by expert only whole groups
+        int64_t row_begin,  // as in softmax_gather; by expert only whole groups
         int64_t row_end);
 
     template <typename T>
@@ -80,12 +80,12 @@ VMOE_EACH_ISA(
         const T* grad,           // as indices
         const T* values,         // as indices
         const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
-        T* grad_logits,          // [G, T, E]  grad * value is added
+        T* grad_logits,          // [G, T, E]  += grad * value
         int64_t tokens,
         int64_t E,
         int64_t K,
         bool by_expert,
-        int64_t row_begin,  // as of softmax_gather
+        int64_t row_begin,  // as in softmax_gather
         int64_t row_end);
 
 )
@@ -114,11 +114,11 @@ void softmax_gather(
     bool by_expert,
     CUstream_st* stream);
 
-// Bytes of workspace that the backward asks for.
+// Bytes of workspace that softmax_gather_backward needs.
 size_t softmax_gather_backward_workspace(
     int64_t G, int64_t tokens, int64_t E, int64_t K, bool by_expert);
 
-// All of the backward.
+// The whole backward.
 template <typename T>
 void softmax_gather_backward(
     const T* grad,           // as indices
@@ -133,7 +133,7 @@ void softmax_gather_backward(
     int64_t E,
     int64_t K,
     bool by_expert,
-    void* workspace,  // of softmax_gather_backward_workspace
+    void* workspace,  // softmax_gather_backward_workspace bytes
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

@@ -1,19 +1,19 @@
 // softmax_topk -- softmax over the experts, and the k largest gates along one axis.
 //
 //   logits   [G, T, E]                       float32 | float64
-//   values   [G, T, K] or [G, E, C]          same dtype   the gates chosen, largest first
+//   values   [G, T, K] or [G, E, C]          same dtype   the chosen gates, largest first
 //   indices  like values                     int32        experts of every token (dim 2), or tokens
 //                                                         of every expert (dim 1)
 //   norms    [2, G, T]                       same dtype   of softmax_gather.h
 //
-// The order is that of order.h, on the gates of softmax_gather.h as computed in the logits'
-// dtype: bit by bit the result of topk on those gates. Logits whose gates round to one number
-// (underflow to 0, say) tie, and go to the lower index. NaN gates rank first.
+// The result equals, to the bit, topk of the gates that softmax_gather computes in the logits'
+// dtype. Gates that round to the same number tie (if both underflow to 0, say), and ties go to the
+// lower index. NaN gates rank first.
 //
-// A token whose logits are all -inf is not there: its picks have the index -1 and the value 0,
-// and no expert chooses it; an expert that runs out of tokens gets -1 and 0 likewise.
+// A token whose logits are all -inf is absent: its picks have index -1 and value 0, and no expert
+// chooses it. An expert with fewer tokens than picks gets index -1 and value 0 for the rest.
 //
-// Gradient: that of softmax_gather at the indices.
+// Gradient: the gradient of softmax_gather at the indices.
 #pragma once
 
 #include <cstddef>
@@ -38,8 +38,7 @@ VMOE_EACH_ISA(
         int64_t begin,  // tokens [begin, end)
         int64_t end);
 
-    // For a choice along the tokens, which needs all gates at once; those of a token that
-    // is not there are -inf.
+    // All gates, for a choice along the tokens; the gates of an absent token are -inf.
     template <typename T>
     void softmax_gates(
         const T* logits,  // [G, T, E]
@@ -52,10 +51,10 @@ VMOE_EACH_ISA(
         int64_t begin,  // tokens [begin, end) of G * T
         int64_t end);
 
-    // The k largest of every expert of what softmax_gates wrote.
+    // The k largest gates of every expert.
     template <typename T>
     void softmax_choose(
-        const T* gates,
+        const T* gates,    // of softmax_gates
         T* values,         // [G, E, k]
         int32_t* indices,  // [G, E, k]
         int64_t tokens,
@@ -75,14 +74,14 @@ VMOE_BY_ISA(softmax_choose)
 
 namespace vmoe::cuda {
 
-// Bytes of workspace that softmax_topk asks for.
+// Bytes of workspace that softmax_topk needs.
 template <typename T>
 size_t softmax_topk_workspace(int64_t G, int64_t tokens, int64_t E, int64_t k, bool of_tokens);
 
 template <typename T>
 void softmax_topk(
     const T* logits,   // [G, T, E]
-    T* values,         // [G, T, k], or of the tokens [G, E, k]
+    T* values,         // [G, T, k], or with of_tokens [G, E, k]
     int32_t* indices,  // like values
     T* high,           // [G, T]  norms[0]
     T* scale,          // [G, T]  norms[1]
@@ -90,8 +89,8 @@ void softmax_topk(
     int64_t tokens,
     int64_t E,
     int64_t k,
-    bool of_tokens,   // every expert chooses among them
-    void* workspace,  // of softmax_topk_workspace
+    bool of_tokens,   // whether experts choose tokens, instead of tokens choosing experts
+    void* workspace,  // softmax_topk_workspace bytes
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

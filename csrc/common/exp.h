@@ -1,7 +1,7 @@
-// exp -- the numbers and polynomials of the one exponential that kernels have, on every device.
+// exp -- constants and polynomials of the exponential that all kernels share, on every device.
 //
-// x = n ln(2) + r with |r| <= ln(2) / 2, and e^x = 2^n e^r. The steps are the same everywhere, and so
-// is what underflows to 0, and ties.
+// x = n ln(2) + r with |r| <= ln(2) / 2, and e^x = 2^n e^r. Every device takes the same steps, so
+// the same arguments underflow to 0, and the same values tie.
 #pragma once
 
 #include "order.h"
@@ -17,10 +17,10 @@ struct ExpOf<float> {
   static constexpr float log2_e = 1.44269504f, ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;
   static constexpr int mantissa = 23, bias = 127;
 
-  // e^r. V is a float or a vector of them, fused(a, b, c) a * b + c.
+  // e^r. V is a float or a vector of floats; fused(a, b, c) is a * b + c.
   template <typename V, typename Fused>
   static VMOE_HOST_DEVICE inline V reduced(V r, Fused fused) {
-    const V zero{};  // x - 0 is x, which the compiler knows, and a vector where V is one
+    const V zero{};  // `constant - zero` has type V; the compiler folds the subtraction
     V p = 1.9875691500e-4f - zero;
     p = fused(p, r, 1.3981999507e-3f - zero);
     p = fused(p, r, 8.3334519073e-3f - zero);
@@ -57,14 +57,14 @@ struct ExpOf<double> {
   }
 };
 
-// e^x of x <= 0 or NaN, as softmaxes have it. Relative error below 2e-7 (float) and 5e-16 (double)
-// where the result is a normal number; below that 0; NaN stays NaN. exponent(v) has the last bits
-// of v as its exponent.
+// e^x for x <= 0 or NaN, the arguments of a softmax. Relative error below 2e-7 (float) and 5e-16
+// (double) where the result is a normal number; smaller results are 0; NaN stays NaN. exponent(v)
+// shifts the last bits of v into the exponent.
 template <typename T, typename V, typename Fused, typename Exponent>
 VMOE_HOST_DEVICE inline V exp_negative(V x, Fused fused, Exponent exponent) {
   using Of = ExpOf<T>;
   const V zero{};
-  // The rounded number stands in the last bits with the exponent's bias already added.
+  // The last bits hold n plus the exponent's bias.
   const V low = Of::low - zero, to_integer = Of::to_integer + Of::bias - zero;
   const V y = x < low ? low : x;
   const V shifted = fused(y, Of::log2_e - zero, to_integer);

@@ -1,9 +1,9 @@
 // gelu -- GELU and its derivative, for every device.
 //
 //   tanh form:  x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))   (arXiv 1606.08415)
-//   exact:      x Phi(x), the standard normal distribution
+//   exact:      x Phi(x), Phi the standard normal distribution function
 //
-// T is float or double, V a T or a vector of them; fused(a, b, c) is a * b + c, and exp(v) is e^v.
+// T is float or double, V is T or a vector of T; fused(a, b, c) is a * b + c, and exp(v) is e^v.
 #pragma once
 
 #include <type_traits>
@@ -20,7 +20,7 @@ struct Gelu {
 template <typename T, typename V, typename Fused, typename Exp>
 VMOE_HOST_DEVICE inline Gelu<V> gelu_tanh(V x, Fused fused, Exp exp) {
   constexpr T scale = T(1.59576912160573071), cubic = T(0.044715) * scale;  // 2 sqrt(2 / pi)
-  const V zero{};  // x - 0 is x, which the compiler knows, and a vector where V is one
+  const V zero{};  // `constant - zero` has type V; the compiler folds the subtraction
   const V square = x * x;
   const V inner = x * fused(square, cubic - zero, scale - zero);
   const V gate = T{1} / (T{1} + exp(-inner));
@@ -28,8 +28,8 @@ VMOE_HOST_DEVICE inline Gelu<V> gelu_tanh(V x, Fused fused, Exp exp) {
   return {x * gate, fused(x * gate * (T{1} - gate), inner_slope, gate)};
 }
 
-// exp(z^2) erfc(z) for z >= 0 is t p(2 t - 1) with t = centre / (centre + z): Chebyshev fits on
-// [0, infinity], within 5e-8 (float, centre 2) and 1e-16 (double, centre 4).
+// exp(z^2) erfc(z) = t p(2 t - 1) for z >= 0, with t = centre / (centre + z). p is a Chebyshev fit
+// on [0, infinity], with an error below 5e-8 (float, centre 2) and 1e-16 (double, centre 4).
 template <typename V, typename Fused>
 VMOE_HOST_DEVICE inline V erfcx_polynomial(float, V s, Fused fused) {
   constexpr float c[] = {-3.627002806e-5f, -1.934479147e-4f, 4.298832073e-4f, 1.43586135e-3f,

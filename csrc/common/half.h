@@ -1,4 +1,4 @@
-// half -- the 16-bit floating-point types, as bits: rows are kept in them, and computed in float.
+// half -- the 16-bit floating-point types, as bits. Rows are stored in them and computed in float.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct ComputeOf<Float16> {
   using type = float;
 };
 
-// What rows of T are computed in: float, or double for double.
+// The type in which rows of T are computed: double for double, else float.
 template <typename T>
 using Compute = typename ComputeOf<T>::type;
 

@@ -15,7 +15,8 @@ std::atomic<Isa>& current() {
 }
 
 #if defined(__x86_64__)
-// Not every compiler's __builtin_cpu_supports knows it. Its registers are AVX's.
+// Some compilers' __builtin_cpu_supports does not know F16C. AVX2 implies that the operating system
+// saves its registers.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -26,7 +27,7 @@ bool has_f16c() {
 
 Isa best_isa() {
 #if defined(__x86_64__)
-  // These ask the operating system too, which must save the wide registers.
+  // __builtin_cpu_supports also checks that the operating system saves the wide registers.
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
                   __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
@@ -42,7 +43,7 @@ Isa best_isa() {
 Isa isa() { return current().load(std::memory_order_relaxed); }
 
 bool use_isa(Isa isa) {
-  // Base is the only level of its build; x86-64 builds begin at v2.
+  // A build has either the base level alone or, on x86-64, the levels from v2 on.
   const Isa lowest = best_isa() == Isa::kBase ? Isa::kBase : Isa::kV2;
   if (isa < lowest || isa > best_isa()) return false;
   current().store(isa, std::memory_order_relaxed);

@@ -1,13 +1,13 @@
-// isa -- every CPU kernel compiled once per ISA level, one of them chosen at run time.
+// isa -- compiles every CPU kernel once per ISA level and chooses a level at run time.
 //
-// csrc/cpu/<op>.cpp is compiled for each level into a namespace of its own, cpu::v2,
-// cpu::v3 and cpu::v4 (the x86-64 levels), or cpu::base elsewhere. A contract declares its
-// kernels in all of them, and under their plain name one that goes to the level in use:
+// csrc/cpu/<op>.cpp is compiled once per level, each time into its own namespace: cpu::v2, cpu::v3
+// and cpu::v4 (the x86-64 levels), or cpu::base on other CPUs. A contract declares its kernels in
+// all of these namespaces, and a function of the same name in cpu that calls the level in use:
 //
 //   VMOE_EACH_ISA(template <typename T> void topk(const T* x, ...);)
 //   VMOE_BY_ISA(topk)
 //
-// Code behind it is found by cpu::topk(...).
+// Callers write cpu::topk(...).
 #pragma once
 
 #include <utility>
@@ -49,18 +49,18 @@
 
 namespace vmoe::cpu {
 
-// base: whatever the compiler was told (arm64, ...). v2: SSE4.2, v3: AVX2, FMA and
-// F16C, v4: AVX-512 F, BW, CD, DQ and VL.
+// base: the compiler's default target (arm64, ...). v2: SSE4.2; v3: AVX2, FMA and F16C; v4: AVX-512
+// F, BW, CD, DQ and VL.
 enum class Isa { kBase, kV2, kV3, kV4 };
 
-// The level in use: the best that this CPU has and the build contains, unless lowered.
+// The level in use: best_isa(), unless use_isa lowered it.
 Isa isa();
 
-// The best level that could be used.
+// The best level that this CPU supports and the build contains.
 Isa best_isa();
 
-// For tests and benchmarks: uses another level from now on, for every thread. False,
-// and nothing changed, where it cannot run here.
+// Sets the level for all threads; for tests and benchmarks. Returns false and changes nothing if
+// this CPU or build cannot run the level.
 bool use_isa(Isa isa);
 
 }  // namespace vmoe::cpu

@@ -1,7 +1,7 @@
-// order -- the one order of every selection, on every device.
+// order -- the order of every selection, on every device.
 //
-// Larger value first, NaN before everything (as torch.sort), +0 and -0 equal,
-// then the lower index. Stock torch.topk does not promise the last part.
+// Larger values come first. NaN comes before all other values, as in torch.sort. +0 and -0 tie.
+// Ties go to the lower index, which torch.topk does not promise.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,14 @@
 
 namespace vmoe {
 
-// One candidate of a selection: `key` is the value mapped to an integer of the
-// same order, so that comparing needs no case for NaN.
+// A candidate of a selection. `key` is the value as an integer of the same order, so that
+// comparisons need no case for NaN.
 template <typename Key>
 struct Pick {
   Key key;
   int32_t index;
 
-  // True when this one is chosen before `other`.
+  // Whether this candidate is chosen before `other`.
   VMOE_HOST_DEVICE bool before(const Pick& other) const {
     return key > other.key || (key == other.key && index < other.index);
   }
@@ -33,7 +33,7 @@ VMOE_HOST_DEVICE inline uint32_t order_key(float value) {
   value += 0.0f;  // -0 becomes +0: the two tie
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
-  // IEEE bits grow with positive values and shrink with negative ones.
+  // As integers, IEEE bits grow with positive values and shrink with negative values.
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -1,8 +1,8 @@
-// parallel -- how a kernel uses threads that are not its own.
+// parallel -- runs the pieces of a kernel on the caller's threads.
 //
-// A binding hands its parallel loop to the kernels that split one large group; tests hand
-// theirs. A kernel cuts the work into the same pieces whoever runs them, and adds up what
-// they give in one order: the result does not depend on the number of threads.
+// Kernels that split one large group take a parallel loop from their caller, a binding or a test. A
+// kernel cuts the work into the same pieces for any number of threads and adds their results in a
+// fixed order, so its result does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,11 @@ namespace vmoe {
 struct Parallel {
   using Body = void (*)(int64_t begin, int64_t end, const void* context);
 
-  // Calls body(begin, end, context) for ranges that make up [0, count). Null: no threads.
+  // Calls body(begin, end, context) for ranges that partition [0, count). Null: run on this thread.
   void (*loop)(int64_t count, Body body, const void* context) = nullptr;
 
-  // Calls f(begin, end) for ranges that make up [0, count) and begin at multiples of the
-  // grain: begin / grain numbers them, for scratch of their own.
+  // Calls f(begin, end) for ranges that partition [0, count) and begin at multiples of the grain.
+  // begin / grain is different for every range and can index its scratch memory.
   template <typename F>
   void operator()(int64_t count, int64_t grain, const F& f) const {
     if (!loop || count <= grain) {

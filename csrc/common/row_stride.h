@@ -1,5 +1,5 @@
-// row_stride -- rows of n entries that all begin at 16 bytes: so the tensor cores' products load them
-// at their best, and kernels write them in pieces.
+// row_stride -- distance in entries between rows of n entries that all begin at multiples of 16
+// bytes, as tensor-core products load fastest and kernels store in 16-byte pieces.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// slots -- the sizes of a routing, and where a slot's row is stored: slots are [G, E, C], their rows
-// [E, G, C].
+// slots -- the sizes of a routing, and the row in which a slot is stored. Slots are numbered in the
+// order [G, E, C] and stored in the order [E, G, C].
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct SlotRow {
 };
 
 struct Slots {
-  int64_t G, tokens, E, C;  // groups, tokens of a group, experts, slots of an expert and group
+  int64_t G, tokens, E, C;  // groups, tokens per group, experts, slots per expert and group
 
   VMOE_HOST_DEVICE int64_t of_group() const { return E * C; }
   VMOE_HOST_DEVICE int64_t all() const { return G * E * C; }
