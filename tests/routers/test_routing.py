@@ -358,3 +358,9 @@ def test_a_routing_without_losses():
         assert routing.losses == {}
         assert routing.aux_loss == 0
         assert routing.aux_loss.shape == ()
+
+
+@pytest.mark.parametrize("name", vr.ROUTERS)
+def test_aux_loss_is_on_the_routings_device(name):
+    router = vr.create_router(name, 4, 2).to("meta").eval()
+    assert router(torch.zeros(1, 6, 4, device="meta")).aux_loss.device.type == "meta"

@@ -36,6 +36,7 @@ class Routing(ABC):
 
     Attributes:
         num_groups, num_tokens, num_experts, capacity: G, T, E and C.
+        device: of the routing's tensors.
         mask: [G, T] bool, True = real token, or None.
         filled: [G, E] int32: no slot of an expert's buffer from this position on holds a token. None: all slots count.
         loss_terms: the auxiliary losses, functions by name; none by default.
@@ -47,6 +48,7 @@ class Routing(ABC):
     num_tokens: int
     num_experts: int
     capacity: int
+    device: torch.device | None = None
     mask: Tensor | None = None
     filled: Tensor | None = None
     loss_terms: Losses = {}  # noqa: RUF012  (never written to)
@@ -77,7 +79,7 @@ class Routing(ABC):
     def aux_loss(self) -> Tensor:
         """The weighted sum of the losses, a scalar; only losses with a weight are computed."""
         weighted = [w * self.loss_terms[name]() for name, w in self.loss_weights.items() if w != 0]
-        return sum(weighted[1:], weighted[0]) if weighted else torch.zeros(())
+        return sum(weighted[1:], weighted[0]) if weighted else torch.zeros((), device=self.device)
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -150,6 +152,11 @@ class SparseRouting(_Sparse, Routing):
     def capacity(self) -> int:
         """C."""
         return self.token.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors."""
+        return self.token.device
 
     @property
     def weights(self) -> Tensor:
@@ -225,6 +232,11 @@ class SoftRouting(_Soft, Routing):
     def capacity(self) -> int:
         """C."""
         return self.logits.shape[2] // self.num_experts
+
+    @property
+    def device(self) -> torch.device:
+        """Of the logits."""
+        return self.logits.device
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Tokens x [G, T, D] to slots [E, G, C, D], every slot a mean of the tokens."""
