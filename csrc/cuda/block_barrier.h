@@ -1,4 +1,4 @@
-// block_barrier -- where blocks that are together (launch_blocks) wait for each other.
+// block_barrier -- a barrier of all blocks of a cooperative launch (launch_blocks).
 #pragma once
 
 #include <cuda/atomic>
@@ -7,13 +7,15 @@
 
 namespace vmoe::cuda {
 
-// What any thread of these blocks wrote before it, all of them see behind it, by ordinary loads
-// (not by those of memory that is said to be constant: const __restrict__). __syncthreads puts the
-// writes of a block before its first thread's increment, which releases them to the device; the
-// increments are one chain of updates, so who acquires the last one sees what was before each; and
-// the second __syncthreads puts that before the loads of its block's threads.
+// Writes before the barrier, by any thread, are visible after it to all threads by ordinary loads.
+// Loads through const __restrict__ pointers may return stale values.
 //
-// The count is never set back: turn n is over at n * blocks. It may wrap around.
+// The first __syncthreads orders a block's writes before its first thread's increment, which
+// releases them to the device. The increments form one chain of updates, so acquiring the last one
+// makes the writes before each of them visible. The second __syncthreads orders that before the
+// loads of the block's threads.
+//
+// The count is never reset: turn n ends at n * blocks. It may wrap around.
 class BlockBarrier {
  public:
   // `arrived` is 0 before the launch.

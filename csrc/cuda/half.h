@@ -1,5 +1,5 @@
-// half -- rows that may be in 16 bits (half.h), on the device: widened in registers, rounded to
-// nearest, ties to even, on the way out.
+// half -- loads and stores of rows that may be in 16 bits (common/half.h). Values are widened in
+// registers, and rounded to nearest, ties to even, when narrowed.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,7 +30,7 @@ __device__ inline Float16 narrow<Float16>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
 
-// kEntries of a row that a lane loads or stores at once.
+// The kEntries entries of a row that a lane loads or stores in one instruction.
 template <typename Row, int kEntries>
 struct alignas(kEntries * sizeof(Row)) Piece {
   Row entry[kEntries];

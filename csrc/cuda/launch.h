@@ -1,4 +1,4 @@
-// launch -- what every kernel here needs of CUDA's runtime: its start, its shared memory.
+// launch -- kernel launches, shared memory and workspaces, for every CUDA kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,10 +12,10 @@ namespace vmoe::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
-// The most shared memory that a kernel declares itself.
+// Upper bound on the static shared memory of a kernel.
 constexpr int kDeclaredShared = 13 << 10;
 
-// Dynamic shared memory that a block may ask for on this device, besides what it declares.
+// The most dynamic shared memory that a block can have on this device, beside its static memory.
 inline int64_t shared_limit() {
   int device = 0, bytes = 0;
   cudaGetDevice(&device);
@@ -23,22 +23,24 @@ inline int64_t shared_limit() {
   return bytes - kDeclaredShared;
 }
 
-// By the runtime's call and not by <<<>>>: the tests compile kernels for the host too, as
-// C++ (tests/cpp/cuda/shim). Errors stay with the runtime, for the caller to ask for once. Blocks
-// that are `together` are all there at once and may wait for each other (block_barrier.h).
+// Launches by the runtime's call and not by <<<>>>, because tests also compile the kernels as C++
+// for the host emulator (tests/cpp/cuda/shim). Errors stay in the runtime, where the caller checks
+// for them once. `together` makes a cooperative launch: all blocks are co-resident and may wait for
+// each other (block_barrier.h).
 template <typename... Params, typename... Args>
 void launch_blocks(
     bool together, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
     cudaStream_t stream, Args... args) {
   if (blocks == 0) return;
-  constexpr size_t kWithoutAsking = (48 << 10) - kDeclaredShared;  // of 48 KiB for both
+  // Static and dynamic shared memory of up to 48 KiB in total need no attribute.
+  constexpr size_t kWithoutAsking = (48 << 10) - kDeclaredShared;
   if (shared > kWithoutAsking) {
-    // Never less: another thread may be about to start the same kernel with more.
+    // Always the limit: another thread may be about to launch the same kernel with more memory.
     cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_limit()));
   }
   cudaLaunchConfig_t config = {};
-  // Too many stay too many, which is an error, and do not become a few.
+  // Clamp, do not wrap: an oversized grid must fail at launch.
   config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, UINT32_MAX)));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
@@ -58,8 +60,8 @@ void launch(
   launch_blocks(false, kernel, blocks, threads, shared, stream, args...);
 }
 
-// Of this device. So many blocks may be together: there is room for one that can be launched at all
-// on each.
+// Multiprocessors of this device. A cooperative launch may have this many blocks, one per
+// multiprocessor.
 inline int64_t multiprocessors() {
   int device = 0, count = 0;
   cudaGetDevice(&device);
@@ -80,7 +82,7 @@ __device__ T* dynamic_shared() {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a thread loads or stores at once at best.
+// The widest piece that a thread loads or stores in one instruction.
 template <typename T>
 constexpr int kWideEntries = 16 / sizeof(T);
 template <typename T>
@@ -88,7 +90,7 @@ struct alignas(16) Wide {
   T entry[kWideEntries<T>];
 };
 
-// What is handed out of one allocation, piece by piece; without memory it only adds up.
+// Hands out pieces of one allocation. Without memory it only adds up their sizes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}

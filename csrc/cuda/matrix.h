@@ -1,13 +1,13 @@
-// matrix -- how a block goes over some rows and all columns of a matrix.
+// matrix -- loops of a block over the rows, the entries and the columns of a matrix.
 #pragma once
 
 #include "team.h"
 
 namespace vmoe::cuda {
 
-// Calls body(t, lane, width) for every row t < count, by `lanes` lanes side by side, a power of
-// two: lane j has entries j, j + lanes, ... of `width` ones. Whole warps call it together, so that
-// lanes may join: behind the last row the width is 0.
+// Calls body(t, lane, width) for every row t < count on `lanes` adjacent lanes, a power of two.
+// Lane j takes the entries j, j + lanes, ... below `width`. Whole warps call body together, so that
+// lanes may join; for rows past the last the width is 0.
 template <typename Body>
 __device__ void each_row(int64_t count, int64_t E, int lanes, Body&& body) {
   const int rows = static_cast<int>(blockDim.x) / lanes;
@@ -19,7 +19,7 @@ __device__ void each_row(int64_t count, int64_t E, int lanes, Body&& body) {
   }
 }
 
-// Calls body(t, e) for every entry, threads side by side at entries side by side.
+// Calls body(t, e) for every entry; adjacent threads take adjacent entries.
 template <typename Body>
 __device__ void each_entry(int64_t count, int64_t E, Body&& body) {
   if (E == 0) return;
@@ -36,8 +36,8 @@ __device__ void each_entry(int64_t count, int64_t E, Body&& body) {
   }
 }
 
-// out[e] = fold(e, first, step) joined over first = 0, ..., step - 1, in one order. A barrier is
-// behind it. `storage` has room for a number a thread.
+// out[e] = fold(e, first, step) joined over first = 0, ..., step - 1, in a fixed order. Ends with a
+// barrier. `storage` has room for one number per thread.
 template <typename Join, typename Fold>
 __device__ void each_column(int64_t E, double* storage, double* out, Join join, Fold&& fold) {
   constexpr int kMostSegments = 32;
@@ -58,22 +58,23 @@ __device__ void each_column(int64_t E, double* storage, double* out, Join join, 
   __syncthreads();
 }
 
-// Lanes of a row for `count` rows that lie in shared memory: threads enough, and no more.
+// Lanes per row for `count` rows in shared memory: as many as the threads suffice for.
 inline int lanes_of_rows(int64_t count, int64_t E, int threads) {
   int lanes = 1;
   while (lanes < kWarp && 2 * lanes <= E && 2 * lanes * count <= threads) lanes *= 2;
   return lanes;
 }
 
-// Of rows in device memory: as wide as they are, for they are read in whole sectors.
+// Lanes per row for rows in device memory: as many as the row has entries, because memory is read
+// in whole sectors.
 inline int lanes_of_rows(int64_t E) {
   int lanes = 1;
   while (lanes < kWarp && lanes < E) lanes *= 2;
   return lanes;
 }
 
-// From row to row in shared memory, so that rows side by side, `lanes` lanes each, meet in no bank:
-// an odd multiple of the lanes. A whole warp a row meets nobody.
+// Distance between rows in shared memory, an odd multiple of the lanes, so that the lanes of
+// adjacent rows access different banks. If a row takes a whole warp, no warp accesses two rows.
 inline int64_t stride_of_rows(int64_t E, int lanes) {
   if (lanes == kWarp) return E;
   const int64_t pieces = ceil_div(E, lanes);

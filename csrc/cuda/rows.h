@@ -1,5 +1,5 @@
-// rows -- for kernels that move whole rows: a warp a row, pieces of 16 bytes where rows and
-// pointers allow it.
+// rows -- helpers of kernels that read and write whole rows, one warp per row, in pieces of 16
+// bytes where sizes and addresses allow it.
 #pragma once
 
 #include "half.h"
@@ -15,15 +15,15 @@ __device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x) % kW
 
 inline int64_t blocks_of_rows(int64_t rows) { return ceil_div(rows * kWarp, kRowThreads); }
 
-// Whether rows of D entries behind all these pointers can be read in pieces of 16 bytes.
+// Whether rows of D entries at all these addresses can be read in pieces of 16 bytes.
 template <typename Row, typename... Rows>
 bool in_wide_pieces(int64_t D, const Rows*... rows) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return D % kWideEntries<Row> == 0 && (aligned(rows) && ...);
 }
 
-// Entries [at, at + kWideEntries) of a row of n, `otherwise` behind its end; with `wide` in one piece,
-// which may be more of memory than the row has.
+// Entries [at, at + kWideEntries) of a row of n entries, with `otherwise` after its end. With
+// `wide`, loads 16 bytes at once, which may reach past the end of the row.
 template <typename T>
 __device__ Wide<T> load_entries(const T* row, int64_t at, int64_t n, bool wide, T otherwise) {
   Wide<T> piece = {};
@@ -56,7 +56,7 @@ __device__ void store_entries(
   }
 }
 
-// Whether load_entries and store_entries may have rows in pieces that begin so many entries apart.
+// Whether load_entries and store_entries may be `wide` on rows that begin `stride` entries apart.
 template <typename T>
 bool rows_are_wide(const T* rows, int64_t stride) {
   return stride % kWideEntries<T> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;

@@ -1,4 +1,4 @@
-// scalar -- the arithmetic that headers for every device ask for, of one thread.
+// scalar -- a thread's multiply-add and exponential, for the device-independent headers in common/.
 #pragma once
 
 #include "../common/order.h"

@@ -1,6 +1,6 @@
-// select -- the k first picks of a row, in the order of order.h, by a warp or a block.
+// select -- the first k picks of a row, in the order of order.h, by a warp or a block.
 //
-// Key 0 is nobody's: the least key is that of -inf.
+// Key 0 marks an empty place. No value has it: the least key is the key of -inf, which is above 0.
 #pragma once
 
 #include <bit>
@@ -11,17 +11,17 @@
 
 namespace vmoe::cuda {
 
-// What comes after every candidate.
+// An empty place, which comes after every candidate.
 template <typename Key>
 __device__ Pick<Key> no_pick() {
   return {0, INT32_MAX};
 }
 
-// The first of one pick a lane, among kLanes lanes; all of them get it.
+// The first among kLanes lanes' picks, one pick per lane; all lanes get it.
 template <int kLanes, typename Key>
 __device__ Pick<Key> first_of_lanes(Pick<Key> pick) {
   if constexpr (kLanes == kWarp && sizeof(Key) == sizeof(unsigned)) {
-    // Two instructions instead of a butterfly of ten shuffles.
+    // Two reductions instead of a butterfly of ten shuffles.
     const Key key = __reduce_max_sync(kAllLanes, pick.key);
     const unsigned index = key == pick.key ? static_cast<unsigned>(pick.index) : INT32_MAX;
     return {key, static_cast<int32_t>(__reduce_min_sync(kAllLanes, index))};
@@ -37,9 +37,10 @@ __device__ Pick<Key> first_of_lanes(Pick<Key> pick) {
 
 constexpr int kFew = 16;
 
-// Few picks (k <= kFew) of few entries: kLanes lanes hold a row's keys in registers, kEach a lane,
-// kTogether of them side by side in memory. A round is the best of every lane and of the lanes;
-// lane j % kLanes keeps pick j, in picks[j / kLanes] and its key in picked[j / kLanes].
+// Selects k <= kFew picks from a short row. kLanes lanes hold the row's keys in registers, kEach
+// keys per lane, of which each kTogether are adjacent in memory. Each round finds the first key of
+// every lane and then the first among the lanes. Lane j % kLanes keeps pick j in picks[j / kLanes]
+// and its key in picked[j / kLanes].
 template <typename Key, int kLanes, int kEach, int kTogether>
 class Few {
  public:
@@ -51,12 +52,12 @@ class Few {
 
   static __device__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
 
-  // Where keys[i] of this lane is in the row. Grows with i.
+  // Index in the row of this lane's keys[i]; ascending in i.
   static __device__ int32_t index(int i) {
     return (i / kTogether * kLanes + lane()) * kTogether + i % kTogether;
   }
 
-  // All lanes of the warp call this together, with one k.
+  // All lanes of the warp call this together with the same k.
   __device__ void select(int64_t k) {
 #pragma unroll
     for (int j = 0; j < kFew; ++j) {
@@ -79,7 +80,7 @@ class Few {
   }
 };
 
-// Sorts `size` picks, a power of two, in shared memory.
+// Sorts `size` picks in shared memory; size is a power of two. (A bitonic sort.)
 template <typename Key>
 __device__ void sort_picks(Pick<Key>* picks, int size) {
   for (int run = 2; run <= size; run *= 2) {
@@ -100,10 +101,10 @@ __device__ void sort_picks(Pick<Key>* picks, int size) {
   __syncthreads();
 }
 
-// The first k of n picks, 1 <= k <= n, in order, by the kThreads of a block together. What is sure
-// to be among them is cut off by histograms of a digit of the keys, from the first bit in which
-// they differ on, until what is left fits in the `places` of shared memory that k has; that is
-// sorted. One digit is mostly enough.
+// The first k of n picks, 1 <= k <= n, in order, by a block of kThreads. Histograms of one digit of
+// the keys at a time, from the highest bit in which the keys differ, find a key to cut at, until
+// the candidates from the cut on fit in the `places` in shared memory, which are then sorted. One
+// digit is usually enough.
 template <typename Key, int kThreads>
 class BlockSelect {
   static constexpr int kEach = 2;  // bins of a thread
@@ -118,9 +119,10 @@ class BlockSelect {
     int32_t digit, above, count, taken;
   };
 
-  // picks [places], a power of two and >= k: the first k of them are the result. Of pick i < n,
-  // given(i) and index_at(i) are its key and index, asked for by any thread and, but that `keys`
-  // has room for all n to be kept, several times; where keys are equal indices grow with i.
+  // picks [places]: scratch, whose first k entries are the result; places is a power of two, at
+  // least k. Pick i < n has the key given(i) and the index index_at(i), ascending in i among equal
+  // keys. Any thread may call these two, and several times. With `room`, `keys` [n] keeps the keys
+  // after the first call of given.
   template <typename Given, typename IndexAt>
   static __device__ void select(
       Storage& storage, Pick<Key>* picks, int places, Key* keys, bool room, int64_t n, int64_t k,
@@ -130,7 +132,7 @@ class BlockSelect {
     const auto key_at = [&](int64_t i) { return kept ? keys[i] : given(i); };
     for (int i = tid; i < places; i += kThreads) picks[i] = no_pick<Key>();
     if (tid == 0) storage.taken = 0;
-    Cut cut{0, 0, true};  // all there are
+    Cut cut{0, 0, true};  // takes all picks
     if (cuts) {
       const Key some = given(0);
       Key differ = 0;
@@ -144,7 +146,7 @@ class BlockSelect {
       cut = find(storage, places, n, k, differ, key_at);
     }
     __syncthreads();
-    // In any order: they are sorted after that.
+    // Takes picks in any order; they are sorted below.
     const auto take = [&](int64_t i, Key key) {
       picks[atomicAdd(&storage.taken, 1)] = {key, index_at(i)};
     };
@@ -153,7 +155,7 @@ class BlockSelect {
       const Key key = key_at(i);
       if (key > cut.key || (cut.all && key == cut.key)) take(i, key);
     }
-    // The first ties, in order of index: more tie than there are places.
+    // More keys tie than fit: takes the first of them in order of index.
     int32_t before = 0;
     for (int64_t begin = 0; before < cut.ties; begin += kThreads) {
       const int64_t i = begin + tid;
@@ -168,16 +170,16 @@ class BlockSelect {
   }
 
  private:
-  // The picks are all keys above `key` and the first `ties` equal to it, or, with `all`, are
-  // among all keys from `key` on.
+  // With `all`, the candidates are all keys >= `key`. Else the picks are all keys > `key` and the
+  // first `ties` keys equal to it.
   struct Cut {
     Key key;
     int32_t ties;
     bool all;
   };
 
-  // differ: the bits in which the keys that this thread has seen differ from key 0; each has been
-  // seen by some thread.
+  // differ: the bits in which the keys that this thread has read differ from key_at(0). The threads
+  // of the block have read all keys.
   template <typename KeyAt>
   static __device__ Cut
   find(Storage& storage, int places, int64_t n, int64_t k, Key differ, KeyAt&& key_at) {
@@ -190,7 +192,7 @@ class BlockSelect {
     __syncthreads();
     for (int warp = 0; warp < kThreads / kWarp; ++warp) differ |= storage.differ[warp];
 
-    // Bits [shift, kKeyBits) of the k-th key are known, and equal those of `prefix`.
+    // The bits of the k-th key from `shift` on are known; they are `prefix`.
     int shift = bits_of(differ);
     Key prefix = above_shift(some, shift);
     auto missing = static_cast<int32_t>(k);
@@ -208,7 +210,7 @@ class BlockSelect {
         atomicAdd(&storage.bins[key >> shift & ((Key{1} << bits) - 1)], 1);
       }
       __syncthreads();
-      // From the largest digit down, until the k-th is passed.
+      // Counts from the largest digit down to the digit of the k-th key.
       int32_t counts[kEach], sum = 0, above;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) sum += counts[i] = storage.bins[kBins - 1 - tid * kEach - i];
@@ -233,7 +235,7 @@ class BlockSelect {
   static __device__ int bits_of(uint64_t value) {
     return 64 - __clzll(static_cast<long long>(value));
   }
-  // Shifting by all the bits there are is undefined.
+  // A shift by the whole width of a type is undefined.
   static __device__ Key above_shift(Key key, int shift) {
     return shift == 8 * static_cast<int>(sizeof(Key)) ? Key{0} : key >> shift;
   }

@@ -1,8 +1,8 @@
-// softmax -- what every softmax here has in common, and the one along rows.
+// softmax -- the parts that all CUDA softmaxes share, and the softmax along rows.
 //
-// What a row's softmax is must not depend on the kernel that asks for it: gates that a choice was
-// made by are the gates that weigh (softmax_gather.h). So the order of a row's sum is set by the
-// row's length alone, here.
+// The softmax of a row must be equal to the bit in every kernel: the gates by which softmax_topk
+// chooses are the gates of softmax_gather (softmax_gather.h). The order of a row's sum therefore
+// depends on the row's length alone.
 #pragma once
 
 #include <limits>
@@ -14,7 +14,7 @@
 
 namespace vmoe::cuda {
 
-// The number whose exponent is in the last bits of v.
+// The number whose exponent is stored in the last bits of v.
 struct LastBits {
   VMOE_HOST_DEVICE float operator()(float v) const {
     uint32_t bits;
@@ -37,24 +37,24 @@ __device__ T exp_negative(T x) {
   return vmoe::exp_negative<T>(x, Fused{}, LastBits{});
 }
 
-// "Not there".
+// The logit of an absent entry.
 template <typename T>
 constexpr T kAbsent = -std::numeric_limits<T>::infinity();
 
-// A maximum that passes over NaN: the sum does not, and makes the row NaN.
+// A maximum that ignores NaN in `value`. The sum of the exponentials does not ignore it, and makes
+// the row NaN.
 template <typename T>
 __device__ T larger(T value, T than) {
   return value > than ? value : than;
 }
 
-// Of what a row's largest entry says of the others, what is taken from them. Where there is nothing
-// but -inf 0, so that the exponentials are 0 and not NaN.
+// Value subtracted before exp: the row maximum, or 0 for a row of -inf (exp then gives 0, not NaN).
 template <typename T>
 __device__ T softmax_shift(T high) {
   return high == kAbsent<T> ? T{0} : high;
 }
 
-// What the exponentials are multiplied by. Their sum is 0, where nothing is there, or at least 1.
+// Factor of the exponentials: 1 over their sum, or 0 for a row of -inf. Other sums are at least 1.
 template <typename T>
 __device__ T softmax_scale(T total) {
   return total == 0 ? T{0} : T{1} / total;
@@ -68,7 +68,7 @@ __device__ T max_of_lanes(T value) {
   return value;
 }
 
-// In one order for all lanes: a butterfly adds the same pairs everywhere.
+// Sums in the same order on all lanes: a butterfly adds the same pairs on each.
 template <int kLanes, typename T>
 __device__ T sum_of_lanes(T value) {
   for (int turn = kLanes / 2; turn > 0; turn /= 2) {
@@ -77,14 +77,14 @@ __device__ T sum_of_lanes(T value) {
   return value;
 }
 
-// A row of up to kLanes * kEach entries in the registers of kLanes lanes; all lanes of the warp work
-// together. Entries behind the row's end are -inf, and add nothing.
+// The softmax of a row of up to kLanes * kEach entries, in the registers of kLanes lanes. All lanes
+// of the warp call `read` together. Entries after the row's end are -inf and add nothing.
 template <typename T, int kLanes, int kEach>
 struct RowSoftmax {
   static constexpr int kTogether = kWideEntries<T>;
   using Picks = Few<OrderKey<T>, kLanes, kEach, kTogether>;
 
-  T powers[kEach];  // the exponentials
+  T powers[kEach];  // exponentials
   T high, scale;    // norms of softmax_gather.h
 
   // wide: the row can be read in pieces of 16 bytes.
@@ -112,7 +112,7 @@ struct RowSoftmax {
   __device__ T gate(int i) const { return powers[i] * scale; }
 };
 
-// The longest row that a RowSoftmax takes; longer ones are a block's.
+// The longest row that a RowSoftmax takes. Longer rows take one block each.
 constexpr int64_t kLongestRow = 1024;
 
 template <int kLanesOf, int kEachOf>
@@ -120,7 +120,7 @@ struct RowShape {
   static constexpr int kLanes = kLanesOf, kEach = kEachOf;
 };
 
-// body(RowShape) with the one shape for rows of n <= kLongestRow entries.
+// Calls body(RowShape) with the shape for rows of n <= kLongestRow entries.
 template <typename Body>
 void by_row_length(int64_t n, Body&& body) {
   if (n <= 16) {
@@ -149,13 +149,14 @@ struct Norms {
 
 namespace {
 
-// Over the block's kSoftmaxThreads, who call this together; in one order, and all of them get it.
+// Sums over the kSoftmaxThreads of a block, in a fixed order. All threads call this together and
+// get the sum.
 template <typename T>
 __device__ T sum_of_block(T value) {
   constexpr int kWarps = kSoftmaxThreads / kWarp;
   __shared__ T of_warps[kWarps];
   value = sum_of_lanes<kWarp>(value);
-  __syncthreads();  // of an earlier call
+  __syncthreads();  // an earlier call has read of_warps
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = 0;
@@ -163,7 +164,7 @@ __device__ T sum_of_block(T value) {
   return value;
 }
 
-// Of one row of any length; all kSoftmaxThreads of the block call this together and get them.
+// Norms of one row of any length. All kSoftmaxThreads of a block call this together and get them.
 template <typename T>
 __device__ Norms<T> norms_of_block(const T* __restrict__ row, int64_t n) {
   constexpr int kWarps = kSoftmaxThreads / kWarp;
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) norms_kernel(
     int64_t n, int64_t rows, bool wide) {
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   RowSoftmax<T, kLanes, kEach> softmax;
-  // Lanes without a row of their own repeat the last: the warp stays together.
+  // Lanes without a row repeat the last row, so that whole warps take part in shuffles.
   softmax.read(logits + (row < rows ? row : rows - 1) * n, n, wide);
   if (row < rows && threadIdx.x % kLanes == 0) {
     high[row] = softmax.high;

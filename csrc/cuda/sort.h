@@ -1,4 +1,4 @@
-// sort -- whole rows in the order of order.h, by CUB: for axes too long for a block's memory.
+// sort -- sorts whole rows in the order of order.h by CUB; for axes too long for a block's memory.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// team -- threads that work on one row or column together, a warp or a block: what they join they
-// join in one order, and all of them get it.
+// team -- threads that work on one row or column together: lanes of a warp, or a block. A team
+// reduces its threads' values in a fixed order, and every thread gets the result.
 #pragma once
 
 #include <limits>
@@ -24,7 +24,7 @@ struct Least {
     return b < a ? b : a;
   }
 };
-// NaN replaces the others and stays.
+// The maximum; NaN if either argument is NaN.
 struct Largest {
   template <typename V>
   __device__ V operator()(V a, V b) const {
@@ -36,7 +36,7 @@ struct Largest {
   }
 };
 
-// Of `lanes` lanes side by side, a power of two; the whole warp calls this together.
+// Joins the values of `lanes` adjacent lanes, a power of two; the whole warp calls this together.
 template <typename V, typename Join>
 __device__ V join_lanes(V value, int lanes, Join join) {
   for (int turn = lanes / 2; turn > 0; turn /= 2) {
@@ -45,7 +45,7 @@ __device__ V join_lanes(V value, int lanes, Join join) {
   return value;
 }
 
-// kLanes lanes side by side; those of a warp need not call together.
+// kLanes adjacent lanes. Teams of the same warp need not call `join` together.
 template <int kLanes>
 class LaneTeam {
  public:
@@ -71,7 +71,7 @@ using WarpTeam = LaneTeam<kWarp>;
 
 class BlockTeam {
  public:
-  using Storage = uint64_t[kWarp];  // a value a warp
+  using Storage = uint64_t[kWarp];  // one value per warp
 
   explicit __device__ BlockTeam(Storage& storage) : storage_(storage) {}
 
@@ -83,7 +83,7 @@ class BlockTeam {
     static_assert(sizeof(V) <= sizeof(uint64_t));
     value = join_lanes(value, kWarp, join);
     V* values = reinterpret_cast<V*>(storage_);
-    __syncthreads();  // of an earlier use of the storage
+    __syncthreads();  // an earlier use of the storage is over
     if (rank() % kWarp == 0) values[rank() / kWarp] = value;
     __syncthreads();
     V joined = values[0];
@@ -95,7 +95,7 @@ class BlockTeam {
   Storage& storage_;
 };
 
-// value(0), ..., value(n - 1) joined.
+// Joins value(0), ..., value(n - 1). `first` is the neutral value of `join`.
 template <typename Team, typename V, typename Join, typename Value>
 __device__ V join_all(const Team& team, int64_t n, V first, Join join, Value&& value) {
   V joined = first;

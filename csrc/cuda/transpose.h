@@ -1,4 +1,4 @@
-// transpose -- columns made rows, for kernels that read them from top to bottom.
+// transpose -- a transpose, for kernels that read columns from top to bottom.
 #pragma once
 
 #include "launch.h"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kTile = 32;
 
-// [N, n, M] to [N, M, n], a tile of 32 x 32 a block of 32 x 8 threads.
+// [N, n, M] to [N, M, n], one tile of 32 x 32 per block of 32 x 8 threads.
 template <typename T>
 __global__ void __launch_bounds__(256) transpose_kernel(
     const T* __restrict__ x,  // [N, n, M]

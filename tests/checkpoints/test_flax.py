@@ -190,6 +190,13 @@ def test_refuses_a_module_of_another_kind(module):
         load_flax(module, {})
 
 
+def test_refuses_a_router_without_parameters_of_the_reference():
+    router = torch.nn.Identity()
+    router.dim, router.num_experts = D, E
+    with pytest.raises(TypeError, match="load_flax: router is a Identity, wanted one with a weight"):
+        load_flax(vr.MoEMlp(D, F, num_experts=E, router=router), arrays())
+
+
 def model(**options):
     sizes = {"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": 32, "depth": 4, "num_heads": 4}
     token_choice = {"router": "softmax_token_choice", "num_experts": 4, "moe_blocks": "every_2", "global_pool": "token"}

@@ -4,8 +4,10 @@ import model_table
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import vmoe_routers as vr
 from vmoe_routers.models import cost, upcycle, vit_moe
 
 # Of an image of 8 x 8 pixels in patches of 2 x 2: 16 tokens of width 16; hidden width 32.
@@ -80,6 +82,25 @@ def test_refuses_other_models(name):
         model = timm.create_model(name)
     with pytest.raises(TypeError, match="cost: model must be a ViT or EVA of timm"):
         cost(model)
+
+
+class Uncounted(nn.Module):
+    """A router that does not say how many slots it makes."""
+
+    def __init__(self, dim, num_experts):
+        super().__init__()
+        self.dim, self.num_experts = dim, num_experts
+
+    def forward(self, x, mask=None):
+        gates = torch.rand(*x.shape[:2], self.num_experts)
+        return vr.token_choice(gates, top_k=1, capacity=x.shape[1] // 4)
+
+
+def test_slots_of_a_router_that_does_not_say_them():
+    model = vit_moe(8, 2, embed_dim=16, depth=2, num_heads=2, router=Uncounted, num_experts=3, group_size=2)
+    state = torch.random.get_rng_state()
+    assert cost(model)["slots"] == 3 * 8 / 2
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_of_an_upcycled_model():

@@ -20,7 +20,7 @@ from vmoe_routers.checkpoints.pretrained import make_empty, save_pretrained
 from vmoe_routers.checkpoints.vmoe import read_vmoe
 from vmoe_routers.memory import available_memory, in_words
 from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
-from vmoe_routers.routers import ROUTERS
+from vmoe_routers.routers import ROUTERS, router_options
 
 
 def convert(
@@ -75,7 +75,7 @@ def convert(
             raise OptionError(f"top_k {top_k} is more than the {arguments['num_experts']} experts of {source}", "top_k")
         arguments["router"] = router or arguments["router"]
         options = {"group_size": group_size, "capacity_factor": capacity_factor}
-        if "token_choice" in arguments["router"]:
+        if "top_k" in router_options(arguments["router"]):
             options["top_k"] = top_k
         options = {name: value for name, value in options.items() if value is not None}
     elif router is not None:

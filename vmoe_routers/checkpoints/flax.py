@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vmoe_routers.moe import MoEMlp
-from vmoe_routers.routers import ExpertChoiceRouter, SoftRouter, TokenChoiceRouter
 
 
 class _Entry(NamedTuple):
@@ -172,7 +171,7 @@ def _entries(module: nn.Module) -> Iterator[_Entry]:
         return _moe("", module)
     if isinstance(getattr(module, "blocks", None), nn.Sequential) and hasattr(module, "patch_embed"):
         return _vit(module)
-    if isinstance(module, (TokenChoiceRouter, ExpertChoiceRouter, SoftRouter)):
+    if hasattr(module, "num_experts") and (hasattr(module, "phi") or hasattr(module, "weight")):
         return _router("", module)
     raise TypeError(
         f"load_flax: module is a {type(module).__name__}, wanted a vision transformer of vit_moe, a MoEMlp or a router"
@@ -240,9 +239,13 @@ def _moe(path: str, layer: MoEMlp) -> Iterator[_Entry]:
 
 
 def _router(path: str, router: Any) -> Iterator[_Entry]:
-    if isinstance(router, SoftRouter):
+    if hasattr(router, "phi"):
         yield _same(f"{path}mu", router.phi)
         yield _Entry(f"{path}scale", (), router.scale)
+    elif not hasattr(router, "weight"):
+        raise TypeError(
+            f"load_flax: router is a {type(router).__name__}, wanted one with a weight [E, D] or phi [D, E, C]"
+        )
     else:
         experts, width = router.weight.shape
         yield _Entry(f"{path}dense/kernel", (width, experts), router.weight, layout=Tensor.t)

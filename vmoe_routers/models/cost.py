@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -18,7 +19,8 @@ def cost(model: VisionTransformer | Eva) -> dict[str, float]:
 
     A multiplication and an addition are two operations; norms, softmaxes, activations and the plans' iterations are
     not counted. Slots are those that there are in groups of the layer's `group_size` images, filled or not, by the
-    capacity factor of the mode, training or eval, that the model is in. It may be on the meta device.
+    capacity factor of the mode, training or eval, that the model is in. A router without `slots(tokens)` routes a group
+    of zeros, whose routing has the slots. The model may be on the meta device.
 
     Returns:
         tokens            of an image, class token and registers among them
@@ -76,14 +78,21 @@ def _weights(module: nn.Module | None) -> int:
 def _layer_cost(layer: MoEMlp, tokens: int) -> tuple[float, float]:
     """Slots and operations per image of a MoE layer."""
     router: Any = layer.router
-    if not hasattr(router, "slots"):
-        raise TypeError(
-            f"cost: router {type(router).__name__} must have slots(tokens), the slots per expert of a group"
-        )
     group = layer.group_size * tokens
-    slots = router.num_experts * router.slots(group) / layer.group_size
+    slots = router.num_experts * _slots_per_expert(layer, group) / layer.group_size
     flops = 2.0 * slots * _weights_of_an_expert(layer.experts)
     return slots, flops + (router.flops(group) / layer.group_size if hasattr(router, "flops") else 0.0)
+
+
+def _slots_per_expert(layer: MoEMlp, tokens: int) -> int:
+    """Slots per expert for a group of `tokens` tokens: the router's `slots`, or the capacity of a routing of zeros."""
+    router: Any = layer.router
+    if hasattr(router, "slots"):
+        return router.slots(tokens)
+    like = next(layer.experts.parameters())
+    # The router may draw noise, which the caller's random numbers must not depend on.
+    with torch.no_grad(), torch.random.fork_rng([like.device] if like.is_cuda else []):
+        return router(like.new_zeros(1, tokens, router.dim)).capacity
 
 
 def _weights_of_an_expert(experts: Any) -> float:

@@ -191,7 +191,7 @@ def vit_moe(
 
 def needs_num_tokens(router: str | RouterFactory, options: Mapping[str, Any]) -> bool:
     """Whether the router needs to be told the tokens of a group, because its capacity factor fixes a shape."""
-    takes = isinstance(router, str) and "num_tokens" in router_options(router)
+    takes = "num_tokens" in router_options(router)
     return takes and options.get("capacity_factor") is not None and "num_tokens" not in options
 
 

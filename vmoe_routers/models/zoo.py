@@ -16,7 +16,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vmoe_routers.models.transformer import MoEVisionTransformer
 from vmoe_routers.models.vit import SIZES, vit_moe
-from vmoe_routers.routers import ROUTERS
+from vmoe_routers.routers import ROUTERS, router_options
 
 #: The patch sizes of each size.
 PATCHES: dict[str, tuple[int, ...]] = {
@@ -59,8 +59,8 @@ default_cfgs = generate_default_cfgs(
 def _entrypoint(name: str, router: str, size: str, patch: int) -> Callable[..., MoEVisionTransformer]:
     def create(pretrained: bool = False, **kwargs: Any) -> MoEVisionTransformer:
         arguments: dict[str, Any] = {"patch_size": patch, **SIZES[_LETTERS[size]], "router": router, **kwargs}
-        # As many slots as tokens, like the sparse routers' factor of 1.
-        if arguments["router"] == "soft" and "slots_per_expert" not in kwargs:
+        # As many slots as tokens, like the sparse routers, whose capacity factor is 1 by default.
+        if "slots_per_expert" in router_options(arguments["router"]) and "slots_per_expert" not in kwargs:
             arguments.setdefault("capacity_factor", 1.0)
         feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
         return build_model_with_cfg(

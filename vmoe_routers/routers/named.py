@@ -39,10 +39,10 @@ ROUTERS: tuple[str, ...] = tuple(_TABLE)
 """The names of the six routers."""
 
 
-def router_options(name: str) -> frozenset[str]:
-    """The names of the options that `create_router` takes for the router `name`."""
-    entry = _TABLE[name]
-    return frozenset(_of_router(entry.router) | _of_affinity(entry.affinity))
+def router_options(router: str | RouterFactory | None) -> frozenset[str]:
+    """The names of the options that `create_router` takes for a router; none for a router that is not of `ROUTERS`."""
+    entry = _TABLE.get(router) if isinstance(router, str) else None
+    return frozenset() if entry is None else frozenset(_of_router(entry.router) | _of_affinity(entry.affinity))
 
 
 def _of_router(router: type[nn.Module]) -> set[str]:
