@@ -50,28 +50,31 @@ def kept(filled: Tensor, slots: int) -> Tensor:
 @each_act
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_values_and_gradients(device, dtype, act, bias, ragged):
-    experts = make(act=act, bias=bias, dtype=dtype, device=device)
-    x = torch.randn(3, 2, 5, 4, device=device).to(dtype).requires_grad_()
-    filled = torch.tensor([[5, 0, 3], [1, 4, 2]], dtype=torch.int32, device=device) if ragged else None
+@pytest.mark.parametrize(
+    ("E", "G", "C", "D", "hidden", "out_width"), [(3, 2, 5, 4, 7, 6), (1, 1, 1, 1, 1, 1), (8, 3, 11, 16, 64, 10)]
+)
+def test_values_and_gradients(device, dtype, act, bias, ragged, E, G, C, D, hidden, out_width):
+    experts = make(E, D, hidden, out_width, act, bias=bias, dtype=dtype, device=device)
+    x = torch.randn(E, G, C, D, device=device).to(dtype).requires_grad_()
+    filled = torch.randint(C + 1, (G, E), dtype=torch.int32, device=device) if ragged else None
     # On the same rounded numbers, in float64.
     exact = [None if p is None else p.detach().cpu().double().requires_grad_() for p in (x, *leaves(experts))]
-    wanted = reference.grouped_mlp(exact[0].flatten(1, 2), *exact[1:], ACTS[act][1]).unflatten(1, (2, 5))
-    wanted = wanted if filled is None else wanted * kept(filled.cpu(), 5)
+    wanted = reference.grouped_mlp(exact[0].flatten(1, 2), *exact[1:], ACTS[act][1]).unflatten(1, (G, C))
+    wanted = wanted if filled is None else wanted * kept(filled.cpu(), C)
     out = experts(x, filled)
-    assert (out.dtype, out.shape, out.device.type) == (dtype, (3, 2, 5, 6), device)
+    assert (out.dtype, out.shape, out.device.type) == (dtype, (E, G, C, out_width), device)
     cotangent = torch.randn(out.shape).double().to(dtype)
     ours = [p for p in (x, *leaves(experts)) if p is not None]
     gradients = torch.autograd.grad(out, ours, cotangent.to(device))
     exact_gradients = torch.autograd.grad(wanted, [p for p in exact if p is not None], cotangent.double())
     # A product in 16 bits rounds the hidden layer too, and its gradient.
-    slack = 64 if dtype in HALVES else 16
-    for got, want in zip((out, *gradients), (wanted, *exact_gradients), strict=True):
+    slacks = (8, *[64] * len(ours)) if dtype in HALVES else [16] * (1 + len(ours))
+    for got, want, slack in zip((out, *gradients), (wanted, *exact_gradients), slacks, strict=True):
         assert got.dtype == dtype
         atol = slack * torch.finfo(dtype).eps * max(1.0, want.abs().max().item())
         torch.testing.assert_close(got.detach().cpu().double(), want.detach(), rtol=0, atol=atol)
     if filled is not None:
-        empty = ~kept(filled, 5)
+        empty = ~kept(filled, C)
         assert out.masked_select(empty).count_nonzero() == 0
         assert gradients[0].masked_select(empty).count_nonzero() == 0
 

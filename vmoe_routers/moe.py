@@ -129,6 +129,9 @@ class MoEMlp(nn.Module):
         batch, tokens, width = x.shape
         groups = batch // images
         x = x.reshape(groups, images * tokens, width)
+        if torch.compiler.is_exporting():
+            # With a dynamic batch, torch.export keeps the tokens of a reshape as a symbol, and of expand as a number.
+            x = x.expand(groups, images * tokens, width)
         routing = self.router(x, None if mask is None else mask.reshape(groups, images * tokens))
         if not isinstance(routing, Routing):
             raise TypeError(f"MoEMlp: router must return a Routing, got {type(routing).__name__}")

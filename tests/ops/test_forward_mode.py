@@ -21,6 +21,7 @@ OPS = {
     "soft_logits": (lambda x: ops.soft_logits(x, torch.randn(5, 3)), TOKENS),
     "soft_mix of logits": (lambda x: ops.soft_mix(x, TOKENS, 1), LOGITS),
     "soft_mix of values": (lambda x: ops.soft_mix(LOGITS, x, 1), TOKENS),
+    "grouped_mlp": (lambda x: ops.grouped_mlp(x, torch.ones(2, 5, 3), None, torch.ones(2, 3, 4), None), TOKENS),
     "dispatch": (lambda x: ops.dispatch(x, TOKEN, *ops.invert_slots(TOKEN, 6)[:2]), TOKENS),
     "combine": (lambda y: ops.combine(y, GATE, TOKEN, *ops.invert_slots(TOKEN, 6)[:2]), torch.randn(2, 2, 2, 5)),
 } | {name: (vr.create_router(name, 5, 4), TOKENS) for name in vr.ROUTERS}

@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,11 +17,10 @@ from checks import (
     with_threads,
 )
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vmoe_routers.experts import mlp_of_slots
+from vmoe_routers.experts import GELU, by_products
 from vmoe_routers.ops import grouped_mlp, reference
+from vmoe_routers.ops.grouped_mlp import serves
 
 OP = "grouped_mlp"
 
@@ -37,15 +32,16 @@ SHAPES = [
 ]
 
 
-GELU = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
-
-
-def by_experts(x, w1, b1, w2, b2, act="gelu_tanh", filled=None):
-    """As `vr.Experts` computes it: by the op where it serves, else by torch's products."""
-    return mlp_of_slots(x, w1, b1, w2, b2, filled, act)
-
-
 each_act = pytest.mark.parametrize("act", GELU)
+
+
+def served(device: str, dtype: torch.dtype) -> bool:
+    """Whether the op has a kernel; `vr.Experts` computes the rest (tests/test_experts.py)."""
+    if serves(torch.empty(0, dtype=dtype, device=device)):
+        return True
+    with refused(OP, "x"):
+        grouped_mlp(*(a.to(device, dtype) for a in arguments(3, 5, 4, 7, 4)))
+    return False
 
 
 def arguments(E: int, N: int, D: int, H: int, out: int, *, bias: bool = True) -> list[Tensor | None]:
@@ -68,9 +64,11 @@ def arguments(E: int, N: int, D: int, H: int, out: int, *, bias: bool = True) ->
 def test_reference(device, dtype, shape, bias):
     # A matmul in half rounds the hidden layer too: two roundings more, on sums of some terms.
     slack = 8 if dtype in (torch.bfloat16, torch.float16) else 2
+    if not served(device, dtype):
+        return
     inputs = arguments(*shape, bias=bias)
     if dtype in (torch.bfloat16, torch.float16):
-        result = by_experts(*(None if a is None else a.to(device, dtype) for a in inputs))
+        result = grouped_mlp(*(None if a is None else a.to(device, dtype) for a in inputs))
         wanted = reference.grouped_mlp(*(None if a is None else a.to(dtype).double() for a in inputs))
         assert result.dtype == dtype
         torch.testing.assert_close(
@@ -81,7 +79,7 @@ def test_reference(device, dtype, shape, bias):
         )
     else:
         check_reference(
-            by_experts,
+            grouped_mlp,
             reference.grouped_mlp,
             inputs,
             dtype,
@@ -104,10 +102,12 @@ def test_is_an_mlp_per_expert(device, bias):
 
 @each_dtype
 def test_exact_gelu(device, dtype):
+    if not served(device, dtype):
+        return
     slack = 8 if dtype in (torch.bfloat16, torch.float16) else 2
     inputs = [None if a is None else a.to(device, dtype) for a in arguments(3, 21, 4, 19, 6)]
     wanted = reference.grouped_mlp(*(a.cpu().double() for a in inputs), F.gelu)
-    out = by_experts(*inputs, "gelu").double().cpu()
+    out = grouped_mlp(*inputs, "gelu").double().cpu()
     torch.testing.assert_close(out, wanted, rtol=0, atol=slack * torch.finfo(dtype).eps * wanted.abs().max().item())
 
 
@@ -124,9 +124,9 @@ def test_gradient(device, bias, act, filled):
 def test_gradient_of_some(device, frozen):
     inputs = [a.to(device).requires_grad_(i not in frozen) for i, a in enumerate(arguments(3, 5, 4, 7, 6))]
     leaves = [a for a in inputs if a.requires_grad]
-    products = by_experts(*inputs, GELU["gelu_tanh"])
+    products = by_products(*inputs, None, GELU["gelu_tanh"])
     wanted = torch.autograd.grad(products, leaves, torch.ones_like(products))
-    out = by_experts(*inputs)
+    out = grouped_mlp(*inputs)
     for gradient, other in zip(torch.autograd.grad(out, leaves, torch.ones_like(out)), wanted, strict=True):
         assert_close(gradient, other)
 
@@ -173,11 +173,13 @@ RAGGED = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "slots", "counts"), RAGGED)
 def test_filled_rows_are_those_of_the_padded_form(device, groups, slots, counts, dtype, act):
+    if not served(device, dtype):
+        return
     filled = torch.tensor(counts, dtype=torch.int32, device=device)
     inputs = [a.to(device, dtype).requires_grad_() for a in arguments(3, groups * slots, 4, 9, 6)]
     there = (torch.arange(slots, device=device) < filled[..., None]).flatten(1).unsqueeze(2)
-    out = by_experts(*inputs, act, filled)
-    padded = by_experts(*inputs, GELU[act])
+    out = grouped_mlp(*inputs, act, filled)
+    padded = by_products(*inputs, None, GELU[act])
     tolerance = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
     torch.testing.assert_close(out, padded.masked_fill(~there, 0), **tolerance)
 
@@ -267,92 +269,6 @@ def test_saves_one_hidden_product(device):
         assert not grouped_mlp(*inputs).requires_grad
 
 
-def test_autocast(device):
-    inputs = [a.to(device, torch.float32).requires_grad_() for a in arguments(3, 5, 4, 7, 6)]
-    with torch.autocast(device, dtype=torch.bfloat16):
-        out = by_experts(*inputs)
-        products = by_experts(*inputs, GELU["gelu_tanh"])
-    assert out.dtype == torch.bfloat16
-    # On a CPU it is the products, on CUDA the op on what autocast makes of the inputs.
-    wanted = products if device == "cpu" else by_experts(*(a.bfloat16() for a in inputs))
-    assert torch.equal(out, wanted)
-    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
-    for gradient, other in zip(gradients, torch.autograd.grad(wanted, inputs, torch.ones_like(out)), strict=True):
-        assert gradient.dtype == torch.float32
-        assert torch.equal(gradient, other)
-
-
-@contextmanager
-def autocast_on_cuda(dtype: torch.dtype) -> Iterator[None]:
-    """Also where there is no GPU, where torch.autocast only warns."""
-    before = torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", dtype)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_autocast_dtype("cuda", before)
-
-
-class Called(TorchDispatchMode):
-    """The calls that get past autograd: the op and its inputs' dtypes."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((str(func), {a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()}))
-        return func(*args, **(kwargs or {}))
-
-
-@each_dtype
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_cuda_takes_the_op(dtype, autocast):
-    """On tensors that have no values, which need no GPU."""
-    with FakeTensorMode():
-        inputs = [
-            torch.empty(a.shape, dtype=dtype, device="cuda", requires_grad=True) for a in arguments(3, 6, 4, 7, 5)
-        ]
-        filled = torch.ones(3, 2, dtype=torch.int32, device="cuda")
-        with nullcontext() if autocast is None else autocast_on_cuda(autocast), Called() as called:
-            out = by_experts(*inputs, "gelu", filled)
-    computed = dtype if autocast is None or dtype == torch.float64 else autocast
-    assert out.device.type == "cuda"
-    assert out.dtype == computed
-    assert out.requires_grad
-    casts = [("aten._to_copy.default", {dtype})] * (0 if computed == dtype else 5)
-    calls = [one for one in called.calls if not one[0].startswith("prim.device")]
-    assert calls == [*casts, ("vmoe_routers.grouped_mlp.default", {computed})]
-    with FakeTensorMode(), autocast_on_cuda(torch.bfloat16), refused(OP, "w1"):
-        mixed = [torch.empty(a.shape, dtype=dtype, device="cuda") for a in arguments(3, 6, 4, 7, 5)]
-        grouped_mlp(mixed[0], mixed[1].long(), *mixed[2:])
-
-
-# functorch's rules of forward mode are TorchScript.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
-def test_transforms():
-    inputs = arguments(2, 6, 2, 3, 2)
-    filled = torch.tensor([[1, 3], [0, 2]], dtype=torch.int32)
-    x, others = inputs[0], inputs[1:]
-
-    def loss(x):
-        return by_experts(x, *others, filled=filled).square().sum()
-
-    x.requires_grad_()
-    (wanted,) = torch.autograd.grad(loss(x), x)
-    x.requires_grad_(requires_grad=False)
-    assert_close(torch.func.grad(loss)(x), wanted)
-    assert_close(torch.vmap(torch.func.grad(loss))(x.expand(3, *x.shape)), wanted.expand(3, *x.shape))
-    tangent = torch.randn_like(x)
-    _, moved = torch.func.jvp(loss, (x,), (tangent,))
-    assert_close(moved, (wanted * tangent).sum())
-    with torch.autograd.forward_ad.dual_level():
-        dual = loss(torch.autograd.forward_ad.make_dual(x, tangent))
-        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, moved)
-
-
 def test_export():
     class Module(nn.Module):
         def forward(self, *inputs):
@@ -395,17 +311,6 @@ def test_not_contiguous(device):
     assert_close(grouped_mlp(*(strided(a) for a in inputs)), grouped_mlp(*inputs))
 
 
-def test_other_activation(device):
-    inputs = arguments(3, 5, 4, 7, 6)
-    check_reference(
-        lambda *a: by_experts(*a, torch.tanh),
-        lambda *a: reference.grouped_mlp(*a, torch.tanh),
-        inputs,
-        torch.float64,
-        device,
-    )
-
-
 def test_refuses():
     x, w1, b1, w2, b2 = arguments(3, 5, 4, 7, 6)
     for wrong in (x[0], x[:2], x[..., :3], x.long(), x.tolist(), x.to("meta")):
@@ -429,3 +334,5 @@ def test_refuses():
             grouped_mlp(x, w1, b1, w2, b2, filled=wrong)
     with refused(OP, "act"):
         grouped_mlp(x, w1, b1, w2, b2, "relu")
+    with refused(OP, "act"):
+        grouped_mlp(x, w1, b1, w2, b2, F.gelu)

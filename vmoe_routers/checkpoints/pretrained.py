@@ -161,12 +161,17 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
         pass  # the error where it cannot be
     try:
         with safe_open(weights_path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = _names_now(set(file.keys()))
+            shapes = {name: tuple(file.get_slice(old).get_shape()) for name, old in stored.items()}
+            # A scale of Soft MoE under its old name has no axes.
+            for name, shape in shapes.items():
+                if stored[name] != name and not shape:
+                    shapes[name] = (1,)
             _check_counts(arguments, shapes, config_path)
             # Without memory, so that arguments beyond belief cost none
             model = make_empty(arguments, config_path)
             _compare(model, shapes, f"{weights_path}: not the model of {config_path}")
-            tensors = {name: file.get_tensor(name).clone() for name in shapes}
+            tensors = {name: file.get_tensor(old).clone().reshape(shapes[name]) for name, old in stored.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{weights_path}: no safetensors file, or a damaged one ({error})") from error
     for name, tensor in tensors.items():
@@ -176,6 +181,18 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
             )
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def _names_now(names: set[str]) -> dict[str, str]:
+    """From the names that parameters have now to their names in the file.
+
+    Early files of version 0.1.0 have a router's parameters on the router itself.
+    """
+    found = {}
+    for name in names:
+        now = re.sub(r"(\.router)\.(weight|phi|scale)$", r"\1.logits.\2", name)
+        found[name if now in names else now] = name
+    return found
 
 
 def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: str) -> None:

@@ -168,13 +168,10 @@ class SparseRouter(nn.Module):
         with without_autocast(x):
             noise_std = self.noise_std / self.num_experts if self.training else 0.0
             noisy = logits + noise_std * self.draw_noise(logits) if noise_std > 0 else logits
-            # torch.export knows the tokens of x as a number where x has a fixed shape; the logits have a symbol.
-            return self._route(logits, noisy, noise_std, x.shape[1], mask)
+            return self._route(logits, noisy, noise_std, mask)
 
     @abstractmethod
-    def _route(
-        self, logits: Tensor, noisy: Tensor, noise_std: float, tokens: int, mask: Tensor | None
-    ) -> SparseRouting: ...
+    def _route(self, logits: Tensor, noisy: Tensor, noise_std: float, mask: Tensor | None) -> SparseRouting: ...
 
     def _losses(self, logits: Tensor, noisy: Tensor, noise_std: float, top_k: int, mask: Tensor | None) -> Losses:
         return {
@@ -225,8 +222,8 @@ class TokenChoiceRouter(SparseRouter):
         """C, the slots per expert for groups of `tokens` tokens, each of which asks for K places."""
         return super().slots(tokens * self.top_k)
 
-    def _route(self, logits, noisy, noise_std, tokens, mask):
-        slots = self.slots(tokens)
+    def _route(self, logits, noisy, noise_std, mask):
+        slots = self.slots(logits.shape[1])
         gates, weights = self.affinity(logits, noisy, slots, mask)
         selecting = as_gates(gates)
         weighing = selecting if weights is gates else as_gates(weights)
@@ -286,7 +283,8 @@ class ExpertChoiceRouter(SparseRouter):
         # An empty group has no token for a slot; its capacity is clamped to 0 in forward.
         return cast(int, torch.sym_max(1, torch.sym_min(super().slots(tokens), tokens)))
 
-    def _route(self, logits, noisy, noise_std, tokens, mask):
+    def _route(self, logits, noisy, noise_std, mask):
+        tokens = logits.shape[1]
         slots = cast(int, torch.sym_min(self.slots(tokens), tokens))
         gates, weights = self.affinity(logits, noisy, slots, mask)
         selecting = as_gates(gates)
