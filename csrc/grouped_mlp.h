@@ -17,8 +17,9 @@
 //   grad_a = (grad_y w2^T) gelu'(a)    grad_w1 = x^T grad_a    grad_b1 = sum of grad_a
 //   grad_x = grad_a w1^T               grad_w2 = h^T grad_y    grad_b2 = sum of grad_y
 //
-// The products are torch's (torch/cpu/grouped_mlp.h, torch/cuda/grouped_mlp.h); the kernels here do
-// all that is between two products: on a CPU while a block of rows is in cache, on CUDA in one pass.
+// The products are cpu/product.cpp on a CPU and torch's on CUDA (torch/{cpu,cuda}/grouped_mlp.h
+// call them). The kernels here do what is between two products: on a CPU while a block of rows is
+// in cache, on CUDA in one pass.
 #pragma once
 
 #include <cstddef>

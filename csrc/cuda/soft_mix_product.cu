@@ -24,8 +24,7 @@ constexpr int kStageRows = 32;
 constexpr int kEntries = 8;  // in 16 bytes
 // Rows in shared memory are an odd number of 16 bytes apart: eight of them are in different banks.
 constexpr int kStageStride = kColumns + kEntries;
-// Values of a line, from where on it is arithmetic that takes the time, and cuBLAS is better at it
-// (soft_mix.h).
+// Values of a line: beyond, arithmetic takes the time, and cuBLAS is better at it (docs/cuda.md).
 constexpr int64_t kMostValues = 256;
 // Columns are shared out among blocks, which make the same weights, until each multiprocessor has
 // as many blocks as this, so that the last ones do not leave it empty.
