@@ -349,6 +349,43 @@ def test_not_a_number_is_not_hidden(device, value):
 
 
 @each_gradient
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_not_a_number_is_not_hidden_in_the_gradient(device, gradient, value):
+    logits = spread(2, 8, 4).to(device)
+    logits[1, 3, 2] = value
+    logits.requires_grad_()
+    sinkhorn(logits, gradient=gradient).square().sum().backward()
+    assert logits.grad[1].isnan().all()
+    assert logits.grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e10, 1e15, 1e30])
+def test_rows_of_large_ties_sum_to_one(device, dtype, size):
+    tokens = torch.where(torch.arange(6)[:, None] < 3, size, 0.0).expand(6, 3)
+    experts = torch.where(torch.arange(3)[None] < 1, size, 0.0).expand(6, 3)
+    logits = torch.stack([torch.full((6, 3), size), tokens, experts]).to(device, dtype)
+    plan, error, _ = sinkhorn(logits, return_error=True)
+    assert_close(plan.sum(2), torch.ones(3, 6))
+    assert_close(error[:2], torch.zeros(2))  # the columns' potentials round at the experts' size
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0, 1e3])
+def test_steps_of_any_value(device, scale):
+    """The raw gradient clamps a caller's steps to the iterations that there are."""
+    logits, grad = (spread(2, 6, 3, scale=scale).to(device) for _ in range(2))
+    ops = torch.ops.vmoe_routers
+    _, history, _, _ = ops.sinkhorn(logits, 1.0, 4, 0.0, False)
+
+    def gradient(*steps: int) -> Tensor:
+        return ops.sinkhorn_backward(grad, logits, history, torch.tensor(steps, dtype=torch.int32, device=device), 1.0)
+
+    most = torch.iinfo(torch.int32).max
+    assert torch.equal(gradient(4, 4), gradient(10**6, most))
+    assert torch.equal(gradient(0, 0), gradient(-1, -most))
+
+
+@each_gradient
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
 def test_empty(device, gradient, shape):
     logits = torch.zeros(shape, device=device, requires_grad=True)
