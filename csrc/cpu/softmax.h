@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <memory>
 
+#include "buffer.h"
 #include "simd.h"
 
 namespace vmoe::cpu::VMOE_ISA {
@@ -30,7 +30,7 @@ class RowSoftmax {
  public:
   static constexpr int64_t W = kWidth<T>;
 
-  explicit RowSoftmax(int64_t E) : E_(E), entries_(new T[E * W]) {}
+  explicit RowSoftmax(int64_t E) : E_(E), entries_(E * W) {}
 
   // Reads rows [count, E], 1 <= count <= width, and nothing at or past `end`.
   void read(const T* rows, int64_t count, const T* end) {
@@ -74,7 +74,7 @@ class RowSoftmax {
   const T* entry(int64_t e) const { return entries_.get() + e * W; }
 
   int64_t E_;
-  std::unique_ptr<T[]> entries_;  // [E, width]
+  Buffer<T> entries_;  // [E, width]
   Vec<T> high_, total_, scale_;
 };
 

@@ -78,7 +78,7 @@ void softmax_topk(
   constexpr int64_t W = kWidth<T>;
   const Chosen<T> chosen{values, indices, k};
   RowSoftmax<T> softmax(E);
-  const std::unique_ptr<T[]> gates(k > kFew ? new T[W * E] : nullptr);
+  const Buffer<T> gates(k > kFew ? W * E : 0);
   for (int64_t t = begin; t < end; t += W) {
     const int64_t count = std::min(W, end - t);
     softmax.read(logits + t * E, count, logits + end * E);

@@ -277,10 +277,7 @@ void sum_rows(
       CUstream_st*);                                                                               \
   template void add_bias(Row*, const Row*, const ExpertRows&, int64_t, CUstream_st*);              \
   template void sum_rows(const Row*, Row*, Row*, void*, const ExpertRows&, int64_t, CUstream_st*);
-VMOE_INSTANTIATE(float)
-VMOE_INSTANTIATE(double)
-VMOE_INSTANTIATE(BFloat16)
-VMOE_INSTANTIATE(Float16)
+VMOE_EACH_ROW(VMOE_INSTANTIATE)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda

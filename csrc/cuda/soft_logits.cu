@@ -155,10 +155,7 @@ template void soft_logits_parts(const float*, Float16*, int64_t, int64_t, CUstre
   template void soft_logits_scaled(                                                                \
       const Row*, const Compute<Row>*, Row*, int64_t, int64_t, int64_t, CUstream_st*);             \
   template void soft_logits_backward(const Row*, Row*, int64_t, int64_t, CUstream_st*);
-VMOE_INSTANTIATE(float)
-VMOE_INSTANTIATE(double)
-VMOE_INSTANTIATE(BFloat16)
-VMOE_INSTANTIATE(Float16)
+VMOE_EACH_ROW(VMOE_INSTANTIATE)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda

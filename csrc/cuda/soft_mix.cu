@@ -314,10 +314,7 @@ void soft_mix_slots(
       const Compute<Row>*, Row*, Compute<Row>*, int64_t, int64_t, int64_t, bool, CUstream_st*);    \
   template void soft_mix_rows(const Row*, Row*, int64_t, int64_t, int64_t, int64_t, CUstream_st*); \
   template void soft_mix_slots(const Row*, Row*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
-VMOE_INSTANTIATE(float)
-VMOE_INSTANTIATE(double)
-VMOE_INSTANTIATE(BFloat16)
-VMOE_INSTANTIATE(Float16)
+VMOE_EACH_ROW(VMOE_INSTANTIATE)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda
