@@ -367,7 +367,7 @@ def test_rows_of_large_ties_sum_to_one(device, dtype, size):
     logits = torch.stack([torch.full((6, 3), size), tokens, experts]).to(device, dtype)
     plan, error, _ = sinkhorn(logits, return_error=True)
     assert_close(plan.sum(2), torch.ones(3, 6))
-    assert_close(error[:2], torch.zeros(2))  # the columns' potentials round at the experts' size
+    assert (error[:2] <= 1e-6).all()  # the third group's column potentials round at the size of its logits
 
 
 @pytest.mark.parametrize("scale", [1.0, 50.0, 1e3])
