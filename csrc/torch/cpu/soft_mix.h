@@ -13,7 +13,7 @@ namespace {
 // Slots are stored as the experts take them, [E, G, C, D]; a group's products take them in one
 // piece, [S, D]. Copied by the thread that multiplies them they need no tensor between.
 template <typename T>
-struct Slots {
+struct SlotRows {
   int64_t E, G, C, D;
 
   // Groups [first, first + count) to rows [count, S, D].
@@ -43,7 +43,7 @@ void run_forward(const SoftMix& mix, const Tensor& out) {
   const int64_t tokens = mix.tokens, S = mix.S(), D = mix.D;
   by_dtype("soft_mix", mix.values, [&](auto zero) {
     using T = decltype(zero);
-    const Slots<T> slots{mix.E, mix.G, mix.C, D};
+    const SlotRows<T> slots{mix.E, mix.G, mix.C, D};
     const T* values = read<T>(mix.values);
     parallel_runs(mix.G, 2 * tokens * S + (tokens + S) * D, [&](int64_t first, int64_t count) {
       const cpu::Buffer<T> weights(count * tokens * S), rows(count * S * D);
@@ -75,7 +75,7 @@ void run_backward(
   const Tensor& by_slot = mix.over_tokens ? grad : mix.values;
   by_dtype("soft_mix_backward", mix.values, [&](auto zero) {
     using T = decltype(zero);
-    const Slots<T> slots{mix.E, mix.G, mix.C, D};
+    const SlotRows<T> slots{mix.E, mix.G, mix.C, D};
     parallel_runs(mix.G, 3 * tokens * S + (2 * tokens + S) * D, [&](int64_t first, int64_t count) {
       const cpu::Buffer<T> weights(count * tokens * S), rows(count * S * D);
       const T* logits = read<T>(mix.logits) + first * tokens * S;

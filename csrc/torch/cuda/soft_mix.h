@@ -15,7 +15,7 @@ using torch::stable::transpose;
 // Slots are stored as the experts take them, [E, G, C, D]; a product takes those of a group in one
 // piece, [G, S, D]: in place where one stride leads from slot to slot, else copied.
 template <typename Row>
-struct Slots {
+struct SlotRows {
   int64_t E, G, C, D;
   cudaStream_t stream;
 
@@ -64,7 +64,7 @@ void run_forward(const SoftMix& mix, const Tensor& out) {
           return;
         }
       }
-      const Slots<Row> slots{mix.E, mix.G, mix.C, mix.D, stream};
+      const SlotRows<Row> slots{mix.E, mix.G, mix.C, mix.D, stream};
       const Tensor weights = empty_weights<Row>(mix);
       cuda::soft_mix(
           read<Compute<Row>>(mix.logits), write<Row>(weights), mix.G, mix.tokens, mix.S(),
@@ -88,7 +88,7 @@ void run_backward(
     using Row = decltype(zero);
     using T = Compute<Row>;
     on_device("soft_mix_backward", mix.logits, {grad, mix.values}, [&](auto stream) {
-      const Slots<Row> slots{mix.E, mix.G, mix.C, mix.D, stream};
+      const SlotRows<Row> slots{mix.E, mix.G, mix.C, mix.D, stream};
       const Tensor rows = slots.take(by_slot);
       multiply(grad_logits, by_token, transpose(rows, 1, 2));
       const Tensor weights = empty_weights<Row>(mix);
