@@ -1,6 +1,5 @@
-// half -- loads and stores of rows that may be in 16 bits. Values are widened to float in
-// registers, and rounded to nearest, ties to even, when stored. NaN stays NaN; overflow gives
-// infinity.
+// half -- loads and stores of rows that may be in 16 bits. Values are widened to float when loaded
+// and rounded to nearest, ties to even, when stored. NaN stays NaN; overflow gives infinity.
 #pragma once
 
 #include "../common/half.h"

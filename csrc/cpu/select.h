@@ -1,5 +1,4 @@
-// select -- sorted picks of one row by scalar code. leaders.h and keys.h serve several rows at
-// once.
+// select -- sorted picks of one row, by scalar code (leaders.h and keys.h: several rows at once).
 #pragma once
 
 #include <algorithm>

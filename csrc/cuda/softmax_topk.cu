@@ -1,14 +1,13 @@
-// Few experts of a token, few tokens of an expert in a small group: one launch each, and the gates
-// never leave the chip.
+// A choice of few picks is one launch that keeps the gates on the chip:
 //
 //   few_of_rows       dim 2, E <= 1024: kLanes lanes per token, logits in registers, 16-byte loads
 //   few_of_long_rows  dim 2, E <= 4096: one block per token; each warp chooses in its part of the
-//                     row, and one warp among the choices
+//                     row, and one warp among these choices
 //   few_of_columns    dim 1, E <= 128: one block per group; a tile of gates in shared memory, one
-//                     warp per expert of it
+//                     warp per expert at a time
 //
-// Other shapes go through memory: gates, by the same tile where experts choose and are few, topk of
-// them, and then the picks of absent tokens are taken back.
+// Other choices write the gates to memory (by the same tile if few experts choose), call topk, and
+// then remove the picks of absent tokens.
 #include <algorithm>
 
 #include "../softmax_topk.h"
@@ -18,7 +17,7 @@
 namespace vmoe::cuda {
 namespace {
 
-// The gate of a key: gates are no less than +0, or NaN.
+// The gate of a key. Gates are at least +0, or NaN.
 __device__ inline float gate_of(uint32_t key) {
   const uint32_t bits = key & 0x7FFFFFFF;
   float gate;
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
     T* __restrict__ scale,  // [rows]
     int64_t E) {
   using Key = OrderKey<T>;
-  // By warps, and of a warp in order: ties are in order of index.
+  // Ordered by warp and then by rank in the warp, so that ties are in order of index.
   __shared__ Pick<Key> candidates[kWarps * kFew];
   const int64_t row = blockIdx.x, k = chosen.k;
   const T* from = logits + row * E;
@@ -128,8 +127,8 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
 constexpr int kColumnThreads = 512;
 constexpr int64_t kMostExperts = 128;
 
-// The gates of `count` tokens, by expert in shared memory; those of a token that is not there are
-// -inf. By the kColumnThreads of a block together.
+// Writes the gates of `count` tokens to shared memory, by expert; the gates of an absent token are
+// -inf. All kColumnThreads of a block call this together.
 template <typename T, int kLanes, int kEach>
 __device__ void gates_to_tile(
     const T* __restrict__ logits,  // [count, E]
@@ -141,7 +140,7 @@ __device__ void gates_to_tile(
   const int64_t own = threadIdx.x / kLanes;
   for (int64_t begin = 0; begin < count; begin += kColumnThreads / kLanes) {
     const bool there = begin + own < count;
-    const int64_t t = there ? begin + own : count - 1;  // the warp stays together
+    const int64_t t = there ? begin + own : count - 1;  // whole warps take part in shuffles
     Softmax softmax;
     softmax.read(logits + t * E, E, wide);
     if (!there) continue;
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
   }
 }
 
-// The same gates by way of memory, kChunk tokens a block.
+// Writes the gates by expert to device memory, kChunk tokens per block.
 constexpr int kChunk = 64;
 
 template <typename T, int kLanes, int kEach>
@@ -209,8 +208,8 @@ __global__ void __launch_bounds__(kColumnThreads) gates_by_expert_kernel(
   }
 }
 
-// The gates of all, those of a token that is not there being -inf. A tile of 32 x 32 a block of
-// 32 x 8 threads, that is turned where the gates lie by expert.
+// Writes the gates of all tokens; the gates of an absent token are -inf. One tile of 32 x 32 per
+// block of 32 x 8 threads, transposed if the gates are stored by expert.
 constexpr int kTile = 32;
 
 template <typename T>
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) gates_kernel(
   }
 }
 
-// What topk chose of tokens that are not there.
+// Replaces picks of absent tokens by index -1 and value 0.
 template <typename T>
 __global__ void __launch_bounds__(kSoftmaxThreads)
     take_back_kernel(T* __restrict__ values, int32_t* __restrict__ indices, int64_t size) {

@@ -1,4 +1,4 @@
-// The host that stands for a GPU must see what a GPU would not forgive.
+// The emulator must report kernel errors that a GPU would answer with a wrong result or a hang.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
