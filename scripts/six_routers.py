@@ -94,14 +94,14 @@ def draw(path: Path) -> None:
     figure.get_layout_engine().set(w_pad=0.04, h_pad=0.06)
     for ax in axes.flat:
         ax.axis("off")
-    axes[0, 0].imshow(photo)
+    axes[0, 0].imshow(photo.numpy())
     axes[0, 0].set_title(f"{tokens.shape[1]:,} patches, {EXPERTS} experts", loc="left", fontsize=10)
     # The two Choices of one affinity are side by side.
     places = [axes[0, 1], axes[0, 2], axes[1, 1], axes[1, 2], axes[1, 3], axes[0, 3]]
     order = ("softmax_token_choice", "softmax_expert_choice", "sinkhorn_token_choice", "sinkhorn_expert_choice")
     for ax, name in zip(places, (*order, "sparsity_constrained_expert_choice", "soft"), strict=True):
         routing = route(name, tokens, weight)
-        ax.imshow(picture(routing, grey))
+        ax.imshow(picture(routing, grey).numpy())
         ax.set_title(TITLES[name], loc="left", fontsize=10)
         ax.set_title(f"{routing.metrics['dropped']:.0%} dropped", loc="right", fontsize=8, color="0.4")
     handles = [plt.Line2D([], [], marker="s", ls="", ms=10, color=c.tolist(), mec="0.5", mew=0.5) for c in COLOURS]
