@@ -1,7 +1,7 @@
-"""The package against the reference code's numbers in tests/golden: the comparison that the tests and the table share.
+"""Compares the package with the reference code's numbers in tests/golden, for the tests and for docs/parity.md.
 
-`compare("tc_ties_G1_K2_bpr1")` gives every quantity's largest deviation and its tolerance; `check` fails where one is
-beyond. `python tests/parity.py` writes them all to docs/parity.md.
+`compare("tc_ties_G1_K2_bpr1")` returns the largest deviation and the tolerance of every quantity; `check` fails if a
+deviation exceeds its tolerance. `python tests/parity.py` writes all of them to docs/parity.md.
 """
 
 from __future__ import annotations

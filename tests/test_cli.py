@@ -1,4 +1,4 @@
-"""The command line: options, errors in one line, Ctrl-C; the one place where a study is run as users run it."""
+"""The command line: options, one-line errors, Ctrl-C, and a study run as users run it."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Every case builds at a tiny size, and every variant of it computes what it says."""
+"""Every benchmark case builds at a tiny size, and each of its variants computes the right result."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""read_npz: numpy's files as they are, and those that mean harm."""
+"""read_npz: numpy's own files are read exactly, and malicious files are refused."""
 
 import io
 import random

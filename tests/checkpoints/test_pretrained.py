@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: round trips, and folders that are not what they should be."""
+"""save_pretrained and from_pretrained: round trips, and refusal of invalid folders."""
 
 import copy
 import json

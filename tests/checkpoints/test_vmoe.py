@@ -1,4 +1,4 @@
-"""read_vmoe: the reference's own checkpoint, checkpoints of the tests' writer, and files that mean harm."""
+"""read_vmoe: the reference's checkpoint, checkpoints of the tests' writer, and malicious files."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What a model costs: by hand, by torch's own counter, and the page of it."""
+"""The cost of a model: counted by hand, by torch's counter, and on the page of models."""
 
 import model_table
 import pytest

@@ -1,4 +1,4 @@
-"""Padding masks through a whole model: what is masked out is as if it were not there."""
+"""Padding masks in whole models: masked patches never affect the result."""
 
 import pytest
 import torch

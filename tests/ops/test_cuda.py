@@ -1,4 +1,4 @@
-"""CUDA where it is not: a clear refusal. Where it is: what only a GPU can show."""
+"""CUDA tensors: a clear refusal without a GPU, and with one the properties that only a GPU can show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every decomposition against its op on the CPU, as an exported program has it: traced, with nothing of ours left."""
+"""Every decomposition against its op on the CPU, traced as in an exported program: no op of this package remains."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Expert Choice against a ranking written out by hand, with its three affinities."""
+"""Expert Choice with its three affinities, against a ranking in plain Python."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The study's figures: what is drawn is what the data say, whatever the runs lack."""
+"""The study's figures: they draw the data, even if runs are missing."""
 
 import csv
 

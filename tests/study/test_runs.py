@@ -1,4 +1,4 @@
-"""One run: the models of a seed, what they cost and what is recorded."""
+"""One run of the study: the models of a seed, their cost and their records."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A whole study: what is run, what is kept, what is written."""
+"""A whole study: the runs that are started, kept and written."""
 
 import csv
 import io
