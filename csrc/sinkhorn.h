@@ -2,7 +2,7 @@
 //
 //   logits   [G, T, E]  float32 | float64
 //   plan     [G, T, E]  same dtype
-//   history  [G, I, E]  float64   h after every iteration, zeros after the last one done
+//   history  [G, I, E]  float64   h after every iteration; zeros after the last iteration done
 //   error    [G]        float64   max_e |sum_t plan[t, e] - n/E| / (n/E)
 //   steps    [G]        int32     iterations done
 //
@@ -94,7 +94,7 @@ VMOE_BY_ISA(sinkhorn_implicit_backward)
 
 namespace vmoe::cuda {
 
-// Bytes of workspace that sinkhorn asks for.
+// Bytes of workspace that sinkhorn needs.
 template <typename T>
 size_t sinkhorn_workspace(int64_t G, int64_t tokens, int64_t E);
 
@@ -111,7 +111,7 @@ void sinkhorn(
     int64_t iterations,
     double epsilon,
     double tolerance,
-    void* workspace,  // of sinkhorn_workspace
+    void* workspace,  // sinkhorn_workspace bytes
     CUstream_st* stream);
 
 template <typename T>
@@ -129,7 +129,7 @@ void sinkhorn_backward(
     int64_t E,
     int64_t iterations,
     double epsilon,
-    void* workspace,  // of sinkhorn_backward_workspace
+    void* workspace,  // sinkhorn_backward_workspace bytes
     CUstream_st* stream);
 
 template <typename T>
@@ -144,7 +144,7 @@ void sinkhorn_implicit_backward(
     int64_t tokens,
     int64_t E,
     double epsilon,
-    void* workspace,  // of sinkhorn_implicit_backward_workspace
+    void* workspace,  // sinkhorn_implicit_backward_workspace bytes
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

@@ -1,4 +1,4 @@
-// soft_logits -- the logits of Soft MoE: products of tokens of length 1.
+// soft_logits -- the logits of Soft MoE: products of normalised tokens and slot parameters.
 //
 //   x       [G, T, D]  float32 | float64; on CUDA also bfloat16 | float16
 //   phi     [D, S]     float32, for float64 tokens float64   the slots' parameters, normalised and
@@ -7,8 +7,8 @@
 //
 // (Puigcerver et al., arXiv 2308.00951, section 2.3.) The product takes the tokens unnormalised, on
 // a CPU by cpu/product.cpp, on CUDA by torch. Its rows are normalised instead of the tokens, which
-// saves a second copy of the tokens, here and for backward. |x|^2 is summed in float64, so that no
-// token is too long.
+// saves a second copy of the tokens, here and for backward. |x|^2 is summed in float64, so that it
+// does not overflow for long tokens.
 //
 // Gradient: with P = r * grad,  grad_phi = sum_g x^T P,  U = P phi^T,
 // grad_x = U - x r^2 <x, U>.
@@ -31,7 +31,7 @@ namespace vmoe::cpu {
 
 VMOE_EACH_ISA(
 
-    // scaled = r * products, row by row; may be the same memory.
+    // scaled = r * products, row by row; both may be the same memory.
     template <typename T> void soft_logits(
         const T* x,         // [rows, D]
         const T* products,  // [rows, S]
@@ -67,7 +67,7 @@ void soft_logits_parts(
     int64_t S,
     CUstream_st* stream);
 
-// logits = r * products, row by row; where x is in 16 bits, of the sum of the two products.
+// logits = r * products, row by row. For x in 16 bits, products are the sum of two parts.
 template <typename Row>
 void soft_logits(
     const Row* x,                  // [rows, D]
@@ -78,7 +78,7 @@ void soft_logits(
     int64_t rows,
     CUstream_st* stream);
 
-// P, in the dtype that it is multiplied in; columns from S on are padding.
+// P, in the dtype of its product with phi; columns from S on are padding.
 template <typename Row>
 void soft_logits_scaled(
     const Row* x,              // [rows, D]

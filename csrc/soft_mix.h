@@ -1,16 +1,16 @@
-// soft_mix -- the two softmaxes of Soft MoE.
+// soft_mix -- the two softmaxes of Soft MoE, and the means that they weight.
 //
 //   logits   [G, T, S]  float32 | float64
 //   weights  [G, T, S]  the values' dtype   softmax of the logits over the tokens (the dispatch
 //                                           tensor) or over the slots (the combine tensor)
-//   values              the logits' dtype; on CUDA also bfloat16 | float16, the logits being float32
+//   values              the logits' dtype; on CUDA also bfloat16 | float16, with float32 logits
 //
-// out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values
-// [G, T, D] (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU products take one
-// group at a time (cpu/product.h), so that no tensor ever holds the weights of all groups; on CUDA
-// a product takes all groups, in one kernel with the softmax (soft_mix_product) or by torch.
-// A logit of -inf is masked. A line of -inf alone gets zeros, not NaN: a padding token
-// neither gives nor takes.
+// out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values [G, T, D]
+// (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU products take one group at a
+// time (cpu/product.h), so that no tensor ever holds the weights of all groups; on CUDA a product
+// takes all groups, in one kernel with the softmax (soft_mix_product) or by torch. A logit of -inf
+// is masked. A softmax over -inf alone gives zeros, not NaN: a padding token neither contributes
+// to slots nor receives from them.
 //
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
 //
@@ -100,7 +100,7 @@ bool soft_mix_product(
     bool over_tokens,
     CUstream_st* stream);
 
-// Slots [E, G, C, D] to the rows [G, E * C, D] that the products take, or back.
+// Copies slots [E, G, C, D] to the rows [G, E * C, D] that the products take, or back.
 template <typename T>
 void soft_mix_rows(
     const T* slots,  // [E, G, C, D]
