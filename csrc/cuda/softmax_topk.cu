@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_rows_kernel(
   using Softmax = RowSoftmax<T, kLanes, kEach>;
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   Softmax softmax;
-  // Lanes without a row of their own repeat the last: the warp stays together.
+  // Lanes without a row repeat the last row, so that whole warps take part in shuffles.
   softmax.read(logits + (row < rows ? row : rows - 1) * E, E, wide);
   typename Softmax::Picks few;
 #pragma unroll
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
   indices[i] = -1;
 }
 
-// body(RowShape) for the rows of E <= kMostExperts that gates_to_tile reads.
+// Calls body(RowShape) for the rows of E <= kMostExperts that gates_to_tile reads.
 template <typename Body>
 void with_experts_in_tile(int64_t E, Body&& body) {
   by_row_length(E, [&](auto shape) {
@@ -264,8 +264,7 @@ void with_experts_in_tile(int64_t E, Body&& body) {
   });
 }
 
-// How a shape is answered, and its workspace: softmax_topk_workspace asks for what softmax_topk
-// uses.
+// The kernels and the workspace for a shape, the same for softmax_topk_workspace and softmax_topk.
 template <typename T>
 struct Layout {
   enum class Way { kFewOfRows, kFewOfLongRows, kFewOfColumns, kMemory };
@@ -288,15 +287,15 @@ struct Layout {
     }
   }
 
-  int64_t n, rows;  // of the choice: entries of a row, and rows
+  int64_t n, rows;  // the choice has `rows` rows of n entries
   Way way = Way::kMemory;
   int64_t tile = 0;         // bytes of shared memory of few_of_columns
   T* gates = nullptr;       // [G, T, E], or by expert [G, E, T]
-  char* of_topk = nullptr;  // its workspace
+  char* of_topk = nullptr;  // the workspace of topk
   size_t bytes = 0;
 };
 
-// The gates in memory, topk of them, and the picks of absent tokens taken back.
+// Writes the gates to memory, calls topk, and removes the picks of absent tokens.
 template <typename T>
 void by_memory(
     const Layout<T>& layout, const T* logits, const Chosen<T>& chosen, T* high, T* scale, int64_t G,
