@@ -35,6 +35,7 @@ gpu-check:
 lint: .venv/lint .venv/test
 	$(bin)/ruff check . && $(bin)/ruff format --check . && $(bin)/pyright --pythonpath $(bin)/python
 	$(bin)/clang-format --dry-run -Werror $(cpp_files)
+	$(bin)/python scripts/check_prose.py
 
 format: .venv/lint
 	$(bin)/ruff check --fix-only . && $(bin)/ruff format .

@@ -1,5 +1,5 @@
-// A block has some rows of an expert, and as many columns as a warp takes at once: its warps go down
-// the rows, and a thread keeps its columns' bias and sums in registers.
+// A block has some rows of an expert, and as many columns as a warp takes at once. Its warps go
+// down the rows, and a thread keeps the bias and the sums of its columns in registers.
 #include <type_traits>
 
 #include "../common/gelu.h"

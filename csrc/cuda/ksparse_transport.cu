@@ -90,7 +90,7 @@ struct Task {
   double* vectors;  // [G, vectors, T]
   int64_t vectors_of_group;
 
-  // Of a group in device memory.
+  // For a group in device memory.
   int64_t pieces;       // of tokens
   T* columns;           // [G, E, T]
   int8_t* there;        // [G, T]

@@ -76,7 +76,7 @@ struct Task {
   int lanes;                 // of a row
   int64_t stride;            // from row to row of the matrices that are worked on
 
-  // Of crews of several blocks.
+  // For crews of several blocks.
   Range* ranges;      // [2, crews, pieces]
   double* parts;      // [2, crews, pieces, 2, E]
   unsigned* arrived;  // [crews], see BlockBarrier
@@ -115,7 +115,7 @@ class Crew {
     return left < task_.of_piece ? left : task_.of_piece;
   }
 
-  // Of the whole group.
+  // The range of the whole group.
   __device__ Range join(const Range& range) {
     if (alone()) return range;
     Range* each = task_.ranges + place();

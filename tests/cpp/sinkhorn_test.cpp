@@ -99,7 +99,7 @@ double column_error(const Shape& shape, const std::vector<T>& plan, int64_t g, d
   return worst;
 }
 
-// Of plans whose exponents, float64 sums of numbers around 1e4, cancel.
+// Plans whose exponents, float64 sums of numbers around 1e4, cancel.
 template <typename T>
 constexpr double kRoundingOfLarge = std::max(kRounding<T>, 1e-11);
 
@@ -336,7 +336,7 @@ TYPED_TEST(Sinkhorn, MinusInfinityIsNeverChosen) {
     EXPECT_TRUE(logits[i] != -kInf<T> || (result.plan[i] == 0 && grad[i] == 0)) << i;
   }
   EXPECT_NEAR(result.error[0], 0, 1e-9);
-  // An expert that nobody can reach stays empty, and the error says so.
+  // An expert that no token can reach stays empty, and the error says so.
   for (int64_t t = 0; t < shape.T; ++t) logits[t * 3 + 1] = -kInf<T>, logits[t * 3] = 0;
   const auto closed = sinkhorn(shape, logits);
   for (int64_t t = 0; t < shape.T; ++t) EXPECT_EQ(closed.plan[t * 3 + 1], 0);

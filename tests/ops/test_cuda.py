@@ -162,7 +162,7 @@ def mix(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Of what the two above do, of Token Choice's gates too."""
+    """The gradients of the two functions above, and of the gates of Token Choice."""
     x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
     out = choose_tokens(x, logits).square().sum() + mix(x, logits).square().sum()
     out = out + ops.softmax_topk(logits, 2)[0].square().sum()

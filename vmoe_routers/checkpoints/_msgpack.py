@@ -1,4 +1,4 @@
-"""A pull reader of MessagePack (github.com/msgpack/msgpack, spec.md), for files that nobody vouches for.
+"""A MessagePack pull parser for untrusted files (github.com/msgpack/msgpack, spec.md).
 
 The caller asks for what the format wants next; anything else is an error. Nothing is built that was not asked for, and
 no length is believed before the bytes left say that it can be true, so memory stays within what the caller keeps. Long

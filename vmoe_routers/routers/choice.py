@@ -192,7 +192,7 @@ def _check_gates(
 
 
 def _choose(gates: Gates, weights: Gates, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the k chosen: the selecting gates without gradient, the weights, and the indices."""
+    """The k chosen: their selecting gates without gradient, their weights, and their indices."""
     if weights is gates:
         kept, indices = gates.choose(k, dim, mask)
         return kept.detach(), kept, indices

@@ -18,7 +18,7 @@ from vmoe_routers.ops.topk import topk_unchecked
 def importance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation over experts of ``sum_t softmax(logits)[t, e]``.
 
-    Of the logits without noise (Shazeer et al., arXiv 1701.06538, equation 7).
+    Uses the logits without noise (Shazeer et al., arXiv 1701.06538, equation 7).
     """
     _check("importance_loss", "logits", logits, mask)
     return _mean_over_groups(_squared_cv(_sum_over_tokens(logits.softmax(-1), mask)))

@@ -155,7 +155,7 @@ class SparseRouting(_Sparse, Routing):
 
     @property
     def device(self) -> torch.device:
-        """Of the tensors."""
+        """The device of the tensors."""
         return self.token.device
 
     @property
@@ -235,7 +235,7 @@ class SoftRouting(_Soft, Routing):
 
     @property
     def device(self) -> torch.device:
-        """Of the logits."""
+        """The device of the logits."""
         return self.logits.device
 
     def dispatch(self, x: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def check_memory(
 
 
 def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]) -> Need:
-    """Of a variant, from sizes that may be too large for anything but floats."""
+    """The need of a variant, from sizes that only floats may be able to hold."""
     o, (size, channels, classes) = SimpleNamespace(**options), shape
     width, depth, experts, batch = float(o.width), float(o.depth), float(o.num_experts), float(o.batch_size)
     hidden = width * o.mlp_ratio

@@ -99,7 +99,7 @@ class SemiDual {
  private:
   static constexpr int64_t kLongest = Columns<T>::kLongest;
 
-  // Of a range of tokens, under its first piece: the deepest fall of alpha, and its largest size.
+  // Per range of tokens, at its first piece: the deepest fall of alpha, and its largest size.
   struct Moved {
     double fall = 0, size = 0;
   };
@@ -248,7 +248,7 @@ class SemiDual {
   double b_, scale_;
   Vector present_;  // 1 for a token, 0 after the last
 
-  // Of move_to.
+  // Scratch memory of move_to.
   Vector alpha_before_;
   std::vector<T> alpha_;
   std::vector<Moved> moved_;

@@ -94,7 +94,7 @@ struct Group {
     bool complete = true;
   };
 
-  // Of a piece where every logit is finite; false, and nothing known, where one is not.
+  // The range of a piece if all its logits are finite; else false, and `range` is unspecified.
   bool scan_finite(int64_t begin, int64_t end, Range& range) const {
     const T* from = logits + begin * E;
     const int64_t size = (end - begin) * E;

@@ -264,7 +264,7 @@ TYPED_TEST(CudaSinkhorn, AbsentTokensAndForbiddenPairs) {
     if (shape.T > 1000) continue;
     for (int64_t i = 0; i < shape.size(); i += 5) logits[i] = -kInf<T>;
     this->expect_as_on_cpu(shape, logits, options);
-    for (int64_t i = 1; i < shape.size(); i += shape.E) logits[i] = -kInf<T>;  // nobody reaches it
+    for (int64_t i = 1; i < shape.size(); i += shape.E) logits[i] = -kInf<T>;  // unreachable
     this->expect_as_on_cpu(shape, logits, options);
     for (const double tolerance : {0.0, 1e-3}) {
       this->expect_as_on_cpu(
