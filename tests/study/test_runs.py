@@ -51,7 +51,7 @@ def test_one_seed_is_one_trunk():
     assert len(shared) > 15 and not any("router" in name for name in shared)
     for variant, model in models.items():
         found = trunk(model)
-        extra = set(found) - set(shared)  # the dense model has MLPs where the others have experts
+        extra = set(found) - set(shared)  # the dense model has MLPs in place of experts
         assert all(variant == DENSE and name.startswith("blocks.1.mlp.") for name in extra)
         for name, parameter in shared.items():
             assert torch.equal(parameter, found[name]), (variant.name, name)
