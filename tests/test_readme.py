@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import vmoe_routers as vr
+from vmoe_routers.routers import router_options
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +42,12 @@ def test_page_runs(page, tmp_path, monkeypatch):
         assert run(page)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_routers_page_has_every_option():
+    options = set().union(*map(router_options, vr.ROUTERS)) - {"device", "dtype"}
+    section = (ROOT / "docs" / "routers.md").read_text().split("## Options")[1].split("\n## ")[0]
+    assert options <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_readme_is_short():
