@@ -170,7 +170,7 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
         with safe_open(weights_path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             _check_counts(arguments, shapes, config_path)
-            # Without memory, so that arguments beyond belief cost none
+            # Build on the meta device first: absurd arguments in a bad file must not exhaust memory.
             model = make_empty(arguments, config_path)
             _compare(model, shapes, f"{weights_path}: not the model of {config_path}")
             tensors = {name: file.get_tensor(name).clone() for name in shapes}
@@ -186,7 +186,7 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
 
 
 def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: str) -> None:
-    """What is made in loops is no more than the weights hold."""
+    """Refuses counts that drive loops if they exceed what the weights can hold."""
     limits = {
         "depth": len(shapes),
         "num_experts": max((extent for shape in shapes.values() for extent in shape), default=0),
