@@ -1,12 +1,12 @@
-# make study | test | bench | gpu-check | lint | format. The first run makes .venv with what it needs; later runs
-# compile only what changed. ARGS is passed on: make study ARGS="--seeds 1", make test ARGS="-k topk" (ARGS="-n0" for
-# one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine, ON for every architecture, OFF
-# for none.
+# make study | test | bench | gpu-check | lint | format. The first run creates .venv with the dependencies of the
+# target; later runs compile only changed files. ARGS is passed on: make study ARGS="--seeds 1", make test
+# ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine, ON
+# for every architecture, OFF for none.
 PYTHON ?= python3
 VMOE_CUDA ?= AUTO
 export VMOE_CUDA
 bin := .venv/bin
-# At most eight processes: each has a torch of its own, of a gigabyte.
+# Run at most eight processes: each imports torch, which takes a gigabyte of memory.
 pytest := $(bin)/pytest -n logical --maxprocesses=8 --dist=worksteal
 MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
@@ -23,28 +23,29 @@ test: .venv/test
 	$(bin)/ctest --test-dir build/cpp --output-on-failure --parallel $(shell nproc)
 	$(pytest) $(ARGS)
 	$(pytest) --cuda-on-host=build/cpp/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS) || \
-	  [ $$? -eq 5 ]  # ARGS may choose none of these
+	  [ $$? -eq 5 ]  # 5: ARGS selects none of these tests
 
 bench: .venv/bench
 	$(bin)/python -m benchmarks.run $(ARGS)
 
-# On a machine with a GPU, against the torch of $(PYTHON): no network, nothing installed there.
+# Needs a GPU and no network. Builds against the torch of $(PYTHON), and installs nothing into that Python.
 gpu-check:
 	scripts/gpu_check.sh --python $(PYTHON) $(ARGS)
 
 lint: .venv/lint .venv/test
 	$(bin)/ruff check . && $(bin)/ruff format --check . && $(bin)/pyright --pythonpath $(bin)/python
 	$(bin)/clang-format --dry-run -Werror $(cpp_files)
+	$(bin)/python scripts/check_prose.py
 
 format: .venv/lint
 	$(bin)/ruff check --fix-only . && $(bin)/ruff format .
 	$(bin)/clang-format -i $(cpp_files)
 
-# This package with what one extra of pyproject.toml needs.
+# Installs this package with the dependencies of one extra of pyproject.toml.
 .venv/%: scripts/setup.sh $(compiled) build/cuda-$(VMOE_CUDA)
 	scripts/setup.sh $(PYTHON) $*
 	touch $@
 
-# Another VMOE_CUDA than last time is a change, too.
+# Rebuild if VMOE_CUDA differs from the last build.
 build/cuda-$(VMOE_CUDA):
 	mkdir -p build && rm -f build/cuda-* && touch $@

@@ -1,9 +1,9 @@
-# The Python modules.
+# The Python modules _C and _C_cuda.
 include(cmake/torch.cmake)
 find_package(pybind11 CONFIG REQUIRED)
 
-# CUDA: where torch has it, and a toolkit that compiles C++20. FindCUDAToolkit looks in more places
-# (CUDA_PATH, /usr/local/cuda) than CMake does for a compiler, so it tells where nvcc is.
+# CUDA needs a torch with CUDA and a toolkit that compiles C++20. FindCUDAToolkit finds nvcc, because it
+# searches more places (CUDA_PATH, /usr/local/cuda) than CMake's search for a compiler.
 set(cuda_built OFF)
 set(torch_has_cuda OFF)
 if(EXISTS "${torch_root}/lib/libtorch_cuda.so")
@@ -21,7 +21,7 @@ if(torch_has_cuda AND NOT VMOE_CUDA STREQUAL "OFF")
   if(CUDAToolkit_FOUND AND CMAKE_CUDA_COMPILER)
     set(cuda_built ON)
   else()
-    unset(CMAKE_CUDA_COMPILER CACHE)  # look again next time
+    unset(CMAKE_CUDA_COMPILER CACHE)  # search again next time
   endif()
 endif()
 if(VMOE_CUDA STREQUAL "ON" AND NOT cuda_built)
@@ -43,14 +43,14 @@ if(cuda_built)
   target_include_directories(core_cuda PUBLIC csrc)
   pybind11_add_module(_C_cuda MODULE csrc/ops_cuda.cpp ${cuda_bindings})
   target_compile_definitions(_C_cuda PRIVATE VMOE_DEVICE_CUDA USE_CUDA)
-  # Nothing in _C_cuda calls libtorch_cuda by a symbol that the linker sees first.
+  # Link libtorch_cuda even if the linker sees no symbol of it in use.
   target_link_options(_C_cuda PRIVATE -Wl,--no-as-needed)
   target_link_libraries(_C_cuda PRIVATE core_cuda torch_stable
     "${torch_root}/lib/libtorch_cuda.so" CUDA::cudart_static)
   install(TARGETS _C_cuda DESTINATION vmoe_routers)
   message(STATUS "vmoe_routers: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES}")
 else()
-  set(CMAKE_CUDA_ARCHITECTURES "")  # nothing was compiled for any
+  set(CMAKE_CUDA_ARCHITECTURES "")  # no CUDA kernel is compiled
   message(STATUS "vmoe_routers: CPU only (VMOE_CUDA=${VMOE_CUDA})")
 endif()
 

@@ -1,5 +1,5 @@
-# torch's stable ABI. torch's own CMake package asks for a CUDA toolkit as soon as torch has CUDA; its
-# headers and two libraries are all that is needed.
+# torch's stable ABI: headers and two libraries. torch's own CMake package is not used, because it
+# requires a CUDA toolkit if torch has CUDA.
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
@@ -12,7 +12,7 @@ endif()
 add_library(torch_stable INTERFACE)
 target_include_directories(torch_stable SYSTEM INTERFACE
   "${torch_root}/include" "${torch_root}/include/torch/csrc/api/include")
-# The stable ABI of 2.11: one binary for that torch and every later one.
+# With the stable ABI of 2.11, one binary serves torch 2.11 and every later version.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)
 target_compile_options(torch_stable INTERFACE "-ffile-prefix-map=${torch_root}/include/=")
 target_link_libraries(torch_stable INTERFACE "${torch_root}/lib/libtorch_cpu.so")

@@ -1,14 +1,14 @@
 // assign_slots -- position of every request in its expert's buffer.
 //
-//   expert    [G, T, K]  int32            requested experts, in [0, E); anything else: no request
+//   expert    [G, T, K]  int32            requested experts; outside [0, E): no request
 //   priority  [G, T]     float32 | float64 or null
-//                        tokens are served in descending order of it (order.h); null: in index order
+//                        tokens are served in descending order (order.h); null: in order of index
 //   slot      [G, T, K]  int32            e * C + position, or -1: dropped, or no request
 //   source    [G, E, C]  int32            t * K + k of the request that a slot holds, or -1: empty
 //
-// Choice 0 of every token goes before choice 1 of any (V-MoE, arXiv 2106.05974,
-// algorithms 1 and 2). A request that finds its buffer full is dropped.
-// Deterministic. O(T * K) a group, and a sort of T where there is a priority.
+// Choice 0 of all tokens is served before choice 1 of any token (V-MoE, arXiv 2106.05974,
+// algorithms 1 and 2). A request for an expert with a full buffer is dropped. Deterministic. Takes
+// O(T * K) per group, and with a priority a sort of T tokens.
 #pragma once
 
 #include <cstddef>
@@ -41,10 +41,10 @@ VMOE_BY_ISA(assign_slots)
 
 namespace vmoe::cuda {
 
-// The most experts that a block has counters for; more are refused.
+// The most experts for which a block has counters; more are refused.
 int64_t assign_slots_most_experts();
 
-// Bytes of workspace that assign_slots asks for.
+// Bytes of workspace that assign_slots needs.
 template <typename T>
 size_t assign_slots_workspace(bool prioritised, const Slots& shape, int64_t K);
 
@@ -56,7 +56,7 @@ void assign_slots(
     int32_t* source,        // [G, E, C]
     const Slots& shape,
     int64_t K,
-    void* workspace,  // of assign_slots_workspace
+    void* workspace,  // assign_slots_workspace bytes
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

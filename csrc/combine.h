@@ -1,20 +1,19 @@
 // combine -- the experts' outputs, summed into their tokens.
 //
 //   y        [E, G, C, D]  float16 | bfloat16 | float32 | float64
-//   gate     [G, E, C]     what y is computed in (half.h), or null: 1 everywhere
+//   gate     [G, E, C]     Compute<y's dtype> (common/half.h), or null: all 1
 //   offsets  [G, T + 1]    int32   of invert_slots
 //   slots    [G, E * C]    int32   of invert_slots
 //   out      [G, T, D]     y's dtype   out[g, t] = sum over the slots s of t: gate[g, s] y[s]
 //
-// Offsets are clamped to [0, E * C] and slots outside [0, E * C) are skipped: no value in the lists
-// makes a read outside y and gate.
+// Offsets are clamped to [0, E * C] and slots outside [0, E * C) are skipped, so that no value in
+// the lists causes a read outside y and gate.
 //
-// Y = B Y~ of the paper's formulation, with B = D * gate. A token without a slot
-// gets zeros. Slots are added in ascending order, so the sum is deterministic; it is
-// rounded to 16 bits once.
+// Y = B Y~ in the paper's formulation, with B = D * gate. A token without a slot gets zeros. Slots
+// are added in ascending order, so the sum is deterministic. A 16-bit result is rounded once.
 //
-// Gradient: grad_y[s] = gate[s] grad_out[token[s]], grad_gate[s] = <grad_out[token[s]], y[s]>,
-// both zero where the slot is empty.
+// Gradient: grad_y[s] = gate[s] grad_out[token[s]], grad_gate[s] = <grad_out[token[s]], y[s]>, both
+// zero for an empty slot.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +36,7 @@ VMOE_EACH_ISA(
         Row* out,                  // [G, T, D]
         const Slots& shape,
         int64_t D,
-        int64_t row_begin,  // rows of out, [row_begin, row_end) of G * T
+        int64_t row_begin,  // rows [row_begin, row_end) of the G * T rows of out
         int64_t row_end);
 
     template <typename Row>
@@ -50,7 +49,7 @@ VMOE_EACH_ISA(
         Compute<Row>* grad_gate,   // [G, E, C]
         const Slots& shape,
         int64_t D,
-        int64_t row_begin,  // rows of grad_y, [row_begin, row_end) of E * G * C
+        int64_t row_begin,  // rows [row_begin, row_end) of the E * G * C rows of grad_y
         int64_t row_end);
 
 )

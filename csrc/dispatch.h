@@ -1,12 +1,12 @@
-// dispatch -- the rows of the tokens, laid out by slot.
+// dispatch -- copies the rows of tokens into slots.
 //
 //   x      [G, T, D]     any dtype
 //   token  [G, E, C]     int32       token that a slot holds; outside [0, T): empty
-//   out    [E, G, C, D]  same dtype  out[e, g, c] = x[g, token[g, e, c]], zeros where empty
+//   out    [E, G, C, D]  same dtype  out[e, g, c] = x[g, token[g, e, c]]; empty slots are zeros
 //
-// X~ = D^T X of the paper's formulation, for a 0/1 D (section 3 of arXiv 2401.15969).
-// The expert comes first in memory: the rows of one expert are one matrix for its MLP.
-// Bit-exact copies, whatever the dtype.
+// X~ = D^T X in the paper's formulation, for a 0/1 matrix D (arXiv 2401.15969, section 3). Experts
+// are the first axis, so that the rows of one expert form one matrix for its MLP. Copies are exact
+// to the bit for every dtype.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ VMOE_EACH_ISA(
         char* out,             // [E, G, C, row_bytes]
         const Slots& shape,
         int64_t row_bytes,
-        int64_t row_begin,  // rows of out, [row_begin, row_end) of E * G * C
+        int64_t row_begin,  // rows [row_begin, row_end) of the E * G * C rows of out
         int64_t row_end);
 
 )

@@ -1,13 +1,12 @@
-// invert_slots -- from "the token of a slot" to "the slots of a token".
+// invert_slots -- the slots of every token, from the token of every slot.
 //
-//   token    [G, E, C]   int32   token that a slot holds, in [0, T); anything else: empty
+//   token    [G, E, C]   int32   token that a slot holds; outside [0, T): empty
 //   offsets  [G, T + 1]  int32   the slots of token t are slots[offsets[t], offsets[t + 1])
 //   slots    [G, E * C]  int32   slots by token, ascending within a token; -1 after the last
 //   filled   [G, E]      int32   1 + the position of an expert's last slot that is not empty, or 0
 //
-// With both directions at hand, forward and backward of dispatch and combine are
-// gathers: no atomics, no zero fill, one order of summation.
-// Deterministic. O(E * C + T) a group.
+// With both directions, forward and backward of dispatch and combine are gathers: they need no
+// atomics and no zero fill, and sum in a fixed order. Deterministic. Takes O(E * C + T) per group.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +38,7 @@ VMOE_BY_ISA(invert_slots)
 
 namespace vmoe::cuda {
 
-// Bytes of workspace that invert_slots asks for.
+// Bytes of workspace that invert_slots needs.
 size_t invert_slots_workspace(const Slots& shape);
 
 void invert_slots(
@@ -48,7 +47,7 @@ void invert_slots(
     int32_t* slots,        // [G, E * C]
     int32_t* filled,       // [G, E] or null
     const Slots& shape,
-    void* workspace,  // of invert_slots_workspace
+    void* workspace,  // invert_slots_workspace bytes
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

@@ -4,14 +4,15 @@
 //   out  [N, n]  same dtype
 //
 // argmin |p - x|^2 over p >= 0, sum p = 1, |p|_0 <= k (Liu et al., arXiv 2209.15466,
-// section 3; Kyrillidis et al., arXiv 1206.1529): of the k largest u_1 >= ... >= u_k,
+// section 3; Kyrillidis et al., arXiv 1206.1529). With the k largest entries u_1 >= ... >= u_k,
 //   rho = max{r : 1 + r u_r > u_1 + ... + u_r},  tau = (u_1 + ... + u_rho - 1) / rho,
-//   p_i = max(u_i - tau, 0) on those, 0 elsewhere.
-// Ties: order.h. -inf never gets mass. A row with NaN or +inf, or of -inf alone, gets NaN.
+//   p_i = max(u_i - tau, 0) for these k entries, 0 for all other entries.
+// Ties are resolved as in order.h. An entry of -inf is 0 in p. A row with NaN or +inf, or of -inf
+// alone, gets NaN.
 //
-// Backward, of projections along the middle axis:
-//   grad, out  [A, n, B]  the gradient of the projections, and those
-//   grad_x     [A, n, B]  grad less its mean over the support, where out != 0; 0 elsewhere
+// Backward of projections along the middle axis:
+//   grad, out  [A, n, B]  gradient of the projections, and the projections
+//   grad_x     [A, n, B]  grad minus its mean over the support where out != 0; 0 elsewhere
 #pragma once
 
 #include <cstdint>

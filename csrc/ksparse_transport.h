@@ -10,15 +10,15 @@
 //   <alpha, 1> - sum_e b max_{p in simplex, |p|_0 <= k} (<alpha + S[:, e], p> - gamma b/2 |p|^2)
 //   gradient:  1 - sum_e b P_k((alpha + S[:, e]) / (gamma b))
 //
-// plan[:, e] = b P_k((alpha + S[:, e]) / (gamma b)): column sums are n/E and a column
-// has at most k non-zeros, whatever the iterations; row sums are driven towards 1.
+// plan[:, e] = b P_k((alpha + S[:, e]) / (gamma b)). After any number of iterations column sums are
+// n/E and a column has at most k non-zeros; the iterations drive row sums towards 1.
 //
-// Adam: lr = learning_rate, betas 0.9 / 0.999, eps 1e-8, bias-corrected. A group
-// stops after the update whose gradient had |gradient|_2 <= tolerance.
-// L-BFGS: memory 10, backtracking line search, stops at the same tolerance before
-// the update; where no step improves it stops too (the objective has kinks).
-// A row that is all -inf is an absent token: n counts the others, its plan is 0.
-// A column that is all -inf stays 0. A group with NaN or +inf gets NaN. float64 inside.
+// Adam: lr = learning_rate, betas 0.9 / 0.999, eps 1e-8, bias-corrected. A group stops after the
+// first update whose gradient had |gradient|_2 <= tolerance.
+// L-BFGS: memory 10, backtracking line search. A group stops before an update with such a gradient,
+// and if no step improves the objective, which has kinks.
+// A row of -inf alone is an absent token: n counts the present tokens, its plan is 0. A column of
+// -inf alone stays 0. A group with NaN or +inf gets NaN. Computed in float64.
 #pragma once
 
 #include <cstddef>
@@ -64,7 +64,7 @@ VMOE_BY_ISA(ksparse_transport)
 
 namespace cuda {
 
-// Bytes of workspace that ksparse_transport asks for.
+// Bytes of workspace that ksparse_transport needs.
 template <typename T>
 size_t ksparse_transport_workspace(
     int64_t G, int64_t tokens, int64_t E, const TransportOptions& options);
@@ -77,7 +77,7 @@ void ksparse_transport(
     int64_t tokens,
     int64_t E,
     const TransportOptions& options,
-    void* workspace,  // of ksparse_transport_workspace
+    void* workspace,  // ksparse_transport_workspace bytes
     CUstream_st* stream);
 
 }  // namespace cuda

@@ -2,7 +2,7 @@
 //
 //   logits   [G, T, E]  float32 | float64
 //   plan     [G, T, E]  same dtype
-//   history  [G, I, E]  float64   h after every iteration, zeros behind the last one done
+//   history  [G, I, E]  float64   h after every iteration; zeros after the last iteration done
 //   error    [G]        float64   max_e |sum_t plan[t, e] - n/E| / (n/E)
 //   steps    [G]        int32     iterations done
 //
@@ -12,22 +12,22 @@
 //   h_e = log(n/E) - logsumexp_t(M[t, e] + f_t)
 //   f_t =          - logsumexp_e(M[t, e] + h_e)       plan = exp(M + f + h)
 //
-// (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so
-// rows sum to 1. With tolerance > 0 a group stops once error <= tolerance. On the CPU an
-// iteration that finds h where it was, but for a rounding, is the last to be run: the others, which
-// would find it there again, count as done.
-// A row that is all -inf is an absent token: n counts the others, its plan is 0.
-// A group with NaN or +inf among its logits gets NaN. Potentials are float64. Where the
-// logits of a group are within 40 of each other (over epsilon) the iteration runs on
-// exp(M) in float32 for float32 logits, within 200 in float64, else on logarithms, an exp
-// an entry and step: right for |logits| up to 1e4 and beyond. The float32 error is exact
-// to about 1e-7; a smaller tolerance than 1e-4 takes float64. On CUDA there is no exp(M)
-// in float64 for float32 logits: they go on to the logarithms at once.
+// (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so rows sum to 1, to
+// a rounding, however large the logits are. Column sums are exact to about 2^-52 max |M|. With
+// tolerance > 0 a group stops once error <= tolerance. On the CPU an iteration that leaves h
+// unchanged, but for a rounding, is the last to be run; the remaining ones, which would leave it
+// unchanged too, count as done. A row that is all -inf is an absent token: n counts the present
+// tokens, its plan is 0. A group with NaN or +inf among its logits gets NaN, its gradient too.
+// Potentials are float64. If the logits of a group are within 40 of each other (over epsilon) the
+// iteration runs on exp(M) in float32 for float32 logits, within 200 in float64, else on
+// logarithms, with one exp per entry and step. The float32 error is exact to about 1e-7; a
+// tolerance below 1e-4 takes float64. On CUDA there is no exp(M) in float64 for float32 logits:
+// beyond 40 they take the logarithms.
 //
 // Two gradients: of the iterations done (unrolled; f_i is recomputed from h_i, so
 // that one [T, E] tensor and I * E numbers are all that is kept), and of the fixed
-// point by the implicit function theorem at the plan reached. On the CPU the former goes back no
-// further than to where the iterations before can add nothing beyond rounding.
+// point by the implicit function theorem at the plan reached. On the CPU the former leaves out the
+// early iterations that can add nothing beyond rounding. Steps beyond [0, I] are clamped.
 #pragma once
 
 #include <cstddef>
@@ -94,7 +94,7 @@ VMOE_BY_ISA(sinkhorn_implicit_backward)
 
 namespace vmoe::cuda {
 
-// Bytes of workspace that sinkhorn asks for.
+// Bytes of workspace that sinkhorn needs.
 template <typename T>
 size_t sinkhorn_workspace(int64_t G, int64_t tokens, int64_t E);
 
@@ -111,7 +111,7 @@ void sinkhorn(
     int64_t iterations,
     double epsilon,
     double tolerance,
-    void* workspace,  // of sinkhorn_workspace
+    void* workspace,  // sinkhorn_workspace bytes
     CUstream_st* stream);
 
 template <typename T>
@@ -129,7 +129,7 @@ void sinkhorn_backward(
     int64_t E,
     int64_t iterations,
     double epsilon,
-    void* workspace,  // of sinkhorn_backward_workspace
+    void* workspace,  // sinkhorn_backward_workspace bytes
     CUstream_st* stream);
 
 template <typename T>
@@ -144,7 +144,7 @@ void sinkhorn_implicit_backward(
     int64_t tokens,
     int64_t E,
     double epsilon,
-    void* workspace,  // of sinkhorn_implicit_backward_workspace
+    void* workspace,  // sinkhorn_implicit_backward_workspace bytes
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

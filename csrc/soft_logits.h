@@ -1,24 +1,23 @@
-// soft_logits -- the logits of Soft MoE: products of tokens of length 1.
+// soft_logits -- the logits of Soft MoE: products of normalised tokens and slot parameters.
 //
 //   x       [G, T, D]  float32 | float64; on CUDA also bfloat16 | float16
 //   phi     [D, S]     float32, for float64 tokens float64   the slots' parameters, normalised and
 //                                                            scaled by the caller
 //   logits  [G, T, S]  phi's dtype   r[g, t] <x[g, t], phi[:, s]>,  r = 1 / sqrt(|x|^2 + 1e-6)
 //
-// (Puigcerver et al., arXiv 2308.00951, section 2.3.) The product is torch's, of the tokens
-// as they are; normalising its rows instead of them leaves no second copy of the tokens,
-// neither here nor for backward. |x|^2 is summed in float64: no token is too long.
+// (Puigcerver et al., arXiv 2308.00951, section 2.3.) The product takes the tokens unnormalised, on
+// a CPU by cpu/product.cpp, on CUDA by torch. Its rows are normalised instead of the tokens, which
+// saves a second copy of the tokens, here and for backward. |x|^2 is summed in float64, so that it
+// does not overflow for long tokens.
 //
 // Gradient: with P = r * grad,  grad_phi = sum_g x^T P,  U = P phi^T,
 // grad_x = U - x r^2 <x, U>.
 //
-// Tokens in 16 bits are multiplied in 16 bits, with sums in float32. Phi, which is float32 there, is taken
-// in two parts, phi = high + low, each rounded to the tokens' dtype: together they are off by
-// 2^-16 of it at most (TF32: 2^-11). Side by side they are one product of twice the arithmetic: for
-// 256 images of 196 tokens, D = 768, S = 196, 30 GFLOP and 157 MB, which a card with 770 TFLOP/s and
-// 4.3 TB/s has time for in 40 us; r and the sum take another 196 MB, 46 us. (The same in float32 without
-// TF32, at some 50 TFLOP/s: 300 us, and a copy of the tokens.) A gradient is rounded to the tokens'
-// dtype, or a sum over all of them: there P and phi are rounded once. Float16 ends phi at 65504.
+// Tokens in 16 bits are multiplied in 16 bits, with sums in float32. Phi, which is float32 there,
+// is taken in two parts, phi = high + low, each rounded to the tokens' dtype: their sum has a
+// relative error of at most 2^-16 (TF32: 2^-11). A gradient is rounded to the tokens' dtype, or is
+// a sum over all of them: for gradients P and phi are rounded once. In float16, entries of phi
+// beyond 65504 overflow.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +31,7 @@ namespace vmoe::cpu {
 
 VMOE_EACH_ISA(
 
-    // scaled = r * products, row by row; may be the same memory.
+    // scaled = r * products, row by row; both may be the same memory.
     template <typename T> void soft_logits(
         const T* x,         // [rows, D]
         const T* products,  // [rows, S]
@@ -59,16 +58,16 @@ VMOE_BY_ISA(soft_logits_backward)
 
 namespace vmoe::cuda {
 
-// For x in 16 bits: phi in two parts side by side, with zeros behind each.
+// For x in 16 bits: phi in two parts side by side, each padded with zeros.
 template <typename Row>
 void soft_logits_parts(
     const Compute<Row>* phi,  // [D, S]
-    Row* parts,               // [D, 2, row_stride<Row>(S)]  (row_stride.h)
+    Row* parts,               // [D, 2, row_stride<Row>(S)]  (common/row_stride.h)
     int64_t D,
     int64_t S,
     CUstream_st* stream);
 
-// logits = r * products, row by row; where x is in 16 bits, of the sum of the two products.
+// logits = r * products, row by row. For x in 16 bits, products are the sum of two parts.
 template <typename Row>
 void soft_logits(
     const Row* x,                  // [rows, D]
@@ -79,7 +78,7 @@ void soft_logits(
     int64_t rows,
     CUstream_st* stream);
 
-// P, in the dtype that it is multiplied in; what is behind S belongs to nobody.
+// P, in the dtype of its product with phi; columns from S on are padding.
 template <typename Row>
 void soft_logits_scaled(
     const Row* x,              // [rows, D]

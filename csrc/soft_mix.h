@@ -1,35 +1,24 @@
-// soft_mix -- the two softmaxes of Soft MoE.
+// soft_mix -- the two softmaxes of Soft MoE, and the means that they weight.
 //
 //   logits   [G, T, S]  float32 | float64
 //   weights  [G, T, S]  the values' dtype   softmax of the logits over the tokens (the dispatch
 //                                           tensor) or over the slots (the combine tensor)
-//   values              the logits' dtype; on CUDA also bfloat16 | float16, the logits being float32
+//   values              the logits' dtype; on CUDA also bfloat16 | float16, with float32 logits
 //
-// out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values
-// [G, T, D] (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU the products are of
-// a group at a time (cpu/product.h), so that no tensor ever holds the weights of all groups; on CUDA
-// they are one kernel with the softmax, or torch's, of all groups at once.
-// -inf is "not there"; a line of -inf alone gets zeros, not NaN: a padding token
-// neither gives nor takes.
+// out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values [G, T, D]
+// (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU products take one group at a
+// time (cpu/product.h), so that no tensor ever holds the weights of all groups; on CUDA a product
+// takes all groups, in one kernel with the softmax (soft_mix_product) or by torch. A logit of -inf
+// is masked. A softmax over -inf alone gives zeros, not NaN: a padding token neither contributes
+// to slots nor receives from them.
 //
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
 //
-// Values in 16 bits are multiplied in 16 bits, with sums in float32: the softmaxes are computed in
-// float32, and each weight is rounded to the values' dtype, as torch's own softmax and bmm would
-// have it; a result is off by at most an epsilon of sum |weight * value|. The gradient of the
-// weights is a product that leaves its float32 sums as they are, and meets weights that were not
-// rounded: that of the logits is float32's. (Weights in float16 that torch multiplies are held to
-// 3e-8: of 10^4 equal ones to its own epsilon.)
-//
-// Who multiplies on CUDA: for 256 images of 196 tokens and 196 slots, D = 768, in bfloat16, a mean
-// reads 77 MB, writes 77 MB, and reads 39 MB of logits: dispatch and combine 386 MB, which a card
-// with 4.3 TB/s moves in 90 us, and 30 GFLOP. As softmaxes of ours and products of torch's they are
-// 466 MB, for the weights are written and read as well, 108 us, and 72 us more for copies of the
-// slots where experts have several; torch's own softmax and bmm under autocast move another 158 MB.
-// So up to 256 values a line soft_mix_product does it, which pays from 280 TFLOP/s on, and where
-// memory is slower against arithmetic from less on. The arithmetic of longer lines outgrows what
-// that saves: they are torch's. So is backward, where a line's gradient needs all of its products
-// before the first of them can be used. (Arithmetic; no GPU has measured it.)
+// Values in 16 bits are multiplied in 16 bits, with sums in float32. The softmaxes are computed in
+// float32, and each weight is rounded to the values' dtype, as torch's own softmax and bmm round
+// it: a result is off by at most an epsilon of sum |weight * value|. The gradient of the weights
+// stays in float32 and meets unrounded weights, so the gradient of the logits is as exact as in
+// float32. (float16 weights that torch multiplies have an absolute error of up to 3e-8.)
 #pragma once
 
 #include <cstdint>
@@ -71,8 +60,8 @@ VMOE_BY_ISA(soft_mix_backward)
 
 namespace vmoe::cuda {
 
-// Weights are of the dtype of what they mix, and their rows row_stride<Row>(S) long (row_stride.h),
-// from 16 bytes on; what is behind S belongs to nobody.
+// Weights have the dtype of the values. Their rows are row_stride<Row>(S) entries apart and aligned
+// to 16 bytes (common/row_stride.h); columns from S on are padding.
 template <typename Row>
 void soft_mix(
     const Compute<Row>* logits,  // [G, T, S]
@@ -83,7 +72,7 @@ void soft_mix(
     bool over_tokens,
     CUstream_st* stream);
 
-// Makes the weights once more.
+// Computes the weights again.
 template <typename Row>
 void soft_mix_backward(
     const Compute<Row>* logits,  // [G, T, S]
@@ -95,13 +84,14 @@ void soft_mix_backward(
     bool over_tokens,
     CUstream_st* stream);
 
-// out = the softmax's mean of the values, in one kernel; false, and nothing done, where it does not
-// take the shapes: it takes rows of whole 16 bytes, and lines of up to 256 values. Rows in 16 bits.
+// out = the softmax's mean of the values, in one kernel, for values in 16 bits. Returns false,
+// without a launch, for shapes that it does not serve: it wants rows of whole 16 bytes and means
+// over up to 256 values.
 template <typename Row>
 bool soft_mix_product(
     const float* logits,  // [G, T, S], S = E * C
     const Row* values,    // over tokens [G, T, D], else [E, G, C, D]
-    Row* out,             // the other one
+    Row* out,             // the other of these shapes
     int64_t G,
     int64_t tokens,
     int64_t E,
@@ -110,7 +100,7 @@ bool soft_mix_product(
     bool over_tokens,
     CUstream_st* stream);
 
-// Slots [E, G, C, D] to the rows [G, E * C, D] that the products take, or back.
+// Copies slots [E, G, C, D] to the rows [G, E * C, D] that the products take, or back.
 template <typename T>
 void soft_mix_rows(
     const T* slots,  // [E, G, C, D]

@@ -1,11 +1,11 @@
 // topk -- the k largest entries along one axis, in the order of order.h.
 //
 //   x        [N, n, M]  float32 | float64   N rows before the axis, M after it
-//   values   [N, M, k]  same dtype           largest first; the chosen axis goes last
+//   values   [N, M, k]  same dtype           largest first; the chosen axis is moved last
 //   indices  [N, M, k]  int32                positions on the axis, in [0, n), each once
 //
-// 0 <= k <= n. NaN counts as the largest value, so indices stay unique and in
-// range whatever comes. Deterministic. A row is an (N, M) pair: N * M of them.
+// 0 <= k <= n. NaN counts as the largest value, so indices are unique and in range for any input.
+// Deterministic. There are N * M rows, one per pair of indices before and after the axis.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +37,7 @@ VMOE_BY_ISA(topk)
 
 namespace vmoe::cuda {
 
-// Bytes of workspace that topk asks for.
+// Bytes of workspace that topk needs.
 template <typename T>
 size_t topk_workspace(int64_t n, int64_t M, int64_t k, int64_t rows);
 
@@ -50,7 +50,7 @@ void topk(
     int64_t M,
     int64_t k,
     int64_t rows,     // N * M
-    void* workspace,  // of topk_workspace
+    void* workspace,  // topk_workspace bytes
     CUstream_st* stream);
 
 }  // namespace vmoe::cuda

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # gpu_check.sh [--quick] [--dry-run] [--out DIR] [--python PYTHON] [--googletest DIR] -- checks this package on a
 # machine with a GPU, without a network: builds it against the torch of PYTHON for that GPU, runs the tests and the
-# benchmark on the GPU, and the kernels' tests under compute-sanitizer. A part that fails stops no other part. Each
+# benchmark on the GPU, and the kernels' tests under compute-sanitizer. A failed part does not stop later parts. Each
 # part writes DIR/<part>.log (DIR is build/gpu_check by default) and one line of DIR/summary.txt.
 #   --quick       ends within eight minutes: every part has a time limit, and a part that reaches it is interrupted
 #   --dry-run     prints the commands of every part with its time limit, and runs none of them
-#   --googletest  the source of GoogleTest for the kernels' tests; by default /usr/src/googletest where it exists
+#   --googletest  the source of GoogleTest for the kernels' tests; by default /usr/src/googletest if it exists
 set -uo pipefail
 caller=$PWD
 cd "$(dirname "$0")/.."
@@ -27,8 +27,8 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$googletest" ] || [ ! -f /usr/src/googletest/CMakeLists.txt ] || googletest=/usr/src/googletest
 out=$(realpath -m -- "$out")
-# CMake compiles CUDA as C++20 from 3.26 on: the one that was installed with $python, if any, before the system's.
-# compute-sanitizer is beside the compiler, which may be a link. A part that is killed keeps the output it had.
+# CMake compiles CUDA as C++20 from 3.26 on, so prefer the CMake installed with $python to the system's.
+# compute-sanitizer is in the toolkit's folder, even if nvcc on PATH is a link. Unbuffered output survives a kill.
 export PATH=$(dirname "$(command -v "$python")"):$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1
 
 has() { "$python" -c "import $1" 2>/dev/null; }
@@ -39,8 +39,8 @@ row() {
   printf '%-14s %-11s %6s  %s\n' "$@" >>"$out/summary.txt"
 }
 
-# run COMMAND...: one command of a part, which is interrupted at the part's end: by SIGINT, so that pytest still
-# prints its tracebacks.
+# run COMMAND...: runs one command of a part. SIGINT interrupts it at the part's time limit, so that pytest still
+# prints tracebacks.
 run() {
   local left=$((end - SECONDS))
   set -- timeout --signal=INT --kill-after=10 $((left > 1 ? left : 1)) "$@"
@@ -49,7 +49,7 @@ run() {
   [ -n "$dry_run" ] || "$@"
 }
 
-# part NAME SECONDS QUICK_SECONDS FUNCTION [ARGUMENT...]: runs FUNCTION, with its output in NAME.log.
+# part NAME SECONDS QUICK_SECONDS FUNCTION [ARGUMENT...]: runs FUNCTION with a time limit and its output in NAME.log.
 part() {
   local name=$1 limit=$2 began=$SECONDS rc=0 result=passed left end
   if [ -n "$quick" ]; then left=$((total - began)) limit=$(($3 < left ? $3 : left)); fi
@@ -78,7 +78,7 @@ machine() {
     run "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_properties(0))'
 }
 
-# A venv that sees the packages that $python sees, and takes this package without touching them.
+# Installs this package into a new venv that also sees the packages of $python, and leaves $python unchanged.
 build() {
   local packages
   mapfile -t packages < <("$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
@@ -113,16 +113,16 @@ if [ -z "$dry_run" ]; then
   mkdir -p "$out"
   rm -f "$out"/*.log "$out"/bench.csv "$out/summary.txt"
 fi
-total=470  # seconds of a quick run, with ten to spare for a part that does not end when it is interrupted
+total=470  # seconds of a quick run: eight minutes less ten seconds to kill a part that ignores SIGINT
 venv=$out/venv/bin/python
 
 part machine 60 20 machine
 
-# The two builds side by side.
+# Run both builds at the same time.
 has_kernels=''
 part build 1200 150 build &
 module=$!
-if [ -n "$dry_run" ]; then wait "$module"; fi  # one after the other on the screen
+if [ -n "$dry_run" ]; then wait "$module"; fi  # do not mix the output of both
 if [ -n "$googletest" ] || [ -e /usr/include/gtest/gtest.h ]; then
   part kernels 1200 150 kernels && has_kernels=1
 else
@@ -130,7 +130,7 @@ else
 fi
 wait
 
-# Sinkhorn apart and with the names of its tests: its blocks wait for each other, and a hang has to be named.
+# Run Sinkhorn's tests separately and print their names: its blocks wait for each other, and the log must name a hang.
 if [ -n "$has_kernels" ]; then
   part googletest 600 45 kernel_tests --gtest_brief=1 '--gtest_filter=-*Sinkhorn*'
   part sinkhorn 300 30 kernel_tests '--gtest_filter=*Sinkhorn*'
@@ -152,7 +152,7 @@ sanitizing=0
 if [ -n "$has_kernels" ] && command -v compute-sanitizer >/dev/null; then sanitizing=40; fi
 if has rich; then
   benching=50
-  # The time that the parts before have not used, besides.
+  # Use the time that the parts before have left.
   if [ -z "$dry_run" ]; then benching=$((total - sanitizing - SECONDS)); fi
   part bench 3600 $benching bench
 else

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# setup.sh [PYTHON [EXTRA]] -- makes .venv with torch, the build tools and this package (editable), with what EXTRA of
-# pyproject.toml needs (study by default, test, bench, lint). Run by the Makefile; once more does no harm.
-# VMOE_CUDA in the environment says for which GPUs the CUDA kernels are compiled: AUTO (the default) for the GPUs of
-# this machine, and not at all where there is none; ON for every architecture that CMakeLists.txt names; OFF for none.
+# setup.sh [PYTHON [EXTRA]] -- creates .venv with torch, the build tools, this package (editable) and the dependencies
+# of EXTRA of pyproject.toml (study by default, test, bench, lint). The Makefile runs it; running it again is safe.
+# VMOE_CUDA in the environment chooses the GPUs for which the CUDA kernels are compiled: AUTO (the default) for the GPUs
+# of this machine, and none without a GPU; ON for every architecture that cmake/modules.cmake names; OFF for none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3} extra=${2:-study} cuda=${VMOE_CUDA:-AUTO}
@@ -15,7 +15,7 @@ apt_get() {
   apt-get install -y -qq "$@" >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq "$@" >/dev/null; }
 }
 
-# What pip cannot bring.
+# Check the tools that pip cannot install.
 command -v "$python" >/dev/null || die "no $python here; Python 3.10 or newer is wanted: make PYTHON=..."
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   die "Python 3.10 or newer is wanted, $python is $("$python" --version): make PYTHON=..."
@@ -30,12 +30,12 @@ if [ ${#missing[@]} -gt 0 ]; then
   say "installing ${missing[*]}"
   apt_get "${missing[@]}"
 fi
-# Without the system's GoogleTest, CMake fetches its source.
+# Without a system GoogleTest, CMake fetches its source.
 if [ "$extra" = test ] && may_apt_get && [ ! -e /usr/include/gtest/gtest.h ]; then
   apt_get libgtest-dev || say "no libgtest-dev: CMake will fetch GoogleTest"
 fi
 
-# The build itself never looks at a device: it is told here.
+# The build itself never asks for a GPU: this script passes it the architectures.
 options=(-C "cmake.define.VMOE_CUDA=$cuda")
 case $cuda in
   AUTO)
@@ -50,21 +50,21 @@ case $cuda in
       cuda_words="no CUDA kernels, for there is no GPU (VMOE_CUDA=ON compiles them all the same)"
     fi
     ;;
-  # CMakeLists.txt chooses, whatever an earlier build was told.
+  # cmake/modules.cmake chooses the architectures; forget those of an earlier build.
   ON) options+=(-C cmake.args=-UCMAKE_CUDA_ARCHITECTURES) cuda_words="CUDA kernels for every architecture" ;;
   OFF) cuda_words="no CUDA kernels" ;;
   *) die "VMOE_CUDA must be AUTO, ON or OFF, got '$cuda'" ;;
 esac
 
 [ -x .venv/bin/pip ] || { say "making .venv with $("$python" --version)"; "$python" -m venv --clear .venv; }
-# Python compiles a module when it is first imported: to compile all of torch's takes longer than the study needs.
+# Python compiles a module at its first import. Compiling all of torch's modules takes longer than the study.
 install() { .venv/bin/python -m pip --disable-pip-version-check install --no-compile "$@"; }
 quiet=--quiet
-[ -t 1 ] && quiet=  # a progress bar for who looks on
+[ -t 1 ] && quiet=  # show a progress bar in a terminal
 say "torch (some GB, once)"
 install $quiet torch torchvision
 say "build tools"
 install --quiet scikit-build-core pybind11 cmake ninja
 say "vmoe_routers with what $extra needs; compiling: $cuda_words"
-# No isolation: pip would fetch torch a second time for the build.
+# With build isolation, pip would download torch a second time.
 install --quiet --no-build-isolation --editable ".[$extra]" "${options[@]}"

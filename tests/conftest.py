@@ -1,7 +1,7 @@
-"""Fixtures of the whole suite: one seed for every test, and the devices there are.
+"""Fixtures of all tests: a seed before every test, and the devices of this machine.
 
-With --cuda-on-host LIBRARY, which `make test` builds, the CUDA kernels and their bindings are what tensors
-of the CPU get: run on the host as tests/cpp/cuda/shim has it, they pass the same tests.
+With --cuda-on-host LIBRARY, which `make test` builds, CPU tensors go to the CUDA kernels and their bindings, which run
+on the host in an emulator (tests/cpp/cuda/shim). They must pass the same tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_kernels: of what the CPU's own kernels do, whatever others do")
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     if workers:
-        # The processes share the cores, and so do the processes that a test starts.
+        # Divide the cores among the processes of pytest-xdist, and among the processes that a test starts.
         threads = max(1, (os.cpu_count() or 1) // int(workers))
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def on_device(device: str) -> Iterator[None]:
-    """What a test makes without naming a device is on `device`."""
+    """Make `device` the default device of the test."""
     with nullcontext() if device == "cpu" else torch.device(device):
         yield
 
@@ -63,7 +63,7 @@ def seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For models so small that threads only wait for each other, on a busy machine for long."""
+    """Run the test on one thread; for models so small that threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

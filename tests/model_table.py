@@ -1,4 +1,4 @@
-"""docs/models.md, what the registered models cost: `python tests/model_table.py` writes it."""
+"""The tables of docs/models.md, what the registered models cost: `python tests/model_table.py` writes them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ ALIKE = {
     "softmax_expert_choice": "Softmax, Sinkhorn and Sparsity-constrained Expert Choice",
     "soft": "Soft MoE, as many slots as tokens",
 }
-HEAD = f"""# Models
+MARK = f"<!-- models: the rest is written by {COMMAND} -->"
+HEAD = f"""{MARK}
 
-Written by `{COMMAND}` with `vmoe_routers.models.cost`: the models that `timm.create_model` knows once
-`vmoe_routers.models` is imported, with 32 experts, capacity factor 1, MoE layers in the last half of the blocks,
-`group_size=1`, images of 224 x 224 and 1,000 classes. `timm.create_model("soft_moe_base_patch16_224", num_experts=32)`
-makes one; every keyword of `vit_moe` changes it. None comes with weights: upcycle a dense ViT, convert a checkpoint,
-or train.
+## What the named models cost
 
-FLOPs are of the forward pass per image, two for a multiplication with its addition, of every slot, filled or not. Slots
-are rounded for each expert: to the nearest in Expert Choice, up to a multiple of 4 in Token Choice, which does more
-than the dense ViT where an image has few tokens for its 32 experts; in larger groups that falls away. Active parameters
-are those that a token meets on its way, on average. Dense: the ViT of the same trunk.
+Counted by `vmoe_routers.models.cost` for the names that `timm.create_model` knows once `vmoe_routers.models` is
+imported: 32 experts, capacity factor 1, MoE layers in the last half of the blocks, `group_size=1`, images of 224 x
+224 and 1,000 classes. `timm.create_model("soft_moe_base_patch16_224", num_experts=32)` makes one; every keyword of
+`vit_moe` changes it.
+
+FLOPs are those of the forward pass per image; a multiplication and an addition are two. Empty slots count. Capacity
+is rounded per expert: to the nearest integer in Expert Choice, up to a multiple of 4 in Token Choice. Where an image
+has few tokens for 32 experts, Token Choice therefore costs more than the dense ViT; larger groups remove the
+difference. Active parameters are the parameters that process a token, on average. Dense: the ViT with the same trunk.
 """
 
 
@@ -50,12 +52,12 @@ def row(label: str, create: Callable[..., MoEVisionTransformer], *arguments: str
 
 
 def page() -> str:
-    """The whole of it."""
-    parts = [HEAD]
+    """The page: what is written by hand up to the mark, and the tables."""
+    parts = [PAGE.read_text().split(MARK)[0] + HEAD]
     for (size, patches), letters in zip(PATCHES.items(), SIZES, strict=True):
         for patch in patches:
             rows = [
-                f"## {letters}/{patch}",
+                f"### {letters}/{patch}",
                 "",
                 "| | slots an image | parameters, M | active, M | GFLOPs an image |",
                 "|---|---:|---:|---:|---:|",

@@ -1,7 +1,7 @@
-"""The package against the reference code's numbers in tests/golden: the comparison that the tests and the table share.
+"""Compares the package with the reference code's numbers in tests/golden, for the tests and for docs/parity.md.
 
-`compare("tc_ties_G1_K2_bpr1")` gives every quantity's largest deviation and its tolerance; `check` fails where one is
-beyond. `python tests/parity.py` writes them all to docs/parity.md.
+`compare("tc_ties_G1_K2_bpr1")` returns the largest deviation and the tolerance of every quantity; `check` fails if a
+deviation exceeds its tolerance. `python tests/parity.py` writes all of them to docs/parity.md.
 """
 
 from __future__ import annotations
@@ -437,22 +437,22 @@ def _losses(golden: Golden, routing: Any) -> Quantities:
 DOCUMENT = """\
 # Parity with the reference code
 
-How far this package is, at most, from what the JAX reference code of the routers' authors gives on the same inputs
-(CPU, float32; [tests/golden](../tests/golden/README.md)). The tests hold every line at its tolerance, with the same
-comparison ([tests/parity.py](../tests/parity.py)).
+The largest deviations of this package from the JAX reference code of the routers' authors on the same inputs (CPU,
+float32; [tests/golden](../tests/golden/README.md)). The tests make the same comparison, and fail where a deviation
+exceeds its tolerance ([tests/parity.py](../tests/parity.py)).
 
 Made by `{command}`, {date}: {versions}; {cpu}.
 
 {table}
 
 - Deviations are absolute unless the quantity says otherwise; "differ" counts entries that are not equal.
-- Noise on the logits is the draw that the file holds; files without one are compared in eval mode.
-- Sparsity-constrained plans can tie to the last bit, so the sets of tokens that an expert takes are compared there, and
-  everywhere else every slot.
-- Where a Sinkhorn plan goes into the combine tensor, the reference's gradients are those of the implicit function
-  theorem, which here is the option `gradient="implicit"`.
-- The reference rounds twice to bfloat16 inside a Soft MoE layer. "without the roundings" is this package as it is; the
-  other lines of those two files make the same two roundings.
+- Noise on the logits is the draw in the golden file. Files without a draw are compared in eval mode.
+- Sparsity-constrained plans can tie to the last bit, so for them the set of tokens of every expert is compared. For all
+  other routers every slot is compared.
+- If a Sinkhorn plan goes into the combine tensor, the gradients of the reference come from the implicit function
+  theorem. The option `gradient="implicit"` computes the same.
+- The reference rounds twice to bfloat16 inside a Soft MoE layer. "without the roundings" is this package as
+  users get it; every other line of those two files makes the same two roundings.
 """
 
 

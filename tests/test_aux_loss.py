@@ -1,4 +1,4 @@
-"""aux_loss: every forward counts once and has its gradient, however the model is trained."""
+"""aux_loss: every forward counts once and has a gradient, with every way of training a model."""
 
 import copy
 import gc

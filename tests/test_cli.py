@@ -1,4 +1,4 @@
-"""The command line: options, errors in one line, Ctrl-C; the one place where a study is run as users run it."""
+"""The command line: options, one-line errors, Ctrl-C, and a study run as users run it."""
 
 import contextlib
 import dataclasses
@@ -86,7 +86,7 @@ def test_options_of_convert():
     ("study --output=", "--output must not be empty"),
     ("study --data= --seeds 1", "--data must not be empty"),
     ("convert", "convert.source"),
-    ("convert nowhere folder", "nowhere.index: there is no such file"),
+    ("convert nowhere folder", "nowhere.index: no such file"),
     ("convert nowhere folder --img_size 0", "--img_size must be at least 1"),
     ("convert nowhere folder --img-size x", "--img-size must be a whole number, got x"),
     ("convert nowhere folder --capacity-factor 1e308", "--capacity-factor must be positive and at most 10000"),

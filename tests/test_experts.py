@@ -1,4 +1,4 @@
-"""Experts: what `ops.grouped_mlp` computes, and everything that it does not serve."""
+"""Experts: the cases that `ops.grouped_mlp` computes, and the cases that torch computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh with stand-ins for the GPU and for every program that it calls."""
+"""scripts/gpu_check.sh with fakes of the GPU and of every program that it calls."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What `import vmoe_routers` brings, and what it does not."""
+"""The names and modules that `import vmoe_routers` provides, and the modules that it must not import."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""The layer: against its formula, alone and in batches, copied, compiled, exported, in timm's place."""
+"""MoEMlp: against its formula, single and in batches, copied, compiled, exported, in place of timm's Mlp."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""scripts/setup.sh with stand-ins for Python, pip and the GPU: what it compiles, and what it installs."""
+"""scripts/setup.sh with fakes of Python, pip and the GPU: what it compiles and installs."""
 
 import os
 import shutil

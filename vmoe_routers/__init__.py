@@ -1,11 +1,10 @@
 """Routers for vision mixtures of experts.
 
-One formulation with two routing tensors, dispatch and combine, and the six routers of
-"Routers in Vision Mixture of Experts: An Empirical Study" (arXiv 2401.15969), with
-C++/CUDA kernels behind autograd-aware PyTorch ops.
+The six routers of "Routers in Vision Mixture of Experts: An Empirical Study" (arXiv 2401.15969) in one formulation with
+two routing tensors, dispatch and combine. C++ and CUDA kernels run as PyTorch ops with gradients.
 """
 
-import vmoe_routers._ctrl_c  # noqa: F401  (before torch, which takes seconds to import)
+import vmoe_routers._ctrl_c  # noqa: F401  (before torch, whose import takes seconds)
 
 # isort: split
 from importlib.metadata import version

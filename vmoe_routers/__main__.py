@@ -1,4 +1,4 @@
-"""``python -m vmoe_routers`` is ``vmoe-routers``."""
+"""Runs the command ``vmoe-routers`` as ``python -m vmoe_routers``."""
 
 import sys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -33,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _convert(command)
         else:
             from vmoe_routers.study import run_study
+            from vmoe_routers.study.own import is_own
 
+            if any(map(is_own, command.routers)) and os.getcwd() not in sys.path:
+                sys.path.insert(0, os.getcwd())  # which Python leaves out for an installed command
             with raising():
                 run_study(command)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The ops of an exported model in plain PyTorch, for runtimes that do not have ours, such as ONNX's.
+"""Decompositions of the ops into plain PyTorch, to export models to other runtimes such as ONNX.
 
     import torch
     from vmoe_routers.decompositions import DECOMPOSITIONS
@@ -10,14 +10,13 @@
     program = program.run_decompositions(DECOMPOSITIONS)
     torch.onnx.export(program, dynamo=True).save("model.onnx")
 
-In groups of `group_size` images the dimension is ``{0: group_size * batch}``.
+With a `group_size` above 1, the dynamic shape is ``{0: group_size * batch}``.
 
-A decomposition is the op's definition in `vmoe_routers.ops.reference` and keeps its contract: ties go to the lower
-index and NaN counts as the largest, whatever the runtime's own sort does with either; -inf is "not there". It is for
-inference, and costs more than the kernel that it replaces: a selection is two sorts, experts compute their empty
-slots too, and Sinkhorn and the transport solver are unrolled, in float64, with no early stop: a group that
-reached its tolerance keeps its result while the others go on. Gates are the runtime's softmax, so those that differ by
-a last bit here may tie there.
+A decomposition is the op's definition in `vmoe_routers.ops.reference`, and keeps its contract in every runtime: ties go
+to the lower index, NaN counts as the largest value, and -inf marks an absent entry. Decompositions are for inference,
+and are slower than the kernels. A selection takes two sorts, and experts compute their empty slots too. Sinkhorn and
+the transport solver are unrolled in float64 and always run all iterations; a converged group keeps its result. The
+runtime computes the softmax, so gates that differ in the last bit in torch may be equal in the runtime.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from vmoe_routers.ops import reference
 
 
 def _for_gradient(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """In place of a result that only the op's own gradient reads: NaN, lest anything else does unnoticed."""
+    """Makes a placeholder for an output that only the op's backward reads; NaN, so that any other use shows."""
     return like.new_full(shape, math.nan, dtype=dtype)
 
 
@@ -62,13 +61,13 @@ def _sinkhorn(
 
 
 def _ksparse_projection(x: Tensor, k: int) -> Tensor:
-    """`reference.ksparse_projection` without a full sort: the k first are found by the k-th value."""
+    """Computes `reference.ksparse_projection` without a full sort: entries are compared with the k-th largest value."""
     projects = (x < math.inf).all(-1, keepdim=True) & (x > -math.inf).any(-1, keepdim=True)
     x = x - x.amax(-1, keepdim=True)
     largest = x.topk(k).values
     last = largest[..., -1:]
     above, level = x > last, x == last
-    # Of those at the k-th value the lower indices, as many as there is room for.
+    # Entries equal to the k-th value: the lower indices fill the remaining places.
     chosen = above | (level & (level.long().cumsum(-1) <= k - above.long().sum(-1, keepdim=True)))
     p = torch.where(chosen, (x - reference.simplex_threshold(largest)).relu(), 0)
     return torch.where(projects, p, math.nan)
@@ -84,7 +83,7 @@ def _ksparse_transport(
     gamma: float,
 ) -> Tensor:
     if solver != "adam":
-        raise NotImplementedError(f"ksparse_transport: solver {solver!r} has no decomposition, only 'adam' has one")
+        raise NotImplementedError(f"ksparse_transport: solver {solver!r} has no decomposition, wanted 'adam'")
     plan = reference.ksparse_transport(
         similarity.double(),
         k,
@@ -114,29 +113,29 @@ def _grouped_mlp(
 def _stable_sort(
     x: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A stable sort by two that need not be: torch's exporter to ONNX has no other.
+    """Sorts stably by two sorts that need not be stable: torch's ONNX exporter has no stable sort.
 
-    The first finds which entries are equal, the second orders them by their place. No NaN
-    gets to the first: where those go is torch's promise alone.
+    The first sort finds equal entries; the second orders them by index. NaN is replaced by infinity in the first sort,
+    because runtimes differ in their order of NaN.
     """
     x = x.movedim(dim, -1)
     comparable, last = x, None
     if x.is_floating_point():
         nan = x.isnan()
         comparable = x.masked_fill(nan, math.inf)
-        last = (nan ^ descending).long()  # NaN is beyond the infinity that it stands for
+        last = (nan ^ descending).long()  # NaN comes after the infinity that replaces it; first if descending
     ordered, place = comparable.sort(dim=-1, descending=descending)
     before = torch.cat([ordered[..., :1], ordered[..., :-1]], -1)
     key = (ordered != before).long().cumsum(-1)
     if last is not None:
         key = 2 * key + last.gather(-1, place)
-    # All different now.
+    # All keys differ now.
     indices = place.gather(-1, (key * x.shape[-1] + place).sort(dim=-1).indices)
     return x.gather(-1, indices).movedim(-1, dim), indices.movedim(-1, dim)
 
 
 def _laid_out(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with contiguous results, as an op's are: what follows it in a program may rely on that."""
+    """Makes the results of `function` contiguous like an op's, because later nodes of a program may rely on it."""
 
     def decomposition(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
@@ -165,4 +164,4 @@ DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
         (_ops.grouped_mlp, _grouped_mlp),
     )
 } | {torch.ops.aten.sort.stable: _stable_sort}
-"""For `torch.export.ExportedProgram.run_decompositions`: every forward op, and the stable sort that they need."""
+"""Table for `torch.export.ExportedProgram.run_decompositions`: every forward op, and the stable sort they use."""

@@ -1,4 +1,4 @@
-"""Experts: what computes the slots of a mixture-of-experts layer."""
+"""Experts: the modules that compute the slots of a mixture-of-experts layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmoe_routers.ops._dtypes import FLOATS, cast
 from vmoe_routers.ops.grouped_mlp import grouped_mlp_unchecked, serves
 
 GeluTanh = partial(nn.GELU, approximate="tanh")
-"""GELU in its tanh form, as the reference's models have it."""
+"""Makes GELU in its tanh form, the activation of the reference models."""
 
 GELU: dict[str, Callable[[Tensor], Tensor]] = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
 
@@ -91,9 +91,9 @@ class Experts(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
-        """Slots x [E, G, C, D] to [E, G, C, D'].
+        """Maps slots x [E, G, C, D] to [E, G, C, D'].
 
-        Only the first `filled` [G, E] int32 slots of a buffer are computed, and the rest are zeros; None: all slots.
+        Computes only the first `filled` [G, E] int32 slots of each buffer; the rest are zeros. None: computes all.
         """
         w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
         check = Check("Experts")
@@ -124,19 +124,16 @@ class Experts(nn.Module):
         return self.drop(self.act(hidden))
 
     def extra_repr(self) -> str:
-        """The sizes that print(experts) shows."""
+        """Lists the sizes that print(experts) shows."""
         experts, width, hidden = self.w1.shape
         return f"{experts} x ({width} -> {hidden} -> {self.w2.shape[2]})"
 
 
 class ExpertList(nn.ModuleList):
-    """Experts that are modules of any kind, one for each expert, called one after the other.
+    """Experts given as modules of any kind, one per expert, which run one after another.
 
     Args:
         experts: E modules, each from rows [N, D] to rows [N, D'].
-
-    Raises:
-        TypeError, ValueError: an entry that is no module, or no entry.
     """
 
     def __init__(self, experts: Sequence[nn.Module]):
@@ -150,11 +147,11 @@ class ExpertList(nn.ModuleList):
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return len(self)
 
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
-        """Slots x [E, G, C, D] to [E, G, C, D']; `filled` is not used: an expert sees its empty slots as zeros."""
+        """Maps slots x [E, G, C, D] to [E, G, C, D']; ignores `filled`: an expert reads empty slots as zeros."""
         rows = x.flatten(1, 2)
         return torch.stack([expert(rows[e]) for e, expert in enumerate(self)]).unflatten(1, x.shape[1:3])
 
@@ -168,7 +165,7 @@ def mlp_of_slots(
     filled: Tensor | None,
     act: str | Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """By the op where it serves, else by products; x [E, N, D], filled [E, G]."""
+    """Computes the MLPs by the op if it has a kernel, else by products; x [E, N, D], filled [E, G]."""
     if not isinstance(act, str):
         return by_products(x, w1, b1, w2, b2, filled, act)
     device = x.device.type
@@ -204,7 +201,7 @@ def by_products(
 
 
 def check_drop(check: Check, drop: object) -> float:
-    """`drop` is a dropout rate in [0, 1]."""
+    """Checks that `drop` is a dropout rate in [0, 1]."""
     drop = check.number("drop", drop, zero=True)
     if drop > 1:
         raise ValueError(f"{check.where}: drop must be in [0, 1], got {drop}")
@@ -212,12 +209,12 @@ def check_drop(check: Check, drop: object) -> float:
 
 
 def _transformed() -> bool:
-    """Whether derivatives or batches are taken in a way for which the kernel's gradient has no rule."""
+    """Tells whether a transform of `torch.func` or forward-mode AD is active, which the op does not support."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """`x` as autocast passes it to a matrix product on CUDA."""
+    """Casts `x` as CUDA's autocast casts the inputs of a matrix product."""
     eligible = x.dtype in FLOATS and x.dtype != torch.float64
     return cast(x, torch.get_autocast_dtype("cuda")) if eligible else x
 

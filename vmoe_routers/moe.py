@@ -1,4 +1,4 @@
-"""MoEMlp, a mixture-of-experts layer that replaces timm's Mlp, and the auxiliary loss of a model."""
+"""MoEMlp, a mixture-of-experts layer that replaces timm's Mlp, and aux_loss, the auxiliary loss of a model."""
 
 from __future__ import annotations
 
@@ -15,29 +15,26 @@ from vmoe_routers.routers import RouterFactory, Routing, create_router
 
 
 class MoEMlp(nn.Module):
-    """A mixture-of-experts MLP: takes timm's Mlp arguments first and replaces it.
+    """Mixture-of-experts MLP that replaces timm's Mlp: its first arguments are the arguments of Mlp.
 
     Args:
-        in_features, hidden_features, out_features: D, F and D'; None: D.
-        act_layer: makes the activation of an expert.
-        drop: dropout within the experts.
+        in_features, hidden_features, out_features: D, F and D'; F and D' default to D.
+        act_layer: Makes the activation of the experts.
+        drop: Dropout within the experts.
         num_experts: E.
-        router: one of `vmoe_routers.ROUTERS`; a router, a module with the attributes `dim` and `num_experts` and
-            ``forward(x, mask=None) -> Routing``; or a function ``(dim, num_experts)`` that makes one.
-        group_size: images that are routed together. With 1 an image's result does
-            not depend on the other images of its batch.
-        experts: None: `Experts` of the arguments above; a sequence of E modules from rows [N, D] to rows [N, D']; or a
-            module with the attribute `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots
-            [E, G, C, D'], filled [G, E] int32 (the slots from there on are empty) or None.
+        router: One of `vmoe_routers.ROUTERS`; a router, a module with the attributes `dim` and `num_experts` and
+            ``forward(x, mask=None) -> Routing``; or a function ``(dim, num_experts)`` that makes a router.
+        group_size: Images that are routed together. With 1, the result of an image does not depend on the rest of its
+            batch.
+        experts: None: `Experts` with the arguments above; a sequence of E modules from rows [N, D] to rows [N, D']; or
+            a module with the attribute `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots
+            [E, G, C, D'], with `filled` [G, E] int32, the number of leading slots that may hold a token, or None.
         bias, same_init: arguments of `Experts`.
         norm_layer: only None; timm passes it.
-        router_options: options of `vmoe_routers.create_router`.
+        router_options: Options of `vmoe_routers.create_router`.
 
     Attributes:
-        router, experts: the modules.
-
-    Raises:
-        TypeError, ValueError: an argument out of range.
+        router, experts: The modules.
     """
 
     def __init__(
@@ -95,12 +92,12 @@ class MoEMlp(nn.Module):
         self.pending_losses = PendingLosses()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens x [B, T, D] to [B, T, D']; mask [B, T] bool, True = real token.
+        """Maps tokens x [B, T, D] to [B, T, D']; mask [B, T] bool, True = real token.
 
-        Masked tokens get zeros, and no value in them, NaN and infinity included, changes anything.
+        Masked tokens come out as zeros and never affect other tokens, even if they contain NaN or inf.
 
         Raises:
-            ValueError: in training, a batch that `group_size` does not divide.
+            ValueError: In training, `group_size` does not divide the batch.
         """
         check = Check("MoEMlp")
         check.tensor("x", x, "B T D")
@@ -147,14 +144,16 @@ class MoEMlp(nn.Module):
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        """The arguments that print(layer) shows."""
+        """Lists the arguments that print(layer) shows."""
         return f"group_size={self.group_size}"
 
 
 def _own_router(router: nn.Module | RouterFactory, dim: int, num_experts: int, options: dict[str, Any]) -> nn.Module:
-    """The router that the user gave or whose factory the user gave."""
+    """Checks the user's router, which a factory makes first if the user gave a factory."""
     if options:
-        raise TypeError(f"MoEMlp: {', '.join(options)} must be given to the router, which is no name")
+        raise TypeError(
+            f"MoEMlp: {', '.join(options)} must be given to the router itself, because router is not a name"
+        )
     made = router
     if not isinstance(router, nn.Module):
         if not callable(router):
@@ -170,7 +169,7 @@ def _own_router(router: nn.Module | RouterFactory, dim: int, num_experts: int, o
 
 
 def _own_experts(experts: nn.Module | Sequence[nn.Module], num_experts: int) -> nn.Module:
-    """The experts that the user gave."""
+    """Checks the user's experts; wraps a sequence in `ExpertList`."""
     if isinstance(experts, (nn.ModuleList, list, tuple)):
         experts = experts if isinstance(experts, ExpertList) else ExpertList(list(experts))
     if not isinstance(experts, nn.Module):
@@ -182,18 +181,15 @@ def _own_experts(experts: nn.Module | Sequence[nn.Module], num_experts: int) -> 
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """The auxiliary loss of the MoE layers of `model`, summed over their training forwards.
+    """Sums the auxiliary losses of the MoE layers of `model` over their training forwards.
 
-    Add it to the training loss: ``(loss + aux_loss(model)).backward()``. A forward in training mode counts from when
-    it ran until a backward pass has gone through it. Reading the loss changes nothing, so it can be logged before.
-    It works with gradient accumulation and scaling, both kinds of activation checkpointing, torch.compile,
-    DataParallel, DDP and FSDP2; docs/auxiliary_losses.md says how.
+    Add the result to the training loss: ``(loss + aux_loss(model)).backward()``. A forward in training mode counts
+    until a backward pass has used it. Reading the loss has no effect, so it can be logged first. The loss works with
+    gradient accumulation and scaling, both kinds of activation checkpointing, torch.compile, DataParallel, DDP and
+    FSDP2 (docs/auxiliary_losses.md).
 
     Returns:
-        A scalar on the model's device; 0 where no layer has a loss.
-
-    Raises:
-        TypeError: `model` is not a module.
+        A scalar on the model's device; 0 if no layer has a loss.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"aux_loss: model must be an nn.Module, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""The auxiliary loss of a model: its way from the layers' forwards to the training loss.
+"""Auxiliary losses between the layers' forwards and the training loss.
 
 docs/auxiliary_losses.md explains the design.
 """
@@ -16,7 +16,7 @@ from torch.autograd import Variable
 
 
 class _Claim:
-    """A value that `aux_loss` returned, as long as its graph exists."""
+    """Value that `aux_loss` returned; it lives as long as the graph of the value."""
 
     __slots__ = ("__weakref__", "losses", "time")
 
@@ -26,13 +26,13 @@ class _Claim:
 
 
 class _Loss:
-    """The auxiliary loss of a forward, until a backward pass has used it.
+    """Auxiliary loss of a forward, until a backward pass has used it.
 
     Attributes:
-        value: a scalar, with its graph unless the forward is run again in backward.
-        groups, replica: the groups of the forward, and whether a replica of nn.DataParallel ran it.
-        scale: the gradient that `aux_loss` got, for a forward that is run again.
-        claim: the value of `aux_loss` that counts this loss.
+        value: A scalar, with its graph unless the forward is repeated in backward; None after the backward pass.
+        groups, replica: The groups of the forward, and whether a replica of nn.DataParallel ran it.
+        scale: The gradient that `aux_loss` got, for a forward that is repeated.
+        claim: The value of `aux_loss` that includes this loss.
     """
 
     __slots__ = ("__weakref__", "claim", "groups", "replica", "scale", "value")
@@ -53,7 +53,7 @@ class _Loss:
 
 
 class _Output:
-    """A hook on the node of a layer's output, which lives as long as the graph of that output."""
+    """Hook on the node of a layer's output; it lives as long as the graph of that output."""
 
     __slots__ = ("__weakref__", "loss")
 
@@ -65,13 +65,13 @@ class _Output:
 
 
 class PendingLosses:
-    """The losses that the training forwards of one layer left for `aux_loss`. Copies and pickles start empty.
+    """Losses of one layer's training forwards, kept for `aux_loss`. Copies and pickles start empty.
 
     Attributes:
-        repeated: the losses of forwards that a re-entrant checkpoint will run again.
-        compiled: the sum of the losses of compiled forwards. A compiled graph can add to a tensor even within a
-            checkpointed region, where it can set no attribute.
-        time, previous: when the layer ran last, and when before; -1: never.
+        repeated: Losses of forwards that a re-entrant checkpoint will repeat.
+        compiled: Sum of the losses of compiled forwards. A compiled graph in a checkpointed region can add to a tensor
+            but cannot set an attribute.
+        time, previous: Times of the last forward and of the forward before it; -1: never.
     """
 
     def __init__(self) -> None:
@@ -86,14 +86,15 @@ class PendingLosses:
         """Keeps the loss of a training forward with output `y`.
 
         Returns:
-            `y`, whose backward may also bring the loss its gradient.
+            `y`; its backward pass may also compute the gradient of the loss.
         """
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled() and not torch.compiler.is_exporting():
                 self.compiled.add_(loss())
         elif torch._C._current_graph_task_id() != -1:
-            # In a backward pass: a checkpoint runs its region again. One that is not re-entrant restores what the loss
-            # of the first pass saved, so the loss is computed again too. One that is re-entrant threw that loss away.
+            # A backward pass is running: a checkpoint repeats its region. A non-re-entrant checkpoint restores the
+            # tensors that the loss of the first pass saved, so the loss must be computed again. A re-entrant checkpoint
+            # has discarded the graph of the first pass, so its loss is injected here.
             if torch.is_grad_enabled():
                 value = loss()
                 first_pass = self.repeated.pop() if self.repeated else None
@@ -103,8 +104,8 @@ class PendingLosses:
             if y.grad_fn is not None:
                 self._keep(y.grad_fn, _Loss(loss(), groups, replica))
         elif not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
-            # The first pass of a re-entrant checkpoint: within an autograd.Function both modes of differentiation
-            # are off, within torch.no_grad only one is.
+            # This is the first pass of a re-entrant checkpoint: an autograd.Function disables reverse and forward mode,
+            # torch.no_grad only reverse mode.
             self.repeated.append(_Loss(loss().detach(), groups, replica))
         return y
 
@@ -117,7 +118,7 @@ class PendingLosses:
         self.previous, self.time = self.time, time.monotonic_ns()
 
     def losses(self) -> list[_Loss]:
-        """The unused losses: of outputs that exist, of the last forward, of repeated and of compiled forwards."""
+        """Lists the unused losses: of live outputs, of the last forward, and of repeated and compiled forwards."""
         losses = [output.loss for ref in self._outputs if (output := ref()) is not None]
         if self._last is not None and self._last not in losses:
             losses.append(self._last)
@@ -148,22 +149,22 @@ class PendingLosses:
         return self._taken
 
     def reset_compiled(self) -> None:
-        """Starts the sum of the compiled forwards again."""
+        """Resets the sum of the compiled forwards to 0."""
         self.compiled = torch.zeros((), device=self.compiled.device)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follows the layer to another device."""
+        """Moves the sum to the layer's device."""
         self.compiled = torch.zeros((), device=fn(self.compiled.detach()).device)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles start empty: a graph can be neither copied nor pickled."""
+        """Makes copies and pickles start empty, because a graph can be neither copied nor pickled."""
         return PendingLosses, ()
 
 
 def _used(node: Any) -> bool:
-    """Whether a backward pass has freed what the node of a compiled graph saved."""
+    """Tells whether a backward pass has freed the saved tensors of a compiled graph's node."""
     try:
-        node.saved_tensors  # noqa: B018  (raises where they are freed)
+        node.saved_tensors  # noqa: B018  (raises if they are freed)
     except AttributeError:
         return False
     except RuntimeError:
@@ -172,7 +173,7 @@ def _used(node: Any) -> bool:
 
 
 class _Inject(torch.autograd.Function):
-    """The output unchanged; in backward the loss gets the gradient that `aux_loss` got."""
+    """Returns the output unchanged; in backward, gives the loss the gradient that `aux_loss` got."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
@@ -185,9 +186,9 @@ class _Inject(torch.autograd.Function):
 
 
 class _Deliver(torch.autograd.Function):
-    """A sum of the losses of repeated forwards, to whom backward hands its gradient.
+    """Adds the losses of repeated forwards; backward passes its gradient to these losses.
 
-    These forwards run again later in the same backward pass: autograd runs the nodes that were made last first.
+    The forwards are repeated later in the same backward pass: autograd runs the newest nodes first.
     """
 
     @staticmethod
@@ -203,7 +204,7 @@ class _Deliver(torch.autograd.Function):
 
 
 def total_loss(model: nn.Module, layers: list[PendingLosses]) -> Tensor:
-    """The sum of the layers' losses, a scalar on the device of the model's first parameter."""
+    """Sums the layers' losses to a scalar on the device of the model's first parameter."""
     parameter = next(model.parameters(), None)
     total = torch.zeros((), device=None if parameter is None else parameter.device)
     if torch.compiler.is_compiling():
@@ -211,15 +212,15 @@ def total_loss(model: nn.Module, layers: list[PendingLosses]) -> Tensor:
             total = total + layer.compiled.to(total.device)
             layer.reset_compiled()
         return total
-    # The last forward of a layer counts without its output too, unless it belongs to a forward of the model that was
-    # abandoned for a newer one. Layers run in order: an earlier layer that ran since began a newer one, and so did a
-    # later layer that ran twice since. From the last layer on, because its loss holds the outputs of earlier ones.
+    # The last forward of a layer counts even if its output was freed, unless a newer forward of the model has begun.
+    # Layers run in order: a newer forward has begun if an earlier layer ran since, or a later layer ran twice since.
+    # Start with the last layer, because its loss keeps the outputs of earlier layers alive.
     for i, layer in reversed(list(enumerate(layers))):
         newer = [before.time for before in layers[:i]] + [after.previous for after in layers[i + 1 :]]
         layer.forget_before(max(newer, default=-1))
     pending = [layer.losses() for layer in layers]
-    # A loss counts once: in the first value that was read after its forward, as long as that value exists. Until
-    # another forward runs, the same losses are read again.
+    # A loss counts once: in the first value read after its forward, as long as that value exists. Reading again before
+    # another forward gives the same losses.
     claims = {loss.claimed for losses in pending for loss in losses}
     wanted = None if None in claims or not claims else max(filter(None, claims), key=lambda claim: claim.time)
     chosen = [[loss for loss in losses if loss.claimed is wanted] for losses in pending]
@@ -243,7 +244,7 @@ def total_loss(model: nn.Module, layers: list[PendingLosses]) -> Tensor:
         def end(grad: Tensor) -> None:
             for loss in claim.losses:
                 loss.end()
-            # A checkpoint around a compiled region runs it again in this pass, and so adds to the sums again.
+            # Reset after the pass: a checkpoint around a compiled region repeats the region and adds to the sums again.
             Variable._execution_engine.queue_callback(lambda: [layer.reset_compiled() for layer in layers])  # type: ignore[attr-defined]
 
         total.register_hook(end)
@@ -251,7 +252,7 @@ def total_loss(model: nn.Module, layers: list[PendingLosses]) -> Tensor:
 
 
 def _values(losses: list[_Loss]) -> list[Tensor]:
-    """The values of the losses of a layer; those of nn.DataParallel's replicas weighted to means over all groups."""
+    """Gives the values of a layer's losses; replicas of nn.DataParallel are weighted to means over all groups."""
     replicas = [loss for loss in losses if loss.replica]
     groups = sum(loss.groups for loss in replicas)
     devices = [loss.value.device for loss in replicas if loss.value is not None]

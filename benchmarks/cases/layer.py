@@ -82,7 +82,7 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
 def soft(size: Size, device: str) -> Case:
     slots = max(1, round(size.tokens / size.experts))
     layer = make(size, device, router="soft", slots_per_expert=slots, act_layer=nn.GELU)
-    # Of length sqrt(D): for such tokens soft-moe-pytorch is the same function.
+    # Tokens of length sqrt(D): for these soft-moe-pytorch is the same function.
     x = F.normalize(torch.randn(size.images, size.tokens, size.width, device=device), dim=-1) * size.width**0.5
     x = x.to(size.torch_dtype).requires_grad_()
     experts = layer.experts

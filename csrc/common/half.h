@@ -34,4 +34,8 @@ using Compute = typename ComputeOf<T>::type;
 template <typename T>
 constexpr bool kHalf = sizeof(T) < sizeof(Compute<T>);
 
+// instantiate(Row) for every type that rows are kept in.
+#define VMOE_EACH_ROW(instantiate)                                                                 \
+  instantiate(float) instantiate(double) instantiate(BFloat16) instantiate(Float16)
+
 }  // namespace vmoe

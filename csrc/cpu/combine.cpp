@@ -135,10 +135,7 @@ void combine_backward(
   template void combine_backward(                                                                  \
       const Row*, const Row*, const Compute<Row>*, const int32_t*, Row*, Compute<Row>*,            \
       const Slots&, int64_t, int64_t, int64_t);
-VMOE_INSTANTIATE(float)
-VMOE_INSTANTIATE(double)
-VMOE_INSTANTIATE(BFloat16)
-VMOE_INSTANTIATE(Float16)
+VMOE_EACH_ROW(VMOE_INSTANTIATE)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cpu::VMOE_ISA

@@ -1,6 +1,6 @@
-// filled_rows -- the rows of every expert that are there, numbered without the gaps between.
+// filled_rows -- the filled rows of every expert, numbered without the gaps between them.
 //
-// An expert's rows are G segments of C, of which the first filled[e, g] are there.
+// An expert has G segments of C rows. The first filled[e, g] rows of a segment are filled.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace vmoe {
 
 class FilledRows {
  public:
-  // filled [E, G], cut to [0, C]; null: all are there.
+  // filled [E, G], clamped to [0, C]; null: all rows are filled.
   FilledRows(const int32_t* filled, int64_t E, int64_t G, int64_t C)
       : G_(filled ? G : 1), C_(filled ? C : G * C), start_(E * (G_ + 1)) {
     for (int64_t e = 0; e < E; ++e) {
@@ -25,14 +25,14 @@ class FilledRows {
 
   int64_t count(int64_t expert) const { return start_[(expert + 1) * (G_ + 1) - 1]; }
 
-  // Where the filled rows [begin, end), of which there is one, begin if no gap is between
-  // them; else -1.
+  // First row of the filled rows [begin, end) if these are contiguous, else -1; begin < end.
   int64_t joined(int64_t expert, int64_t begin, int64_t end) const {
     const int64_t first = row(expert, begin);
     return row(expert, end - 1) - first == end - 1 - begin ? first : -1;
   }
 
-  // body(row, at, count): the filled rows [at, at + count) of [begin, end) lie at `row` and on.
+  // Calls body(row, at, count) for each run of [begin, end): the filled rows [at, at + count) are
+  // stored from row `row` on.
   template <typename Body>
   void each_run(int64_t expert, int64_t begin, int64_t end, Body&& body) const {
     const int64_t* start = &start_[expert * (G_ + 1)];
@@ -43,7 +43,7 @@ class FilledRows {
     }
   }
 
-  // body(row, count): rows that are not there.
+  // Calls body(row, count) for each gap: rows [row, row + count) are not filled.
   template <typename Body>
   void each_gap(int64_t expert, Body&& body) const {
     const int64_t* start = &start_[expert * (G_ + 1)];

@@ -1,5 +1,5 @@
-// half -- load and store of simd.h for rows that may be in 16 bits: widened to float in registers,
-// and rounded to nearest, ties to even, on the way out. NaN stays NaN; overflow is infinity.
+// half -- loads and stores of rows that may be in 16 bits. Values are widened to float when loaded
+// and rounded to nearest, ties to even, when stored. NaN stays NaN; overflow gives infinity.
 #pragma once
 
 #include "../common/half.h"
@@ -18,21 +18,21 @@ inline Vec<float> widen(BFloat16, HalfBits half) {
 inline HalfBits narrow(BFloat16, Vec<float> v) {
   const auto bits = (WideBits)v;
   const WideBits rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  const WideBits quiet = bits >> 16 | 0x40;  // rounding could carry a NaN to infinity
+  const WideBits quiet = bits >> 16 | 0x40;  // rounding could turn a NaN into infinity
   return __builtin_convertvector(v == v ? rounded : quiet, HalfBits);
 }
 
 inline Vec<float> widen(Float16, HalfBits half) {
 #if defined(__AVX512F__)
-  // Without a mask GCC 12 warns of an uninitialised register, here and below.
+  // The masked form, here and below, because GCC 12 warns of an uninitialised register without it.
   return (Vec<float>)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)half);
 #elif defined(__F16C__)
   return (Vec<float>)_mm256_cvtph_ps((__m128i)half);
 #else
   const WideBits wide = __builtin_convertvector(half, WideBits);
   const WideBits magnitude = (wide & 0x7FFF) << 13, sign = (wide & 0x8000) << 16;
-  // The exponent's bias is 15 instead of 127. A subnormal becomes 2^-14 and it, less 2^-14,
-  // so that no subnormal float is met, which a thread may have set to be flushed.
+  // Changes the exponent's bias from 15 to 127. A subnormal s is computed as (2^-14 + s) - 2^-14,
+  // so that no float is subnormal: a thread may be set to flush subnormal floats.
   const WideBits least = WideBits{} + (113u << 23);
   const WideBits normal = magnitude + (112u << 23), special = magnitude + (224u << 23);
   const auto subnormal = (WideBits)((Vec<float>)(magnitude + least) - (Vec<float>)least);
@@ -49,8 +49,8 @@ inline HalfBits narrow(Float16, Vec<float> v) {
   return (HalfBits)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const WideBits bits = (WideBits)v & 0x7FFFFFFF, sign = ((WideBits)v & 0x80000000u) >> 16;
-  // Below 2^-14 adding 0.5 leaves the result in the last bits, rounded; above, rounding may
-  // carry into the exponent, up to infinity, as it should.
+  // Below 2^-14, adding 0.5 rounds the result into the last bits. From 2^-14 on, rounding may carry
+  // into the exponent, up to infinity, which is correct.
   const WideBits half = WideBits{} + (126u << 23);
   const WideBits subnormal = (WideBits)((Vec<float>)bits + (Vec<float>)half) - half;
   const WideBits normal = (bits - (112u << 23) + 0xFFF + (bits >> 13 & 1)) >> 13;
@@ -60,7 +60,7 @@ inline HalfBits narrow(Float16, Vec<float> v) {
 #endif
 }
 
-// Of any row type: one vector of what its entries are computed in.
+// Loads a vector from a row of any type, in the type in which it is computed.
 template <typename Row>
 inline Vec<Compute<Row>> load_wide(const Row* p) {
   if constexpr (sizeof(Row) == 2) {
@@ -88,7 +88,7 @@ inline void store_narrow(Row* p, Vec<Compute<Row>> v) {
   }
 }
 
-// The same of the first `count` < width entries; loaded, the others are zero.
+// Loads the first `count` < width entries; the rest of the vector is 0.
 template <typename Row>
 inline Vec<Compute<Row>> load_wide(const Row* p, int64_t count) {
   if constexpr (sizeof(Row) == 2) {

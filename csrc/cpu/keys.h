@@ -1,7 +1,7 @@
-// keys -- order.h's keys in vectors, and the k-th of them.
+// keys -- the keys of order.h as vectors, and the search for the k-th key.
 //
-// The keys here are signed, because every ISA level compares signed lanes: they are
-// order_key with its top bit turned. The lowest signed integer is nobody's key.
+// Keys here are signed, because every ISA level compares signed lanes: they are order_key with its
+// top bit flipped. No value has the lowest signed integer as its key.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ inline OrderKey<T> unsigned_key(SignedKey<T> key) {
   return static_cast<OrderKey<T>>(key) ^ static_cast<OrderKey<T>>(kNoKey<T>);
 }
 
-// How a row is cut: the picks are all keys above `key`, and the first `ties` equal to it.
+// The cut of a row: its picks are all keys above `key`, and the first `ties` keys equal to it.
 template <typename Key>
 struct Cut {
   Key key;
@@ -47,16 +47,15 @@ inline int64_t count_from(Key key, const Key* keys, int64_t n) {
   return sum<Key>(count);
 }
 
-// Where to cut n keys, all in [low, high], for 1 <= k <= n picks. Bisects the integers
-// between low and high and counts; when half of the keys are out of the race, the others
-// move together in `kept`. Both arrays have room for n rounded up to whole vectors and
-// one vector more, and `keys` is filled up with kNoKey.
+// The cut of n keys, all in [low, high], for 1 <= k <= n picks. Bisects [low, high] by counting
+// keys. Once at most half of the keys are candidates, moves the candidates to `kept`. Both arrays
+// have room for n rounded up to whole vectors and one more vector; `keys` is padded with kNoKey.
 template <typename Key>
 Cut<Key> find_cut(const Key* keys, int64_t n, int64_t k, Key low, Key high, Key* kept) {
   using Unsigned = std::make_unsigned_t<Key>;
-  constexpr int64_t kFew = 8 * kWidth<Key>;  // moving them gains nothing
-  int64_t from_low = n, above_high = 0;      // how many are >= low, and > high
-  int64_t gone_above = 0;                    // of these, not in `keys` any more
+  constexpr int64_t kFew = 8 * kWidth<Key>;  // moving this many keys gains nothing
+  int64_t from_low = n, above_high = 0;      // the numbers of keys >= low and > high
+  int64_t gone_above = 0;                    // the keys > high that are no longer in `keys`
   while (from_low > k && low < high) {
     const Unsigned half = (static_cast<Unsigned>(high) - static_cast<Unsigned>(low) + 1) / 2;
     const Key middle = static_cast<Key>(static_cast<Unsigned>(low) + half);

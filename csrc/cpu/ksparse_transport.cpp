@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "semi_dual.h"
+#include "ksparse_transport/semi_dual.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
@@ -115,7 +115,7 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   }
 }
 
-// Returns the plan's value at nobody.
+// Returns the plan's value at absent tokens.
 template <typename T>
 T solve(
     const T* similarity, T* plan, int64_t tokens, int64_t E, const TransportOptions& options,
@@ -151,10 +151,10 @@ void solve_present(
   for (int64_t t = 0, row = 0; t < tokens; ++t) {
     if (!absent[t]) std::copy_n(similarity + t * E, E, &rows[E * row++]);
   }
-  const T nobody = solve(rows.data(), of_rows.data(), present, E, options, parallel);
+  const T absent_value = solve(rows.data(), of_rows.data(), present, E, options, parallel);
   for (int64_t t = 0, row = 0; t < tokens; ++t) {
     if (absent[t]) {
-      std::fill_n(plan + t * E, E, nobody);
+      std::fill_n(plan + t * E, E, absent_value);
     } else {
       std::copy_n(&of_rows[E * row++], E, plan + t * E);
     }

@@ -1,4 +1,4 @@
-// leaders -- the K first entries so far of as many rows as a vector has lanes.
+// leaders -- the first K picks of several rows, one row per vector lane, updated entry by entry.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// Above, the rows are cut instead (topk.cpp).
+// The largest K; for more picks the rows are cut instead (topk.cpp).
 constexpr int kFew = 8;
 
 template <typename T, int K>
@@ -19,12 +19,12 @@ class Leaders {
     for (int j = 0; j < K; ++j) keys_[j] = splat(kNoKey<T>);
   }
 
-  // Indices only grow, so an entry that ties with a leader stays behind it.
+  // Requires ascending indices: an entry that ties with a leader ranks after it.
   void insert(Keys key, int64_t index) { insert(key, splat(static_cast<SignedKey<T>>(index))); }
 
   void insert(Keys key, Keys place) {
     if constexpr (K > 2) {
-      if (!lane_bits<T>(key > keys_[K - 1])) return;  // the rule, after some entries
+      if (!lane_bits<T>(key > keys_[K - 1])) return;  // the usual case after some entries
     }
     for (int j = K - 1; j > 0; --j) {
       const auto from_above = key > keys_[j - 1], here = key > keys_[j];

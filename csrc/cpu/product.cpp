@@ -1,7 +1,7 @@
-// As in Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication": a tile of C stays in
-// registers while k runs; A's rows in panels of a tile's height and B's columns in strips of a
-// tile's width are copied so that the loop reads both front to back. A block of A stays in the
-// second-level cache; a strip of B is copied once for every such block.
+// The blocking of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication". A
+// tile of C stays in registers while k runs. The rows of A are packed in panels of a tile's height
+// and the columns of B in strips of a tile's width, so that the loop reads both sequentially. A
+// block of A stays in the second-level cache; each strip of B is packed once per block of A.
 #include "product.h"
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// A tile: at most kTall rows of kWide vectors. Of 32 registers 28 hold it, of 16 twelve.
+// A tile has at most kTall rows of kWide vectors: 28 of 32 registers, or 12 of 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTall = 14;
 #else
@@ -23,16 +23,16 @@ constexpr int kTall = 6;
 #endif
 constexpr int kWide = 2;
 
-constexpr int64_t kDepth = 512;           // of k at a time
-constexpr int64_t kBlockBytes = 3 << 17;  // of A, most of a second-level cache of half a MiB
+constexpr int64_t kDepth = 512;           // values of k per pass
+constexpr int64_t kBlockBytes = 3 << 17;  // a block of A: three quarters of a 512 KiB L2 cache
 
-// Rows of A at a time, whole panels.
+// Rows of a block of A, in whole panels.
 template <typename T>
 int64_t rows_together(int64_t depth) {
   return kBlockBytes / sizeof(T) / depth / kTall * kTall;
 }
 
-// What a thread copies to; kept, since a small product takes less time than getting memory.
+// A thread's packed operands. They are kept, because allocation takes longer than a small product.
 template <typename T>
 struct Packed {
   alignas(64) T a[kBlockBytes / sizeof(T)];
@@ -44,9 +44,8 @@ struct Packed {
   }
 };
 
-// `lines` lines of `entries` entries, at `from` an entry beside the next, to entries one below the
-// other: entry i of line j goes to to[i * stride + j]. Up to `room` >= lines entries of each line of
-// `to` are written, zeros where there is no line.
+// Transposes `lines` lines of `entries` contiguous entries: entry i of line j goes to
+// to[i * stride + j]. Each line of `to` is padded with zeros to `room` >= lines entries.
 template <typename T>
 void turn(
     const T* from, int64_t line_stride, int64_t lines, int64_t entries, T* to, int64_t stride,
@@ -65,7 +64,7 @@ void turn(
   }
 }
 
-// `lines` lines of `entries` entries to lines of `room` >= entries, zeros behind.
+// Copies `lines` lines of `entries` entries to lines of `room` >= entries, padded with zeros.
 template <typename T>
 void copy(const T* from, int64_t line_stride, int64_t lines, int64_t entries, T* to, int64_t room) {
   constexpr int64_t W = kWidth<T>;
@@ -77,7 +76,7 @@ void copy(const T* from, int64_t line_stride, int64_t lines, int64_t entries, T*
   }
 }
 
-// Rows [row, row + rows) of A and its columns [first, first + depth) to [depth, rows].
+// Packs rows [row, row + rows) and columns [first, first + depth) of A to [depth, rows].
 template <typename T>
 void pack_panel(Matrix<const T> a, int64_t row, int rows, int64_t first, int64_t depth, T* to) {
   const T* from = a.data + row * a.down + first * a.along;
@@ -88,7 +87,7 @@ void pack_panel(Matrix<const T> a, int64_t row, int rows, int64_t first, int64_t
   }
 }
 
-// Columns [column, column + columns) of B and its rows [first, first + depth) to [depth, width].
+// Packs columns [column, column + columns) and rows [first, first + depth) of B to [depth, width].
 template <typename T>
 void pack_strip(
     Matrix<const T> b, int64_t column, int64_t columns, int64_t first, int64_t depth, T* to,
@@ -101,7 +100,7 @@ void pack_strip(
   }
 }
 
-// A tile of kRows rows, of whose columns the first `columns` are there.
+// Computes a tile of kRows rows and stores its first `columns` columns.
 template <typename T, int kRows, int kVectors>
 void tile(
     const T* a,  // [depth, kRows]
@@ -134,7 +133,7 @@ void tile(
   }
 }
 
-// tile<T, i + 1, kVectors> at i.
+// kTiles[i] is tile<T, i + 1, kVectors>.
 template <typename T, int kVectors>
 constexpr auto kTiles = []<int... I>(std::integer_sequence<int, I...>) {
   return std::array{&tile<T, I + 1, kVectors>...};
@@ -155,7 +154,7 @@ void product(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, bool add) {
     const int64_t depth = std::min(kDepth, K - first);
     const int64_t together = rows_together<T>(depth);
     for (int64_t row = 0; row < M; row += together) {
-      // Panels as even as may be: a low one costs nearly as much as a tall one.
+      // Panels of nearly equal height: a low panel costs nearly as much as a tall one.
       const int64_t rows = std::min(together, M - row), panels = (rows + kTall - 1) / kTall;
       const auto begin = [&](int64_t panel) { return rows * panel / panels; };
       for (int64_t panel = 0; panel < panels; ++panel) {

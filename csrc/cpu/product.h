@@ -1,9 +1,9 @@
-// product -- C = A B and C += A B, on the thread that calls.
+// product -- C = A B and C += A B, on the calling thread.
 //
-// For loops over experts and groups, where an operand is small enough to stay in a cache and the next
-// step takes the result from there. Every entry is one chain of multiply-adds over k, cut at
-// multiples of kDepth and added up in order: its bits depend on its row and column alone, not
-// on where they lie in memory, nor on the other rows, nor on the number of threads.
+// Meant for loops over experts and groups whose operands fit in a cache, where the next step reads
+// the result. Every entry is one chain of multiply-adds over k, cut at multiples of kDepth and
+// added up in order. Its bits depend on its row of A and its column of B alone, not on their
+// addresses, the other rows or the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -12,19 +12,18 @@
 
 namespace vmoe {
 
-// A matrix in the memory of somebody else; entry (i, j) is at data[i * down + j * along], and one of
-// the two strides is 1.
+// Non-owning matrix view. Entry (i, j) is data[i * down + j * along]; one of the strides is 1.
 template <typename T>
 struct Matrix {
   T* data;
   int64_t rows, columns;
   int64_t down, along;
 
-  // As T* goes to const T*.
+  // Converts as T* converts to const T*.
   operator Matrix<const T>() const { return {data, rows, columns, down, along}; }
 };
 
-// [rows, columns], rows `stride` apart, and its transpose [columns, rows].
+// View of [rows, columns], rows `stride` apart, or its transpose [columns, rows].
 template <typename T>
 Matrix<T> matrix(T* data, int64_t rows, int64_t columns, int64_t stride) {
   return {data, rows, columns, stride, 1};
@@ -49,8 +48,8 @@ VMOE_EACH_ISA(
     template <typename T> void product(
         Matrix<const T> a,  // [M, K]
         Matrix<const T> b,  // [K, N]
-        Matrix<T> out,      // [M, N], rows packed; of its own memory
-        bool add);          // to what is in out
+        Matrix<T> out,      // [M, N]  entries of a row contiguous; overlaps neither a nor b
+        bool add);          // whether to add to out
 
 )
 
@@ -64,7 +63,7 @@ void multiply(Matrix<T> out, Matrix<const T> a, Matrix<const T> b) {
   cpu::product(a, b, out, false);
 }
 
-// out += a b; the first of several sums only writes.
+// out += a b, or out = a b if `first`, as for the first product of a sum.
 template <typename T>
 void multiply_add(Matrix<T> out, Matrix<const T> a, Matrix<const T> b, bool first = false) {
   cpu::product(a, b, out, !first);

@@ -1,4 +1,4 @@
-// select -- picks of a row in order, one after another; rows side by side: leaders.h, keys.h.
+// select -- sorted picks of one row, by scalar code (leaders.h and keys.h: several rows at once).
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// Radix passes of kBits from the lowest digit up, which are stable, so that ties need no comparison.
+// A radix sort by digits of kBits, the lowest first. It is stable, so ties need no comparison.
 template <int kBits, typename Key>
 void sort_by_digits(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
   constexpr int kValues = 1 << kBits, kDigits = (8 * sizeof(Key) + kBits - 1) / kBits;
@@ -34,7 +34,7 @@ void sort_by_digits(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
 // Sorts n picks that are in ascending order of index. `scratch` has room for n.
 template <typename Key>
 void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
-  // Below each, clearing and adding up the next one's counters costs more than it saves.
+  // Lengths below which the counters of the next method cost more than they save.
   constexpr int64_t kComparing = 64, kBytes = 4096;
   if (n < kComparing) {
     std::sort(picks, picks + n, [](const auto& a, const auto& b) { return a.before(b); });
@@ -45,7 +45,7 @@ void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
   }
 }
 
-// All of value[0, n), in order, in picks[0, n). `picks` is scratch that a caller keeps.
+// Sorts all of value[0, n) into picks[0, n). `picks` is scratch; keeping it saves allocations.
 template <typename T>
 void sort_all(const T* value, int64_t n, std::vector<Pick<OrderKey<T>>>& picks) {
   picks.resize(2 * n);  // the second half is the sort's scratch
@@ -53,7 +53,7 @@ void sort_all(const T* value, int64_t n, std::vector<Pick<OrderKey<T>>>& picks) 
   sort_picks(picks.data(), picks.data() + n, n);
 }
 
-// The k first of value[0, n), in order, in picks[0, k), by insertion: for small k.
+// Writes the first k of value[0, n), sorted, to picks[0, k), by insertion; for small k.
 template <typename T>
 void select_few(const T* value, int64_t n, int64_t k, std::vector<Pick<OrderKey<T>>>& picks) {
   using P = Pick<OrderKey<T>>;
@@ -62,7 +62,7 @@ void select_few(const T* value, int64_t n, int64_t k, std::vector<Pick<OrderKey<
   for (int64_t i = 0; i < n; ++i) {
     const P pick{order_key(value[i]), static_cast<int32_t>(i)};
     if (static_cast<int64_t>(picks.size()) == k) {
-      // Indices only grow, so a tie with the last pick never enters.
+      // Indices ascend, so a tie with the last pick is never inserted.
       if (pick.key <= picks.back().key) continue;
       picks.pop_back();
     }

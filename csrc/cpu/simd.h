@@ -1,8 +1,8 @@
-// simd -- one small vector layer, width-generic: every kernel is written once.
+// simd -- a small vector layer of generic width, so that every kernel is written once.
 //
-// Built on the vector extension of GCC and Clang, so that the compiler picks the
-// instructions of the ISA level a file is compiled for (../common/isa.h); intrinsics only
-// where the extension has no word for it (fused multiply-add, compress).
+// It uses the vector extension of GCC and Clang: the compiler picks the instructions of the ISA
+// level for which it compiles a file (../common/isa.h). Intrinsics serve only operations that the
+// extension lacks (fused multiply-add, compress).
 #pragma once
 
 #include <cmath>
@@ -49,15 +49,14 @@ struct IntOf<int64_t> {
   using type = int64_t;
 };
 
-// Vec<T>: kVectorBytes of T, a float or a signed integer. Mask<T>: as many integers, all
-// bits set where true.
+// Vec<T>: kVectorBytes of T, a floating-point type or a signed integer. Mask<T>: integers of the
+// size of T, with all bits set where true.
 template <typename T>
 struct Lanes {
   static constexpr int64_t width = kVectorBytes / sizeof(T);
   typedef T Vec __attribute__((vector_size(kVectorBytes)));
   typedef typename IntOf<T>::type Mask __attribute__((vector_size(kVectorBytes)));
-  // As it may stand in memory. With memcpy instead, a vector that is stored somewhere
-  // would live in memory all its life.
+  // The unaligned form for loads and stores. memcpy would keep stored vectors out of registers.
   typedef T Stored __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
 template <typename T>
@@ -79,10 +78,10 @@ inline void store(T* p, Vec<T> v) {
 
 template <typename T>
 inline Vec<T> splat(T value) {
-  return value - Vec<T>{};  // x - 0 is x, which the compiler knows; x + 0 is not, where x is -0
+  return value - Vec<T>{};  // the compiler folds x - 0, but not x + 0, which changes x = -0
 }
 
-// 0, 1, 2, ... in the integers of a mask.
+// 0, 1, 2, ... as integers of Mask<T>.
 template <typename T>
 inline Mask<T> lane_index() {
   return []<int... J>(std::integer_sequence<int, J...>) {
@@ -90,8 +89,8 @@ inline Mask<T> lane_index() {
   }(std::make_integer_sequence<int, kWidth<T>>{});
 }
 
-// The first `count` < width entries; the others are `fill`. By masks where the ISA level
-// has them: a vector put together in memory is slow to load back.
+// Loads the first `count` < width entries; the rest is `fill`. Uses masked loads if the ISA level
+// has them: a vector assembled in memory is slow to load back.
 template <typename T>
 inline Vec<T> load_some(const T* p, int64_t count, T fill) {
 #if defined(__AVX512F__)
@@ -117,7 +116,7 @@ inline Vec<T> load_some(const T* p, int64_t count, T fill) {
 #endif
 }
 
-// The vector at `p`, cut at `end`, behind which nothing may be read.
+// Loads the vector at `p`, with 0 for entries at or past `end`, which are not read.
 template <typename T>
 inline Vec<T> load_within(const T* p, const T* end) {
   return end - p >= kWidth<T> ? load(p) : load_some(p, end - p, T{0});
@@ -144,7 +143,7 @@ inline void store_some(T* p, Vec<T> v, int64_t count) {
 #endif
 }
 
-// The same where `count` may be width and more: then the whole vector.
+// load_some for any `count`; from width on it loads the whole vector.
 template <typename T>
 inline Vec<T> get(const T* p, int64_t count, T fill) {
   return count >= kWidth<T> ? load(p) : load_some(p, count, fill);
@@ -165,7 +164,7 @@ inline Vec<T> min(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
 
-// Bit i: lane i of the mask.
+// The mask as bits: bit i is lane i.
 template <typename T>
 inline uint32_t lane_bits(Mask<T> mask) {
 #if defined(__AVX512F__)
@@ -184,7 +183,7 @@ inline uint32_t lane_bits(Mask<T> mask) {
 #endif
 }
 
-// a * b + c, rounded once where the ISA level can.
+// a * b + c, rounded once if the ISA level has the instruction.
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -209,7 +208,7 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// What rounding took from a * b when it became `product`.
+// a * b - product, the rounding error of `product`.
 inline Vec<float> product_error(Vec<float> a, Vec<float> b, Vec<float> product) {
 #if defined(__FMA__) || defined(__aarch64__)
   return fma(a, b, -product);
@@ -222,7 +221,7 @@ inline Vec<float> product_error(Vec<float> a, Vec<float> b, Vec<float> product) 
 
 inline Vec<double> sqrt(Vec<double> v) {
 #if defined(__AVX512F__)
-  // Without a mask GCC 12 warns of an uninitialised register.
+  // The masked form, because GCC 12 warns of an uninitialised register without it.
   return (Vec<double>)_mm512_maskz_sqrt_pd(0xFF, (__m512d)v);
 #elif defined(__AVX2__)
   return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
@@ -236,7 +235,7 @@ inline Vec<double> sqrt(Vec<double> v) {
 #endif
 }
 
-// Adds lane i + kHalf to lane i, then at half the distance: a tree, and no trip to memory.
+// Adds lane i + kHalf to lane i, then repeats at half the distance: a tree within registers.
 template <typename T, int64_t kHalf, int... J>
 inline Vec<T> sum_round(Vec<T> v, std::integer_sequence<int, J...>) {
   return v + __builtin_shufflevector(v, v, ((J + kHalf) % kWidth<T>)...);
@@ -252,7 +251,8 @@ inline T sum(Vec<T> v) {
   }
 }
 
-// fma for the exponential (../exp.h); of this level's own, as what is made of it must be.
+// fma for common/exp.h. A type of this ISA level's namespace, so that templates instantiated with
+// it differ between levels.
 struct Fused {
   template <typename V>
   V operator()(V a, V b, V c) const {
@@ -260,8 +260,8 @@ struct Fused {
   }
 };
 
-// e^x. Relative error below 2e-7 (float) and 5e-16 (double) where the result is a
-// normal number; below that 0, above infinity; NaN stays NaN.
+// e^x. Relative error below 2e-7 (float) and 5e-16 (double) where the result is a normal number;
+// smaller results are 0, larger ones infinity; NaN stays NaN.
 template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
 inline V exp(V x) {
   using Of = ExpOf<T>;
@@ -271,7 +271,7 @@ inline V exp(V x) {
   const V shifted = fma(y, splat(Of::log2_e), to_integer);
   const V n = shifted - to_integer;
   const V r = fma(n, splat(-Of::ln2_rest), fma(n, splat(-Of::ln2), y));
-  // 2^n in two halves, so that the largest n does not overflow the exponent field.
+  // 2^n as a product of two powers, so that the largest n does not overflow the exponent field.
   const Mask<T> k = (Mask<T>)shifted - (Mask<T>)to_integer;
   const Mask<T> half = k >> 1;
   const V a = (V)((half + Of::bias) << Of::mantissa);
@@ -281,14 +281,14 @@ inline V exp(V x) {
   return x > high ? splat(std::numeric_limits<T>::infinity()) : from_low;
 }
 
-// The same of x <= 0 or NaN, as softmaxes have it: a third fewer steps.
+// e^x for x <= 0 or NaN, the arguments of a softmax, in two thirds of the steps.
 template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
 inline V exp_negative(V x) {
   return vmoe::exp_negative<T>(
       x, Fused{}, [](V v) { return (V)((Mask<T>)v << ExpOf<T>::mantissa); });
 }
 
-// ln(x) of a normal number. Relative error below 3e-16 (fdlibm's e_log, without its cases).
+// ln(x) of a normal number. Relative error below 3e-16 (fdlibm's e_log without its special cases).
 inline Vec<double> log(Vec<double> x) {
   // x = 2^k m with m in [1/sqrt(2), sqrt(2))
   const Mask<double> above = (Mask<double>)x - 0x3fe6a09e667f3bcd;
@@ -307,8 +307,8 @@ inline Vec<double> log(Vec<double> x) {
   return n * 6.93147180369123816490e-01 - ((half - low) - f);
 }
 
-// r[i][j] becomes r[j][i], for width vectors of width lanes: log2(width) rounds of
-// exchanging blocks between rows i and i + block.
+// Transposes `width` vectors of `width` lanes in log2(width) rounds. A round exchanges blocks of
+// lanes between the vectors i and i + kBlock.
 template <typename T, int64_t kBlock, int... J>
 inline void transpose_round(Vec<T>* r, std::integer_sequence<int, J...>) {
   constexpr int64_t W = kWidth<T>;
@@ -326,12 +326,12 @@ inline void transpose(Vec<T>* r) {
   if constexpr (kBlock > 1) transpose<T, kBlock / 2>(r);
 }
 
-// Writes the lanes of `v` set in `mask`, in order; returns how many. May write up to
-// width entries: leave room.
+// Writes the lanes of `v` set in `mask`, in order, and returns their number. May overwrite up to
+// `width` entries of `out`.
 template <typename T>
 inline int64_t compress(T* out, Mask<T> mask, Vec<T> v) {
 #if defined(__AVX512F__)
-  // Through a register: compressing straight to memory is microcode on some CPUs.
+  // Compresses in a register: compressing to memory is microcode on some CPUs.
   const uint32_t bits = lane_bits<T>(mask);
   if constexpr (sizeof(T) == 4) {
     store(out, (Vec<T>)_mm512_maskz_compress_epi32(bits, (__m512i)v));
@@ -349,7 +349,7 @@ inline int64_t compress(T* out, Mask<T> mask, Vec<T> v) {
 #endif
 }
 
-// The same of index + lane.
+// Writes index + lane for the lanes set in `mask`; otherwise like compress.
 template <typename T>
 inline int64_t compress_index(int32_t* out, Mask<T> mask, int32_t index) {
 #if defined(__AVX512F__)

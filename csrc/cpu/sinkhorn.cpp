@@ -1,7 +1,8 @@
 #include "../sinkhorn.h"
 
-#include "sinkhorn_logs.h"
-#include "sinkhorn_scaling.h"
+#include "sinkhorn/gradient.h"
+#include "sinkhorn/logs.h"
+#include "sinkhorn/scaling.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
@@ -9,7 +10,7 @@ namespace {
 // max_e |column sum / (n/E) - 1|; NaN stays.
 template <typename Domain>
 double column_error(const Domain& domain, int64_t E, double log_marginal) {
-  if (log_marginal == -kInf) return 0;  // nobody is there
+  if (log_marginal == -kInfinity) return 0;  // no token is present
   double worst = 0;
   for (int64_t e = 0; e < E; ++e) worst = max_or_nan(worst, std::abs(domain.ratio(e) - 1));
   return worst;
@@ -54,7 +55,8 @@ template <typename T>
 void backward_by_logs(
     const Group<T>& group, const T* grad, const double* history, int64_t step, T* grad_logits) {
   const int64_t tokens = group.tokens, E = group.E;
-  const double inverse_marginal = group.log_marginal == -kInf ? 0 : std::exp(-group.log_marginal);
+  const double inverse_marginal =
+      group.log_marginal == -kInfinity ? 0 : std::exp(-group.log_marginal);
   std::vector<double> out(tokens * E), df(tokens), dh(E, 0);
   LogDomain<T> domain(group, grad_logits);
   const auto use_columns = [&](int64_t i) { domain.set_columns(history + (i - 1) * E); };
@@ -138,12 +140,13 @@ void sinkhorn_backward(
     const T* grad, const T* logits, const double* history, const int32_t* steps, T* grad_logits,
     int64_t tokens, int64_t E, int64_t iterations, double epsilon, int64_t group_begin,
     int64_t group_end, const Parallel& parallel) {
-  ScalingDomain<T, T> scaling;
-  ScalingDomain<T, double> wide;
+  ScalingGradient<T, T> scaling;
+  ScalingGradient<T, double> wide;
   for (int64_t g = group_begin; g < group_end; ++g) {
     const int64_t at = g * tokens * E;
     const Group<T> group(logits + at, tokens, E, epsilon, parallel);
     const double* kept = history + g * iterations * E;
+    // A caller's steps may be anything.
     const int64_t done = std::clamp<int64_t>(steps[g], 0, iterations);
     if (done > 0 && group.template fits_scaling<T>()) {
       scaling.reset(group, grad_logits + at);

@@ -5,8 +5,8 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// In partial sums by place: the compiler can take them as vectors, and every ISA level
-// adds in the same order.
+// <a, b>, in partial sums by index modulo kParts. The compiler can vectorise them, and every ISA
+// level adds in the same order.
 template <typename T>
 double dot(const T* a, const T* b, int64_t D) {
   constexpr int64_t kParts = 16;

@@ -9,9 +9,8 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// A matrix [tokens, S] as both softmaxes walk it: row by row, as it lies in memory, and
-// in vectors along the slots. What is left of a row is one vector more, filled up: every
-// entry gets the same arithmetic wherever it stands.
+// A matrix [tokens, S], which both softmaxes read row by row, in vectors along the slots. The
+// remainder of a row is padded to a whole vector, so that every entry gets the same arithmetic.
 template <typename T>
 struct Rows {
   static constexpr int64_t W = kWidth<T>;
@@ -20,7 +19,7 @@ struct Rows {
   // Row accumulators have room for whole vectors.
   int64_t padded() const { return (S + W - 1) / W * W; }
 
-  // body(s, count): slots [s, s + count), count <= width.
+  // Calls body(s, count) for slots [s, s + count), count <= width.
   template <typename Body>
   void each_vector(Body&& body) const {
     int64_t s = 0;
@@ -51,7 +50,8 @@ void slots_softmax(const Rows<T>& rows, const T* in, T* out) {
   }
 }
 
-// A maximum and a sum a slot; `high` and `total` are scratch of padded() each.
+// Softmax over the tokens. `high` and `total` are scratch of padded() entries, for the maximum and
+// the sum of each slot.
 template <typename T>
 void tokens_softmax(const Rows<T>& rows, const T* in, T* out, T* high, T* total) {
   constexpr T kLow = -std::numeric_limits<T>::infinity();
@@ -94,7 +94,7 @@ void slots_softmax_backward(const Rows<T>& rows, const T* w, T* d) {
   }
 }
 
-// `mean` is scratch of padded().
+// Gradient of tokens_softmax, in place in d. `mean` is scratch of padded() entries.
 template <typename T>
 void tokens_softmax_backward(const Rows<T>& rows, const T* w, T* d, T* mean) {
   const int64_t S = rows.S;

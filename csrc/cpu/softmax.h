@@ -1,18 +1,19 @@
-// softmax -- what every softmax here has in common, and the one over short rows.
+// softmax -- the parts that all CPU softmaxes share, and the softmax over short rows.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <memory>
 
+#include "buffer.h"
 #include "simd.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// What a row's largest entry says of the others. Shift: where there is nothing but -inf,
-// 0, so that the exponentials are 0 and not NaN. Scale: their sum is then 0, else at least
-// 1. The maximum may pass over a NaN: the sum does not, and makes the row NaN.
+// Shift: the value subtracted before exp, the row maximum, or 0 for a row of -inf (exp then gives
+// 0, not NaN). Scale: the factor of the exponentials, 1 over their sum, or 0 for a row of -inf;
+// other sums are at least 1. The maximum may ignore a NaN; the sum does not, and makes the row
+// NaN.
 template <typename T>
 Vec<T> softmax_shift(Vec<T> high) {
   return high == splat(-std::numeric_limits<T>::infinity()) ? Vec<T>{} : high;
@@ -22,19 +23,19 @@ Vec<T> softmax_scale(Vec<T> total) {
   return total == Vec<T>{} ? Vec<T>{} : T{1} / total;
 }
 
-// Rows of E entries that lie one behind another, width of them at a time: a row a lane, so
-// that sums and maxima run down the entries, and equal rows get equal bits in any lane.
+// The softmaxes of contiguous rows of E entries, `width` rows at a time, one row per lane. Sums and
+// maxima run over the entries in order, so equal rows get equal bits in every lane.
 template <typename T>
 class RowSoftmax {
  public:
   static constexpr int64_t W = kWidth<T>;
 
-  explicit RowSoftmax(int64_t E) : E_(E), entries_(new T[E * W]) {}
+  explicit RowSoftmax(int64_t E) : E_(E), entries_(E * W) {}
 
-  // `rows` [count, E], 1 <= count <= width; nothing may be read from `end` on.
+  // Reads rows [count, E], 1 <= count <= width, and nothing at or past `end`.
   void read(const T* rows, int64_t count, const T* end) {
     const T* row[W];
-    // Lanes without a row of their own repeat the last one.
+    // Lanes without a row repeat the last row.
     for (int64_t r = 0; r < W; ++r) row[r] = rows + std::min(r, count - 1) * E_;
     Vec<T> high = splat(-std::numeric_limits<T>::infinity());
     for (int64_t e = 0; e < E_; e += W) {
@@ -65,15 +66,15 @@ class RowSoftmax {
   Vec<T> gate(int64_t e) const { return load(entry(e)) * scale_; }
   Vec<T> high() const { return high_; }
   Vec<T> scale() const { return scale_; }
-  Mask<T> absent() const { return total_ == Vec<T>{}; }   // -inf alone
-  Mask<T> undefined() const { return total_ != total_; }  // NaN
+  Mask<T> absent() const { return total_ == Vec<T>{}; }   // rows of -inf
+  Mask<T> undefined() const { return total_ != total_; }  // rows of NaN
 
  private:
   T* entry(int64_t e) { return entries_.get() + e * W; }
   const T* entry(int64_t e) const { return entries_.get() + e * W; }
 
   int64_t E_;
-  std::unique_ptr<T[]> entries_;  // [E, width]
+  Buffer<T> entries_;  // [E, width]
   Vec<T> high_, total_, scale_;
 };
 

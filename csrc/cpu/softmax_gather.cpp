@@ -5,11 +5,11 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The picks of one row of indices, in the logits [G, T, E].
+// Positions in logits [G, T, E] of the picks of one row of indices.
 struct Row {
-  int64_t first;   // the place of index 0
-  int64_t stride;  // from one index to the next
-  int64_t places;  // indices in [0, places) are picks
+  int64_t first;   // position of index 0
+  int64_t stride;  // between positions of consecutive indices
+  int64_t places;  // indices in [0, places) are valid
 
   Row(int64_t row, int64_t tokens, int64_t E, bool by_expert)
       : first(by_expert ? row / E * tokens * E + row % E : row * E),
@@ -41,7 +41,7 @@ void softmax_gather(
   constexpr int64_t W = kWidth<T>;
   T entry[W] = {}, shift[W] = {}, by[W] = {};
   int64_t waiting = 0, done = row_begin * K;
-  const auto write = [&] {  // a vector of picks at a time, whichever rows they are of
+  const auto write = [&] {  // a vector of picks, which may belong to several rows
     put(values + done, exp_negative(load(entry) - load(shift)) * load(by), waiting);
     done += waiting;
     waiting = 0;

@@ -17,14 +17,14 @@ struct Chosen {
   int64_t k;
 };
 
-// The k largest of the `count` rows in `softmax`, written from row `row` on.
+// Writes the k largest gates of the `count` rows in `softmax` to the rows from `row` on.
 template <typename T, int K = 1>
 void few(const RowSoftmax<T>& softmax, const Chosen<T>& out, int64_t row, int64_t count) {
   if constexpr (K < kFew) {
     if (out.k > K) return few<T, K + 1>(softmax, out, row, count);
   }
-  // A gate is positive, so its bits are its key; a row of NaN ties in the key -1, whose
-  // bits are a NaN.
+  // Gates are not negative, so their bits are their keys. The gates of a row of NaN tie with the
+  // key -1, whose bits are a NaN.
   using Keys = Vec<SignedKey<T>>;
   const Keys undefined = softmax.undefined();
   Leaders<T, K> leaders;
@@ -44,7 +44,7 @@ void few(const RowSoftmax<T>& softmax, const Chosen<T>& out, int64_t row, int64_
   }
 }
 
-// Gates [count, E] row by row, as topk takes them.
+// Writes the gates as rows [count, E], the layout that topk takes.
 template <typename T>
 void put_rows(const RowSoftmax<T>& softmax, T* gates, int64_t count) {
   constexpr int64_t W = kWidth<T>;
@@ -59,7 +59,7 @@ void put_rows(const RowSoftmax<T>& softmax, T* gates, int64_t count) {
   }
 }
 
-// What topk chose of tokens that are not there, rows [begin, end).
+// Replaces picks of absent tokens by index -1 and value 0, in rows [begin, end).
 template <typename T>
 void take_back_absent(const Chosen<T>& chosen, int64_t begin, int64_t end) {
   for (int64_t i = begin * chosen.k; i < end * chosen.k; ++i) {
@@ -78,7 +78,7 @@ void softmax_topk(
   constexpr int64_t W = kWidth<T>;
   const Chosen<T> chosen{values, indices, k};
   RowSoftmax<T> softmax(E);
-  const std::unique_ptr<T[]> gates(k > kFew ? new T[W * E] : nullptr);
+  const Buffer<T> gates(k > kFew ? W * E : 0);
   for (int64_t t = begin; t < end; t += W) {
     const int64_t count = std::min(W, end - t);
     softmax.read(logits + t * E, count, logits + end * E);

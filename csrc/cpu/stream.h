@@ -1,5 +1,5 @@
-// stream -- stores past the caches, for an output that they would not keep anyway: a usual store
-// reads the line first, a third of a copy's traffic, and puts out what others still need.
+// stream -- non-temporal stores, for outputs too large for the caches. An ordinary store reads the
+// line first, which is a third of the traffic of a copy, and evicts lines that are still needed.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// Whether to: below, the next op finds the output in the caches, which is worth more.
+// Whether to stream an output. A smaller output is left in the caches for the next op.
 inline bool streams(const void* out, int64_t rows, int64_t row_bytes) {
   constexpr int64_t kLarge = int64_t{1} << 25;
-  // Rows of whole vectors, all of them aligned, are what `stream` takes.
+  // `stream` takes rows of whole, aligned vectors.
   const bool aligned = (reinterpret_cast<uintptr_t>(out) | row_bytes) % kVectorBytes == 0;
   return aligned && rows * row_bytes >= kLarge;
 }
 
-// A vector, or half of one, to where it is aligned.
+// Stores a vector, or half a vector, to an aligned address.
 template <typename V>
 inline void stream(void* p, V v) {
 #if defined(__x86_64__)
@@ -33,7 +33,7 @@ inline void stream(void* p, V v) {
 #endif
 }
 
-// After the last of them: other threads see them from here on.
+// Call after the last `stream`: it makes the stores visible to other threads.
 inline void finish_streams() {
 #if defined(__x86_64__)
   _mm_sfence();

@@ -1,4 +1,4 @@
-// token_rows -- the rows that slots take from their tokens, one slot after another.
+// token_rows -- iterates over slots and the rows of their tokens.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@ namespace vmoe::cpu::VMOE_ISA {
 template <typename Row>
 struct TokenRow {
   const Row* from;  // null: the slot is empty
-  int64_t slot;     // as in [G, E, C]
+  int64_t slot;     // in [G, E, C], flat
 };
 
-// The slots in [begin, end) of [E, G, C]. A row is asked for two slots before its turn: the tokens
-// of an expert lie anywhere, and no hardware foresees the next.
+// Iterates over the slots [begin, end) of [E, G, C]. Rows are prefetched two slots ahead, because
+// the tokens of an expert are scattered and no hardware prefetcher predicts them.
 template <typename Row>
 class TokenRows {
  public:

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "buffer.h"
 #include "keys.h"
 #include "leaders.h"
 #include "select.h"
@@ -80,7 +81,7 @@ bool few_of_long_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   using Key = SignedKey<T>;
   constexpr int64_t W = kWidth<T>, kBlock = 4, kRoom = 32;
   const T* from = axis.column(row);
-  const std::unique_ptr<Key[]> keys(new Key[axis.n * W]);
+  const Buffer<Key> keys(axis.n * W);
   Vec<Key> best[K], high = splat(kNoKey<T>);
   for (int j = 0; j < K; ++j) best[j] = high;
   for (int64_t i = 0; i < axis.n; ++i) {
@@ -144,10 +145,10 @@ class Many {
       : axis_(axis),
         // One vector more than needed: with a power of two, all rows would share cache sets.
         stride_((axis.n + W - 1) / W * W + W),
-        keys_(new Key[(axis.M == 1 ? 1 : W) * stride_]),
-        kept_(new Key[stride_]),
-        places_(new int32_t[stride_]),
-        picks_(new P[2 * axis.k]) {}
+        keys_((axis.M == 1 ? 1 : W) * stride_),
+        kept_(stride_),
+        places_(stride_),
+        picks_(2 * axis.k) {}
 
   // Rows that lie side by side: transposed on the way into the buffer.
   void columns(int64_t row, int64_t count) {
@@ -242,10 +243,10 @@ class Many {
 
   const Axis<T>& axis_;
   int64_t stride_;
-  std::unique_ptr<Key[]> keys_;        // [width or 1, stride]
-  std::unique_ptr<Key[]> kept_;        // [stride]  scratch of the cut, then the chosen keys
-  std::unique_ptr<int32_t[]> places_;  // [stride]  where they were
-  std::unique_ptr<P[]> picks_;         // [2, k]
+  Buffer<Key> keys_;        // [width or 1, stride]
+  Buffer<Key> kept_;        // [stride]  scratch of the cut, then the chosen keys
+  Buffer<int32_t> places_;  // [stride]  where they were
+  Buffer<P> picks_;         // [2, k]
 };
 
 }  // namespace

@@ -1,8 +1,8 @@
 // assign_by_expert -- slots of a large group with a priority.
 //
-// Sorting the tokens would take longer than all the rest. Instead the counts of requests.h make lists of
-// the experts' requests, and one block per expert selects the first of its own, in the order in which
-// they are served.
+// Sorting the tokens would take longer than all the rest. Instead the counts of requests.h make
+// lists of the experts' requests, and one block per expert selects the first of its own, in the
+// order in which they are served.
 #pragma once
 
 #include <algorithm>

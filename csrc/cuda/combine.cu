@@ -133,10 +133,7 @@ void combine_backward(
   template void combine_backward(                                                                  \
       const Row*, const Row*, const Compute<Row>*, const int32_t*, Row*, Compute<Row>*,            \
       const Slots&, int64_t, CUstream_st*);
-VMOE_INSTANTIATE(float)
-VMOE_INSTANTIATE(double)
-VMOE_INSTANTIATE(BFloat16)
-VMOE_INSTANTIATE(Float16)
+VMOE_EACH_ROW(VMOE_INSTANTIATE)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda

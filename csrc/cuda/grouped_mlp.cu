@@ -1,5 +1,5 @@
-// A block has some rows of an expert, and as many columns as a warp takes at once: its warps go down
-// the rows, and a thread keeps its columns' bias and sums in registers.
+// A block has some rows of an expert, and as many columns as a warp takes at once. Its warps go
+// down the rows, and a thread keeps the bias and the sums of its columns in registers.
 #include <type_traits>
 
 #include "../common/gelu.h"
@@ -277,10 +277,7 @@ void sum_rows(
       CUstream_st*);                                                                               \
   template void add_bias(Row*, const Row*, const ExpertRows&, int64_t, CUstream_st*);              \
   template void sum_rows(const Row*, Row*, Row*, void*, const ExpertRows&, int64_t, CUstream_st*);
-VMOE_INSTANTIATE(float)
-VMOE_INSTANTIATE(double)
-VMOE_INSTANTIATE(BFloat16)
-VMOE_INSTANTIATE(Float16)
+VMOE_EACH_ROW(VMOE_INSTANTIATE)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda

@@ -69,8 +69,8 @@ struct Group {
     }
   }
 
-  // By one block: offsets from the counts in `next`, which becomes where lists begin. kEach tokens a
-  // thread, so that a long group does not wait for a barrier every kThreads of them.
+  // By one block: offsets from the counts in `next`, which becomes where lists begin. kEach tokens
+  // per thread, so that a long group does not wait for a barrier every kThreads of them.
   template <int kEach>
   __device__ void add_up(Scan::TempStorage& storage) const {
     int32_t begun = 0;

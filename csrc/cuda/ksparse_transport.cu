@@ -1,9 +1,9 @@
-// A group whose columns fit a block's shared memory is one launch, a warp a column and a thread a
-// token: every step of the solver stays there. Of a larger one the columns lie in device memory:
-// Adam takes two launches a step, a block a column and then pieces of tokens, and L-BFGS, whose
-// steps wait for each other's sums, stays in one block.
+// A group whose columns fit a block's shared memory is one launch, one warp per column and one
+// thread per token: every step of the solver stays in the block. The columns of a larger group are
+// in device memory: Adam takes two launches per step, one block per column and then pieces of
+// tokens, and L-BFGS, whose steps wait for each other's sums, stays in one block.
 //
-// A projection is kept as its threshold and cut alone: whoever reads an entry works out its share.
+// A projection is kept as its threshold and cut alone: a share is computed where it is read.
 #include <algorithm>
 
 #include "../ksparse_transport.h"
@@ -90,7 +90,7 @@ struct Task {
   double* vectors;  // [G, vectors, T]
   int64_t vectors_of_group;
 
-  // Of a group in device memory.
+  // For a group in device memory.
   int64_t pieces;       // of tokens
   T* columns;           // [G, E, T]
   int8_t* there;        // [G, T]
@@ -450,50 +450,52 @@ __global__ void __launch_bounds__(kPieceThreads) plan_kernel(Task<T> task) {
       [](int64_t t) { return t; });
 }
 
-// Launches if it is to go; returns how large the workspace must be.
+// How a call is worked on, without its tensors, and the workspace for it:
+// ksparse_transport_workspace asks for what ksparse_transport uses.
 template <typename T>
-size_t run(
-    const T* similarity, T* plan, int64_t G, int64_t tokens, int64_t E,
-    const TransportOptions& options, void* memory, bool go, cudaStream_t stream) {
-  if (G == 0 || tokens == 0 || E == 0) return 0;
-  Workspace workspace(memory);
-  const bool adam = options.solver == Solver::kAdam;
-  const size_t shared = shared_of_group<T>(tokens, E);
-  const bool staged = static_cast<int64_t>(shared) <= shared_limit();
-  Task<T> task{};
-  task.similarity = similarity;
-  task.plan = plan;
-  task.tokens = tokens;
-  task.E = E;
-  task.k = std::min(options.k, tokens);
-  task.iterations = options.iterations;
-  task.learning_rate = options.learning_rate;
-  task.tolerance = options.tolerance;
-  task.gamma = options.gamma;
-  task.vectors_of_group = adam ? 2 : 4 + 2 * (kMemory + 1);
-  task.vectors = workspace.take<double>(G * task.vectors_of_group * tokens);
-  if (staged) {
-    if (go) {
-      launch(
-          adam ? group_kernel<T, Solver::kAdam> : group_kernel<T, Solver::kLbfgs>, G,
-          tokens * E <= 1024 ? 128 : kMostThreads, shared, stream, task);
+struct Layout {
+  Layout(int64_t G, int64_t tokens, int64_t E, const TransportOptions& options, void* memory) {
+    if (G == 0 || tokens == 0 || E == 0) return;
+    shared = shared_of_group<T>(tokens, E);
+    staged = static_cast<int64_t>(shared) <= shared_limit();
+    task.tokens = tokens;
+    task.E = E;
+    task.k = std::min(options.k, tokens);
+    task.iterations = options.iterations;
+    task.learning_rate = options.learning_rate;
+    task.tolerance = options.tolerance;
+    task.gamma = options.gamma;
+    task.vectors_of_group = options.solver == Solver::kAdam ? 2 : 4 + 2 * (kMemory + 1);
+    Workspace workspace(memory);
+    task.vectors = workspace.take<double>(G * task.vectors_of_group * tokens);
+    if (!staged) {
+      task.pieces = ceil_div(tokens, kPieceThreads);
+      task.columns = workspace.take<T>(G * E * tokens);
+      task.there = workspace.take<int8_t>(G * tokens);
+      task.alpha = workspace.take<double>(G * tokens);
+      task.projected = workspace.take<Column>(G * E);
+      task.seen_of_piece = workspace.take<Seen>(G * task.pieces);
+      task.seen = workspace.take<Seen>(G);
+      task.norms = workspace.take<double>(G * task.pieces);
+      task.stopped = workspace.take<int32_t>(G);
     }
-    return workspace.size();
+    bytes = workspace.size();
   }
-  task.pieces = ceil_div(tokens, kPieceThreads);
-  task.columns = workspace.take<T>(G * E * tokens);
-  task.there = workspace.take<int8_t>(G * tokens);
-  task.alpha = workspace.take<double>(G * tokens);
-  task.projected = workspace.take<Column>(G * E);
-  task.seen_of_piece = workspace.take<Seen>(G * task.pieces);
-  task.seen = workspace.take<Seen>(G);
-  task.norms = workspace.take<double>(G * task.pieces);
-  task.stopped = workspace.take<int32_t>(G);
-  if (!go) return workspace.size();
-  transpose(similarity, task.columns, G, tokens, E, stream);
+
+  Task<T> task{};
+  size_t shared = 0;    // bytes of a block's shared memory that a group takes
+  bool staged = false;  // whether it fits
+  size_t bytes = 0;     // 0: there is nothing to compute
+};
+
+// A group in device memory.
+template <typename T>
+void run(const Task<T>& task, int64_t G, const TransportOptions& options, cudaStream_t stream) {
+  const int64_t tokens = task.tokens, E = task.E;
+  transpose(task.similarity, task.columns, G, tokens, E, stream);
   launch(read_kernel<T>, G * task.pieces, kPieceThreads, 0, stream, task);
   launch(join_kernel<T>, G, kPieceThreads, 0, stream, task);
-  if (!adam) {
+  if (options.solver == Solver::kLbfgs) {
     launch(lbfgs_kernel<T>, G, kMostThreads, 0, stream, task);
   } else if (task.k > 0) {
     double decay1 = 1, decay2 = 1;
@@ -508,7 +510,6 @@ size_t run(
     }
   }
   launch(plan_kernel<T>, G * task.pieces, kPieceThreads, 0, stream, task);
-  return workspace.size();
 }
 
 }  // namespace
@@ -516,14 +517,26 @@ size_t run(
 template <typename T>
 size_t ksparse_transport_workspace(
     int64_t G, int64_t tokens, int64_t E, const TransportOptions& options) {
-  return run<T>(nullptr, nullptr, G, tokens, E, options, nullptr, false, nullptr);
+  return Layout<T>(G, tokens, E, options, nullptr).bytes;
 }
 
 template <typename T>
 void ksparse_transport(
     const T* similarity, T* plan, int64_t G, int64_t tokens, int64_t E,
     const TransportOptions& options, void* workspace, CUstream_st* stream) {
-  run(similarity, plan, G, tokens, E, options, workspace, true, stream);
+  const Layout<T> layout(G, tokens, E, options, workspace);
+  if (layout.bytes == 0) return;
+  Task<T> task = layout.task;
+  task.similarity = similarity;
+  task.plan = plan;
+  if (layout.staged) {
+    launch(
+        options.solver == Solver::kAdam ? group_kernel<T, Solver::kAdam>
+                                        : group_kernel<T, Solver::kLbfgs>,
+        G, tokens * E <= 1024 ? 128 : kMostThreads, layout.shared, stream, task);
+  } else {
+    run(task, G, options, stream);
+  }
 }
 
 #define VMOE_INSTANTIATE(T)                                                                        \

@@ -1,9 +1,9 @@
-// requests -- of every request, how many for the same expert are served before it: a multisplit.
+// requests -- counts, for every request, the earlier requests for the same expert: a multisplit.
 //
-// The requests of a group, in the order in which they are served, are cut into chunks, one per block,
-// and a chunk into one run per warp. A warp counts its run by expert in shared memory that no other
-// warp writes, so that nothing is atomic. The counts of the warps and chunks before it are where its own
-// places begin, and it goes through its run again.
+// The requests of a group, in the order in which they are served, are cut into chunks, one per
+// block, and a chunk into one run per warp. A warp counts its run by expert in its own part of
+// shared memory, without atomics. The counts of earlier warps and chunks give the position of its
+// first request for every expert; with these it passes over its run again.
 #pragma once
 
 #include "../common/slots.h"
@@ -13,14 +13,14 @@ namespace vmoe::cuda {
 namespace {
 
 constexpr int kMostWarps = 8;
-constexpr int64_t kRun = 256;  // requests of a warp
+constexpr int64_t kRun = 256;  // requests per warp
 
 struct Requests {
   const int32_t* expert;  // [T, K]  of one group
   const int32_t* order;   // [T] or null
   int64_t tokens, K, E;
 
-  // The request that is served as number i, and its expert, or -1.
+  // The i-th request to be served. Its expert is expert_of(id), or -1.
   __device__ int32_t id(int64_t i) const {
     const int64_t k = i / tokens, t = i % tokens;
     return static_cast<int32_t>((order ? order[t] : t) * K + k);
@@ -31,8 +31,8 @@ struct Requests {
   }
 };
 
-// Counts the run [begin, end) of this warp into counts [E], and says of every request how
-// many of the run are before it: visit(request, expert, rank), with counts[expert] added.
+// Adds the run [begin, end) of this warp to counts [E]. Calls visit(request, expert, rank) for
+// every request, with rank = counts[expert] before the request.
 template <typename Visit>
 __device__ void count_run(
     const Requests& requests, int64_t begin, int64_t end, int32_t* counts, Visit&& visit) {
@@ -43,7 +43,7 @@ __device__ void count_run(
     const int32_t e = id < 0 ? -1 : requests.expert_of(id);
     const unsigned same = __match_any_sync(kAllLanes, e);
     const int32_t before = e < 0 ? 0 : counts[e];
-    __syncwarp();  // everyone has read
+    __syncwarp();  // all lanes have read counts
     const int rank = __popc(same & ((1u << lane) - 1));
     if (e >= 0 && rank == 0) counts[e] = before + __popc(same);
     __syncwarp();
@@ -51,7 +51,7 @@ __device__ void count_run(
   }
 }
 
-// What the warps of a block counted: [warps, E] in shared memory, behind it [E].
+// Counts the runs of a block's warps to counts [warps, E] in shared memory.
 __device__ void count_chunk(const Requests& requests, int64_t begin, int64_t end, int32_t* counts) {
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   for (int64_t i = threadIdx.x; i < warps * requests.E; i += blockDim.x) counts[i] = 0;
@@ -63,10 +63,10 @@ __device__ void count_chunk(const Requests& requests, int64_t begin, int64_t end
 }
 
 struct Shape : Slots {
-  int64_t K, chunks;  // requests of a token; chunks of a group
+  int64_t K, chunks;  // requests per token; chunks per group
 };
 
-// A block's chunk, and its warps' runs.
+// The chunk of this block, and the run [begin, end) of this warp.
 struct Chunk {
   int64_t group, chunk, begin, end;
 
@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(
   }
 }
 
-// Makes of what the warps counted where their own places begin, and counts all requests of an
-// expert.
+// Replaces the warps' counts by the position of each warp's first request for every expert, and
+// writes the number of all requests for every expert to total [E].
 __device__ void add_up(
     const Shape& shape, const Chunk& at, const int32_t* counted, int32_t* counts, int32_t* total) {
   const unsigned warps = blockDim.x / kWarp;
@@ -125,7 +125,7 @@ __device__ void add_up(
   __syncthreads();
 }
 
-// Shared memory for the counts of so many warps, and for one number of every expert.
+// Bytes of shared memory for the counts of `warps` warps and one more number per expert.
 int64_t shared_bytes(int64_t E, int64_t warps) {
   return (warps + 1) * E * static_cast<int64_t>(sizeof(int32_t));
 }

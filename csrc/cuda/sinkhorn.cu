@@ -1,20 +1,13 @@
-// A call is one launch. A group that fits a block's shared memory is a block's: the matrix, the
-// potentials and the sums stay there from the first iteration to the last. A larger one is cut into
-// pieces, a block each, and these blocks are a crew: all there at once (a cooperative launch, at
-// most a block a multiprocessor), each with its piece in shared memory likewise. In an iteration
-// they leave their parts of the column sums in device memory, meet at a barrier, and each joins all
-// parts, in the same order as the others and so to the same bits: the columns' potentials, and
-// where a tolerance stops, they find alike without another word. Pieces too large for shared memory
-// stay in device memory, with the rows' potentials. Groups that there are too few blocks for are
-// done one after another.
-//
-// What an iteration should cost, reckoned and not measured, for a group of 50,176 tokens and 32
-// experts in float32 on 132 multiprocessors at 1.7 GHz (pieces of 381 tokens, 52 KB): two passes
-// over the piece, some 800 loads of a warp each, 0.9 us; the parts' writing, the count, its news
-// and the parts' reading, a way to L2 and back each of some 600 cycles, 1.4 us; the reading itself,
-// 34 KB a block and 4.5 MB in all, at some 5.5 TB/s another 0.4 us beyond that; eight barriers of
-// the block and twice a join of 32 numbers one after another, 0.4 us. About 3 us, so 60 us for 20
-// of them, and 10 us for the counter's clearing, the launch, and logits in and the plan out.
+// A call is one launch. A group that fits a block's shared memory is worked on by one block: the
+// matrix, the potentials and the sums stay there from the first iteration to the last. A larger
+// group is cut into pieces, one block each. These blocks are a crew: they are co-resident (a
+// cooperative launch, at most one block per multiprocessor), and each has its piece in shared
+// memory too. In an iteration they write their parts of the column sums to device memory and meet
+// at a barrier; then each joins all parts in the same order, and so to the same bits. The columns'
+// potentials and the stop at a tolerance therefore agree without further communication. Pieces too
+// large for shared memory stay in device memory, with the rows' potentials. If there are more
+// groups than crews, a crew takes several, one after another. docs/cuda.md estimates what an
+// iteration costs.
 #include <algorithm>
 
 #include "../sinkhorn.h"
@@ -27,44 +20,44 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 
-struct Seen {
+struct Range {
   double high, low;         // of the logits that are not -inf; NaN stays in high
   int64_t present, broken;  // rows that are not all -inf, and those of them with some -inf
 };
 
 // `count` of them joined, by every warp for itself.
-__device__ inline Seen join_all(const Seen* each, int64_t count) {
+__device__ inline Range join_all(const Range* each, int64_t count) {
   const WarpTeam team{};
-  const auto joined = [&](auto Seen::* what, auto first, auto join) {
+  const auto joined = [&](auto Range::* what, auto first, auto join) {
     return join_all(team, count, first, join, [&](int64_t i) { return each[i].*what; });
   };
   return {
-      joined(&Seen::high, -kInfinity, Largest{}), joined(&Seen::low, kInfinity, Least{}),
-      joined(&Seen::present, int64_t{0}, Sum{}), joined(&Seen::broken, int64_t{0}, Sum{})};
+      joined(&Range::high, -kInfinity, Largest{}), joined(&Range::low, kInfinity, Least{}),
+      joined(&Range::present, int64_t{0}, Sum{}), joined(&Range::broken, int64_t{0}, Sum{})};
 }
 
 template <typename T>
-__device__ Seen look(const T* logits, int64_t count, int64_t stride, int64_t E, int lanes) {
-  __shared__ Seen of_warp[kWarp];
-  Seen seen{-kInfinity, kInfinity, 0, 0};
+__device__ Range scan(const T* logits, int64_t count, int64_t stride, int64_t E, int lanes) {
+  __shared__ Range of_warp[kWarp];
+  Range range{-kInfinity, kInfinity, 0, 0};
   each_row(count, E, lanes, [&](int64_t t, int lane, int64_t width) {
     int64_t reachable = 0;
     for (int64_t e = lane; e < width; e += lanes) {
       const double x = logits[t * stride + e];
       if (x == -kInfinity) continue;
       ++reachable;
-      seen.high = Largest{}(seen.high, x);
-      seen.low = Least{}(seen.low, x);
+      range.high = Largest{}(range.high, x);
+      range.low = Least{}(range.low, x);
     }
     reachable = join_lanes(reachable, lanes, Sum{});
-    seen.present += lane == 0 && reachable > 0;
-    seen.broken += lane == 0 && reachable > 0 && reachable < width;
+    range.present += lane == 0 && reachable > 0;
+    range.broken += lane == 0 && reachable > 0 && reachable < width;
   });
   const WarpTeam team{};
-  seen = {
-      team.join(seen.high, Largest{}), team.join(seen.low, Least{}), team.join(seen.present, Sum{}),
-      team.join(seen.broken, Sum{})};
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = seen;
+  range = {
+      team.join(range.high, Largest{}), team.join(range.low, Least{}),
+      team.join(range.present, Sum{}), team.join(range.broken, Sum{})};
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = range;
   __syncthreads();
   return join_all(of_warp, blockDim.x / kWarp);
 }
@@ -74,8 +67,8 @@ struct Task {
   const T* logits;  // [G, T, E]
   int64_t groups, tokens, E, iterations;
   double inverse_epsilon;
-  // What distance of logits, over epsilon, exp(M) and every product with a potential bear in T;
-  // csrc/cpu/sinkhorn.cpp says why.
+  // The distance of logits, over epsilon, up to which exp(M) and every product with a potential fit
+  // T; csrc/cpu/sinkhorn/group.h says why.
   double spread;
 
   int64_t crews;             // how many groups are worked on at once
@@ -83,24 +76,24 @@ struct Task {
   int lanes;                 // of a row
   int64_t stride;            // from row to row of the matrices that are worked on
 
-  // Of crews of several blocks.
-  Seen* seen;         // [2, crews, pieces]
+  // For crews of several blocks.
+  Range* ranges;      // [2, crews, pieces]
   double* parts;      // [2, crews, pieces, 2, E]
   unsigned* arrived;  // [crews], see BlockBarrier
 
   // Where the matrices are in device memory.
-  double* of_row;     // [crews, T] or, for a gradient, [crews, 2, T] in pieces
+  double* of_row;     // [crews, vectors, T] in pieces
   double* of_column;  // [crews, pieces, kColumnVectors, E], or null: in shared memory
 
-  __device__ Facts facts(const Seen& seen) const {
+  __device__ Facts facts(const Range& range) const {
     return {
-        seen.high, static_cast<double>(seen.present) / static_cast<double>(E),
-        seen.broken == 0 && seen.high > -kInfinity &&
-            (seen.high - seen.low) * inverse_epsilon <= spread};
+        range.high, static_cast<double>(range.present) / static_cast<double>(E),
+        range.broken == 0 && range.high > -kInfinity &&
+            (range.high - range.low) * inverse_epsilon <= spread};
   }
 };
 
-// The blocks that do a group together, each a piece of it, seen from one of them. What a block
+// The blocks that do a group together, each a piece of it, range from one of them. What a block
 // leaves for the others in one turn they read behind that turn's barrier, and its place is written
 // over two turns later: behind the next barrier, which all come to when they have read it.
 template <typename T>
@@ -122,11 +115,11 @@ class Crew {
     return left < task_.of_piece ? left : task_.of_piece;
   }
 
-  // Of the whole group.
-  __device__ Seen join(const Seen& seen) {
-    if (alone()) return seen;
-    Seen* each = task_.seen + place();
-    if (threadIdx.x == 0) each[piece_] = seen;
+  // The range of the whole group.
+  __device__ Range join(const Range& range) {
+    if (alone()) return range;
+    Range* each = task_.ranges + place();
+    if (threadIdx.x == 0) each[piece_] = range;
     barrier_.wait();
     ++turn_;
     return join_all(each, task_.pieces);
@@ -212,8 +205,8 @@ __device__ void iterate(
       if (domain.error() <= tolerance) break;
       __syncthreads();  // before the potentials change
     }
-    domain.update_columns(crew.leads() ? history + step * E : nullptr);
-    domain.update_rows();
+    domain.step_columns(crew.leads() ? history + step * E : nullptr);
+    domain.step_rows();
   }
   const double error = domain.error();
   if (crew.leads()) {
@@ -233,7 +226,7 @@ __global__ void __launch_bounds__(kMostThreads)
     forward_kernel(Task<T> task, double tolerance, Outputs<T> out) {
   Crew<T> crew(task);
   T* K;
-  const Piece piece = piece_of<kInShared>(task, crew, 1, K);
+  const Piece piece = piece_of<kInShared>(task, crew, kRowVectors, K);
   for (int64_t g = crew.index(); g < task.groups; g += task.crews) {
     const int64_t at = (g * task.tokens + crew.begin()) * task.E;
     const T* logits = task.logits + at;
@@ -244,13 +237,14 @@ __global__ void __launch_bounds__(kMostThreads)
     } else {
       K = out.plan + at;
     }
-    const Seen seen = look(logits, piece.count, task.stride, task.E, task.lanes);
-    const Facts facts = task.facts(crew.join(seen));
+    const Range range = scan(logits, piece.count, task.stride, task.E, task.lanes);
+    const Facts facts = task.facts(crew.join(range));
     if (facts.scaling) {
-      iterate(Scaling<T>(piece, facts, K, task.stride), crew, task, logits, tolerance, g, out);
+      iterate(
+          ScalingDomain<T>(piece, facts, K, task.stride), crew, task, logits, tolerance, g, out);
     } else {
       iterate(
-          Logarithms<T>(piece, facts, logits, task.stride), crew, task, logits, tolerance, g, out);
+          LogDomain<T>(piece, facts, logits, task.stride), crew, task, logits, tolerance, g, out);
     }
     __syncthreads();  // before the next group
   }
@@ -287,7 +281,7 @@ template <typename T, bool kInShared>
 __global__ void __launch_bounds__(kMostThreads) backward_kernel(Task<T> task, Backward<T> back) {
   Crew<T> crew(task);
   T* K;
-  const Piece piece = piece_of<kInShared>(task, crew, 2, K);
+  const Piece piece = piece_of<kInShared>(task, crew, kRowVectorsOfGradient, K);
   if constexpr (!kInShared) K = back.K + (crew.index() * task.tokens + crew.begin()) * task.E;
   for (int64_t g = crew.index(); g < task.groups; g += task.crews) {
     const int64_t at = (g * task.tokens + crew.begin()) * task.E;
@@ -300,8 +294,8 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(Task<T> task, Ba
     }
     load(task, piece.count, back.grad + at, rest);
     __syncthreads();
-    const Seen seen = look(logits, piece.count, task.stride, task.E, task.lanes);
-    const Facts facts = task.facts(crew.join(seen));
+    const Range range = scan(logits, piece.count, task.stride, task.E, task.lanes);
+    const Facts facts = task.facts(crew.join(range));
     const double* history = back.history + g * task.iterations * task.E;
     // A caller's steps may be anything.
     const int64_t steps = back.steps[g], done = steps < 0                 ? 0
@@ -309,12 +303,12 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(Task<T> task, Ba
                                                                           : task.iterations;
     if (facts.scaling && done > 0) {
       go_back(
-          Scaling<T>(piece, facts, K, task.stride), piece, crew, task, logits, rest, history, done,
-          back.grad_logits + at);
+          ScalingDomain<T>(piece, facts, K, task.stride), piece, crew, task, logits, rest, history,
+          done, back.grad_logits + at);
     } else {
       go_back(
-          Logarithms<T>(piece, facts, logits, task.stride), piece, crew, task, logits, rest,
-          history, done, back.grad_logits + at);
+          LogDomain<T>(piece, facts, logits, task.stride), piece, crew, task, logits, rest, history,
+          done, back.grad_logits + at);
     }
     __syncthreads();  // before the next group
   }
@@ -373,7 +367,7 @@ Launch prepare(Task<T>& task, int row_vectors, int matrices, Workspace& workspac
     }
   }
   if (task.pieces > 1) {
-    task.seen = workspace.take<Seen>(2 * task.crews * task.pieces);
+    task.ranges = workspace.take<Range>(2 * task.crews * task.pieces);
     task.parts = workspace.take<double>(2 * task.crews * task.pieces * 2 * E);
     task.arrived = workspace.take<unsigned>(task.crews);
   }
@@ -389,32 +383,6 @@ void start(
   if (together) cudaMemsetAsync(task.arrived, 0, task.crews * sizeof(unsigned), stream);
   launch_blocks(
       together, kernel, task.crews * task.pieces, with.threads, with.shared, stream, task, args...);
-}
-
-// Launches if there are outputs; returns how large the workspace must be.
-template <typename T>
-size_t run(
-    Task<T> task, const Outputs<T>& out, double tolerance, void* memory, bool go,
-    cudaStream_t stream) {
-  Workspace workspace(memory);
-  const Launch with = prepare(task, 1, 1, workspace);
-  if (go) {
-    const auto kernel = with.in_shared ? forward_kernel<T, true> : forward_kernel<T, false>;
-    start(kernel, with, task, stream, tolerance, out);
-  }
-  return workspace.size();
-}
-
-template <typename T>
-size_t run_back(Task<T> task, Backward<T> back, void* memory, bool go, cudaStream_t stream) {
-  Workspace workspace(memory);
-  const Launch with = prepare(task, 2, 2, workspace);
-  if (!with.in_shared) back.K = workspace.take<T>(task.crews * task.tokens * task.E);
-  if (go) {
-    const auto kernel = with.in_shared ? backward_kernel<T, true> : backward_kernel<T, false>;
-    start(kernel, with, task, stream, back);
-  }
-  return workspace.size();
 }
 
 template <typename T>
@@ -435,11 +403,36 @@ Task<T> task_of(
   return task;
 }
 
+// How the groups are worked on, and the workspace for it: <op>_workspace asks for what <op> uses.
+template <typename T>
+struct Layout {
+  Layout(Task<T> task_, int row_vectors, int matrices, void* memory) : task(task_) {
+    Workspace workspace(memory);
+    launch = prepare(task, row_vectors, matrices, workspace);
+    // The matrices are the output's, where it is as many.
+    if (!launch.in_shared && matrices > 1) {
+      K = workspace.take<T>(task.crews * task.tokens * task.E);
+    }
+    bytes = workspace.size();
+  }
+  static Layout forward(const Task<T>& task, void* memory) {
+    return {task, kRowVectors, 1, memory};
+  }
+  static Layout backward(const Task<T>& task, void* memory) {
+    return {task, kRowVectorsOfGradient, 2, memory};
+  }
+
+  Task<T> task;
+  Launch launch;
+  T* K = nullptr;  // [crews, T, E], for a gradient in device memory
+  size_t bytes = 0;
+};
+
 }  // namespace
 
 template <typename T>
 size_t sinkhorn_workspace(int64_t G, int64_t tokens, int64_t E) {
-  return run<T>(task_of<T>(nullptr, G, tokens, E, 0, 1, 0), {}, 0, nullptr, false, nullptr);
+  return Layout<T>::forward(task_of<T>(nullptr, G, tokens, E, 0, 1, 0), nullptr).bytes;
 }
 
 template <typename T>
@@ -447,14 +440,17 @@ void sinkhorn(
     const T* logits, T* plan, double* history, double* error, int32_t* steps, int64_t G,
     int64_t tokens, int64_t E, int64_t iterations, double epsilon, double tolerance,
     void* workspace, CUstream_st* stream) {
-  run<T>(
-      task_of(logits, G, tokens, E, iterations, epsilon, tolerance), {plan, history, error, steps},
-      tolerance, workspace, true, stream);
+  const auto layout =
+      Layout<T>::forward(task_of(logits, G, tokens, E, iterations, epsilon, tolerance), workspace);
+  const auto kernel = layout.launch.in_shared ? forward_kernel<T, true> : forward_kernel<T, false>;
+  start(
+      kernel, layout.launch, layout.task, stream, tolerance,
+      Outputs<T>{plan, history, error, steps});
 }
 
 template <typename T>
 size_t sinkhorn_backward_workspace(int64_t G, int64_t tokens, int64_t E) {
-  return run_back<T>(task_of<T>(nullptr, G, tokens, E, 0, 1, 0), {}, nullptr, false, nullptr);
+  return Layout<T>::backward(task_of<T>(nullptr, G, tokens, E, 0, 1, 0), nullptr).bytes;
 }
 
 template <typename T>
@@ -462,21 +458,25 @@ void sinkhorn_backward(
     const T* grad, const T* logits, const double* history, const int32_t* steps, T* grad_logits,
     int64_t G, int64_t tokens, int64_t E, int64_t iterations, double epsilon, void* workspace,
     CUstream_st* stream) {
-  run_back<T>(
-      task_of(logits, G, tokens, E, iterations, epsilon, 0),
-      {grad, history, steps, grad_logits, nullptr}, workspace, true, stream);
+  const auto layout =
+      Layout<T>::backward(task_of(logits, G, tokens, E, iterations, epsilon, 0), workspace);
+  const auto kernel =
+      layout.launch.in_shared ? backward_kernel<T, true> : backward_kernel<T, false>;
+  start(
+      kernel, layout.launch, layout.task, stream,
+      Backward<T>{grad, history, steps, grad_logits, layout.K});
 }
 
 template <typename T>
 size_t sinkhorn_implicit_backward_workspace(int64_t G, int64_t tokens, int64_t E) {
-  return run_system<T>(nullptr, nullptr, nullptr, G, tokens, E, 1, nullptr, false, nullptr);
+  return SystemLayout<T>(G, tokens, E, nullptr).bytes;
 }
 
 template <typename T>
 void sinkhorn_implicit_backward(
     const T* grad, const T* plan, T* grad_logits, int64_t G, int64_t tokens, int64_t E,
     double epsilon, void* workspace, CUstream_st* stream) {
-  run_system(grad, plan, grad_logits, G, tokens, E, epsilon, workspace, true, stream);
+  run_system(SystemLayout<T>(G, tokens, E, workspace), grad, plan, grad_logits, epsilon, stream);
 }
 
 #define VMOE_INSTANTIATE(T)                                                                        \

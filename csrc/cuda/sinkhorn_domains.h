@@ -20,10 +20,11 @@ struct Piece {
   int64_t count, E;  // tokens, experts
   int lanes;         // of a row
   double inverse_epsilon;
-  double* of_row;     // [count] or, for a gradient, [2, count]
+  double* of_row;     // [kRowVectors, count] or, for a gradient, [kRowVectorsOfGradient, count]
   double* of_column;  // [kColumnVectors, E]
   double* storage;    // [threads]
 };
+constexpr int kRowVectors = 2, kRowVectorsOfGradient = 3;
 constexpr int64_t kColumnVectors = 4;
 
 // The parts of a group's column sums, [pieces, 2, E]; the second is the logarithms' alone.
@@ -53,9 +54,9 @@ __device__ inline double largest_of(const double* values, int64_t size) {
 // potentials are exp(f_t) = u_t exp(-max_e M[t, e] - log_scale) and exp(h_e) = v_e exp(log_scale),
 // with max v = 1. An absent token has K = 0 and u = 0.
 template <typename T>
-class Scaling {
+class ScalingDomain {
  public:
-  __device__ Scaling(const Piece& piece, const Facts& facts, T* K, int64_t stride)
+  __device__ ScalingDomain(const Piece& piece, const Facts& facts, T* K, int64_t stride)
       : piece_(piece), facts_(facts), K_(K), stride_(stride) {}
 
   // K from the logits, which may lie where K will, and u at f = 0.
@@ -70,9 +71,9 @@ class Scaling {
   __device__ void gather(const Parts& parts) { gather_sums(piece_, parts, total()); }
   __device__ void close() {}
 
-  // h may be null: it is one block's business to write it. By the last threads, which have no
+  // h may be null: one block writes it. By the last threads, which have no
   // row mostly.
-  __device__ void update_columns(double* h) {
+  __device__ void step_columns(double* h) {
     const double least =
         join_all(WarpTeam{}, piece_.E, kInfinity, Least{}, [&](int64_t e) { return total()[e]; });
     for (int64_t e = threadIdx.x; e < piece_.E; e += blockDim.x) {
@@ -88,7 +89,7 @@ class Scaling {
     log_scale_ += log_marginal - log(least);
   }
 
-  __device__ void update_rows() const {
+  __device__ void step_rows() const {
     each_row(piece_.count, piece_.E, piece_.lanes, [&](int64_t t, int lane, int64_t width) {
       T sum = 0;
       for (int64_t e = lane; e < width; e += piece_.lanes) sum += K(t, e) * v()[e];
@@ -271,22 +272,27 @@ class Scaling {
   double log_scale_ = 0;
 };
 
-// The same on the potentials' logarithms, in float64: right for any logits, an exp an entry and
-// update.
+// The same on the potentials' logarithms, in float64: right for any logits, an exp for every entry
+// and update.
+//
+// f_t is kept as two numbers, -top_t - log_sum_t, the largest M[t, e] + h_e and the logarithm of
+// the sum relative to it: where top is so large that their sum would lose log_sum, the rows of the
+// plan still sum to 1. The columns are moved by what the plan's own sums lack.
 template <typename T>
-class Logarithms {
+class LogDomain {
  public:
-  __device__ Logarithms(const Piece& piece, const Facts& facts, const T* logits, int64_t stride)
+  __device__ LogDomain(const Piece& piece, const Facts& facts, const T* logits, int64_t stride)
       : piece_(piece), facts_(facts), logits_(logits), stride_(stride) {}
 
   __device__ void start(const T*, int64_t) {
-    for (int64_t t = threadIdx.x; t < piece_.count; t += blockDim.x) f()[t] = 0;
+    for (int64_t t = threadIdx.x; t < piece_.count; t += blockDim.x) set_row(t, {0, 0});
+    for (int64_t e = threadIdx.x; e < piece_.E; e += blockDim.x) h()[e] = 0;
     __syncthreads();
   }
 
-  // The parts of logsumexp_t(M[t, e] + f[t]): the largest, and the sum relative to it.
+  // The parts of logsumexp_t(log_weight(t, e)): the largest, and the sum relative to it.
   __device__ void sum_columns(double* sums, double* peaks) const {
-    const auto power = [&](int64_t t, int64_t e) { return M(t, e) + f()[t]; };
+    const auto power = [&](int64_t t, int64_t e) { return log_weight(t, e, row(t), h()); };
     each_column(piece_.E, piece_.storage, peaks, Largest{}, [&](int64_t e, int first, int step) {
       double high = -kInfinity;
       for (int64_t t = first; t < piece_.count; t += step) high = Largest{}(high, power(t, e));
@@ -326,36 +332,36 @@ class Logarithms {
     __syncthreads();
   }
 
-  __device__ void update_columns(double* out) {
+  __device__ void step_columns(double* out) {
     const double log_marginal = log(facts_.marginal);
     for (int64_t e = threadIdx.x; e < piece_.E; e += blockDim.x) {
-      h()[e] = total()[e] == -kInfinity ? -kInfinity : log_marginal - total()[e];
+      h()[e] = total()[e] == -kInfinity ? -kInfinity : h()[e] + (log_marginal - total()[e]);
       if (out) out[e] = h()[e];
     }
     __syncthreads();
   }
 
   // f = -logsumexp_e(M + h); -inf for an absent token, whose plan is then 0.
-  __device__ void update_rows() const {
+  __device__ void step_rows() const {
     each_row(piece_.count, piece_.E, piece_.lanes, [&](int64_t t, int lane, int64_t width) {
-      const double potential = row_potential(t, lane, width, h());
-      if (lane == 0 && width > 0) f()[t] = potential;
+      const RowPotential potential = row_potential(t, lane, width, h());
+      if (lane == 0 && width > 0) set_row(t, potential);
     });
     __syncthreads();
   }
 
   __device__ double error() const {
-    if (facts_.marginal == 0) return 0;  // nobody is there
+    if (facts_.marginal == 0) return 0;  // no token is present
     const double log_marginal = log(facts_.marginal);
     return join_all(WarpTeam{}, piece_.E, 0.0, Largest{}, [&](int64_t e) {
-      const double ratio = total()[e] == -kInfinity ? 0 : exp(total()[e] + h()[e] - log_marginal);
+      const double ratio = total()[e] == -kInfinity ? 0 : exp(total()[e] - log_marginal);
       return fabs(ratio - 1);
     });
   }
 
   __device__ void write_plan(T* plan) const {
     each_entry(piece_.count, piece_.E, [&](int64_t t, int64_t e) {
-      plan[t * piece_.E + e] = static_cast<T>(exp(M(t, e) + f()[t] + h()[e]));
+      plan[t * piece_.E + e] = static_cast<T>(exp(log_weight(t, e, row(t), h())));
     });
   }
 
@@ -366,17 +372,17 @@ class Logarithms {
       const double* from, T* rest, int64_t rest_stride, double* sums) const {
     set(h(), from);
     each_row(piece_.count, piece_.E, piece_.lanes, [&](int64_t t, int lane, int64_t width) {
-      const double potential = from ? row_potential(t, lane, width, h()) : 0;
+      const RowPotential potential = from ? row_potential(t, lane, width, h()) : RowPotential{0, 0};
       double sum = 0;
       for (int64_t e = lane; e < width; e += piece_.lanes) {
         T& left = rest[t * rest_stride + e];
-        const double d = left * exp(M(t, e) + potential + h()[e]);
+        const double d = left * exp(log_weight(t, e, potential, h()));
         left = static_cast<T>(d);
         sum += d;
       }
       sum = join_lanes(sum, piece_.lanes, Sum{});
       if (lane == 0 && width > 0) {
-        f()[t] = potential;
+        set_row(t, potential);
         df()[t] = sum;
       }
     });
@@ -384,7 +390,7 @@ class Logarithms {
     each_column(piece_.E, piece_.storage, sums, Sum{}, [&](int64_t e, int first, int step) {
       double sum = 0;
       for (int64_t t = first; t < piece_.count; t += step) {
-        sum += df()[t] * exp(M(t, e) + f()[t] + h()[e]) - rest[t * rest_stride + e];
+        sum += df()[t] * exp(log_weight(t, e, row(t), h())) - rest[t * rest_stride + e];
       }
       return sum;
     });
@@ -396,21 +402,23 @@ class Logarithms {
     set(h_before(), before);
     const double inverse_marginal = facts_.marginal == 0 ? 0 : 1 / facts_.marginal;
     each_row(piece_.count, piece_.E, piece_.lanes, [&](int64_t t, int lane, int64_t width) {
-      const double f_before = before ? row_potential(t, lane, width, h_before()) : 0;
-      const double potential = width > 0 ? f()[t] : 0, d_potential = width > 0 ? df()[t] : 0;
+      const RowPotential potential_before =
+          before ? row_potential(t, lane, width, h_before()) : RowPotential{0, 0};
+      const RowPotential potential = width > 0 ? row(t) : RowPotential{0, 0};
+      const double d_potential = width > 0 ? df()[t] : 0;
       double sum = 0;
       for (int64_t e = lane; e < width; e += piece_.lanes) {
-        const double m = M(t, e) + h()[e];
         // The row update, and then the column update, on what it was given.
-        const double taken = d_potential * exp(m + potential);
-        const double d = -total()[e] * exp(m + f_before) * inverse_marginal;
+        const double taken = d_potential * exp(log_weight(t, e, potential, h()));
+        const double d =
+            -total()[e] * exp(log_weight(t, e, potential_before, h())) * inverse_marginal;
         rest[t * rest_stride + e] = static_cast<T>(rest[t * rest_stride + e] - taken - d);
         sum -= d;
       }
       sum = join_lanes(sum, piece_.lanes, Sum{});
-      __syncwarp();  // f[t] and df[t] were read by all of the row's lanes
+      __syncwarp();  // the row's potential and df[t] were read by all of its lanes
       if (lane == 0 && width > 0) {
-        f()[t] = f_before;
+        set_row(t, potential_before);
         df()[t] = sum;
       }
     });
@@ -419,7 +427,7 @@ class Logarithms {
     each_column(piece_.E, piece_.storage, sums, Sum{}, [&](int64_t e, int first, int step) {
       double sum = 0;
       for (int64_t t = first; t < piece_.count; t += step) {
-        sum += df()[t] * exp(M(t, e) + f()[t] + h_before()[e]);
+        sum += df()[t] * exp(log_weight(t, e, row(t), h_before()));
       }
       return sum;
     });
@@ -435,11 +443,26 @@ class Logarithms {
   __device__ double* peak() const { return piece_.of_column + 2 * piece_.E; }
 
  private:
+  struct RowPotential {
+    double top, log_sum;
+  };
+
   __device__ double M(int64_t t, int64_t e) const {
     return logits_[t * stride_ + e] * piece_.inverse_epsilon;
   }
-  __device__ double* f() const { return piece_.of_row; }
-  __device__ double* df() const { return piece_.of_row + piece_.count; }
+  __device__ double log_weight(
+      int64_t t, int64_t e, const RowPotential& row, const double* of_column) const {
+    return M(t, e) + of_column[e] - row.top - row.log_sum;
+  }
+
+  __device__ RowPotential row(int64_t t) const {
+    return {piece_.of_row[t], piece_.of_row[piece_.count + t]};
+  }
+  __device__ void set_row(int64_t t, const RowPotential& potential) const {
+    piece_.of_row[t] = potential.top;
+    piece_.of_row[piece_.count + t] = potential.log_sum;
+  }
+  __device__ double* df() const { return piece_.of_row + 2 * piece_.count; }
   __device__ double* h() const { return piece_.of_column + piece_.E; }
   __device__ double* h_before() const { return piece_.of_column + 3 * piece_.E; }
 
@@ -449,8 +472,8 @@ class Logarithms {
   }
 
   // All lanes of the row get it.
-  __device__ double row_potential(
-      int64_t t, int lane, int64_t width, const double* of_column) const {
+  __device__ RowPotential
+  row_potential(int64_t t, int lane, int64_t width, const double* of_column) const {
     double top = -kInfinity, sum = 0;
     for (int64_t e = lane; e < width; e += piece_.lanes) {
       top = Largest{}(top, M(t, e) + of_column[e]);
@@ -460,7 +483,8 @@ class Logarithms {
       sum += exp(M(t, e) + of_column[e] - top);
     }
     sum = join_lanes(sum, piece_.lanes, Sum{});
-    return top == -kInfinity ? -kInfinity : -(top + log(sum));
+    if (top == -kInfinity) return {0, kInfinity};  // no entry has weight
+    return {top, log(sum)};
   }
 
   Piece piece_;

@@ -1,5 +1,5 @@
-// sinkhorn_system -- the gradient at the fixed point (sinkhorn.h): with A = grad * plan, r and c the
-// plan's row and column sums, solve
+// sinkhorn_system -- the gradient at the fixed point (sinkhorn.h): with A = grad * plan, r and c
+// the plan's row and column sums, solve
 //   r_t u_t + sum_e plan[t, e] v_e = sum_e A[t, e]
 //   sum_t plan[t, e] u_t + c_e v_e = sum_t A[t, e]
 // for (u, v), after eliminating u an E x E system (diag(c) - plan^T diag(1/r) plan) v = ...; then
@@ -259,41 +259,54 @@ __global__ void __launch_bounds__(kSystemThreads) system_apply_kernel(System<T> 
   });
 }
 
-// Launches if it is to go; returns how large the workspace must be.
+// The system of a call without its tensors, and the workspace for it:
+// sinkhorn_implicit_backward_workspace asks for what run_system uses.
 template <typename T>
-size_t run_system(
-    const T* grad, const T* plan, T* out, int64_t G, int64_t tokens, int64_t E, double epsilon,
-    void* memory, bool go, cudaStream_t stream) {
-  if (G == 0 || tokens == 0 || E == 0) return 0;
-  constexpr int64_t kLeastPiece = 64, kMostPieces = 128, kLeastSplit = 512, kTiles = 64;
-  const int64_t tiles = ceil_div(E, kSystemTile) * ceil_div(E, kSystemTile);
-  const auto limit = static_cast<size_t>(std::max<int64_t>(shared_limit(), 0));
-  const auto shared = static_cast<size_t>(E * (E | 1) + 2 * E) * sizeof(double);
-  Workspace workspace(memory);
+struct SystemLayout {
+  SystemLayout(int64_t G_, int64_t tokens, int64_t E, void* memory) : G(G_) {
+    if (G == 0 || tokens == 0 || E == 0) return;
+    constexpr int64_t kLeastPiece = 64, kMostPieces = 128, kLeastSplit = 512, kTiles = 64;
+    tiles = ceil_div(E, kSystemTile) * ceil_div(E, kSystemTile);
+    system.tokens = tokens;
+    system.E = E;
+    system.lanes = lanes_of_rows(E);
+    system.of_piece = ceil_div(tokens, std::min(ceil_div(tokens, kLeastPiece), kMostPieces));
+    system.pieces = ceil_div(tokens, system.of_piece);
+    system.of_split =
+        ceil_div(tokens, std::clamp<int64_t>(kTiles / tiles, 1, ceil_div(tokens, kLeastSplit)));
+    system.splits = ceil_div(tokens, system.of_split);
+    Workspace workspace(memory);
+    system.row = workspace.take<double>(G * tokens);
+    system.row_grad = workspace.take<double>(G * tokens);
+    system.column_parts = workspace.take<double>(G * system.pieces * 2 * E);
+    system.column = workspace.take<double>(G * 2 * E);
+    system.products = workspace.take<double>(G * system.splits * E * E);
+    bytes = workspace.size();
+  }
+
   System<T> system{};
+  int64_t G, tiles = 0;  // no tiles: there is nothing to compute
+  size_t bytes = 0;
+};
+
+template <typename T>
+void run_system(
+    const SystemLayout<T>& layout, const T* grad, const T* plan, T* out, double epsilon,
+    cudaStream_t stream) {
+  if (layout.tiles == 0) return;
+  System<T> system = layout.system;
   system.grad = grad;
   system.plan = plan;
   system.out = out;
-  system.tokens = tokens;
-  system.E = E;
   system.epsilon = epsilon;
-  system.lanes = lanes_of_rows(E);
-  system.of_piece = ceil_div(tokens, std::min(ceil_div(tokens, kLeastPiece), kMostPieces));
-  system.pieces = ceil_div(tokens, system.of_piece);
-  system.of_split =
-      ceil_div(tokens, std::clamp<int64_t>(kTiles / tiles, 1, ceil_div(tokens, kLeastSplit)));
-  system.splits = ceil_div(tokens, system.of_split);
-  system.row = workspace.take<double>(G * tokens);
-  system.row_grad = workspace.take<double>(G * tokens);
-  system.column_parts = workspace.take<double>(G * system.pieces * 2 * E);
-  system.column = workspace.take<double>(G * 2 * E);
-  system.products = workspace.take<double>(G * system.splits * E * E);
-  if (!go) return workspace.size();
+  const int64_t G = layout.G, E = system.E;
+  const auto limit = static_cast<size_t>(std::max<int64_t>(shared_limit(), 0));
+  const auto shared = static_cast<size_t>(E * (E | 1) + 2 * E) * sizeof(double);
   const auto with = [&](auto kernel, int64_t blocks, size_t dynamic = 0) {
     launch(kernel, blocks, kSystemThreads, dynamic, stream, system);
   };
   with(system_rows_kernel<T>, G * system.pieces);
-  with(system_products_kernel<T>, G * system.splits * tiles);
+  with(system_products_kernel<T>, G * system.splits * layout.tiles);
   if (shared <= limit) {
     with(solve_kernel<T>, G, shared);
   } else {
@@ -306,7 +319,6 @@ size_t run_system(
     with(substitute_kernel<T>, G);
   }
   with(system_apply_kernel<T>, G * system.pieces);
-  return workspace.size();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A warp a token, before or behind a product of torch's.
+// Kernels before and after torch's product, one warp per token.
 #include "../common/row_stride.h"
 #include "../soft_logits.h"
 #include "rows.h"
@@ -6,7 +6,7 @@
 namespace vmoe::cuda {
 namespace {
 
-// <a, b> of rows, all lanes get it; in float64 as on the CPU.
+// <a, b> of two rows, in float64 as on the CPU; all lanes get it.
 template <int kEntries, typename Row>
 __device__ double dot_of_warp(const Row* a, const Row* b, int64_t D) {
   double total = 0;
@@ -44,14 +44,14 @@ __global__ void __launch_bounds__(kRowThreads) parts_kernel(
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
       const T rest = high.entry[i] - widen(narrow<Row>(high.entry[i]));
-      low.entry[i] = rest - rest == 0 ? rest : T{0};  // an infinity stays one
+      low.entry[i] = rest - rest == 0 ? rest : T{0};  // high alone carries an infinity
     }
     store_entries(to, s, stride, true, high);
     store_entries(to + stride, s, stride, true, low);
   }
 }
 
-// kParts: products of a row and an entry that are added up.
+// kParts: the number of products to add up per entry of `scaled`.
 template <typename Row, typename Out, int kParts, int kEntries>
 __global__ void __launch_bounds__(kRowThreads) scale_kernel(
     const Row* __restrict__ x,     // [rows, D]
@@ -155,10 +155,7 @@ template void soft_logits_parts(const float*, Float16*, int64_t, int64_t, CUstre
   template void soft_logits_scaled(                                                                \
       const Row*, const Compute<Row>*, Row*, int64_t, int64_t, int64_t, CUstream_st*);             \
   template void soft_logits_backward(const Row*, Row*, int64_t, int64_t, CUstream_st*);
-VMOE_INSTANTIATE(float)
-VMOE_INSTANTIATE(double)
-VMOE_INSTANTIATE(BFloat16)
-VMOE_INSTANTIATE(Float16)
+VMOE_EACH_ROW(VMOE_INSTANTIATE)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda

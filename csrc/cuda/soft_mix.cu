@@ -1,9 +1,10 @@
-// Over the slots a softmax is a row's, as it lies: softmax.h has it. Over the tokens a block has 32
-// slots of a group: lanes go across the slots, a piece of 16 bytes each where the rows allow it, and
-// down the tokens. Where each thread has few tokens it keeps them in registers; else the passes
-// over the tile find it in the first-level cache.
+// The softmax over the slots is a softmax of contiguous rows (softmax.h). For the softmax over the
+// tokens a block takes 32 slots of a group. Its threads are spread over the slots, with a piece of
+// 16 bytes per thread if the rows allow it, and over the tokens. A thread with few tokens keeps
+// them in registers; else later passes over the tile read it from the first-level cache.
 //
-// Forward and backward are one kernel: backward makes the weights again, and has the gradient pass by.
+// Forward and backward share each kernel: backward computes the weights again and then the
+// gradient.
 #include "../common/row_stride.h"
 #include "../common/slots.h"
 #include "../soft_mix.h"
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) slots_kernel(
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   const bool there = row < rows;
   Softmax softmax;
-  softmax.read(logits + (there ? row : rows - 1) * S, S, wide);  // the warp stays together
+  softmax.read(logits + (there ? row : rows - 1) * S, S, wide);  // by whole warps
   if constexpr (kBackward) {
     T* of = grad + row * S;
     Wide<T> pieces[kEach / kTogether];
@@ -80,8 +81,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) long_slots_kernel(
   for (int64_t s = threadIdx.x; s < S; s += kSoftmaxThreads) to[s] = narrow<Row>(weight(s));
 }
 
-// The block's 32 slots of a group, kEntries side by side a thread, and its threads' way over them:
-// kDown threads a slot.
+// The block's 32 slots of a group: kEntries adjacent slots per thread, kDown threads per slot.
 template <typename T, int kEntries>
 struct SlotTile {
   static constexpr int kAcross = kWarp / kEntries, kDown = kSoftmaxThreads / kAcross;
@@ -97,7 +97,8 @@ struct SlotTile {
     slot = blockIdx.x % ceil_div(S, kWarp) * kWarp + column * kEntries;
   }
 
-  // join(all, one) over the threads of each slot, in one order. `shared` is of this call alone.
+  // Joins the values of each slot's threads by join(all, one), in a fixed order. No other call uses
+  // `shared`.
   template <typename Join>
   __device__ void together(
       T (&shared)[kSoftmaxThreads / kWarp][kWarp], Entries& value, Join&& join) const {
@@ -120,7 +121,7 @@ struct SlotTile {
   }
 };
 
-// kHeld: tokens that a thread keeps in registers, all it has; 0: none.
+// kHeld: the most tokens of a thread, which it keeps in registers, or 0 for any number, not kept.
 template <typename Row, int kEntries, int kHeld, bool kBackward>
 __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
     const Compute<Row>* __restrict__ logits,  // [G, T, S]
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
   const bool there = tile.slot < S;
   const int64_t first = tile.group * tokens * S + tile.slot;
 
-  // body(token, i) of this thread's tokens; i: which of those it keeps.
+  // Calls body(token, i) for this thread's tokens; `held` has token i.
   const auto each = [&](auto&& body) {
     if (!there) return;
     if constexpr (kHeld > 0) {
@@ -250,7 +251,7 @@ void softmax(
   }
 }
 
-// Unit: what a lane copies at once, by what the rows' size and place allow.
+// Unit: the type that a lane copies at once; its size depends on the size and address of the rows.
 template <typename Unit, bool kToSlots>
 __global__ void __launch_bounds__(kRowThreads) move_kernel(
     const Unit* __restrict__ from, Unit* __restrict__ to, int64_t G, int64_t E, int64_t C,
@@ -314,10 +315,7 @@ void soft_mix_slots(
       const Compute<Row>*, Row*, Compute<Row>*, int64_t, int64_t, int64_t, bool, CUstream_st*);    \
   template void soft_mix_rows(const Row*, Row*, int64_t, int64_t, int64_t, int64_t, CUstream_st*); \
   template void soft_mix_slots(const Row*, Row*, int64_t, int64_t, int64_t, int64_t, CUstream_st*);
-VMOE_INSTANTIATE(float)
-VMOE_INSTANTIATE(double)
-VMOE_INSTANTIATE(BFloat16)
-VMOE_INSTANTIATE(Float16)
+VMOE_EACH_ROW(VMOE_INSTANTIATE)
 #undef VMOE_INSTANTIATE
 
 }  // namespace vmoe::cuda

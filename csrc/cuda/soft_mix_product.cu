@@ -1,12 +1,12 @@
-// A block has up to 128 lines of a group: slots, of which each is a mean of the tokens, or tokens,
-// of which each is a mean of the slots. It makes their weights once, in shared memory, and
-// multiplies them with the values, which come by in stages of 32 rows and 128 columns while tensor
-// cores work on the stage before; the first are under way while the weights are made. Blocks are
-// small, so that two or three are on a multiprocessor, and one makes weights while another
-// multiplies.
+// A line is one row of the result: a slot, which is a mean of the tokens, or a token, which is a
+// mean of the slots. A block takes up to 128 lines of a group. It computes their weights once, in
+// shared memory, and multiplies them with the values. Values arrive in stages of 32 rows and 128
+// columns while tensor cores work on the stage before; the first stage is loaded while the weights
+// are computed. Blocks are small, so that two or three fit on a multiprocessor, and one computes
+// weights while another multiplies.
 //
-// Weights are the exponentials as they are, at most 1: what they have to be divided by meets the
-// float32 sums.
+// The weights are the exponentials, at most 1. The float32 sums of products are divided by the sums
+// of the exponentials.
 #include "../common/slots.h"
 #include "../soft_mix.h"
 #include "softmax.h"
@@ -16,27 +16,26 @@ namespace vmoe::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 16;      // lines, and rows of values, that an instruction takes
-constexpr int kColumns = 128;  // of the values, at a time
-constexpr int kOfWarp = 32;    // columns of a warp
+constexpr int kTile = 16;      // lines, and rows of values, per instruction
+constexpr int kColumns = 128;  // columns of the values per stage
+constexpr int kOfWarp = 32;    // columns per warp
 constexpr int kStages = 2;
 constexpr int kStageRows = 32;
 constexpr int kEntries = 8;  // in 16 bytes
 // Rows in shared memory are an odd number of 16 bytes apart: eight of them are in different banks.
 constexpr int kStageStride = kColumns + kEntries;
-// Values of a line, from where on it is arithmetic that takes the time, and cuBLAS is better at it
-// (soft_mix.h).
+// Values of a line: beyond, arithmetic takes the time, and cuBLAS is better at it (docs/cuda.md).
 constexpr int64_t kMostValues = 256;
-// Columns are shared out among blocks, which make the same weights, until each multiprocessor has
-// as many blocks as this, so that the last ones do not leave it empty.
+// Columns are divided among blocks, which all compute the same weights, until each multiprocessor
+// has this many blocks: with few blocks, multiprocessors idle while the last ones run.
 constexpr int64_t kBlocksEach = 6;
 
 struct Mix {
   int64_t G, tokens, S, C;
-  int D, depth;                        // depth: values of a line, in whole tiles
-  int64_t line_blocks, column_blocks;  // of a group; of the same lines
-  int columns;                         // of a block
-  bool wide;                           // logits can be read in pieces of 16 bytes
+  int D, depth;                        // depth: values per line, rounded up to whole tiles
+  int64_t line_blocks, column_blocks;  // blocks per group by lines; by columns of the same lines
+  int columns;                         // columns per block
+  bool wide;                           // whether logits can be read in pieces of 16 bytes
 };
 
 template <typename Row>
@@ -44,14 +43,14 @@ __device__ uint32_t pair(float first, float second) {
   return narrow<Row>(first).bits | uint32_t{narrow<Row>(second).bits} << 16;
 }
 
-// In one piece of 8 bytes.
+// Stores four weights in one piece of 8 bytes.
 template <typename Row>
 __device__ void store_weights(Row* to, const Wide<float>& from) {
   *reinterpret_cast<uint2*>(to) =
       uint2{pair<Row>(from.entry[0], from.entry[1]), pair<Row>(from.entry[2], from.entry[3])};
 }
 
-// The weights of kLines slots from `first` on, [depth, kLines + kEntries].
+// Computes the weights of kLines slots from `first` on, [depth, kLines + kEntries].
 template <int kLines, typename Row>
 __device__ void weights_over_tokens(
     const float* __restrict__ logits,  // [tokens, S]
@@ -65,9 +64,9 @@ __device__ void weights_over_tokens(
     const int64_t n = t < mix.tokens ? mix.S : 0;
     return load_entries(logits + t * mix.S, first + column, n, mix.wide, kAbsent<float>);
   };
-  // Of each column, over the threads that it has; in one order, and all of them get it.
+  // Joins the values of each column's threads in a fixed order; all of them get the result.
   const auto join = [&](Wide<float>& value, auto&& join) {
-    __syncthreads();  // of an earlier call
+    __syncthreads();  // an earlier call has read `shared`
     if (down < kDown) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) shared[down][column + j] = value.entry[j];
@@ -79,7 +78,7 @@ __device__ void weights_over_tokens(
       for (int i = 1; i < kDown; ++i) value.entry[j] = join(value.entry[j], shared[i][column + j]);
     }
   };
-  const int end = down < kDown ? mix.depth : 0;  // threads that are left over have no column
+  const int end = down < kDown ? mix.depth : 0;  // threads beyond kDown rows have no tokens
 
   Wide<float> high, total = {};
 #pragma unroll
@@ -110,7 +109,7 @@ __device__ void weights_over_tokens(
   }
 }
 
-// The weights of kLines tokens from `first` on, [kLines, depth + kEntries].
+// Computes the weights of kLines tokens from `first` on, [kLines, depth + kEntries].
 template <int kLines, typename Row>
 __device__ void weights_over_slots(
     const float* __restrict__ logits,  // [tokens, S]
@@ -144,7 +143,7 @@ __device__ void weights_over_slots(
   }
 }
 
-// Lane i of four gets pieces[i] of all of them.
+// Transposes the pieces of four adjacent lanes: lane i gets pieces[i] of each of the four.
 __device__ inline void transpose_fours(uint32_t (&pieces)[4]) {
 #pragma unroll
   for (int turn = 1; turn < 4; turn *= 2) {
@@ -165,11 +164,11 @@ template <typename Row, bool kOverTokens, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
     const float* __restrict__ logits,  // [G, T, S]
     const Row* __restrict__ values,    // over tokens [G, T, D], else [E, G, C, D]
-    Row* __restrict__ out,             // the other one
+    Row* __restrict__ out,             // the other of these shapes
     Mix mix) {
   constexpr int kLines = kTiles * kTile;
   __shared__ float scales[kLines];
-  __shared__ int64_t to_rows[kLines], from_rows[kMostValues];  // of out and values; -1: none
+  __shared__ int64_t to_rows[kLines], from_rows[kMostValues];  // rows of out and values, or -1
   const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarp;
   const int64_t block = blockIdx.x / mix.column_blocks;
   const int64_t group = block / mix.line_blocks, first_line = block % mix.line_blocks * kLines;
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
   Row* weights = dynamic_shared<Row>();
   const Shared stages = shared_place(weights + (kOverTokens ? mix.depth : kLines) * stride);
 
-  // Where copies or products are: rows from k on of the kColumns columns from `column` on.
+  // Position of the copies or the products: rows from k on, kColumns columns from `column` on.
   struct Step {
     int column, k, stage;
 
@@ -224,8 +223,8 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
     weights_over_slots<kLines>(of_group, first_line, mix, weights, scales);
   }
 
-  // Where this lane reads a's and b's matrices: as they lie b is read transposed, and a where the
-  // lines are its columns.
+  // Addresses from which this lane loads matrices of a and b. b is loaded transposed, and so is a
+  // over tokens, where the lines are its columns.
   const int warp_column = tid / kWarp * kOfWarp;
   const Shared a_at = shared_place(weights) +
                       kBytes * (kOverTokens ? (lane % kEntries + lane / kTile * kEntries) * stride +
@@ -287,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
 
   while (step.column < end_column) {
     await_copies<0>();
-    __syncthreads();  // also of the weights, and of the stage that was multiplied last
+    __syncthreads();  // the stage and the weights are written, the previous stage is multiplied
     const Step coming = step.next(mix.depth);
     fetch(coming);
     multiply(step);
@@ -319,7 +318,7 @@ bool soft_mix_product(
   if (count < 1 || count > kMostValues || !in_wide_pieces<Row>(D, values, out)) return false;
   const int64_t depth = ceil_div(count, kTile) * kTile;
 
-  // Of those that have room the one that leaves the fewest lines of its last block empty.
+  // Among the kernels that fit in shared memory, takes the one with the fewest padding lines.
   constexpr Kernel<Row> kKernels[] = {
       {8, mix_kernel<Row, true, 8>, mix_kernel<Row, false, 8>},
       {7, mix_kernel<Row, true, 7>, mix_kernel<Row, false, 7>},

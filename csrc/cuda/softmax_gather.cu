@@ -1,6 +1,6 @@
-// The backward is one pass over the logits, some lanes a token, and no atomics: a token's picks are
-// its own row of indices or, where experts chose tokens, a list of invert_slots in ascending order.
-// An expert that was picked twice is written by the lane of its first pick alone.
+// The backward is one pass over the logits, a few lanes per token, without atomics. A token's picks
+// are its own row of indices or, if experts chose tokens, its list of invert_slots in ascending
+// order. If a token picked an expert twice, the lane of the first pick writes the gradient.
 #include <algorithm>
 
 #include "../invert_slots.h"
@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kSoftmaxThreads) gather_kernel(
 }
 
 struct TokenPicks {
-  const int32_t* list;  // experts, or of an expert's choice e * K + place
+  const int32_t* list;  // expert of each pick, or with by_expert its slot e * K + place
   int64_t first, count, E, K;
   bool by_expert;
 
-  // Where pick j stands in the gradient of the values.
+  // Index of pick j in grad and values.
   __device__ int64_t place(int64_t j) const { return first + (by_expert ? list[j] : j); }
   __device__ int64_t expert(int64_t j) const { return by_expert ? list[j] / K : list[j]; }
   __device__ bool picks(int64_t j) const { return expert(j) >= 0 && expert(j) < E; }
@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kSoftmaxThreads) backward_kernel(
     const T* __restrict__ grad,           // as indices
     const T* __restrict__ values,         // as indices
     const int32_t* __restrict__ indices,  // [G, T, K]
-    const int32_t* __restrict__ offsets,  // [G, T + 1] of invert_slots by expert, or null
-    const int32_t* __restrict__ slots,    // [G, E * K] likewise
+    const int32_t* __restrict__ offsets,  // [G, T + 1] by expert, of invert_slots; else null
+    const int32_t* __restrict__ slots,    // [G, E * K] by expert, of invert_slots; else null
     const T* __restrict__ logits,         // [G, T, E]
     const T* __restrict__ high,           // [G, T]
     const T* __restrict__ scale,          // [G, T]
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) backward_kernel(
     int64_t tokens, int64_t E, int64_t K, int64_t rows, bool wide) {
   const int64_t own = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   const bool there = own < rows;
-  const int64_t row = there ? own : rows - 1;  // the warp stays together
+  const int64_t row = there ? own : rows - 1;  // whole warps take part in shuffles
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   TokenPicks picks{indices + row * K, row * K, K, E, K, false};
   if (offsets) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) backward_kernel(
   } else if (there) {
     for (int64_t e = lane; e < E; e += kLanes) to[e] = unpicked(from[e]);
   }
-  __syncwarp();  // picks are written over what another lane may have written
+  __syncwarp();  // the picks below overwrite entries that another lane may have written
   if (!there) return;
   for (int64_t j = lane; j < picks.count; j += kLanes) {
     if (!picks.picks(j)) continue;

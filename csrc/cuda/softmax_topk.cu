@@ -1,14 +1,13 @@
-// Few experts of a token, few tokens of an expert in a small group: one launch each, and the gates
-// never leave the chip.
+// A choice of few picks is one launch that keeps the gates on the chip:
 //
-//   few_of_rows       dim 2, E <= 1024: kLanes lanes a token, logits in registers, 16-byte loads
-//   few_of_long_rows  dim 2, E <= 4096: a block a token; each warp chooses in its part of the row,
-//                     and one warp among the choices
-//   few_of_columns    dim 1, E <= 128: a block a group; a tile of gates in shared memory, a warp an
-//                     expert of it
+//   few_of_rows       dim 2, E <= 1024: kLanes lanes per token, logits in registers, 16-byte loads
+//   few_of_long_rows  dim 2, E <= 4096: one block per token; each warp chooses in its part of the
+//                     row, and one warp among these choices
+//   few_of_columns    dim 1, E <= 128: one block per group; a tile of gates in shared memory, one
+//                     warp per expert at a time
 //
-// The rest goes through memory: gates, by the same tile where experts choose and are few, topk of
-// them, and then the picks of tokens that are not there are taken back.
+// Other choices write the gates to memory (by the same tile if few experts choose), call topk, and
+// then remove the picks of absent tokens.
 #include <algorithm>
 
 #include "../softmax_topk.h"
@@ -18,7 +17,7 @@
 namespace vmoe::cuda {
 namespace {
 
-// The gate of a key: gates are no less than +0, or NaN.
+// The gate of a key. Gates are at least +0, or NaN.
 __device__ inline float gate_of(uint32_t key) {
   const uint32_t bits = key & 0x7FFFFFFF;
   float gate;
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_rows_kernel(
   using Softmax = RowSoftmax<T, kLanes, kEach>;
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   Softmax softmax;
-  // Lanes without a row of their own repeat the last: the warp stays together.
+  // Lanes without a row repeat the last row, so that whole warps take part in shuffles.
   softmax.read(logits + (row < rows ? row : rows - 1) * E, E, wide);
   typename Softmax::Picks few;
 #pragma unroll
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
     T* __restrict__ scale,  // [rows]
     int64_t E) {
   using Key = OrderKey<T>;
-  // By warps, and of a warp in order: ties are in order of index.
+  // Ordered by warp and then by rank in the warp, so that ties are in order of index.
   __shared__ Pick<Key> candidates[kWarps * kFew];
   const int64_t row = blockIdx.x, k = chosen.k;
   const T* from = logits + row * E;
@@ -128,8 +127,8 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
 constexpr int kColumnThreads = 512;
 constexpr int64_t kMostExperts = 128;
 
-// The gates of `count` tokens, by expert in shared memory; those of a token that is not there are
-// -inf. By the kColumnThreads of a block together.
+// Writes the gates of `count` tokens to shared memory, by expert; the gates of an absent token are
+// -inf. All kColumnThreads of a block call this together.
 template <typename T, int kLanes, int kEach>
 __device__ void gates_to_tile(
     const T* __restrict__ logits,  // [count, E]
@@ -141,7 +140,7 @@ __device__ void gates_to_tile(
   const int64_t own = threadIdx.x / kLanes;
   for (int64_t begin = 0; begin < count; begin += kColumnThreads / kLanes) {
     const bool there = begin + own < count;
-    const int64_t t = there ? begin + own : count - 1;  // the warp stays together
+    const int64_t t = there ? begin + own : count - 1;  // whole warps take part in shuffles
     Softmax softmax;
     softmax.read(logits + t * E, E, wide);
     if (!there) continue;
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
   }
 }
 
-// The same gates by way of memory, kChunk tokens a block.
+// Writes the gates by expert to device memory, kChunk tokens per block.
 constexpr int kChunk = 64;
 
 template <typename T, int kLanes, int kEach>
@@ -209,8 +208,8 @@ __global__ void __launch_bounds__(kColumnThreads) gates_by_expert_kernel(
   }
 }
 
-// The gates of all, those of a token that is not there being -inf. A tile of 32 x 32 a block of
-// 32 x 8 threads, that is turned where the gates lie by expert.
+// Writes the gates of all tokens; the gates of an absent token are -inf. One tile of 32 x 32 per
+// block of 32 x 8 threads, transposed if the gates are stored by expert.
 constexpr int kTile = 32;
 
 template <typename T>
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) gates_kernel(
   }
 }
 
-// What topk chose of tokens that are not there.
+// Replaces picks of absent tokens by index -1 and value 0.
 template <typename T>
 __global__ void __launch_bounds__(kSoftmaxThreads)
     take_back_kernel(T* __restrict__ values, int32_t* __restrict__ indices, int64_t size) {
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads)
   indices[i] = -1;
 }
 
-// body(RowShape) for the rows of E <= kMostExperts that gates_to_tile reads.
+// Calls body(RowShape) for the rows of E <= kMostExperts that gates_to_tile reads.
 template <typename Body>
 void with_experts_in_tile(int64_t E, Body&& body) {
   by_row_length(E, [&](auto shape) {
@@ -265,93 +264,104 @@ void with_experts_in_tile(int64_t E, Body&& body) {
   });
 }
 
-// Launches the one kernel that does all, if there is one; with `measure` only says so.
+// The kernels and the workspace for a shape, the same for softmax_topk_workspace and softmax_topk.
 template <typename T>
-bool few(
-    const T* logits, const Chosen<T>& chosen, T* high, T* scale, int64_t G, int64_t tokens,
-    int64_t E, bool of_tokens, bool measure, cudaStream_t stream) {
-  if (chosen.k > kFew) return false;
-  const bool wide = rows_are_wide(logits, E);
-  if (!of_tokens) {
-    const int64_t rows = G * tokens;
-    if (E > kLongestChoice) return false;
-    if (measure) return true;
-    if (E > kLongestRow) {
-      launch(
-          few_of_long_rows_kernel<T>, rows, kSoftmaxThreads, 0, stream, logits, chosen, high, scale,
-          E);
-    } else {
-      by_row_length(E, [&](auto shape) {
-        using Shape = decltype(shape);
-        launch(
-            few_of_rows_kernel<T, Shape::kLanes, Shape::kEach>,
-            ceil_div(rows * Shape::kLanes, kSoftmaxThreads), kSoftmaxThreads, 0, stream, logits,
-            chosen, high, scale, E, rows, wide);
-      });
-    }
-    return true;
-  }
-  constexpr int64_t kMostTokens = 1024;
-  const int64_t tile = E * (tokens | 1) * static_cast<int64_t>(sizeof(T));
-  if (E > kMostExperts || tokens > kMostTokens || tile > shared_limit()) return false;
-  if (measure) return true;
-  with_experts_in_tile(E, [&](auto shape) {
-    constexpr int kLanes = decltype(shape)::kLanes, kEach = decltype(shape)::kEach;
-    launch(
-        tokens <= 256 ? few_of_columns_kernel<T, kLanes, kEach, 8>
-                      : few_of_columns_kernel<T, kLanes, kEach, 32>,
-        G, kColumnThreads, static_cast<size_t>(tile), stream, logits, chosen, high, scale, tokens,
-        E, wide);
-  });
-  return true;
-}
+struct Layout {
+  enum class Way { kFewOfRows, kFewOfLongRows, kFewOfColumns, kMemory };
 
-// Launches, but not to `measure`; returns how large the workspace must be.
+  Layout(int64_t G, int64_t tokens, int64_t E, int64_t k, bool of_tokens, void* memory)
+      : n(of_tokens ? tokens : E), rows(G * (of_tokens ? E : tokens)) {
+    constexpr int64_t kMostTokens = 1024;
+    tile = E * (tokens | 1) * static_cast<int64_t>(sizeof(T));
+    if (k <= kFew && !of_tokens && E <= kLongestChoice) {
+      way = E > kLongestRow ? Way::kFewOfLongRows : Way::kFewOfRows;
+    } else if (
+        k <= kFew && of_tokens && E <= kMostExperts && tokens <= kMostTokens &&
+        tile <= shared_limit()) {
+      way = Way::kFewOfColumns;
+    } else {
+      Workspace workspace(memory);
+      gates = workspace.take<T>(G * tokens * E);
+      of_topk = workspace.take<char>(static_cast<int64_t>(topk_workspace<T>(n, 1, k, rows)));
+      bytes = workspace.size();
+    }
+  }
+
+  int64_t n, rows;  // the choice has `rows` rows of n entries
+  Way way = Way::kMemory;
+  int64_t tile = 0;         // bytes of shared memory of few_of_columns
+  T* gates = nullptr;       // [G, T, E], or by expert [G, E, T]
+  char* of_topk = nullptr;  // the workspace of topk
+  size_t bytes = 0;
+};
+
+// Writes the gates to memory, calls topk, and removes the picks of absent tokens.
 template <typename T>
-size_t run(
-    const T* logits, const Chosen<T>& chosen, T* high, T* scale, int64_t G, int64_t tokens,
-    int64_t E, bool of_tokens, void* memory, bool measure, cudaStream_t stream) {
-  if (few(logits, chosen, high, scale, G, tokens, E, of_tokens, measure, stream)) return 0;
-  Workspace workspace(memory);
-  const int64_t n = of_tokens ? tokens : E, rows = G * (of_tokens ? E : tokens);
-  T* gates = workspace.take<T>(G * tokens * E);
-  char* rest = workspace.take<char>(static_cast<int64_t>(topk_workspace<T>(n, 1, chosen.k, rows)));
-  if (measure) return workspace.size();
+void by_memory(
+    const Layout<T>& layout, const T* logits, const Chosen<T>& chosen, T* high, T* scale, int64_t G,
+    int64_t tokens, int64_t E, bool of_tokens, cudaStream_t stream) {
   if (of_tokens && E <= kMostExperts) {
     with_experts_in_tile(E, [&](auto shape) {
       constexpr int kLanes = decltype(shape)::kLanes, kEach = decltype(shape)::kEach;
       launch(
           gates_by_expert_kernel<T, kLanes, kEach>, G * ceil_div(tokens, kChunk), kColumnThreads,
-          static_cast<size_t>(E * (kChunk + 1)) * sizeof(T), stream, logits, high, scale, gates,
-          tokens, E, rows_are_wide(logits, E));
+          static_cast<size_t>(E * (kChunk + 1)) * sizeof(T), stream, logits, high, scale,
+          layout.gates, tokens, E, rows_are_wide(logits, E));
     });
   } else {
     softmax_norms(logits, high, scale, E, G * tokens, stream);
     launch(
         gates_kernel<T>, G * ceil_div(tokens, kTile) * ceil_div(E, kTile), kSoftmaxThreads, 0,
-        stream, logits, high, scale, gates, tokens, E, of_tokens);
+        stream, logits, high, scale, layout.gates, tokens, E, of_tokens);
   }
-  topk<T>(gates, chosen.values, chosen.indices, n, 1, chosen.k, rows, rest, stream);
+  topk<T>(
+      layout.gates, chosen.values, chosen.indices, layout.n, 1, chosen.k, layout.rows,
+      layout.of_topk, stream);
   launch(
-      take_back_kernel<T>, ceil_div(rows * chosen.k, kSoftmaxThreads), kSoftmaxThreads, 0, stream,
-      chosen.values, chosen.indices, rows * chosen.k);
-  return workspace.size();
+      take_back_kernel<T>, ceil_div(layout.rows * chosen.k, kSoftmaxThreads), kSoftmaxThreads, 0,
+      stream, chosen.values, chosen.indices, layout.rows * chosen.k);
 }
 
 }  // namespace
 
 template <typename T>
 size_t softmax_topk_workspace(int64_t G, int64_t tokens, int64_t E, int64_t k, bool of_tokens) {
-  const Chosen<T> chosen{nullptr, nullptr, k};
-  return run<T>(nullptr, chosen, nullptr, nullptr, G, tokens, E, of_tokens, nullptr, true, nullptr);
+  return Layout<T>(G, tokens, E, k, of_tokens, nullptr).bytes;
 }
 
 template <typename T>
 void softmax_topk(
     const T* logits, T* values, int32_t* indices, T* high, T* scale, int64_t G, int64_t tokens,
     int64_t E, int64_t k, bool of_tokens, void* workspace, CUstream_st* stream) {
+  using Way = typename Layout<T>::Way;
+  const Layout<T> layout(G, tokens, E, k, of_tokens, workspace);
   const Chosen<T> chosen{values, indices, k};
-  run(logits, chosen, high, scale, G, tokens, E, of_tokens, workspace, false, stream);
+  const bool wide = rows_are_wide(logits, E);
+  switch (layout.way) {
+    case Way::kFewOfRows:
+      return by_row_length(E, [&](auto shape) {
+        using Shape = decltype(shape);
+        launch(
+            few_of_rows_kernel<T, Shape::kLanes, Shape::kEach>,
+            ceil_div(layout.rows * Shape::kLanes, kSoftmaxThreads), kSoftmaxThreads, 0, stream,
+            logits, chosen, high, scale, E, layout.rows, wide);
+      });
+    case Way::kFewOfLongRows:
+      return launch(
+          few_of_long_rows_kernel<T>, layout.rows, kSoftmaxThreads, 0, stream, logits, chosen, high,
+          scale, E);
+    case Way::kFewOfColumns:
+      return with_experts_in_tile(E, [&](auto shape) {
+        constexpr int kLanes = decltype(shape)::kLanes, kEach = decltype(shape)::kEach;
+        launch(
+            tokens <= 256 ? few_of_columns_kernel<T, kLanes, kEach, 8>
+                          : few_of_columns_kernel<T, kLanes, kEach, 32>,
+            G, kColumnThreads, static_cast<size_t>(layout.tile), stream, logits, chosen, high,
+            scale, tokens, E, wide);
+      });
+    case Way::kMemory:
+      return by_memory(layout, logits, chosen, high, scale, G, tokens, E, of_tokens, stream);
+  }
 }
 
 #define VMOE_INSTANTIATE(T)                                                                        \

@@ -29,51 +29,69 @@ __global__ void __launch_bounds__(256) sort_prepare_kernel(
   for (int64_t i = first; i <= rows; i += step) boundaries[i] = i * n;
 }
 
-// The indices of every row of x [rows, n] in order, as a piece of the workspace. CUB's radix
-// sort is stable, so ties stay in order of index. An error of CUB is thrown here: CUB returns it and
-// takes it out of the runtime, where the caller asks for the errors of launches.
-template <typename T>
-const int32_t* sort_rows(
-    const T* x, int64_t rows, int64_t n, Workspace& workspace, bool run, cudaStream_t stream) {
-  using Key = OrderKey<T>;
-  Key* keys = workspace.take<Key>(rows * n);
-  Key* sorted_keys = workspace.take<Key>(rows * n);
-  int32_t* indices = workspace.take<int32_t>(rows * n);
-  int32_t* sorted = workspace.take<int32_t>(rows * n);
-  int64_t* boundaries = workspace.take<int64_t>(rows + 1);
-  if (run) {
-    constexpr int kThreads = 256;
-    const int64_t blocks = ceil_div(rows * n + 1, kThreads);
-    launch(
-        sort_prepare_kernel<T>, blocks < (1 << 20) ? blocks : 1 << 20, kThreads, 0, stream, x, keys,
-        indices, boundaries, rows, n);
+// The memory of sort_rows for x [rows, n].
+template <typename Key>
+struct SortLayout {
+  SortLayout() = default;
+  SortLayout(int64_t rows, int64_t n, Workspace& workspace)
+      : rows(rows),
+        n(n),
+        keys(workspace.take<Key>(rows * n)),
+        sorted_keys(workspace.take<Key>(rows * n)),
+        indices(workspace.take<int32_t>(rows * n)),
+        sorted(workspace.take<int32_t>(rows * n)),
+        boundaries(workspace.take<int64_t>(rows + 1)) {
+    call_cub(nullptr, size, 0, rows_together(), nullptr);
+    memory = workspace.take<char>(static_cast<int64_t>(size));
   }
-  // CUB counts the entries of segments in 32 bits: so many rows at a time.
-  const int64_t most = std::min(rows, std::max<int64_t>(1, INT32_MAX / n));
-  const auto sort = [&](void* memory, size_t& size, int64_t begin, int64_t count) {
+
+  // CUB counts the entries of segments in 32 bits: so many rows per call.
+  int64_t rows_together() const { return std::min(rows, std::max<int64_t>(1, INT32_MAX / n)); }
+
+  // Sorts `count` rows from `begin` on; without memory it sets `bytes` to what that takes. An error
+  // of CUB is thrown here: CUB returns it and takes it out of the runtime, where the caller asks
+  // for the errors of launches.
+  void call_cub(
+      void* memory, size_t& bytes, int64_t begin, int64_t count, cudaStream_t stream) const {
     constexpr int kBits = 8 * sizeof(Key);
     const int64_t at = begin * n;
     cudaError_t error;
     if (rows == 1) {
       error = cub::DeviceRadixSort::SortPairsDescending(
-          memory, size, keys, sorted_keys, indices, sorted, n, 0, kBits, stream);
+          memory, bytes, keys, sorted_keys, indices, sorted, n, 0, kBits, stream);
     } else {
       error = cub::DeviceSegmentedRadixSort::SortPairsDescending(
-          memory, size, keys + at, sorted_keys + at, indices + at, sorted + at,
+          memory, bytes, keys + at, sorted_keys + at, indices + at, sorted + at,
           static_cast<int>(count * n), static_cast<int>(count), boundaries, boundaries + 1, 0,
           kBits, stream);
     }
     if (error != cudaSuccess) {
       throw std::runtime_error(std::string("CUB's sort failed: ") + cudaGetErrorString(error));
     }
-  };
-  size_t size = 0;
-  sort(nullptr, size, 0, most);
-  char* memory = workspace.take<char>(static_cast<int64_t>(size));
-  for (int64_t begin = 0; run && begin < rows; begin += most) {
-    sort(memory, size, begin, std::min(most, rows - begin));
   }
-  return sorted;
+
+  int64_t rows = 0, n = 0;
+  Key *keys = nullptr, *sorted_keys = nullptr;    // [rows, n]
+  int32_t *indices = nullptr, *sorted = nullptr;  // [rows, n]
+  int64_t* boundaries = nullptr;                  // [rows + 1]
+  char* memory = nullptr;                         // [size]  CUB's
+  size_t size = 0;
+};
+
+// Leaves the indices of every row of x [rows, n] in order in layout.sorted. CUB's radix sort is
+// stable, so ties stay in order of index.
+template <typename T>
+void sort_rows(const T* x, const SortLayout<OrderKey<T>>& layout, cudaStream_t stream) {
+  constexpr int kThreads = 256;
+  const int64_t rows = layout.rows, n = layout.n, blocks = ceil_div(rows * n + 1, kThreads);
+  launch(
+      sort_prepare_kernel<T>, blocks < (1 << 20) ? blocks : 1 << 20, kThreads, 0, stream, x,
+      layout.keys, layout.indices, layout.boundaries, rows, n);
+  size_t size = layout.size;
+  for (int64_t begin = 0; begin < rows; begin += layout.rows_together()) {
+    layout.call_cub(
+        layout.memory, size, begin, std::min(layout.rows_together(), rows - begin), stream);
+  }
 }
 
 }  // namespace

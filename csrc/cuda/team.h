@@ -2,15 +2,12 @@
 // reduces its threads' values in a fixed order, and every thread gets the result.
 #pragma once
 
-#include <limits>
 #include <type_traits>
 
+#include "../common/infinity.h"
 #include "launch.h"
 
 namespace vmoe::cuda {
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kUndefined = std::numeric_limits<double>::quiet_NaN();
 
 struct Sum {
   template <typename V>

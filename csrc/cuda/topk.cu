@@ -1,12 +1,13 @@
-// Four kernels, by the shape of the question:
+// Four kernels, one per shape of the question:
 //
-//   few_of_rows     M = 1, few picks of few entries (experts of a token): kLanes lanes a row, keys
-//                   in registers, 16-byte loads. Bound by memory for E <= 64.
-//   few_of_columns  M > 1, the same (tokens of an expert, a group of an image): a block reads a
-//                   tile of columns as it lies, and a warp has each of them from shared memory.
-//   many            a block a row: the keys in shared memory where they fit, a cut, a sort of
-//                   what passes (BlockSelect). Columns are transposed before, which for one
-//                   large group costs less than reading every 32-byte sector for four of its bytes.
+//   few_of_rows     M = 1, few picks from few entries (experts of a token): kLanes lanes per row,
+//                   keys in registers, 16-byte loads. Bound by memory for E <= 64.
+//   few_of_columns  M > 1, the same (tokens of an expert, one image per group): a block reads a
+//                   tile of columns in the order of memory, and one warp takes each of them from
+//                   shared memory.
+//   many            one block per row: the keys in shared memory where they fit, a cut, a sort of
+//                   the picks that pass it (BlockSelect). Columns are transposed before, which for
+//                   one large group costs less than reading every 32-byte sector for four bytes.
 //   CUB's sort      more picks than a block sorts.
 #include <algorithm>
 
@@ -170,73 +171,91 @@ void many(
       many_shared<T>(n, places, staged), stream, x, values, indices, n, k, places);
 }
 
-// Chooses the kernel, and launches it if there is a workspace; returns how large that must be.
+// The kernel that a shape gets, and its workspace: topk_workspace asks for what topk uses.
 template <typename T>
-size_t run(
-    const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t rows,
-    void* memory, bool measure, cudaStream_t stream) {
-  Workspace workspace(memory);
-  if (rows == 0 || k == 0) return 0;
-  constexpr int64_t kLongest = 1024;
-  if (k <= kFew && n <= kLongest && M == 1) {
-    if (measure) return 0;
-    const auto with = [&](auto kernel) { kernel(x, values, indices, n, k, rows, stream); };
-    if (n <= 16) {
-      with(few_of_rows<T, 4, 4>);
-    } else if (n <= 32) {
-      with(few_of_rows<T, 8, 4>);
-    } else if (n <= 64) {
-      with(few_of_rows<T, 16, 4>);
-    } else if (n <= 128) {
-      with(few_of_rows<T, kWarp, 4>);
-    } else if (n <= 512) {
-      with(few_of_rows<T, kWarp, 16>);
+struct Layout {
+  enum class Kernel { kNone, kFewOfRows, kFewOfColumns, kMany, kSort };
+
+  Layout(int64_t n, int64_t M, int64_t k, int64_t rows, void* memory) {
+    constexpr int64_t kLongest = 1024;
+    if (rows == 0 || k == 0) return;
+    const bool is_few = k <= kFew && n <= kLongest;
+    tile = std::min<int64_t>(M, kWarp) * (n | 1) * static_cast<int64_t>(sizeof(T));
+    if (is_few && M == 1) {
+      kernel = Kernel::kFewOfRows;
+    } else if (is_few && tile <= shared_limit()) {
+      kernel = Kernel::kFewOfColumns;
     } else {
-      with(few_of_rows<T, kWarp, 32>);
+      kernel = k > kMany ? Kernel::kSort : Kernel::kMany;
+      Workspace workspace(memory);
+      if (M > 1) transposed = workspace.take<T>(rows * n);
+      if (k > kMany) sort = SortLayout<OrderKey<T>>(rows, n, workspace);
+      bytes = workspace.size();
     }
-    return 0;
   }
-  const int64_t tile = std::min<int64_t>(M, kWarp) * (n | 1) * static_cast<int64_t>(sizeof(T));
-  if (k <= kFew && n <= kLongest && M > 1 && tile <= shared_limit()) {
-    if (measure) return 0;
-    launch(
-        n <= 256 ? few_of_columns_kernel<T, 8> : few_of_columns_kernel<T, 32>,
-        rows / M * ceil_div(M, kWarp), kFewThreads, static_cast<size_t>(tile), stream, x, values,
-        indices, n, M, k);
-    return 0;
+
+  Kernel kernel = Kernel::kNone;
+  int64_t tile = 0;         // bytes of shared memory of few_of_columns
+  T* transposed = nullptr;  // [rows, n]
+  SortLayout<OrderKey<T>> sort;
+  size_t bytes = 0;
+};
+
+template <typename T>
+void few_of_rows(
+    const T* x, T* values, int32_t* indices, int64_t n, int64_t k, int64_t rows,
+    cudaStream_t stream) {
+  const auto with = [&](auto kernel) { kernel(x, values, indices, n, k, rows, stream); };
+  if (n <= 16) {
+    with(few_of_rows<T, 4, 4>);
+  } else if (n <= 32) {
+    with(few_of_rows<T, 8, 4>);
+  } else if (n <= 64) {
+    with(few_of_rows<T, 16, 4>);
+  } else if (n <= 128) {
+    with(few_of_rows<T, kWarp, 4>);
+  } else if (n <= 512) {
+    with(few_of_rows<T, kWarp, 16>);
+  } else {
+    with(few_of_rows<T, kWarp, 32>);
   }
-  if (M > 1) {
-    T* transposed = workspace.take<T>(rows * n);
-    if (!measure) {
-      transpose(x, transposed, rows / M, n, M, stream);
-    }
-    x = transposed;
-  }
-  if (k > kMany) {
-    const int32_t* sorted = sort_rows(x, rows, n, workspace, !measure, stream);
-    if (!measure) {
-      launch(
-          first_kernel<T>, std::min<int64_t>(ceil_div(rows * k, 256), 1 << 20), 256, 0, stream, x,
-          sorted, values, indices, n, k, rows);
-    }
-  } else if (!measure) {
-    (n <= 2048 ? many<T, 256> : many<T, 1024>)(x, values, indices, n, k, rows, stream);
-  }
-  return workspace.size();
 }
 
 }  // namespace
 
 template <typename T>
 size_t topk_workspace(int64_t n, int64_t M, int64_t k, int64_t rows) {
-  return run<T>(nullptr, nullptr, nullptr, n, M, k, rows, nullptr, true, nullptr);
+  return Layout<T>(n, M, k, rows, nullptr).bytes;
 }
 
 template <typename T>
 void topk(
     const T* x, T* values, int32_t* indices, int64_t n, int64_t M, int64_t k, int64_t rows,
     void* workspace, CUstream_st* stream) {
-  run(x, values, indices, n, M, k, rows, workspace, false, stream);
+  using Kernel = typename Layout<T>::Kernel;
+  const Layout<T> layout(n, M, k, rows, workspace);
+  if (layout.transposed) {
+    transpose(x, layout.transposed, rows / M, n, M, stream);
+    x = layout.transposed;
+  }
+  switch (layout.kernel) {
+    case Kernel::kNone:
+      return;
+    case Kernel::kFewOfRows:
+      return few_of_rows(x, values, indices, n, k, rows, stream);
+    case Kernel::kFewOfColumns:
+      return launch(
+          n <= 256 ? few_of_columns_kernel<T, 8> : few_of_columns_kernel<T, 32>,
+          rows / M * ceil_div(M, kWarp), kFewThreads, static_cast<size_t>(layout.tile), stream, x,
+          values, indices, n, M, k);
+    case Kernel::kMany:
+      return (n <= 2048 ? many<T, 256> : many<T, 1024>)(x, values, indices, n, k, rows, stream);
+    case Kernel::kSort:
+      sort_rows(x, layout.sort, stream);
+      return launch(
+          first_kernel<T>, std::min<int64_t>(ceil_div(rows * k, 256), 1 << 20), 256, 0, stream, x,
+          layout.sort.sorted, values, indices, n, k, rows);
+  }
 }
 
 #define VMOE_INSTANTIATE(T)                                                                        \

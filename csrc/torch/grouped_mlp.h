@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../grouped_mlp.h"
-#include "product.h"
+#include "tensor.h"
 
 namespace vmoe {
 

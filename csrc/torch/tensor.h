@@ -196,8 +196,8 @@ inline Tensor workspace(const Tensor& like, size_t bytes) {
 
 namespace device = cuda;
 
-// Calls body(where...), what a kernel on whole rows takes last: on CUDA the stream, on a CPU ranges
-// [begin, end) of the rows, in parallel. The first of `tensors` says where; the rest must be there too.
+// Calls body(where...) with the last arguments of a kernel on whole rows: on CUDA the stream, on a
+// CPU ranges [begin, end) of the rows, in parallel. All tensors must be on the device of the first.
 template <typename Body>
 void each_row(
     const char* op, int64_t, int64_t, std::initializer_list<Tensor> tensors, Body&& body) {

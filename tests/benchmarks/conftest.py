@@ -1,4 +1,4 @@
-"""The benchmarks are run from the checkout and not installed: the tests find them there."""
+"""Puts the checkout on the path: the benchmarks are not installed."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every case builds at a tiny size, and every variant of it computes what it says."""
+"""Every benchmark case builds at a tiny size, and each of its variants computes the right result."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ def measured(entry):
 
 
 TINY = Size(images=2, tokens=48, experts=4, width=16)
-EVERY = entries(device="cuda")  # those of a CPU among them
+EVERY = entries(device="cuda")  # includes the entries of CPUs
 TINIES = [(i, replace(TINY, dtype=dtype)) for i, entry in enumerate(EVERY) for dtype in sorted(measured(entry))]
 
 

@@ -1,4 +1,4 @@
-"""A run on a GPU that only pretends to be one: tensors on the CPU, and a clock for its events."""
+"""A benchmark run on a fake GPU: tensors are on the CPU, and a clock replaces CUDA events."""
 
 import re
 import time

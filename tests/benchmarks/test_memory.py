@@ -1,4 +1,4 @@
-"""What autograd keeps, and what a process that does the work once needs."""
+"""Memory: the bytes that autograd saves, and the peak of a process that runs a case once."""
 
 import sys
 

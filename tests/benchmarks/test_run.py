@@ -1,4 +1,4 @@
-"""The timer, the ceilings' arithmetic, and a run from the command to the page."""
+"""The timer, the arithmetic of the ceilings, and a whole run from the command to the page."""
 
 import platform
 import re

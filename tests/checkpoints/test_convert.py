@@ -1,4 +1,4 @@
-"""convert: the reference's checkpoint and dense ViTs into folders, and what is none."""
+"""convert: the reference's checkpoints and dense ViTs become folders; other input is refused."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""load_flax: every parameter by its path, strictly, and all of them or none."""
+"""load_flax: every parameter is found by its path, and either all of them are loaded or none."""
 
 import ast
 import copy

@@ -1,4 +1,4 @@
-"""read_vmoe: the reference's own checkpoint, checkpoints of the tests' writer, and files that mean harm."""
+"""read_vmoe: the reference's checkpoint, checkpoints of the tests' writer, and malicious files."""
 
 import os
 import random
@@ -109,8 +109,8 @@ HOSTILE = {
     "no maps": ([1, 2], shard(), "the index is an array, wanted a map"),
     "no index": ({"shard_count": 1}, shard(), "index is missing"),
     "shards beyond belief": (index(count=10**9), shard(), "shard_count is 1000000000"),
-    "a shard more": (index(count=2), shard(), "of-00002: there is no such file"),
-    "no shard": (index(count=0), shard(), "in shard 0, but there are 0"),
+    "a shard more": (index(count=2), shard(), "of-00002: no such file"),
+    "no shard": (index(count=0), shard(), "in shard 0, wanted one of 0 shards"),
     "leaf's code": (index(Ext(9, b"")), shard(), "unknown code 9, wanted 8"),
     "leaf's kind": (index(3), shard(), "a is an integer, wanted an extension"),
     "chunk's code": (index(), shard(part(code=5)), "unknown code 5, wanted 1 or 3"),
@@ -121,27 +121,27 @@ HOSTILE = {
     "huge shape": (index(leaf((2**40,), "float32", [((0, 2**40),)], [0])), shard(), "more than the data files hold"),
     "huge empty": (index(leaf((0, 2**62), "float32", [((0, 0), (0, 2**62))], [0])), shard(), "more than the data"),
     "axes": (index(leaf((1,) * 40, "float32", [((0, 1),) * 40], [0])), shard(), "40 axes, wanted at most 32"),
-    "slice outside": (index(halves((0, 2), (2, 5))), shard(), "slice 2:5:None of an axis of 4"),
+    "slice outside": (index(halves((0, 2), (2, 5))), shard(), "slice 2:5:None is not within an axis of 4"),
     "negative slice": (index(halves((-2, 2), (0, 2))), shard(), "start of a slice is -2"),
     "slices overlap": (index(halves((0, 2), (1, 3))), shard(part(HALF, ((0, 2),), (2,)), part(HALF, ((1, 3),), (2,))),
                        "overlaps another"),
     "slice twice": (index(halves((0, 2), (0, 2))), shard(), "slice [0:2] twice"),
-    "uncovered": (index(halves((0, 2), (2, 3))), shard(), "do not cover it"),
-    "covered twice": (index(halves((0, 4), (2, 4))), shard(), "they overlap"),
+    "uncovered": (index(halves((0, 2), (2, 3))), shard(), "do not cover the array"),
+    "covered twice": (index(halves((0, 4), (2, 4))), shard(), "overlap or exceed the array"),
     "missing part": (index(halves((0, 2), (2, 4))), shard(part(HALF, ((0, 2),), (2,))), "slice [2:4] is missing"),
-    "part of no index": (index(), shard(part(HALF, ((0, 2),), (2,))), "which the index does not have in this file"),
+    "part of no index": (index(), shard(part(HALF, ((0, 2),), (2,))), "which the index does not list for this file"),
     "part twice": (index(), shard(part(), part()), "slice [0:4] twice"),
     "chunk too long": (index(), shard(part(raw(A) * 2, shape=(8,))), "chunks of 32 bytes for slice [0:4], wanted 16"),
     "chunk too short": (index(), shard(part(HALF, shape=(2,))), "chunks of 8 bytes"),
     "chunk of another shape": (index(), shard(part(shape=(5,))), "chunk of 16 bytes for torch.float32 of shape [5]"),
-    "leaf of no number": (index(), {MARK: True, "../0": [part()]}, "'../0' is no number"),
-    "leaf beyond": (index(), shard(**{"1": [part()]}), "'1' is no number of one of the 1 arrays"),
-    "leaf written otherwise": (index(), {MARK: True, "00": [part()]}, "'00' is no number"),
+    "leaf of no number": (index(), {MARK: True, "../0": [part()]}, "'../0' is not the number"),
+    "leaf beyond": (index(), shard(**{"1": [part()]}), "'1' is not the number of one of the 1 arrays"),
+    "leaf written otherwise": (index(), {MARK: True, "00": [part()]}, "'00' is not the number"),
     "leaf twice": (index(), Pairs([(MARK, True), ("0", [part()]), ("0", [part()])]), "'0' twice"),
     "no mark": (index(), {"0": [part()]}, "is missing"),
     "false mark": (index(), {MARK: False, "0": [part()]}, "is not true"),
     "no leaf": (index(), {MARK: True}, "slice [0:4] is missing"),
-    **{f"name {name!r}": (index() | {"index": {name: leaf((4,), "float32", [WHOLE], [0])}}, shard(), "is no name")
+    **{f"name {name!r}": (index() | {"index": {name: leaf((4,), "float32", [WHOLE], [0])}}, shard(), "is not a name")
        for name in ("", "..", "a/b", "a\\b", "a\0")},
 }  # fmt: skip
 
@@ -163,13 +163,13 @@ def test_the_file_that_the_hostile_ones_are_made_of(tmp_path):
 
 @pytest.mark.parametrize(("data", "message"), [
     (b"", "truncated"),
-    (b"\xc1", "begins nothing"),
-    (b"\xdf\xff\xff\xff\xff", "a false length"),
-    (b"\x81\xdb\xff\xff\xff\xff", "a false length"),
+    (b"\xc1", "unexpected byte 0xc1"),
+    (b"\xdf\xff\xff\xff\xff", "a wrong length"),
+    (b"\x81\xdb\xff\xff\xff\xff", "a wrong length"),
     (b"\x81\xa5index" + b"\x81\xa1a" * 5000, "nested too deeply"),
     (b"\x81\xa5index" + b"\xdd\x00\x00\x10\x00" * 5000, "wanted a map"),
-    (pack(index()) + b"\0", "1 bytes more"),
-    (b"\x81\xa2\xff\xfe\xc0", "no valid UTF-8"),
+    (pack(index()) + b"\0", "1 bytes follow the content"),
+    (b"\x81\xa2\xff\xfe\xc0", "not valid UTF-8"),
 ])  # fmt: skip
 def test_hostile_bytes(tmp_path, data, message):
     prefix = vmoe_writer.write(tmp_path, index(), [shard()])
@@ -201,7 +201,7 @@ def test_other_things_of_that_name(tmp_path):
         with pytest.raises(CheckpointError, match="cannot be opened"):
             read_vmoe(path)
     os.mkfifo(tmp_path / "pipe.index")  # opening it would wait for ever
-    with pytest.raises(CheckpointError, match="not a file"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         read_vmoe(tmp_path / "pipe")
 
 
@@ -239,4 +239,4 @@ def test_fuzz(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
-    assert 1000 < refused < 2000  # the others changed a value
+    assert 1000 < refused < 2000  # the remaining changes only altered a value

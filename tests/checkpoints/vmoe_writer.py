@@ -1,4 +1,4 @@
-"""A writer of the V-MoE format, by its description in vmoe_routers/checkpoints/vmoe.py; and MessagePack for it."""
+"""Writes V-MoE checkpoints, as vmoe_routers/checkpoints/vmoe.py describes them, and the MessagePack in them."""
 
 import struct
 from itertools import product

@@ -1,5 +1,5 @@
-// cpu/half.h against the definitions, in double: every 16-bit value widened, and floats around
-// every one of them narrowed.
+// Tests cpu/half.h against the definitions, in double: widens every 16-bit value, and narrows
+// floats around every one of them.
 #include "common/half.h"
 
 #include "simd_probe.h"
@@ -45,7 +45,7 @@ class Halves : public ::testing::Test {
     return half.bits >> 15 ? -magnitude : magnitude;
   }
 
-  // To nearest, ties to even: in units of the last place, which a subnormal shares with the
+  // Rounds to nearest, ties to even, in units of the last place; a subnormal has the unit of the
   // smallest normal number.
   static double rounded(float x) {
     if (!std::isfinite(x) || x == 0) return x;
@@ -103,8 +103,9 @@ TYPED_TEST(Halves, EveryValueComesBack) {
 }
 
 TYPED_TEST(Halves, RoundsToNearestAndTiesToEven) {
-  // Each value, its ties with the next ones, and the floats beside them; among these are zero,
-  // the subnormal, the largest and where that becomes infinity.
+  // Each value, the midpoints to its neighbours, and the floats next to all of these. Among them
+  // are zero, subnormal numbers, the largest number and the midpoint from which it becomes
+  // infinity.
   std::vector<float> x;
   for (const auto half : this->all()) {
     const double value = this->value(half);

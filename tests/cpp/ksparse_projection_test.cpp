@@ -227,7 +227,7 @@ TYPED_TEST(KsparseProjection, BackwardIsCentredOnTheSupport) {
       const int64_t A = 2;
       const auto grad = uniform<T>(A * n * B, n, -1, 1);
       auto out = tied<T>(A * n * B, B);
-      for (int64_t i = 0; i < n; ++i) out[i * B] = 0;  // nobody's support
+      for (int64_t i = 0; i < n; ++i) out[i * B] = 0;  // an empty support
       Guarded<T> grad_x(A * n * B);
       cpu::ksparse_projection_backward(grad.data(), out.data(), grad_x.data(), n, B, 0, A);
       EXPECT_TRUE(grad_x.fences_stand());

@@ -10,7 +10,7 @@ class Order : public ::testing::Test {
  public:
   using Limits = std::numeric_limits<T>;
 
-  // Every value once, from last chosen to first.
+  // Distinct values, from the last chosen to the first.
   static std::vector<T> ascending() {
     return {
         -Limits::infinity(),
@@ -58,7 +58,7 @@ TYPED_TEST(Order, KeysCompareAsValues) {
   using T = TypeParam;
   std::mt19937_64 random(1);
   for (int i = 0; i < 20000; ++i) {
-    // Bits, not numbers: every exponent comes up.
+    // Random bits, not random numbers, so that all exponents occur.
     T a, b;
     const uint64_t left = random(), right = i % 4 ? random() : left ^ (random() & 7);
     memcpy(&a, &left, sizeof(T));

@@ -5,7 +5,7 @@
 namespace vmoe {
 namespace {
 
-// Numbers in memory with a wider stride than they need, either way up.
+// A matrix in memory with gaps between its rows or, if turned, between its columns.
 template <typename T>
 struct Operand {
   std::vector<T> memory;
@@ -78,7 +78,7 @@ TYPED_TEST(Product, IsTheSumOverKWhateverTheShape) {
   }
 }
 
-// More rows than are taken at a time.
+// More rows than a block of A has.
 TYPED_TEST(Product, ManyRows) {
   using T = TypeParam;
   const Operand<T> a(1000, 300, false, 1), b(300, 33, true, 2);
@@ -97,7 +97,7 @@ TYPED_TEST(Product, EmptyShapes) {
   EXPECT_EQ(product(a.matrix, b.matrix, &before), before);
 }
 
-// Among 200 rows or alone, at the left or at the right: the same bits.
+// An entry has the same bits among 200 rows or in one, and in the left or the right columns.
 TYPED_TEST(Product, BitsDoNotDependOnThePlace) {
   using T = TypeParam;
   const int64_t M = 200, K = 700, N = 61;

@@ -1,5 +1,5 @@
-// simd_probe -- csrc/cpu/simd.h behind plain pointers, once per ISA level like the kernels,
-// so that its tests run on the level that the others run on.
+// simd_probe -- the functions of csrc/cpu/simd.h and half.h on plain pointers. They are compiled
+// once per ISA level like the kernels, so that their tests run on the same level.
 #pragma once
 
 #include <cstdint>
@@ -17,25 +17,25 @@ VMOE_EACH_ISA(
 
     template <typename T> void exp_negative_each(const T* x, T* out, int64_t n);
 
-    // Of normal numbers; n is a multiple of the width.
+    // x are normal numbers; n is a multiple of the width.
     void log_each(const double* x, double* out, int64_t n);
 
-    // What rounding took from each product; n is a multiple of the width.
+    // The rounding error of each product; n is a multiple of the width.
     void product_error_each(const float* a, const float* b, float* out, int64_t n);
 
     // [width, width]
     template <typename T> void transpose_block(const T* x, T* out);
 
-    // Of one vector: the entries set in `chosen` (0 or 1), their places + first, both with
-    // room for width, and bit i for entry i.
+    // For one vector: the entries set in `chosen` (0 or 1), their indices + first, and `bits` with
+    // bit i for entry i. entries and places have room for width.
     template <typename T> void compress_vector(
         const T* x, const int32_t* chosen, int32_t first, T* entries, int32_t* places,
         uint32_t* bits);
 
-    // Loads and stores `count` < width entries; `all` gets the whole vector.
+    // Loads and stores `count` < width entries; `all` gets the whole loaded vector.
     template <typename T> void copy_some(const T* x, int64_t count, T fill, T* all, T* out);
 
-    // Of one vector: the sum of its entries.
+    // The sum of one vector's entries.
     template <typename T> void sum_vector(const T* x, T* out);
 
     // cpu/half.h, for BFloat16 and Float16.

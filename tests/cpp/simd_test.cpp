@@ -20,7 +20,7 @@ class Simd : public ::testing::Test {
     return out.values();
   }
 
-  // Where exp leaves the normal numbers.
+  // The arguments from which exp is a normal number.
   static constexpr T kLowest = sizeof(T) == 4 ? -87.336 : -708.396;
   static constexpr T kHighest = sizeof(T) == 4 ? 88.722 : 709.782;
   static constexpr double kError = sizeof(T) == 4 ? 2e-7 : 5e-16;
@@ -154,7 +154,7 @@ TYPED_TEST(Simd, CopiesTheFirstEntries) {
   using T = TypeParam;
   const int64_t W = this->width();
   for (int64_t count = 1; count < W; ++count) {
-    const auto x = uniform<T>(count, 6);  // no longer: a load beyond it is a sanitizer's find
+    const auto x = uniform<T>(count, 6);  // of this size, so that a sanitizer finds a longer load
     Guarded<T> all(W), out(count);
     cpu::copy_some(x.data(), count, T{7}, all.data(), out.data());
     EXPECT_TRUE(out.fences_stand());

@@ -99,7 +99,7 @@ double column_error(const Shape& shape, const std::vector<T>& plan, int64_t g, d
   return worst;
 }
 
-// Of plans whose exponents, float64 sums of numbers around 1e4, cancel.
+// Plans whose exponents, float64 sums of numbers around 1e4, cancel.
 template <typename T>
 constexpr double kRoundingOfLarge = std::max(kRounding<T>, 1e-11);
 
@@ -336,7 +336,7 @@ TYPED_TEST(Sinkhorn, MinusInfinityIsNeverChosen) {
     EXPECT_TRUE(logits[i] != -kInf<T> || (result.plan[i] == 0 && grad[i] == 0)) << i;
   }
   EXPECT_NEAR(result.error[0], 0, 1e-9);
-  // An expert that nobody can reach stays empty, and the error says so.
+  // An expert that no token can reach stays empty, and the error says so.
   for (int64_t t = 0; t < shape.T; ++t) logits[t * 3 + 1] = -kInf<T>, logits[t * 3] = 0;
   const auto closed = sinkhorn(shape, logits);
   for (int64_t t = 0; t < shape.T; ++t) EXPECT_EQ(closed.plan[t * 3 + 1], 0);
@@ -366,6 +366,50 @@ TYPED_TEST(Sinkhorn, BadGroupIsNaNAndNoOther) {
     }
     EXPECT_TRUE(all_nan(sinkhorn<T>({1, 2, 2}, {bad, bad, bad, bad}).plan));
     EXPECT_TRUE(all_nan(sinkhorn<T>({1, 1, 2}, {bad, 0}).plan));
+  }
+}
+
+TYPED_TEST(Sinkhorn, GradientOfABadGroupIsNaNAndOfNoOther) {
+  using T = TypeParam;
+  const Shape shape{3, 4, 3};
+  const auto good = uniform<T>(shape.size(), 30), grad = uniform<T>(shape.size(), 31);
+  const auto wanted = unrolled(shape, grad, good);
+  for (const T bad : {kNaN<T>, kInf<T>}) {
+    auto logits = good;
+    logits[17] = bad;
+    const auto actual = unrolled(shape, grad, logits);
+    EXPECT_TRUE(all_nan(group(actual, 1, 12))) << bad;
+    EXPECT_EQ(group(actual, 0, 12), group(wanted, 0, 12));
+    EXPECT_EQ(group(actual, 2, 12), group(wanted, 2, 12));
+  }
+}
+
+// A row of equal logits, however large, keeps its sum: on exponentials and on logarithms.
+TYPED_TEST(Sinkhorn, RowsOfLargeTiesSumToOne) {
+  using T = TypeParam;
+  const Shape shape{1, 6, 3};
+  for (const double size : {1e10, 1e15, 1e16, 1e30}) {
+    for (const bool by_row : {false, true}) {
+      for (const bool by_column : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << size << ' ' << by_row << by_column);
+        std::vector<T> logits(shape.size(), 0);
+        for (int64_t i = 0; i < shape.size(); ++i) {
+          if (by_row) logits[i] += static_cast<T>(i < 9 ? size : 0);
+          if (by_column) logits[i] += static_cast<T>(i % 3 == 0 ? size : 0);
+          if (!by_row && !by_column) logits[i] = static_cast<T>(size);
+        }
+        const auto result = sinkhorn(shape, logits);
+        for (int64_t t = 0; t < shape.T; ++t) {
+          double sum = 0;
+          for (int64_t e = 0; e < shape.E; ++e) sum += result.plan[t * shape.E + e];
+          EXPECT_NEAR(sum, 1, kRounding<T>);
+        }
+        // Rows alone ask nothing of the columns' potentials, which end at the precision of their
+        // size.
+        EXPECT_TRUE(by_column || result.error[0] <= kRounding<T>) << result.error[0];
+        EXPECT_NEAR(result.error[0], column_error(shape, result.plan, 0, 6.0), 4 * kRounding<T>);
+      }
+    }
   }
 }
 
@@ -430,6 +474,29 @@ TYPED_TEST(Sinkhorn, GradientsAreThoseOfFloat64) {
   expect_near(
       implicit(shape, grad, sinkhorn(shape, logits, converged).plan),
       implicit(shape, exact_grad, sinkhorn(shape, exact, converged).plan), kRounding<T>);
+}
+
+// Without an iteration the gradient is that of exp(M); whatever the steps, nothing is read out of
+// place.
+TYPED_TEST(Sinkhorn, BackwardOfStrangeSteps) {
+  using T = TypeParam;
+  const Shape shape{2, 6, 3};
+  const auto grad = uniform<T>(shape.size(), 32);
+  for (const double spread : {1.0, 100.0, 1e3}) {
+    const auto logits = uniform<T>(shape.size(), 33, -spread, spread);
+    const auto forward = sinkhorn(shape, logits, {4, 1, 0});
+    const auto with = [&](int32_t a, int32_t b) {
+      const std::vector<double> history(forward.history);  // of its size: ASan sees what is beyond
+      const std::vector<int32_t> steps{a, b};
+      std::vector<T> out(shape.size());
+      cpu::sinkhorn_backward(
+          grad.data(), logits.data(), history.data(), steps.data(), out.data(), shape.T, shape.E,
+          int64_t{4}, 1.0, int64_t{0}, shape.G, Parallel{});
+      return out;
+    };
+    EXPECT_EQ(with(4, 9), with(INT32_MAX, 4));
+    EXPECT_EQ(with(-1, 0), with(0, INT32_MIN));
+  }
 }
 
 TEST(SinkhornBackward, IsTheGradientOfTheIterationsDone) {

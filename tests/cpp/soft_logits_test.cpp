@@ -76,7 +76,7 @@ TYPED_TEST(SoftLogits, InPlaceAndInPieces) {
   expect_pieces<T>(rows, S, [&](int64_t begin, int64_t end, T* out) {
     cpu::soft_logits(x.data(), products.data(), out, D, S, begin, end);
   });
-  // In place: what lies outside the piece must keep what it had.
+  // In place: elements outside the piece must keep their values.
   const auto grad = uniform<T>(rows * D, 3);
   auto all = grad, piece = grad;
   cpu::soft_logits_backward(x.data(), all.data(), D, int64_t{0}, rows);
@@ -111,7 +111,7 @@ TEST(SoftLogitsBackward, IsTheGradient) {
     }
   }
   cpu::soft_logits_backward(x.data(), grad.data(), D, int64_t{0}, rows);
-  // At the zero token the second derivative is of order 1e6: a step of its size.
+  // At the zero token the second derivative is of order 1e6, which needs a smaller step.
   expect_gradient(grad, x, loss, 1e-5, 1e-7);
 }
 

@@ -10,7 +10,7 @@ struct Shape {
   int64_t size() const { return G * T * S; }
 };
 
-// Calls body(elements) for the elements of every line that a softmax runs along.
+// Calls body(indices) for every line over which a softmax is taken, with its elements' indices.
 template <typename Body>
 void for_lines(const Shape& shape, bool over_tokens, Body&& body) {
   for (int64_t g = 0; g < shape.G; ++g) {
@@ -44,7 +44,7 @@ std::vector<T> soft_mix_backward(
 template <typename T>
 class SoftMix : public ::testing::TestWithParam<bool> {
  public:
-  // By definition, with the exponents of long double: no shift by the maximum.
+  // The definition in long double, whose range needs no shift by the maximum.
   static void expect_softmax(const Shape& shape, const std::vector<T>& logits) {
     for (const bool over_tokens : {false, true}) {
       SCOPED_TRACE(
@@ -119,7 +119,7 @@ TYPED_TEST(SoftMix, LineThatIsNotThereGetsZeros) {
       if (count++ % 2 == 0) {
         for (const int64_t i : line) logits[i] = -kInf<T>;
       } else {
-        logits[line[0]] = -kInf<T>;  // one entry alone: the rest sums to 1
+        logits[line[0]] = -kInf<T>;  // one masked entry: the others sum to 1
       }
     });
     this->expect_softmax(shape, logits);
@@ -156,7 +156,7 @@ TYPED_TEST(SoftMix, NaNFillsItsLineAndNoOther) {
   }
 }
 
-// Equal lines get equal bits wherever they stand: whole vectors and the rest agree.
+// Equal lines get equal bits at any position, in whole vectors and in remainders.
 TYPED_TEST(SoftMix, PlaceDoesNotMatter) {
   using T = TypeParam;
   const int64_t length = 23;
@@ -191,7 +191,7 @@ TYPED_TEST(SoftMix, PiecesMakeTheWhole) {
     expect_pieces<T>(shape.G, shape.T * shape.S, [&](int64_t begin, int64_t end, T* weights) {
       cpu::soft_mix(logits.data(), weights, shape.T, shape.S, over_tokens, begin, end);
     });
-    // In place: what lies outside the piece must keep what it had.
+    // In place: elements outside the piece must keep their values.
     const auto weights = soft_mix(shape, logits, over_tokens);
     const auto whole = soft_mix_backward(shape, weights, grad, over_tokens);
     auto piece = grad;

@@ -13,7 +13,7 @@ struct Shape {
   int64_t rows() const { return G * (by_expert ? E : tokens); }
   int64_t places() const { return by_expert ? tokens : E; }
 
-  // Of index i of the indices: where its gate stands in [G, T, E], or -1.
+  // The position in [G, T, E] of the gate of index i of the indices, or -1.
   int64_t place(int64_t i, int32_t index) const {
     if (index < 0 || index >= places()) return -1;
     const int64_t row = i / K;
@@ -57,7 +57,7 @@ std::vector<T> backward(
   return out;
 }
 
-// The softmax of every row, by its definition and in long double.
+// The softmax of every row by its definition, in long double.
 template <typename T>
 std::vector<double> softmax(const std::vector<T>& logits, int64_t E) {
   std::vector<double> gates(logits.size());
@@ -86,7 +86,7 @@ TYPED_TEST(SoftmaxGather, IsTheSoftmaxThere) {
     auto logits = uniform<T>(shape.all() * shape.E, 3, -20, 20);
     for (size_t i = 0; i < logits.size(); i += 11) logits[i] = -kInf<T>;
     const auto indices = integers(
-        shape.rows() * shape.K, 4, -1, static_cast<int32_t>(shape.places()));  // outside too
+        shape.rows() * shape.K, 4, -1, static_cast<int32_t>(shape.places()));  // some are invalid
     const auto gates = softmax(logits, std::max<int64_t>(shape.E, 1));
     std::vector<double> wanted;
     for (size_t i = 0; i < indices.size(); ++i) {

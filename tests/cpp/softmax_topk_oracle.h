@@ -17,7 +17,7 @@ struct Chosen {
 // G matrices of logits [tokens, E], and the k largest gates of every token or expert.
 struct Choice {
   int64_t G, tokens, E, k;
-  bool of_tokens;  // every expert chooses among them
+  bool of_tokens;  // whether experts choose tokens, instead of tokens choosing experts
 
   int64_t all() const { return G * tokens; }
   int64_t rows() const { return of_tokens ? G * E : all(); }
@@ -43,7 +43,7 @@ void mark_absent(const std::vector<T>& scale, int64_t E, std::vector<T>& gates) 
   }
 }
 
-// topk of gates [G, tokens, E], of which -inf is value 0 and index -1.
+// topk of gates [G, tokens, E]; a pick of -inf becomes value 0 and index -1.
 template <typename T>
 Chosen<T> chosen_by_definition(const Choice& choice, const std::vector<T>& gates) {
   const int64_t size = choice.rows() * choice.k;
@@ -60,7 +60,7 @@ Chosen<T> chosen_by_definition(const Choice& choice, const std::vector<T>& gates
   return out;
 }
 
-// Two groups of logits with every step-th token absent, and with NaN and infinity among the present.
+// Two groups of logits. Every step-th token is absent; present tokens have NaN and infinity, too.
 template <typename T>
 std::vector<T> strange_logits(int64_t tokens, int64_t E, int64_t step) {
   auto logits = uniform<T>(2 * tokens * E, 7);

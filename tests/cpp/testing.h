@@ -1,4 +1,4 @@
-// testing -- what the tests of several ops share: inputs, canaries, pieces, gradients.
+// testing -- inputs, guarded buffers and comparisons that the tests of several ops share.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -20,11 +20,11 @@ constexpr T kInf = std::numeric_limits<T>::infinity();
 template <typename T>
 constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 
-// Rounding of a short sum of numbers of order 1.
+// The rounding error of a short sum of numbers of order 1.
 template <typename T>
 constexpr double kRounding = 16.0 * std::numeric_limits<T>::epsilon();
 
-// Made from the generator's bits alone, so that every standard library gives the same.
+// Uniform in [0, 1). Uses the generator's bits alone: every standard library gives the same number.
 inline double uniform(std::mt19937_64& random) {
   return static_cast<double>(random() >> 11) * 0x1p-53;
 }
@@ -60,7 +60,7 @@ std::vector<T> extremes() {
       -T{1e4}};
 }
 
-// Few distinct values: ties everywhere.
+// Few distinct values, so that many tie.
 template <typename T>
 std::vector<T> tied(int64_t size, uint64_t seed, int64_t levels = 3) {
   std::mt19937_64 random(seed);
@@ -76,13 +76,13 @@ inline std::vector<int32_t> integers(int64_t size, uint64_t seed, int64_t low, i
   return out;
 }
 
-// The part of group `g`, of `size` elements a group.
+// The elements of group `g`, with `size` elements per group.
 template <typename T>
 std::vector<T> group(const std::vector<T>& all, int64_t g, int64_t size) {
   return {all.begin() + g * size, all.begin() + (g + 1) * size};
 }
 
-// |actual - wanted| <= tolerance * (1 + |wanted|), infinities and NaN in the same places.
+// Expects |actual - wanted| <= tolerance * (1 + |wanted|), and the same infinities and NaN.
 template <typename A, typename B>
 void expect_near(const std::vector<A>& actual, const std::vector<B>& wanted, double tolerance) {
   ASSERT_EQ(actual.size(), wanted.size());
@@ -100,8 +100,8 @@ bool all_nan(const std::vector<T>& values) {
   return std::all_of(values.begin(), values.end(), [](T value) { return std::isnan(value); });
 }
 
-// A buffer between two fences, all of it filled with one byte that no kernel writes
-// by chance: what is still canary was not written.
+// A buffer between two fences, filled with a byte that no kernel writes by chance, which shows the
+// elements that were not written.
 template <typename T>
 class Guarded {
  public:
@@ -135,9 +135,9 @@ class Guarded {
   std::vector<T> memory_;
 };
 
-// `run(begin, end, out)` handles rows [begin, end) of `rows`, and row_of(i) is the row
-// that out[i] belongs to. The whole must write every element, a piece the same bits
-// in its own elements, and nothing outside them.
+// Calls run(begin, end, out) for all `rows` rows and for pieces [begin, end) of them. out[i]
+// belongs to row row_of(i). The whole must write every element. A piece must write the same bits
+// to its own elements and nothing else.
 template <typename T, typename Run, typename RowOf>
 void expect_pieces(int64_t size, int64_t rows, Run&& run, RowOf&& row_of) {
   Guarded<T> whole(size);
@@ -165,13 +165,13 @@ void expect_pieces(int64_t size, int64_t rows, Run&& run, RowOf&& row_of) {
   }
 }
 
-// `width` consecutive elements a row.
+// expect_pieces with `width` consecutive elements per row.
 template <typename T, typename Run>
 void expect_pieces(int64_t rows, int64_t width, Run&& run) {
   expect_pieces<T>(rows * width, rows, run, [=](int64_t i) { return i / width; });
 }
 
-// `gradient` against central differences of `loss` at `x`. An infinite x stays where it is.
+// Compares `gradient` with central differences of `loss` at `x`. For an infinite x it expects 0.
 template <typename Loss>
 void expect_gradient(
     const std::vector<double>& gradient, const std::vector<double>& x, Loss&& loss,

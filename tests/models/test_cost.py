@@ -1,4 +1,4 @@
-"""What a model costs: by hand, by torch's own counter, and the page of it."""
+"""The cost of a model: counted by hand, by torch's counter, and on the page of models."""
 
 import model_table
 import pytest
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vmoe_routers as vr
 from vmoe_routers.models import cost, upcycle, vit_moe
 
-# Of an image of 8 x 8 pixels in patches of 2 x 2: 16 tokens of width 16; hidden width 32.
+# For an image of 8 x 8 pixels in patches of 2 x 2: 16 tokens of width 16; hidden width 32.
 SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 TRUNK = 2 * 16 * (2 * 2 * 16) + 2 * (16 * 10) + 2 * (2 * 16 * 4 * 16 * 16 + 2 * 2 * 16 * 16 * 16)
 MLP = 2 * 16 * (16 * 32 + 32 * 16)

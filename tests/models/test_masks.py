@@ -1,4 +1,4 @@
-"""Padding masks through a whole model: what is masked out is as if it were not there."""
+"""Padding masks in whole models: masked patches never affect the result."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_refuses(mask, error, words):
 
 def test_refuses_timms_mask_beside():
     mask = torch.ones(2, 16, dtype=torch.bool)
-    with pytest.raises(TypeError, match="no other argument"):
+    with pytest.raises(TypeError, match="cannot be combined with other arguments"):
         model_of("soft")(torch.randn(2, 1, 8, 8), mask=mask, attn_mask=mask)
 
 

@@ -1,4 +1,4 @@
-"""upcycle: what it keeps, what it promises, what it refuses."""
+"""upcycle: the weights that it keeps, the outputs that it preserves, the models that it refuses."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""vit_moe: shapes, placement, poolings, positions, what reaches the layers, and what is refused."""
+"""vit_moe: shapes, placement, pooling, positions, options that reach the layers, and refused arguments."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""The names in timm, and what of timm's machinery works on them."""
+"""The models' names in timm, and timm's functions that work on these models."""
 
 import pytest
 import timm

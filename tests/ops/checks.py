@@ -1,12 +1,11 @@
-"""What the tests of every op share: the tolerances, and the checks that are the same for all.
+"""Tolerances and checks that the tests of all ops share.
 
-1. ``check_reference``   values and gradients against the float64 reference, same rounded inputs
+1. ``check_reference``   values and gradients against the float64 reference, on the same rounded inputs
 2. ``check_gradient``    torch.autograd.gradcheck in float64; second derivatives are right or raise
 3. ``check_dispatcher``  torch.library.opcheck
-4. edges                 in the test module of the op
-5. ``refused``           ValueError or TypeError that begins with the op and names the argument
-
-and ``check_compile``: torch.compile(fullgraph=True), forward and backward.
+4. edge cases            in the test module of the op
+5. ``refused``           a ValueError or TypeError that begins with the op and names the argument
+6. ``check_compile``     torch.compile(fullgraph=True), forward and backward
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-# The one table of tolerances. Half dtypes are computed in float32: their error is that of rounding
-# the result once, half a unit in the last place (2**-9, 2**-12), and room for as much again.
+# Tolerances of all ops. 16-bit dtypes are computed in float32 and rounded once, an error of half a unit in the last
+# place (2**-9, 2**-12); their tolerance is twice that.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
@@ -35,7 +34,7 @@ Result = Any  # a tensor or a tuple of tensors
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, slack: float = 1.0, dtype: torch.dtype | None = None) -> None:
-    """Close by the table's row of ``dtype`` (default: that of ``actual``), times ``slack``."""
+    """Compare within the tolerance of ``dtype`` (default: the dtype of ``actual``), times ``slack``."""
     tolerance = {name: slack * value for name, value in TOLERANCE[dtype or actual.dtype].items()}
     torch.testing.assert_close(
         actual.detach().double().cpu(),
@@ -46,17 +45,17 @@ def assert_close(actual: Tensor, expected: Tensor, *, slack: float = 1.0, dtype:
 
 
 def spread(*shape: int, scale: float = 3.0) -> Tensor:
-    """Logits as hard as those of a trained router: some e^15 between the experts of a token."""
+    """Logits as far apart as in a trained router: gates of one token differ by factors of about e^15."""
     return torch.randn(shape, dtype=torch.float64) * scale
 
 
 def tied(*shape: int, levels: int = 3) -> Tensor:
-    """Values of which many are equal, and that every dtype holds exactly."""
+    """Values with many ties, which every dtype represents exactly."""
     return torch.randint(levels, shape).double() - 1
 
 
 def rounded(inputs: Sequence[Any], dtype: torch.dtype, device: str) -> list[Any]:
-    """Floating-point tensors in ``dtype``, leaves that require grad; all tensors on ``device``."""
+    """Copies of the inputs on ``device``; floating-point tensors in ``dtype``, as leaves that require grad."""
 
     def one(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -83,10 +82,10 @@ def check_reference(
     gradient_slack: float = 1.0,
     **options: Any,
 ) -> None:
-    """Values and gradients of ``op`` against ``reference`` in float64, on the same rounded inputs.
+    """Compare values and gradients of ``op`` with ``reference`` in float64, on the same rounded inputs.
 
-    Integers must be equal. A gradient may be off by ``gradient_slack`` times the table, whose
-    absolute part is then relative to the gradient's largest entry.
+    Integers must be equal. A gradient may differ by ``gradient_slack`` times the tolerance, whose absolute part is
+    relative to the gradient's largest entry, if that exceeds 1.
     """
     ours = rounded(inputs, dtype, device)
     exact = [x.detach().cpu() if isinstance(x, Tensor) else x for x in ours]
@@ -105,7 +104,7 @@ def check_reference(
             assert a.dtype == e.dtype
             assert torch.equal(a.cpu(), e)
 
-    # The same cotangents for both: as the op's dtype holds them.
+    # Both get the same cotangents, rounded to the op's dtype.
     pairs = [(a, e) for a, e in zip(actual, expected, strict=True) if e.requires_grad]
     if not pairs:
         assert not any(a.requires_grad for a in actual)
@@ -135,7 +134,7 @@ def check_reference(
 
 
 def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], device: str = "cpu", **options: Any) -> None:
-    """gradcheck; and a second derivative is right or raises, but is never cut off in silence."""
+    """Run gradcheck, and check that a second derivative is right or raises, and is never silently cut off."""
     inputs = rounded(inputs, torch.float64, device)
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
@@ -148,7 +147,7 @@ def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], device: str
     cotangents = [torch.randn_like(y, requires_grad=True) for y in outputs]
     try:
         grads = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
-        # Every gradient depends on the cotangents at least: without requires_grad it was cut off.
+        # Every gradient depends at least on the cotangents: without requires_grad it was cut off.
         assert all(g.requires_grad for g in grads)
         torch.autograd.grad([g.sum() for g in grads], cotangents)
     except (RuntimeError, NotImplementedError) as error:
@@ -158,15 +157,15 @@ def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], device: str
 
 
 def check_dispatcher(overload: Any, arguments: Sequence[Any]) -> None:
-    """opcheck of torch.ops.vmoe_routers.<op>.default: schema, fake kernel, autograd, compile."""
+    """Run opcheck on torch.ops.vmoe_routers.<op>.default: schema, fake kernel, autograd, compile."""
     with warnings.catch_warnings():
-        # opcheck's own look at the .grad of what it made of the arguments.
+        # opcheck itself reads .grad of tensors that it derives from the arguments.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         torch.library.opcheck(overload, tuple(arguments))
 
 
 def check_compile(op: Callable[..., Result], inputs: Sequence[Any], device: str, **options: Any) -> None:
-    """torch.compile in one graph gives what eager gives, values and gradients."""
+    """Check that torch.compile in one graph gives the values and gradients of eager mode."""
 
     def call(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(tensors(op(*arguments, **options)))
@@ -188,7 +187,7 @@ def check_compile(op: Callable[..., Result], inputs: Sequence[Any], device: str,
 
 
 def with_threads(run: Callable[[], Sequence[Tensor]]) -> list[Sequence[Tensor]]:
-    """What `run` gives with 1, 2 and 3 threads."""
+    """Results of `run` with 1, 2 and 3 threads."""
     threads = torch.get_num_threads()
     results = []
     try:
@@ -201,12 +200,12 @@ def with_threads(run: Callable[[], Sequence[Tensor]]) -> list[Sequence[Tensor]]:
 
 
 def refused(op: str, argument: str) -> Any:
-    """A ValueError or TypeError whose message begins with the op's name and has the argument's."""
+    """Expect a ValueError or TypeError whose message begins with the op's name and contains the argument's name."""
     return pytest.raises((ValueError, TypeError), match=rf"(?s)^{op}\b.*\b{argument}\b")
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same values, but no axis is contiguous."""
+    """The values of ``x`` in a tensor without a contiguous axis."""
     wide = x.new_empty([2 * size for size in x.shape])
     view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
     return view.copy_(x)

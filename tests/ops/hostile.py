@@ -1,9 +1,8 @@
 """Calls every op with hostile arguments and reports the calls that ended the process or ran too long.
 
-Run as a program (`test_hostile.py` does): prints JSON, per op the number of calls and the fatal ones.
-An exception is a good answer. A batch of calls runs in a forked process, which is forked again from the
-next call on when one is fatal. Tensors begin or end at pages without access, so that a read of one entry too
-many ends the process as well.
+Run as a program, as `test_hostile.py` does, it prints JSON: for every op the number of calls and the fatal calls. An
+exception is a correct result. A forked process runs a batch of calls; after a fatal call, another process continues
+with the next one. Tensors begin or end at pages without access, so that a read out of bounds by one entry is fatal.
 """
 
 from __future__ import annotations

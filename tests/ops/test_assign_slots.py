@@ -11,14 +11,14 @@ OP = "assign_slots"
 
 
 def requests(G: int, T: int, K: int, E: int, *, skew: float = 1.0, none: float = 0.1) -> Tensor:
-    """Different experts for a token, some more in demand, and some requests that are none."""
+    """Different experts per token, some in higher demand, and some invalid requests."""
     demand = torch.rand(G, T, E) ** (1 + skew * torch.arange(E)) if skew else torch.rand(G, T, E)
     expert = demand.argsort(-1, descending=True)[..., :K].int()
     return torch.where(torch.rand(G, T, K) < none, -1, expert)
 
 
 def serve(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tuple[list, list]:
-    """The definition, one request after the other, in plain Python."""
+    """The definition in plain Python, one request after another."""
     G, T, K = expert.shape
     slot = [[[-1] * K for _ in range(T)] for _ in range(G)]
     source = [[[-1] * C for _ in range(E)] for _ in range(G)]
@@ -68,7 +68,7 @@ def test_definition(device, G, T, K, E, C, priorities):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(device, dtype):
-    """At a size where groups are shared out between threads."""
+    """At a size where groups are divided among threads."""
     expert = requests(16, 300, 2, 16).to(device)
     priority = tied(16, 300, levels=50).to(device, dtype)
     for got, wanted in zip(
@@ -119,7 +119,7 @@ def test_empty(device, shape):
 
 
 def test_the_same_expert_twice(device):
-    """A token may ask twice; each request takes a place of its own."""
+    """A token may request an expert twice; each request takes its own slot."""
     slot, source = assign_slots(torch.zeros(1, 2, 2, dtype=torch.int32, device=device), 1, 3)
     assert slot.tolist() == [[[0, 2], [1, -1]]]
     assert source.tolist() == [[[0, 2, 1]]]
@@ -172,7 +172,7 @@ def test_batch_priority_drops_the_least(device):
 
 
 def test_first_choices_go_before_second_ones(device):
-    """Whatever the priority: token 1's second choice comes after token 0's first."""
+    """With any priority, token 1's second choice comes after token 0's first."""
     expert = torch.tensor([[[0, 1], [1, 0]]], dtype=torch.int32, device=device)
     slot, _ = assign_slots(expert, 2, 1, torch.tensor([[0.0, 9.0]], device=device))
     assert slot.tolist() == [[[0, -1], [1, -1]]]
@@ -188,7 +188,7 @@ def test_permuted_tokens_with_distinct_priorities(device):
 
 
 def test_capacity_beyond_the_requests(device):
-    """As far as a group's slots are few, or an expert could be asked for so many."""
+    """A larger capacity than requests is accepted if the group has few slots; else it is refused."""
     expert = torch.zeros(1, 5, 2, dtype=torch.int32, device=device)
     slot, source = assign_slots(expert, 4, 2**18)
     assert slot.flatten().tolist() == [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]

@@ -23,7 +23,7 @@ OP = "combine"
 
 
 def combine(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """The public function; without a gate (the gradient of dispatch) the op below it."""
+    """The public function, or the raw op without a gate, as the gradient of dispatch calls it."""
     if gate is None:
         return torch.ops.vmoe_routers.combine(y, None, token, offsets, slots)
     return ops.combine(y, gate, token, offsets, slots)
@@ -59,7 +59,7 @@ def test_without_a_gate(device, dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gates_of_float32_with_experts_in_half(device, dtype):
-    """As under autocast: the gate is not rounded, each gradient has its own tensor's dtype."""
+    """As under autocast: the gate is not rounded, and each gradient has the dtype of its tensor."""
     y, gate, token, offsets, slots = (a.to(device) for a in arguments(2, 7, 16, 3, 4))
     y, gate = y.to(dtype).requires_grad_(), gate.float().requires_grad_()
     y64, gate64 = y.detach().double().requires_grad_(), gate.detach().double().requires_grad_()
@@ -77,7 +77,7 @@ def test_gates_of_float32_with_experts_in_half(device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_rows_are_summed_in_float32_and_rounded_once(device, dtype):
-    """Bit by bit what float32 rows of the same values give, rounded."""
+    """The bits equal the rounded result of float32 rows of the same values."""
     y, gate, *slots = (a.to(device) for a in arguments(2, 7, 37, 3, 4))
     y, gate, cotangent = y.to(dtype), gate.float(), torch.randn(2, 7, 37, device=device).to(dtype)
     results = []
@@ -90,7 +90,7 @@ def test_half_rows_are_summed_in_float32_and_rounded_once(device, dtype):
 
 
 def test_equal_tokens_get_equal_sums(device):
-    """Wherever they stand: rows of one value, at widths with and without a rest behind whole vectors."""
+    """At any position: rows of one value, at widths with and without a remainder after whole vectors."""
     for width in (1, 17, 64, 131):
         token = torch.arange(6, dtype=torch.int32, device=device).view(1, 2, 3).flip(2)
         row, gate = torch.randn(1, 1, 1, width, device=device), torch.full((1, 2, 3), 0.3, device=device)
@@ -146,7 +146,7 @@ def test_compile(device, gated):
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_empty_slots_say_nothing(device, gated):
-    """NaN there, in the outputs, the gates or both, changes no value and no gradient."""
+    """NaN in empty slots of the outputs, the gates or both changes no value and no gradient."""
     y, gate, token, offsets, slots = arguments(2, 7, 5, 3, 4, gated=gated)
     empty = token < 0
     assert empty.any()
@@ -190,7 +190,7 @@ def test_not_contiguous(device):
     wanted = combine(*inputs)
     assert torch.equal(combine(*(strided(a) for a in inputs)), wanted)
     y, gate, token, *csr = inputs
-    # Experts' outputs that lie [G, E, C, D] in memory, and an expanded cotangent.
+    # Experts' outputs stored as [G, E, C, D], and an expanded cotangent.
     view = y.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     combine(view, gate, token, *csr).sum().backward()
     expected = torch.where(token < 0, 0, gate).transpose(0, 1)[..., None].expand_as(y)
@@ -198,7 +198,7 @@ def test_not_contiguous(device):
 
 
 def test_lists_that_are_no_lists(device):
-    """Offsets are clamped to [0, E * C], slots outside [0, E * C) skipped; also in dispatch's backward."""
+    """Offsets are clamped to [0, E * C] and slots outside [0, E * C) skipped, also in dispatch's backward."""
     y, gate, token, _, _ = (a.to(device) for a in arguments(1, 3, 5, 2, 2))
     offsets = torch.tensor([[-(10**6), 2, 1, 10**6]], dtype=torch.int32, device=device)
     slots = torch.tensor([[10**6, 3, -1, 2]], dtype=torch.int32, device=device)
@@ -230,7 +230,7 @@ def test_refuses():
         combine(y, gate.to("meta"), token, offsets, slots)
     with refused(OP, "token"):
         combine(y, gate, token.flatten(1), offsets, slots)
-    other = tokens_of_slots(2, 7, 4, 3)  # E and C the other way round
+    other = tokens_of_slots(2, 7, 4, 3)  # E and C swapped
     with refused(OP, "token"):
         combine(y, gate, other, *invert_slots(other, 7)[:2])
     with refused(OP, "token"):

@@ -1,4 +1,4 @@
-"""CUDA where it is not: a clear refusal. Where it is: what only a GPU can show."""
+"""CUDA tensors: a clear refusal without a GPU, and with one the properties that only a GPU can show."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_an_op_without_a_kernel_says_how_to_get_it():
 def test_on_the_host_it_is_the_cuda_kernels_that_run(request):
     if not request.config.getoption("--cuda-on-host"):
         pytest.skip("needs --cuda-on-host")
-    # The CPU's own take no 16 bits.
+    # The CPU's kernels take no 16-bit tensors.
     out = torch.ops.vmoe_routers.soft_mix(torch.zeros(1, 4, 3), torch.ones(1, 4, 8, dtype=torch.bfloat16), 1, 3)
     assert torch.equal(out, torch.ones(3, 1, 1, 8, dtype=torch.bfloat16))
 
@@ -61,7 +61,7 @@ def make_layer(router: str, options: dict, device: str) -> vr.MoEMlp:
 
 
 class WithLoss(torch.nn.Module):
-    """A layer with its auxiliary loss, which is on the device of the parameters that the call got."""
+    """A layer with its auxiliary loss, which is on the device of the parameters of the call."""
 
     def __init__(self, layer: vr.MoEMlp):
         super().__init__()
@@ -74,7 +74,7 @@ class WithLoss(torch.nn.Module):
 @pytest.mark.parametrize("masked", [False, True])
 @on_every_layer
 def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, masked):
-    """Without a GPU: on tensors that have no values, to ask for one is an error, and so is to mix devices."""
+    """On fake tensors, without a GPU: reading a value is an error, and so is mixing devices."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
         model = WithLoss(layer)
@@ -91,7 +91,7 @@ def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, maske
 
 @on_every_layer
 def test_a_gradient_asks_for_nothing(router, options):
-    """The same of the backward, which torch runs on such tensors on the CPU alone."""
+    """The backward on fake tensors, which torch runs only on the CPU."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
         model = WithLoss(layer)
@@ -104,7 +104,7 @@ def test_a_gradient_asks_for_nothing(router, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_soft_mixes_in_16_bits_what_it_routes_in_float32(dtype):
-    """On tensors without values: tokens in 16 bits go to the kernels as they are, and come out as they were."""
+    """On fake tensors: 16-bit tokens reach the kernels unconverted, and results have their dtype."""
     layer = make_layer("soft", {"slots_per_expert": 3}, "meta")
     with FakeTensorMode():
         parameters = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in layer.named_parameters()}
@@ -122,7 +122,7 @@ def test_soft_mixes_in_16_bits_what_it_routes_in_float32(dtype):
 
 
 class Seen(TorchDispatchMode):
-    """The dtypes of the tensors that our ops were called with."""
+    """The dtypes of the tensors in calls of this package's ops."""
 
     def __init__(self):
         super().__init__()
@@ -148,7 +148,7 @@ def route(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def choose_tokens(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Expert Choice, the gates twice: as they were chosen by, and looked up."""
+    """Expert Choice with the gates that chose the tokens and the gates of a lookup."""
     values, token = ops.softmax_topk(logits, 5, 1)
     offsets, slots, _ = ops.invert_slots(token, x.shape[1])
     y = ops.dispatch(x, token, offsets, slots)
@@ -162,7 +162,7 @@ def mix(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def gradients(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Of what the two above do, of Token Choice's gates too."""
+    """The gradients of the two functions above, and of the gates of Token Choice."""
     x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
     out = choose_tokens(x, logits).square().sum() + mix(x, logits).square().sum()
     out = out + ops.softmax_topk(logits, 2)[0].square().sum()
@@ -171,7 +171,7 @@ def gradients(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def experts(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """An MLP a group, on rows of which some are not filled, with the gradients of its input and of a weight."""
+    """An MLP per group, some of whose rows are not filled, with the gradients of its input and of a weight."""
     x, w1 = x.detach().requires_grad_(), ((logits - logits.mean())[:, : x.shape[2]] / 100).requires_grad_()
     half = x.shape[1] // 2
     filled = (logits[:, :2, 0] > 0).int() * half - 3
@@ -184,7 +184,7 @@ on_every_path = pytest.mark.parametrize("path", (route, choose_tokens, mix, expe
 
 
 def capture(step):
-    """A CUDA graph of `step`, once it has run, and what it computes: when the graph is replayed, and while it lives."""
+    """A CUDA graph of `step`, and its outputs, which are valid after a replay and while the graph exists."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -204,7 +204,7 @@ class TestOnAGpu:
         graph, out = capture(lambda: path(x, logits))
         x.copy_(torch.randn_like(x))
         graph.replay()
-        torch.testing.assert_close(out, path(x, logits))  # cuBLAS may choose otherwise outside of a graph
+        torch.testing.assert_close(out, path(x, logits))  # cuBLAS may choose another kernel outside of a graph
 
     @on_every_path
     def test_the_same_every_time_and_as_on_the_cpu(self, path):
@@ -216,7 +216,7 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("tokens", [196, 4000])
     def test_solvers_stop_without_the_host(self, tokens):
-        """In one launch and in many: nothing is asked for that a graph being captured would refuse."""
+        """Kernels of one launch and of many make no call that a graph capture refuses."""
         logits = torch.randn(2, tokens, 32, device="cuda")
 
         def solve():
@@ -234,7 +234,7 @@ class TestOnAGpu:
 
     @on_every_layer
     def test_a_training_step_of_a_layer_can_be_captured(self, router, options):
-        """Nothing is asked for on the host, and the captured step is the step."""
+        """The host waits for nothing, and the captured step equals the step."""
         layer = make_layer(router, {"noise_std": 0.0, **options}, "cuda")
         x = torch.randn(4, 49, 16, device="cuda", requires_grad=True)
         leaves = [x, *layer.parameters()]
@@ -259,7 +259,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("tokens_dtype", [None, torch.float32])
     def test_a_soft_layer_under_autocast(self, dtype, tokens_dtype):
-        """Mixes in autocast's dtype, tokens of float32 too, and nothing waits for the host; close to float32."""
+        """Mixes in autocast's dtype, also for float32 tokens, without synchronisation; close to float32."""
         layer = make_layer("soft", {"slots_per_expert": 3}, "cuda")
         x = torch.randn(4, 49, 16, device="cuda", dtype=tokens_dtype or dtype, requires_grad=True)
         leaves = [x, *layer.parameters()]

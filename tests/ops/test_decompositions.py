@@ -1,4 +1,4 @@
-"""Every decomposition against its op on the CPU, as an exported program has it: traced, with nothing of ours left."""
+"""Every decomposition against its op on the CPU, traced as in an exported program: no op of this package remains."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def decomposed(op, *arguments, **options):
-    """What the decomposition gives, in plain torch alone."""
+    """Results of the decomposition, which uses plain torch alone."""
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
 
     def call(*tensors):
@@ -28,7 +28,7 @@ def decomposed(op, *arguments, **options):
 
 
 def check(op, *arguments, read=None, slack=1.0):
-    """The decomposition gives what the op does; `read`: the results that not only the op's gradient reads."""
+    """Compare the decomposition with the op; `read`: the results that callers read, not only the op's gradient."""
     wanted, found = op.default(*arguments), decomposed(op.default, *arguments)
     if isinstance(wanted, torch.Tensor):
         wanted, found = (wanted,), (found,)
@@ -44,13 +44,13 @@ def check(op, *arguments, read=None, slack=1.0):
 
 
 def specials(dtype):
-    """Every order of NaN, the infinities, zeros of both signs and numbers."""
+    """All orders of NaN, infinities, zeros of both signs and other numbers."""
     values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, 1.0], dtype=dtype)
     return torch.stack([values[torch.randperm(7)] for _ in range(50)])
 
 
 def slots_of(G, T, E, C):
-    """token, offsets and slots, with empty slots and tokens that are there twice."""
+    """token, offsets and slots, with empty slots and repeated tokens."""
     token = torch.randint(-2, T + 2, (G, E, C), dtype=torch.int32)
     return token, *OPS.invert_slots(token, T)[:2]
 
@@ -91,7 +91,7 @@ def test_topk_of_special_values(dtype, k):
 def test_softmax_topk(dtype, k, dim):
     logits = spread(3, 40, 9).to(dtype)
     check(OPS.softmax_topk, logits, k, dim, read=(0, 1))
-    logits[0, 5] = -INF  # not there
+    logits[0, 5] = -INF  # absent
     logits[0, 6, :4] = -INF
     logits[1] = -INF
     logits[2, 7, 2], logits[2, 8, 3], logits[2, 9] = NAN, INF, logits[2, 10]
@@ -143,7 +143,7 @@ def test_empty_slots_are_not_looked_at():
 def test_sinkhorn(dtype, tolerance, scale, epsilon):
     logits = spread(4, 40, 9, scale=scale).to(dtype)
     logits[1, :5], logits[2, 3:9, 4], logits[3] = -INF, -INF, -INF
-    # The op goes on in float32 where that will do, the decomposition in float64.
+    # The op iterates in float32 if that is exact enough, the decomposition in float64.
     check(OPS.sinkhorn, logits, epsilon, 8, tolerance, False, read=(0, 2, 3), slack=3.0)
 
 
@@ -171,7 +171,7 @@ def test_ksparse_transport(dtype, k, tolerance):
     similarity = spread(5, 30, 6).softmax(-1).to(dtype)
     similarity[1, :4], similarity[2], similarity[3] = -INF, -INF, 0.25
     similarity[4, 10:20] = similarity[4, 0]
-    # Where a row sums to 1 Adam goes by the rounding of the rest.
+    # If a row sums to 1, Adam's step depends on the rounding of the other rows.
     check(OPS.ksparse_transport, similarity, k, 6, "adam", 0.01, tolerance, 1.0, slack=10.0)
 
 

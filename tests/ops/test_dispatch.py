@@ -63,7 +63,7 @@ def test_compile(device):
 
 @each_dtype
 def test_copies_bit_by_bit(device, dtype):
-    """Special values too, and only to the slots of their own token."""
+    """Special values are copied, too, and only to the slots of their own token."""
     x = torch.tensor([[[1.0, NAN], [INF, -INF], [-0.0, 3.0]]]).to(device, dtype)
     token = torch.tensor([[[1, -1], [0, 0], [2, 1]]], dtype=torch.int32, device=device)
     out = dispatch(x, token, *invert_slots(token, 3)[:2])
@@ -74,7 +74,7 @@ def test_copies_bit_by_bit(device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_larger_than_the_caches(device, dtype):
-    """Which are stored otherwise; forward and, by its combine, backward."""
+    """Large outputs take non-temporal stores, in forward and in the combine of backward."""
     width, tokens = 4096 // dtype.itemsize, 8200
     x = torch.randn(1, tokens, width, device=device).to(dtype).requires_grad_()
     order = torch.randperm(tokens, device=device)
@@ -114,7 +114,7 @@ def test_not_contiguous(device):
     transposed = x.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
     out = dispatch(transposed, token, offsets, slots)
     assert torch.equal(out, wanted)
-    # A cotangent as the [G, E, C, D] view gives it.
+    # A cotangent with the strides of a [G, E, C, D] view.
     out.transpose(0, 1).square().sum().backward()
     expected = x.requires_grad_()
     reference.dispatch(expected, token).square().sum().backward()

@@ -1,4 +1,4 @@
-"""No value of an argument makes an op leave its tensors or end the process: `hostile.py` calls them all."""
+"""No value of an argument makes an op access memory outside its tensors or end the process (`hostile.py`)."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def onto_support(x: Tensor, support: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("k", range(1, 7))
 @pytest.mark.parametrize("scale", [0.1, 1.0])
 def test_brute_force(device, k, scale):
-    """The nearest of the projections onto the simplices over every support of k entries."""
+    """The nearest of the projections onto the simplices of all supports of k entries."""
     x = spread(8, 6, scale=scale)
     for project in (reference.ksparse_projection, ksparse_projection):
         p = project(x.to(device), k).cpu()
@@ -127,7 +127,7 @@ def test_extreme_values(device, dtype, size):
 
 
 def test_minus_infinity_gets_no_mass(device):
-    """Not even where k asks for more than there is."""
+    """Also if k exceeds the number of finite entries."""
     x = torch.tensor([[-INF, 0.25, -INF, 0.0], [-INF, -INF, -INF, -9.0]], device=device, requires_grad=True)
     p = ksparse_projection(x, 3)
     assert_close(p, torch.tensor([[0, 0.625, 0, 0.375], [0, 0, 0, 1]]))

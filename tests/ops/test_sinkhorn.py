@@ -51,7 +51,7 @@ def test_reference(device, dtype, gradient, shape):
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_thousands_of_experts(device, tokens):
-    """A row's sum stays as exact as that of few."""
+    """Entries have the same relative error as with few experts."""
     logits = spread(1, tokens, 4096, scale=1.0).float()
     plan = reference.sinkhorn(logits.double())
     assert ((sinkhorn(logits.to(device)).cpu() - plan).abs() <= 3e-6 * plan).all()
@@ -68,7 +68,7 @@ def test_options(device, gradient, epsilon, iterations):
             "iterations": iterations,
             "mask": masks(2, 12),
         }
-        # The implicit gradient is of the rounded plan: the condition of its system counts.
+        # The implicit gradient starts from the rounded plan, and its system amplifies the rounding.
         slack = 100 if gradient == "implicit" and epsilon < 1 else 1
         check_reference(
             sinkhorn,
@@ -97,7 +97,7 @@ def test_tolerance(device, dtype, gradient, tolerance):
     assert len(set(iterations.tolist())) > 1, "the groups are meant to stop at different times"
     assert_close(error, wanted_error, slack=10, dtype=torch.float32)
     assert (error <= tolerance).all()
-    # One iteration less would not have done.
+    # One iteration fewer does not reach the tolerance.
     for g in range(4):
         if iterations[g] > 1:
             options["iterations"] = int(iterations[g]) - 1
@@ -131,7 +131,7 @@ def test_gradient_unrolled():
 
 
 def test_gradient_implicit():
-    """The derivative of the fixed point: of the iterations too, once they have arrived."""
+    """The derivative of the fixed point, which is also that of the iterations once they have converged."""
     options = {"iterations": 400, "gradient": "implicit"}
     check_gradient(sinkhorn, [spread(2, 5, 3, scale=1.0)], **options)
     check_gradient(sinkhorn, [spread(2, 5, 3, scale=1.0)], epsilon=0.5, mask=masks(2, 5), **options)
@@ -149,7 +149,7 @@ def test_gradients_agree_at_convergence(device):
 
 @each_gradient
 def test_gradient_of_a_plan_in_blocks(device, gradient):
-    """Experts that share no token: the implicit gradient's system has a null space of several."""
+    """Experts that share no token: the null space of the implicit gradient's system has several dimensions."""
     logits = torch.full((1, 6, 4), -1e4, dtype=torch.float64)
     logits[:, :3, :2] = spread(1, 3, 2, scale=1.0)
     logits[:, 3:, 2:] = spread(1, 3, 2, scale=1.0)
@@ -159,14 +159,14 @@ def test_gradient_of_a_plan_in_blocks(device, gradient):
 @each_gradient
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(device, dtype, gradient):
-    """|logits| of 1e4: exact to the rounding of the dtype, no overflow on the way."""
+    """|logits| of 1e4: exact to the rounding of the dtype, without overflow."""
     logits = torch.rand(2, 16, 4, dtype=torch.float64) * 2e4 - 1e4
     check_reference(sinkhorn, reference.sinkhorn, [logits], dtype, device, gradient=gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_offset_of_an_expert_is_no_information(device, dtype):
-    """The first column update takes it out, however large."""
+    """The first column update removes an offset of any size."""
     logits = torch.randint(-3, 4, (2, 16, 4)).to(device, dtype)
     offset = torch.tensor([8192.0, -8192.0, 512.0, 0.0], dtype=dtype, device=device)
     assert_close(sinkhorn(logits + offset), sinkhorn(logits))
@@ -193,7 +193,7 @@ def test_compile(device, gradient):
     )
 
 
-# -- what a plan is
+# -- properties of a plan
 
 
 @each_dtype
@@ -267,7 +267,7 @@ def test_ties_stay_ties(device):
     assert torch.equal(plan[:, 10:], plan[:, :10])
 
 
-# -- edges
+# -- edge cases
 
 
 @each_gradient
@@ -315,7 +315,7 @@ def test_group_without_any_token(device, gradient, masked_by):
 
 @each_gradient
 def test_forbidden_pairs(device, gradient):
-    """Single -inf entries, and an expert that no token can go to: plan 0, and no gradient."""
+    """Single -inf entries, and an expert that no token can reach: plan 0, and no gradient."""
     logits = spread(2, 8, 4)
     logits[0, torch.arange(8), torch.arange(8) % 4] = -INF
     logits[1, :, 2] = -INF
@@ -346,6 +346,43 @@ def test_not_a_number_is_not_hidden(device, value):
     assert plan[1].isnan().all()
     assert error[1].isnan()
     assert plan[0].isfinite().all()
+
+
+@each_gradient
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_not_a_number_is_not_hidden_in_the_gradient(device, gradient, value):
+    logits = spread(2, 8, 4).to(device)
+    logits[1, 3, 2] = value
+    logits.requires_grad_()
+    sinkhorn(logits, gradient=gradient).square().sum().backward()
+    assert logits.grad[1].isnan().all()
+    assert logits.grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e10, 1e15, 1e30])
+def test_rows_of_large_ties_sum_to_one(device, dtype, size):
+    tokens = torch.where(torch.arange(6)[:, None] < 3, size, 0.0).expand(6, 3)
+    experts = torch.where(torch.arange(3)[None] < 1, size, 0.0).expand(6, 3)
+    logits = torch.stack([torch.full((6, 3), size), tokens, experts]).to(device, dtype)
+    plan, error, _ = sinkhorn(logits, return_error=True)
+    assert_close(plan.sum(2), torch.ones(3, 6))
+    assert (error[:2] <= 1e-6).all()  # the third group's potentials have the rounding error of its large logits
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0, 1e3])
+def test_steps_of_any_value(device, scale):
+    """The raw gradient clamps a caller's steps to the number of iterations."""
+    logits, grad = (spread(2, 6, 3, scale=scale).to(device) for _ in range(2))
+    ops = torch.ops.vmoe_routers
+    _, history, _, _ = ops.sinkhorn(logits, 1.0, 4, 0.0, False)
+
+    def gradient(*steps: int) -> Tensor:
+        return ops.sinkhorn_backward(grad, logits, history, torch.tensor(steps, dtype=torch.int32, device=device), 1.0)
+
+    most = torch.iinfo(torch.int32).max
+    assert torch.equal(gradient(4, 4), gradient(10**6, most))
+    assert torch.equal(gradient(0, 0), gradient(-1, -most))
 
 
 @each_gradient

@@ -28,7 +28,7 @@ SHAPES = [
     (1, 1, 1, 1),
     (2, 1, 7, 3),
     (2, 7, 3, 1),
-    (37, 3, 4, 5),  # more groups than the runs that Phi's gradient is summed in
+    (37, 3, 4, 5),  # more groups than runs in the sum of Phi's gradient
     (4, 49, 64, 32),
 ]
 
@@ -40,7 +40,7 @@ def arguments(G: int, T: int, D: int, S: int) -> list[Tensor]:
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference(device, dtype, shape):
-    """For half dtypes the logits are float32, of the rounded inputs."""
+    """For 16-bit dtypes the logits of the rounded inputs are float32."""
     x, phi = (a.to(device, dtype) for a in arguments(*shape))
     if dtype in (torch.float32, torch.float64):
         check_reference(soft_logits, reference.soft_logits, [x, phi], dtype, device, slack=2, gradient_slack=4)
@@ -55,7 +55,7 @@ def test_reference(device, dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_in_half_with_phi_in_float32(device, dtype, shape):
-    """As in a router: phi is not rounded to the tokens' dtype, nor is the sum over tokens in its gradient."""
+    """As in a router: neither phi nor the sum over tokens in its gradient is rounded to the tokens' dtype."""
     x, phi = arguments(*shape)
     x, phi = x.to(device, dtype).requires_grad_(), phi.to(device).float().requires_grad_()
     x64, phi64 = (a.detach().double().cpu().requires_grad_() for a in (x, phi))
@@ -133,13 +133,13 @@ def test_does_not_depend_on_threads_or_neighbours(G):
     assert torch.equal(soft_logits(x.flip(0), phi).flip(0), results[0][0])
 
 
-# -- edges
+# -- edge cases
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [0.0, 1e-20, 1e-4, 1e4, 1e18, 1e30])
 def test_tokens_of_any_length(device, dtype, length):
-    """At 1e30 |x|^2 is beyond float32."""
+    """At |x| = 1e30, |x|^2 overflows float32."""
     x, phi = (a.to(device, dtype) for a in arguments(2, 9, 6, 5))
     x = (x * length).requires_grad_()
     out = soft_logits(x, phi)

@@ -44,17 +44,17 @@ def arguments(G: int, T: int, S: int, D: int, dim: int, E: int = 1) -> list[Tens
 
 
 def by_group(values: Tensor, groups: int) -> Tensor:
-    """Tokens [G, T, D] as they are; slots of one expert [1, G, S, D] as [G, S, D]."""
+    """Tokens [G, T, D] unchanged; slots of one expert [1, G, S, D] as [G, S, D]."""
     return values.reshape(groups, -1, values.shape[-1])
 
 
 def multiplied_in_half(device: str, dtype: torch.dtype) -> bool:
-    """Whether weights are rounded to the values' dtype, for products in 16 bits."""
+    """Whether weights are rounded to the values' dtype for products in 16 bits."""
     return device in HALF_PRODUCTS and dtype in HALVES
 
 
 def check_in_half(logits: Tensor, values: Tensor, dim: int) -> None:
-    """Values in 16 bits: off by at most an epsilon of what is summed up; the gradient of the logits is float32's."""
+    """16-bit values: an error of at most an epsilon of the summands; the logits' gradient is exact as in float32."""
     logits64, values64 = (x.detach().double().cpu().requires_grad_() for x in (logits, values))
     logits, values = logits.detach().requires_grad_(), values.detach().requires_grad_()
     epsilon = torch.finfo(values.dtype).eps
@@ -96,7 +96,7 @@ def test_reference(device, dtype, dim, shape):
 @pytest.mark.parametrize("dtype", HALVES)
 @each_dim
 def test_logits_of_float32_with_values_in_half(device, dtype, dim):
-    """As under autocast: the logits are not rounded, each gradient has its own tensor's dtype."""
+    """As under autocast: the logits are not rounded, and each gradient has the dtype of its tensor."""
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     if multiplied_in_half(device, dtype):
         return check_in_half(logits.to(device).float(), values.to(device, dtype), dim)
@@ -189,14 +189,14 @@ def test_slots_by_expert_are_the_same_slots(device, dtype, dim, E, C, D):
         return out.detach(), *torch.autograd.grad(out.square().sum(), (a, b))
 
     for a, b in zip(run(True), run(False), strict=True):
-        if device in HALF_PRODUCTS:  # torch's products may choose by how the slots lie
+        if device in HALF_PRODUCTS:  # torch may choose the product by the strides of the slots
             torch.testing.assert_close(a, b)
         else:
             assert torch.equal(a, b)
 
 
 def test_slots_by_expert_are_not_copied(device):
-    """In memory too the experts come first, as the experts' products want them."""
+    """Experts are the first axis in memory, too, as the experts' products want them."""
     logits, x = torch.randn(2, 9, 12, device=device), torch.randn(2, 9, 7, device=device)
     assert soft_mix(logits, x, 1, 3).is_contiguous()
     y = torch.randn(3, 2, 4, 7, device=device, requires_grad=True)
@@ -228,7 +228,7 @@ def test_does_not_depend_on_threads_or_neighbours(dim, G):
     assert torch.equal(flipped.flip(2 - dim), results[0][0])
 
 
-# -- what mixing is
+# -- properties of mixing
 
 
 @each_dim
@@ -265,7 +265,7 @@ def test_a_line_far_above_is_a_hard_choice(device, dim):
     assert torch.equal(by_group(out, 2).cpu(), by_group(values, 2).gather(1, best[..., None].expand(-1, -1, 5)))
 
 
-# -- edges
+# -- edge cases
 
 
 @each_dim
@@ -273,7 +273,7 @@ def test_a_line_far_above_is_a_hard_choice(device, dim):
 def test_extreme_logits(device, dim, dtype):
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     logits = (torch.rand_like(logits) * 2 - 1) * 1e4
-    logits[:, 3] = 1e4  # ties at the top of every column
+    logits[:, 3] = 1e4  # largest entries that tie in every column
     logits[:, 5] = 1e4
     logits[:, :, 2] = 1e4
     if multiplied_in_half(device, dtype):
@@ -291,7 +291,7 @@ def test_extreme_logits(device, dim, dtype):
 
 @each_dim
 def test_nothing_there_gives_zeros(device, dim):
-    """-inf is not there: an absent token or slot neither gives nor takes, in both directions."""
+    """A token or slot of -inf is masked: it neither contributes nor receives, over both axes."""
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     logits[0, 4] = -INF
     logits[0, :, 1] = -INF
@@ -315,13 +315,13 @@ def test_nothing_there_gives_zeros(device, dim):
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("place", [0, 2, 3])
 def test_not_a_number_is_not_hidden(device, dim, others, value, place):
-    """Wherever in its line it stands, and whatever stands beside it."""
+    """NaN and inf show at any position in a line, and beside any other entries."""
     logits = torch.full((1, 4, 4), others, device=device)
     logits[0, place, place] = value
     ones = torch.ones((1, 4, 2) if dim == 1 else (1, 1, 4, 2), device=device)
     out = by_group(soft_mix(logits, ones, dim), 1)
     if value == value and others == -INF:
-        return  # a lone +inf may be a hard choice or NaN
+        return  # a single +inf may give a hard choice or NaN
     assert out[0, place].isnan().all()
     assert out[0, (place + 1) % 4].isfinite().all()
 

@@ -19,12 +19,12 @@ from checks import (
 from vmoe_routers.ops import reference, softmax_gather, softmax_topk, topk
 
 OP = "softmax_topk"
-# k and dim: few picks, many picks, all.
+# k and dim: few, many and all picks.
 CASES = [(1, 2), (2, 2), (8, 2), (9, 2), (13, 2), (1, 1), (6, 1), (9, 1), (70, 1)]
 
 
 def gates_of(logits):
-    """Every gate [G, T, E] as the kernels compute it."""
+    """All gates [G, T, E] as the kernels compute them."""
     every = torch.arange(logits.shape[2], dtype=torch.int32, device=logits.device)
     return softmax_gather(logits, every.expand(logits.shape).contiguous())
 
@@ -32,7 +32,7 @@ def gates_of(logits):
 @each_dtype
 @pytest.mark.parametrize(("k", "dim"), CASES)
 def test_reference(device, dtype, k, dim):
-    if dtype.itemsize == 2:  # whose rounding makes gates equal: see the test of ties
+    if dtype.itemsize == 2:  # rounding makes gates equal; the test of ties covers them
         inputs = [torch.randperm(2 * 70 * 13).view(2, 70, 13).double() / 256, k, dim]
         values, _ = softmax_topk(inputs[0].to(device, dtype), k, dim)
         wanted, _ = reference.softmax_topk(inputs[0].to(dtype).double(), k, dim)
@@ -45,7 +45,7 @@ def test_reference(device, dtype, k, dim):
 @pytest.mark.parametrize(("k", "dim"), CASES)
 @pytest.mark.parametrize("E", [13, 32])
 def test_it_is_topk_of_the_gates_to_the_bit(device, dtype, k, dim, E):
-    """Ties too, and those that rounding makes: of equal gates, and of gates that underflow."""
+    """Also with ties, of equal logits and of gates that round to the same number or underflow."""
     logits = torch.cat([tied(3, 40, E), spread(3, 60, E, scale=80.0)], 1).to(device, dtype)
     logits[1] = logits[1, :1]
     values, indices = softmax_topk(logits, k, dim)
@@ -77,7 +77,7 @@ def test_mask(device, k, dim):
     mask[1] = False
     check_reference(softmax_topk, reference.softmax_topk, [spread(3, 70, 13), k, dim], torch.float32, device, mask=mask)
     logits = spread(3, 70, 13).float().to(device)
-    logits[~mask] = NAN  # what stands behind a mask is never seen
+    logits[~mask] = NAN  # masked logits never affect the result
     logits.requires_grad_()
     values, indices = softmax_topk(logits, k, dim, mask=mask.to(device))
     there = indices.cpu() >= 0

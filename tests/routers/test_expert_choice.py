@@ -1,4 +1,4 @@
-"""Expert Choice against a ranking written out by hand, with its three affinities."""
+"""Expert Choice with its three affinities, against a ranking in plain Python."""
 
 import math
 
@@ -261,7 +261,7 @@ def test_capacity_of_the_router(name):
 @pytest.mark.parametrize("combine", ["softmax", "plan"])
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_gradient_of_the_gates(name, combine):
-    """Of the plan only with combine="plan"; never of what selects alone."""
+    """The plan has a gradient only with combine="plan"; gates that only select never have one."""
     router = vr.create_router(name, 5, 4, combine=combine, dtype=torch.float64).eval()
     x = torch.randn(2, 8, 5).double()
     routing = router(x)

@@ -1,4 +1,4 @@
-"""Gates that are not written out: the routers' results are those of the dense form."""
+"""Gates that are computed only at the chosen positions give the results of dense gates."""
 
 import pytest
 import torch

@@ -172,7 +172,7 @@ def test_groups_are_independent():
         torch.testing.assert_close(whole, torch.stack(each).mean())
 
 
-# Of the routers
+# Losses of the routers
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -192,7 +192,7 @@ def test_routers(name, training):
     assert set(routing.losses) == {"importance", "load", "balance", "z"}
     total = 0.0
     for loss, value in routing.losses.items():
-        # Of the softmax of the logits, for the plans too.
+        # The losses use the softmax of the logits, for plans too.
         wanted = naive(loss, logits, logits + std * noise, std, top_k, None)
         assert value.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12), loss
         total += value.item()

@@ -1,4 +1,4 @@
-"""What the six routers have in common: names, front end, noise, masks, odd input, refusals."""
+"""Properties that all six routers share: names, input checks, noise, masks, edge cases, refusals."""
 
 import copy
 import math

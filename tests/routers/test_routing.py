@@ -1,4 +1,4 @@
-"""Capacity, and what a routing does: dispatch, combine, dense tensors, metrics, refusals."""
+"""Capacity, and the methods of a routing: dispatch, combine, dense tensors, metrics, refusals."""
 
 import math
 from fractions import Fraction

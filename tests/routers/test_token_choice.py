@@ -1,4 +1,4 @@
-"""Token Choice against a queue written out by hand: who asks whom, who gets a place."""
+"""Token Choice against a queue in plain Python: the experts that tokens choose, and the slots that they get."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Made-up run records of the study, for tests of what reads them."""
+"""Made-up run records of the study, for tests of the code that reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records on disk: where they are, and what counts as one."""
+"""Records on disk: their folders, and the files that count as a record."""
 
 import copy
 import json

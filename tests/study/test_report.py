@@ -1,4 +1,4 @@
-"""The study's report: complete, self-contained, and deaf to what labels would like to be."""
+"""The study's report: complete, self-contained, and safe from markup in labels."""
 
 import base64
 import re

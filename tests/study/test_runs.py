@@ -1,4 +1,4 @@
-"""One run: the models of a seed, what they cost and what is recorded."""
+"""One run of the study: the models of a seed, their cost and their records."""
 
 import json
 from dataclasses import replace
@@ -51,7 +51,7 @@ def test_one_seed_is_one_trunk():
     assert len(shared) > 15 and not any("router" in name for name in shared)
     for variant, model in models.items():
         found = trunk(model)
-        extra = set(found) - set(shared)  # the dense model has MLPs where the others have experts
+        extra = set(found) - set(shared)  # the dense model has MLPs in place of experts
         assert all(variant == DENSE and name.startswith("blocks.1.mlp.") for name in extra)
         for name, parameter in shared.items():
             assert torch.equal(parameter, found[name]), (variant.name, name)

@@ -1,4 +1,4 @@
-"""A whole study: what is run, what is kept, what is written."""
+"""A whole study: the runs that are started, kept and written."""
 
 import csv
 import io
@@ -93,7 +93,7 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     with open(settings.output / "table.csv", newline="", encoding="utf-8") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["dense", "soft-c0.5", "soft-c1"]
 
-    # Another router: its runs, and the steps of all in turns once more.
+    # With another router, only its models are trained, and the steps of all models are timed again.
     more = replace(settings, routers=["soft", "sinkhorn_expert_choice"], seeds=1)
     run_study(more, silent())
     assert here.done == [(v, 0) for v in variants(more) if v.router == "sinkhorn_expert_choice"] + ["timing"]

@@ -1,4 +1,4 @@
-"""The study's table: means, paired differences, order, and the three forms it comes in."""
+"""The study's table: means, paired differences, order, and its three formats."""
 
 import csv
 import dataclasses

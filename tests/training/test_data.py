@@ -1,4 +1,4 @@
-"""Reading data sets: digits, IDX files, folders of images; and what cannot be read, in one line."""
+"""Data sets: digits, IDX files, folders of images, and one-line errors for unreadable files."""
 
 import gzip
 import os

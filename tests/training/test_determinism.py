@@ -1,4 +1,4 @@
-"""What docs/determinism.md promises: from run to run, and for every number of threads."""
+"""The promises of docs/determinism.md: equal results in every run and with every number of threads."""
 
 import contextlib
 import re

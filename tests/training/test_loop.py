@@ -1,4 +1,4 @@
-"""The training loop: who sees what, how fast it learns, what is decayed, and how it is measured."""
+"""The training loop: batches, learning rates, weight decay, and evaluation."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Models in files: saving and loading, and the reference code's checkpoints read without JAX."""
+"""Checkpoints: saves and loads models, and reads the checkpoints of the reference code without JAX."""
 
 from vmoe_routers.checkpoints.error import CheckpointError
 from vmoe_routers.checkpoints.flax import load_flax

@@ -1,4 +1,4 @@
-"""What the readers of files share: opening without surprises, and bytes as tensors without numpy."""
+"""Helpers of the readers: opens regular files only, and makes tensors from bytes without numpy."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ from torch import Tensor
 from vmoe_routers.checkpoints.error import CheckpointError
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are read and those that there are to read."""
+"""Function that is called with the bytes read so far and the bytes to read in all."""
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[tuple[BufferedReader, int]]:
-    """A file and its size. CheckpointError where there is none."""
+    """Opens a file and gives it with its size.
+
+    Raises:
+        CheckpointError: The path is no regular file, or cannot be opened.
+    """
     try:
-        # A pipe or a device, of which opening alone could hang, is none.
+        # Regular files only: opening a pipe or device could block.
         regular = stat.S_ISREG(os.stat(path).st_mode)
-        file = open(path, "rb") if regular else None  # noqa: SIM115  (closed below; opening has errors of its own)
+        file = open(path, "rb") if regular else None  # noqa: SIM115  (closed below; this try handles errors of opening)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
+        raise CheckpointError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise CheckpointError(f"{path!r}: cannot be opened ({error})") from error
     if file is None:
-        raise CheckpointError(f"{path}: not a file")
+        raise CheckpointError(f"{path}: not a regular file")
     with file:
         yield file, os.fstat(file.fileno()).st_size
 
 
 def as_tensor(buffer: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The little-endian bytes as a tensor, which keeps them."""
+    """Makes a tensor that shares the memory of these little-endian bytes."""
     if not buffer:
         return torch.empty(shape, dtype=dtype)
-    if dtype == torch.bool:  # which in torch may be no other bytes than 0 and 1
+    if dtype == torch.bool:  # torch requires the bytes 0 and 1 in a bool tensor
         return (torch.frombuffer(buffer, dtype=torch.uint8) != 0).reshape(shape)
     return torch.frombuffer(buffer, dtype=dtype).reshape(shape)

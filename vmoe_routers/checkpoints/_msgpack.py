@@ -1,8 +1,8 @@
-"""A pull reader of MessagePack (github.com/msgpack/msgpack, spec.md), for files that nobody vouches for.
+"""A MessagePack pull parser for untrusted files (github.com/msgpack/msgpack, spec.md).
 
-The caller asks for what the format wants next; anything else is an error. Nothing is built that was not asked for, and
-no length is believed before the bytes left say that it can be true, so memory stays within what the caller keeps. Long
-binaries are not read at all: they are skipped, and their place is remembered.
+The caller asks for the kind of object that its format has next; any other kind is an error. Every length is checked
+against the bytes that remain before anything is allocated, so memory is limited to what the caller keeps. Long binaries
+are skipped, and their position is returned.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import NoReturn
 
 from vmoe_routers.checkpoints.error import CheckpointError
 
-# tag byte -> kind and the number of bytes of its length, or of its value
 _SIZED = {
     **dict(zip((0xC4, 0xC5, 0xC6), (("bin", 1), ("bin", 2), ("bin", 4)), strict=True)),
     **dict(zip((0xC7, 0xC8, 0xC9), (("ext", 1), ("ext", 2), ("ext", 4)), strict=True)),
@@ -22,14 +21,22 @@ _SIZED = {
     **dict(zip((0xDC, 0xDD, 0xDE, 0xDF), (("array", 2), ("array", 4), ("map", 2), ("map", 4)), strict=True)),
     **dict(zip(range(0xCC, 0xD4), [(kind, n) for kind in ("uint", "int") for n in (1, 2, 4, 8)], strict=True)),
 }
+"""Kind of every tag byte, and the number of bytes of its length or value."""
+
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 _FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
-# the least bytes that one of a length's units takes
 _UNIT = {"str": 1, "bin": 1, "ext": 1, "array": 1, "map": 2}
+"""The fewest bytes per unit of length: a byte, an element, or a pair of a map."""
 
 
 class Reader:
-    """Reads `file`, of `size` bytes, object after object; errors name it by `name`."""
+    """Reads the objects of a file in order.
+
+    Args:
+        file: The file.
+        size: Its size in bytes.
+        name: Its name in messages.
+    """
 
     def __init__(self, file: BufferedReader, size: int, name: str):
         self._file = file
@@ -38,44 +45,44 @@ class Reader:
         self.position = 0
 
     def fail(self, problem: str) -> NoReturn:
-        """Raises the CheckpointError that says this of the file."""
+        """Raises a CheckpointError with this problem, the name of the file and the position."""
         raise CheckpointError(f"{self.name}: {problem} (at byte {self.position})")
 
     def pairs(self, what: str) -> int:
-        """The number of pairs of a map; the pairs follow."""
+        """Reads the number of pairs of a map; the pairs follow."""
         return self._wanted("map", what)
 
     def elements(self, what: str, length: int | None = None) -> int:
-        """The number of elements of an array; the elements follow."""
+        """Reads the number of elements of an array; the elements follow."""
         n = self._wanted("array", what)
         if length is not None and n != length:
             self.fail(f"{what} is an array of {n}, wanted {length}")
         return n
 
     def text(self, what: str, longest: int = 4096) -> str:
-        """A text of at most so many bytes."""
+        """Reads a text of at most `longest` bytes."""
         n = self._wanted("str", what)
         if n > longest:
             self.fail(f"{what} is a text of {n} bytes, wanted at most {longest}")
         try:
             return self._take(n).decode()
         except UnicodeDecodeError:
-            self.fail(f"{what} is no valid UTF-8")
+            self.fail(f"{what} is not valid UTF-8")
 
     def integer(self, what: str, low: int = 0) -> int:
-        """An integer from `low` on."""
+        """Reads an integer >= `low`."""
         value = self._wanted("int", what)
         if value < low:
             self.fail(f"{what} is {value}, wanted at least {low}")
         return value
 
     def true(self, what: str) -> None:
-        """True."""
+        """Reads the constant true."""
         if self._header()[:2] != ("constant", True):
             self.fail(f"{what} is not true")
 
     def integer_or_nil(self, what: str) -> int | None:
-        """An integer from 0 on, or nil."""
+        """Reads an integer >= 0, or nil."""
         start = self.position
         kind, value, _ = self._header()
         if (kind, value) == ("constant", None) or (kind == "int" and (value or 0) >= 0):
@@ -85,13 +92,13 @@ class Reader:
 
     @contextmanager
     def binary(self, what: str) -> Iterator[None]:
-        """A binary that holds objects: within the `with` they are read, and must end where it ends."""
+        """Enters a binary that holds objects; the objects read in the context must end with the binary."""
         with self._within(self._wanted("bin", what), what):
             yield
 
     @contextmanager
     def extension(self, what: str, *codes: int) -> Iterator[int]:
-        """An extension of one of these codes that holds objects, as `binary`; gives its code."""
+        """Enters an extension of one of these codes that holds objects, as `binary` does; gives the code."""
         kind, n, code = self._header()
         if kind != "ext":
             self.fail(f"{what} is {_a(kind)}, wanted an extension of code {' or '.join(map(str, codes))}")
@@ -101,27 +108,27 @@ class Reader:
             yield code
 
     def skip_binary(self, what: str) -> tuple[int, int]:
-        """Where a binary's bytes lie, and how many they are, without reading them."""
+        """Skips a binary; gives the position and the number of its bytes."""
         n = self._wanted("bin", what)
         start = self.position
         self.position += n
         return start, n
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fills the buffer with the bytes from `start` on."""
+        """Fills the buffer with the bytes from position `start`."""
         self._file.seek(start)
         if self._file.readinto(buffer) != len(buffer):
             self.fail("truncated while it was read")
 
     def at_pairs(self) -> bool:
-        """Whether a map is next."""
+        """Tells whether the next object is a map."""
         start = self.position
         kind, _, _ = self._header()
         self.position = start
         return kind == "map"
 
     def skip(self, depth: int = 0) -> None:
-        """Passes over one object, whatever it is."""
+        """Skips one object of any kind."""
         if depth > 16:
             self.fail("nested too deeply")
         kind, n, _ = self._header()
@@ -132,16 +139,16 @@ class Reader:
             self.position += n or 0
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Checks that the file ends here."""
         if self.position != self._end:
-            self.fail(f"{self._end - self.position} bytes more than its content")
+            self.fail(f"{self._end - self.position} bytes follow the content, wanted none")
 
     @contextmanager
     def _within(self, n: int, what: str) -> Iterator[None]:
         outer, self._end = self._end, self.position + n
         yield
         if self.position != self._end:
-            self.fail(f"{what} holds {self._end - self.position} bytes more than its content")
+            self.fail(f"{what} has {self._end - self.position} bytes after its content, wanted none")
         self._end = outer
 
     def _wanted(self, wanted: str, what: str) -> int:
@@ -162,7 +169,7 @@ class Reader:
         return data
 
     def _header(self) -> tuple[str, int | None, int]:
-        """Kind, its value or length, and the code of an extension."""
+        """Reads the kind of an object, its value or length, and the code of an extension."""
         tag = self._take(1)[0]
         code = 0
         if tag < 0x80 or tag >= 0xE0:
@@ -182,11 +189,11 @@ class Reader:
             self._take(4 if tag == 0xCA else 8)
             return "float", None, code
         else:
-            self.fail(f"no MessagePack: byte 0x{tag:02x} begins nothing")
+            self.fail(f"not MessagePack: unexpected byte 0x{tag:02x}")
         if kind == "ext":
             code = int.from_bytes(self._take(1), "big", signed=True)
         if n * _UNIT[kind] > self._end - self.position:
-            self.fail(f"truncated, or a false length: {_a(kind)} of {n} with {self._end - self.position} bytes left")
+            self.fail(f"truncated, or a wrong length: {_a(kind)} of {n} with {self._end - self.position} bytes left")
         return kind, n, code
 
 

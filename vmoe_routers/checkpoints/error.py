@@ -1,5 +1,5 @@
-"""The one error of this package's readers and writers of files."""
+"""CheckpointError, raised by all readers and writers of files."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written: the message names the file and what is wrong with it."""
+    """Reports a checkpoint that cannot be read or written; the message names the file and the problem."""

@@ -1,6 +1,6 @@
-"""load_flax: parameters of the reference (flax) models, by their paths, into the modules of this package.
+"""load_flax: copies parameters of the reference (flax) models into modules of this package.
 
-The name map, one function a module (H width, h heads, d = H / h, M hidden width, E experts, P slots per expert):
+The map from paths to parameters (H width, h heads, d = H / h, M hidden width, E experts, P slots per expert):
 
     embedding/{kernel, bias}                         (p, p, c, H), (H)               patch_embed.proj
     cls                                              (1, 1, H)                       cls_token
@@ -18,8 +18,8 @@ The name map, one function a module (H width, h heads, d = H / h, M hidden width
     pre_logits/{kernel, bias}                        (H, H), (H)                     fc_norm.dense
     head/{kernel, bias}                              (H, classes), (classes)         head
 
-Kernels of dense layers are (in, out) there and [out, in] here; those of the experts are stored alike. Dense ViTs in npz
-files have other names for the same (Transformer for Encoder, MlpBlock_3 for Mlp), which are understood too.
+Dense kernels are (in, out) in the reference and [out, in] in this package; expert kernels have one layout in both. Npz
+files of dense ViTs use other names (Transformer for Encoder, MlpBlock_3 for Mlp), which are accepted too.
 """
 
 from __future__ import annotations
@@ -39,33 +39,38 @@ from vmoe_routers.moe import MoEMlp
 
 
 class _Entry(NamedTuple):
-    """One array there, and the parameter (or the rows of one) that it fills here."""
+    """An array of the reference, and the parameter or the rows of a parameter that it fills."""
 
     path: str
     shape: tuple[int, ...]
     parameter: Tensor
     rows: slice = slice(None)
     layout: Callable[[Tensor], Tensor] | None = None
-    resize: Callable[[Tensor], Tensor | None] | None = None  # from another shape; None: not from that one
+    resize: Callable[[Tensor], Tensor | None] | None = None  # converts another shape, or gives None
 
 
 @torch.no_grad()
 def load_flax(module: nn.Module, params: Mapping[str, Any], *, skip_head: bool = False) -> nn.Module:
-    """Copy the reference's parameters into `module`, in place, and return it.
+    """Copies the reference's parameters into `module`, in place.
 
-    module     a model of `vit_moe` (or a timm VisionTransformer of the same form), a `MoEMlp`, or a router
-    params     path -> array (numpy, jax or torch, of a floating dtype): {"Encoder/encoderblock_0/...": ...} for a model
-               (`read_vmoe` and `read_npz` give it), {"Router/dense/kernel": ..., "Mlp/Dense_0/kernel": ...} for a MoE
-               layer, {"dense/kernel": ...} or {"mu": ..., "scale": ...} for a router. Nested mappings count as paths,
-               and a "params/" before every path is accepted. Values are converted to the parameters' dtype and device.
-    skip_head  leave the model's head (and pre_logits) as it is, whatever the params have there: for other classes
+    Position embeddings of another square grid are resized as in the reference: bilinear with aligned corners; the
+    embedding of a class token is copied. All other arrays must match exactly.
 
-    Position embeddings of another grid are resized as the reference does, linearly with the corners kept, from the
-    square that they are of; a class token's stays as it is.
+    Args:
+        module: A model of `vit_moe` (or a timm VisionTransformer of the same form), a `MoEMlp`, or a router.
+        params: Arrays of numpy, jax or torch by path, floating point: {"Encoder/encoderblock_0/...": ...} for a model,
+            as `read_vmoe` and `read_npz` give it, {"Router/dense/kernel": ..., "Mlp/Dense_0/kernel": ...} for a MoE
+            layer, {"dense/kernel": ...} or {"mu": ..., "scale": ...} for a router. Nested mappings count as paths, and
+            every path may begin with "params/". Values are converted to the dtype and device of the parameter.
+        skip_head: Keeps the model's head and pre_logits and ignores those of `params`, for a task with other classes.
 
-    In all else the two must match exactly. Arrays that are missing, left over, given twice, of another shape or not
-    floating: one ValueError that names each with what came and what was wanted; the module is as it was then.
-    TypeError: a module or params of another kind.
+    Returns:
+        `module`.
+
+    Raises:
+        ValueError: Arrays are missing, unused, given twice, of another shape or not floating point. The message lists
+            them all, and the module is unchanged.
+        TypeError: `module` or `params` is of another kind.
     """
     if not isinstance(params, Mapping):
         raise TypeError(f"load_flax: params is a {type(params).__name__}, wanted a mapping of paths to arrays")
@@ -117,7 +122,6 @@ def load_flax(module: nn.Module, params: Mapping[str, Any], *, skip_head: bool =
 
 _HEAD = ("head/", "pre_logits/")
 
-# What the code that wrote the dense ViTs calls the same things (google-research/vision_transformer and big_vision)
 _RENAMED = [
     (re.compile(r"^opt/target/"), ""),
     (re.compile(r"^pos_embedding$"), "Encoder/posembed_input/pos_embedding"),
@@ -129,10 +133,11 @@ _RENAMED = [
     (re.compile(r"^(MapHead/)(MultiHeadDotProductAttention|LayerNorm)_0/"), r"\1\2/"),
     (re.compile(r"^MapHead/MlpBlock_0/"), "MapHead/Mlp/"),
 ]
+"""Paths in the files of dense ViTs (google-research/vision_transformer, big_vision), and their replacements."""
 
 
 def reference_path(path: str) -> str:
-    """The path of the name map, for one of a dense ViT's file."""
+    """Translates a path of a dense ViT's file to the path in the map above."""
     for pattern, name in _RENAMED:
         path = pattern.sub(name, path)
     return path
@@ -147,19 +152,19 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _tensor(array: Any) -> Tensor | None:
-    """`array` as a tensor of a floating dtype; None: it is not one, or one on the meta device.
+    """Converts `array` to a floating-point tensor; None if it is not floating point, or is on the meta device.
 
-    bfloat16 is also taken as numpy holds it: by ml_dtypes' extension, or, read from npz, as two bytes.
+    bfloat16 arrays of numpy are accepted in the dtype of ml_dtypes and, as read from npz, in the dtype V2.
     """
     if not isinstance(array, Tensor):
         dtype = getattr(array, "dtype", None)
         two_bytes = getattr(dtype, "name", None) == "bfloat16" or getattr(dtype, "str", None) == "|V2"
         if not two_bytes and (getattr(dtype, "kind", None) != "f" or getattr(dtype, "itemsize", 16) > 8):
             return None
-        import numpy as np  # there with such an array; the package itself does without
+        import numpy as np  # installed where such an array exists; the package does not depend on it
 
         array = np.asarray(array)
-        # torch takes native byte order, no negative stride, and warns of memory that may not be written to
+        # torch requires native byte order and strides >= 0, and warns about read-only memory.
         native = array.dtype if two_bytes else array.dtype.newbyteorder("=")
         array = np.require(array, native, ["C_CONTIGUOUS", "WRITEABLE"])
         array = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if two_bytes else torch.from_numpy(array)
@@ -190,7 +195,7 @@ def _vit(model: Any) -> Iterator[_Entry]:
     yield _same("embedding/bias", model.patch_embed.proj.bias)
     if model.cls_token is not None:
         yield _same("cls", model.cls_token)
-    if isinstance(model.pos_embed, nn.Parameter):  # a fixed table is no parameter, there or here
+    if isinstance(model.pos_embed, nn.Parameter):  # a fixed table is no parameter, and the reference stores none
         resize = partial(_resize_positions, grid=model.patch_embed.grid_size, like=model.pos_embed)
         yield _same("Encoder/posembed_input/pos_embedding", model.pos_embed)._replace(resize=resize)
     for i, block in enumerate(model.blocks):
@@ -217,7 +222,7 @@ def _vit(model: Any) -> Iterator[_Entry]:
 
 
 def _resize_positions(table: Tensor, grid: tuple[int, int], like: Tensor) -> Tensor | None:
-    """[1, n, D] of a square grid to this one, linear and corner-aligned; None: it is of no square, or no table."""
+    """Resizes a table [1, n, D] of a square grid, bilinear with aligned corners; None if it is not such a table."""
     prefix = like.shape[1] - grid[0] * grid[1]  # the class token
     if table.ndim != 3 or (table.shape[0], table.shape[2]) != (1, like.shape[2]) or table.shape[1] <= prefix:
         return None
@@ -274,7 +279,7 @@ def _dense(
     out_shape: tuple[int, ...] = (),
     rows: slice = slice(None),
 ) -> Iterator[_Entry]:
-    """A kernel (in, out) and bias (out); either axis may be split there (heads), and fill only some rows here."""
+    """Maps a kernel (in, out) and a bias (out); the reference may split an axis into heads, `rows` may be a part."""
     in_shape, out_shape = in_shape or (linear.in_features,), out_shape or (linear.out_features,)
 
     def layout(array: Tensor) -> Tensor:

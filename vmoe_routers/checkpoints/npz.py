@@ -1,4 +1,4 @@
-"""read_npz: numpy's archives of arrays, which the reference's dense ViT checkpoints are in. No pickle, no numpy."""
+"""read_npz: reads numpy's npz archives, the format of the reference's dense ViTs, without pickle or numpy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor
 from vmoe_routers.checkpoints._files import Progress, as_tensor, open_file
 from vmoe_routers.checkpoints.error import CheckpointError
 
-# numpy's names of dtypes. It has none for bfloat16, which JAX's files hold as two bytes without a meaning.
 _DTYPES = {
     "|b1": torch.bool,
     "|V2": torch.bfloat16,
@@ -25,16 +24,18 @@ _DTYPES = {
     **{f"{'|' if n == 1 else '<'}u{n}": getattr(torch, f"uint{8 * n}") for n in (1, 2, 4, 8)},
     **{f"<f{n}": getattr(torch, f"float{8 * n}") for n in (2, 4, 8)},
 }
+"""Dtypes by their names in numpy. numpy has no bfloat16: JAX writes bfloat16 as V2, two bytes without a type."""
+
 _HEADER = re.compile(
     r"\{'descr': '(?P<dtype>[^']{1,8})', 'fortran_order': (?P<fortran>True|False), "
     r"'shape': \((?P<shape>|\d{1,18},|\d{1,18}(?:, \d{1,18}){1,31})\), \} *\n"
 )
-_MAX_HEADER_BYTES = 10_000  # numpy's own limit
-_MAX_EXPANSION = 64  # parameters shrink by a tenth; an array that shrinks to a thousandth would fill the memory
+_MAX_HEADER_BYTES = 10_000  # numpy's limit too
+_MAX_EXPANSION = 64  # real parameters compress by about a tenth; a zip bomb by a factor of 1000
 _MAX_ARRAYS = 100_000
 _PIECE = 1 << 24
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes no other, and the decoders can be attacked
-_ENCRYPTED = 1  # bit of a member's flags
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes only these; other decoders are attack surface
+_ENCRYPTED = 1  # flag bit of an archive's member
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
@@ -50,15 +51,21 @@ _DAMAGED = (
 
 
 def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) -> dict[str, Tensor]:
-    """The arrays of an npz file by name ("Transformer/encoderblock_0/..."): `load_flax` takes them.
+    """Reads the arrays of an npz file by name ("Transformer/encoderblock_0/..."), for `load_flax`.
 
-    progress  called with the bytes that are read and those that there are to read, after every array
+    The file is treated as untrusted: nothing is unpickled, and an archive must not expand to more than 64 times its
+    size.
 
-    Tensors on the CPU in the dtypes of the file; two bytes without a meaning (numpy's V2) are bfloat16.
+    Args:
+        path: The file.
+        progress: Called after every array with the bytes read so far and the bytes to read in all.
 
-    Raises CheckpointError, which names the file: no npz file, a damaged or truncated one, members that are neither
-    stored nor deflated, a dtype that is no number (so nothing is ever unpickled), an array whose size is not its
-    shape's, an archive that would unfold to more than 64 times its size, and arrays that do not fit in memory.
+    Returns:
+        Tensors on the CPU in the dtypes of the file; numpy's V2 (two bytes without a type) becomes bfloat16.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, truncated or no npz file; a member is neither stored nor
+            deflated, has a dtype that is no number, or a size that contradicts its shape; or memory does not suffice.
     """
     path = os.fspath(path)
     found: dict[str, Tensor] = {}
@@ -69,13 +76,15 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
                 total, done = sum(entry.file_size for entry in entries), 0
                 if len(entries) > _MAX_ARRAYS or total > _MAX_EXPANSION * size:
                     raise CheckpointError(
-                        f"{path}: would unfold to {len(entries)} arrays of {total} bytes, wanted at most {_MAX_ARRAYS},"
+                        f"{path}: would expand to {len(entries)} arrays of {total} bytes, wanted at most {_MAX_ARRAYS},"
                         f" and {_MAX_EXPANSION} times the file's {size} bytes"
                     )
                 for entry in entries:
                     name = entry.filename.removesuffix(".npy")
                     if name in found or name == entry.filename:
-                        raise CheckpointError(f"{path}: {name!r} is {'twice in it' if name in found else 'no array'}")
+                        raise CheckpointError(
+                            f"{path}: {name!r} is {'in the file twice' if name in found else 'no array'}"
+                        )
                     _check_entry(entry, size, f"{path}: {name}")
                     with archive.open(entry) as member:
                         found[name] = _read_array(member, entry.file_size, f"{path}: {name}")
@@ -86,25 +95,27 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
             raise
         except _DAMAGED as error:
             reason = "not enough memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
-            raise CheckpointError(f"{path}: no npz file, or a damaged one ({reason})") from error
+            raise CheckpointError(f"{path}: not an npz file, or damaged ({reason})") from error
     return found
 
 
 def _check_entry(entry: zipfile.ZipInfo, size: int, name: str) -> None:
-    """Refuses members that numpy does not write; `size` is the archive's."""
+    """Refuses members that numpy does not write; `size` is the size of the archive."""
     if entry.compress_type not in _COMPRESSIONS or entry.flag_bits & _ENCRYPTED:
         kind = "encrypted" if entry.flag_bits & _ENCRYPTED else f"compressed by method {entry.compress_type}"
         raise CheckpointError(f"{name}: {kind}, wanted a stored or deflated member")
     stored = entry.compress_type == zipfile.ZIP_STORED
     if entry.compress_size > size or (stored and entry.compress_size != entry.file_size):
-        raise CheckpointError(f"{name}: {entry.compress_size} bytes for {entry.file_size} in a file of {size}")
+        raise CheckpointError(
+            f"{name}: {entry.compress_size} stored bytes for {entry.file_size} bytes contradict a file of {size} bytes"
+        )
 
 
 def _read_array(member: IO[bytes], size: int, name: str) -> Tensor:
-    """One npy file (numpy.org/doc/stable/reference/generated/numpy.lib.format.html)."""
+    """Reads one npy file (numpy.org/doc/stable/reference/generated/numpy.lib.format.html)."""
     start = member.read(8)
     if start[:6] != b"\x93NUMPY" or start[6:] not in (b"\x01\x00", b"\x02\x00", b"\x03\x00"):
-        raise CheckpointError(f"{name}: no array in numpy's format")
+        raise CheckpointError(f"{name}: not an array in numpy's format")
     width = 2 if start[6] == 1 else 4
     length = int.from_bytes(member.read(width), "little")
     if length > _MAX_HEADER_BYTES:
@@ -117,8 +128,8 @@ def _read_array(member: IO[bytes], size: int, name: str) -> Tensor:
     dtype, shape = _DTYPES[header["dtype"]], tuple(int(n) for n in header["shape"].split(",") if n)
     left = size - 8 - width - length
     if prod(shape) * dtype.itemsize != left or max(shape, default=0) > size:
-        raise CheckpointError(f"{name}: {dtype} of shape {list(shape)} in {left} bytes")
-    buffer = bytearray()  # grows with the bytes that are present, whatever the archive declares
+        raise CheckpointError(f"{name}: {dtype} of shape {list(shape)} contradicts its size of {left} bytes")
+    buffer = bytearray()  # grows with the bytes read, not with the declared size
     while len(buffer) < left and (piece := member.read(min(_PIECE, left - len(buffer)))):
         buffer += piece
     if len(buffer) != left or member.read(1):

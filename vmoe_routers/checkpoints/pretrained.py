@@ -1,7 +1,7 @@
-"""Models in folders: config.json and model.safetensors, the names and the form that the Hugging Face hub knows.
+"""Models in folders: config.json and model.safetensors, as on the Hugging Face hub.
 
-config.json holds the arguments of `vit_moe`, model.safetensors every parameter and buffer whole, by its name. Nothing
-in them depends on how many processes, or what device, the model was on.
+config.json holds the arguments of `vit_moe`; model.safetensors holds all parameters and buffers by name, unsharded. The
+files do not depend on the number of processes or the device of the model.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ _MAX_CONFIG_BYTES = 1 << 20
 def save_pretrained(
     model: nn.Module, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a model of `vit_moe` to a folder, from which `from_pretrained` makes it again.
+    """Writes a model of `vit_moe` to a folder, for `from_pretrained`.
 
-    model       its arguments are its `moe_config`; another head or pooling since (`reset_classifier`) and other
-                sizes of images or patches (`set_input_size`) are taken into account
-    folder      made where there is none. Files of these names in it are replaced, each in one step
-    state_dict  in place of `model.state_dict()`: whole tensors where the model holds only a part of them
+    The files keep dtypes, and store shared tensors separately. They do not keep which parameters are frozen, hooks, or
+    dropout rates that were changed after construction.
 
-    Dtypes are kept. Tensors that share memory are written each by itself. Which parameters are frozen, dropout's rates
-    apart from the arguments, and hooks are not kept.
+    Args:
+        model: The model. Its `moe_config` gives the arguments; later calls of `reset_classifier` and `set_input_size`
+            are taken into account.
+        folder: Created if missing. Existing files of these names are replaced atomically.
+        state_dict: Unsharded tensors that replace `model.state_dict()`, for a sharded model.
 
-    Raises CheckpointError: a model that vit_moe did not make, or that was changed since, so that its arguments make
-    another; an argument that JSON cannot hold; a folder that cannot be written.
+    Raises:
+        CheckpointError: `vit_moe` did not make the model, or its arguments would make another one because the model
+            was changed; JSON cannot represent an argument; or the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -56,7 +58,7 @@ def save_pretrained(
     _compare(
         make_empty(config, "save_pretrained"), tensors, "save_pretrained: the model is not what its moe_config makes"
     )
-    from vmoe_routers import __version__  # which is set after this module is imported
+    from vmoe_routers import __version__  # set only after this module is imported
 
     try:
         text = json.dumps(
@@ -70,13 +72,13 @@ def save_pretrained(
             allow_nan=False,
         )
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"save_pretrained: an argument of the model does not go into JSON ({error})") from None
+        raise CheckpointError(f"save_pretrained: JSON cannot represent an argument of the model ({error})") from None
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         write_whole(folder / CONFIG, lambda path: path.write_text(text + "\n"))
-        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it the owner's alone
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read it
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{str(folder)!r}: cannot be written ({error})") from error
 
@@ -90,17 +92,22 @@ def from_pretrained(
     local_files_only: bool = False,
     **changes: Any,
 ) -> Any:
-    """The model that `save_pretrained` wrote, on the CPU, in evaluation mode as the hub's mixins give it.
+    """Loads a model that `save_pretrained` wrote, on the CPU, in eval mode, in the dtypes of the file.
 
-    source   a folder, which needs no network; or, where there is no such folder, a repository on the Hugging Face hub,
-             "user/name". revision, cache_dir, token and local_files_only are those of `huggingface_hub`
-    changes  arguments of `vit_moe` in place of those that are saved, such as capacity_factor or group_size; the
-             parameters' shapes must stay as they are
+    Loading draws no random numbers.
 
-    Parameters have the dtypes of the file. No random number is drawn.
+    Args:
+        source: A folder; or, if no such folder exists, a repository on the Hugging Face hub, "user/name".
+        revision, cache_dir, token, local_files_only: Arguments of `huggingface_hub.hf_hub_download`.
+        changes: Arguments of `vit_moe` that replace the saved ones, such as capacity_factor or group_size. The shapes
+            of the parameters must not change.
 
-    Raises CheckpointError, which names the file: absent, damaged, of a newer format, or with tensors other than those
-    of the model that the arguments make (every difference is listed).
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or of a newer format; or its tensors differ from those of the model
+            that the arguments make. The message lists all differences.
     """
     config_path, weights_path = (
         _locate(os.fspath(source), name, revision, cache_dir, token, local_files_only) for name in (CONFIG, WEIGHTS)
@@ -116,7 +123,7 @@ def _locate(source: str, name: str, revision: Any, cache_dir: Any, token: Any, l
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise CheckpointError(
-            f"{source}: there is no such folder; for a repository on the hub: pip install huggingface_hub"
+            f"{source}: no such folder; for a repository on the hub: pip install huggingface_hub"
         ) from None
     try:
         return hf_hub_download(
@@ -128,8 +135,8 @@ def _locate(source: str, name: str, revision: Any, cache_dir: Any, token: Any, l
             local_files_only=local_files_only,
             library_name="vmoe_routers",
         )
-    except (OSError, ValueError) as error:  # the hub's own errors are among these
-        raise CheckpointError(f"{source}: no such folder here, and the hub does not give {name} ({error})") from error
+    except (OSError, ValueError) as error:  # the hub's errors are subclasses of these
+        raise CheckpointError(f"{source}: no such folder, and the hub does not provide {name} ({error})") from error
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -139,10 +146,10 @@ def _read_config(path: str) -> dict[str, Any]:
         try:
             config = json.loads(file.read())
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: no valid JSON ({error})") from error
+            raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     version = config.get("format_version") if isinstance(config, dict) else None
     if type(version) is not int or config.get("architecture") != _ARCHITECTURE:
-        raise CheckpointError(f"{path}: no configuration of a model of vmoe_routers")
+        raise CheckpointError(f"{path}: not a configuration of a vmoe_routers model")
     if not 1 <= version <= FORMAT_VERSION:
         by = config.get("vmoe_routers_version")
         raise CheckpointError(
@@ -158,7 +165,7 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
     from safetensors import SafetensorError, safe_open
 
     with open_file(weights_path):
-        pass  # the error where it cannot be
+        pass  # raises the error for a file that cannot be opened
     try:
         with safe_open(weights_path, framework="pt") as file:
             stored = _names_now(set(file.keys()))
@@ -168,14 +175,14 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
                 if stored[name] != name and not shape:
                     shapes[name] = (1,)
             _check_counts(arguments, shapes, config_path)
-            # Without memory, so that arguments beyond belief cost none
+            # Build on the meta device first: absurd arguments in a bad file must not exhaust memory.
             model = make_empty(arguments, config_path)
             _compare(model, shapes, f"{weights_path}: not the model of {config_path}")
             tensors = {name: file.get_tensor(old).clone().reshape(shapes[name]) for name, old in stored.items()}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{weights_path}: no safetensors file, or a damaged one ({error})") from error
+        raise CheckpointError(f"{weights_path}: not a safetensors file, or damaged ({error})") from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:  # what all of a model's are
+        if tensor.dtype not in FLOATS:  # all tensors of a model are floating point
             raise CheckpointError(
                 f"{weights_path}: {name} is {tensor.dtype}, wanted one of {', '.join(map(str, FLOATS))}"
             )
@@ -196,7 +203,7 @@ def _names_now(names: set[str]) -> dict[str, str]:
 
 
 def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: str) -> None:
-    """What is made in loops is no more than the weights hold."""
+    """Refuses counts that drive loops if they exceed what the weights can hold."""
     limits = {
         "depth": len(shapes),
         "num_experts": max((extent for shape in shapes.values() for extent in shape), default=0),
@@ -204,18 +211,22 @@ def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]],
     for name, limit in limits.items():
         count = arguments.get(name)
         if isinstance(count, int) and count > limit and not (name == "num_experts" and arguments.get("router") is None):
-            raise CheckpointError(f"{path}: {name} is {count}, more than there are parameters for in {WEIGHTS}")
+            raise CheckpointError(f"{path}: {name} is {count}, more than the parameters in {WEIGHTS} allow")
 
 
 def make_empty(arguments: dict[str, Any], where: str) -> Any:
-    """The model of these arguments, without memory. CheckpointError, which begins with `where`: there is none."""
+    """Makes the model of these arguments on the meta device.
+
+    Raises:
+        CheckpointError: The arguments are wrong. The message begins with `where`.
+    """
     from vmoe_routers.models import vit_moe
 
     try:
         with torch.device("meta"):
             return vit_moe(**arguments)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{where}: the arguments make no model ({error})") from error
+        raise CheckpointError(f"{where}: wrong arguments of vit_moe ({error})") from error
 
 
 def _compare(model: nn.Module, found: Mapping[str, Any], problem: str) -> None:
@@ -232,7 +243,7 @@ def _compare(model: nn.Module, found: Mapping[str, Any], problem: str) -> None:
 
 
 def _changed_since(model: Any) -> dict[str, Any]:
-    """What timm's methods change of a model that is made."""
+    """Reads the arguments that timm's methods may have changed since the model was made."""
     sizes = {name: getattr(model.patch_embed, name) for name in ("img_size", "patch_size")}
     return {
         **{name: side if side == other else (side, other) for name, (side, other) in sizes.items()},
@@ -243,6 +254,6 @@ def _changed_since(model: Any) -> dict[str, Any]:
 
 def _whole(name: str, tensor: Tensor) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        kind = "tensor without memory" if getattr(tensor, "is_meta", False) else type(tensor).__name__
-        raise CheckpointError(f"save_pretrained: {name} is a {kind}, wanted a whole tensor, which state_dict can bring")
+        kind = "meta tensor" if getattr(tensor, "is_meta", False) else type(tensor).__name__
+        raise CheckpointError(f"save_pretrained: {name} is a {kind}, wanted an unsharded tensor, given by state_dict")
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

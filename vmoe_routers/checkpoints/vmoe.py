@@ -1,18 +1,18 @@
-"""read_vmoe: checkpoints in the V-MoE format, which the reference's released models are in. No JAX, no pickle.
+"""read_vmoe: reads checkpoints in the V-MoE format of the reference's released models, without JAX or pickle.
 
-A checkpoint of N shards is `P.index` and `P.data-0000i-of-0000N`, each one MessagePack object.
+A checkpoint of N shards is the files `P.index` and `P.data-0000i-of-0000N`; each file is one MessagePack object.
 
 index   {"shard_count": N, "index": nested maps, "version": "20220622" or absent}. A leaf of the maps is an extension
-        (code 8) that holds [array, [slice, ...], [shard, ...]]: which parts the array is in, and where each of them is.
-        array: a binary that holds [shape, dtype, weak_type, {}]; slice: a binary that holds one binary an axis, each
+        (code 8) that holds [array, [slice, ...], [shard, ...]]: the array, its parts, and the shard of every part.
+        array: a binary that holds [shape, dtype, weak_type, {}]. slice: a binary that holds one binary per axis, each
         with [start, stop, step].
-shard   {"__msgpack_array_chunk_a87ca2__": true, "<leaf>": [[[chunk, ...], slice], ...], ...}. <leaf>: the place of the
-        array among all, depth first, keys in the order of strings. A chunk is an extension (code 1, or 3 for a numpy
-        scalar) that holds [shape, dtype, bytes]; slice: an extension (code 6) with the content that it has above.
-        The chunks of a part, one behind the other, are its elements in C order, little-endian.
+shard   {"__msgpack_array_chunk_a87ca2__": true, "<leaf>": [[[chunk, ...], slice], ...], ...}. <leaf>: the number of the
+        array in a depth-first walk over the index, with keys in string order. chunk: an extension (code 1, or 3 for a
+        numpy scalar) that holds [shape, dtype, bytes]. slice: an extension (code 6) with the content of a slice of the
+        index. The concatenated chunks of a part are its elements in C order, little-endian.
 
-Nothing in these files is trusted: every length is held against the size of the file before anything is made of it, and
-the parts of an array must fill it, each element once, before there is memory for it.
+The files are treated as untrusted. Every length is checked against the size of the file before it is used. Memory for
+an array is allocated only after its parts are known to cover every element exactly once.
 """
 
 from __future__ import annotations
@@ -39,56 +39,63 @@ DTYPES = {
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     )
 }
+"""Dtypes by their names in the files."""
 
 _CHUNK, _SCALAR, _SLICE, _LEAF = 1, 3, 6, 8
 _MARK = "__msgpack_array_chunk_a87ca2__"
 _VERSION = "20220622"
-# What is remembered of a file is larger than what says it there. Of ViT-MoEs: some ten thousand, some hundred
+# Limits, because an entry takes more memory than the bytes that describe it. The index of a ViT-MoE has tens of
+# thousands of bytes, its data files hundreds of chunks.
 _MAX_INDEX_BYTES = 16 << 20
 _MAX_CHUNKS = 1 << 20
-_MAX_SHARDS = 100_000  # what five digits can number
+_MAX_SHARDS = 100_000  # file names have five digits
 _MAX_AXES = 32
 _MAX_DEPTH = 32
 
-Slice = tuple[tuple[int, int], ...]  # start and stop, one pair an axis
+Slice = tuple[tuple[int, int], ...]
+"""Start and stop, one pair per axis."""
 
 
 class _Array(NamedTuple):
-    """A leaf of the index."""
+    """Leaf of the index."""
 
     path: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: dict[Slice, int]  # -> shard
+    parts: dict[Slice, int]  # shard of every part
 
 
 class _Chunk(NamedTuple):
-    """Bytes of a shard."""
+    """Position and number of a chunk's bytes in a shard."""
 
     start: int
     size: int
 
 
-Chunks = dict[tuple[int, Slice], list[_Chunk]]  # of a part of an array, by the array's number
+Chunks = dict[tuple[int, Slice], list[_Chunk]]
+"""Chunks of every part, by the number of the array and the slice of the part."""
 
 
 def read_vmoe(
     prefix: str | os.PathLike[str], *, whole_state: bool = False, progress: Progress | None = None
 ) -> dict[str, Tensor]:
-    """The arrays of a checkpoint in the V-MoE format, by path: `load_flax` takes them.
+    """Reads the arrays of a checkpoint in the V-MoE format by path, for `load_flax`.
 
-    prefix       what the file names begin with: `P` where there are `P.index` and `P.data-00000-of-0000N`
-    whole_state  a training state holds more than the parameters (step, optimiser). By default only what is below
-                 "params/" is read, and that is taken off the paths ("Encoder/encoderblock_0/..."); files without a
-                 "params/" hold parameters alone. True: everything, by the paths that are written
-    progress     called with the bytes that are read and those that there are to read, after every array
+    Memory holds the arrays and one part of an array at a time.
 
-    Tensors on the CPU in the dtypes of the file, bfloat16 among them. Memory: the arrays, and one part (what one device
-    held of an array) besides.
+    Args:
+        prefix: Common start of the file names: `P` for `P.index` and `P.data-00000-of-0000N`.
+        whole_state: False: in a training state, which also holds step and optimiser, reads only the parameters, the
+            paths below "params/", without that prefix. True: reads all arrays by their full paths. A file without
+            "params/" holds only parameters.
+        progress: Called after every array with the bytes read so far and the bytes to read in all.
 
-    Raises CheckpointError, which names the file: files that are missing, truncated or of another format (Orbax
-    directories, TensorFlow's), unknown types, parts that are missing, overlap or are there twice, sizes beyond the
-    files' own.
+    Returns:
+        Tensors on the CPU in the dtypes of the file, bfloat16 included.
+
+    Raises:
+        CheckpointError: A file is missing, truncated, or of another format (such as Orbax or TensorFlow); a dtype is
+            unknown; parts are missing, overlap or occur twice; or a size exceeds the files.
     """
     prefix = os.fspath(prefix)
     _refuse_other_formats(prefix)
@@ -124,8 +131,8 @@ def read_vmoe(
 def _refuse_other_formats(prefix: str) -> None:
     if os.path.isdir(prefix) and not os.path.exists(f"{prefix}.index"):
         raise CheckpointError(
-            f"{prefix}: a directory. A V-MoE checkpoint P is files (P.index, P.data-00000-of-0000N); the Orbax"
-            " directories of the reference's later training runs are another format, which is not read here"
+            f"{prefix}: a directory, wanted the prefix P of a V-MoE checkpoint (P.index, P.data-00000-of-0000N); Orbax"
+            " directories, which later versions of the reference write, are not supported"
         )
 
 
@@ -146,21 +153,21 @@ def _read_index(index: Reader) -> tuple[list[_Array], int]:
             if version != _VERSION:
                 index.fail(f"version {version!r}, wanted {_VERSION!r} or none")
         else:
-            index.fail(f"unknown key {key!r}: no index of the V-MoE format")
+            index.fail(f"unknown key {key!r}: not an index of the V-MoE format")
     index.end()
     if shard_count is None or arrays is None:
-        index.fail("no index of the V-MoE format: shard_count or index is missing")
-    # Numbered depth first, keys in the order of strings at every level
+        index.fail("not an index of the V-MoE format: shard_count or index is missing")
+    # Data files number the arrays depth first, with keys in string order at every level.
     arrays.sort(key=lambda array: array[0])
     for path, array in arrays:
         for shard in array.parts.values():
             if shard >= shard_count:
-                index.fail(f"{'/'.join(path)}: in shard {shard}, but there are {shard_count}")
+                index.fail(f"{'/'.join(path)}: in shard {shard}, wanted one of {shard_count} shards")
     return [array for _, array in arrays], shard_count
 
 
 def _keys(reader: Reader, pairs: int) -> Iterator[str]:
-    """The keys of a map, each once; the caller reads the value behind each."""
+    """Reads the keys of a map and refuses duplicates; the caller reads the value after each key."""
     seen = set()
     for _ in range(pairs):
         key = reader.text("a key")
@@ -175,7 +182,7 @@ def _read_tree(index: Reader, path: tuple[str, ...]) -> Iterator[tuple[tuple[str
         index.fail("nested too deeply")
     for key in _keys(index, index.pairs("/".join(path) or "index")):
         if key in ("", ".", "..") or any(character in key for character in "/\\\0"):
-            index.fail(f"{key!r} is no name of a parameter or module")
+            index.fail(f"{key!r} is not a name of a parameter or module")
         here = (*path, key)
         if index.at_pairs():
             yield from _read_tree(index, here)
@@ -191,7 +198,7 @@ def _read_leaf(index: Reader, path: str) -> _Array:
             shape = _read_shape(index, path)
             dtype = _read_dtype(index, path)
             index.skip()  # weak_type
-            index.skip()  # other files have something here, of no use
+            index.skip()  # the empty map, which some files fill with unused data
         slices = []
         for _ in range(index.elements(f"{path}: slices")):
             with index.binary(f"{path}: slice"):
@@ -203,8 +210,8 @@ def _read_leaf(index: Reader, path: str) -> _Array:
         index.fail(f"{path}: slice {_text(Counter(slices).most_common(1)[0][0])} twice")
     volume = sum(map(_volume, parts))
     if volume != prod(shape):
-        overlap = "overlap, or are not this array's" if volume > prod(shape) else "do not cover it"
-        index.fail(f"{path}: slices of {volume} elements for shape {list(shape)}, they {overlap}")
+        fault = "overlap or exceed" if volume > prod(shape) else "do not cover"
+        index.fail(f"{path}: slices of {volume} elements {fault} the array of shape {list(shape)}")
     return _Array(path, shape, dtype, parts)
 
 
@@ -233,14 +240,14 @@ def _read_slice(reader: Reader, path: str, shape: tuple[int, ...]) -> Slice:
             step = reader.integer_or_nil(f"{path}: step of a slice")
         stop = extent if stop is None else stop
         if not start <= stop <= extent or step not in (None, 1):
-            reader.fail(f"{path}: slice {start}:{stop}:{step} of an axis of {extent}")
+            reader.fail(f"{path}: slice {start}:{stop}:{step} is not within an axis of {extent} at step 1")
         found.append((start, stop))
     return tuple(found)
 
 
 def _check_sizes(index: Reader, arrays: list[_Array], available: int) -> None:
     for array in arrays:
-        # The product of the extents that are not 0, so that an empty array has no extents beyond belief either
+        # Multiply the extents that are not 0: an empty array must not have absurd extents either.
         if prod(extent or 1 for extent in array.shape) * array.dtype.itemsize > max(available, 1 << 16):
             index.fail(
                 f"{array.path}: {array.dtype} of shape {list(array.shape)} is more than the data files hold,"
@@ -252,9 +259,17 @@ def _check_sizes(index: Reader, arrays: list[_Array], available: int) -> None:
 
 
 def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chunks, room: int) -> int:
-    """Adds where the bytes of the parts in this shard lie; none that the index does not have in it.
+    """Adds the chunks of the parts in this shard; a part that the index has elsewhere is an error.
 
-    room: for so many chunks; gives what is left of it.
+    Args:
+        shard: The data file.
+        number: Its number.
+        arrays: The leaves of the index.
+        chunks: Collects the chunks.
+        room: The most chunks that may be added.
+
+    Returns:
+        The most chunks that the next shards may add.
     """
     marked = False
     for key in _keys(shard, shard.pairs("a data file")):
@@ -265,7 +280,7 @@ def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chu
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key) or int(key) >= len(
             arrays
         ):
-            shard.fail(f"key {key!r} is no number of one of the {len(arrays)} arrays")
+            shard.fail(f"key {key!r} is not the number of one of the {len(arrays)} arrays")
         leaf, array = int(key), arrays[int(key)]
         for _ in range(shard.elements(array.path)):
             shard.elements(f"{array.path}: part", 2)
@@ -278,14 +293,14 @@ def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chu
             if (leaf, part) in chunks:
                 shard.fail(f"{array.path}: slice {_text(part)} twice")
             if array.parts.get(part) != number:
-                shard.fail(f"{array.path}: slice {_text(part)}, which the index does not have in this file")
+                shard.fail(f"{array.path}: slice {_text(part)}, which the index does not list for this file")
             size, stored = _volume(part) * array.dtype.itemsize, sum(piece.size for piece in pieces)
             if stored != size:
                 shard.fail(f"{array.path}: chunks of {stored} bytes for slice {_text(part)}, wanted {size}")
             chunks[leaf, part] = pieces
     shard.end()
     if not marked:
-        shard.fail(f"no data file of the V-MoE format: {_MARK} is missing")
+        shard.fail(f"not a data file of the V-MoE format: {_MARK} is missing")
     return room
 
 
@@ -306,14 +321,14 @@ def _read_chunk(shard: Reader, array: _Array) -> _Chunk:
 
 
 def _read_array(leaf: int, array: _Array, chunks: Chunks, shards: list[Reader], index: Reader) -> Tensor:
-    # Nothing is allocated before all of its bytes are seen to be there.
+    # Check that all parts are present before memory is allocated.
     for part, shard in array.parts.items():
         if (leaf, part) not in chunks:
             shards[shard].fail(f"{array.path}: slice {_text(part)} is missing")
-    if len(array.parts) == 1:  # that covers it
+    if len(array.parts) == 1:  # the part covers the array
         ((part, shard),) = array.parts.items()
         return _read_part(array.dtype, array.shape, chunks[leaf, part], shards[shard])
-    # The volumes of the parts add up to the array's: where no element is there twice, none is missing.
+    # The volumes of the parts add up to the volume of the array: without overlaps, no element is missing.
     covered = torch.zeros(array.shape, dtype=torch.bool)
     for part in array.parts:
         view = covered[_indices(part)]

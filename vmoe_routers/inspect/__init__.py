@@ -1,4 +1,4 @@
-"""Looking at the routing of a model."""
+"""Inspection of the routing of a model."""
 
 from vmoe_routers.inspect.record import Trace, record
 

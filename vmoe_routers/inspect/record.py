@@ -1,4 +1,4 @@
-"""record: the routings of a model's forwards."""
+"""record: collects the routings of a model's forwards."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vmoe_routers.routers import Routing
 
 
 class Trace:
-    """What `record` collected.
+    """Routings that `record` collected.
 
     Attributes:
-        routings: from the name of every MoE layer in the model to the routings of its forwards, in order. In eval a
-            batch that `group_size` does not divide has two.
+        routings: For the name of every MoE layer, the routings of its forwards in order. In eval, a batch that
+            `group_size` does not divide adds two routings.
     """
 
     def __init__(self, names: list[str]):
@@ -33,15 +33,14 @@ def record(model: nn.Module) -> Iterator[Trace]:
             model(images)
         print(trace.routings["blocks.3.mlp"][0].metrics)
 
-    The routings keep their graph where gradients are on. Contexts may be nested; each records for itself. A forward
-    that activation checkpointing repeats in backward is not recorded. Record the eager model: torch.compile ignores
-    hooks that are added after it has compiled.
+    With gradients enabled, the routings keep their graph. Contexts may be nested and record independently. Forwards
+    that activation checkpointing repeats in backward are not recorded. Record the eager model: torch.compile ignores
+    hooks that are added after compilation.
 
     Args:
-        model: a module with MoE layers, or a `MoEMlp`, whose name is "".
+        model: A module with MoE layers, or a `MoEMlp`, whose name is "".
 
     Raises:
-        TypeError: `model` is not a module.
         ValueError: `model` has no MoE layer.
     """
     if not isinstance(model, nn.Module):

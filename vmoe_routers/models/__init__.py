@@ -1,4 +1,4 @@
-"""Vision transformers with mixture-of-experts layers, on timm's VisionTransformer (`pip install timm`)."""
+"""Vision transformers with mixture-of-experts layers, based on timm's VisionTransformer (`pip install timm`)."""
 
 from vmoe_routers.models.cost import cost
 from vmoe_routers.models.transformer import MoEVisionTransformer

@@ -1,4 +1,4 @@
-"""What a model computes and holds: slots, floating-point operations of a forward pass, parameters."""
+"""Cost of a model: slots, floating-point operations of a forward pass, parameters."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from vmoe_routers.moe import MoEMlp
 
 
 def cost(model: VisionTransformer | Eva) -> dict[str, float]:
-    """Cost per image of a `vit_moe` or upcycled model, or of a dense ViT or EVA of timm, worked out from its sizes.
+    """Computes the cost per image of a `vit_moe` or upcycled model, or of a dense ViT or EVA of timm.
 
-    A multiplication and an addition are two operations; norms, softmaxes, activations and the plans' iterations are
-    not counted. Slots are those that there are in groups of the layer's `group_size` images, filled or not, by the
-    capacity factor of the mode, training or eval, that the model is in. A router without `slots(tokens)` routes a group
-    of zeros, whose routing has the slots. The model may be on the meta device.
+    A multiplication and an addition count as two operations. Norms, softmaxes, activations and the iterations of
+    transport plans are not counted. Slots count whether filled or empty, for groups of `group_size` images and the
+    capacity factor of the model's mode (training or eval). A router without `slots(tokens)` routes a group of
+    zeros, and the capacity of that routing counts.
+
+    Args:
+        model: The model; it may be on the meta device.
 
     Returns:
-        tokens            of an image, class token and registers among them
-        slots             of an image in a MoE layer, mean over the layers; a dense model: the tokens
-        flops             of the whole model
-        mlp_flops         of them those of the blocks' MLPs, experts and routers
-        parameters        all
-        active_parameters those that a token meets on its way: of a MoE layer's experts as many as a token has slots, on
-                          average
+        tokens: Tokens of an image, with class token and registers.
+        slots: Slots of an image in a MoE layer, mean over the layers; the tokens in a dense model.
+        flops: Operations of the whole model.
+        mlp_flops: Operations of the blocks' MLPs, experts and routers.
+        parameters: All parameters.
+        active_parameters: Parameters that the average token uses; the experts of a MoE layer count in proportion to
+            the slots per token.
 
     Raises:
-        TypeError: a model of another kind, or one with a convolutional network in front.
+        TypeError: The model is of another kind, or has a convolutional network before the blocks.
     """
     if not isinstance(model, (VisionTransformer, Eva)) or not isinstance(model.patch_embed, PatchEmbed):
         raise TypeError(
@@ -41,15 +44,15 @@ def cost(model: VisionTransformer | Eva) -> dict[str, float]:
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     width = model.embed_dim
     flops = 2.0 * model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
-    # of the pooled token alone: the head, or the heads where it is distilled, and what is in front of them
+    # Layers that see only the pooled token: the head (two heads in a distilled model) and the layers before it.
     flops += 2.0 * (_weights(model) - _weights(model.blocks) - _weights(model.attn_pool))
-    if model.attn_pool is not None:  # keys and values of every token, all else of one; scores and their sums
+    if model.attn_pool is not None:  # keys and values of every token, the other layers of one token, and the scores
         keys = _weights(model.attn_pool.get_submodule("kv"))
         flops += 2.0 * (tokens * keys + _weights(model.attn_pool) - keys) + 4.0 * tokens * width
     parameters = active = sum(p.numel() for p in model.parameters())
     mlp_flops, slots = 0.0, []
     for block in model.blocks:
-        # queries, keys, values and the output; scores and their sums
+        # Linear layers for queries, keys, values and output, then the two products with the scores.
         flops += 2.0 * tokens * _weights(block.get_submodule("attn")) + 4.0 * tokens * tokens * width
         mlp: Any = block.get_submodule("mlp")
         if not isinstance(mlp, MoEMlp):
@@ -71,12 +74,12 @@ def cost(model: VisionTransformer | Eva) -> dict[str, float]:
 
 
 def _weights(module: nn.Module | None) -> int:
-    """Multiplications of one token in the linear layers."""
+    """Counts the multiplications of one token in the linear layers."""
     return 0 if module is None else sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _layer_cost(layer: MoEMlp, tokens: int) -> tuple[float, float]:
-    """Slots and operations per image of a MoE layer."""
+    """Counts slots and operations per image of a MoE layer."""
     router: Any = layer.router
     group = layer.group_size * tokens
     slots = router.num_experts * _slots_per_expert(layer, group) / layer.group_size
@@ -85,18 +88,18 @@ def _layer_cost(layer: MoEMlp, tokens: int) -> tuple[float, float]:
 
 
 def _slots_per_expert(layer: MoEMlp, tokens: int) -> int:
-    """Slots per expert for a group of `tokens` tokens: the router's `slots`, or the capacity of a routing of zeros."""
+    """Gives the slots per expert for groups of `tokens` tokens: `router.slots`, or those of a routing of zeros."""
     router: Any = layer.router
     if hasattr(router, "slots"):
         return router.slots(tokens)
     like = next(layer.experts.parameters())
-    # The router may draw noise, which the caller's random numbers must not depend on.
+    # Fork the random state: noise that the router draws must not change the caller's random numbers.
     with torch.no_grad(), torch.random.fork_rng([like.device] if like.is_cuda else []):
         return router(like.new_zeros(1, tokens, router.dim)).capacity
 
 
 def _weights_of_an_expert(experts: Any) -> float:
-    """Multiplications of one slot in its expert."""
+    """Counts the multiplications of one slot in its expert."""
     if isinstance(experts, Experts):
         return experts.w1[0].numel() + experts.w2[0].numel()
     return _weights(experts) / experts.num_experts

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer, with a padding mask that reaches the attention, the MoE layers and the pooling."""
+"""timm's VisionTransformer with a padding mask for attention, MoE layers and pooling."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ try:
     from timm.models.vision_transformer import Block, VisionTransformer
 except ImportError as error:
     raise ImportError(f"vmoe_routers.models needs timm ({error}): pip install timm") from error
-except (RuntimeError, AttributeError) as error:  # how a torchvision that was built for another torch fails
+except (RuntimeError, AttributeError) as error:  # raised by a torchvision built for another torch
     raise ImportError(
-        f"vmoe_routers.models: timm could not be imported, because torchvision does not fit torch {torch.__version__}"
-        f" ({error}). Install the torchvision of that release, from the index that torch came from:"
+        f"vmoe_routers.models: timm could not be imported: torchvision was built for another torch than"
+        f" {torch.__version__} ({error}). Install the torchvision of that release from the index that torch came from:"
         " pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/<cpu|cu...>"
     ) from error
 
-_MASKED = -3e4  # e to this is 0 in every dtype, and it is finite in every dtype: no NaN where all is masked
+_MASKED = -3e4
+"""Score of a masked token: exp(-3e4) is 0, and -3e4 is finite in every dtype, so a fully masked row has no NaN."""
 
 
 class MoEBlock(Block):
-    """timm's block; with `mask` [N, T] (True = real token) the rest takes no part in attention or routing."""
+    """timm's block; attention and routing ignore the tokens that `mask` [N, T] (True = real token) masks."""
 
     def forward(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Tokens x [N, T, D] to the same shape; the other arguments are timm's."""
+        """Maps tokens x [N, T, D] to the same shape; further arguments are timm's."""
         if mask is None:
             return super().forward(x, *args, **kwargs)
         attended = self.attn(self.norm1(x), attn_mask=_attention_mask(mask, x.dtype))
@@ -40,17 +41,16 @@ class MoEBlock(Block):
 
 
 class MoEVisionTransformer(VisionTransformer):
-    """What `vit_moe` makes: timm's VisionTransformer, whose forward takes a padding mask."""
+    """timm's VisionTransformer whose forward takes a padding mask; `vit_moe` makes it."""
 
     def forward(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Images [N, channels, height, width] to logits [N, num_classes].
+        """Maps images [N, channels, height, width] to logits [N, num_classes].
 
-        mask: [N, patches] bool, True = real patch, patches row by row. The others are seen by
-        nobody, whatever is in them: not by attention, the routers' buffers and mixtures, or the pooling. The other
-        arguments are timm's, and do not go with a mask.
-
-        Raises:
-            TypeError, ValueError: a mask of another dtype or shape, or with timm's arguments.
+        Args:
+            x: The images.
+            mask: [N, patches] bool, True = real patch, in row-major order. Masked patches are ignored by attention,
+                routing and pooling, even if they contain NaN or inf.
+            args, kwargs: timm's further arguments, only without a mask.
         """
         if mask is None:
             return super().forward(x, *args, **kwargs)
@@ -58,11 +58,11 @@ class MoEVisionTransformer(VisionTransformer):
         return self._masked_head(x, self._of_tokens(mask))
 
     def forward_features(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Images to the encoder's tokens [N, T, D]; the arguments are those of `forward`."""
+        """Maps images to the encoder's tokens [N, T, D]; takes the arguments of `forward`."""
         if mask is None:
             return super().forward_features(x, *args, **kwargs)
         if args or kwargs:
-            raise TypeError("MoEVisionTransformer: with mask there is no other argument")
+            raise TypeError("MoEVisionTransformer: mask cannot be combined with other arguments")
         x = self._pos_embed(self.patch_embed(x))
         patches = x.shape[1] - self.num_prefix_tokens
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -73,7 +73,7 @@ class MoEVisionTransformer(VisionTransformer):
                 f"MoEVisionTransformer: mask must be [N, patches] = {[x.shape[0], patches]}, got {list(mask.shape)}"
             )
         mask = self._of_tokens(mask)
-        # Attention weighs the others by 0, which makes nothing of all but infinity and NaN.
+        # Masked tokens have the attention weight 0, and 0 times NaN or inf is NaN.
         x = fill_masked(x, mask, 0.0)
         x = self.norm_pre(self.patch_drop(x))
         for block in self.blocks:
@@ -84,11 +84,11 @@ class MoEVisionTransformer(VisionTransformer):
         return self.norm(x)
 
     def _of_tokens(self, mask: Tensor) -> Tensor:
-        """The mask of the patches, with the tokens before them."""
+        """Extends the mask of the patches by the tokens before them."""
         return torch.nn.functional.pad(mask, (self.num_prefix_tokens, 0), value=True)
 
     def _masked_head(self, x: Tensor, mask: Tensor) -> Tensor:
-        """`forward_head`, with the masked tokens left out of the pooling."""
+        """Runs `forward_head` without the masked tokens in the pooling."""
         if self.attn_pool is not None:
             x = self.attn_pool(x, attn_mask=_attention_mask(mask, x.dtype))
         elif self.global_pool == "avg":
@@ -101,5 +101,5 @@ class MoEVisionTransformer(VisionTransformer):
 
 
 def _attention_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores [N, heads, queries, T]."""
+    """Makes the term added to the scores [N, heads, queries, T]."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, _MASKED)[:, None, None]

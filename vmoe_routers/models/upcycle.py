@@ -1,4 +1,4 @@
-"""upcycle: from a trained dense vision transformer to a mixture of experts (arXiv 2212.05055)."""
+"""upcycle: turns a trained dense vision transformer into a mixture of experts (arXiv 2212.05055)."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ def upcycle(
     noise: float = 0.0,
     **router_options: Any,
 ) -> Model:
-    """Replaces the MLPs of some blocks by MoE layers whose experts all start as that MLP; in place.
+    """Replaces the MLPs of some blocks, in place, by MoE layers whose experts all start as that MLP.
 
-    Everything else (attention, layer scale, register tokens, head) stays as it is. The router's own weights are drawn
-    anew. A token that experts took with weights that sum to 1 comes out of the layer as out of the dense MLP, so the
-    model starts with the dense model's outputs where
+    Attention, layer scale, register tokens and head do not change. The weights of the routers are drawn. If experts
+    took a token with weights that sum to 1, the layer maps the token as the dense MLP did. So the model starts with the
+    outputs of the dense model if
 
-    - ``renormalize=True`` (the sparse routers), and
-    - every token is taken: a `capacity_factor` that leaves room, for Expert Choice as many slots as tokens
-      (``capacity_factor=num_experts``), and `noise` 0.
+    - the router is sparse, with ``renormalize=True``,
+    - the experts take every token: `capacity_factor` is large enough (for Expert Choice ``capacity_factor=num_experts``
+      gives as many slots as tokens), and
+    - `noise` is 0.
 
-    Without `renormalize`, outputs of the MLP are scaled by the tokens' gates. Soft MoE's experts see mixtures of
-    tokens: nothing is promised there.
+    Without `renormalize`, the layer scales the output of the MLP by the sum of the token's gates. With Soft MoE the
+    outputs differ from the start, because its experts compute mixtures of tokens.
 
     Args:
         model: a timm VisionTransformer, or another with ``model.blocks[i].mlp`` being a timm `Mlp` (DeiT, DINOv2 with
             layer scale, register tokens, ...).
-        router: one of `vmoe_routers.ROUTERS`, or a function (dim, num_experts) that makes a router, called once for
-            every MoE layer.
+        router: One of `vmoe_routers.ROUTERS`, or a function ``(dim, num_experts)`` that makes a router, called once per
+            MoE layer.
         num_experts: E.
-        blocks: which, as `moe_block_indices`.
-        group_size: images routed together.
-        noise: breaks the experts' symmetry: to each expert's weights normal noise of this many of the weight's standard
-            deviations is added. 0: none; the routers' gradients tell experts apart all the same.
-        router_options: of `vmoe_routers.create_router`.
+        blocks: The blocks to replace, as in `moe_block_indices`.
+        group_size: Images that are routed together.
+        noise: Adds normal noise to the weights of every expert, with this multiple of the weight's standard deviation,
+            so that experts differ from the start. With 0, only the routers' gradients make the experts differ.
+        router_options: Options of `vmoe_routers.create_router`.
 
     Returns:
         `model`.
@@ -77,7 +78,7 @@ def upcycle(
     for i, layer in zip(chosen, layers, strict=True):
         found[i].mlp = layer
     config: Any = getattr(model, "moe_config", None)
-    if config is not None and config["router"] is None:  # from now on the arguments of what the model is
+    if config is not None and config["router"] is None:  # describe the upcycled model
         moe = {"router": router, "num_experts": num_experts, "moe_blocks": list(chosen), "group_size": group_size}
         setattr(model, "moe_config", {**config, **moe, **router_options})  # noqa: B010
     return model
@@ -86,14 +87,16 @@ def upcycle(
 def _tokens(model: nn.Module) -> int:
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if patches is None:
-        raise ValueError("upcycle: capacity_factor of Soft MoE needs num_tokens, and the model does not say its tokens")
+        raise ValueError(
+            "upcycle: capacity_factor of Soft MoE needs num_tokens, because the model has no patch_embed.num_patches"
+        )
     return patches + getattr(model, "num_prefix_tokens", 0)
 
 
 def _layer(
     block: nn.Module, where: str, router: Any, num_experts: int, group_size: int, noise: float, options: dict[str, Any]
 ) -> MoEMlp:
-    """The MoE layer that takes the place of the block's MLP."""
+    """Makes the MoE layer that replaces the MLP of a block."""
     mlp: Any = getattr(block, "mlp", None)
     if type(mlp) is not Mlp or not isinstance(mlp.fc1, nn.Linear):
         raise TypeError(

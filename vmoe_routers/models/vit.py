@@ -1,8 +1,8 @@
 """ViT-MoE: timm's VisionTransformer with MoE layers in place of the MLPs of some blocks.
 
-Nothing of timm is changed: the model is a `timm.models.VisionTransformer` whose `blocks[i].mlp` is a `MoEMlp`
-where the placement rule says so, so everything that works on the one (feature extraction, checkpointing,
-optimisers' parameter groups) works on the other. Only its forward takes a padding mask beside (`MoEVisionTransformer`).
+The model is a `timm.models.VisionTransformer` in which the placement rule chooses the blocks whose `mlp` is a
+`MoEMlp`. Code for timm's model (feature extraction, checkpointing, parameter groups of optimisers) works on this model
+too. In addition, its forward takes a padding mask (`MoEVisionTransformer`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from vmoe_routers.moe import MoEMlp
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.routers import ROUTERS, RouterFactory, router_options
 
-#: Ti, S, B, L, H (arXiv 2010.11929, table 1): `vit_moe(**SIZES["S"], patch_size=16)`.
 SIZES: dict[str, dict[str, int]] = {
     "Ti": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "S": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -31,21 +30,25 @@ SIZES: dict[str, dict[str, int]] = {
     "L": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "H": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
+"""Arguments of the sizes in arXiv 2010.11929, table 1: ``vit_moe(**SIZES["S"], patch_size=16)``."""
 
 POOLINGS = ("avg", "token", "map")
 POSITIONS = ("learned", "sincos")
 
-# arguments of MoEMlp that follow from the model's own
 _DERIVED = ("in_features", "hidden_features", "out_features", "act_layer", "drop", "norm_layer", "device", "dtype")
+"""Arguments of `MoEMlp` that follow from the model's arguments."""
 
 
 def moe_block_indices(depth: int, rule: str | Iterable[int]) -> tuple[int, ...]:
-    """The blocks, of 0 .. depth - 1, that hold a MoE layer.
+    """Lists the blocks with a MoE layer, of the blocks 0 .. depth - 1, in ascending order.
 
-    rule: "last_half" (Soft MoE, arXiv 2308.00951; the larger half of an odd depth), "every_2" (blocks 1, 3, 5, ...;
-    V-MoE, arXiv 2106.05974) or any "every_<n>", "last_<n>", or the indices themselves. Ascending. At least one.
+    Args:
+        depth: Number of blocks.
+        rule: "last_half" (Soft MoE, arXiv 2308.00951; the larger half of an odd depth), "every_<n>" ("every_2", of
+            V-MoE, arXiv 2106.05974, means blocks 1, 3, 5, ...), "last_<n>", or the indices.
 
-    Raises ValueError for a rule that is none of these, or that names no block or one that is not there.
+    Raises:
+        ValueError: The rule has another form, selects no block, or names a block twice or out of range.
     """
     depth = Check("moe_block_indices").integer("depth", depth, 1)
     if isinstance(rule, str):
@@ -97,34 +100,44 @@ def vit_moe(
     dynamic_img_size: bool = False,
     **router_options: Any,
 ) -> MoEVisionTransformer:
-    """A vision transformer with MoE layers: images [N, in_chans, height, width] -> logits [N, num_classes].
+    """Makes a vision transformer with MoE layers: images [N, in_chans, height, width] -> logits [N, num_classes].
 
-    router          one of `vmoe_routers.ROUTERS`, or a function (dim, num_experts) that makes a router, called once for
-                    every MoE layer; None makes the dense ViT of the same trunk
-    num_experts     E, of every MoE layer
-    moe_blocks      where the MoE layers are: see `moe_block_indices`
-    group_size      images that are routed together; the batch must be a multiple of it in training
-    global_pool     "avg": mean of the encoder's normalised tokens; "token": class token; "map": attention pooling
-    qk_norm         LayerNorm over the head width (scale, no bias) on queries and keys
-    pre_logits      a dense layer of the model's width and tanh between pooling and head, which older ViTs have
-    pos_embed       "learned": drawn from N(0, pos_embed_std^2); "sincos": fixed, two-dimensional (arXiv 2104.02057)
-    drop_rate       dropout before the head
-    proj_drop_rate  dropout in the MLPs and experts and after attention
-    drop_path_rate  stochastic depth, growing linearly to this rate at the last block
-    dynamic_img_size  images of any size, positions resampled on the way (`model.set_input_size` does it once)
-    router_options  every further option of `MoEMlp` and its router: top_k, capacity_factor, slots_per_expert, ...
-                    Soft with a capacity factor needs num_tokens: it is worked out here (tokens of an image, the class
-                    token among them, times group_size)
+    As in the reference models, GELU has its tanh form and every LayerNorm has eps 1e-6. Dense kernels are drawn Xavier
+    uniform (queries, keys and values separately), and the patch kernel LeCun normal. Biases, class token and head
+    start at 0.
 
-    As in the reference models, GELU is the tanh form, every LayerNorm has eps 1e-6, dense kernels are Xavier uniform
-    (queries, keys and values each by itself), the patch kernel LeCun normal, biases, class token and head 0.
-
-    The trunk is drawn before the MoE layers, so the same `torch.manual_seed` gives the same trunk for every router
-    (and for the dense model): compare routers on equal starting points.
+    The trunk is drawn before the MoE layers: with one `torch.manual_seed`, all routers and the dense model start from
+    the same trunk.
 
     The model keeps these arguments as `moe_config`, which `vmoe_routers.checkpoints.save_pretrained` writes.
 
-    Raises TypeError or ValueError naming the argument: sizes that do not fit together, names that do not exist.
+    Args:
+        img_size, patch_size: A side in pixels, or height and width.
+        in_chans: Channels of an image.
+        num_classes: Outputs of the head; 0: no head.
+        embed_dim, depth, num_heads: Width of a token, number of blocks, heads of attention.
+        mlp_ratio: Hidden width of MLPs and experts over `embed_dim`.
+        router: One of `vmoe_routers.ROUTERS`, or a function ``(dim, num_experts)`` that makes a router, called once
+            per MoE layer. None makes the dense ViT with the same trunk.
+        num_experts: E, of every MoE layer.
+        moe_blocks: The blocks with a MoE layer, as in `moe_block_indices`.
+        group_size: Images that are routed together. In training, the batch must be a multiple of it.
+        global_pool: "avg": mean of the encoder's normalised tokens; "token": class token; "map": attention pooling.
+        qk_norm: Normalises queries and keys by LayerNorm over the head width (scale, no bias).
+        pre_logits: Adds a dense layer of the model's width and tanh between pooling and head, as older ViTs have.
+        pos_embed: "learned": drawn from N(0, pos_embed_std^2); "sincos": fixed, two-dimensional (arXiv 2104.02057).
+        pos_embed_std: Standard deviation of learned position embeddings at initialisation.
+        drop_rate: Dropout before the head.
+        proj_drop_rate: Dropout in MLPs and experts, and after attention.
+        drop_path_rate: Stochastic depth, increasing linearly to this rate at the last block.
+        dynamic_img_size: Accepts images of any size and resamples the positions in every forward
+            (`model.set_input_size` resamples them once).
+        router_options: Further options of `MoEMlp` and its router: top_k, capacity_factor, slots_per_expert, ...
+            With a capacity factor, Soft MoE needs `num_tokens`; its default is the tokens of an image, with the class
+            token, times `group_size`.
+
+    Raises:
+        TypeError, ValueError: Sizes that do not fit together, or an unknown name.
     """
     given = dict(locals())
     options = {name: _plain(value) for name, value in given.pop("router_options").items()}
@@ -141,10 +154,10 @@ def vit_moe(
         depth=c["depth"],
         num_heads=c["num_heads"],
         mlp_ratio=c["mlp_ratio"],
-        global_pool=cast(Any, global_pool),  # timm has a Literal
+        global_pool=cast(Any, global_pool),  # timm annotates a Literal
         class_token=global_pool == "token",
-        fc_norm=False,  # the encoder's norm comes before the pooling, also for "avg"
-        no_embed_class=pos_embed == "sincos",  # a learned table has a row for the class token, a fixed one has not
+        fc_norm=False,  # normalise before the pooling, also for "avg"
+        no_embed_class=pos_embed == "sincos",  # only a learned table has a row for the class token
         drop_rate=c["drop_rate"],
         proj_drop_rate=c["proj_drop_rate"],
         drop_path_rate=c["drop_path_rate"],
@@ -156,7 +169,7 @@ def vit_moe(
     )
     setattr(model, "moe_config", {**c, **options})  # noqa: B010  (timm's class declares none)
     blocks: Any = model.blocks
-    if pre_logits:  # timm's place for what comes between pooling and head
+    if pre_logits:  # timm calls fc_norm between pooling and head
         model.fc_norm = nn.Sequential(OrderedDict(dense=nn.Linear(c["embed_dim"], c["embed_dim"]), act=nn.Tanh()))
     if qk_norm:
         for attention in [block.attn for block in blocks] + ([model.attn_pool] if global_pool == "map" else []):
@@ -171,7 +184,7 @@ def vit_moe(
     if router is None:
         return model
     if needs_num_tokens(router, options):
-        # Kept in the config: it fixes the shape of Phi, whatever size the images have when the model is made again.
+        # Keep num_tokens in the config: it fixes the shape of Phi even if the image size changes later.
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         options["num_tokens"] = tokens * c["group_size"]
     setattr(model, "moe_config", {**c, **options})  # noqa: B010
@@ -190,17 +203,13 @@ def vit_moe(
 
 
 def needs_num_tokens(router: str | RouterFactory, options: Mapping[str, Any]) -> bool:
-    """Whether the router needs to be told the tokens of a group, because its capacity factor fixes a shape."""
+    """Tells whether the router needs the tokens of a group, because its capacity factor fixes a shape."""
     takes = "num_tokens" in router_options(router)
     return takes and options.get("capacity_factor") is not None and "num_tokens" not in options
 
 
 def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `vit_moe` as plain values of Python, which a config can keep.
-
-    Raises:
-        TypeError, ValueError: as `vit_moe`.
-    """
+    """Checks the arguments of `vit_moe` and converts them to plain values of Python, which a config can keep."""
     check = Check("vit_moe")
     c = dict(config)
     image, patch = (_pair(name, c[name]) for name in ("img_size", "patch_size"))
@@ -231,19 +240,19 @@ def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"vit_moe: router is None (a dense model), but came with {sorted(options)}")
     for name in _DERIVED:
         if name in options:
-            raise TypeError(f"vit_moe: {name!r} is no option, it follows from the model's other arguments")
+            raise TypeError(f"vit_moe: {name!r} is not an option: it follows from the model's other arguments")
     if router is not None:
         c["moe_blocks"] = _plain_blocks(c["depth"], c["moe_blocks"])
     return c
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy as a number of Python."""
+    """Converts a number of numpy to a number of Python."""
     return value.item() if isinstance(value, Number) and hasattr(value, "item") else value  # type: ignore[attr-defined]
 
 
 def _plain_blocks(depth: int, rule: str | Iterable[int]) -> str | list[int]:
-    """A rule's name as it is, indices as a list."""
+    """Checks the rule; gives a name as it is, and indices as a list."""
     if isinstance(rule, str):
         moe_block_indices(depth, rule)
         return rule
@@ -259,7 +268,7 @@ def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _sincos_positions(height: int, width: int, dim: int) -> Tensor:
-    """[1, height * width, dim]: sin x, cos x, sin y, cos y, a quarter of the width each (arXiv 2104.02057)."""
+    """Computes the table [1, height * width, dim]: sin x, cos x, sin y, cos y, a quarter of the width each."""
     if dim % 4 or dim < 8:
         raise ValueError(f'vit_moe: embed_dim is {dim}, wanted a multiple of 4, at least 8, for pos_embed "sincos"')
     frequency = 10_000.0 ** -torch.linspace(0, 1, dim // 4, dtype=torch.float64)
@@ -272,8 +281,8 @@ def _sincos_positions(height: int, width: int, dim: int) -> Tensor:
 
 @torch.no_grad()
 def _init_trunk(model: Any, pos_embed_std: float) -> None:
-    """Draw every parameter but LayerNorm's as the reference models do (its own defaults, 1 and 0, are right)."""
-    fused = {"qkv": 3, "kv": 2}  # kernels stored as one, drawn as several
+    """Initialises all parameters except those of LayerNorm (1 and 0) as the reference models do."""
+    fused = {"qkv": 3, "kv": 2}  # kernels that are stored as one and drawn separately
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             for kernel in module.weight.chunk(fused.get(name.rpartition(".")[2], 1)):
@@ -281,7 +290,8 @@ def _init_trunk(model: Any, pos_embed_std: float) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     patch = model.patch_embed.proj
-    std = patch.weight[0].numel() ** -0.5 / 0.87962566103423978  # of the normal that, cut at two std, has the first
+    # Truncating a normal distribution at two standard deviations multiplies its standard deviation by 0.8796.
+    std = patch.weight[0].numel() ** -0.5 / 0.87962566103423978
     nn.init.trunc_normal_(patch.weight, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(patch.bias)
     if isinstance(model.pos_embed, nn.Parameter):

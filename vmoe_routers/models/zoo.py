@@ -1,8 +1,8 @@
-"""Names for timm: ``timm.create_model("soft_moe_base_patch16_224", num_experts=32)``.
+"""Model names for timm: ``timm.create_model("soft_moe_base_patch16_224", num_experts=32)``.
 
-``<router>_moe_<size>_patch<p>_224`` for each of the six routers and every size and patch of `PATCHES`. Keywords are
-those of `vit_moe`, over what the name says. Importing `vmoe_routers.models` registers them. There are no pretrained
-weights; `vmoe_routers.checkpoints` and `upcycle` are where weights come from.
+Importing `vmoe_routers.models` registers ``<router>_moe_<size>_patch<p>_224`` for the six routers and every size and
+patch of `PATCHES`. Keywords are arguments of `vit_moe` and override the name. No weights come with the names; load
+them by `vmoe_routers.checkpoints`, or make them by `upcycle`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from vmoe_routers.models.transformer import MoEVisionTransformer
 from vmoe_routers.models.vit import SIZES, vit_moe
 from vmoe_routers.routers import ROUTERS, router_options
 
-#: The patch sizes of each size.
 PATCHES: dict[str, tuple[int, ...]] = {
     "tiny": (16,),
     "small": (32, 16, 14),
@@ -26,6 +25,8 @@ PATCHES: dict[str, tuple[int, ...]] = {
     "large": (32, 16, 14),
     "huge": (14,),
 }
+"""Patch sizes in pixels, for each model size."""
+
 _LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 
 _MODELS = {
@@ -45,7 +46,7 @@ default_cfgs = generate_default_cfgs(
             "crop_pct": 0.9,
             "interpolation": "bicubic",
             "fixed_input_size": True,
-            "mean": IMAGENET_INCEPTION_MEAN,  # pixels in [-1, 1], as the reference's models
+            "mean": IMAGENET_INCEPTION_MEAN,  # pixels in [-1, 1], as in the reference models
             "std": IMAGENET_INCEPTION_STD,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

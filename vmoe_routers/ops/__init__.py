@@ -1,15 +1,15 @@
 """The ops: one public function each, registered with torch's dispatcher.
 
-``torch.ops.vmoe_routers.<op>`` is the kernel, the function here its checked and
-documented form. `vmoe_routers.ops.reference` has them all in plain PyTorch.
+``torch.ops.vmoe_routers.<op>`` runs the kernel; the function of this package checks the arguments first and documents
+them. `vmoe_routers.ops.reference` defines every op in plain PyTorch.
 """
 
 try:
     from vmoe_routers import _C  # noqa: F401  (registers the CPU kernels)
 except ImportError as error:
     raise ImportError(
-        "vmoe_routers has no compiled kernels here: install it (pip install .), and do not "
-        f"import its source folder in their stead ({error})"
+        "vmoe_routers: this folder has no compiled kernels; install the package (pip install .) "
+        f"and import it from outside the source folder ({error})"
     ) from error
 
 from vmoe_routers.ops._cuda import WITHOUT_CUDA  # noqa: F401  (loads the CUDA kernels)

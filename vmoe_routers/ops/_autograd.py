@@ -1,4 +1,4 @@
-"""How the public functions call their ops, and which derivatives are refused."""
+"""Calls of the ops, and refusals of the derivatives that they do not have."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
 def call(op: OpOverload, *args: object) -> Any:
-    """``op(*args)``, below autograd's layer of the dispatcher where no gradient is recorded.
+    """Calls the op, skipping the dispatcher's autograd key when no gradient is recorded.
 
     Raises:
-        NotImplementedError: an argument has a tangent of forward-mode AD.
+        NotImplementedError: An argument has a tangent of forward-mode AD.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(op, args)
-    # Autograd's layer is written in Python, and takes as long as the rest of a small call.
+    # Our autograd formulas are written in Python: the key takes as long as the rest of a small call.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with _below_autograd():
@@ -29,7 +29,7 @@ def call(op: OpOverload, *args: object) -> Any:
 
 
 def _refuse_tangents(op: OpOverload, args: tuple[object, ...]) -> None:
-    # torch would call the kernel on the primal values and give the result a tangent of 0.
+    # Otherwise torch would call the kernel on the primal values and silently give the result a tangent of 0.
     for parameter, value in zip(op._schema.arguments, args, strict=False):
         if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             name = op._schema.name.removeprefix("vmoe_routers::")
@@ -39,13 +39,16 @@ def _refuse_tangents(op: OpOverload, args: tuple[object, ...]) -> None:
 
 
 def refuse_second_derivative(op: str) -> None:
-    """Registers, for a backward op, a gradient that raises.
+    """Registers a gradient that raises for a backward op.
 
-    Without it autograd would take the backward op's result for a constant, and a
-    second derivative would be silently wrong.
+    Without this gradient, autograd would treat the backward op's result as a constant, and second derivatives would be
+    silently wrong.
+
+    Args:
+        op: Name of the backward op.
     """
 
     def backward(ctx: object, *grads: Tensor) -> None:
-        raise NotImplementedError(f"vmoe_routers::{op} has no derivative of its own")
+        raise NotImplementedError(f"vmoe_routers::{op} has no derivative: second derivatives are not supported")
 
     torch.library.register_autograd(f"vmoe_routers::{op}", backward)

@@ -1,4 +1,4 @@
-"""Checks of arguments. An error says who asks, which argument, what came and what was wanted."""
+"""Checks of arguments. An error names the function, the argument, the value that came and the one wanted."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vmoe_routers.ops._dtypes import FLOATS
 
 
 class Check:
-    """The checks of one function or class, whose name every message begins with.
+    """Checks the arguments of one function or class.
 
-    A tensor is checked once, by the function that the user called; the library does not check what it made itself.
+    The function that the user called checks a tensor, once. Internal callers trust each other.
 
     Args:
-        where: the name.
+        where: Name of the function or class; every message begins with this name.
     """
 
     __slots__ = ("where",)
@@ -27,7 +27,7 @@ class Check:
         self.where = where
 
     def tensor(self, name: str, value: object, axes: str | None = None) -> Tensor:
-        """`value` is a tensor, with the axes named where they are given, e.g. ``"G T E"``."""
+        """Checks that `value` is a tensor; with `axes`, such as ``"G T E"``, that it has as many axes."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.where}: {name} must be a Tensor, got {type(value).__name__}")
         if axes is not None and value.ndim != axes.count(" ") + 1:
@@ -39,32 +39,32 @@ class Check:
         return value
 
     def floating(self, name: str, value: object, axes: str | None = None) -> Tensor:
-        """`value` is a tensor of float16, bfloat16, float32 or float64, with the axes named."""
+        """Checks that `value` is a tensor of float16, bfloat16, float32 or float64, with these axes."""
         value = self.tensor(name, value, axes)
         if value.dtype not in FLOATS:
             raise TypeError(f"{self.where}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
         return value
 
     def dtype(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
-        """`value` has this dtype."""
+        """Checks that `value` has this dtype."""
         if value.dtype != dtype:
             raise TypeError(f"{self.where}: {name} must be {dtype}, got {value.dtype}")
 
     def shape(self, name: str, value: object, shape: Sequence[int], axes: str) -> None:
-        """`value` is a tensor of this shape; `axes` names it in the message, e.g. ``"G, T"``."""
+        """Checks that `value` is a tensor of this shape; the message names the shape by `axes`, such as ``"G, T"``."""
         if self.tensor(name, value).shape != tuple(shape):
             got = list(value.shape)  # type: ignore[attr-defined]
             raise ValueError(f"{self.where}: {name} must be [{axes}] = {list(shape)}, got {got}")
 
     def device(self, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-        """`value` is on the device of `other`."""
+        """Checks that `value` is on the device of `other`."""
         if value.device != other.device:
             raise ValueError(
                 f"{self.where}: {name} is on {value.device} and {other_name} on {other.device}, wanted one device"
             )
 
     def mask(self, mask: object, like_name: str, like: Tensor, axes: str = "G T") -> Tensor:
-        """`mask` is a bool tensor [G, T] beside `like` [G, T, ...]."""
+        """Checks that `mask` is a bool tensor [G, T] on the device of `like` [G, T, ...]."""
         mask = self.tensor("mask", mask, axes)
         self.dtype("mask", mask, torch.bool)
         self.shape("mask", mask, like.shape[:2], axes.replace(" ", ", "))
@@ -72,8 +72,8 @@ class Check:
         return mask
 
     def integer(self, name: str, value: object, low: int, high: int | None = None) -> int:
-        """`value` is an integer (numpy's too), ``low <= value <= high``."""
-        # int(value) would specialise a symbolic size of torch.compile.
+        """Checks that `value` is an integer (also numpy's), ``low <= value <= high``."""
+        # A SymInt is not converted: int(value) would specialise a symbolic size of torch.compile.
         if not isinstance(value, (int, torch.SymInt)) and isinstance(value, Integral):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -84,24 +84,24 @@ class Check:
         return value  # type: ignore[return-value]
 
     def number(self, name: str, value: object, *, zero: bool = False) -> float:
-        """`value` is a finite number (numpy's too), > 0, or >= 0 with `zero`."""
+        """Checks that `value` is a finite number (also numpy's), > 0, or >= 0 with `zero`."""
         if not isinstance(value, (int, float)) and isinstance(value, Real):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{self.where}: {name} must be a number, got {type(value).__name__}")
-        # Comparisons alone, which are false for NaN: under torch.compile(dynamic=True) a float may be symbolic.
+        # Only comparisons, which are false for NaN: under torch.compile(dynamic=True) a float may be symbolic.
         if not 0 <= value < math.inf or (value == 0 and not zero):
             raise ValueError(f"{self.where}: {name} must be {'>=' if zero else '>'} 0, got {value}")
         return float(value)
 
     def choice(self, name: str, value: object, choices: Sequence[object]) -> None:
-        """`value` is one of `choices`."""
+        """Checks that `value` is one of `choices`."""
         if value not in choices:
             wanted = ", ".join(map(repr, choices))
             raise ValueError(f"{self.where}: {name} must be one of {wanted}, got {value!r}")
 
     def flag(self, name: str, value: object) -> bool:
-        """`value` is a bool."""
+        """Checks that `value` is a bool."""
         if not isinstance(value, bool):
             raise TypeError(f"{self.where}: {name} must be a bool, got {type(value).__name__}")
         return value

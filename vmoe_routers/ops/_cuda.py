@@ -1,4 +1,4 @@
-"""Loads the CUDA kernels. Without them a CUDA tensor gets an error from every op that says how to get them."""
+"""Loads the CUDA kernels. Without them, every op refuses CUDA tensors with an error that says how to build them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from vmoe_routers import _C
 if _C.cuda_built and torch.version.cuda:
     from vmoe_routers import _C_cuda  # noqa: F401  (registers the CUDA kernels)
 
-# Registrations last as long as this object.
+# Keeps the registrations: they end when this object is freed.
 _library = torch.library.Library("vmoe_routers", "IMPL")
 
 
 def _why(op: str) -> str:
     if _C.cuda_built:
-        return f"vmoe_routers: {op} on a CUDA tensor, but torch {torch.__version__} has no CUDA: install one that has"
+        return (
+            f"vmoe_routers: {op} on a CUDA tensor, but torch {torch.__version__} has no CUDA: install a torch with CUDA"
+        )
     return (
-        f"vmoe_routers: {op} on a CUDA tensor, but vmoe_routers was built for the CPU alone: with nvcc >= 12.0 and a "
-        "torch with CUDA here, build it again by pip install --no-build-isolation --force-reinstall "
+        f"vmoe_routers: {op} on a CUDA tensor, but vmoe_routers was built without CUDA: with nvcc >= 12.0 and a "
+        "torch with CUDA, build it again by pip install --no-build-isolation --force-reinstall "
         "-C cmake.define.VMOE_CUDA=ON ., or move the tensors to the CPU"
     )
 
@@ -39,7 +41,8 @@ def _without_kernel() -> frozenset[str]:
     return frozenset(op for op in ours if not has_kernel(f"vmoe_routers::{op}", "CUDA"))
 
 
-# All ops where the CUDA kernels were not built or cannot be loaded. Each gets the error for its CUDA kernel.
 WITHOUT_CUDA = _without_kernel()
+"""Ops without a CUDA kernel, all of them where CUDA was not built or cannot be loaded; each refuses CUDA tensors."""
+
 for _op in WITHOUT_CUDA:
     _refuse(_op)

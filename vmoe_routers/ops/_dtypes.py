@@ -1,4 +1,4 @@
-"""The dtypes that kernels take and compute in, and masked values."""
+"""Dtypes that kernels take and compute in, and masked values."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 HALF_PRODUCTS = frozenset({"cuda"})
-"""The types of device whose matrix products take 16-bit values without a cast."""
+"""Device types whose matrix products accept 16-bit inputs."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a kernel computes in: float64 for float64, float32 for every other dtype."""
+    """Gives the dtype that a kernel computes in: float64 for float64, float32 for every other dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in this dtype."""
-    # The comparison saves time: a `to` that changes nothing takes as long as a sum of two small tensors.
+    """Converts `x` to this dtype."""
+    # Compare first: a `to` without effect takes as long as a sum of two small tensors.
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which `x` enters a product with sums in `dtype`: its own 16 bits where the device takes them."""
+    """Gives the dtype in which `x` enters a product accumulated in `dtype`: 16 bits where the device accepts them."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return x.dtype if half and x.device.type in HALF_PRODUCTS and dtype == torch.float32 else dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A context without autocast on the device of `x`."""
-    # torch.autocast does not accept the meta device, and takes microseconds to make.
+    """Gives a context without autocast on the device of `x`."""
+    # torch.autocast refuses the meta device, and its construction takes microseconds.
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def fill_masked(x: Tensor, mask: Tensor | None, value: float = -math.inf) -> Tensor:
-    """`x` [G, T, ...] with `value` in the rows of masked tokens; -inf marks an absent entry in every op."""
+    """Fills the rows of masked tokens in `x` [G, T, ...] with `value`; -inf marks an absent entry in every op."""
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)

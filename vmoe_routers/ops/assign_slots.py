@@ -1,4 +1,4 @@
-"""assign_slots: position of every request in its expert's buffer."""
+"""assign_slots: the position of every request in its expert's buffer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from vmoe_routers.ops._dtypes import cast, compute_dtype
 check = Check("assign_slots")
 
 MOST_EXPERTS = 2**20
-# Slots of a group at any number of tokens. Beyond the requests slots stay empty, and cost all the same.
+"""The largest number of experts."""
+
 MOST_EMPTY_SLOTS = 2**20
+"""Slots that a group may have with any number of requests. Empty slots cost memory and time too."""
 
 
 def assign_slots(
@@ -20,24 +22,19 @@ def assign_slots(
 ) -> tuple[Tensor, Tensor]:
     """Fills the experts' buffers with the tokens' requests (V-MoE, arXiv 2106.05974, alg. 1, 2).
 
-    Choice 1 of every token goes before choice 2 of any. Within a choice tokens go
-    in index order, or in descending order of `priority` (batch prioritised
-    routing), stable. A request that comes to a full buffer is dropped.
+    First choices of all tokens are served before second choices, and so on. Within a choice, tokens are served in
+    index order, or with `priority` in descending order of it (batch prioritised routing; equal priorities in index
+    order). A request for a full buffer is dropped.
 
     Args:
-        expert: [G, T, K] int32, the expert of every request, in [0, E). Anything
-            else, such as -1, is no request.
+        expert: [G, T, K] int32, the expert of every request, in [0, E). Any other value, such as -1, is no request.
         num_experts: E, at most 2**20.
-        capacity: C, slots per expert and group. An expert cannot fill more than ``T * K``: at most
-            ``max(T * K, 2**20 // E)``.
+        capacity: C, slots per expert and group, at most ``max(T * K, 2**20 // E)``.
         priority: [G, T] floating point, or None.
 
     Returns:
-        slot: [G, T, K] int32, ``e * C + position`` of every request, or -1.
-        source: [G, E, C] int32, ``t * K + k`` of the request in every slot, or -1: empty.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device or number.
+        slot: [G, T, K] int32, ``e * C + position`` of every request; -1 if it was dropped or is no request.
+        source: [G, E, C] int32, ``t * K + k`` of the request in every slot; -1 in an empty slot.
     """
     expert = check.tensor("expert", expert, "G T K")
     check.dtype("expert", expert, torch.int32)
@@ -53,8 +50,8 @@ def assign_slots(
 def assign_slots_unchecked(
     expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`assign_slots` of arguments known to be right, but for a capacity beyond what the requests can fill."""
-    if not torch.compiler.is_compiling():  # a comparison would specialise a symbolic size
+    """Runs `assign_slots` without checks, except that of the capacity."""
+    if not torch.compiler.is_compiling():  # under torch.compile the comparison would specialise a symbolic size
         requests = expert.shape[1] * expert.shape[2]
         check.integer("capacity", capacity, 0, max(requests, MOST_EMPTY_SLOTS // num_experts))
     if priority is not None:

@@ -1,4 +1,4 @@
-"""combine: the experts' outputs, summed into their tokens."""
+"""combine: the weighted sum of every token's slots."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ check = Check("combine")
 
 
 def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """Adds up a token's slots: ``out[g, t] = sum_s gate[g, s] y[s]`` over the slots s of t.
+    """Sums the slots of every token: ``out[g, t] = sum_s gate[g, s] y[s]`` over the slots s of t.
 
     Args:
-        y: [E, G, C, D] floating point, the outputs by slot, as `dispatch` lays them out.
+        y: [E, G, C, D] floating point, the experts' outputs in the layout of `dispatch`.
         gate: [G, E, C] floating point, the weight of every slot.
-        token: [G, E, C] int32, the token in every slot; outside [0, T): empty.
-        offsets, slots: `invert_slots` of `token`. Other offsets are clamped to [0, E * C], other slots skipped.
+        token: [G, E, C] int32, the token in every slot; a value outside [0, T) marks an empty slot.
+        offsets, slots: Results of `invert_slots` for `token`. Offsets are clamped to [0, E * C]; slots outside
+            [0, E * C) are skipped.
 
     Returns:
-        [G, T, D], y's dtype (sums in float32, or float64). A token without a slot gets zeros.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype or device.
+        [G, T, D] in y's dtype, accumulated in float32 (float64 for float64). A token without a slot gets zeros.
     """
     y = check.floating("y", y, "E G C D")
     gate = check.floating("gate", gate)
@@ -40,7 +38,7 @@ def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tens
 
 
 def combine_unchecked(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """`combine` of arguments known to be right."""
+    """Runs `combine` without checks."""
     return call(torch.ops.vmoe_routers.combine.default, y, cast(gate, compute_dtype(y.dtype)), token, offsets, slots)
 
 

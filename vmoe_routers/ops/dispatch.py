@@ -1,4 +1,4 @@
-"""dispatch: the rows of the tokens, laid out by slot."""
+"""dispatch: copies of the tokens, in the order of the slots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ check = Check("dispatch")
 def check_slots(
     check: Check, token: Tensor, offsets: Tensor, slots: Tensor, shape: tuple[int, int, int], tokens: int
 ) -> None:
-    """token of this shape [G, E, C], and the results of `invert_slots` for it and T = `tokens`."""
+    """Checks `token` of `shape` [G, E, C], and `offsets` and `slots` of `invert_slots` for T = `tokens`."""
     groups, experts, capacity = shape
     check.shape("token", token, shape, "G, E, C")
     check.shape("offsets", offsets, (groups, tokens + 1), "G, T + 1")
@@ -27,18 +27,15 @@ def check_slots(
 
 
 def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """Copies every slot's token: ``out[e, g, c] = x[g, token[g, e, c]]``, zeros where the slot is empty.
+    """Copies the token of every slot: ``out[e, g, c] = x[g, token[g, e, c]]``; an empty slot gets zeros.
 
     Args:
         x: [G, T, D] floating point.
-        token: [G, E, C] int32, the token in every slot; outside [0, T): empty.
-        offsets, slots: `invert_slots` of `token`, for the gradient.
+        token: [G, E, C] int32, the token in every slot; a value outside [0, T) marks an empty slot.
+        offsets, slots: Results of `invert_slots` for `token`; the gradient needs them.
 
     Returns:
-        [E, G, C, D], x's dtype: the rows of one expert are one matrix.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype or device.
+        [E, G, C, D] in x's dtype: the rows of one expert form one contiguous matrix.
     """
     x = check.floating("x", x, "G T D")
     groups, tokens, _ = x.shape
@@ -49,7 +46,7 @@ def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor
 
 
 def dispatch_unchecked(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """`dispatch` of arguments known to be right."""
+    """Runs `dispatch` without checks."""
     return call(torch.ops.vmoe_routers.dispatch.default, x, token, offsets, slots)
 
 
@@ -65,7 +62,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    # The rows that were copied from a token are summed into it: combine with gates of 1.
+    # The gradient of a token is the sum over its slots: combine with gates of 1.
     return torch.ops.vmoe_routers.combine.default(grad, None, *ctx.saved_tensors), None, None, None
 
 

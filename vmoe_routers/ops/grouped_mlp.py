@@ -1,4 +1,4 @@
-"""grouped_mlp: the experts' two-layer MLPs, all at once."""
+"""grouped_mlp: the two-layer MLPs of all experts in one call."""
 
 from __future__ import annotations
 
@@ -23,25 +23,22 @@ def grouped_mlp(
     act: str = "gelu_tanh",
     filled: Tensor | None = None,
 ) -> Tensor:
-    """``act(x w1 + b1) w2 + b2``, one MLP per expert, over its filled rows.
+    """Computes ``act(x w1 + b1) w2 + b2``, one MLP per expert, for the filled rows.
 
-    On a CPU the op visits the filled rows alone, and bias, activation and their gradient cost no pass over memory. On
-    CUDA they are one pass between torch's batched products over all rows, whose number the host knows: nothing waits
-    for the device. `vmoe_routers.Experts` serves every other dtype, activation and transform.
+    CPU kernels compute only the filled rows, and fuse bias, activation and their gradient into the matrix products.
+    CUDA kernels compute bias and activation in one pass between torch's batched products over all rows, so the host
+    never waits for the device. `vmoe_routers.Experts` supports every other dtype, activation and transform.
 
     Args:
-        x: [E, N, D], N rows for each expert; float32 or float64, on CUDA also float16 or bfloat16.
+        x: [E, N, D], N rows per expert; float32 or float64, on CUDA also float16 or bfloat16.
         w1, b1: [E, D, F] and [E, F] (or None), in x's dtype.
         w2, b2: [E, F, D'] and [E, D'] (or None), in x's dtype.
         act: "gelu_tanh" or "gelu" (the exact form).
-        filled: [E, G] int32: an expert's rows are G segments of N / G, and the first ``filled[e, g]`` rows of a
-            segment are filled. None: all rows are. The other rows must be finite, and are not used.
+        filled: [E, G] int32. The rows of an expert form G segments of N / G rows; the first ``filled[e, g]`` rows of
+            segment g are filled. Empty rows must be finite and are ignored. None: all rows are filled.
 
     Returns:
-        [E, N, D'], x's dtype. Rows that are not filled are zeros, and have no gradient.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device or `act`.
+        [E, N, D'] in x's dtype. Empty rows are zeros and have no gradient.
     """
     x = check.floating("x", x, "E N D")
     w1 = check.tensor("w1", w1, "E D F")
@@ -66,20 +63,20 @@ def grouped_mlp(
 
 
 def serves(x: Tensor) -> bool:
-    """Whether there is a kernel for the device and dtype of `x`."""
+    """Tells whether a kernel exists for the device and dtype of `x`."""
     return x.device.type in ("cpu", "cuda") and product_dtype(x, compute_dtype(x.dtype)) == x.dtype
 
 
 def grouped_mlp_unchecked(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, filled: Tensor | None
 ) -> Tensor:
-    """`grouped_mlp` of arguments known to be right."""
+    """Runs `grouped_mlp` without checks."""
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
     return call(torch.ops.vmoe_routers.grouped_mlp.default, x, w1, b1, w2, b2, filled, act, save)[0]
 
 
 def check_filled(check: Check, filled: Tensor, x: Tensor) -> None:
-    """filled [E, G] int32 beside rows x [E, N, D], N a multiple of G."""
+    """Checks `filled` [E, G] int32 for rows x [E, N, D], N a multiple of G."""
     check.tensor("filled", filled, "E G")
     check.dtype("filled", filled, torch.int32)
     check.device("filled", filled, "x", x)

@@ -1,4 +1,4 @@
-"""invert_slots: from the token of a slot to the slots of a token."""
+"""invert_slots: the slots of every token, from the token of every slot."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ check = Check("invert_slots")
 
 
 def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The slots of every token, for `dispatch` and `combine`, and how many of an expert's slots to compute.
+    """Lists the slots of every token, for `dispatch` and `combine`, and counts the slots to compute per expert.
 
     Args:
-        token: [G, E, C] int32, the token in every slot; outside [0, T): empty.
+        token: [G, E, C] int32, the token in every slot; a value outside [0, T) marks an empty slot.
         num_tokens: T.
 
     Returns:
         offsets: [G, T + 1] int32; the slots of token t are ``slots[offsets[t] : offsets[t + 1]]``.
-        slots: [G, E * C] int32, ``e * C + c``, ascending within a token; -1 after the last.
-        filled: [G, E] int32, 1 + the position of an expert's last slot that is not empty, or 0.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype or number.
+        slots: [G, E * C] int32, ``e * C + c``, ascending within a token; -1 after the last filled slot.
+        filled: [G, E] int32, the position after the last filled slot of every expert; 0 if all are empty.
     """
     token = check.tensor("token", token, "G E C")
     check.dtype("token", token, torch.int32)
@@ -32,7 +29,7 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def invert_slots_unchecked(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`invert_slots` of arguments known to be right."""
+    """Runs `invert_slots` without checks."""
     return torch.ops.vmoe_routers.invert_slots.default(token, num_tokens)
 
 

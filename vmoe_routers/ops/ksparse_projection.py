@@ -1,4 +1,4 @@
-"""ksparse_projection: onto the simplex, with at most k non-zeros."""
+"""ksparse_projection: the projection onto the probability simplex with at most k non-zeros."""
 
 from __future__ import annotations
 
@@ -13,29 +13,25 @@ check = Check("ksparse_projection")
 
 
 def ksparse_projection(x: Tensor, k: int) -> Tensor:
-    """The nearest point of the probability simplex with at most `k` non-zeros.
+    """Finds the nearest point of the probability simplex with at most `k` non-zeros, along the last axis.
 
-    ``argmin |p - x|^2`` over ``p >= 0, sum(p) = 1, |p|_0 <= k``, along the last
-    axis: the k largest entries (ties: the lower index) projected onto the simplex
-    (Liu et al., arXiv 2209.15466, section 3). ``k = n`` is the usual projection,
-    ``k = 1`` one-hot.
+    Solves ``argmin |p - x|^2`` over ``p >= 0, sum(p) = 1, |p|_0 <= k``: the k largest entries (ties go to the lower
+    index) are projected onto the simplex (Liu et al., arXiv 2209.15466, section 3). ``k = n`` gives the usual
+    projection, ``k = 1`` a one-hot row.
 
     Args:
         x: [..., n] floating point, n >= 1.
         k: 1 <= k <= n.
 
     Returns:
-        x's shape and dtype. A row with NaN or +inf gets NaN. The gradient on the
-        support s is ``dx - mean_s(dx)``, 0 elsewhere.
-
-    Raises:
-        TypeError, ValueError: a wrong dtype, shape or k.
+        The projection, in x's shape and dtype. A row with NaN or +inf gets NaN. With ``g`` the gradient of the
+        result, the gradient of x is ``g - mean(g)`` on the support and 0 elsewhere.
     """
     x = check.floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"ksparse_projection: x must have a last axis of at least 1, got {list(x.shape)}")
     k = check.integer("k", k, 1, x.shape[-1])
-    # Not reshape(-1, n): with no rows at all, -1 would be ambiguous to a reader of shapes.
+    # reshape(-1, n) is ambiguous for a tensor without rows.
     rows = cast(x, compute_dtype(x.dtype)).reshape(x.shape[:-1].numel(), x.shape[-1])
     return cast(call(torch.ops.vmoe_routers.ksparse_projection.default, rows, k).reshape(x.shape), x.dtype)
 
@@ -65,7 +61,7 @@ def _save_support(ctx, inputs, output):
 
 
 def _backward_twice(ctx, grad):
-    # Linear in the first gradient, and symmetric; the support does not move.
+    # The first gradient is a symmetric linear map of its argument; the support is constant.
     (out,) = ctx.saved_tensors
     return torch.ops.vmoe_routers.ksparse_projection_backward(grad, out), None
 

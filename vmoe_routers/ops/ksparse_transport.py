@@ -27,30 +27,27 @@ def ksparse_transport(
     gamma: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The sparsity-constrained transport plan (Liu et al., arXiv 2209.15466, section 4).
+    """Computes the sparsity-constrained transport plan (Liu et al., arXiv 2209.15466, section 4).
 
-    Maximises the semi-dual over one potential a token, from 0; the plan's columns
-    are k-sparse projections. Columns sum to n/E and have at most `k` non-zeros
-    after any number of iterations; rows are driven towards 1.
+    Maximises the semi-dual over one potential per token, starting from 0. The columns of the plan are k-sparse
+    projections: after any number of iterations they sum to n/E, n the number of real tokens, and have at most `k`
+    non-zeros. Rows converge towards 1.
 
     Args:
-        similarity: [G, T, E] floating point. A row of -inf alone is an absent token.
-        k: most tokens per expert, 1 <= k <= T (0 where T is 0).
-        iterations: the most steps of the solver.
-        solver: "adam" (betas 0.9 and 0.999, eps 1e-8), the router's, or "lbfgs",
-            for converged plans; give it some hundred iterations. Where k < T the
-            semi-dual has kinks, at which L-BFGS may stop before rows sum to 1.
-        learning_rate: Adam's.
-        tolerance: stop a group once the gradient's norm is at most this.
-        gamma: strength of the quadratic regularisation.
-        mask: [G, T] bool, True = real token. Others get 0 and do not count in n.
+        similarity: [G, T, E] floating point. A row of -inf marks an absent token.
+        k: The most tokens per expert, 1 <= k <= T (0 where T is 0).
+        iterations: The most steps of the solver.
+        solver: "adam" (betas 0.9 and 0.999, eps 1e-8), which the router uses, or "lbfgs" for converged plans, which
+            needs a few hundred iterations. For k < T the semi-dual has kinks, where L-BFGS may stop before rows sum
+            to 1.
+        learning_rate: Learning rate of Adam.
+        tolerance: Stops a group when the norm of its gradient is at most this.
+        gamma: Strength of the quadratic regularisation.
+        mask: [G, T] bool, True = real token. Masked tokens get 0 and do not count in n.
 
     Returns:
-        plan [G, T, E] in similarity's dtype. A group with NaN or +inf gets NaN. The
-        gradient is that of the projections; none flows through the potentials.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device or number.
+        The plan, [G, T, E] in similarity's dtype. A group with NaN or +inf gets NaN. The gradient flows through the
+        projections, not through the potentials.
     """
     similarity = check.floating("similarity", similarity, "G T E")
     k = check.integer("k", k, min(1, similarity.shape[1]), similarity.shape[1])
@@ -74,7 +71,7 @@ def ksparse_transport_unchecked(
     gamma: float,
     mask: Tensor | None,
 ) -> Tensor:
-    """`ksparse_transport` of arguments known to be right."""
+    """Runs `ksparse_transport` without checks."""
     present = fill_masked(cast(similarity, compute_dtype(similarity.dtype)), mask)
     op = torch.ops.vmoe_routers.ksparse_transport.default
     plan = call(op, present, k, iterations, solver, learning_rate, tolerance, gamma)
@@ -100,7 +97,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    # plan = b P_k((alpha + S) / (gamma b)): the two b cancel.
+    # plan = b P_k((alpha + S) / (gamma b)): the two factors b cancel in the gradient.
     (plan,) = ctx.saved_tensors
     grad_similarity = torch.ops.vmoe_routers.ksparse_projection_backward(grad, plan.detach())
     return grad_similarity / ctx.gamma, None, None, None, None, None, None

@@ -1,14 +1,13 @@
-"""Every op in plain differentiable PyTorch: the oracle of the tests and the definition to read.
+"""Definitions of all ops in plain differentiable PyTorch, which the tests compare the kernels with.
 
-The functions have the names, signatures and results of the ops (ties and edge cases too), on any
-device, and take their gradients from autograd. They favour the formula over speed: one-hot
-requests, sorts for the k largest, one group at a time where that reads better. No op ever falls
-back to them (`vmoe_routers.decompositions` puts them in an exported program for those who ask), and
-they check no arguments: that is the ops' part.
+The functions have the names, signatures and results of the ops, ties and edge cases included. They run on any device,
+and autograd derives their gradients. They are written for reading, not for speed: one-hot requests, full sorts, loops
+over groups. They do not check arguments. No op falls back to them; `vmoe_routers.decompositions` puts them into
+exported programs.
 
-Letters: ``G`` groups, ``T`` tokens of a group, ``D`` width, ``E`` experts, ``K`` experts per token,
-``C`` capacity, ``S = E * C`` slots. bfloat16 and float16 are computed in float32 and come back
-in the dtype they came in. -inf means "not there". NaN ranks as the largest, as in ``torch.sort``.
+Letters: ``G`` groups, ``T`` tokens of a group, ``D`` width, ``E`` experts, ``K`` experts per token, ``C`` capacity,
+``S = E * C`` slots. bfloat16 and float16 are computed in float32 and returned in their own dtype. -inf marks an absent
+entry. NaN counts as the largest value, as in ``torch.sort``.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ GELU_TANH = partial(F.gelu, approximate="tanh")
 
 
 def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest along ``dim``, in order, ties to the lower index; that axis goes last."""
+    """Selects the `k` largest entries along `dim`, in order, ties by the lower index; that axis goes last."""
     x = x.movedim(dim, -1)
     indices = x.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return x.gather(-1, indices), indices.int()
 
 
 def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
-    """softmax(logits, -1) at ``indices``, [G, T, K] of experts (dim 2) or [G, E, C] of tokens (dim 1).
+    """Gathers softmax(logits, -1) at `indices`: experts [G, T, K] (dim 2) or tokens [G, E, C] (dim 1).
 
-    Zeros where an index is outside of the axis, and for a token whose logits are all -inf.
+    An index out of range, or a token whose logits are all -inf, gives 0.
     """
     gates = _gates(logits).movedim(dim, -1)
-    there = (indices >= 0) & (indices < gates.shape[2])
-    gates = F.pad(gates, (0, 1))  # a zero behind the last
-    return gates.gather(2, torch.where(there, indices, gates.shape[2] - 1).long()).to(logits.dtype)
+    valid = (indices >= 0) & (indices < gates.shape[2])
+    gates = F.pad(gates, (0, 1))  # the zero that an invalid index reads
+    return gates.gather(2, torch.where(valid, indices, gates.shape[2] - 1).long()).to(logits.dtype)
 
 
 def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest of softmax(logits, -1), of every token (dim 2) or expert (dim 1).
+    """Selects the `k` largest entries of softmax(logits, -1) for every token (dim 2) or expert (dim 1).
 
-    A token whose logits are all -inf is not there: index -1, value 0 instead.
+    A token whose logits are all -inf is absent: its entries are value 0, index -1.
     """
     masked = _masked(_wide(logits), mask)
     gates = _gates(masked).masked_fill(~_present(masked)[..., None], -INF)
@@ -57,58 +56,58 @@ def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = 
 def assign_slots(
     expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Place of every request in its expert's buffer (V-MoE, arXiv 2106.05974, algorithms 1 and 2).
+    """Fills the experts' buffers with the tokens' requests (V-MoE, arXiv 2106.05974, algorithms 1 and 2).
 
-    Choice 0 of every token goes before choice 1 of any; within a choice tokens go in index order,
-    or by descending ``priority`` (stable). A request to a full buffer is dropped: slot -1.
+    First choices of all tokens are served before second choices. Within a choice, tokens are served in index order, or
+    by descending `priority` (stable). A request for a full buffer is dropped: slot -1.
     """
     G, T, K = expert.shape
     E, C = num_experts, capacity
     order = torch.arange(T, device=expert.device).expand(G, T)
     if priority is not None:
         order = priority.detach().sort(dim=1, descending=True, stable=True).indices
-    # Requests in the order in which they are served, [G, K * T], and the same as t * K + k.
+    # Experts of the requests in the order of service, [G, K * T], and the requests as t * K + k.
     served = expert.long().gather(1, order[..., None].expand(G, T, K)).transpose(1, 2).reshape(G, K * T)
     request = (order[:, None] * K + torch.arange(K, device=expert.device)[:, None]).reshape(G, K * T)
 
-    one_hot = served[..., None] == torch.arange(E, device=expert.device)  # [G, K * T, E], a -1 hits none
+    one_hot = served[..., None] == torch.arange(E, device=expert.device)  # [G, K * T, E]; -1 matches no expert
     position = ((one_hot.long().cumsum(1) - 1) * one_hot).sum(-1)
     kept = one_hot.any(-1) & (position < C)
     slot_served = torch.where(kept, served * C + position, -1)
 
     slot = torch.empty_like(slot_served).scatter(1, request, slot_served).view(G, T, K)
-    source = expert.new_full((G, E * C + 1), -1, dtype=torch.long)  # the last place takes what was dropped
+    source = expert.new_full((G, E * C + 1), -1, dtype=torch.long)  # the last place takes dropped requests
     source = source.scatter(1, torch.where(kept, slot_served, E * C), request)
     return slot.int(), source[:, : E * C].reshape(G, E, C).int()
 
 
 def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots of every token, CSR: those of t are slots[offsets[t] : offsets[t + 1]], ascending.
+    """Lists the slots of every token in CSR form: slots[offsets[t] : offsets[t + 1]] for token t, ascending.
 
-    And of every expert 1 + the position of its last slot that is not empty, or 0.
+    `filled` is the position after the last filled slot of every expert, or 0.
     """
     row = _row(token, num_tokens)
     ordered, slots = row.sort(dim=1, stable=True)  # empty slots last
     count = row.new_zeros(row.shape[0], num_tokens + 1).scatter_add(1, row, torch.ones_like(row))
     offsets = F.pad(count[:, :num_tokens].cumsum(1), (1, 0))
     position = torch.arange(1, token.shape[2] + 1, device=token.device)
-    filled = F.pad((row.view(token.shape) < num_tokens) * position, (1, 0)).amax(-1)  # the 0 is for no slots
+    filled = F.pad((row.view(token.shape) < num_tokens) * position, (1, 0)).amax(-1)  # 0 if C is 0
     return offsets.int(), torch.where(ordered < num_tokens, slots, -1).int(), filled.int()
 
 
 def dispatch(x: Tensor, token: Tensor, offsets: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
-    """out[e, g, c] = x[g, token[g, e, c]], zeros where a slot is empty.
+    """Copies the token of every slot: out[e, g, c] = x[g, token[g, e, c]], zeros in an empty slot.
 
-    ``offsets`` and ``slots`` say nothing that ``token`` does not: they serve the op's gradient.
+    `offsets` and `slots` are not used; only the gradient of the op needs them.
     """
     G, E, C = token.shape
     row = _row(token, x.shape[1])[..., None].expand(-1, -1, x.shape[2])
-    padded = F.pad(_wide(x), (0, 0, 0, 1))  # [G, T + 1, D]: the last row is that of empty slots
+    padded = F.pad(_wide(x), (0, 0, 0, 1))  # [G, T + 1, D]: empty slots read the last row
     return padded.gather(1, row).view(G, E, C, x.shape[2]).transpose(0, 1).to(x.dtype)
 
 
 def combine(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor | None = None) -> Tensor:
-    """out[g, t] = sum of gate[g, e, c] y[e, g, c] over the slots of t; ``gate`` None: all 1."""
+    """Sums the slots of every token: out[g, t] = sum of gate[g, e, c] y[e, g, c]; `gate` None: all 1."""
     (G, E, C), T, D = token.shape, offsets.shape[1] - 1, y.shape[3]
     row = _row(token, T)[..., None]
     empty = (row == T).view(G, E, C, 1)
@@ -129,15 +128,14 @@ def sinkhorn(
     gradient: str = "unrolled",
     return_error: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Entropic plan with row sums 1 and column sums towards n / E (Cuturi, arXiv 1306.0895):
+    """Computes the entropic plan with row sums 1 and column sums towards n / E (Cuturi, arXiv 1306.0895).
 
         h_e = log(n / E) - logsumexp_t(M[t, e] + f_t)
         f_t =            - logsumexp_e(M[t, e] + h_e)
         T   = exp(M + f + h)
 
-    with M = logits / epsilon, f = 0 at first and n the number of tokens that are there. An expert
-    that no token can go to (a column of -inf) gets a column of zeros. The gradient is that of the
-    iterations done, or with ``gradient="implicit"`` that of the fixed point: see `_implicit`.
+    M = logits / epsilon, f starts at 0, and n is the number of present tokens. A column of -inf gives a column of
+    zeros. The gradient is that of the iterations done, or with ``gradient="implicit"`` that of the fixed point.
     """
     M = _masked(_wide(logits), mask) / epsilon
     E = M.shape[2]
@@ -148,7 +146,7 @@ def sinkhorn(
     steps = torch.zeros_like(error, dtype=torch.int32)
     running = torch.ones_like(error, dtype=torch.bool)
     for _ in range(iterations):
-        # A group that has stopped keeps its f and h.
+        # A converged group keeps its f and h.
         go = running[:, None, None]
         h = torch.where(go, (n / E).log() - _logsumexp(M + f, 1), h)
         f = torch.where(go, -_logsumexp(M + h, 2), f)
@@ -165,12 +163,12 @@ def sinkhorn(
 
 
 def _implicit(M: Tensor, potentials: Tensor) -> Tensor:
-    """The plan, with the gradient of exp(M + f(M) + h(M)) at constant row and column sums.
+    """Gives the plan, with the gradient of exp(M + f(M) + h(M)) at constant row and column sums.
 
-    Implicit function theorem: with J = [[diag(rows), T], [T', diag(columns)]], the derivative of
-    the marginals by (f, h), the Newton step -J^+ (marginals(M) - marginals) is zero in value and
-    has the derivative of (f, h). J is singular along (1, -1), which changes no plan: hence the
-    pseudo-inverse. First derivatives only.
+    J = [[diag(rows), T], [T', diag(columns)]] is the derivative of the marginals with respect to (f, h). By the
+    implicit function theorem, the Newton step -J^+ (marginals(M) - marginals) has the value 0 and the derivative of
+    (f, h). J is singular along (1, -1), a direction that does not change the plan, so its pseudo-inverse is used.
+    Only first derivatives are right.
     """
     T = M.shape[1]
     plan = (M + potentials).exp()
@@ -185,22 +183,22 @@ def _implicit(M: Tensor, potentials: Tensor) -> Tensor:
 
 
 def ksparse_projection(x: Tensor, k: int) -> Tensor:
-    """Nearest point of the probability simplex with at most ``k`` non-zeros, along the last axis.
+    """Finds the nearest point of the probability simplex with at most `k` non-zeros, along the last axis.
 
-    Of the k largest u_1 >= ... >= u_k: rho = max{r : 1 + r u_r > sum_{i<=r} u_i},
-    tau = (sum_{i<=rho} u_i - 1) / rho, p_i = max(u_i - tau, 0) there and 0 elsewhere
-    (Kyrillidis et al., arXiv 1206.1529). The gradient on the support is g - mean(g). -inf never
-    gets mass; a row with NaN or +inf, or of -inf alone, has no projection: NaN.
+    For the k largest entries u_1 >= ... >= u_k: rho = max{r : 1 + r u_r > sum_{i<=r} u_i},
+    tau = (sum_{i<=rho} u_i - 1) / rho, p_i = max(u_i - tau, 0); every other entry is 0
+    (Kyrillidis et al., arXiv 1206.1529). The gradient on the support is g - mean(g). An entry of -inf gets 0. A row
+    with NaN or +inf, or of -inf only, has no projection and gets NaN.
     """
     wide = _wide(x)
-    u, indices = topk(wide - wide.detach().amax(-1, keepdim=True), k)  # a shift changes no projection
+    u, indices = topk(wide - wide.detach().amax(-1, keepdim=True), k)  # a shift does not change the projection
     tau = simplex_threshold(u)
     p = torch.zeros_like(wide).scatter(-1, indices.long(), (u - tau).relu())
     return torch.where(tau.isfinite(), p, torch.nan).to(x.dtype)
 
 
 def simplex_threshold(u: Tensor) -> Tensor:
-    """tau of `ksparse_projection`, [..., 1], for u in descending order."""
+    """Computes tau of `ksparse_projection`, [..., 1], for u in descending order."""
     total = u.cumsum(-1)
     r = torch.arange(1, u.shape[-1] + 1, device=u.device, dtype=u.dtype)
     rho = (1 + r * u > total).sum(-1, keepdim=True).clamp(min=1)
@@ -219,14 +217,12 @@ def ksparse_transport(
     mask: Tensor | None = None,
     project: Callable[[Tensor, int], Tensor] = ksparse_projection,
 ) -> Tensor:
-    """Plan with at most ``k`` non-zeros a column (Liu et al., arXiv 2209.15466, section 4).
+    """Computes the plan with at most `k` non-zeros per column (Liu et al., arXiv 2209.15466, section 4).
 
-    T[:, e] = b_e P_k((alpha + S[:, e]) / (gamma b_e)), b_e = n / E, with alpha from at most
-    ``iterations`` steps on the semi-dual. No gradient flows through alpha. ``solver="adam"`` is the
-    op step by step. ``solver="lbfgs"`` is an oracle of the optimum and not of the path to it: it
-    runs on, whatever ``iterations`` and ``tolerance``. For k = T the semi-dual is smooth and that
-    is the optimum; for k < T it has kinks, and where the solver stops at one its value is a bound.
-    ``project`` is P_k in whatever form.
+    T[:, e] = b_e P_k((alpha + S[:, e]) / (gamma b_e)), b_e = n / E, with alpha from at most `iterations` steps on the
+    semi-dual. No gradient flows through alpha. ``solver="adam"`` follows the op step by step. ``solver="lbfgs"`` finds
+    the optimum, and ignores `iterations` and `tolerance`: for k = T the semi-dual is smooth and the solver reaches the
+    optimum; for k < T it may stop at a kink, and its value is a lower bound. `project` implements P_k.
     """
     S = _masked(_wide(similarity), mask)
     with torch.no_grad():
@@ -244,16 +240,16 @@ def ksparse_semi_dual(
     gamma: float = 1.0,
     project: Callable[[Tensor, int], Tensor] = ksparse_projection,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value [G], gradient [G, T] and plan [G, T, E] of the concave semi-dual at alpha [G, T]:
+    """Computes value [G], gradient [G, T] and plan [G, T, E] of the concave semi-dual at alpha [G, T].
 
     <alpha, a> - sum_e b_e max_{p in simplex, |p|_0 <= k} <alpha + S[:, e], p> - gamma b_e/2 |p|^2
 
-    with a = 1 (0 for an absent token) and b_e = n / E.
+    with a = 1 (0 for absent tokens) and b_e = n / E.
     """
     a = _present(S).to(S.dtype)
-    b = a.sum(1)[:, None, None] / S.shape[2]  # [G, 1, 1]: the same for every expert
+    b = a.sum(1)[:, None, None] / S.shape[2]  # [G, 1, 1], equal for all experts
     score = alpha[..., None] + S
-    scale = gamma * b.clamp(min=1 / S.shape[2])  # a group without a token gets zeros, below
+    scale = gamma * b.clamp(min=1 / S.shape[2])  # a group without tokens gets zeros below
     P = project((score / scale).transpose(1, 2), k).transpose(1, 2)
     plan = (b * P).masked_fill(b == 0, 0)
     linear = (score.masked_fill(plan == 0, 0) * plan).sum((1, 2))
@@ -270,7 +266,7 @@ def _adam(
     tolerance: float,
     project: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """alpha after Adam's ascent from 0; a group's last update is one of |gradient| <= tolerance."""
+    """Computes alpha by Adam's ascent from 0; a group stops after an update with |gradient| <= tolerance."""
     alpha = torch.zeros_like(S[..., 0])
     m, v = torch.zeros_like(alpha), torch.zeros_like(alpha)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
@@ -285,7 +281,7 @@ def _adam(
 
 
 def _lbfgs(S: Tensor, k: int, gamma: float) -> Tensor:
-    """alpha [T] at the optimum of one group's semi-dual, by torch's L-BFGS in float64."""
+    """Computes alpha [T] at the optimum of the semi-dual of one group, by torch's L-BFGS in float64."""
     S = S.double()[None]
     alpha = torch.zeros_like(S[..., 0], requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -307,17 +303,17 @@ def _lbfgs(S: Tensor, k: int, gamma: float) -> Tensor:
 
 
 def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
-    """<x / |x|, phi> (arXiv 2308.00951, section 2.3), [G, T, D] and [D, S] -> [G, T, S]."""
+    """Computes <x / |x|, phi> (arXiv 2308.00951, section 2.3), [G, T, D] and [D, S] -> [G, T, S]."""
     wide = _wide(x)
     unit = wide * (wide.square().sum(2, keepdim=True) + 1e-6).rsqrt()
     return torch.einsum("gtd,ds->gts", unit, _wide(phi))
 
 
 def soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int = 1) -> Tensor:
-    """Soft MoE's mixing (arXiv 2308.00951, equations 1 to 3): softmax of the logits times values.
+    """Multiplies a softmax of the logits by the values (Soft MoE, arXiv 2308.00951, equations 1 to 3).
 
-    ``dim`` 1: over the tokens, values [G, T, D] -> [E, G, C, D]; ``dim`` 2: over the slots, values
-    [E, G, C, D] -> [G, T, D]. Where all logits are -inf the result is zero.
+    `dim` 1: softmax over the tokens, values [G, T, D] -> [E, G, C, D]. `dim` 2: softmax over the slots, values
+    [E, G, C, D] -> [G, T, D]. A slot or token whose logits are all -inf gets zeros.
     """
     if dim == 2:
         values = values.transpose(0, 1).flatten(1, 2)  # [G, S, D]
@@ -340,7 +336,7 @@ def grouped_mlp(
     b2: Tensor | None,
     act: Callable[[Tensor], Tensor] = GELU_TANH,
 ) -> Tensor:
-    """act(x w1 + b1) w2 + b2, a two-layer MLP per expert, with GELU in its tanh form."""
+    """Computes act(x w1 + b1) w2 + b2, one two-layer MLP per expert; by default GELU in its tanh form."""
     hidden = torch.einsum("end,edf->enf", _wide(x), _wide(w1))
     if b1 is not None:
         hidden = hidden + _wide(b1)[:, None]
@@ -351,7 +347,7 @@ def grouped_mlp(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """The dtype that is computed in: float64 as it is, all else float32."""
+    """Converts to the dtype of the computation: float64 stays, every other dtype becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -360,19 +356,19 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _present(x: Tensor) -> Tensor:
-    """[G, T]: tokens that are there, those whose row [E] is not all -inf."""
+    """Marks the present tokens, [G, T]: their rows [E] are not all -inf."""
     return ~(x == -INF).all(2)
 
 
 def _gates(logits: Tensor) -> Tensor:
-    """softmax over the experts, and zeros for a token that is not there."""
+    """Computes the softmax over the experts; an absent token gets zeros."""
     wide = _wide(logits)
     absent = ~_present(wide)[..., None]
     return wide.masked_fill(absent, 0).softmax(-1).masked_fill(absent, 0)
 
 
 def _logsumexp(x: Tensor, dim: int) -> Tensor:
-    """logsumexp, but 0 (with gradient 0) instead of -inf over nothing."""
+    """Computes logsumexp, but gives 0 with gradient 0 where all entries are -inf."""
     nothing = (x == -INF).all(dim, keepdim=True)
     if x.shape[dim] == 0:
         return x.sum(dim, keepdim=True)
@@ -380,6 +376,6 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def _row(token: Tensor, num_tokens: int) -> Tensor:
-    """[G, E * C]: the token of every slot, ``num_tokens`` for an empty one."""
+    """Gives the token of every slot, [G, E * C]; `num_tokens` in an empty slot."""
     filled = (token >= 0) & (token < num_tokens)
     return torch.where(filled, token, num_tokens).long().flatten(1)

@@ -49,31 +49,26 @@ def sinkhorn(
     gradient: Gradient = "unrolled",
     return_error: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """The plan of the transport between tokens (1 each) and experts (n/E each).
+    """Computes the entropy-regularised transport plan between tokens (mass 1 each) and experts (mass n/E each).
 
-    Minimises ``<plan, -logits> + epsilon * sum(plan * (log(plan) - 1))`` by
-    Sinkhorn's iterations in the log domain: the columns first, then the rows, so
-    that rows sum to 1 and columns tend to n/E (Cuturi, arXiv 1306.0895; as a
-    router S-BASE, arXiv 2202.01169).
+    Minimises ``<plan, -logits> + epsilon * sum(plan * (log(plan) - 1))`` by Sinkhorn's iterations in the log domain
+    (Cuturi, arXiv 1306.0895; used as the router S-BASE in arXiv 2202.01169). An iteration scales the columns, then the
+    rows: rows sum to 1, and columns converge to n/E, n the number of real tokens.
 
     Args:
-        logits: [G, T, E] floating point. A row of -inf alone is an absent token.
-        epsilon: strength of the entropy; small values need more iterations.
-        iterations: how many, or with a `tolerance` the most.
-        tolerance: stop a group once its error (below) is at most this.
-        mask: [G, T] bool, True = real token. Others get 0 and do not count in n.
-        gradient: "unrolled", exact for the iterations done, or "implicit", of the
-            fixed point at the plan reached.
-        return_error: give the error and the iterations done as well.
+        logits: [G, T, E] floating point. A row of -inf marks an absent token.
+        epsilon: Strength of the entropy; small values need more iterations.
+        iterations: The number of iterations; with `tolerance`, the most.
+        tolerance: Stops a group when its error, defined below, is at most this.
+        mask: [G, T] bool, True = real token. Masked tokens get 0 and do not count in n.
+        gradient: "unrolled": exact gradient of the iterations done. "implicit": gradient of the fixed point, at the
+            plan reached.
+        return_error: Returns the error and the number of iterations too.
 
     Returns:
-        plan [G, T, E] in logits' dtype; with `return_error` also
-        error [G] float64, ``max_e |sum_t plan - n/E| / (n/E)``, and
-        iterations done [G] int32.
-        A group with NaN or +inf gets a plan of NaN.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device or number.
+        The plan, [G, T, E] in logits' dtype. With `return_error` a tuple of the plan, the error
+        ``max_e |sum_t plan - n/E| / (n/E)``, [G] float64, and the iterations done, [G] int32. A group with NaN or
+        +inf gets a plan of NaN.
     """
     logits = check.floating("logits", logits, "G T E")
     epsilon = check.number("epsilon", epsilon)
@@ -89,7 +84,7 @@ def sinkhorn(
 def sinkhorn_unchecked(
     logits: Tensor, epsilon: float, iterations: int, tolerance: float | None, mask: Tensor | None, gradient: Gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`sinkhorn` of arguments known to be right: plan, error, iterations done."""
+    """Runs `sinkhorn` without checks; gives plan, error and iterations done."""
     present = fill_masked(cast(logits, compute_dtype(logits.dtype)), mask)
     plan, _, error, steps = call(
         torch.ops.vmoe_routers.sinkhorn.default, present, epsilon, iterations, tolerance or 0.0, gradient == "implicit"

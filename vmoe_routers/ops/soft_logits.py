@@ -13,23 +13,21 @@ check = Check("soft_logits")
 
 
 def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
-    """Products of tokens of length 1 and the slots' parameters (arXiv 2308.00951, section 2.3).
+    """Multiplies normalised tokens by the parameters of the slots (arXiv 2308.00951, section 2.3).
 
-    ``logits[g, t, s] = <x[g, t], phi[:, s]> / sqrt(|x[g, t]|^2 + 1e-6)``. For backward
-    nothing is kept but x and phi. On CUDA the products are torch's: of float32 tokens in TF32 where
-    `torch.set_float32_matmul_precision` allows it; of tokens in 16 bits in 16 bits, with sums in float32
-    and phi in two parts, which together are off by 2^-16 of it at most (TF32: 2^-11). In backward the gradient
-    of the logits is rounded to the tokens' dtype; in float16 entries of phi end at 65504.
+    Computes ``logits[g, t, s] = <x[g, t], phi[:, s]> / sqrt(|x[g, t]|^2 + 1e-6)``. Backward keeps only x and phi.
+
+    On CUDA the products are torch's. Float32 tokens are multiplied in TF32 where `torch.set_float32_matmul_precision`
+    allows it. 16-bit tokens are multiplied in 16 bits and accumulated in float32; phi is split into a high and a low
+    part (relative error at most 2^-16; TF32: 2^-11), and backward rounds the gradient of the logits to the tokens'
+    dtype. In float16, entries of phi beyond 65504 overflow.
 
     Args:
         x: [G, T, D] floating point.
-        phi: [D, S] floating point, taken as it is: normalised and scaled by the caller.
+        phi: [D, S] floating point, already normalised and scaled by the caller.
 
     Returns:
-        [G, T, S], in float32; in float64 where x or phi is.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype or device.
+        [G, T, S] in float32; in float64 if x or phi is.
     """
     x = check.floating("x", x, "G T D")
     phi = check.floating("phi", phi, "D S")
@@ -39,7 +37,7 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
 
 
 def soft_logits_unchecked(x: Tensor, phi: Tensor) -> Tensor:
-    """`soft_logits` of arguments known to be right."""
+    """Runs `soft_logits` without checks."""
     dtype = compute_dtype(torch.promote_types(x.dtype, phi.dtype))
     return call(torch.ops.vmoe_routers.soft_logits.default, cast(x, product_dtype(x, dtype)), cast(phi, dtype))
 

@@ -1,4 +1,4 @@
-"""soft_mix: the two weighted means of Soft MoE."""
+"""soft_mix: the two softmax-weighted means of Soft MoE."""
 
 from __future__ import annotations
 
@@ -15,25 +15,22 @@ check = Check("soft_mix")
 def soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int = 1) -> Tensor:
     """Mixes `values` by a softmax of `logits` (arXiv 2308.00951, equations 1 to 3).
 
-    ``dim = 1``: softmax over the tokens, every slot a mean of tokens.
-    ``dim = 2``: softmax over all slots, every token a mean of slots.
+    ``dim = 1`` takes the softmax over the tokens: every slot is a weighted mean of tokens.
+    ``dim = 2`` takes the softmax over all slots: every token is a weighted mean of slots.
 
-    On CUDA, values in 16 bits are mixed in 16 bits with sums in float32: the softmax is computed in float32, and its
-    weights are rounded to the values' dtype. The products of float32 values are torch's, in TF32 where
-    `torch.set_float32_matmul_precision` allows it; autocast treats them as it treats `torch.bmm`'s.
+    On CUDA, 16-bit values are multiplied in 16 bits and accumulated in float32: the softmax is computed in float32,
+    and its weights are rounded to the values' dtype. Float32 values are multiplied by torch's products, in TF32 where
+    `torch.set_float32_matmul_precision` allows it. Autocast applies to them as to `torch.bmm`.
 
     Args:
-        logits: [G, T, S] floating point, S = E * C, expert by expert; -inf marks an absent token or slot.
-        values: for dim 1 tokens [G, T, D], for dim 2 slots [E, G, C, D]. Floating point.
+        logits: [G, T, S] floating point, S = E * C, ordered by expert; -inf marks an absent token or slot.
+        values: Floating point: tokens [G, T, D] for dim 1, slots [E, G, C, D] for dim 2.
         dim: 1 or 2.
-        num_experts: E, for dim 1; for dim 2 it is ``values.shape[0]``.
+        num_experts: E, used for dim 1; for dim 2 it is ``values.shape[0]``.
 
     Returns:
-        For dim 1 slots [E, G, C, D], for dim 2 tokens [G, T, D], in values' dtype (on CUDA under autocast in
-        autocast's). A slot or token whose logits are all -inf gets zeros.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device, dim or number of experts.
+        Slots [E, G, C, D] for dim 1, tokens [G, T, D] for dim 2, in values' dtype (under CUDA's autocast, in
+        autocast's dtype). A slot or token whose logits are all -inf gets zeros.
     """
     logits = check.floating("logits", logits, "G T S")
     check.choice("dim", dim, (1, 2))
@@ -57,7 +54,7 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int = 1) -> 
 
 
 def soft_mix_unchecked(logits: Tensor, values: Tensor, dim: int, num_experts: int) -> Tensor:
-    """`soft_mix` of arguments known to be right."""
+    """Runs `soft_mix` without checks."""
     if values.is_cuda and values.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         values = values.to(torch.get_autocast_dtype("cuda"))
     dtype = compute_dtype(torch.promote_types(logits.dtype, values.dtype))

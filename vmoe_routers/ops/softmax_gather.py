@@ -1,4 +1,4 @@
-"""softmax_gather: softmax over the experts, at the places that were chosen."""
+"""softmax_gather: entries of the softmax over the experts."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ check = Check("softmax_gather")
 
 
 def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
-    """``softmax(logits, -1)`` at `indices`, without the [G, T, E] of gates in between.
+    """Gathers ``softmax(logits, -1)`` at `indices` without storing all gates [G, T, E].
 
-    Forward reads the logits once and keeps two numbers a token for backward.
+    Forward reads the logits once and keeps two numbers per token for backward.
 
     Args:
-        logits: [G, T, E] floating point. A token whose logits are all -inf is not
-            there, its gates are 0; one with NaN or +inf has NaN gates.
-        indices: int32. For dim 2 [G, T, K], experts of every token; for dim 1
-            [G, E, C], tokens of every expert. One outside of the axis gives 0.
+        logits: [G, T, E] floating point. A token whose logits are all -inf is absent, and its gates are 0; a token
+            with NaN or +inf has NaN gates.
+        indices: int32: for dim 2 [G, T, K], experts of every token; for dim 1 [G, E, C], tokens of every expert. An
+            index out of range gives 0.
         dim: 1 or 2.
 
     Returns:
-        Values in the shape of the indices, in the logits' dtype.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device or dim.
+        The gates, in the shape of `indices` and the dtype of `logits`.
     """
     logits = check.floating("logits", logits, "G T E")
     check.choice("dim", dim, (1, 2))
@@ -41,7 +38,7 @@ def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
 
 
 def softmax_gather_unchecked(logits: Tensor, indices: Tensor, dim: int) -> Tensor:
-    """`softmax_gather` of arguments known to be right."""
+    """Runs `softmax_gather` without checks."""
     values, _ = call(
         torch.ops.vmoe_routers.softmax_gather.default, cast(logits, compute_dtype(logits.dtype)), indices, dim
     )

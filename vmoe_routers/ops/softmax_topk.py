@@ -1,4 +1,4 @@
-"""softmax_topk: softmax over the experts, and the k largest gates along one axis."""
+"""softmax_topk: the k largest gates along one axis, gates being a softmax over the experts."""
 
 from __future__ import annotations
 
@@ -13,29 +13,24 @@ check = Check("softmax_topk")
 
 
 def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The `k` largest of ``softmax(logits, -1)`` along `dim`, in descending order.
+    """Selects the `k` largest entries of ``softmax(logits, -1)`` along `dim`, in descending order.
 
-    ``dim = 2``: the experts of every token (Token Choice, arXiv 2106.05974, section 2.2).
-    ``dim = 1``: the tokens of every expert (Expert Choice, arXiv 2202.09368, section 3.2).
+    ``dim = 2`` selects experts for every token (Token Choice, arXiv 2106.05974, section 2.2).
+    ``dim = 1`` selects tokens for every expert (Expert Choice, arXiv 2202.09368, section 3.2).
 
-    The gates [G, T, E] are neither written out (dim 2) nor kept for backward. Ties are those
-    of the gates as computed, in float32 or for float64 logits float64, and go to the
-    lower index; NaN gates count as the largest.
+    The gates [G, T, E] are not stored for dim 2, and never kept for backward. Gates are compared as computed, in
+    float64 for float64 logits and else in float32. Ties go to the lower index, and NaN counts as the largest value.
 
     Args:
-        logits: [G, T, E] floating point. A token whose logits are all -inf is not
-            there; one with NaN or +inf has NaN gates.
+        logits: [G, T, E] floating point. A token whose logits are all -inf is absent; a token with NaN or +inf has
+            NaN gates.
         k: 1 <= k <= ``logits.shape[dim]`` (0 where that axis is empty).
         dim: 1 or 2.
-        mask: [G, T] bool, True = real token.
+        mask: [G, T] bool, True = real token; masked tokens are absent.
 
     Returns:
-        values, in the logits' dtype, and indices, int32: [G, T, k] for dim 2, [G, E, k]
-        for dim 1. A token that is not there chooses and is chosen by nobody: value 0,
-        index -1 instead.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device, `k` or dim.
+        Values, in the logits' dtype, and indices, int32; [G, T, k] for dim 2, [G, E, k] for dim 1. Absent tokens
+        neither choose nor are chosen; their entries are value 0, index -1.
     """
     logits = check.floating("logits", logits, "G T E")
     check.choice("dim", dim, (1, 2))
@@ -46,7 +41,7 @@ def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = 
 
 
 def softmax_topk_unchecked(logits: Tensor, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`softmax_topk` of arguments known to be right."""
+    """Runs `softmax_topk` without checks."""
     wide = fill_masked(cast(logits, compute_dtype(logits.dtype)), mask)
     values, indices, _ = call(torch.ops.vmoe_routers.softmax_topk.default, wide, k, dim)
     return cast(values, logits.dtype), indices

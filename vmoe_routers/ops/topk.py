@@ -1,4 +1,4 @@
-"""topk: the k largest entries along an axis, with a promise about ties."""
+"""topk: the k largest entries along an axis, with defined ties."""
 
 from __future__ import annotations
 
@@ -13,24 +13,19 @@ check = Check("topk")
 
 
 def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """The `k` largest entries of `x` along `dim`, in descending order.
+    """Selects the `k` largest entries of `x` along `dim`, in descending order.
 
-    Ties go to the lower index, on every device: `torch.topk` does not promise
-    this. NaN counts as the largest value, as in `torch.sort`, so the indices are
-    unique and in range whatever comes.
+    Ties go to the lower index on every device, unlike in `torch.topk`. NaN counts as the largest value, as in
+    `torch.sort`, so the indices are unique and in range for any input.
 
     Args:
-        x: floating point, any shape with at least one axis.
+        x: Floating point, any shape with at least one axis.
         k: 1 <= k <= ``x.shape[dim]`` (0 where that axis is empty).
-        dim: the axis to choose along.
+        dim: The axis to select along.
 
     Returns:
-        values, in x's dtype, and indices, int32; both of shape
-        ``x.movedim(dim, -1).shape[:-1] + (k,)``: the chosen axis goes last.
-        The gradient of the values flows to the entries chosen.
-
-    Raises:
-        TypeError, ValueError: a wrong dtype, `k` or `dim`.
+        Values, in x's dtype, and indices, int32; both of shape ``x.movedim(dim, -1).shape[:-1] + (k,)``: the selected
+        axis goes last. The gradient of the values flows to the selected entries.
     """
     x = check.floating("x", x)
     if x.ndim == 0:
@@ -41,7 +36,7 @@ def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
 
 
 def topk_unchecked(x: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
-    """`topk` of arguments known to be right, ``dim >= 0``."""
+    """Runs `topk` without checks; requires ``dim >= 0``."""
     values, indices = call(torch.ops.vmoe_routers.topk.default, cast(x, compute_dtype(x.dtype)), k, dim)
     return cast(values, x.dtype), indices
 

@@ -1,7 +1,7 @@
-"""The routers: from tokens to a `Routing`, which dispatches tokens to slots and combines the experts' outputs.
+"""Routers: map tokens to a `Routing`, which dispatches tokens to slots and combines the experts' outputs.
 
-A sparse router makes logits, its affinity turns them into gates, a choice fills the slots, and a routing holds the
-result: `sparse` -> `affinity` -> `gates` -> `choice` -> `routing`. Soft MoE mixes instead: `soft`.
+A sparse router computes logits, its affinity turns the logits into gates, a choice fills the slots, and a routing holds
+the result: `sparse` -> `affinity` -> `gates` -> `choice` -> `routing`. Soft MoE mixes tokens instead (`soft`).
 """
 
 from vmoe_routers.routers import affinity, losses

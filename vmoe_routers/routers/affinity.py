@@ -1,8 +1,9 @@
-"""Affinities: from logits [G, T, E] to the gates that select and the gates that weigh.
+"""Affinities: map logits [G, T, E] to the gates that select and the gates that weigh.
 
-A sparse router calls its affinity with the logits, the noisy logits, the capacity C and the mask, and gets two
-gates [G, T, E]: it takes the top-k of the first, and the second gives the weights of the combine tensor. Each is a
-tensor or a `Gates`. Any affinity goes with any sparse router: ``TokenChoiceRouter(192, 8, affinity=Sinkhorn())``.
+A sparse router calls its affinity with the logits, the noisy logits, the capacity C and the mask. The affinity returns
+two gates [G, T, E], each a tensor or a `Gates`: the router selects by the top-k of the first, and the second gives the
+weights of the combine tensor. Every affinity works with every sparse router:
+``TokenChoiceRouter(192, 8, affinity=Sinkhorn())``.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ COMBINES = ("softmax", "plan")
 
 
 class Affinity(Protocol):
-    """A function, or an object that is called like one."""
+    """Function, or callable object, from logits to gates."""
 
     def __call__(
         self, logits: Tensor, noisy_logits: Tensor, capacity: int, mask: Tensor | None
     ) -> tuple[Tensor | Gates, Tensor | Gates]:
-        """The gates that select and the gates that weigh, both [G, T, E]; may be the same object."""
+        """Computes the gates that select and the gates that weigh, both [G, T, E]; may return one object twice."""
         ...
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """The softmax of the noisy logits over the experts selects and weighs."""
+    """Selects and weighs by the softmax of the noisy logits over the experts."""
 
     def __call__(self, logits, noisy_logits, capacity, mask):
-        """One `SoftmaxGates`, twice."""
+        """Returns one `SoftmaxGates` twice."""
         gates = SoftmaxGates(noisy_logits)
         return gates, gates
 
 
 @dataclass(frozen=True)
 class Sinkhorn:
-    """The entropy-regularised transport plan selects (`vmoe_routers.sinkhorn`).
+    """Selects by the entropy-regularised transport plan of the noisy logits (`vmoe_routers.sinkhorn`).
 
     Attributes:
-        combine: "softmax": the softmax of the logits weighs; "plan": the plan weighs.
-        iterations, epsilon, tolerance, gradient: arguments of `vmoe_routers.sinkhorn`.
-        noisy_softmax: whether that softmax is of the noisy logits.
+        combine: "softmax": weighs by a softmax; "plan": weighs by the plan.
+        iterations, epsilon, tolerance, gradient: Arguments of `vmoe_routers.sinkhorn`.
+        noisy_softmax: True: weighs by the softmax of the noisy logits; False: of the logits without noise.
     """
 
     combine: Combine = "softmax"
@@ -69,7 +70,7 @@ class Sinkhorn:
         check.flag("noisy_softmax", self.noisy_softmax)
 
     def __call__(self, logits, noisy_logits, capacity, mask):
-        """The plan of the noisy logits, and the softmax or the plan."""
+        """Returns the plan of the noisy logits, and the softmax or the plan."""
         if self.combine == "plan":
             plan = self._plan(noisy_logits, mask)
             return plan, plan
@@ -82,13 +83,13 @@ class Sinkhorn:
 
 @dataclass(frozen=True)
 class SparsityConstrained:
-    """The k-sparse transport plan of S = softmax(logits), k = C, selects (`vmoe_routers.ksparse_transport`).
+    """Selects by the k-sparse transport plan of S = softmax(logits), k = C (`vmoe_routers.ksparse_transport`).
 
-    No noise enters.
+    The noisy logits are not used.
 
     Attributes:
-        combine: "softmax": S weighs; "plan": the plan weighs.
-        iterations, learning_rate, tolerance: of the Adam that finds the potentials.
+        combine: "softmax": weighs by S; "plan": weighs by the plan.
+        iterations, learning_rate, tolerance: Arguments of the Adam solver that finds the potentials.
     """
 
     combine: Combine = "softmax"
@@ -104,7 +105,7 @@ class SparsityConstrained:
         check.number("tolerance", self.tolerance, zero=True)
 
     def __call__(self, logits, noisy_logits, capacity, mask):
-        """The plan of the logits without noise, and S or the plan."""
+        """Returns the plan of the logits without noise, and S or the plan."""
         by_plan = self.combine == "plan"
         similarity = (logits if by_plan else logits.detach()).softmax(-1)
         plan = ksparse_transport_unchecked(

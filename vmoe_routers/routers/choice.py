@@ -1,4 +1,4 @@
-"""How slots are filled: tokens choose experts, or experts choose tokens."""
+"""Choices, which fill the slots: tokens choose experts, or experts choose tokens."""
 
 from __future__ import annotations
 
@@ -26,20 +26,14 @@ def capacity(
     rounding: str = "ceil",
     multiple_of: int = 4,
 ) -> int:
-    """Slots per expert and group: ``tokens * factor / num_experts``, rounded.
+    """Computes the slots per expert and group: ``tokens * factor / num_experts``, rounded, at least 1.
 
     Args:
-        tokens: tokens of a group; for Token Choice times the experts per token.
+        tokens: Tokens of a group; for Token Choice, multiplied by the experts per token.
         num_experts: E.
-        factor: the capacity factor, > 0.
+        factor: The capacity factor, > 0.
         rounding: "ceil" or "round" (half to even).
-        multiple_of: then up to a multiple of this; 0 and 1 mean off.
-
-    Returns:
-        At least 1, before the multiple is taken.
-
-    Raises:
-        TypeError, ValueError: a number or choice out of range.
+        multiple_of: Rounds the result up to a multiple of this number; 0 and 1 have no effect.
     """
     check = Check("capacity")
     tokens = check.integer("tokens", tokens, 0)
@@ -51,7 +45,7 @@ def capacity(
 
 
 def slots_per_expert(tokens: int, num_experts: int, factor: float, rounding: str, multiple_of: int) -> int:
-    """`capacity` of arguments known to be right; `tokens` may be symbolic, as under torch.compile(dynamic=True)."""
+    """Computes `capacity` without checks; `tokens` may be symbolic, as under torch.compile(dynamic=True)."""
     slots = tokens * factor / num_experts
     slots = cast(int, torch.sym_max(1, math.ceil(slots) if rounding == "ceil" else round(slots)))
     return slots if multiple_of < 2 else (slots + multiple_of - 1) // multiple_of * multiple_of
@@ -69,23 +63,20 @@ def token_choice(
     losses: Losses | None = None,
     loss_weights: Mapping[str, float] | None = None,
 ) -> SparseRouting:
-    """Every token asks its `top_k` experts for a place (V-MoE, arXiv 2106.05974).
+    """Lets every token request a slot from each of its `top_k` experts (V-MoE, arXiv 2106.05974).
 
     Args:
-        gates: [G, T, E] floating point, or a `Gates`; they select. Ties go to the lower index; a gate
-            of -inf is never chosen.
-        top_k: experts per token, 1 <= K <= E.
+        gates: [G, T, E] floating point, or a `Gates`: the gates that select. Ties go to the lower index; a gate of
+            -inf is never chosen.
+        top_k: Experts per token, 1 <= K <= E.
         capacity: C, slots per expert and group.
-        batch_priority: fill the buffers in descending order of the tokens' largest
-            gate instead of in index order.
-        weights: [G, T, E], enter the combine tensor; None: `gates`. Where the selecting gate is NaN the weight is too.
-        renormalize: divide a token's weights by the sum of its top_k.
-        mask: [G, T] bool, True = real token; masked tokens ask for no place.
-        losses: auxiliary losses, functions that return an unweighted scalar, by name.
-        loss_weights: their weights in `Routing.aux_loss`, by name.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device or number.
+        batch_priority: Fills the buffers in descending order of the tokens' largest gate instead of in index order.
+        weights: [G, T, E], the gates that weigh, in the combine tensor; None: `gates`. A weight is NaN where the
+            selecting gate is NaN.
+        renormalize: Divides a token's weights by their sum over its `top_k` experts.
+        mask: [G, T] bool, True = real token; masked tokens make no request.
+        losses: Auxiliary losses by name: functions that return an unweighted scalar.
+        loss_weights: Weights of the losses in `Routing.aux_loss`, by name.
     """
     check = Check("token_choice")
     selecting, weighing = _check_gates(check, gates, weights, mask)
@@ -109,7 +100,7 @@ def token_choice_unchecked(
     losses: Losses,
     loss_weights: Mapping[str, float],
 ) -> SparseRouting:
-    """`token_choice` of arguments known to be right."""
+    """Runs `token_choice` without checks."""
     best, kept, expert = _choose(gates, weights, top_k, 2, mask)
     num_experts = gates.source.shape[2]
     slot, source = assign_slots_unchecked(expert, num_experts, capacity, best[..., 0] if batch_priority else None)
@@ -132,20 +123,18 @@ def expert_choice(
     losses: Losses | None = None,
     loss_weights: Mapping[str, float] | None = None,
 ) -> SparseRouting:
-    """Every expert takes the tokens of its `capacity` largest gates (arXiv 2202.09368).
+    """Lets every expert take the tokens of its `capacity` largest gates (arXiv 2202.09368).
 
     Args:
-        gates: [G, T, E] floating point, or a `Gates`; they select. Ties go to the lower index; a token with a gate
-            of -inf is never taken, and the slot stays empty.
+        gates: [G, T, E] floating point, or a `Gates`: the gates that select. Ties go to the lower index; a gate of
+            -inf is never chosen, and its slot stays empty.
         capacity: C, slots per expert and group, clamped to T.
-        weights: [G, T, E], enter the combine tensor; None: `gates`. Where the selecting gate is NaN the weight is too.
-        renormalize: divide a token's weights by their sum over the experts that took it.
+        weights: [G, T, E], the gates that weigh, in the combine tensor; None: `gates`. A weight is NaN where the
+            selecting gate is NaN.
+        renormalize: Divides a token's weights by their sum over the experts that took the token.
         mask: [G, T] bool, True = real token; masked tokens are never taken.
-        losses: auxiliary losses, functions that return an unweighted scalar, by name.
-        loss_weights: their weights in `Routing.aux_loss`, by name.
-
-    Raises:
-        TypeError, ValueError: a wrong shape, dtype, device or number.
+        losses: Auxiliary losses by name: functions that return an unweighted scalar.
+        loss_weights: Weights of the losses in `Routing.aux_loss`, by name.
     """
     check = Check("expert_choice")
     selecting, weighing = _check_gates(check, gates, weights, mask)
@@ -164,7 +153,7 @@ def expert_choice_unchecked(
     losses: Losses,
     loss_weights: Mapping[str, float],
 ) -> SparseRouting:
-    """`expert_choice` of arguments known to be right, ``capacity <= T``."""
+    """Runs `expert_choice` without checks; requires ``capacity <= T``."""
     _, kept, token = _choose(gates, weights, capacity, 1, mask)
     offsets, slots, filled = invert_slots_unchecked(token, gates.source.shape[1])
     if renormalize:
@@ -175,7 +164,7 @@ def expert_choice_unchecked(
 def _check_gates(
     check: Check, gates: Tensor | Gates, weights: Tensor | Gates | None, mask: Tensor | None
 ) -> tuple[Gates, Gates]:
-    """The gates that select and the gates that weigh, as `Gates`."""
+    """Checks the gates that select and the gates that weigh, and converts both to `Gates`."""
     selecting = as_gates(gates)
     source = check.floating("gates", selecting.source, "G T E")
     if source.shape[2] == 0:
@@ -192,29 +181,29 @@ def _check_gates(
 
 
 def _choose(gates: Gates, weights: Gates, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the k chosen: the selecting gates without gradient, the weights, and the indices."""
+    """Chooses the k largest gates; gives the selecting gates without gradient, the weights, and the indices."""
     if weights is gates:
         kept, indices = gates.choose(k, dim, mask)
         return kept.detach(), kept, indices
     with torch.no_grad():
         best, indices = gates.choose(k, dim, mask)
-    # A plan that a NaN has spoiled chooses tokens at random: the NaN has to reach the output.
+    # A plan of NaN selects arbitrary tokens: the NaN must reach the output.
     kept = weights.at(indices, dim)
     return best, kept.masked_fill(best.isnan(), math.nan), indices
 
 
 def _share(kept: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """kept [G, E, C] over the sum of the same token's weights; 0 in empty slots."""
+    """Divides the weights `kept` [G, E, C] by the sum of the weights of the same token; empty slots stay 0."""
     groups, experts, capacity = kept.shape
     ones = kept.new_ones(experts, groups, capacity, 1)
-    # A dispatch of the sums: its gradient is a combine, which adds in one order on every device.
+    # Dispatch the sums: the gradient of dispatch is a combine, which adds in a fixed order on every device.
     total = dispatch_unchecked(combine_unchecked(ones, kept, token, offsets, slots), token, offsets, slots)
     return kept / total.squeeze(3).transpose(0, 1).clamp(min=torch.finfo(kept.dtype).tiny)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """values [G, N] at index [G, E, C], 0 where the index is negative."""
-    # Index N reads the zero after the last value, so a group without values works too.
+    """Gathers `values` [G, N] at `index` [G, E, C]; a negative index gives 0."""
+    # A negative index reads the zero after the last value, which exists even in a group without values.
     padded = F.pad(values, (0, 1))
     where = torch.where(index < 0, values.shape[1], index)
     return padded.gather(1, where.flatten(1).long()).view(index.shape)

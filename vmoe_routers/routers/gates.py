@@ -1,6 +1,6 @@
 """Gates [G, T, E]: the values that select tokens or experts, and the values that weigh them.
 
-A router reads only the gates of what it chose. `PlainGates` wraps a tensor; `SoftmaxGates` computes softmax(logits)
+A router reads only the gates of chosen entries. `PlainGates` wraps a tensor; `SoftmaxGates` computes softmax(logits)
 at the chosen entries and never writes the whole tensor.
 """
 
@@ -19,10 +19,10 @@ from vmoe_routers.ops.topk import topk_unchecked
 
 
 class Gates(ABC):
-    """Values [G, T, E], token by expert.
+    """Values [G, T, E] for every token and expert.
 
     Attributes:
-        source: [G, T, E], the tensor that the gates are computed from; it has their dtype and device.
+        source: [G, T, E], the tensor from which the gates are computed, in the dtype and on the device of the gates.
     """
 
     __slots__ = ()
@@ -30,65 +30,66 @@ class Gates(ABC):
 
     @abstractmethod
     def choose(self, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The k largest gates in descending order: of every token (dim 2) [G, T, k], of every expert (dim 1) [G, E, k].
+        """Selects the k largest gates in descending order, for every token (dim 2) or every expert (dim 1).
 
         Returns:
-            Values, with a gradient, and int32 indices; value 0 and index -1 where no entry is left to choose.
+            Values, with a gradient, and int32 indices; [G, T, k] for dim 2, [G, E, k] for dim 1. Where fewer than k
+            entries are present, the rest have value 0 and index -1.
         """
 
     @abstractmethod
     def at(self, indices: Tensor, dim: int) -> Tensor:
-        """The values at indices in the layout of `choose`; 0 at -1."""
+        """Gathers the gates at indices in the layout of `choose`; index -1 gives 0."""
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """All gates, [G, T, E]."""
+        """Computes all gates, [G, T, E]."""
 
 
 class _Source(NamedTuple):
     source: Tensor
 
 
-# Named tuples, so that whatever walks over nested tensors (hooks, pytrees) finds the tensor.
+# Named tuples, so that code that walks over nested tensors (hooks, pytrees) finds the tensor.
 class PlainGates(_Source, Gates):
-    """The tensor itself; -inf marks an absent entry."""
+    """Gates given as a tensor; -inf marks an absent entry."""
 
     __slots__ = ()
 
     def choose(self, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """By `ops.topk`."""
+        """Selects by `ops.topk`."""
         values, indices = topk_unchecked(fill_masked(self.source, mask), k, dim)
         absent = values == -math.inf
         return values.masked_fill(absent, 0), indices.masked_fill(absent, -1)
 
     def at(self, indices: Tensor, dim: int) -> Tensor:
-        """By gather."""
+        """Gathers from the tensor."""
         values = self.source if dim == 2 else self.source.transpose(1, 2)
         return values.gather(2, indices.clamp(min=0).long()).masked_fill(indices < 0, 0)
 
     def dense(self) -> Tensor:
-        """The tensor."""
+        """Returns the tensor."""
         return self.source
 
 
 class SoftmaxGates(_Source, Gates):
-    """softmax(logits) over the experts, computed where it is read."""
+    """Gates softmax(logits) over the experts, computed only at the entries that are read."""
 
     __slots__ = ()
 
     def choose(self, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """By `ops.softmax_topk`."""
+        """Selects by `ops.softmax_topk`."""
         return softmax_topk_unchecked(self.source, k, dim, mask)
 
     def at(self, indices: Tensor, dim: int) -> Tensor:
-        """By `ops.softmax_gather`."""
+        """Gathers by `ops.softmax_gather`."""
         return softmax_gather_unchecked(self.source, indices, dim)
 
     def dense(self) -> Tensor:
-        """The whole softmax."""
+        """Computes the whole softmax."""
         return self.source.softmax(-1)
 
 
 def as_gates(values: Tensor | Gates) -> Gates:
-    """`values`, a tensor wrapped in `PlainGates`."""
+    """Wraps a tensor in `PlainGates`; returns a `Gates` as it is."""
     return values if isinstance(values, Gates) else PlainGates(values)

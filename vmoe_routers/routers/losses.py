@@ -1,8 +1,7 @@
-"""Auxiliary losses of the routers: scalars, independent per group, mean over the groups.
+"""Auxiliary losses of the routers: scalars, means over groups that are computed independently.
 
-Every function takes the logits [G, T, E] as the router made them and a mask
-[G, T] (True = real token) or None. Gradients reach the router through every term. A wrong shape, dtype,
-device or number is a TypeError or a ValueError.
+Every function takes the router's logits [G, T, E] and a mask [G, T] (True = real token) or None. Gradients flow through
+every term.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from vmoe_routers.ops.topk import topk_unchecked
 
 
 def importance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared coefficient of variation over experts of ``sum_t softmax(logits)[t, e]``.
+    """Computes the squared coefficient of variation over experts of ``sum_t softmax(logits)[t, e]``.
 
-    Of the logits without noise (Shazeer et al., arXiv 1701.06538, equation 7).
+    The logits are without noise (Shazeer et al., arXiv 1701.06538, equation 7).
     """
     _check("importance_loss", "logits", logits, mask)
     return _mean_over_groups(_squared_cv(_sum_over_tokens(logits.softmax(-1), mask)))
@@ -31,16 +30,16 @@ def load_loss(
     top_k: int,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Squared coefficient of variation over experts of their expected load.
+    """Computes the squared coefficient of variation over experts of their expected load.
 
-    ``load_e = mean_t P(logits[t, e] + noise >= thr_t)``, thr_t the `top_k`-th largest
-    noisy logit of the token (arXiv 2106.05974, appendix A).
+    ``load_e = mean_t P(logits[t, e] + noise >= thr_t)``, with thr_t the `top_k`-th largest noisy logit of the token
+    (arXiv 2106.05974, appendix A).
 
     Args:
         logits: [G, T, E] without noise.
-        noisy_logits: [G, T, E] with it; the gradient flows through their threshold too.
-        noise_std: standard deviation of the noise on a logit; 0: the loss is 0.
-        top_k: experts per token.
+        noisy_logits: [G, T, E] with noise; the gradient also flows through the threshold.
+        noise_std: Standard deviation of the noise on a logit; 0: the loss is 0.
+        top_k: Experts per token.
         mask: [G, T] or None.
     """
     _check("load_loss", "logits", logits, mask)
@@ -58,10 +57,10 @@ def load_loss(
 
 
 def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``E * sum_e f_e P_e`` (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, equation 4).
+    """Computes ``E * sum_e f_e P_e`` (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, equation 4).
 
-    f_e: the share of tokens whose first choice is e, before dropping;
-    P_e: the mean of the noisy softmax.
+    f_e is the share of tokens whose first choice is e, before any are dropped; P_e is the mean over the tokens of the
+    softmax of the noisy logits.
     """
     _check("balance_loss", "noisy_logits", noisy_logits, mask)
     gates = noisy_logits.softmax(-1)
@@ -74,7 +73,7 @@ def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``mean_t logsumexp_e(logits)^2`` (ST-MoE, arXiv 2202.08906, equation 5)."""
+    """Computes ``mean_t logsumexp_e(logits)^2`` (ST-MoE, arXiv 2202.08906, equation 5)."""
     _check("z_loss", "logits", logits, mask)
     squares = logits.logsumexp(-1, keepdim=True).square()
     return _mean_over_groups((_sum_over_tokens(squares, mask) / _tokens(logits, mask)).sum(-1))
@@ -92,14 +91,14 @@ def _sum_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _tokens(like: Tensor, mask: Tensor | None) -> Tensor | int:
-    """Real tokens of every group, at least 1: [G, 1], or a number where all are real."""
+    """Counts the real tokens of every group, at least 1; gives [G, 1], or a number without a mask."""
     if mask is None:
         return max(like.shape[1], 1)
     return mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _squared_cv(values: Tensor) -> Tensor:
-    """var / mean^2 over the last axis. Never through a std: its gradient at balance is NaN."""
+    """Computes var / mean^2 over the last axis, without a square root, whose gradient at balance is NaN."""
     mean = values.mean(-1, keepdim=True)
     variance = (values - mean).square().mean(-1)
     return variance / mean.squeeze(-1).square().clamp(min=torch.finfo(values.dtype).tiny)

@@ -1,4 +1,4 @@
-"""What a router did with its experts, as numbers."""
+"""Metrics of a routing: how a router used its experts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Usage(NamedTuple):
-    """The counts that metrics are computed from.
+    """Counts from which the metrics are computed.
 
     Attributes:
-        load: [G, E], how much every expert's buffer holds, in tokens.
-        filled: [G, E], how many of its slots are filled.
+        load: [G, E], tokens in every expert's buffer.
+        filled: [G, E], filled slots of every expert.
         gates: [G, T, E], the weight of every expert in every token's output.
         dropped: [G, T] bool, True = a token that no expert took.
-        requests: places asked for and places given, or None where tokens do not ask.
+        requests: Number of requests, and number of requests that got a slot; None if tokens make no requests.
     """
 
     load: Tensor
@@ -30,16 +30,16 @@ class Usage(NamedTuple):
 
 
 def metrics(routing: Routing) -> dict[str, Tensor]:
-    """How `routing` used the experts; tensors without gradient.
+    """Computes metrics of `routing` by name, as tensors without gradient.
 
     Returns:
-        load [G, E]: tokens in every expert's buffer (Soft MoE: how much the tokens draw from it).
-        utilisation: filled slots / slots.
-        load_cv: coefficient of variation over experts of the load of all groups.
-        entropy: mean over the tokens of the entropy of their gates over the experts, in nats.
-        dropped: share of the tokens that no expert took.
-        dead_experts: number of experts without load.
-        dropped_requests (Token Choice): share of the requests that found no place.
+        load: [G, E], tokens in every expert's buffer; for Soft MoE, the sum of the tokens' weights of the expert.
+        utilisation: Filled slots over all slots.
+        load_cv: Coefficient of variation over experts of the load of all groups.
+        entropy: Entropy of a token's gates over the experts, in nats, mean over the tokens.
+        dropped: Share of tokens that no expert took.
+        dead_experts: Number of experts without load.
+        dropped_requests: Share of requests that got no slot; only for Token Choice.
     """
     with torch.no_grad():
         load, filled, gates, dropped, requests = routing.usage()
@@ -62,7 +62,7 @@ def metrics(routing: Routing) -> dict[str, Tensor]:
 
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of values [G, T] over the real tokens."""
+    """Averages `values` [G, T] over the real tokens."""
     if mask is None:
         return values.sum() / max(values.numel(), 1)
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

@@ -15,7 +15,7 @@ from vmoe_routers.routers.soft import SoftRouter
 from vmoe_routers.routers.sparse import ExpertChoiceRouter, SparseRouter, TokenChoiceRouter
 
 RouterFactory = Callable[[int, int], nn.Module]
-"""Makes a router from the width of a token and the number of experts."""
+"""Function that makes a router from the width of a token and the number of experts."""
 
 
 class _Named(NamedTuple):
@@ -40,7 +40,7 @@ ROUTERS: tuple[str, ...] = tuple(_TABLE)
 
 
 def router_options(router: str | RouterFactory | None) -> frozenset[str]:
-    """The names of the options that `create_router` takes for a router; none for a router that is not of `ROUTERS`."""
+    """Lists the options that `create_router` takes for a router of `ROUTERS`; gives none for any other router."""
     entry = _TABLE.get(router) if isinstance(router, str) else None
     return frozenset() if entry is None else frozenset(_of_router(entry.router) | _of_affinity(entry.affinity))
 
@@ -56,18 +56,18 @@ def _of_affinity(affinity: type | None) -> set[str]:
 
 
 def create_router(name: str, dim: int, num_experts: int, **options: Any) -> nn.Module:
-    """One of the six routers by name, called as ``router(x, mask=None) -> Routing``.
+    """Makes one of the six routers by name; the router is called as ``router(x, mask=None) -> Routing``.
 
     Args:
-        name: one of `ROUTERS`.
+        name: One of `ROUTERS`.
         dim: D, width of a token.
         num_experts: E.
-        options: of `TokenChoiceRouter`, `ExpertChoiceRouter` or `SoftRouter`, and of
-            the affinity (`Sinkhorn`, `SparsityConstrained`).
+        options: Options of the router (`TokenChoiceRouter`, `ExpertChoiceRouter` or `SoftRouter`) and of its affinity
+            (`Sinkhorn`, `SparsityConstrained`).
 
     Raises:
-        ValueError: an unknown name or a value out of range.
-        TypeError: an unknown option or a wrong type.
+        ValueError: The name is unknown, or a value is out of range.
+        TypeError: An option is unknown or has a wrong type.
     """
     Check("create_router").choice("name", name, ROUTERS)
     known = router_options(name)

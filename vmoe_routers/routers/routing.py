@@ -1,13 +1,13 @@
-"""Routings: the two tensors of the formulation, dispatch and combine, and what they do.
+"""Routings: the dispatch and combine tensors of the formulation, and their products with tokens and slots.
 
-Per group, with tokens X [T, D], a dispatch tensor D and a combine tensor B, both [T, E, C]
-(section 3 of arXiv 2401.15969):
+For every group, with tokens X [T, D], a dispatch tensor D and a combine tensor B, both [T, E, C] (section 3 of
+arXiv 2401.15969):
 
     expert inputs    X~[e, c] = sum_t D[t, e, c] X[t]
     layer output     Y[t]     = sum_{e, c} B[t, e, c] Y~[e, c]
 
-A routing holds D and B in the form in which its router makes them, and not as dense tensors. Slots have one layout,
-[E, G, C, D]: the rows of one expert are one matrix.
+A routing holds D and B in the compact form of its router, not as dense tensors. Slots always have the layout
+[E, G, C, D]: the rows of one expert form one matrix.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from vmoe_routers.routers.gates import Gates
 from vmoe_routers.routers.metrics import Usage, metrics
 
 Losses = Mapping[str, Callable[[], Tensor]]
-"""Auxiliary losses by name: functions that compute an unweighted scalar."""
+"""Auxiliary losses by name: functions that return an unweighted scalar."""
 
 
 class Routing(ABC):
-    """What a router returns. A subclass has the attributes and the four methods; the other members follow from them.
+    """Result of a router. A subclass provides the attributes and four methods; the other members use only these.
 
     Attributes:
         num_groups, num_tokens, num_experts, capacity: G, T, E and C.
-        device: of the routing's tensors.
+        device: Device of the routing's tensors.
         mask: [G, T] bool, True = real token, or None.
-        filled: [G, E] int32: no slot of an expert's buffer from this position on holds a token. None: all slots count.
-        loss_terms: the auxiliary losses, functions by name; none by default.
-        loss_weights: their weights in `aux_loss`.
+        filled: [G, E] int32, the number of leading slots that may hold a token; None: all slots.
+        loss_terms: Auxiliary losses, functions by name; none by default.
+        loss_weights: Weights of the losses in `aux_loss`.
     """
 
     __slots__ = ()
@@ -56,38 +56,38 @@ class Routing(ABC):
 
     @abstractmethod
     def dispatch(self, x: Tensor) -> Tensor:
-        """Expert inputs: tokens x [G, T, D] to slots [E, G, C, D], in x's dtype."""
+        """Maps tokens x [G, T, D] to the experts' inputs, slots [E, G, C, D], in x's dtype."""
 
     @abstractmethod
     def combine(self, y: Tensor) -> Tensor:
-        """Layer output: the experts' outputs y [E, G, C, D] to tokens [G, T, D], in y's dtype."""
+        """Maps the experts' outputs, slots y [E, G, C, D], to tokens [G, T, D], in y's dtype."""
 
     @abstractmethod
     def dispatch_tensor(self) -> Tensor:
-        """The dense dispatch tensor D, [G, T, E, C]."""
+        """Makes the dense dispatch tensor D, [G, T, E, C]."""
 
     @abstractmethod
     def combine_tensor(self) -> Tensor:
-        """The dense combine tensor B, [G, T, E, C]."""
+        """Makes the dense combine tensor B, [G, T, E, C]."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
-        """The auxiliary losses, unweighted scalars by name (`vmoe_routers.losses`), computed at every reading."""
+        """Auxiliary losses, unweighted scalars by name (`vmoe_routers.losses`), computed at every access."""
         return {name: loss() for name, loss in self.loss_terms.items()}
 
     @property
     def aux_loss(self) -> Tensor:
-        """The weighted sum of the losses, a scalar; only losses with a weight are computed."""
+        """Weighted sum of the losses, a scalar; losses without a weight are not computed."""
         weighted = [w * self.loss_terms[name]() for name, w in self.loss_weights.items() if w != 0]
         return sum(weighted[1:], weighted[0]) if weighted else torch.zeros((), device=self.device)
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """`vmoe_routers.routers.metrics.metrics` of this routing: load, utilisation, entropy, dropped tokens, ..."""
+        """Metrics by name: load, utilisation, entropy, dropped tokens, ... (`vmoe_routers.routers.metrics.metrics`)."""
         return metrics(self)
 
     def usage(self) -> Usage:
-        """The counts behind `metrics`, from the two dense tensors."""
+        """Counts for `metrics`, from the two dense tensors."""
         D, B = self.dispatch_tensor(), self.combine_tensor()
         taken = D.sum((2, 3))
         return Usage(D.sum((1, 3)), (D != 0).any(1).sum(-1), B.sum(-1), taken == 0)
@@ -117,76 +117,76 @@ class _Sparse(NamedTuple):
     loss_weights: Mapping[str, float]
 
 
-# A named tuple, so that whatever walks over a module's outputs (hooks, pytrees, summaries) finds the tensors.
+# A named tuple, so that code that walks over a module's outputs (hooks, pytrees, summaries) finds the tensors.
 class SparseRouting(_Sparse, Routing):
-    """A 0/1 dispatch tensor, held as the token and the gate of every slot.
+    """Routing with a 0/1 dispatch tensor, held as the token and the weight of every slot.
 
     Attributes:
-        token: [G, E, C] int32, the token in every slot, or -1: empty.
-        gate: [G, E, C], its weight in the combine tensor, 0 where the slot is empty.
-        gates: the `Gates` from which these weights were taken.
-        offsets [G, T + 1], slots [G, E * C], filled [G, E]: `ops.invert_slots` of `token`, int32: the slots of every
-            token, and the position after the last filled slot of every buffer.
-        expert: [G, T, K] int32, the expert of every request (Token Choice), or None.
-        slot: [G, T, K] int32, the slot of every request, -1: dropped (Token Choice), or None.
+        token: [G, E, C] int32, the token in every slot; -1 in an empty slot.
+        gate: [G, E, C], the weight of every slot in the combine tensor; 0 in an empty slot.
+        gates: The `Gates` from which `gate` was gathered.
+        offsets, slots, filled: [G, T + 1], [G, E * C] and [G, E] int32, results of `ops.invert_slots` for `token`: the
+            slots of every token, and the position after the last filled slot of every buffer.
+        expert: [G, T, K] int32, the expert of every request, for Token Choice; else None.
+        slot: [G, T, K] int32, the slot of every request, -1 if dropped, for Token Choice; else None.
     """
 
     __slots__ = ()
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """Number of groups, G."""
         return self.token.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens of a group, T."""
         return self.gates.source.shape[1]
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return self.token.shape[1]
 
     @property
     def capacity(self) -> int:
-        """C."""
+        """Slots per expert, C."""
         return self.token.shape[2]
 
     @property
     def device(self) -> torch.device:
-        """Of the tensors."""
+        """Device of the tensors."""
         return self.token.device
 
     @property
     def weights(self) -> Tensor:
-        """[G, T, E], the tensor from which the gates were taken; computed at every reading."""
+        """All gates that weigh, [G, T, E], computed at every access."""
         return self.gates.dense()
 
     def dispatch(self, x: Tensor) -> Tensor:
-        """Tokens x [G, T, D] to slots [E, G, C, D]; an empty slot gets zeros."""
+        """Maps tokens x [G, T, D] to slots [E, G, C, D]; an empty slot gets zeros."""
         _check_rows(self, "dispatch", "x", x, "G T D", self.gate)
         return dispatch_unchecked(x, self.token, self.offsets, self.slots)
 
     def combine(self, y: Tensor) -> Tensor:
-        """Slots y [E, G, C, D] to tokens [G, T, D]; a token that no expert took gets zeros."""
+        """Maps slots y [E, G, C, D] to tokens [G, T, D]; a token that no expert took gets zeros."""
         _check_rows(self, "combine", "y", y, "E G C D", self.gate)
         return combine_unchecked(y, self.gate, self.token, self.offsets, self.slots)
 
     def dispatch_tensor(self) -> Tensor:
-        """The dense dispatch tensor [G, T, E, C], zeros and ones."""
+        """Makes the dense dispatch tensor [G, T, E, C] of zeros and ones."""
         groups, experts, slots = self.token.shape
-        # Empty slots are written to a row after the last token, which is cut off.
+        # Empty slots are written to an extra row after the last token, which is cut off.
         dense = self.gate.new_zeros(groups, self.num_tokens + 1, experts, slots)
         row = torch.where(self.token < 0, self.num_tokens, self.token).long()
         return dense.scatter(1, row.unsqueeze(1), 1)[:, : self.num_tokens]
 
     def combine_tensor(self) -> Tensor:
-        """The dense combine tensor [G, T, E, C]: the dispatch tensor times the gates."""
+        """Makes the dense combine tensor [G, T, E, C]: the dispatch tensor times the weights."""
         return self.dispatch_tensor() * self.gate.unsqueeze(1)
 
     def usage(self) -> Usage:
-        """The counts behind `metrics`, without a dense tensor [G, T, E, C]."""
+        """Counts for `metrics`, without a dense tensor [G, T, E, C]."""
         load = (self.token >= 0).sum(-1)
         requests = None
         if self.expert is not None and self.slot is not None:
@@ -195,10 +195,10 @@ class SparseRouting(_Sparse, Routing):
         return Usage(load.to(self.gate.dtype), load, self.weights, dropped, requests)
 
     def __repr__(self) -> str:
-        """Shape and kind, without the tensors' values."""
+        """Describes class and shape, without the values of the tensors."""
         return _describe(self)
 
-    # A routing is compared as an object: `==` of tuples would ask for the truth of a tensor.
+    # Compare routings by identity: `==` of tuples would need the truth value of a tensor.
     __eq__ = object.__eq__  # type: ignore[assignment]
     __hash__ = object.__hash__
 
@@ -210,52 +210,52 @@ class _Soft(NamedTuple):
 
 
 class SoftRouting(_Soft, Routing):
-    """Dense dispatch and combine tensors: two softmaxes of the same logits.
+    """Routing with dense dispatch and combine tensors, two softmaxes of the same logits.
 
     Attributes:
-        logits: [G, T, E * C], expert by expert, -inf in the rows of masked tokens.
+        logits: [G, T, E * C], ordered by expert; -inf in the rows of masked tokens.
     """
 
     __slots__ = ()
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """Number of groups, G."""
         return self.logits.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens of a group, T."""
         return self.logits.shape[1]
 
     @property
     def capacity(self) -> int:
-        """C."""
+        """Slots per expert, C."""
         return self.logits.shape[2] // self.num_experts
 
     @property
     def device(self) -> torch.device:
-        """Of the logits."""
+        """Device of the logits."""
         return self.logits.device
 
     def dispatch(self, x: Tensor) -> Tensor:
-        """Tokens x [G, T, D] to slots [E, G, C, D], every slot a mean of the tokens."""
+        """Maps tokens x [G, T, D] to slots [E, G, C, D], every slot a weighted mean of the tokens."""
         _check_rows(self, "dispatch", "x", x, "G T D", self.logits)
-        # Masked tokens have weight 0, and 0 times NaN is NaN.
+        # Masked tokens have the weight 0, and 0 times NaN is NaN.
         x = fill_masked(x, self.mask, 0.0)
         return soft_mix_unchecked(self.logits, x, 1, self.num_experts)
 
     def combine(self, y: Tensor) -> Tensor:
-        """Slots y [E, G, C, D] to tokens [G, T, D], every token a mean of the slots."""
+        """Maps slots y [E, G, C, D] to tokens [G, T, D], every token a weighted mean of the slots."""
         _check_rows(self, "combine", "y", y, "E G C D", self.logits)
         return soft_mix_unchecked(self.logits, y, 2, self.num_experts)
 
     def dispatch_tensor(self) -> Tensor:
-        """The dense dispatch tensor [G, T, E, C]: softmax over the tokens."""
+        """Makes the dense dispatch tensor [G, T, E, C]: the softmax over the tokens."""
         return self._softmax(1)
 
     def combine_tensor(self) -> Tensor:
-        """The dense combine tensor [G, T, E, C]: softmax over all slots."""
+        """Makes the dense combine tensor [G, T, E, C]: the softmax over all slots."""
         return self._softmax(2)
 
     def _softmax(self, dim: int) -> Tensor:
@@ -263,13 +263,13 @@ class SoftRouting(_Soft, Routing):
         return dense.unflatten(2, (self.num_experts, self.capacity))
 
     def usage(self) -> Usage:
-        """The counts behind `metrics`; the load is how much the tokens draw from an expert."""
+        """Counts for `metrics`; the load of an expert is the sum of its weights over the tokens."""
         gates = self.combine_tensor().sum(-1)
         filled = gates.new_full((self.num_groups, self.num_experts), self.capacity)
         return Usage(gates.sum(1), filled, gates, gates.new_zeros(gates.shape[:2], dtype=torch.bool))
 
     def __repr__(self) -> str:
-        """Shape and kind, without the tensors' values."""
+        """Describes class and shape, without the values of the tensors."""
         return _describe(self)
 
     __eq__ = object.__eq__  # type: ignore[assignment]

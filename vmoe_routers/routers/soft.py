@@ -1,4 +1,4 @@
-"""Soft MoE's router (arXiv 2308.00951): slots are means of tokens, tokens means of slots."""
+"""Soft MoE (arXiv 2308.00951): slots are weighted means of tokens, and tokens weighted means of slots."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from vmoe_routers.routers.sparse import check_tokens
 
 
 class SoftLogits(nn.Module):
-    """Soft MoE's logits, ``<x / |x|, scale * Phi / |Phi|>``, Phi normalised over the width.
+    """Logits of Soft MoE, ``<x / |x|, scale * Phi / |Phi|>``, Phi normalised over the width.
 
-    A module of its own, whose input and output are tensors: wrappers that shard a module's parameters (FSDP, ZeRO)
-    gather them when it is called.
+    This is a separate module with tensors as input and output, because wrappers that shard parameters (FSDP, ZeRO)
+    gather them when the module is called.
 
     Args:
         dim: D, width of a token.
         num_experts: E.
         slots_per_expert: C.
-        scale_init: start of the scale.
+        scale_init: Initial scale.
 
     Attributes:
-        phi: [D, E, C]; truncated normal of std sqrt(1 / D), cut at two standard deviations.
+        phi: [D, E, C], drawn from a normal of standard deviation sqrt(1 / D), truncated at two standard deviations.
         scale: [1].
     """
 
@@ -45,7 +45,7 @@ class SoftLogits(nn.Module):
         super().__init__()
         self.scale_init = scale_init
         self.phi = nn.Parameter(torch.empty(dim, num_experts, slots_per_expert, device=device, dtype=dtype))
-        # One axis: FSDP2 and ZeRO do not shard parameters without axes.
+        # The scale has one axis: FSDP2 and ZeRO do not shard parameters without axes.
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -56,7 +56,7 @@ class SoftLogits(nn.Module):
         nn.init.constant_(self.scale, self.scale_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens x [G, T, D] to logits [G, T, E * C], expert by expert, in float32 (float64 for float64 tokens)."""
+        """Maps tokens x [G, T, D] to logits [G, T, E * C], ordered by expert, in float32 (float64 for float64)."""
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.phi.to(dtype).flatten(1)
@@ -65,25 +65,22 @@ class SoftLogits(nn.Module):
 
 
 class SoftRouter(nn.Module):
-    """Soft MoE (arXiv 2308.00951). The mixing uses the tokens as they are; only the logits use normalised ones.
+    """Router of Soft MoE (arXiv 2308.00951). Only the logits use normalised tokens; the mixing does not.
 
     Args:
         dim: D, width of a token.
         num_experts: E.
         slots_per_expert: C, 1 by default.
-        capacity_factor: instead of `slots_per_expert`, together with `num_tokens`, tokens of a group:
-            Phi's shape depends on C.
-        scale_init: start of the scale. At 1 and small width the slots start as the
-            mean token, and short trainings stay there; about 2 sqrt(D) helps those.
-        noise_std: in training, standard deviation of noise on the logits.
+        capacity_factor: Alternative to `slots_per_expert`; requires `num_tokens`, because C fixes the shape of Phi.
+        num_tokens: Tokens of a group, only with `capacity_factor`.
+        scale_init: Initial scale. At 1 and small width, all slots start close to the mean token and stay there in
+            short trainings; about 2 sqrt(D) avoids this.
+        noise_std: Standard deviation of the noise on the logits in training.
 
     Attributes:
         phi: [D, E, C], the parameter of `logits`.
         scale: [1], the parameter of `logits`.
-        logits: the `SoftLogits`.
-
-    Raises:
-        TypeError, ValueError: an argument out of range.
+        logits: The `SoftLogits`.
     """
 
     def __init__(
@@ -105,7 +102,7 @@ class SoftRouter(nn.Module):
         self.num_experts = check.integer("num_experts", num_experts, 1)
         if capacity_factor is None:
             if num_tokens is not None:
-                raise ValueError("SoftRouter: num_tokens is for capacity_factor, which is not given")
+                raise ValueError("SoftRouter: num_tokens requires capacity_factor, which is not given")
             slots = 1 if slots_per_expert is None else slots_per_expert
             self.slots_per_expert = check.integer("slots_per_expert", slots, 1)
         elif slots_per_expert is not None:
@@ -130,7 +127,7 @@ class SoftRouter(nn.Module):
 
     @property
     def scale(self) -> nn.Parameter:
-        """[1], the parameter of `logits`."""
+        """Scale [1], a parameter of `logits`."""
         return self.logits.scale
 
     def reset_parameters(self) -> None:
@@ -138,7 +135,7 @@ class SoftRouter(nn.Module):
         self.logits.reset_parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Early state dicts of version 0.1.0 have the parameters on the router, and a scale without axes.
+        # Early state dicts of version 0.1.0 have the parameters on the router, and the scale has no axis.
         for name in ("phi", "scale"):
             if prefix + name in state_dict:
                 value = state_dict.pop(prefix + name)
@@ -146,15 +143,15 @@ class SoftRouter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def slots(self, tokens: int) -> int:
-        """C, the slots per expert: fixed by Phi, for any number of tokens."""
+        """Gives C, the slots per expert, which the shape of Phi fixes for any number of tokens."""
         return self.slots_per_expert
 
     def flops(self, tokens: int) -> float:
-        """Operations of the logits and the two mixtures for a group of `tokens` tokens."""
+        """Counts the operations of the logits and the two mixtures for a group of `tokens` tokens."""
         return 6.0 * tokens * self.num_experts * self.slots_per_expert * self.dim
 
     def draw_noise(self, logits: Tensor) -> Tensor:
-        """Standard normal noise in the shape of the logits [G, T, E, C]."""
+        """Draws standard normal noise in the shape of the logits [G, T, E, C]."""
         return torch.randn_like(logits)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SoftRouting:
@@ -168,7 +165,7 @@ class SoftRouter(nn.Module):
             return SoftRouting(fill_masked(logits, mask), self.num_experts, mask)
 
     def extra_repr(self) -> str:
-        """The arguments that print(router) shows."""
+        """Lists the arguments that print(router) shows."""
         return (
             f"dim={self.dim}, num_experts={self.num_experts}, "
             f"slots_per_expert={self.slots_per_expert}, noise_std={self.noise_std}"

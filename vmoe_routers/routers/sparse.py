@@ -1,4 +1,4 @@
-"""The five sparse routers' front end, and the two ways to choose: by token and by expert."""
+"""Sparse routers: their common base class, Token Choice and Expert Choice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CAPACITY_ROUNDINGS = ("ceil", "round")
 
 
 def check_tokens(check: Check, x: Tensor, mask: Tensor | None, dim: int, name: str, parameter: Tensor) -> Tensor:
-    """x [G, T, D], with zeros in the rows of masked tokens: a gradient of 0 times NaN would be NaN."""
+    """Checks x [G, T, D] and fills the rows of masked tokens with zeros: a gradient of 0 times NaN would be NaN."""
     x = check.floating("x", x, "G T D")
     if x.shape[2] != dim:
         raise ValueError(f"{check.where}: x must have width {dim}, got shape {list(x.shape)}")
@@ -33,17 +33,17 @@ def check_tokens(check: Check, x: Tensor, mask: Tensor | None, dim: int, name: s
 
 
 class RouterLogits(nn.Module):
-    """The sparse routers' logits, x W^T in float32 (float64 for float64 tokens) whatever autocast says.
+    """Logits of the sparse routers, x W^T in float32 (float64 for float64 tokens), also under autocast.
 
-    A module of its own, whose input and output are tensors: wrappers that shard a module's parameters (FSDP, ZeRO)
-    gather them when it is called.
+    This is a separate module with tensors as input and output, because wrappers that shard parameters (FSDP, ZeRO)
+    gather them when the module is called.
 
     Args:
         dim: D, width of a token.
         num_experts: E.
 
     Attributes:
-        weight: [E, D], no bias; truncated normal of std sqrt(1 / D).
+        weight: [E, D], drawn from a truncated normal of standard deviation sqrt(1 / D). There is no bias.
     """
 
     def __init__(self, dim: int, num_experts: int, device: Any = None, dtype: torch.dtype | None = None):
@@ -53,40 +53,36 @@ class RouterLogits(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the weight again."""
-        # A normal distribution cut at two standard deviations keeps 0.8796 of its standard deviation.
+        # Truncating a normal distribution at two standard deviations multiplies its standard deviation by 0.8796.
         std = math.sqrt(1 / self.weight.shape[1]) / 0.87962566
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens x [G, T, D] to logits [G, T, E]."""
+        """Maps tokens x [G, T, D] to logits [G, T, E]."""
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             return nn.functional.linear(x.to(dtype), self.weight.to(dtype))
 
 
 class SparseRouter(nn.Module):
-    """The front end of the five sparse routers: logits, noise, affinity, losses. A base class.
+    """Base class of the five sparse routers: logits, noise, affinity and losses.
 
-    Routing runs in float32 (float64 for float64 tokens), whatever the dtype of the
-    tokens and under autocast.
+    Routing runs in float32 (float64 for float64 tokens), also for 16-bit tokens and under autocast.
 
     Args:
         dim: D, width of a token.
         num_experts: E.
-        affinity: makes the gates that select and the gates that weigh (`vmoe_routers.affinity`); None: `Softmax`.
-        capacity_factor: slots for every token routed, > 0.
-        eval_capacity_factor: the same in eval; None: as in training.
-        capacity_rounding, capacity_multiple_of: arguments of `vmoe_routers.capacity`.
-        noise_std: in training, noise of this standard deviation divided by E is added to the logits.
-        importance_loss_weight, load_loss_weight, balance_loss_weight, z_loss_weight:
-            weights of the auxiliary losses in `Routing.aux_loss`.
+        affinity: Makes the gates that select and the gates that weigh (`vmoe_routers.affinity`); None: `Softmax`.
+        capacity_factor: Slots of all experts per routed token, > 0.
+        eval_capacity_factor: Capacity factor in eval; None: as in training.
+        capacity_rounding, capacity_multiple_of: Arguments `rounding` and `multiple_of` of `vmoe_routers.capacity`.
+        noise_std: In training, noise of this standard deviation divided by E is added to the logits.
+        importance_loss_weight, load_loss_weight, balance_loss_weight, z_loss_weight: Weights of the auxiliary losses
+            in `Routing.aux_loss`.
 
     Attributes:
         weight: [E, D], the parameter of `logits`.
-        logits: the `RouterLogits`.
-
-    Raises:
-        TypeError, ValueError: an argument out of range.
+        logits: The `RouterLogits`.
     """
 
     def __init__(
@@ -149,16 +145,16 @@ class SparseRouter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def draw_noise(self, logits: Tensor) -> Tensor:
-        """Standard normal noise in the shape of the logits."""
+        """Draws standard normal noise in the shape of the logits."""
         return torch.randn_like(logits)
 
     def slots(self, tokens: int) -> int:
-        """C, the slots per expert for groups of `tokens` tokens."""
+        """Computes C, the slots per expert, for groups of `tokens` tokens."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         return slots_per_expert(tokens, self.num_experts, factor, self.capacity_rounding, self.capacity_multiple_of)
 
     def flops(self, tokens: int) -> float:
-        """Operations of the logits for a group of `tokens` tokens; a multiplication and an addition are two."""
+        """Counts the operations of the logits for a group of `tokens` tokens; a multiply-add is two operations."""
         return 2.0 * tokens * self.num_experts * self.dim
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:
@@ -182,7 +178,7 @@ class SparseRouter(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """The arguments that print(router) shows."""
+        """Lists the arguments that print(router) shows."""
         return (
             f"dim={self.dim}, num_experts={self.num_experts}, affinity={self.affinity}, "
             f"capacity_factor={self.capacity_factor}, noise_std={self.noise_std}"
@@ -190,16 +186,16 @@ class SparseRouter(nn.Module):
 
 
 class TokenChoiceRouter(SparseRouter):
-    """Every token chooses `top_k` experts, whose buffers are filled in order (V-MoE, arXiv 2106.05974).
+    """Router in which every token chooses `top_k` experts (V-MoE, arXiv 2106.05974).
 
-    Choice 1 of every token goes before choice 2 of any; a request that comes to a full buffer is dropped.
+    First choices of all tokens are served before second choices. A request for a full buffer is dropped.
 
     Args:
-        dim, num_experts, affinity: arguments of `SparseRouter`.
+        dim, num_experts, affinity: Arguments of `SparseRouter`.
         top_k: K, experts per token.
-        batch_priority: fill the buffers in order of the tokens' largest selecting value.
-        renormalize: divide a token's gates by the sum of its top_k.
-        options: further arguments of `SparseRouter`.
+        batch_priority: Fills the buffers in descending order of the tokens' largest selecting gate.
+        renormalize: Divides a token's weights by their sum over its `top_k` experts.
+        options: Further arguments of `SparseRouter`.
     """
 
     def __init__(
@@ -219,7 +215,7 @@ class TokenChoiceRouter(SparseRouter):
         self.renormalize = self.check.flag("renormalize", renormalize)
 
     def slots(self, tokens: int) -> int:
-        """C, the slots per expert for groups of `tokens` tokens, each of which asks for K places."""
+        """Computes C, the slots per expert, for groups of `tokens` tokens with K requests each."""
         return super().slots(tokens * self.top_k)
 
     def _route(self, logits, noisy, noise_std, mask):
@@ -241,20 +237,20 @@ class TokenChoiceRouter(SparseRouter):
         )
 
     def extra_repr(self) -> str:
-        """The arguments that print(router) shows."""
+        """Lists the arguments that print(router) shows."""
         return f"{super().extra_repr()}, top_k={self.top_k}, batch_priority={self.batch_priority}"
 
 
 class ExpertChoiceRouter(SparseRouter):
-    """Every expert chooses its C best tokens of the group (Expert Choice, arXiv 2202.09368).
+    """Router in which every expert chooses its C best tokens of the group (Expert Choice, arXiv 2202.09368).
 
-    By default capacity is rounded to the nearest integer (half to even) and not to a multiple,
-    so that equal factors cost as much as Soft MoE.
+    By default the capacity is rounded to the nearest integer (half to even), and not to a multiple, so that it costs as
+    much as Soft MoE with the same capacity factor.
 
     Args:
-        dim, num_experts, affinity: arguments of `SparseRouter`.
-        renormalize: divide a token's gates by their sum over the experts that took it.
-        capacity_rounding, capacity_multiple_of, options: further arguments of `SparseRouter`.
+        dim, num_experts, affinity: Arguments of `SparseRouter`.
+        renormalize: Divides a token's weights by their sum over the experts that took the token.
+        capacity_rounding, capacity_multiple_of, options: Further arguments of `SparseRouter`.
     """
 
     def __init__(
@@ -279,8 +275,8 @@ class ExpertChoiceRouter(SparseRouter):
         self.renormalize = self.check.flag("renormalize", renormalize)
 
     def slots(self, tokens: int) -> int:
-        """C, the slots per expert for groups of `tokens` tokens; at most as many as tokens, at least 1."""
-        # An empty group has no token for a slot; its capacity is clamped to 0 in forward.
+        """Computes C, the slots per expert, for groups of `tokens` tokens, clamped to [1, tokens]."""
+        # The capacity of an empty group is clamped to 0 in forward.
         return cast(int, torch.sym_max(1, torch.sym_min(super().slots(tokens), tokens)))
 
     def _route(self, logits, noisy, noise_std, mask):

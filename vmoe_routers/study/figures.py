@@ -122,7 +122,7 @@ def figure_3_data(runs: Iterable[Run]) -> Data:
     data = []
     for group in by_variant(runs):
         variant = group[0]["variant"]
-        if variant["router"] != "sinkhorn_token_choice":
+        if variant["combine"] is None:
             continue
         # Up to the epoch that every seed has reached: a mean over fewer would make a step in the curve.
         for epochs in zip(*(run["epochs"] for run in group), strict=False):

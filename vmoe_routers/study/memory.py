@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from vmoe_routers.memory import available_memory, in_words
 from vmoe_routers.options import OptionError
+from vmoe_routers.study.own import is_own
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant
 
@@ -86,24 +87,28 @@ def check_memory(
 
 
 def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]) -> Need:
-    """Of a variant, from sizes that may be too large for anything but floats."""
+    """The need of a variant, from sizes that only floats may be able to hold."""
     o, (size, channels, classes) = SimpleNamespace(**options), shape
     width, depth, experts, batch = float(o.width), float(o.depth), float(o.num_experts), float(o.batch_size)
     hidden = width * o.mlp_ratio
     tokens = float(max(size // o.patch_size, 1)) ** 2  # of an image
     moe = 0.0 if variant.router is None else depth - depth // 2
-    group = tokens if variant.router == "soft" else tokens * o.group_size
-    capacity = group * (variant.top_k or 1) * (variant.capacity_factor or 0.0) / experts
-    if variant.router != "soft":  # more slots than tokens hold nothing
-        capacity = min(capacity, group)
-    slots = experts * max(capacity, 1.0)  # of a group
+    group = tokens if variant.has_phi else tokens * o.group_size
+    slots = 0.0  # per group; a lower bound for own routers, whose slots are not known yet
+    if variant.capacity_factor is not None:
+        capacity = group * (variant.top_k or 1) * variant.capacity_factor / experts
+        if not variant.has_phi:  # more slots than tokens stay empty
+            capacity = min(capacity, group)
+        slots = experts * max(capacity, 1.0)
     parameters = depth * 4 * width**2 + (depth - moe) * 2 * width * hidden
-    parameters += moe * (experts * 2 * width * hidden + width * (slots if variant.router == "soft" else experts))
+    parameters += moe * experts * 2 * width * hidden
+    if not is_own(variant.router):
+        parameters += moe * width * (slots if variant.has_phi else experts)
     parameters += width * (tokens + channels * o.patch_size**2 + classes)
     # Kept for the backward pass: inputs of the two norms and of the projections, attention's shares, hidden layers.
     activations = depth * batch * (tokens * 6 * width + o.heads * tokens**2) + (depth - moe) * batch * tokens * hidden
     activations += moe * batch * tokens / group * slots * (width + hidden)
-    if variant.router == "soft":
+    if variant.has_phi:
         activations += moe * batch * tokens * slots
     return Need(_FLOAT * parameters + depth * _BLOCK, 3 * _FLOAT * parameters, _FLOAT * activations)
 

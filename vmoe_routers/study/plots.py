@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,34 +11,13 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from vmoe_routers.study.styles import style
+
 Data = list[dict[str, Any]]
 
 
-class Style(NamedTuple):
-    """How a router looks in every figure."""
-
-    title: str
-    marker: str
-    color: str
-
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers; the marker says the same again.
-STYLES: dict[str | None, Style] = {
-    None: Style("Dense ViT", "*", "#222222"),
-    "softmax_token_choice": Style("Softmax Token Choice", "o", "#0072B2"),
-    "sinkhorn_token_choice": Style("Sinkhorn Token Choice", "s", "#56B4E9"),
-    "softmax_expert_choice": Style("Softmax Expert Choice", "^", "#D55E00"),
-    "sinkhorn_expert_choice": Style("Sinkhorn Expert Choice", "v", "#E69F00"),
-    "sparsity_constrained_expert_choice": Style("Sparsity-constrained Expert Choice", "D", "#CC79A7"),
-    "soft": Style("Soft MoE", "p", "#009E73"),
-}
 _K_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _GRID = {"color": "#e6e6e6", "linewidth": 0.8}
-
-
-def style(router: str | None) -> Style:
-    """The router's style; grey for a router of somebody's own."""
-    return STYLES.get(router) or Style(str(router), "h", "#888888")
 
 
 def _figure(width: float, height: float) -> Figure:

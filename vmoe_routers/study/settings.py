@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
 from vmoe_routers.routers import ROUTERS
+from vmoe_routers.study.own import is_own
 from vmoe_routers.training.loop import Recipe
 
 _MAX = (1 << 31) - 1
@@ -28,7 +29,7 @@ class Settings:
         data: "digits", a folder with IDX files (MNIST, Fashion-MNIST), or a folder with train/ and val/.
         transfer_data: a second data set, for 10-shot transfer and its figure.
         output: where runs, table, figures and report go. What is there already is not run again.
-        routers: names of routers; "dense" is always among the runs.
+        routers: names of routers, or package.module:factory for an own router; a dense ViT always runs too.
         top_k: experts per token, for Token Choice; several are compared.
         capacity_factors: several are compared.
         plan_combine: whether Sinkhorn Token Choice is also run with the plan's values as gates.
@@ -103,8 +104,10 @@ class Settings:
         if self.width * self.mlp_ratio < 1:
             raise OptionError(f"mlp_ratio {self.mlp_ratio} of width {self.width} is less than 1", "mlp_ratio", "width")
         for router in self.routers:
-            if router not in ROUTERS:
-                raise OptionError(f"routers has no {router!r}; there are {', '.join(ROUTERS)}", "routers")
+            if router not in ROUTERS and not is_own(router):
+                raise OptionError(
+                    f"routers has no {router!r}; there are {', '.join(ROUTERS)}, and package.module:factory", "routers"
+                )
         for k in self.top_k:
             if not 1 <= k <= self.num_experts:
                 raise OptionError(

@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.layers.config import set_fused_attn
 
+from vmoe_routers.models.cost import cost
 from vmoe_routers.options import OptionError
 from vmoe_routers.study.columns import print_table, write_csv
 from vmoe_routers.study.memory import check_memory
+from vmoe_routers.study.own import is_own, source_digest
 from vmoe_routers.study.records import (
     RecordError,
     fingerprint,
@@ -87,18 +89,19 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
     _check_fit(settings, data, transfer)
     images = data.train_images.nbytes + data.test_images.nbytes
     workers = check_memory(settings, found, data.size, data.channels, data.num_classes, images)
-    with torch.device("meta"):  # says now what does not fit, not in a worker; a block of each kind is enough
-        for variant in found:
-            make(variant, replace(settings, depth=min(settings.depth, 2)), data)
+    for variant in found:
+        _check_model(variant, settings, data)
     settings.output.mkdir(parents=True, exist_ok=True)  # says now if it cannot
     inputs = fingerprint(data, transfer)
     # Seed by seed: an interrupted study has whole comparisons.
+    sources = {variant: [source_digest(variant.router)] for variant in found if is_own(variant.router)}
+    of = {variant: [asdict(variant), *sources.get(variant, [])] for variant in found}
     jobs = [
-        Job(variant, seed, record_path(settings, inputs, f"{variant.name}-seed{seed}", asdict(variant)))
+        Job(variant, seed, record_path(settings, inputs, f"{variant.name}-seed{seed}", *of[variant]))
         for seed in range(settings.seeds)
         for variant in found
     ]
-    timing = Timing(found, record_path(settings, inputs, "steps"))
+    timing = Timing(found, record_path(settings, inputs, "steps", *sorted(sources.values())))
     missing = [job for job in jobs if not _is_done(lambda job=job: job.read(settings, transfer), console)]
     is_timed = _is_done(timing.read, console)
     console.print(
@@ -155,6 +158,30 @@ def _check_fit(settings: Settings, data: Images, transfer: Images | None) -> Non
             f"{transfer.name}: {SHOTS}-shot transfer wants more than {SHOTS * transfer.num_classes} training images "
             f"for {transfer.num_classes} classes, there are {len(transfer.train_labels)}"
         )
+
+
+def _check_model(variant: Variant, settings: Settings, data: Images) -> None:
+    """Builds the variant's model with a block of each kind, to refuse now what would fail in a worker.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+        OptionError: an own router that cannot be built, trained on a group of images or measured.
+    """
+    shallow = replace(settings, depth=min(settings.depth, 2))
+    if not is_own(variant.router):
+        with torch.device("meta"):
+            make(variant, shallow, data)
+        return
+    # An own router may need real values, which tensors on the meta device do not have.
+    try:
+        model = make(variant, shallow, data).train()
+        model(data.train_images[: settings.group_size]).sum().backward()
+        cost(model)
+    except OptionError:
+        raise
+    except Exception as error:  # the router's own code may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise OptionError(f"routers: {variant.router!r} fails: {reason}", "routers") from error
 
 
 def _load(settings: Settings) -> tuple[Images, Images | None]:

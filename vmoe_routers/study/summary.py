@@ -124,7 +124,7 @@ def median_stat(values: Sequence[float]) -> Stat:
     median = statistics.median(values)
     if len(values) == 1:
         return Stat(median, None)
-    # Of a normal distribution: 1.4826 middle deviations are one standard deviation, and a
+    # For a normal distribution, 1.4826 middle deviations are one standard deviation, and a
     # median varies by the factor sqrt(pi / 2) more than a mean.
     deviation = 1.4826 * statistics.median(abs(value - median) for value in values)
     return Stat(median, deviation * math.sqrt(math.pi / 2 / len(values)), len(values))

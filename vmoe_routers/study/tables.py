@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from vmoe_routers.study.columns import shown_columns
-from vmoe_routers.study.plots import style
+from vmoe_routers.study.styles import style
 from vmoe_routers.study.summary import LayerRow, Row
 
 

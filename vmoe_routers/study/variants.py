@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vmoe_routers.models import vit_moe
 from vmoe_routers.options import OptionError
+from vmoe_routers.routers import router_options
+from vmoe_routers.study.own import is_own, load_factory
 from vmoe_routers.study.settings import Settings
+from vmoe_routers.study.styles import style
 from vmoe_routers.training.data import Images
 
 MOE_BLOCKS = "last_half"
@@ -18,13 +22,13 @@ MOE_BLOCKS = "last_half"
 
 @dataclass(frozen=True)
 class Variant:
-    """A dense ViT, or a router at a capacity.
+    """A dense ViT, or a router with the options that the study compares.
 
     Attributes:
-        router: one of `vmoe_routers.ROUTERS`; None: dense.
-        capacity_factor: None for dense.
-        top_k: for Token Choice.
-        combine: "softmax" or "plan", for Sinkhorn Token Choice.
+        router: one of `vmoe_routers.ROUTERS`, an own router as ``package.module:factory``, or None: the dense ViT.
+        capacity_factor: None for the dense ViT and own routers.
+        top_k: K of Token Choice, None for every other router.
+        combine: "softmax" or "plan" for Sinkhorn Token Choice, None for every other router.
     """
 
     router: str | None = None
@@ -34,25 +38,30 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Short, unique and fit for a file's name."""
+        """A short name, unique in a study, that can be part of a file's name."""
         if self.router is None:
             return "dense"
-        parts = [self.router, f"k{self.top_k}" if self.top_k else "", "plan" if self.combine == "plan" else ""]
-        return "-".join([part for part in parts if part] + [f"c{self.capacity_factor:g}"])
+        parts = [self.router.rpartition(":")[2]]
+        parts += [f"k{self.top_k}"] if self.top_k else []
+        parts += ["plan"] if self.combine == "plan" else []
+        parts += [f"c{self.capacity_factor:g}"] if self.capacity_factor else []
+        return "-".join(parts)
 
     @property
     def label(self) -> str:
-        """For tables and figures."""
-        if self.router is None:
-            return "Dense ViT"
-        label = self.router.replace("_", " ").title().replace("Sparsity Constrained", "Sparsity-constrained")
-        label = "Soft MoE" if self.router == "soft" else label
+        """The name in tables and figures."""
+        label = style(self.router).title
         label += f", K={self.top_k}" if self.top_k else ""
         label += ", plan" if self.combine == "plan" else ""
-        return label + (f", {self.capacity_factor:g}x" if self.capacity_factor != 1 else "")
+        return label + (f", {self.capacity_factor:g}x" if self.capacity_factor not in (None, 1) else "")
+
+    @property
+    def has_phi(self) -> bool:
+        """Whether the slots are parameters, whose number depends on the number of tokens."""
+        return "num_tokens" in router_options(self.router)
 
     def describe(self) -> dict[str, Any]:
-        """As it stands in a run's record."""
+        """The variant as a run's record holds it."""
         return {"name": self.name, "label": self.label, **asdict(self)}
 
 
@@ -60,19 +69,25 @@ def variants(settings: Settings) -> list[Variant]:
     """Every variant of a study once, the dense model first.
 
     Raises:
-        OptionError: two capacity factors have one name.
+        OptionError: two variants have the same name.
     """
     found = [Variant()]
     for factor in settings.capacity_factors:
         for router in settings.routers:
-            combines = ["softmax", "plan"] if router == "sinkhorn_token_choice" else [None]
+            options = router_options(router)
+            capacity_factor = float(factor) if "capacity_factor" in options else None
+            top_ks = settings.top_k if "top_k" in options else [None]
+            # Expert Choice takes both ways to combine too. The study compares them for Token Choice, as the paper does.
+            combines = ["softmax", "plan"] if {"top_k", "combine"} <= options else [None]
             if not settings.plan_combine:
                 combines = combines[:1]
-            for combine in combines:
-                for k in settings.top_k if router.endswith("token_choice") else [None]:
-                    found.append(Variant(router, float(factor), k, combine))
+            found += [Variant(router, capacity_factor, k, combine) for combine in combines for k in top_ks]
     found = list(dict.fromkeys(found))
-    if len({variant.name for variant in found}) < len(found):
+    names = Counter(variant.name for variant in found)
+    same = [variant for variant in found if names[variant.name] > 1]
+    if any(is_own(variant.router) for variant in same):
+        raise OptionError(f"routers {settings.routers}: the name {same[0].name!r} must not be used twice", "routers")
+    if same:
         raise OptionError(
             f"capacity_factors {settings.capacity_factors} must differ in their first six digits", "capacity_factors"
         )
@@ -80,24 +95,26 @@ def variants(settings: Settings) -> list[Variant]:
 
 
 def build(variant: Variant, settings: Settings, data: Images, seed: int) -> VisionTransformer:
-    """The variant's model on the settings' device. One seed gives every variant the same trunk."""
+    """The variant's model on the settings' device. A seed gives every variant the same trunk."""
     torch.manual_seed(seed)
     return make(variant, settings, data).to(settings.device)
 
 
 def make(variant: Variant, settings: Settings, data: Images) -> VisionTransformer:
-    """The variant's model, for images like the data's."""
+    """The variant's model, for images of the size and channels of `data`.
+
+    Raises:
+        OptionError: an own router whose factory cannot be imported.
+    """
     options: dict[str, Any] = {}
     if variant.router is not None:
-        options = {"num_experts": settings.num_experts, "capacity_factor": variant.capacity_factor}
-        if variant.router == "soft":
-            options["scale_init"] = settings.scale_init
-        else:
+        chosen = {"capacity_factor": variant.capacity_factor, "top_k": variant.top_k, "combine": variant.combine}
+        options = {name: value for name, value in chosen.items() if value is not None}
+        options["num_experts"] = settings.num_experts
+        if not variant.has_phi:
             options["group_size"] = settings.group_size
-        if variant.top_k is not None:
-            options["top_k"] = variant.top_k
-        if variant.combine is not None:
-            options["combine"] = variant.combine
+        if "scale_init" in router_options(variant.router):
+            options["scale_init"] = settings.scale_init
     return vit_moe(
         img_size=data.size,
         patch_size=settings.patch_size,
@@ -107,9 +124,9 @@ def make(variant: Variant, settings: Settings, data: Images) -> VisionTransforme
         depth=settings.depth,
         num_heads=settings.heads,
         mlp_ratio=settings.mlp_ratio,
-        router=variant.router,
+        router=load_factory(variant.router) if is_own(variant.router) else variant.router,
         moe_blocks=MOE_BLOCKS,
-        # A learned table of the usual std 0.02 starves short trainings.
+        # Position embeddings of the usual standard deviation 0.02 grow too slowly for a short training.
         pos_embed_std=1.0,
         **options,
     )

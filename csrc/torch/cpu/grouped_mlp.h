@@ -1,4 +1,5 @@
-// grouped_mlp on a CPU -- blocks of filled rows, whose hidden rows stay in cache between two products.
+// grouped_mlp on a CPU -- blocks of filled rows, whose hidden rows stay in cache between two
+// products.
 #pragma once
 
 #include <atomic>
@@ -8,6 +9,7 @@
 
 #include "../../cpu/filled_rows.h"
 #include "../grouped_mlp.h"
+#include "product.h"
 
 namespace vmoe {
 namespace {

@@ -1,17 +1,9 @@
-// grouped_mlp on CUDA -- torch's batched products over all rows, filled or not.
-//
-// The number of filled rows is on the device, and nothing waits for it. torch's grouped_mm takes ends
-// that lie on the device, and over packed rows it would save the padding, the share 1 - f of the
-// products where f of the rows are filled. But it serves bfloat16 on compute capability 9 and 10; for
-// everything else it copies the ends to the host. And rows have gaps, so they would be packed before
-// and spread behind. With F = 4 D and 2 bytes an entry a row's products are 16 D^2 operations, 12 ns
-// at D = 768 and 780 TFLOP/s, and packing and spreading it moves 8 D bytes, 1.4 ns at 4.3 TB/s: 12 %
-// of the products, 24 % at D = 384. If a grouped product runs at 90 % of a batched one it is a draw at
-// f = 0.8, for one dtype. Expert Choice and Soft MoE have f = 1, and Token Choice comes near it where
-// it is balanced: batched products it is. (Arithmetic; no GPU has measured it.)
+// grouped_mlp on CUDA -- torch's batched products over all rows, filled or not: docs/cuda.md
+// compares them with grouped products over the filled rows alone.
 #pragma once
 
 #include "../grouped_mlp.h"
+#include "product.h"
 
 namespace vmoe {
 namespace {

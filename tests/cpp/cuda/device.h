@@ -1,5 +1,4 @@
-// device -- what the tests of several kernels share: arrays on the device, the same for a GPU and
-// for the host that stands for one.
+// device -- device arrays and comparisons that kernel tests share, for GPUs and for the emulator.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,9 +12,9 @@ inline void expect_success(cudaError_t error) {
   ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
 }
 
-// Memory of the size asked for and no more, so that a sanitizer sees its ends; what was not
-// written is full of one byte that no kernel writes by chance. An empty array is a null pointer,
-// which the runtime's calls need not take, not even with a size of 0.
+// Device memory of exactly the given size, so that a sanitizer checks its bounds, filled with a
+// byte that no kernel writes by chance. An empty array is a null pointer; the runtime's calls may
+// reject it even with a size of 0.
 template <typename T>
 class DeviceArray {
  public:
@@ -49,7 +48,7 @@ class DeviceArray {
   T* memory_ = nullptr;
 };
 
-// The same bits: NaN equals itself, and 0 is not -0.
+// Compares bits: NaN equals itself, and 0 differs from -0.
 template <typename T>
 void expect_same(const std::vector<T>& actual, const std::vector<T>& wanted) {
   ASSERT_EQ(actual.size(), wanted.size());
@@ -61,7 +60,7 @@ void expect_same(const std::vector<T>& actual, const std::vector<T>& wanted) {
 using Rows = ::testing::Types<float, double, BFloat16, Float16>;
 using Halves = ::testing::Types<BFloat16, Float16>;
 
-// Small numbers in few bits, that every type holds exactly.
+// A random small number that every type represents exactly.
 inline float number(std::mt19937_64& random) {
   return static_cast<float>(integer(random, -32, 32)) / 16;
 }
@@ -89,7 +88,7 @@ std::vector<Row> rows(int64_t size, uint64_t seed) {
   return out;
 }
 
-// The way back, of every value.
+// The inverse of `set`, for every value.
 inline float value_of(float row) { return row; }
 inline double value_of(double row) { return row; }
 inline float value_of(BFloat16 row) {
@@ -113,7 +112,7 @@ std::vector<Compute<Row>> values_of(const std::vector<Row>& rows) {
   return out;
 }
 
-// By how much rounding to a row's dtype may change a number, of that number.
+// The largest relative error of rounding to a row's dtype.
 template <typename Row>
 constexpr double kUnit = 0;
 template <>
@@ -121,7 +120,7 @@ constexpr double kUnit<BFloat16> = 0x1p-8;
 template <>
 constexpr double kUnit<Float16> = 0x1p-11;
 
-// As on the CPU but for rounding to the rows' dtype.
+// Compares with the CPU's result, up to rounding to the rows' dtype.
 template <typename Row>
 void expect_rounded(const std::vector<Row>& actual, const std::vector<Compute<Row>>& wanted) {
   using T = Compute<Row>;

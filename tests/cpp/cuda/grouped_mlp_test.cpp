@@ -120,7 +120,7 @@ class CudaGroupedMlp : public ::testing::Test {
     expect_near(result(grad), wanted.grad, kError);
     expect_near(values_of(grad_bias.values()), wanted.grad_bias, 4 * kError);
 
-    // Of x alone, and in place.
+    // The gradient of x alone, and in place.
     DeviceArray<Row> grad_again(shifted(in.grad)), same(shifted(in.x));
     cuda::bias_gelu_backward<Row>(
         x.data() + offset, biases, nullptr, grad_again.data() + offset, nullptr, nullptr, rows,

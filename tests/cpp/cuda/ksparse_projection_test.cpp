@@ -23,7 +23,7 @@ class CudaKsparseProjection : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaKsparseProjection, Floats);
 
-// Lanes of a warp a row, a whole warp, a block, and rows beyond its shared memory.
+// Per row: lanes of a warp, one warp, one block, and rows that exceed its shared memory.
 TYPED_TEST(CudaKsparseProjection, RowsOfAnyLength) {
   using T = TypeParam;
   for (const int64_t n : {1, 2, 7, 8, 16, 17, 32, 33, 100, 196, 1024, 1025, 3000, 60000}) {

@@ -141,7 +141,7 @@ TYPED_TEST(CudaKsparseTransport, AbsentTokensAndForbiddenPairs) {
     this->expect_as_on_cpu(shape, similarity, this->lbfgs(k, 3));
   }
   for (int64_t i = 0; i < shape.size(); i += 5) similarity[i] = -kInf<T>;
-  for (int64_t i = 2; i < shape.size(); i += 3) similarity[i] = -kInf<T>;  // nobody reaches it
+  for (int64_t i = 2; i < shape.size(); i += 3) similarity[i] = -kInf<T>;  // unreachable
   for (const int64_t k : {2, 20}) {
     this->expect_as_on_cpu(shape, similarity, this->adam(k, 10));
     this->expect_as_on_cpu(shape, similarity, this->lbfgs(k, 3));

@@ -1,5 +1,5 @@
-// main -- runs the tests of the CUDA kernels, on the host with --schedule=forward (as without it),
-// backward or shuffled: the order in which a block's threads and a grid's blocks run.
+// main -- runs the tests of the CUDA kernels. On the emulator, --schedule=forward (the default),
+// backward or shuffled sets the order in which the threads of a block and the blocks of a grid run.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-// The host that stands for a GPU must see what a GPU would not forgive.
+// The emulator must report kernel errors that a GPU would answer with a wrong result or a hang.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -68,7 +68,7 @@ TEST(Shim, WarpsExchangeValues) {
   }
 }
 
-// to = a b, of a [16, 16] and b [16, 8] as they lie, or of both transposed in memory.
+// to = a b with a [16, 16] and b [16, 8], stored as they are or, with kTransposed, both transposed.
 template <typename Row, bool kTransposed>
 __global__ void multiply(const Row* a, const Row* b, float* to) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -122,7 +122,7 @@ TEST(Shim, WarpsMultiplyMatrices) {
   expect_product<Float16>();
 }
 
-// A copy is there when it was awaited, and may be before.
+// A copy is done once it is awaited, and may be done before.
 __global__ void copy(const int* from, int* to) {
   int* shared = cuda::dynamic_shared<int>();
   cuda::copy_async(cuda::shared_place(shared), from, true);
@@ -157,7 +157,7 @@ void start_together(
   cuda::launch_blocks(true, kernel, blocks, threads, 64, nullptr, arrived, out);
 }
 
-// Each block hands its number to the next one, and so on, and keeps its own memory all the time.
+// Blocks pass their numbers round in a ring, and each keeps its own shared memory meanwhile.
 __global__ void hand_round(unsigned* arrived, int* out) {
   __shared__ int own;
   cuda::BlockBarrier barrier(arrived, gridDim.x);
@@ -185,7 +185,7 @@ TEST(Shim, BlocksMeetAtBarriers) {
 
 __global__ void between_blocks(unsigned* arrived, int* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = 7;
-  cuda::BlockBarrier barrier(arrived + blockIdx.x, 1);  // nobody else's
+  cuda::BlockBarrier barrier(arrived + blockIdx.x, 1);  // a barrier of this block alone
   barrier.wait();
   if (threadIdx.x == 0) out[2 + blockIdx.x] = out[1 - blockIdx.x];
 }
@@ -258,7 +258,7 @@ __global__ void half_a_product() {
 __global__ void behind_shared() { cuda::dynamic_shared<char>()[64 + threadIdx.x] = 1; }
 __global__ void behind_declared(int* out) {
   __shared__ int values[4];
-  int* volatile begin = values;  // what it points to is not for the compiler to see
+  int* volatile begin = values;  // hides the bounds from the compiler
   begin[threadIdx.x + blockDim.x - 1] = 1;
   *out = values[0];
 }
@@ -294,7 +294,8 @@ TEST(ShimDeathTest, MistakesEndTheProgram) {
 #endif
 }
 
-// Thread 1 writes what the others read without waiting: one order or the other shows it.
+// Thread 1 writes a value that the other threads read without a barrier. Threads that run before it
+// read garbage.
 TEST(Shim, SharedMemoryBeginsAsRubbish) {
   const shim::Schedule before = shim::schedule;
   std::vector<int> out(4, 0);
@@ -313,9 +314,8 @@ __global__ void declaring(int* out) {
   *out = values[0];
 }
 
-// A block has 48 KiB without asking, for what its kernel declares and for what it gets at the
-// launch. What is asked for is the same for every launch: threads may start a kernel at the same
-// time.
+// A block may have 48 KiB of static and dynamic shared memory without the attribute. For more, the
+// attribute is the same in every launch, because threads may launch a kernel at the same time.
 TEST(Shim, LaunchesAskForSharedMemory) {
   constexpr size_t kWithoutAsking = 48 << 10, kDynamic = kWithoutAsking - cuda::kDeclaredShared;
   int out = 0;
@@ -326,7 +326,7 @@ TEST(Shim, LaunchesAskForSharedMemory) {
   }
 }
 
-// Both for one row, which CUB sorts whole, and for several, which are segments.
+// CUB sorts one row whole, and several rows as segments.
 TEST(Shim, AFailedSortIsThrown) {
   const int64_t n = 5000, k = 4500;
   for (const int64_t rows : {1, 2}) {

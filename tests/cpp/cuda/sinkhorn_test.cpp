@@ -264,7 +264,7 @@ TYPED_TEST(CudaSinkhorn, AbsentTokensAndForbiddenPairs) {
     if (shape.T > 1000) continue;
     for (int64_t i = 0; i < shape.size(); i += 5) logits[i] = -kInf<T>;
     this->expect_as_on_cpu(shape, logits, options);
-    for (int64_t i = 1; i < shape.size(); i += shape.E) logits[i] = -kInf<T>;  // nobody reaches it
+    for (int64_t i = 1; i < shape.size(); i += shape.E) logits[i] = -kInf<T>;  // unreachable
     this->expect_as_on_cpu(shape, logits, options);
     for (const double tolerance : {0.0, 1e-3}) {
       this->expect_as_on_cpu(
@@ -289,6 +289,42 @@ TYPED_TEST(CudaSinkhorn, BadGroupIsNaNAndNoOther) {
         EXPECT_TRUE(all_nan(group(actual.plan, 1, size)));
         EXPECT_FALSE(std::isnan(actual.plan[0]));
       }
+    }
+  }
+}
+
+TYPED_TEST(CudaSinkhorn, GradientOfABadGroupIsNaN) {
+  using T = TypeParam;
+  const Shape shape{2, 5, 3};
+  for (const T bad : {kNaN<T>, kInf<T>}) {
+    auto logits = uniform<T>(shape.size(), 16);
+    logits[17] = bad;
+    const Options options{3, 1, 0};
+    const auto forward = this->on_device(shape, logits, options);
+    const auto actual = this->backward_on_device(
+        shape, uniform<T>(shape.size(), 17), logits, forward.history, forward.steps, options);
+    EXPECT_TRUE(all_nan(group(actual, 1, 15))) << bad;
+    EXPECT_FALSE(std::isnan(actual[0]));
+  }
+}
+
+// A row of equal logits, however large, keeps its sum.
+TYPED_TEST(CudaSinkhorn, RowsOfLargeTiesSumToOne) {
+  using T = TypeParam;
+  const Shape shape{1, 6, 3};
+  for (const double size : {1e10, 1e15, 1e16, 1e30}) {
+    for (const bool by_column : {false, true}) {
+      std::vector<T> logits(shape.size(), 0);
+      for (int64_t i = 0; i < shape.size(); ++i) {
+        if (by_column ? i % 3 == 0 : i < 9) logits[i] = static_cast<T>(size);
+      }
+      const auto actual = this->on_device(shape, logits, {});
+      for (int64_t t = 0; t < shape.T; ++t) {
+        double sum = 0;
+        for (int64_t e = 0; e < shape.E; ++e) sum += actual.plan[t * shape.E + e];
+        EXPECT_NEAR(sum, 1, kRounding<T>) << size;
+      }
+      EXPECT_TRUE(by_column || actual.error[0] <= kRounding<T>) << actual.error[0];
     }
   }
 }

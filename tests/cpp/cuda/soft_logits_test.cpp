@@ -35,7 +35,7 @@ class CudaSoftLogits : public ::testing::Test {
     expect_rounded(without_ends, scaled);
 
     if constexpr (kHalf<Row>) {
-      std::vector<T> parts(rows * 2 * stride, kNaN<T>);  // what is behind S must not come through
+      std::vector<T> parts(rows * 2 * stride, kNaN<T>);  // padding must not affect the result
       const auto low = uniform<T>(rows * S, S + 1, -0.01, 0.01);
       for (int64_t i = 0; i < rows * S; ++i) {
         T* row = parts.data() + i / S * 2 * stride;
@@ -63,7 +63,7 @@ class CudaSoftLogits : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaSoftLogits, Rows);
 
-// Rows in pieces of 16 bytes and entry by entry.
+// Rows that are loaded in pieces of 16 bytes and rows that are loaded by entry.
 TYPED_TEST(CudaSoftLogits, AsOnTheCpu) {
   for (const int64_t D : {1, 5, 8, 31, 128, 192, 769}) {
     for (const int64_t S : {0, 1, 4, 37, 40, 196}) {

@@ -12,7 +12,7 @@ struct Shape {
   int64_t S() const { return E * C; }
   int64_t lines() const { return over_tokens ? S() : tokens; }
   int64_t count() const { return over_tokens ? tokens : S(); }
-  // Of a line, and of what it is a mean of.
+  // The row of line i in the result, and the row of value i in the values.
   int64_t line_row(int64_t g, int64_t i) const { return row(g, i, !over_tokens); }
   int64_t value_row(int64_t g, int64_t i) const { return row(g, i, over_tokens); }
   int64_t logit(int64_t g, int64_t line, int64_t value) const {
@@ -48,7 +48,7 @@ class CudaSoftMixProduct : public ::testing::Test {
         logits.data(), values.data(), out.data(), G, tokens, E, C, D, over_tokens, nullptr);
   }
 
-  // In float64, with weights as they are: those of the kernel are off by a rounding.
+  // Compares with means in float64 with unrounded weights; the kernel rounds each weight once.
   static void expect_means(
       const Shape& shape, const std::vector<float>& logits, const std::vector<Row>& values) {
     const auto [G, tokens, E, C, D, over_tokens] = shape;
@@ -92,7 +92,7 @@ class CudaSoftMixProduct : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaSoftMixProduct, Halves);
 
-// The image that a value is of, at every place of both matrices: a line with one value alone is it.
+// A line with a single unmasked value equals that value, at every position in both matrices.
 TYPED_TEST(CudaSoftMixProduct, OneValueIsItself) {
   using Row = TypeParam;
   for (const Shape& shape :
@@ -112,7 +112,7 @@ TYPED_TEST(CudaSoftMixProduct, OneValueIsItself) {
       }
     }
     const auto actual = values_of(this->run(shape, logits, values));
-    EXPECT_EQ(actual, values_of(wanted));  // 0 for -0
+    EXPECT_EQ(actual, values_of(wanted));  // as numbers: 0 equals -0
   }
 }
 
@@ -122,10 +122,10 @@ TYPED_TEST(CudaSoftMixProduct, Means) {
     this->expect_means({3, 16, 16, 1, 16, over_tokens});
     this->expect_means({2, 17, 5, 3, 128, over_tokens});
     this->expect_means({1, 49, 33, 1, 72, over_tokens});
-    this->expect_means({2, 70, 25, 4, 200, over_tokens});   // the block of 112 lines
+    this->expect_means({2, 70, 25, 4, 200, over_tokens});   // one block of 112 lines
     this->expect_means({1, 100, 100, 1, 16, over_tokens});  // close to 48 KiB of shared memory
-    this->expect_means({1, 128, 128, 1, 32, over_tokens});  // of 128
-    this->expect_means({1, 196, 196, 1, 48, over_tokens});  // some of 112
+    this->expect_means({1, 128, 128, 1, 32, over_tokens});  // one block of 128 lines
+    this->expect_means({1, 196, 196, 1, 48, over_tokens});  // two blocks of 112 lines
     this->expect_means({2, over_tokens ? 9 : 300, over_tokens ? 150 : 4, 2, 16, over_tokens});
   }
 }
@@ -142,7 +142,7 @@ TYPED_TEST(CudaSoftMixProduct, TakesExtremes) {
     fill(1, std::numeric_limits<float>::lowest());
     fill(2, std::numeric_limits<float>::max());
     for (int64_t line = 0; line < shape.lines(); ++line) {
-      logits[shape.logit(0, line, 3)] = -kInf<float>;  // a value that is not there
+      logits[shape.logit(0, line, 3)] = -kInf<float>;  // a masked value
     }
     this->expect_means(shape, logits, values);
 
@@ -157,7 +157,7 @@ TYPED_TEST(CudaSoftMixProduct, TakesExtremes) {
   }
 }
 
-// Nor do rows and columns that only fill up tiles meet it.
+// Padding rows and columns of tiles do not spread an infinity either.
 TYPED_TEST(CudaSoftMixProduct, AnInfinityStaysInItsColumn) {
   using Row = TypeParam;
   for (const Shape& shape : {Shape{1, 37, 6, 3, 200, true}, Shape{1, 21, 37, 1, 200, false}}) {
@@ -172,7 +172,7 @@ TYPED_TEST(CudaSoftMixProduct, AnInfinityStaysInItsColumn) {
   }
 }
 
-// Equal lines get equal bits, however the columns are shared out among blocks.
+// Equal lines get equal bits, however the columns are divided among blocks.
 TYPED_TEST(CudaSoftMixProduct, PlaceDoesNotMatter) {
   using Row = TypeParam;
   for (const bool over_tokens : {false, true}) {
@@ -212,7 +212,7 @@ TYPED_TEST(CudaSoftMixProduct, TakesWhatItCan) {
 }
 
 #ifdef VMOE_SHIM
-// On smaller multiprocessors blocks have fewer lines, or cuBLAS all of them.
+// With little shared memory blocks take fewer lines, or the kernel refuses the shape.
 TYPED_TEST(CudaSoftMixProduct, LittleSharedMemory) {
   const size_t before = shim::shared_limit;
   for (const bool over_tokens : {false, true}) {

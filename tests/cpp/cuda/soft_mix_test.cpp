@@ -11,7 +11,7 @@ class CudaSoftMix : public ::testing::Test {
  public:
   using T = Compute<Row>;
 
-  // Without what is behind the rows' ends.
+  // The rows without their padding.
   static std::vector<Row> rows_of(const DeviceArray<Row>& weights, int64_t S) {
     const std::vector<Row> all = weights.values();
     std::vector<Row> out;
@@ -59,10 +59,10 @@ TYPED_TEST(CudaSoftMix, Weights) {
       this->expect_as_on_cpu(uniform<T>(2 * tokens * S, S, -20, 20), 2, tokens, S);
     }
   }
-  this->expect_as_on_cpu(uniform<T>(2 * 2 * 1500, 1, -9, 9), 2, 2, 1500);  // a block a row
+  this->expect_as_on_cpu(uniform<T>(2 * 2 * 1500, 1, -9, 9), 2, 2, 1500);  // one block per row
   this->expect_as_on_cpu(uniform<T>(2500 * 3, 1, -9, 9), 1, 2500, 3);
   this->expect_as_on_cpu(
-      uniform<T>(2 * 300 * 44, 1, -9, 9), 2, 300, 44);  // more than registers hold
+      uniform<T>(2 * 300 * 44, 1, -9, 9), 2, 300, 44);  // more tokens than registers hold
 }
 
 TYPED_TEST(CudaSoftMix, TakesExtremes) {
@@ -76,7 +76,7 @@ TYPED_TEST(CudaSoftMix, TakesExtremes) {
     auto logits = uniform<T>(3 * tokens * S, 4);
     for (int64_t i = 0; i < 3 * tokens * S; i += 5) logits[i] = special[random() % special.size()];
     this->expect_as_on_cpu(logits, 3, tokens, S);
-    // Tokens and slots that are not there, one entry that is alone, NaN.
+    // Masked tokens and slots, a line with a single entry, NaN.
     logits = uniform<T>(3 * tokens * S, 4);
     for (int64_t s = 0; s < S; ++s) logits[2 * S + s] = logits[5 * S + s] = -kInf<T>;
     for (int64_t t = 0; t < tokens; ++t) logits[(tokens + t) * S + 1] = -kInf<T>;
@@ -87,7 +87,7 @@ TYPED_TEST(CudaSoftMix, TakesExtremes) {
   }
 }
 
-// Equal lines get equal bits wherever they stand.
+// Equal lines get equal bits at any position.
 TYPED_TEST(CudaSoftMix, PlaceDoesNotMatter) {
   using T = Compute<TypeParam>;
   for (const auto& [length, lines, over_tokens] :

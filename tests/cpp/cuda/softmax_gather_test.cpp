@@ -50,7 +50,7 @@ class CudaSoftmaxGather : public ::testing::Test {
     cpu::softmax_scatter(
         grad.data(), v, indices.data(), grad_logits.data(), tokens, E, K, by_expert, 0,
         shape.rows());
-    // The same values and norms, so that only the backward's own rounding is compared.
+    // The CPU's values and norms, so that only the rounding of the backward is compared.
     DeviceArray<T> device_grad(grad), same_values(values), same_high(high), same_scale(scale);
     DeviceArray<T> device_grad_logits(static_cast<int64_t>(logits.size()));
     DeviceArray<char> workspace(
@@ -66,7 +66,7 @@ class CudaSoftmaxGather : public ::testing::Test {
     auto logits = uniform<T>(shape.all() * shape.E, 3, -20, 20);
     for (size_t i = 0; i < logits.size(); i += 11) logits[i] = -kInf<T>;
     const auto places = static_cast<int32_t>(shape.places());
-    expect_as_on_cpu(shape, logits, integers(shape.size(), 4, -1, places));  // outside, and twice
+    expect_as_on_cpu(shape, logits, integers(shape.size(), 4, -1, places));  // invalid, repeated
   }
 };
 TYPED_TEST_SUITE(CudaSoftmaxGather, Floats);

@@ -27,7 +27,7 @@ class CudaSoftmaxTopk : public ::testing::Test {
     return {values.values(), indices.values()};
   }
 
-  // All gates as softmax_gather has them on the device, -inf for absent tokens.
+  // All gates by softmax_gather on the device, with -inf for absent tokens.
   static std::vector<T> gates(const Choice& choice, const std::vector<T>& logits) {
     const auto [G, tokens, E, k, of_tokens] = choice;
     const auto size = static_cast<int64_t>(logits.size());
@@ -46,7 +46,7 @@ class CudaSoftmaxTopk : public ::testing::Test {
     return gates;
   }
 
-  // Bit by bit topk of the gates, which are the CPU's up to rounding.
+  // Expects topk of the device's gates, to the bit; gates() compares these with the CPU's.
   static void expect_definition(const Choice& choice, const std::vector<T>& logits) {
     SCOPED_TRACE(::testing::Message() << choice);
     const auto actual = choose(choice, logits);
@@ -63,7 +63,7 @@ class CudaSoftmaxTopk : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaSoftmaxTopk, Floats);
 
-// Around the numbers of lanes, of entries a lane and of entries that are loaded together.
+// Sizes around the numbers of lanes, of entries per lane and of entries per load.
 TYPED_TEST(CudaSoftmaxTopk, OfRows) {
   for (const int64_t E : {1, 3, 16, 17, 32, 33, 64, 100, 128, 130, 256, 300, 512, 600, 1024}) {
     for (const int64_t k : {0, 1, 2, 5, 16, 17, 33}) {
@@ -89,7 +89,7 @@ TYPED_TEST(CudaSoftmaxTopk, OfTokens) {
   }
 }
 
-// By way of memory: many picks, many experts, a long group.
+// Gates that go through memory: many picks, many experts, a long group.
 TYPED_TEST(CudaSoftmaxTopk, OfTokensByWayOfMemory) {
   this->expect_definition({2, 40, 3, 17, true});
   this->expect_definition({1, 300, 33, 150, true});
@@ -114,7 +114,7 @@ TYPED_TEST(CudaSoftmaxTopk, TokensThatAreNotThereAndNaN) {
   }
 }
 
-// What underflows on the CPU underflows here, and ties.
+// Gates that underflow on the CPU underflow on the device, too, and tie.
 TYPED_TEST(CudaSoftmaxTopk, MostGatesAreZero) {
   using T = TypeParam;
   for (const int64_t E : {7, 130, 1100}) {

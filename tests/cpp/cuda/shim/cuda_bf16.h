@@ -1,4 +1,4 @@
-// cuda_bf16 -- bfloat16's conversions, as far as the kernels use them.
+// cuda_bf16 -- emulates the bfloat16 conversions that the kernels use.
 #pragma once
 
 #include <cuda_runtime.h>

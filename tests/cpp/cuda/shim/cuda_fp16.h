@@ -1,4 +1,4 @@
-// cuda_fp16 -- float16's conversions, as far as the kernels use them.
+// cuda_fp16 -- emulates the float16 conversions that the kernels use.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,8 +21,8 @@ inline __half __float2half_rn(float value) {
   if (std::isnan(value)) return {0x7FFF};
   const float size = std::abs(value);
   if (size >= 65520) return {static_cast<unsigned short>(sign | 0x7C00)};
-  // In units of the last place, which below 2^-14 does not shrink any further. nearbyint
-  // rounds to even; a carry into the exponent is what it should be.
+  // In units of the last place, which stays the same below 2^-14. nearbyint rounds ties to even; a
+  // carry into the exponent is correct.
   const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
   const auto units = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
   return {static_cast<unsigned short>(sign | (units + ((exponent + 14) << 10)))};

@@ -1,19 +1,21 @@
-// cuda_runtime -- a stand-in for CUDA's header, that has the kernels of csrc/cuda run on the host.
+// cuda_runtime -- an emulator that runs the kernels of csrc/cuda on the host, in place of CUDA's
+// header of this name.
 //
-// Found before the real one, it makes a .cu file plain C++. A launch runs its blocks one after
-// another, a cooperative one all of them in turns; the threads of a block are fibers (runner.cpp)
-// that go on until they wait for each other, in __syncthreads, in an operation of their warp or for
-// an atomic of another block's to change (cuda/atomic beside this). What a GPU would answer with a
-// wrong result or a hang ends the program here, with a line that says where the threads are: a
-// barrier that some do not reach, an operation whose mask names lanes that do not take part or do
-// another one, a shuffle from outside the mask. Shared memory is filled with rubbish before every
-// block, and --schedule sets the order in which threads and blocks run: a result that depends on it
-// lacks a barrier. Addresses are ASan's business: build with -fsanitize=address.
+// The include path finds it before the real header, so that a .cu file compiles as plain C++. A
+// launch runs its blocks one after another; a cooperative launch runs all of them in turns. The
+// threads of a block are fibers (runner.cpp). A fiber runs until it has to wait: in __syncthreads,
+// in an operation of its warp, or for a change of an atomic by another block (cuda/atomic).
 //
-// Only what the kernels use is here. Not modelled: clusters, streams, memory order, speed. Not run,
-// but stood in for: CUB's code (cub/ beside this), the instructions of tensor cores
-// (tensor_core.h), the conversions of 16-bit types, nvcc's own arithmetic (expf, fused
-// multiply-adds), and what the bindings ask of torch's CUDA (torch_cuda.h).
+// Errors that give a wrong result or a hang on a GPU end the program with the state of each thread:
+// a barrier that not all threads reach, a warp operation whose mask names lanes that do not take
+// part or are in another operation, a shuffle from outside the mask. Shared memory is filled with
+// garbage before every block. --schedule sets the order in which threads and blocks run: a result
+// that depends on the order lacks a barrier. ASan checks addresses: build with -fsanitize=address.
+//
+// Only the parts of CUDA that the kernels use are emulated. Clusters, streams, memory order and
+// speed are not modelled. Own code replaces CUB (cub/), the tensor-core instructions
+// (tensor_core.h), the conversions of 16-bit types, nvcc's arithmetic (expf, fused multiply-adds)
+// and the parts of torch's CUDA that the bindings call (torch_cuda.h).
 #pragma once
 
 #include <cmath>
@@ -29,7 +31,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // shared.ld beside this puts them all into one place
+#define __shared__ static  // shared.ld places all of them in one section
 
 struct uint3 {
   unsigned x, y, z;
@@ -45,7 +47,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-// The runner sets these whenever another thread goes on.
+// The runner sets these whenever it switches to another thread.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
@@ -54,30 +56,30 @@ namespace shim {
 enum class Schedule { kForward, kBackward, kShuffled };
 inline Schedule schedule = Schedule::kForward;
 
-// What a block may have of dynamic shared memory; tests lower it to reach other kernels.
+// The most dynamic shared memory of a block. Tests lower it to reach other kernels.
 inline size_t shared_limit = 227 << 10;
 
-// What a kernel was last allowed of it by cudaFuncSetAttribute.
+// The limit that cudaFuncSetAttribute set last.
 inline int shared_allowed = 0;
 
-// As many blocks of a cooperative launch has the device room for, whatever they are like.
+// Multiprocessors of the device, and the most blocks of a cooperative launch.
 inline int multiprocessors = 4;
 
-// Runs `thread` once for every thread of the grid; with `together` all blocks are there at once.
+// Runs `thread` once for every thread of the grid. With `together` all blocks are co-resident.
 void run(
     dim3 grid, dim3 threads, size_t shared, bool together, const std::function<void()>& thread);
 
-// A thread that reads again waits until some atomic was written since.
+// A thread that reads an atomic twice waits in between until some atomic is written.
 void before_atomic_read();
 void after_atomic_write();
 
-// Dynamic shared memory of the block that runs.
+// Dynamic shared memory of the running block.
 void* dynamic_shared();
 
-// A barrier of the block; returns the sum of what its threads brought.
+// A barrier of the block; returns the sum of its threads' values.
 int wait_for_block(const char* barrier, int value);
 
-// An operation of the lanes in `mask`: gets everyone's value, returns this lane's result.
+// An operation of the lanes in `mask`: takes this lane's value and returns its result.
 enum class WarpOp { kSync, kShuffle, kBallot, kMatch, kMin, kMax, kAdd, kOr, kTogether };
 uint64_t wait_for_warp(WarpOp op, unsigned mask, uint64_t value, int source);
 
@@ -99,7 +101,7 @@ T from_bits(uint64_t bits) {
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source, int width) {
-  // A source outside the width is the lane itself, as with __shfl_up_sync at the edge.
+  // A lane whose source is outside its segment reads itself, as __shfl_up_sync does at the edge.
   const int begin = lane() & ~(width - 1);
   if (source < begin || source >= begin + width) source = lane();
   return from_bits<T>(wait_for_warp(WarpOp::kShuffle, mask, to_bits(value), source));
@@ -154,7 +156,7 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
   return static_cast<unsigned>(shim::wait_for_warp(shim::WarpOp::kOr, mask, value, 0));
 }
 
-// One thread runs at a time.
+// Only one thread runs at a time, so plain accesses are atomic.
 template <typename T>
 T atomicAdd(T* at, T value) {
   const T before = *at;
@@ -174,8 +176,8 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 inline int __clzll(long long bits) { return bits ? __builtin_clzll(bits) : 64; }
 
-// The runtime's calls. Device memory is the heap, so that ASan sees its ends. No memory is a null
-// pointer, as a driver has it, and is no place to write to or read from.
+// The runtime's calls. Device memory is on the heap, so that ASan checks its bounds. An allocation
+// of 0 bytes is a null pointer, as from a driver; copying from or to it is an error.
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };

@@ -1,5 +1,5 @@
-// runner -- the threads of a block, or of all blocks that are there together, as fibers of one host
-// thread; cuda_runtime.h beside this says what for.
+// runner -- runs the threads of a block, or of all co-resident blocks, as fibers of one host thread
+// (cuda_runtime.h).
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -20,7 +20,7 @@
 #define ASAN_UNPOISON_MEMORY_REGION(memory, size)
 #endif
 
-// Where __shared__ variables lie (shared.ld).
+// Bounds of the section of __shared__ variables (shared.ld).
 extern "C" {
 extern uint64_t __start_cuda_shared[];
 extern uint64_t __stop_cuda_shared[];
@@ -32,8 +32,8 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kLargestShared = 227 << 10;
 constexpr uint64_t kCanary = 0x5AFE57AC5AFE57AC;
-// Numbers, or NaN where they are read as such: a number may be multiplied by 0, or be lost in a
-// sum.
+// Bytes that fill shared memory: ordinary numbers, or NaN if read as floating point. An ordinary
+// number may go unnoticed, multiplied by 0 or lost in a sum.
 constexpr unsigned char kRubbish = 0xA5, kRubbishNan = 0xFF;
 
 enum class State { kReady, kBlock, kWarp, kAtomic, kDone };
@@ -48,14 +48,14 @@ struct Fiber {
   State state = State::kReady;
   bool started = false;
   uint3 index{};
-  // Of the operation it waits in.
+  // The operation in which the fiber waits.
   const char* barrier = "";
   WarpOp op{};
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
   int source = 0;
-  uint64_t changes = 0;  // of atomics, when it last read one
-  // Asynchronous copies that were not done yet, oldest first.
+  uint64_t changes = 0;  // the global `changes` when the fiber last read an atomic
+  // Asynchronous copies that are not done yet, oldest first.
   std::deque<Copy> copies;
   int groups = 0;
 
@@ -73,15 +73,15 @@ struct Block {
   uint3 index{};
   std::vector<Fiber> fibers;
   std::unique_ptr<Dynamic> dynamic = std::make_unique<Dynamic>();
-  std::vector<uint64_t> declared;  // what is in its __shared__ variables while another block runs
+  std::vector<uint64_t> declared;  // its __shared__ variables, saved while another block runs
 };
 
-std::vector<Block> blocks;  // those that are there at once
-Block* block = nullptr;     // the one that runs
+std::vector<Block> blocks;  // co-resident blocks
+Block* block = nullptr;     // the running block
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 size_t block_size = 0;
-uint64_t changes = 1;  // of atomics, so far
+uint64_t changes = 1;  // counts writes to atomics
 
 void* scheduler_registers[5];
 #if defined(__SANITIZE_ADDRESS__)
@@ -118,9 +118,9 @@ const char* name(WarpOp op) {
   abort();
 }
 
-// The compiler's own setjmp: a switch without a system call, and no libc that minds the stack.
-// Not instrumented: ASan would unpoison the stack that is left. The two halves must not be in
-// one function.
+// Switches by the compiler's setjmp, without a system call; libc's longjmp may reject a jump to
+// another stack. Not instrumented, because ASan would unpoison the stack that is left. The two
+// halves must be separate functions.
 __attribute__((noinline, noreturn, no_sanitize("address"))) void go(void** to) {
   __builtin_longjmp(to, 1);
 }
@@ -169,7 +169,7 @@ void resume(Fiber& fiber) {
 #endif
 }
 
-// Hands out what the lanes of `mask` wait for, all of which are there.
+// Gives the lanes of `mask`, all of which have arrived, their results.
 void complete(Fiber* warp, unsigned mask, WarpOp op) {
   const auto taking_part = [&](int lane) { return mask >> lane & 1; };
   if (op == WarpOp::kTogether) {
@@ -213,7 +213,7 @@ void complete(Fiber* warp, unsigned mask, WarpOp op) {
   }
 }
 
-// True when the operation that `fiber` waits in has everyone it asks for.
+// Whether all lanes of the operation in which `fiber` waits have arrived.
 bool is_complete(const Fiber* warp, size_t lanes, const Fiber& fiber) {
   if (lanes < 32 && fiber.mask >> lanes) fail("a mask names lanes that the block has not");
   for (size_t lane = 0; lane < lanes; ++lane) {
@@ -263,7 +263,7 @@ void release_block() {
   }
 }
 
-// By hand, all three: the red zones between the variables are read and written too.
+// Loops, and not instrumented, because they also read and write the red zones between variables.
 __attribute__((no_sanitize("address"))) void spoil_declared(uint64_t rubbish) {
   for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = rubbish;
 }
@@ -327,7 +327,7 @@ class Order {
     if (schedule == Schedule::kShuffled) std::shuffle(order_.begin(), order_.end(), random_);
     return order_;
   }
-  // In their order, threads of a warp together.
+  // The order, cut into warps.
   std::vector<std::vector<size_t>> warps() const {
     std::vector<std::vector<size_t>> warps;
     for (const size_t i : order_) {
@@ -356,8 +356,9 @@ void begin_block(Block& next, size_t i, size_t shared) {
   for (size_t i = 0; i < block_size; ++i) prepare(next.fibers[i], i);
 }
 
-// In order a warp goes on as far as it can before the next one does, which finds a barrier that is
-// missing; shuffled, all of them go on once. Whether any did.
+// Resumes the threads of the block; returns whether any could go on. Forward and backward, each
+// warp runs as far as it can before the next one, which reveals missing barriers; shuffled, every
+// thread runs once.
 bool run_block(Order& order) {
   std::vector<Fiber>& fibers = block->fibers;
   const auto may_go_on = [](const Fiber& fiber) {
@@ -436,7 +437,7 @@ void run(
     for (const size_t i : in_grid.next()) {
       enter_block(blocks[i]);
       restore_declared();
-      // In order it goes on as far as it can, as its warps do.
+      // Forward and backward, a block runs as far as it can, as its warps do.
       while (run_block(in_block)) {
         any = true;
         if (schedule == Schedule::kShuffled) break;

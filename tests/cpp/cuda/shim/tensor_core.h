@@ -1,8 +1,8 @@
-// tensor_core -- the instructions of csrc/cuda/tensor_core.h on the host.
+// tensor_core -- emulates the instructions of csrc/cuda/tensor_core.h on the host.
 //
-// An asynchronous copy may happen at any time until it is awaited. Here it is done as late as that,
-// or at once, as --schedule has it (forward or backward; shuffled: the one or the other): a result
-// that depends on it waits too little, or is overwritten too early.
+// An asynchronous copy may happen at any time until it is awaited. --schedule chooses the time:
+// with forward it happens when awaited, with backward at once, with shuffled at random one or the
+// other. A result that depends on the time lacks a wait, or overwrites a stage too early.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +12,16 @@ namespace shim {
 
 void copy_async(char* to, const void* from, bool there);
 void commit_copies();
-// Copies of all groups but the last `pending` are done.
+// Performs the copies of all groups but the last `pending`.
 void await_copies(int pending);
 
-// What lanes of a whole warp do together: the last to come calls run() with everyone's.
+// An instruction of a whole warp: the last lane to arrive calls run() with the operands of all.
 struct Together {
   void (*run)(Together* const (&lanes)[32]);
 };
 void together(Together* mine);
 
-// Of 16 bytes that an instruction takes as one.
+// Fails unless `at` is aligned to 16 bytes.
 void check_alignment(const void* at);
 
 struct Load : Together {

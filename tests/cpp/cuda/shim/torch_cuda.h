@@ -1,8 +1,9 @@
-// torch_cuda -- what the bindings of csrc/torch ask torch's CUDA for, on the host: included before
-// anything else, it has them register the CUDA kernels, which run there, for tensors of the CPU.
+// torch_cuda -- emulates the parts of torch's CUDA that the bindings of csrc/torch call. Included
+// before all other headers, it makes the bindings register the CUDA kernels, which run on the
+// emulator, for CPU tensors.
 //
-// The products are torch's for a CPU. Not modelled: streams, the current device, the allocator, the
-// order in which a GPU would do what is asked of it.
+// Products are torch's CPU products. Streams, the current device, the allocator and the order of a
+// GPU's asynchronous work are not modelled.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -28,7 +29,7 @@ inline AOTITorchError no_stream(int32_t, void** stream) {
   return *stream = nullptr, AOTI_TORCH_SUCCESS;
 }
 
-// A CPU has no product with a dtype of its own: there the factors are made wider.
+// A product on a CPU cannot have another dtype than its factors: converts the factors to it.
 inline AOTITorchError call_dispatcher(
     const char* op, const char* overload, StableIValue* stack, uint64_t version) {
   using torch::stable::Tensor;

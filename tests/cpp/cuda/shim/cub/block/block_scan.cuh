@@ -1,4 +1,4 @@
-// block_scan -- cub::BlockScan as far as the kernels use it.
+// block_scan -- the part of cub::BlockScan that the kernels use.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,7 +26,7 @@ class BlockScan {
       sum = sum + storage_.values[i];
     }
     output = before;
-    total = sum;  // no barrier: as with CUB, the caller has one before using the storage again
+    total = sum;  // no barrier, as in CUB: callers need one before they use the storage again
   }
 
  private:

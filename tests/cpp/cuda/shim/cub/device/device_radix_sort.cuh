@@ -1,4 +1,4 @@
-// device_radix_sort -- cub::DeviceRadixSort as far as the kernels use it.
+// device_radix_sort -- the part of cub::DeviceRadixSort that the kernels use.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +9,7 @@
 
 namespace shim {
 
-// What the sorts return once they have memory; a test sets it.
+// The error that sorts with memory return; a test sets it.
 inline cudaError_t sort_error = cudaSuccess;
 
 }  // namespace shim

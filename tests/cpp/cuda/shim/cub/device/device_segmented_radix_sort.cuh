@@ -1,4 +1,4 @@
-// device_segmented_radix_sort -- cub::DeviceSegmentedRadixSort as far as the kernels use it.
+// device_segmented_radix_sort -- the part of cub::DeviceSegmentedRadixSort that the kernels use.
 #pragma once
 
 #include <cub/device/device_radix_sort.cuh>

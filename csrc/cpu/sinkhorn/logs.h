@@ -1,31 +1,37 @@
-// sinkhorn_logs -- the iteration on logarithms.
+// sinkhorn/logs -- the iteration on logarithms.
 #pragma once
 
-#include "sinkhorn_group.h"
+#include "group.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
 // The iteration on the potentials' logarithms: right for any logits, an exp for
 // every entry and update.
+//
+// f_t is kept as two numbers, -top_t - log_sum_t, the largest M[t, e] + h_e and the logarithm of
+// the sum relative to it: where top is so large that their sum would lose log_sum, the rows of the
+// plan still sum to 1. The columns are moved by what the plan's own sums lack.
 template <typename T>
 class LogDomain {
  public:
   LogDomain(const Group<T>& group, T* out)
       : group_(group),
         out_(out),
-        f_(group.tokens, 0),
+        top_(group.tokens, 0),
+        log_sum_(group.tokens, 0),
         h_(group.E, 0),
         high_(group.E),
         total_(group.E),
         partial_(group.pieces * group.E) {}
 
-  // The updates of the iteration; each row update leaves the columns' sums behind.
+  // The updates of the iteration; each row update leaves the columns' sums for the next step.
   void start() { sum_columns(); }
   bool step_columns() {
     bool moved = false;
     for (int64_t e = 0; e < group_.E; ++e) {
-      const double h = total_[e] == -kInf ? -kInf : group_.log_marginal - total_[e];
+      const double h =
+          total_[e] == -kInfinity ? -kInfinity : h_[e] + (group_.log_marginal - total_[e]);
       moved = moved || h != h_[e];
       h_[e] = h;
     }
@@ -37,36 +43,37 @@ class LogDomain {
     if (last) write_plan();
   }
 
-  // total[e] = logsumexp_t(M[t, e] + f[t]); -inf for a column that no token can reach.
+  // total[e] = logsumexp_t(log_weight(t, e)); -inf for a column that no token can reach.
   void sum_columns() {
     reduce_columns(
-        high_, -kInf, max_or_nan, [&](int64_t t, int64_t e) { return group_.M(t, e) + f_[t]; });
+        high_, -kInfinity, max_or_nan, [&](int64_t t, int64_t e) { return log_weight(t, e); });
     reduce_columns(total_, 0, std::plus<>(), [&](int64_t t, int64_t e) {
-      return high_[e] == -kInf ? 0 : std::exp(group_.M(t, e) + f_[t] - high_[e]);
+      return high_[e] == -kInfinity ? 0 : std::exp(log_weight(t, e) - high_[e]);
     });
     for (int64_t e = 0; e < group_.E; ++e) {
-      total_[e] = high_[e] == -kInf ? -kInf : high_[e] + std::log(total_[e]);
+      total_[e] = high_[e] == -kInfinity ? -kInfinity : high_[e] + std::log(total_[e]);
     }
   }
 
   // f = -logsumexp_e(M + h); -inf for an absent token, whose plan is then 0.
   void update_rows() {
     each_token([&](int64_t t) {
-      double top = -kInf, sum = 0;
+      double top = -kInfinity, sum = 0;
       for (int64_t e = 0; e < group_.E; ++e) top = max_or_nan(top, group_.M(t, e) + h_[e]);
-      for (int64_t e = 0; e < group_.E && top != -kInf; ++e) {
+      for (int64_t e = 0; e < group_.E && top != -kInfinity; ++e) {
         sum += std::exp(group_.M(t, e) + h_[e] - top);
       }
-      f_[t] = top == -kInf ? -kInf : -(top + std::log(sum));
+      top_[t] = top == -kInfinity ? 0 : top;
+      log_sum_[t] = top == -kInfinity ? kInfinity : std::log(sum);
     });
   }
 
-  // Deviation of column e's sum from n/E, as a ratio; after sum_columns().
+  // Column e's sum over n/E; after sum_columns().
   double ratio(int64_t e) const {
-    return total_[e] == -kInf ? 0 : std::exp(total_[e] + h_[e] - group_.log_marginal);
+    return total_[e] == -kInfinity ? 0 : std::exp(total_[e] - group_.log_marginal);
   }
 
-  double weight(int64_t t, int64_t e) const { return std::exp(group_.M(t, e) + f_[t] + h_[e]); }
+  double weight(int64_t t, int64_t e) const { return std::exp(log_weight(t, e)); }
   void write_plan() const {
     each_token([&](int64_t t) {
       for (int64_t e = 0; e < group_.E; ++e) {
@@ -74,7 +81,10 @@ class LogDomain {
       }
     });
   }
-  void clear_rows() { std::fill(f_.begin(), f_.end(), 0); }
+  void clear_rows() {
+    std::fill(top_.begin(), top_.end(), 0);
+    std::fill(log_sum_.begin(), log_sum_.end(), 0);
+  }
   void get_columns(double* h) const { std::copy(h_.begin(), h_.end(), h); }
   void set_columns(const double* h) { std::copy(h, h + group_.E, h_.begin()); }
 
@@ -103,10 +113,15 @@ class LogDomain {
   }
 
  private:
+  double log_weight(int64_t t, int64_t e) const {
+    return group_.M(t, e) + h_[e] - top_[t] - log_sum_[t];
+  }
+
   const Group<T>& group_;
   T* out_;
-  std::vector<double> f_, h_, high_, total_;
-  std::vector<double> partial_;  // [pieces, E]
+  std::vector<double> top_, log_sum_;     // [T]
+  std::vector<double> h_, high_, total_;  // [E]
+  std::vector<double> partial_;           // [pieces, E]
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// sinkhorn_group -- what the iteration in every domain knows of a group.
+// sinkhorn/group -- what the iteration in every domain knows about a group.
 #pragma once
 
 #include <algorithm>
@@ -6,13 +6,12 @@
 #include <limits>
 #include <vector>
 
-#include "../sinkhorn.h"
-#include "simd.h"
+#include "../../common/infinity.h"
+#include "../../sinkhorn.h"
+#include "../simd.h"
 
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // std::max ignores NaN; here it replaces the maximum and stays.
 double max_or_nan(double high, double value) {
@@ -28,7 +27,7 @@ int64_t grain(int64_t E) {
   return std::max<int64_t>(1, 65536 / (kPiece * std::max<int64_t>(1, E)));
 }
 
-// What every domain knows of a group: M = logits / epsilon and how many tokens are there.
+// M = logits / epsilon of one group, their range, and the number of present tokens.
 template <typename T>
 struct Group {
   const T* logits;
@@ -37,10 +36,10 @@ struct Group {
   double inverse_epsilon;
   int64_t pieces;
   const Parallel& parallel;
-  int64_t present = 0;              // tokens that are not absent
-  double log_marginal;              // log(n / E)
-  double high = -kInf, low = kInf;  // of the logits that are not -inf; NaN stays
-  bool complete = true;             // no -inf but in the rows of absent tokens
+  int64_t present = 0;                        // tokens that are not absent
+  double log_marginal;                        // log(n / E)
+  double high = -kInfinity, low = kInfinity;  // of the logits that are not -inf; NaN stays
+  bool complete = true;                       // no -inf but in the rows of absent tokens
 
   Group(const T* logits_, int64_t tokens_, int64_t E_, double epsilon, const Parallel& parallel_)
       : logits(logits_),
@@ -85,17 +84,17 @@ struct Group {
   template <typename C>
   bool fits_scaling() const {
     constexpr double spread = sizeof(C) == sizeof(float) ? 40 : 200;
-    return complete && high > -kInf && (high - low) * inverse_epsilon <= spread;
+    return complete && high > -kInfinity && (high - low) * inverse_epsilon <= spread;
   }
 
  private:
   struct Range {
     int64_t present = 0;
-    double high = -kInf, low = kInf;
+    double high = -kInfinity, low = kInfinity;
     bool complete = true;
   };
 
-  // Of a piece where every logit is finite; false, and nothing known, where one is not.
+  // The range of a piece if all its logits are finite; else false, and `range` is unspecified.
   bool scan_finite(int64_t begin, int64_t end, Range& range) const {
     const T* from = logits + begin * E;
     const int64_t size = (end - begin) * E;
@@ -127,7 +126,7 @@ struct Group {
       int64_t reachable = 0;
       for (int64_t e = 0; e < E; ++e) {
         const double x = logits[t * E + e];
-        if (x == -kInf) continue;
+        if (x == -kInfinity) continue;
         ++reachable;
         range.high = max_or_nan(range.high, x);
         range.low = std::min(range.low, x);

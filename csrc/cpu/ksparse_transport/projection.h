@@ -1,0 +1,131 @@
+// ksparse_transport/projection -- P_k of one column, from the entries that may have a share.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "../../common/infinity.h"
+#include "../buffer.h"
+#include "../keys.h"
+
+namespace vmoe::cpu::VMOE_ISA {
+namespace {
+
+// The candidates of a column and their projection onto the simplex. Kept from column to column for
+// its memory.
+class Projection {
+ public:
+  using Key = SignedKey<double>;
+
+  // Room for `size` candidates.
+  void make(int64_t size) {
+    constexpr int64_t kVector = std::max(kWidth<float>, kWidth<double>);
+    token_.make(size + kVector);
+    value_.make(size + kVector);
+    share_.make(size + kVector);
+    key_.make(size + kVector);
+    left_.make(size + kVector);
+  }
+
+  // The caller's to fill, by token.
+  int32_t* token() const { return token_.get(); }
+  double* value() const { return value_.get(); }
+
+  // Where to cut the n values for k of them; leaves their keys.
+  Cut<Key> find_first(int64_t n, int64_t k) {
+    constexpr int64_t W = kWidth<double>;
+    Key* keys = key_.get();
+    Vec<Key> low = splat(std::numeric_limits<Key>::max()), high = splat(kNoKey<double>);
+    for (int64_t i = 0; i < n; i += W) {
+      const Vec<double> value = load(&value_[i]);
+      Vec<Key> key = signed_key<double>(value);
+      const Mask<Key> valid = lane_index<Key>() < splat(static_cast<Key>(n - i));
+      low = valid ? min<Key>(low, key) : low;
+      key = valid ? key : splat(kNoKey<double>);
+      high = max<Key>(high, key);
+      store(keys + i, key);
+    }
+    Key least = low[0], most = high[0];
+    for (int64_t i = 1; i < W; ++i) {
+      least = std::min(least, low[i]);
+      most = std::max(most, high[i]);
+    }
+    return find_cut(keys, n, k, least, most, left_.get());
+  }
+
+  // Leaves the k first of the candidates (value descending, then t), by t; returns the
+  // k-th value, -inf if there are fewer.
+  double keep_first(int64_t count, int64_t k) {
+    kept_ = count;
+    if (count < k) return -kInfinity;
+    const Cut<Key> cut = find_first(count, k);
+    int64_t ties = cut.ties;
+    int32_t* token = token_.get();
+    double* value = value_.get();
+    Key* key = key_.get();
+    const auto keep = [&](auto&& stays) {
+      int64_t kept = 0;
+      for (int64_t i = 0; i < kept_; ++i) {
+        token[kept] = token[i];
+        value[kept] = value[i];
+        key[kept] = key[i];
+        kept += stays(key[i]);
+      }
+      kept_ = kept;
+    };
+    keep([&](Key it) { return it >= cut.key; });
+    if (kept_ > k) keep([&](Key it) { return it > cut.key || ties-- > 0; });
+    return *std::min_element(value, value + kept_);
+  }
+
+  // The simplex's threshold of what was kept, relative to the largest value and over `scale`;
+  // returns it in units of the values. Entries at or below the threshold are taken out until none
+  // is left: mostly all stay at once, and no order is needed.
+  double threshold(double scale) {
+    tau_ = kUndefined;
+    if (kept_ == 0) return -kInfinity;
+    constexpr int64_t W = kWidth<double>;
+    double *value = value_.get(), *share = share_.get();
+    const int64_t end = (kept_ + W - 1) / W * W;
+    std::fill(value + kept_, value + end, -kInfinity);
+    Vec<double> top = splat(-kInfinity);
+    for (int64_t i = 0; i < end; i += W) top = max<double>(load(value + i), top);
+    double largest = top[0];
+    for (int64_t i = 1; i < W; ++i) largest = std::max(largest, top[i]);
+    for (int64_t i = 0; i < end; i += W) store(share + i, (load(value + i) - largest) / scale);
+    double low = -kInfinity;
+    for (int64_t support = 0;;) {
+      Vec<double> total{};
+      Mask<double> above{};
+      for (int64_t i = 0; i < end; i += W) {
+        const Vec<double> u = load(share + i);
+        const Mask<double> in = u > low;
+        total += in ? u : Vec<double>{};
+        above -= in;  // true is -1
+      }
+      int64_t count = 0;
+      for (int64_t i = 0; i < W; ++i) count += above[i];
+      if (count == support || count == 0) break;
+      support = count;
+      low = tau_ = (sum<double>(total) - 1) / static_cast<double>(count);
+    }
+    return largest + scale * tau_;
+  }
+
+  int64_t kept() const { return kept_; }
+  int32_t kept_token(int64_t i) const { return token_[i]; }
+  // After threshold(); none where it is not positive.
+  double kept_share(int64_t i) const { return share_[i] - tau_; }
+  Key key(int64_t i) const { return key_[i]; }
+
+ private:
+  Buffer<int32_t> token_;
+  Buffer<double> value_, share_;
+  Buffer<Key> key_, left_;
+  int64_t kept_ = 0;
+  double tau_ = 0;
+};
+
+}  // namespace
+}  // namespace vmoe::cpu::VMOE_ISA

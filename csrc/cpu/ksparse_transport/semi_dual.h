@@ -1,0 +1,268 @@
+// ksparse_transport/semi_dual -- what the solvers of ksparse_transport differentiate.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "columns.h"
+#include "projection.h"
+
+namespace vmoe::cpu::VMOE_ISA {
+namespace {
+
+using Vector = std::vector<double>;
+
+// The vectors are whole ones.
+double dot(const Vector& a, const Vector& b) {
+  Vec<double> total{};
+  for (size_t i = 0; i < a.size(); i += kWidth<double>) {
+    total = fma(load(&a[i]), load(&b[i]), total);
+  }
+  return sum<double>(total);
+}
+
+// The semi-dual of one group, every token of which is present.
+template <typename T>
+class SemiDual {
+ public:
+  static constexpr int64_t kPiece = Columns<T>::kPiece;
+
+  SemiDual(
+      const T* similarity, int64_t tokens, int64_t E, int64_t k, double gamma,
+      const Parallel& parallel)
+      : parallel_(parallel),
+        columns_(similarity, tokens, E, parallel),
+        k_(k),
+        room_((std::min(k, size()) + kLongest) / kLongest * kLongest),
+        b_(static_cast<double>(tokens) / static_cast<double>(E)),
+        scale_(gamma * b_),
+        present_(size(), 0.0),
+        alpha_before_(size(), 0.0),
+        alpha_(size()),
+        moved_(size() / kPiece + 1),
+        floor_(E, kUndefined),
+        count_(E, 0),
+        token_(room_ * E),
+        share_(room_ * E),
+        projections_((E + grain() - 1) / grain()) {
+    std::fill_n(present_.begin(), tokens, 1.0);
+  }
+
+  // Whether there is anything to solve: a token at least, and numbers only.
+  bool solvable() const { return b_ > 0 && !columns_.bad(); }
+
+  // The plan where it is not b p.
+  T elsewhere() const { return columns_.bad() ? std::numeric_limits<T>::quiet_NaN() : T{0}; }
+
+  // The length of every vector over tokens: entries after the last token stay 0.
+  int64_t size() const { return columns_.size(); }
+
+  // The gradient of the negated objective, to be minimised.
+  void differentiate(const Vector& alpha, Vector& gradient) {
+    differentiate(alpha, gradient, [](int64_t, int64_t) {});
+  }
+
+  // The same, and use(begin, end) for every piece of the tokens once its gradient is there: by the
+  // thread that has it near.
+  template <typename Use>
+  void differentiate(const Vector& alpha, Vector& gradient, const Use& use) {
+    project(alpha);
+    each_range([&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) gradient[t] = -present_[t];
+      each_share(begin, end, [&](int64_t t, int64_t, double p) { gradient[t] += b_ * p; });
+      for (int64_t t = begin; t < end; t += kPiece) use(t, std::min(t + kPiece, end));
+    });
+  }
+
+  // The negated objective, at the alpha just differentiated at.
+  double value(const Vector& alpha) const {
+    double sum = -dot(alpha, present_);
+    each_share(0, size(), [&](int64_t t, int64_t e, double p) {
+      const double u = alpha[t] + columns_[e][t];
+      sum += b_ * (u * p - scale_ / 2 * p * p);
+    });
+    return sum;
+  }
+
+  void write_plan(const Vector& alpha, T* plan) {
+    if (solvable()) project(alpha);
+    each_range([&](int64_t begin, int64_t end) {
+      std::fill(plan + begin * E(), plan + std::min(end, columns_.tokens()) * E(), elsewhere());
+      each_share(begin, end, [&](int64_t t, int64_t e, double p) {
+        plan[t * E() + e] = static_cast<T>(b_ * p);
+      });
+    });
+  }
+
+ private:
+  static constexpr int64_t kLongest = Columns<T>::kLongest;
+
+  // Per range of tokens, at its first piece: the deepest fall of alpha, and its largest size.
+  struct Moved {
+    double fall = 0, size = 0;
+  };
+
+  int64_t E() const { return columns_.E(); }
+
+  // Columns of a range at least: some us of work, and few ranges that need scratch.
+  int64_t grain() const { return std::max({int64_t{1}, 16384 / (size() + 1), (E() + 63) / 64}); }
+
+  // Calls body(begin, end) for ranges of tokens, their number no matter of threads.
+  template <typename Body>
+  void each_range(const Body& body) const {
+    parallel_(size(), 2 * kPiece, [&](int64_t begin, int64_t end) { body(begin, end); });
+  }
+
+  // Calls body(t, e, p) for the non-zeros of the projections, by e, then by t.
+  template <typename Body>
+  void each_share(int64_t begin, int64_t end, const Body& body) const {
+    for (int64_t e = 0; e < E(); ++e) {
+      const int32_t *token = &token_[e * room_], *last = token + count_[e];
+      const double* share = &share_[e * room_];
+      const int32_t* at = std::lower_bound(token, last, static_cast<int32_t>(begin));
+      for (; at != last && *at < end; ++at) body(*at, e, share[at - token]);
+    }
+  }
+
+  // What the columns share at one alpha: alpha in T for the filter, by how much the
+  // filter's sums may be off, and by how much entries may have fallen since the last one.
+  void move_to(const Vector& alpha) {
+    std::fill(moved_.begin(), moved_.end(), Moved{});
+    each_range([&](int64_t begin, int64_t end) {
+      Vec<double> fall{}, size{};
+      for (int64_t t = begin; t < end; t += kWidth<double>) {
+        const Vec<double> a = load(&alpha[t]);
+        const Vec<double> by = load(&alpha_before_[t]) - a;
+        fall = by > fall ? by : fall;
+        const Vec<double> absolute = a < 0.0 ? -a : a;
+        size = absolute > size ? absolute : size;
+        store(&alpha_before_[t], a);
+      }
+      for (int64_t t = begin; t < end; ++t) alpha_[t] = static_cast<T>(alpha[t]);
+      Moved& moved = moved_[begin / kPiece];
+      for (int64_t i = 0; i < kWidth<double>; ++i) {
+        moved.fall = std::max(moved.fall, fall[i]);
+        moved.size = std::max(moved.size, size[i]);
+      }
+    });
+    largest_fall_ = largest_alpha_ = 0;
+    for (const Moved& moved : moved_) {
+      largest_fall_ = std::max(largest_fall_, moved.fall);
+      largest_alpha_ = std::max(largest_alpha_, moved.size);
+    }
+  }
+
+  // The non-zeros of every column's P_k(u / (gamma b)), by t, where u = alpha + S[:, e].
+  void project(const Vector& alpha) {
+    if (k_ <= 0) return;
+    move_to(alpha);
+    parallel_(E(), grain(), [&](int64_t begin, int64_t end) {
+      Projection& projection = projections_[begin / grain()];
+      projection.make(size());
+      for (int64_t e = begin; e < end; ++e) project(alpha, e, projection);
+    });
+  }
+
+  // Only entries above a floor are candidates: the first k of the step before, and so at least k,
+  // have fallen no further than the deepest fall of alpha. The floor needs no proof, as the result
+  // shows whether it was low enough: either the k-th entry is not below it, or the threshold, below
+  // which an entry gets nothing, is not. Otherwise all entries become candidates.
+  void project(const Vector& alpha, int64_t e, Projection& projection) {
+    // u in T is off by its rounding and alpha's.
+    const double slack = 2 * static_cast<double>(std::numeric_limits<T>::epsilon()) *
+                         (largest_alpha_ + columns_.largest());
+    double before = floor_[e];
+    if (std::isnan(before)) before = sampled_floor(e, projection);
+    T floor = static_cast<T>(before - largest_fall_ - 2 * slack);
+    if (std::isnan(floor)) floor = -std::numeric_limits<T>::infinity();
+    for (;;) {
+      const int64_t count = collect(alpha, e, floor, projection);
+      const double bound = static_cast<double>(floor) + slack;
+      const double kth = projection.keep_first(count, k_);
+      const double level = projection.threshold(scale_);
+      floor_[e] = std::max(kth, level);
+      if (floor == -std::numeric_limits<T>::infinity() || floor_[e] >= bound) break;
+      floor = -std::numeric_limits<T>::infinity();
+    }
+    int32_t* token = &token_[e * room_];
+    double* share = &share_[e * room_];
+    int64_t count = 0;
+    for (int64_t i = 0; i < projection.kept(); ++i) {
+      const double p = projection.kept_share(i);
+      token[count] = projection.kept_token(i);
+      share[count] = p;
+      count += p > 0;
+    }
+    count_[e] = count;
+  }
+
+  // A floor for the first step, at alpha = 0 or near: from every 16th entry, low enough
+  // that k entries are hardly ever missed.
+  double sampled_floor(int64_t e, Projection& projection) const {
+    constexpr int64_t kStride = 16;
+    const T* column = columns_[e];
+    double* value = projection.value();
+    int64_t sampled = 0;
+    for (int64_t t = 0; t < columns_.tokens(); t += kStride) {
+      value[sampled++] = static_cast<double>(alpha_[t]) + static_cast<double>(column[t]);
+    }
+    const double share = static_cast<double>(k_) / kStride;
+    const int64_t rank = static_cast<int64_t>(share + 3 * std::sqrt(share) + 1);
+    if (rank >= sampled) return -kInfinity;
+    const Cut<Projection::Key> cut = projection.find_first(sampled, rank + 1);
+    double least = kInfinity;
+    for (int64_t i = 0; i < sampled; ++i) {
+      if (projection.key(i) >= cut.key) least = std::min(least, value[i]);
+    }
+    return least;
+  }
+
+  // The entries that are not below the floor, by t, and their values in float64.
+  int64_t collect(const Vector& alpha, int64_t e, T floor, Projection& projection) const {
+    const T* column = columns_[e];
+    int32_t* token = projection.token();
+    double* value = projection.value();
+    const Vec<T> low = splat(floor);
+    int64_t count = 0;
+    for (int64_t t = 0; t < size(); t += kWidth<T>) {
+      const Mask<T> passes = ~(load(&alpha_[t]) + load(column + t) < low);  // NaN passes
+#if !defined(__AVX512F__)
+      // Without a compress instruction a branch is the lesser evil.
+      if (lane_bits<T>(passes) == 0) continue;
+#endif
+      count += compress_index<T>(token + count, passes, static_cast<int32_t>(t));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t t = token[i];
+      value[i] = alpha[t] + column[t];
+    }
+    return count;
+  }
+
+  const Parallel& parallel_;
+  Columns<T> columns_;
+  int64_t k_;
+  int64_t room_;  // of a column's non-zeros
+  double b_, scale_;
+  Vector present_;  // 1 for a token, 0 after the last
+
+  // Scratch memory of move_to.
+  Vector alpha_before_;
+  std::vector<T> alpha_;
+  std::vector<Moved> moved_;
+  double largest_fall_ = 0, largest_alpha_ = 0;
+
+  Vector floor_;  // [E] of the step before, or NaN
+
+  // The non-zeros of the projections.
+  std::vector<int64_t> count_;  // [E]
+  Buffer<int32_t> token_;       // [E, room]
+  Buffer<double> share_;        // [E, room]
+
+  std::vector<Projection> projections_;  // one per range of columns
+};
+
+}  // namespace
+}  // namespace vmoe::cpu::VMOE_ISA

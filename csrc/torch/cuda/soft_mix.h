@@ -1,0 +1,110 @@
+// soft_mix on CUDA -- one kernel for softmax and product where it takes the shapes, else a softmax
+// of ours and torch's batched products over all groups.
+#pragma once
+
+#include "../../common/row_stride.h"
+#include "../soft_mix.h"
+#include "product.h"
+
+namespace vmoe {
+namespace {
+
+using torch::stable::narrow;
+using torch::stable::transpose;
+
+// Slots are stored as the experts take them, [E, G, C, D]; a product takes those of a group in one
+// piece, [G, S, D]: in place where one stride leads from slot to slot, else copied.
+template <typename Row>
+struct SlotRows {
+  int64_t E, G, C, D;
+  cudaStream_t stream;
+
+  bool in_place() const { return E == 1 || G == 1 || C == 1; }
+
+  Tensor take(const Tensor& slots) const {
+    if (in_place()) return view(slots);
+    const Tensor rows = empty({G, E * C, D}, slots);
+    cuda::soft_mix_rows(read<Row>(slots), write<Row>(rows), G, E, C, D, stream);
+    return rows;
+  }
+  // Where the rows go that become these slots.
+  Tensor room(const Tensor& slots) const {
+    return in_place() ? view(slots) : empty({G, E * C, D}, slots);
+  }
+  void put(const Tensor& rows, const Tensor& slots) const {
+    if (in_place()) return;
+    cuda::soft_mix_slots(read<Row>(rows), write<Row>(slots), G, E, C, D, stream);
+  }
+
+ private:
+  Tensor view(const Tensor& slots) const {
+    const std::array<int64_t, 3> sizes{G, E * C, D}, strides{C * D, C == 1 ? G * D : D, 1};
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(slots.get(), 3, sizes.data(), strides.data(), 0, &handle));
+    return Tensor(handle);
+  }
+};
+
+// Room for the weights [G, T, S], with rows as the products load them best.
+template <typename Row>
+Tensor empty_weights(const SoftMix& mix) {
+  Tensor weights = empty({mix.G, mix.tokens, row_stride<Row>(mix.S())}, mix.values);
+  return narrow(weights, 2, 0, mix.S());
+}
+
+void run_forward(const SoftMix& mix, const Tensor& out) {
+  by_row_dtype("soft_mix", mix.values, [&](auto zero) {
+    using Row = decltype(zero);
+    on_device("soft_mix", mix.logits, {mix.values}, [&](auto stream) {
+      if constexpr (kHalf<Row>) {
+        if (cuda::soft_mix_product(
+                read<float>(mix.logits), read<Row>(mix.values), write<Row>(out), mix.G, mix.tokens,
+                mix.E, mix.C, mix.D, mix.over_tokens, stream)) {
+          return;
+        }
+      }
+      const SlotRows<Row> slots{mix.E, mix.G, mix.C, mix.D, stream};
+      const Tensor weights = empty_weights<Row>(mix);
+      cuda::soft_mix(
+          read<Compute<Row>>(mix.logits), write<Row>(weights), mix.G, mix.tokens, mix.S(),
+          mix.over_tokens, stream);
+      if (mix.over_tokens) {
+        const Tensor rows = slots.room(out);
+        multiply(rows, transpose(weights, 1, 2), mix.values);
+        slots.put(rows, out);
+      } else {
+        multiply(out, weights, slots.take(mix.values));
+      }
+    });
+  });
+}
+
+void run_backward(
+    const SoftMix& mix, const Tensor& grad, const Tensor& grad_logits, const Tensor& grad_values) {
+  const Tensor& by_token = mix.over_tokens ? mix.values : grad;
+  const Tensor& by_slot = mix.over_tokens ? grad : mix.values;
+  by_row_dtype("soft_mix_backward", mix.values, [&](auto zero) {
+    using Row = decltype(zero);
+    using T = Compute<Row>;
+    on_device("soft_mix_backward", mix.logits, {grad, mix.values}, [&](auto stream) {
+      const SlotRows<Row> slots{mix.E, mix.G, mix.C, mix.D, stream};
+      const Tensor rows = slots.take(by_slot);
+      multiply(grad_logits, by_token, transpose(rows, 1, 2));
+      const Tensor weights = empty_weights<Row>(mix);
+      cuda::soft_mix_backward(
+          read<T>(mix.logits), write<Row>(weights), write<T>(grad_logits), mix.G, mix.tokens,
+          mix.S(), mix.over_tokens, stream);
+      if (mix.over_tokens) {
+        multiply(grad_values, weights, rows);
+      } else {
+        const Tensor grads = slots.room(grad_values);
+        multiply(grads, transpose(weights, 1, 2), by_token);
+        slots.put(grads, grad_values);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace vmoe

@@ -1,0 +1,43 @@
+"""The label, marker and colour of every router in tables and figures."""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+
+class Style(NamedTuple):
+    """How a router looks in every table and figure."""
+
+    title: str
+    marker: str
+    color: str
+
+
+# Colours of Okabe and Ito, which readers with colour blindness can tell apart. The marker repeats what the colour says.
+_DENSE = Style("Dense ViT", "*", "#222222")
+_STYLES = {
+    "softmax_token_choice": Style("Softmax Token Choice", "o", "#0072B2"),
+    "sinkhorn_token_choice": Style("Sinkhorn Token Choice", "s", "#56B4E9"),
+    "softmax_expert_choice": Style("Softmax Expert Choice", "^", "#D55E00"),
+    "sinkhorn_expert_choice": Style("Sinkhorn Expert Choice", "v", "#E69F00"),
+    "sparsity_constrained_expert_choice": Style("Sparsity-constrained Expert Choice", "D", "#CC79A7"),
+    "soft": Style("Soft MoE", "p", "#009E73"),
+}
+_OWN_MARKERS = ("h", "X", "P", "d", "<", ">", "8")
+_OWN_COLORS = ("#8C564B", "#7B3294", "#888888", "#66710E", "#B2182B")
+
+
+def style(router: str | None) -> Style:
+    """The style of a router, or of the dense ViT for None.
+
+    An own router, ``package.module:factory``, has the name of its factory as title. A hash chooses marker and colour.
+    """
+    if router is None:
+        return _DENSE
+    if router in _STYLES:
+        return _STYLES[router]
+    number = zlib.crc32(router.encode())
+    marker = _OWN_MARKERS[number % len(_OWN_MARKERS)]
+    color = _OWN_COLORS[number // len(_OWN_MARKERS) % len(_OWN_COLORS)]
+    return Style(router.rpartition(":")[2], marker, color)
