@@ -602,7 +602,7 @@ def test_in_place_of_timms_mlp(router):
             "capacity_factor.*> 0.* 0",
         ),
         ((8,), {"drop": 1.5}, ValueError, r"MoEMlp: drop.*\[0, 1\].* 1.5"),
-        ((8,), {"norm_layer": torch.nn.LayerNorm}, ValueError, "norm_layer.*None"),
+        ((8,), {"norm_layer": lambda width, **_: torch.nn.Identity()}, TypeError, "norm_layer.*LayerNorm.*Identity"),
     ],
 )
 def test_constructor_refuses(arguments, options, error, words):

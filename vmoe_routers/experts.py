@@ -25,20 +25,29 @@ class Experts(nn.Module):
     """E two-layer MLPs, ``act(x w1 + b1) w2 + b2``, computed at once by `ops.grouped_mlp`.
 
     That op serves ``nn.GELU`` without dropout (the activation's module is not called then), for the dtypes of its
-    kernels, and under CUDA's autocast. Batched products of torch compute every other activation, dropout, 16-bit
-    values and autocast on a CPU, and `torch.func` and forward-mode derivatives.
+    kernels, and under CUDA's autocast. Batched products of torch compute every other activation, gated experts, a norm,
+    dropout, 16-bit values and autocast on a CPU, and `torch.func` and forward-mode derivatives.
+
+    With ``glu=True`` the experts are gated (arXiv 2002.05202): ``(act(x w_gate + b_gate) * (x w_value + b_value)) w2 +
+    b2``. This is SwiGLU with ``act_layer=nn.SiLU``. w1 [E, D, 2F] holds w_gate in its first F columns and w_value in
+    its last F, and b1 [E, 2F] holds the biases in the same order, as in timm's `SwiGLUPacked`.
 
     Args:
         num_experts: E.
-        in_features, hidden_features, out_features: D, F and D'.
+        in_features, hidden_features, out_features: D, F and D'. F is the width of what w2 multiplies, gated or not.
         act_layer: makes the activation.
-        drop: dropout after the activation and after the second layer.
-        bias: whether b1 and b2 exist.
+        drop: dropout before and after the second layer; a norm comes after the first dropout.
+        bias: whether b1 and b2 exist; a pair has one answer for each.
         same_init: all experts from one draw, as in the reference's code; by default
             each from its own.
+        glu: whether the experts are gated.
+        norm_layer: makes an ``nn.LayerNorm`` from F, which comes before w2, as in timm's `Mlp`. Every expert has its
+            own weight and bias. None: no norm.
 
     Attributes:
-        w1 [E, D, F], b1 [E, F], w2 [E, F, D'], b2 [E, D']: Xavier uniform, biases 0.
+        w1 [E, D, F], b1 [E, F], w2 [E, F, D'], b2 [E, D']: Xavier uniform (w_gate and w_value separately), biases
+            0. With `glu`, w1 [E, D, 2F] and b1 [E, 2F].
+        norm: an `ExpertsNorm`, or None.
 
     Raises:
         TypeError, ValueError: an argument out of range.
@@ -53,8 +62,10 @@ class Experts(nn.Module):
         act_layer: Callable[[], nn.Module] = GeluTanh,
         drop: float = 0.0,
         *,
-        bias: bool = True,
+        bias: bool | Sequence[bool] = True,
         same_init: bool = False,
+        glu: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ):
@@ -66,22 +77,30 @@ class Experts(nn.Module):
         out_features = check.integer("out_features", out_features, 1)
         if not callable(act_layer):
             raise TypeError(f"Experts: act_layer must make an activation, as nn.GELU does, got {act_layer!r}")
-        bias = check.flag("bias", bias)
+        first_bias, second_bias = _biases(check, bias)
         make = partial(torch.empty, device=device, dtype=dtype)
         self.same_init = check.flag("same_init", same_init)
-        self.w1 = nn.Parameter(make(num_experts, in_features, hidden_features))
-        self.b1 = nn.Parameter(make(num_experts, hidden_features)) if bias else None
+        self.glu = check.flag("glu", glu)
+        first_features = 2 * hidden_features if glu else hidden_features
+        self.w1 = nn.Parameter(make(num_experts, in_features, first_features))
+        self.b1 = nn.Parameter(make(num_experts, first_features)) if first_bias else None
         self.w2 = nn.Parameter(make(num_experts, hidden_features, out_features))
-        self.b2 = nn.Parameter(make(num_experts, out_features)) if bias else None
+        self.b2 = nn.Parameter(make(num_experts, out_features)) if second_bias else None
         self.act = act_layer()
         self.drop = nn.Dropout(check_drop(check, drop))
+        norm = None if norm_layer is None else norm_layer(hidden_features, device=device, dtype=dtype)
+        if norm is not None and not isinstance(norm, nn.LayerNorm):
+            raise TypeError(f"Experts: norm_layer must make an nn.LayerNorm, got {type(norm).__name__}")
+        self.norm = None if norm is None else ExpertsNorm(num_experts, norm)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws the weights again."""
-        for weight in (self.w1, self.w2):
-            # Xavier's bound for one expert. One call draws all: a loop would split a sharded parameter.
-            bound = math.sqrt(6 / (weight.shape[1] + weight.shape[2]))
+        hidden = self.w2.shape[1]
+        for weight, features in ((self.w1, self.w1.shape[1]), (self.w2, self.w2.shape[2])):
+            # Xavier's bound for one expert's matrix [D, F], of which a gated one has two in w1. One call draws all: a
+            # loop would split a sharded parameter.
+            bound = math.sqrt(6 / (features + hidden))
             nn.init.uniform_(weight, -bound, bound)
             if self.same_init:
                 with torch.no_grad():
@@ -89,6 +108,8 @@ class Experts(nn.Module):
         for bias in (self.b1, self.b2):
             if bias is not None:
                 nn.init.zeros_(bias)
+        if self.norm is not None:
+            self.norm.reset_parameters()
 
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
         """Maps slots x [E, G, C, D] to [E, G, C, D'].
@@ -106,12 +127,11 @@ class Experts(nn.Module):
             check.shape("filled", filled, (groups, experts), "G, E")
             check.dtype("filled", filled, torch.int32)
             check.device("filled", filled, "x", x)
-            check.dtype("filled", filled, torch.int32)
-            check.device("filled", filled, "x", x)
             filled = filled.t()
         rows = x.reshape(experts, groups * slots, width)
         drops = self.training and self.drop.p > 0
-        y = mlp_of_slots(rows, w1, b1, w2, b2, filled, self._act_and_drop if drops else self._activation())
+        more = drops or self.glu or self.norm is not None
+        y = mlp_of_slots(rows, w1, b1, w2, b2, filled, self._between if more else self._activation())
         return (self.drop(y) if drops else y).view(experts, groups, slots, y.shape[2])
 
     def _activation(self) -> str | Callable[[Tensor], Tensor]:
@@ -120,13 +140,55 @@ class Experts(nn.Module):
             return "gelu_tanh" if act.approximate == "tanh" else "gelu"
         return act
 
-    def _act_and_drop(self, hidden: Tensor) -> Tensor:
-        return self.drop(self.act(hidden))
+    def _between(self, hidden: Tensor) -> Tensor:
+        """Computes gate, dropout and norm, which no kernel has, from the first product to the second."""
+        if self.glu:
+            gate, value = hidden.chunk(2, dim=-1)
+            hidden = self.act(gate) * value
+        else:
+            hidden = self.act(hidden)
+        hidden = self.drop(hidden)
+        return hidden if self.norm is None else self.norm(hidden)
 
     def extra_repr(self) -> str:
         """Lists the sizes that print(experts) shows."""
-        experts, width, hidden = self.w1.shape
-        return f"{experts} x ({width} -> {hidden} -> {self.w2.shape[2]})"
+        experts, hidden, out = self.w2.shape
+        return f"{experts} x ({self.w1.shape[1]} -> {hidden} -> {out}{', gated' if self.glu else ''})"
+
+
+class ExpertsNorm(nn.Module):
+    """LayerNorm of the hidden values, with a weight and a bias of each expert.
+
+    Args:
+        num_experts: E.
+        norm: an ``nn.LayerNorm`` over F; its eps, dtype and device are used, and whether it has a weight and a bias.
+
+    Attributes:
+        weight, bias [E, F]: 1 and 0 at the start; None where `norm` has none.
+    """
+
+    def __init__(self, num_experts: int, norm: nn.LayerNorm):
+        super().__init__()
+        self.eps = norm.eps
+        self.weight, self.bias = (
+            None if like is None else nn.Parameter(like.new_empty(num_experts, *like.shape))
+            for like in (norm.weight, norm.bias)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets weights to 1 and biases to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes hidden values [E, N, F]."""
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        if self.weight is not None:
+            x = x * self.weight.unsqueeze(1)
+        return x if self.bias is None else x + self.bias.unsqueeze(1)
 
 
 class ExpertList(nn.ModuleList):
@@ -166,20 +228,19 @@ def mlp_of_slots(
     act: str | Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Computes the MLPs by the op if it has a kernel, else by products; x [E, N, D], filled [E, G]."""
-    if not isinstance(act, str):
-        return by_products(x, w1, b1, w2, b2, filled, act)
     device = x.device.type
     autocast = not x.is_meta and torch.is_autocast_enabled(device)
-    if _transformed() or (autocast and device != "cuda"):
-        return by_products(x, w1, b1, w2, b2, filled, GELU[act])
-    if autocast:
+    by_op = isinstance(act, str) and not _transformed() and (device == "cuda" or not autocast)
+    if by_op and autocast:
         x, w1, w2 = _autocast(x), _autocast(w1), _autocast(w2)
         b1, b2 = (None if bias is None else _autocast(bias) for bias in (b1, b2))
-    if x.dtype != w1.dtype:
+    if x.dtype != w1.dtype and (by_op or not autocast):
         raise TypeError(f"Experts: x must have the experts' dtype {w1.dtype}, got {x.dtype}")
-    if serves(x):
-        return grouped_mlp_unchecked(x, w1, b1, w2, b2, act, filled)
-    return by_products(x, w1, b1, w2, b2, filled, GELU[act])
+    if isinstance(act, str):
+        if by_op and serves(x):
+            return grouped_mlp_unchecked(x, w1, b1, w2, b2, act, filled)
+        act = GELU[act]
+    return by_products(x, w1, b1, w2, b2, filled, act)
 
 
 def by_products(
@@ -191,7 +252,10 @@ def by_products(
     filled: Tensor | None,
     act: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """`ops.grouped_mlp` as two batched products over all rows; rows that are not filled become zeros."""
+    """`ops.grouped_mlp` as two batched products over all rows; rows that are not filled become zeros.
+
+    `act` may change the width, as a gate does.
+    """
     y = _affine(act(_affine(x, w1, b1)), w2, b2)
     if filled is None or filled.shape[1] == 0:
         return y
@@ -206,6 +270,12 @@ def check_drop(check: Check, drop: object) -> float:
     if drop > 1:
         raise ValueError(f"{check.where}: drop must be in [0, 1], got {drop}")
     return drop
+
+
+def _biases(check: Check, bias: object) -> tuple[bool, bool]:
+    """Checks that `bias` is a bool for both layers, or a pair with one for each."""
+    first, second = bias if isinstance(bias, (tuple, list)) and len(bias) == 2 else (bias, bias)
+    return check.flag("bias", first), check.flag("bias", second)
 
 
 def _transformed() -> bool:

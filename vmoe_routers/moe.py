@@ -29,8 +29,7 @@ class MoEMlp(nn.Module):
         experts: None: `Experts` with the arguments above; a sequence of E modules from rows [N, D] to rows [N, D']; or
             a module with the attribute `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots
             [E, G, C, D'], with `filled` [G, E] int32, the number of leading slots that may hold a token, or None.
-        bias, same_init: arguments of `Experts`.
-        norm_layer: only None; timm passes it.
+        bias, same_init, glu, norm_layer: Arguments of `Experts`; ``glu=True, act_layer=nn.SiLU`` makes SwiGLU experts.
         router_options: Options of `vmoe_routers.create_router`.
 
     Attributes:
@@ -49,17 +48,16 @@ class MoEMlp(nn.Module):
         router: str | nn.Module | RouterFactory = "soft",
         group_size: int = 1,
         experts: nn.Module | Sequence[nn.Module] | None = None,
-        bias: bool = True,
+        bias: bool | Sequence[bool] = True,
         same_init: bool = False,
-        norm_layer: None = None,
+        glu: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **router_options: Any,
     ):
         super().__init__()
         check = Check("MoEMlp")
-        if norm_layer is not None:
-            raise ValueError("MoEMlp: norm_layer must be None, experts have no norm inside")
         in_features = check.integer("in_features", in_features, 1)
         hidden_features = in_features if hidden_features is None else hidden_features
         out_features = in_features if out_features is None else out_features
@@ -84,6 +82,8 @@ class MoEMlp(nn.Module):
                 drop,
                 bias=bias,
                 same_init=same_init,
+                glu=glu,
+                norm_layer=norm_layer,
                 device=device,
                 dtype=dtype,
             )

@@ -41,6 +41,7 @@ def check_same(loaded, saved):
     {"router": None},
     {"router": "soft", "capacity_factor": 1.0, "group_size": 2, "moe_blocks": (0,), "pos_embed": "sincos"},
     {"router": "softmax_token_choice", "top_k": 2, "capacity_factor": 1.05, "drop_path_rate": 0.1},
+    {"router": "softmax_expert_choice", "glu": True, "bias": (True, False)},
     {"global_pool": "map", "qk_norm": True, "patch_size": (8, 4)},
     {"global_pool": "token", "pre_logits": True, "num_classes": 0},
 ], ids=str)  # fmt: skip

@@ -1,11 +1,12 @@
 """upcycle: the weights that it keeps, the outputs that it preserves, the models that it refuses."""
 
 import copy
+from functools import partial
 
 import pytest
 import timm
 import torch
-from timm.layers import Mlp
+from timm.layers import GatedMlp, GluMlp, Mlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -103,21 +104,114 @@ def test_models_of_timm():
         )
 
 
+NORM = partial(nn.LayerNorm, eps=1e-3)  # not the default, so that it must be copied
+MLPS = {
+    "one bias": lambda: Mlp(16, 24, bias=(True, False)),
+    "the other bias": lambda: SwiGLU(16, 24, bias=(False, True)),
+    "norm": lambda: Mlp(16, 24, act_layer=nn.ReLU, norm_layer=NORM),
+    "packed": lambda: SwiGLUPacked(16, 24),
+    "packed, normed": lambda: SwiGLUPacked(16, 24, norm_layer=NORM, bias=False),
+    "gate last": lambda: GluMlp(16, 24),
+    "apart": lambda: SwiGLU(16, 24),
+    "apart, normed": lambda: SwiGLU(16, 24, norm_layer=partial(NORM, bias=False)),
+}
+
+
+@pytest.mark.parametrize("kind", MLPS)
+def test_every_kind_of_mlp(kind):
+    torch.manual_seed(0)
+    model = dense()
+    for block in model.blocks:
+        block.mlp = MLPS[kind]()
+        for parameter in block.mlp.parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    sparse = upcycle(copy.deepcopy(model), **whole("softmax_token_choice"))
+    mlp, layer = model.blocks[3].mlp, sparse.blocks[3].mlp
+    x = torch.randn(2, 9, 16)
+    torch.testing.assert_close(layer(x), mlp(x), rtol=1e-5, atol=1e-5)
+    experts = layer.experts
+    assert experts.glu == (not isinstance(mlp, Mlp)) and type(experts.act) is type(mlp.act)
+    # Every expert has parameters of its own: one that is set to 0 leaves the outputs of another.
+    for parameter in experts.parameters():
+        parameter.data[0] = 0
+    slots = x.expand(4, 2, 9, 16)
+    torch.testing.assert_close(experts(slots)[1:], mlp(slots[1:]), rtol=1e-5, atol=1e-5)
+    assert not experts(slots)[0].any()
+
+
+def test_noise_of_the_gate_and_of_the_value():
+    """Each gets noise of its own standard deviation, because timm starts gates much smaller than values."""
+    model = dense()
+    mlp = model.blocks[3].mlp = SwiGLUPacked(16, 64)
+    mlp.fc1.weight.data[:32] *= 1e-4
+    mlp.fc1.bias = None
+    experts = upcycle(model, router="soft", num_experts=64, noise=0.5, blocks=[3]).blocks[3].mlp.experts
+    for ours, theirs in zip(experts.w1.chunk(2, dim=2), mlp.fc1.weight.chunk(2), strict=True):
+        assert ((ours - theirs.T).std() / theirs.std()).item() == pytest.approx(0.5, rel=0.05)
+
+
+# Packed weights, separate weights, aligned widths, a norm inside, and MLPs without a gate.
+GATED = [
+    ("vit_giant_patch14_dinov2", 14),
+    ("vit_giant_patch14_reg4_dinov2", 14),
+    ("aimv2_large_patch14_224", 14),
+    ("eva02_tiny_patch14_224", 14),
+    ("eva02_base_patch14_224", 14),
+    ("eva02_base_patch16_clip_224", 16),
+    ("eva02_enormous_patch14_clip_224", 14),
+    ("vit_small_patch16_dinov3", 16),
+    ("vit_small_plus_patch16_dinov3", 16),
+    ("vit_7b_patch16_dinov3", 16),
+]
+
+
+@pytest.mark.parametrize(("name", "patch"), GATED)
+def test_models_of_timm_start_where_they_were(name, patch, tmp_path):
+    torch.manual_seed(0)
+
+    def create():
+        sizes = {"img_size": 3 * patch, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+        return timm.create_model(name, **sizes).eval()
+
+    options = {"blocks": [0, 1], **whole("softmax_token_choice")}
+    model = create()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(2, 3, 3 * patch, 3 * patch)
+    with torch.no_grad():
+        wanted = model(x)
+        sparse = upcycle(copy.deepcopy(model), **options)
+        torch.testing.assert_close(sparse(x), wanted, rtol=0, atol=1e-5)
+        torch.save(sparse.state_dict(), tmp_path / "state.pt")
+        loaded = upcycle(create(), **options)
+        loaded.load_state_dict(torch.load(tmp_path / "state.pt"))
+        torch.testing.assert_close(loaded(x), wanted, rtol=0, atol=1e-5)
+        for layer in (sparse.blocks[0].mlp, sparse.blocks[1].mlp):  # the layers matter for the outputs
+            layer.experts.w2.zero_()
+        assert not torch.allclose(sparse(x), wanted, rtol=0, atol=1e-3)
+
+
 def test_its_own_models_too():
     model = vit_moe(**TINY, router=None)
     assert isinstance(upcycle(model, router="soft", num_experts=2).blocks[3].mlp, vr.MoEMlp)
-    with pytest.raises(TypeError, match=r"blocks\[2\]\.mlp must be timm's Mlp .*, got MoEMlp"):
+    with pytest.raises(TypeError, match=r"blocks\[2\]\.mlp must be timm's Mlp, .*, got MoEMlp"):
         upcycle(model, router="soft", num_experts=2)
 
 
-def swiglu(model):
-    from timm.layers import SwiGLU
+def gmlp(model):
+    model.blocks[3].mlp = GatedMlp(16, 32)
 
-    model.blocks[3].mlp = SwiGLU(16, 32)
+
+def convolutions(model):
+    model.blocks[3].mlp = GluMlp(16, 32, use_conv=True)
+
+
+def adapted(model):
+    model.blocks[3].mlp.fc2 = nn.Sequential(model.blocks[3].mlp.fc2)
 
 
 def normed(model):
-    model.blocks[3].mlp = Mlp(16, 32, norm_layer=nn.LayerNorm)
+    model.blocks[3].mlp = Mlp(16, 32, norm_layer=RmsNorm)
 
 
 def two_rates(model):
@@ -125,14 +219,17 @@ def two_rates(model):
 
 
 def half_biased(model):
-    model.blocks[3].mlp = Mlp(16, 32, bias=(True, False))
+    model.blocks[3].mlp = SwiGLU(16, 32)
+    model.blocks[3].mlp.fc1_x.bias = None
 
 
 @pytest.mark.parametrize(("change", "options", "error", "words"), [
-    (swiglu, {}, TypeError, r"blocks\[3\]\.mlp must be timm's Mlp .* got SwiGLU; gated MLPs"),
-    (normed, {}, ValueError, "has a norm inside"),
+    (gmlp, {}, TypeError, r"blocks\[3\]\.mlp must be timm's Mlp, GluMlp or SwiGLU of linear layers, got GatedMlp"),
+    (convolutions, {}, TypeError, r"blocks\[3\]\.mlp must be timm's .* of linear layers, got GluMlp"),
+    (adapted, {}, TypeError, r"blocks\[3\]\.mlp must be timm's .* of linear layers, got Mlp"),
+    (normed, {}, ValueError, r"blocks\[3\]\.mlp has a RmsNorm inside, wanted a LayerNorm or no norm"),
     (two_rates, {}, ValueError, "two dropout rates, 0.1 and 0.2"),
-    (half_biased, {}, ValueError, "bias in one of its layers"),
+    (half_biased, {}, ValueError, r"blocks\[3\]\.mlp has a bias in one of fc1_g and fc1_x"),
     (None, {"router": "hard"}, ValueError, "router"),
     (None, {"num_experts": 0}, ValueError, "num_experts"),
     (None, {"noise": -1.0}, ValueError, "noise"),

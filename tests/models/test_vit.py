@@ -181,6 +181,8 @@ def test_options_reach_the_routers_and_layers():
     assert layer.group_size == 2 and layer.experts.b1 is None
     assert torch.equal(layer.experts.w1[0], layer.experts.w1[3])
     assert layer.experts.w1.shape == (4, 16, 32)
+    gated = tiny(router="soft", glu=True).blocks[2].mlp.experts
+    assert gated.glu and gated.w1.shape == (4, 16, 2 * 32) and gated.w2.shape == (4, 32, 16)
 
 
 def test_drop_and_drop_path():

@@ -136,6 +136,12 @@ def test_only_matrices_are_decayed(router):
     assert "patch_embed.proj.weight" in found and "pos_embed" in others
 
 
+def test_norms_of_experts_are_not_decayed():
+    experts = vr.Experts(2, 4, 6, 4, norm_layer=torch.nn.LayerNorm, glu=True)  # their weights are [E, F]
+    decayed, _ = _optimizer(torch.nn.Sequential(experts), Recipe()).param_groups
+    assert {id(parameter) for parameter in decayed["params"]} == {id(experts.w1), id(experts.w2)}
+
+
 def test_random_shift():
     images = torch.arange(1, 1 + 50 * 2 * 5 * 6).float().view(50, 2, 5, 6)
     generator = torch.Generator().manual_seed(0)

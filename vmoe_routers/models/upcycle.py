@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from timm.layers.mlp import Mlp
-from torch import nn
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from torch import Tensor, nn
 
 from vmoe_routers.models.vit import moe_block_indices, needs_num_tokens
 from vmoe_routers.moe import MoEMlp
@@ -16,6 +16,13 @@ from vmoe_routers.ops._checks import Check
 from vmoe_routers.routers import ROUTERS, RouterFactory
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# timm's MLPs that can become experts, with the names of their linear layers.
+_LINEAR: dict[type[nn.Module], tuple[str, ...]] = {
+    Mlp: ("fc1", "fc2"),
+    GluMlp: ("fc1", "fc2"),
+    SwiGLU: ("fc1_g", "fc1_x", "fc2"),
+}
 
 
 @torch.no_grad()
@@ -44,8 +51,8 @@ def upcycle(
     outputs differ from the start, because its experts compute mixtures of tokens.
 
     Args:
-        model: a timm VisionTransformer, or another with ``model.blocks[i].mlp`` being a timm `Mlp` (DeiT, DINOv2 with
-            layer scale, register tokens, ...).
+        model: A VisionTransformer or Eva of timm, or another model whose ``blocks[i].mlp`` is timm's `Mlp`, `GluMlp`
+            (also as `SwiGLUPacked`) or `SwiGLU`, with a LayerNorm inside or no norm: DeiT, DINOv2, DINOv3, EVA-02, ...
         router: One of `vmoe_routers.ROUTERS`, or a function ``(dim, num_experts)`` that makes a router, called once per
             MoE layer.
         num_experts: E.
@@ -59,8 +66,8 @@ def upcycle(
         `model`.
 
     Raises:
-        TypeError, ValueError: blocks or MLPs of another kind (SwiGLU, a norm inside), or options that do not fit. The
-            model is then as it was.
+        TypeError, ValueError: blocks or MLPs of another kind (convolutions, another norm than LayerNorm), or options
+            that do not fit. The model is then as it was.
     """
     check = Check("upcycle")
     if not callable(router) or isinstance(router, nn.Module):
@@ -98,38 +105,60 @@ def _layer(
 ) -> MoEMlp:
     """Makes the MoE layer that replaces the MLP of a block."""
     mlp: Any = getattr(block, "mlp", None)
-    if type(mlp) is not Mlp or not isinstance(mlp.fc1, nn.Linear):
+    linear = [getattr(mlp, name) for name in _LINEAR.get(type(mlp), ())]
+    if not linear or not all(isinstance(module, nn.Linear) for module in linear):
         raise TypeError(
-            f"upcycle: {where}.mlp must be timm's Mlp (two linear layers and an activation), got {type(mlp).__name__}"
-            + ("; gated MLPs such as SwiGLU have no expert here" if "glu" in type(mlp).__name__.lower() else "")
+            f"upcycle: {where}.mlp must be timm's Mlp, GluMlp or SwiGLU of linear layers, got {type(mlp).__name__}"
         )
-    if not isinstance(mlp.norm, nn.Identity):
-        raise ValueError(f"upcycle: {where}.mlp has a norm inside, which experts have not")
-    first, second = mlp.fc1, cast(nn.Linear, mlp.fc2)
+    norm = None if isinstance(mlp.norm, nn.Identity) else mlp.norm
+    if norm is not None and not isinstance(norm, nn.LayerNorm):
+        raise ValueError(f"upcycle: {where}.mlp has a {type(norm).__name__} inside, wanted a LayerNorm or no norm")
     if mlp.drop1.p != mlp.drop2.p:
         raise ValueError(f"upcycle: {where}.mlp has two dropout rates, {mlp.drop1.p} and {mlp.drop2.p}, wanted one")
-    if (first.bias is None) != (second.bias is None):
-        raise ValueError(f"upcycle: {where}.mlp has a bias in one of its layers, wanted in both or none")
+    weights, biases = _before_activation(mlp)
+    if len({bias is None for bias in biases}) > 1:
+        raise ValueError(f"upcycle: {where}.mlp has a bias in one of fc1_g and fc1_x, wanted in both or none")
+    second = mlp.fc2
     layer: Any = MoEMlp(
-        first.in_features,
-        first.out_features,
+        linear[0].in_features,
+        second.in_features,
         second.out_features,
         act_layer=lambda: copy.deepcopy(mlp.act),
         drop=mlp.drop1.p,
         num_experts=num_experts,
         router=router,
         group_size=group_size,
-        bias=first.bias is not None,
-        device=first.weight.device,
-        dtype=first.weight.dtype,
+        bias=(biases[0] is not None, second.bias is not None),
+        glu=len(weights) == 2,
+        norm_layer=None if norm is None else lambda *_, **__: norm,
+        device=second.weight.device,
+        dtype=second.weight.dtype,
         **options,
     ).train(mlp.training)
     experts = layer.experts
-    for ours, theirs in ((experts.w1, first.weight.T), (experts.w2, second.weight.T)):
-        ours.copy_(theirs.expand_as(ours))
+    for ours, theirs in zip(
+        (*experts.w1.chunk(len(weights), dim=2), experts.w2), (*weights, second.weight), strict=True
+    ):
+        ours.copy_(theirs.T.expand_as(ours))
         if noise > 0:
             ours.add_(torch.randn_like(ours), alpha=noise * float(theirs.std()))
-    if first.bias is not None and second.bias is not None:
-        experts.b1.copy_(first.bias.expand_as(experts.b1))
+    if experts.b1 is not None:
+        experts.b1.copy_(torch.cat(biases).expand_as(experts.b1))
+    if experts.b2 is not None:
         experts.b2.copy_(second.bias.expand_as(experts.b2))
+    if norm is not None:
+        for name, theirs in norm.named_parameters():
+            ours = experts.norm.get_parameter(name)
+            ours.copy_(theirs.expand_as(ours))
     return layer
+
+
+def _before_activation(mlp: Any) -> tuple[list[Tensor], list[Any]]:
+    """Finds the weights [F, D] and biases ([F] or None) before the activation: one of each, or gate and value."""
+    if isinstance(mlp, SwiGLU):
+        return [mlp.fc1_g.weight, mlp.fc1_x.weight], [mlp.fc1_g.bias, mlp.fc1_x.bias]
+    weight, bias = mlp.fc1.weight, mlp.fc1.bias
+    if not isinstance(mlp, GluMlp):
+        return [weight], [bias]
+    order = -1 if mlp.gate_last else 1
+    return list(weight.chunk(2))[::order], ([None, None] if bias is None else list(bias.chunk(2))[::order])

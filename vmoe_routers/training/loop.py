@@ -116,10 +116,11 @@ def train(
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    # Norms, biases (an expert's too: [E, F]), scales and positions are not decayed.
+    # Norms and biases (an expert's too: [E, F]), scales and positions are not decayed.
+    plain = (".b1", ".b2", "norm.weight", "norm.bias", "pos_embed", "cls_token")
     decayed, rest = [], []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith((".b1", ".b2", "pos_embed", "cls_token"))
+        matrix = parameter.ndim >= 2 and not name.endswith(plain)
         (decayed if matrix else rest).append(parameter)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
