@@ -330,3 +330,39 @@ def test_a_step_that_is_abandoned_counts_no_more():
     new = model(x).square().sum() + vr.aux_loss(model)
     new.backward()
     assert_gradients(model, wanted)
+
+
+@pytest.mark.parametrize("kind", [None, *CHECKPOINTS])
+def test_the_losses_of_two_micro_batches_go_backward_in_their_order(kind):
+    model = Model(CHECKPOINTS[kind]) if kind else Model()
+    batches = [tokens().requires_grad_() for _ in range(2)]
+    wanted = reference(model, *batches)
+    losses = [model(x).square().sum() + vr.aux_loss(model) for x in batches]
+    for loss in losses:
+        loss.backward()
+    assert_gradients(model, wanted)
+
+
+@pytest.mark.parametrize("kind", [None, *CHECKPOINTS])
+def test_layers_read_for_a_log_count_in_the_model_too(kind):
+    model, x = Model(CHECKPOINTS[kind]) if kind else Model(), tokens().requires_grad_()
+    wanted = reference(model, x)
+    y = model(x)
+    log = [vr.aux_loss(module) for module in model.layers]
+    loss = y.square().sum() + vr.aux_loss(model)
+    assert all(value > 0 for value in log)
+    loss.backward()
+    assert_gradients(model, wanted)
+
+
+def test_a_loss_read_twice_stays_in_its_total_when_the_first_value_goes():
+    model, losses = Model(), []
+    batches = [tokens(), tokens()]
+    wanted = reference(model, *batches)
+    for x in batches:
+        y = model(x)
+        log = vr.aux_loss(model)
+        losses.append(y.square().sum() + vr.aux_loss(model))
+        del log
+    sum(losses).backward()
+    assert_gradients(model, wanted)

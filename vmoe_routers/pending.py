@@ -5,7 +5,7 @@ docs/auxiliary_losses.md explains the design.
 
 from __future__ import annotations
 
-import time
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+
+_TICKS = itertools.count()
+"""Orders forwards and readings. A clock may give two of them one time."""
 
 
 class _Claim:
@@ -22,7 +25,7 @@ class _Claim:
 
     def __init__(self, losses: list[_Loss]):
         self.losses = losses
-        self.time = time.monotonic_ns()
+        self.time = next(_TICKS)
 
 
 class _Loss:
@@ -32,21 +35,25 @@ class _Loss:
         value: A scalar, with its graph unless the forward is repeated in backward; None after the backward pass.
         groups, replica: The groups of the forward, and whether a replica of nn.DataParallel ran it.
         scale: The gradient that `aux_loss` got, for a forward that is repeated.
-        claim: The value of `aux_loss` that includes this loss.
+        claims: The values of `aux_loss` that count this loss.
+        time: Tick of the forward, or for a compiled forward of the first reading.
     """
 
-    __slots__ = ("__weakref__", "claim", "groups", "replica", "scale", "value")
+    __slots__ = ("__weakref__", "claims", "groups", "replica", "scale", "time", "value")
 
     def __init__(self, value: Tensor, groups: int = 1, replica: bool = False):
         self.value: Tensor | None = value
         self.groups = groups
         self.replica = replica
         self.scale: Tensor | None = None
-        self.claim: weakref.ref[_Claim] | None = None
+        self.time = next(_TICKS)
+        self.claims: list[weakref.ref[_Claim]] = []
 
     @property
     def claimed(self) -> _Claim | None:
-        return None if self.claim is None else self.claim()
+        """The last of the claims that exist."""
+        living = [claim for ref in self.claims if (claim := ref()) is not None]
+        return living[-1] if living else None
 
     def end(self) -> None:
         self.value = None
@@ -97,7 +104,7 @@ class PendingLosses:
             # has discarded the graph of the first pass, so its loss is injected here.
             if torch.is_grad_enabled():
                 value = loss()
-                first_pass = self.repeated.pop() if self.repeated else None
+                first_pass = self._take_repeated()
                 if first_pass is not None and first_pass.scale is not None:
                     return _Inject.apply(y, value, first_pass.scale)
         elif torch.is_grad_enabled():
@@ -106,8 +113,17 @@ class PendingLosses:
         elif not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():
             # This is the first pass of a re-entrant checkpoint: an autograd.Function disables reverse and forward mode,
             # torch.no_grad only reverse mode.
+            self.repeated = [earlier for earlier in self.repeated if earlier.value is not None]
             self.repeated.append(_Loss(loss().detach(), groups, replica))
         return y
+
+    def _take_repeated(self) -> _Loss | None:
+        """Takes the loss of the forward that runs again: the last that got a gradient, else the last."""
+        if not self.repeated:
+            return None
+        # A micro-batch whose backward comes before a later one's has its gradient; the later loss has none yet.
+        index = max(range(len(self.repeated)), key=lambda i: (self.repeated[i].scale is not None, i))
+        return self.repeated.pop(index)
 
     def _keep(self, node: torch.autograd.graph.Node, loss: _Loss) -> None:
         output = _Output(loss)
@@ -115,7 +131,7 @@ class PendingLosses:
         self._outputs = [ref for ref in self._outputs if ref() is not None]
         self._outputs.append(weakref.ref(output))
         self._last = loss
-        self.previous, self.time = self.time, time.monotonic_ns()
+        self.previous, self.time = self.time, loss.time
 
     def losses(self) -> list[_Loss]:
         """Lists the unused losses: of live outputs, of the last forward, and of repeated and compiled forwards."""
@@ -219,11 +235,15 @@ def total_loss(model: nn.Module, layers: list[PendingLosses]) -> Tensor:
         newer = [before.time for before in layers[:i]] + [after.previous for after in layers[i + 1 :]]
         layer.forget_before(max(newer, default=-1))
     pending = [layer.losses() for layer in layers]
-    # A loss counts once: in the first value read after its forward, as long as that value exists. Reading again before
-    # another forward gives the same losses.
-    claims = {loss.claimed for losses in pending for loss in losses}
-    wanted = None if None in claims or not claims else max(filter(None, claims), key=lambda claim: claim.time)
-    chosen = [[loss for loss in losses if loss.claimed is wanted] for losses in pending]
+    # A loss counts once: in the first value that was read after its forward, as long as that value exists. Until
+    # another forward runs, the same losses are read again, also by readings of parts of the model.
+    newest = max((loss.time for losses in pending for loss in losses), default=-1)
+
+    def current(loss: _Loss) -> bool:
+        claim = loss.claimed
+        return claim is None or claim.time > newest
+
+    chosen = [[loss for loss in losses if current(loss)] for losses in pending]
     for losses in chosen:
         values = _values(losses)
         repeated = [loss for loss in losses if loss.value is not None and not loss.value.requires_grad]
@@ -238,8 +258,8 @@ def total_loss(model: nn.Module, layers: list[PendingLosses]) -> Tensor:
     if total.requires_grad:
         claim = _Claim([loss for losses in chosen for loss in losses])
         for loss in claim.losses:
-            if loss.claimed is None:
-                loss.claim = weakref.ref(claim)
+            loss.claims = [ref for ref in loss.claims if ref() is not None]
+            loss.claims.append(weakref.ref(claim))
 
         def end(grad: Tensor) -> None:
             for loss in claim.losses:
