@@ -57,7 +57,7 @@ def test_options_of_convert():
     ("study --plan-combine maybe", "--plan-combine must be true or false, got maybe"),
     ("study --top-k one", "--top-k must be a whole number, got one"),
     ("study --colour red", "--colour red"),
-    ("study --device cuda", "--device 'cuda': torch finds no CUDA here"),
+    ("study --device cuda", "--device 'cuda': torch finds no CUDA device"),
     ("study --device cpu:x", "--device must be 'cpu', 'cuda' or 'cuda:N', got 'cpu:x'"),
     ("study --max-images 200 --output /dev/null/x", "/dev/null/x"),
     ("study --capacity_factors 1e308", "--capacity_factors must be positive and at most 10000, got [1e+308]"),
@@ -191,7 +191,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130
         out, err = capfd.readouterr()
-        assert err == "" and "interrupted; what is finished is kept" in out and "Traceback" not in out
+        assert err == "" and "interrupted; finished runs are kept" in out and "Traceback" not in out
         wait_until(lambda: alone(process.pid), 20)
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from vmoe_routers.study import Settings
 
 
-_POSITIONAL = ("source", "folder")  # of convert
+_POSITIONAL = ("source", "folder")  # arguments of convert
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-_MOST_SHOWN = 2000  # characters of a message
+_MOST_SHOWN = 2000  # longest message, in characters
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status. What the user can mend comes in one line."""
+    """Runs the command and returns the exit status. An error that the user can correct is printed in one line."""
     if arguments is None:
         end_at_once()
         arguments = sys.argv[1:]
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with raising():
                 run_study(command)
     except ImportError as error:
-        message = f"{error}; what the commands need comes with: pip install 'vmoe_routers[study]'"
+        message = f"{error}; pip install 'vmoe_routers[study]' installs the packages that the commands need"
     except ArgumentError as error:
-        message = f"{_plain(str(error), arguments)} (vmoe-routers study --help, or convert --help, lists what there is)"
+        message = f"{_plain(str(error), arguments)} (the options: vmoe-routers study --help or convert --help)"
     except OptionError as error:
         message = str(error)
         for name in error.options:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):  # as torch calls it
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):  # torch's error of an allocation
             raise
         message = f"not enough memory {str(error)[:200]}"
     except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _as_typed(name: str, arguments: Sequence[str]) -> str:
-    """An option as the user typed it, or as the help does; the names of positional arguments as they are."""
+    """An option as the user typed it, or else as the help shows it. Names of positional arguments do not change."""
     if name in _POSITIONAL:
         return name
     flags = (argument.partition("=")[0] for argument in arguments if len(argument) > 2 and argument.startswith("--"))
@@ -74,7 +74,7 @@ def _as_typed(name: str, arguments: Sequence[str]) -> str:
 
 
 def _plain(message: str, arguments: Sequence[str]) -> str:
-    """The parser's message; where it is about a value's type, with the option as it was typed."""
+    """The parser's message. A message about a value's type is rewritten, with the option as the user typed it."""
     key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(\w+)'>", message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
     if not (key and kind and value):
@@ -98,7 +98,7 @@ def _convert(options: dict[str, Any]) -> None:
 
 def _parse(arguments: Sequence[str]) -> Settings | dict[str, Any]:
     """The study's settings, or the options of `convert`."""
-    # Here, so that a missing package is told in one line too.
+    # Imported here, so that `main` reports a missing package in one line.
     from jsonargparse import ArgumentParser
 
     from vmoe_routers.checkpoints.convert import convert
@@ -111,37 +111,37 @@ def _parse(arguments: Sequence[str]) -> Settings | dict[str, Any]:
         exit_on_error=False,
     )
     study = ArgumentParser(
-        description="A dense ViT and the six routers head to head, on real images. Lists are written with commas, "
-        "--top_k 1,2; dashes in names do as well, --top-k.",
+        description="A dense ViT and the six routers head to head, on real images. Lists are written with commas: "
+        "--top_k 1,2. Names may have dashes: --top-k.",
         exit_on_error=False,
     )
     study.add_class_arguments(Settings, as_group=False)
     conversion = ArgumentParser(
-        description="A V-MoE checkpoint, or a dense ViT in an npz file, to a folder for from_pretrained. "
+        description="Converts a V-MoE checkpoint, or a dense ViT in an npz file, to a folder for from_pretrained. "
         "The architecture is inferred from the parameters.",
         exit_on_error=False,
     )
     conversion.add_function_arguments(convert, as_group=False, as_positional=True, skip={"progress"})
     commands = parser.add_subcommands(required=True)
-    commands.add_subcommand("study", study, help="the head-to-head, with table, figures and report")
-    commands.add_subcommand("convert", conversion, help="the reference code's checkpoints to safetensors")
+    commands.add_subcommand("study", study, help="compare the routers; writes table, figures and report")
+    commands.add_subcommand("convert", conversion, help="convert checkpoints of the reference code to safetensors")
     lists: set[str] = set()
-    if "study" in arguments[:1]:  # convert has a --top_k of its own, one number
+    if "study" in arguments[:1]:  # the option --top_k of convert is one number
         lists = {f"--{field.name}" for field in fields(Settings) if str(field.type).startswith("list")}
     parsed = parser.parse_args(_spelled_out(arguments, lists))
     return Settings(**vars(parsed.study)) if parsed.subcommand == "study" else vars(parsed.convert)
 
 
 def _spelled_out(arguments: Sequence[str], lists: set[str]) -> list[str]:
-    """Arguments as jsonargparse wants them: ``--top-k 1,2`` becomes ``--top_k [1,2]``.
+    """Arguments in the form that jsonargparse takes: ``--top-k 1,2`` becomes ``--top_k [1,2]``.
 
     Raises:
-        OptionError: an option with an empty value, such as a shell's variable that is not set.
+        OptionError: an option with an empty value, such as an unset variable of the shell.
         ValueError: an argument that is not text.
     """
     found, option = [], ""
     for argument in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in argument):  # how Python keeps other bytes
+        if any("\ud800" <= character <= "\udfff" for character in argument):  # Python's form of invalid bytes
             raise ValueError(f"argument {argument!r} is not valid UTF-8")
         name, equals, value = argument.partition("=")
         is_option = argument.startswith("--")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside `path` first, so that an interruption or a full disk leaves the old file, and no other.
+    """Writes a file under a temporary name, then renames it: a failure leaves the old file and no part of the new.
 
     Args:
-        path: replaced in one step. Its folder exists.
-        write: called with the path to write to.
+        path: the file, which is replaced in one step. Its folder must exist.
+        write: a function that writes to the path it is called with.
 
     Raises:
-        OSError: names `path`.
+        OSError: the file cannot be written. The error names `path`.
     """
-    # The process's own name: two processes may write the same file. A link at that place would lead elsewhere.
+    # The name has the process id, since two processes may write the same file. A link of this name is removed first.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The machine that the study and the benchmarks run on, and the versions that matter."""
+"""A description of the machine and the versions that a measurement depends on."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NOT_INSTALLED = "not installed"
 
 
 def here_and_now() -> dict[str, Any]:
-    """What every measurement keeps: `machine` as `machine_description` has it, and `date` to the minute."""
+    """The entries that every measurement keeps: `machine` from `machine_description`, and `date` to the minute."""
     return {"machine": machine_description(), "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}
 
 
 @cache
 def machine_description() -> dict[str, str]:
-    """This machine and the versions that matter, in words; every machine has all keys but the GPU's."""
+    """The machine and the versions that a measurement depends on, as text. The key GPU needs a GPU."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
     found = {
@@ -54,7 +54,7 @@ def cpu_model() -> str:
 def _memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (AttributeError, OSError, ValueError):  # not on every system
+    except (AttributeError, OSError, ValueError):  # some systems do not say
         return "unknown"
 
 
@@ -67,7 +67,7 @@ def _system() -> str:
 
 
 def package_version(package: str) -> str | None:
-    """Version of an installed package; None where it is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -120,7 +120,7 @@ def test_a_killed_worker_is_told_in_words(tmp_path, monkeypatch):
             return future
 
     monkeypatch.setattr(study, "Workers", Killed)
-    with pytest.raises(ChildProcessError, match=r"a worker process was killed, .*; what is finished is kept"):
+    with pytest.raises(ChildProcessError, match=r"a worker process was killed, .*; finished runs are kept"):
         run_study(replace(TINY, output=tmp_path), silent())
 
 
@@ -143,7 +143,7 @@ def test_transfer_gives_figure_2(tmp_path, here):
     ({"batch_size": 64}, "batch_size 64: 40 training images are less than one batch"),
     ({"patch_size": 3}, "patch_size 3 does not divide images of 8 x 8 pixels"),
     ({"shift": 8}, "shift 8 moves images of 8 x 8 pixels out of sight"),
-    ({"transfer_data": "digits"}, "10-shot transfer wants more than 100 training images for 10 classes, there are 40"),
+    ({"transfer_data": "digits"}, "10-shot transfer needs more than 100 training images for 10 classes, there are 40"),
     ({"transfer_data": "nowhere"}, "no folder 'nowhere'"),
 ])  # fmt: skip
 def test_refuses_before_anything_is_run(tmp_path, here, changes, words):

@@ -88,7 +88,7 @@ def _layer_cost(layer: MoEMlp, tokens: int) -> tuple[float, float]:
 
 
 def _slots_per_expert(layer: MoEMlp, tokens: int) -> int:
-    """Gives the slots per expert for groups of `tokens` tokens: `router.slots`, or those of a routing of zeros."""
+    """Slots per expert for a group of `tokens` tokens, from `router.slots` or else from a routing of zeros."""
     router: Any = layer.router
     if hasattr(router, "slots"):
         return router.slots(tokens)

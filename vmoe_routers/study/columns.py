@@ -1,4 +1,4 @@
-"""The columns of the study's table, and the table as CSV and in the terminal; the report's is in `tables`."""
+"""The columns of the study's table, and the table as CSV and in the terminal. `tables` makes the HTML table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,17 @@ from vmoe_routers.study.summary import Row
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of the table: `key` is the field of `Row`, `scale` turns it into `unit`."""
+    """A column of the table.
+
+    Attributes:
+        key: the field of `Row`.
+        group: the heading above the titles of neighbouring columns.
+        title, unit: the column's own heading.
+        format: the format of the scaled value.
+        scale: the factor from the field to the unit.
+        has_error: whether the field is a `Stat`, a value with a standard error.
+        in_terminal: whether the terminal shows the column.
+    """
 
     key: str
     group: str
@@ -30,7 +40,7 @@ class Column:
     in_terminal: bool = True
 
     def text(self, row: Row) -> str:
-        """The cell in words: "97.2±0.1"; "±-" where one seed gives no error, "-" where there is nothing."""
+        """The cell's text: "97.2±0.1". An error that one seed cannot give is "±-", a missing value is "-"."""
         value = getattr(row, self.key)
         if value is None:
             return "-"
@@ -66,16 +76,16 @@ _VARIANT = ("name", "label", "router", "top_k", "combine", "capacity_factor")
 
 
 def shown_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns that say something: seeds where they differ, the others where at least one row has them."""
+    """The columns in which at least one row has a value. Seeds are shown only where rows differ in their number."""
     found = [column for column in COLUMNS if any(getattr(row, column.key) is not None for row in rows)]
     return [column for column in found if column.key != "seeds" or len({row.seeds for row in rows}) > 1]
 
 
-_LABEL_WIDTH = 21  # of the terminal's table at least; longer labels go over several lines
+_LABEL_WIDTH = 21  # characters kept for the labels in the terminal; longer labels are wrapped
 
 
 def write_csv(rows: Sequence[Row], path: Path | str) -> None:
-    """The table in full precision and base units (accuracy in 0..1, FLOPs); nothing there is an empty cell."""
+    """Writes the table in full precision and base units (accuracy in [0, 1], FLOPs). A missing value is empty."""
     header = [*_VARIANT]
     for column in COLUMNS:
         header += [column.key, f"{column.key}_error"] if column.has_error else [column.key]
@@ -95,9 +105,9 @@ def write_csv(rows: Sequence[Row], path: Path | str) -> None:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """The columns marked `in_terminal`, in at most 120 characters; in a narrower terminal, those that fit.
+    """Prints the columns marked `in_terminal`, or as many of them as the terminal has room for.
 
-    The report and the CSV have them all.
+    All of them need at most 120 characters. The report and the CSV file have all columns.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.caption = Text(

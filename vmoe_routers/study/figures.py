@@ -1,8 +1,8 @@
 """The study's figures, from the records of its runs.
 
-Every figure has a `<figure>_data` function, which gives the numbers as a list of dicts, and a
-function that draws just those. Figures are `matplotlib.figure.Figure` objects: nothing here
-touches pyplot or a display.
+Every figure has a function `<figure>_data`, which returns the numbers as a list of dicts, and a
+function that draws exactly these numbers. Figures are `matplotlib.figure.Figure` objects. No function
+uses pyplot or a display.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ from vmoe_routers.study.summary import Run, by_variant, stat, summarise, summari
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A figure of the study: `name` for its files, `title` and `caption` for the report."""
+    """A figure of the study.
+
+    Attributes:
+        name: the stem of its files.
+        title, caption: texts of the report.
+        figure: the drawn figure.
+        data: the drawn numbers.
+    """
 
     name: str
     title: str
@@ -34,7 +41,7 @@ class Drawing:
 
 
 def draw(runs: Sequence[Run]) -> list[Drawing]:
-    """Every figure that the runs have numbers for, in the order of the report."""
+    """Draws every figure that the runs have numbers for, in the order of the report."""
     found = []
     for name, title, caption, collect, paint in _FIGURES:
         data = collect(runs)
@@ -44,7 +51,7 @@ def draw(runs: Sequence[Run]) -> list[Drawing]:
 
 
 def save(folder: Path | str, name: str, figure: Figure, data: Data) -> Path:
-    """Writes `name.png` and, beside it, the drawn numbers as `name.csv`; returns the picture's path."""
+    """Writes `name.png` and the drawn numbers as `name.csv` to `folder`. Returns the path of the picture."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -61,27 +68,27 @@ def save(folder: Path | str, name: str, figure: Figure, data: Data) -> Path:
 
 
 def save_all(folder: Path | str, runs: Sequence[Run]) -> list[Path]:
-    """Draws and saves every figure that the runs have numbers for; returns the pictures' paths."""
+    """Draws and saves every figure that the runs have numbers for. Returns the paths of the pictures."""
     return [save(folder, drawing.name, drawing.figure, drawing.data) for drawing in draw(runs)]
 
 
 def figure_1(runs: Sequence[Run]) -> Figure | None:
-    """Training time against validation accuracy and loss; None without runs."""
+    """Draws training time against validation accuracy and loss. Returns None without runs."""
     return _paint(figure_1_data(runs), plots.paint_figure_1)
 
 
 def figure_2(runs: Sequence[Run]) -> Figure | None:
-    """Training time against 10-shot transfer accuracy; None where no run has it."""
+    """Draws training time against 10-shot transfer accuracy. Returns None if no run measured the transfer."""
     return _paint(figure_2_data(runs), plots.paint_figure_2)
 
 
 def figure_3(runs: Sequence[Run]) -> Figure | None:
-    """Sinkhorn Token Choice over the epochs, softmax against plan combine; None where no run is of it."""
+    """Draws the epochs of Sinkhorn Token Choice, softmax against plan combine. Returns None without such runs."""
     return _paint(figure_3_data(runs), plots.paint_figure_3)
 
 
 def figure_load(runs: Sequence[Run]) -> Figure | None:
-    """Load of the experts of every MoE layer, from the most to the least loaded; None without MoE layers."""
+    """Draws the load of the experts in every MoE layer, sorted in descending order. Returns None without MoE layers."""
     return _paint(figure_load_data(runs), plots.paint_figure_load)
 
 
@@ -90,14 +97,14 @@ def _paint(data: Data, paint: Callable[[Data], Figure]) -> Figure | None:
 
 
 def figure_1_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant: seconds of training steps, accuracy in 0..1 and loss, with standard errors."""
+    """One dict per variant: training time in seconds, accuracy in [0, 1] and loss, with standard errors."""
     return [
         _point(row, train_seconds=row.train_seconds, accuracy=row.accuracy, loss=row.loss) for row in summarise(runs)
     ]
 
 
 def figure_2_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant that has it: seconds of training and transfer accuracy, with standard errors."""
+    """One dict per variant with a transfer: training time in seconds and transfer accuracy, with standard errors."""
     runs = [run for run in runs if run["transfer"]]
     names = {run["variant"]["name"]: run["transfer"]["data"] for run in runs}
     return [
@@ -118,13 +125,13 @@ def _point(row: Any, **values: Any) -> dict[str, Any]:
 
 
 def figure_3_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant of Sinkhorn Token Choice and epoch: accuracy in 0..1 and loss, with standard errors."""
+    """One dict per epoch and variant that has a `combine`: accuracy in [0, 1] and loss, with standard errors."""
     data = []
     for group in by_variant(runs):
         variant = group[0]["variant"]
         if variant["combine"] is None:
             continue
-        # Up to the epoch that every seed has reached: a mean over fewer would make a step in the curve.
+        # The curve ends where the shortest run ends: a mean over fewer seeds would make a step in it.
         for epochs in zip(*(run["epochs"] for run in group), strict=False):
             keys = ("name", "label", "top_k", "combine", "capacity_factor")
             point = {key: variant[key] for key in keys} | {"seeds": len(group), "epoch": epochs[0]["epoch"]}
@@ -136,7 +143,7 @@ def figure_3_data(runs: Iterable[Run]) -> Data:
 
 
 def figure_load_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant, MoE layer and rank: mean tokens per image, and these over the even share."""
+    """One dict per variant, MoE layer and rank: mean tokens per image, also divided by the even share."""
     data = []
     for row in summarise_layers(runs):
         layer = {"name": row.name, "label": row.label, "router": row.router, "block": row.block}
@@ -150,32 +157,33 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
     (
         "figure_1",
         "Figure 1. Training time against validation accuracy and loss",
-        "One point per variant: mean over seeds after the last epoch, bars are standard errors. Training time is the "
-        "number of steps times the median step, timed with all variants in turns. Shape and colour are "
-        "the router, white inside is K = 1, a dot is plan-valued combine, size is the capacity factor. Good is to the "
-        "left, and up in accuracy, down in loss.",
+        "One point per variant: the mean over seeds after the last epoch. Bars are standard errors. Training time is "
+        "the number of steps times the median step, which was timed with all variants in turns. Shape and colour show "
+        "the router, a white inside K = 1, a dot the plan-valued combine, the size the capacity factor. Points further "
+        "left are faster. Higher accuracy and lower loss are better.",
         figure_1_data,
         plots.paint_figure_1,
     ),
     (
         "figure_2",
         "Figure 2. Training time against 10-shot transfer accuracy",
-        "Ridge regression on frozen features, ten images a class of another data set. Marks as in Figure 1.",
+        "Ridge regression on frozen features, with ten images per class of a second data set. Marks as in Figure 1.",
         figure_2_data,
         plots.paint_figure_2,
     ),
     (
         "figure_3",
         "Figure 3. Sinkhorn Token Choice: softmax against plan-valued combine",
-        "Mean over seeds with a band of one standard error. The first quarter of the epochs may lie outside the frame.",
+        "Mean over seeds with a band of one standard error. The frame may cut off the first quarter of the epochs.",
         figure_3_data,
         plots.paint_figure_3,
     ),
     (
         "figure_load",
         "Load of the experts",
-        "Tokens that each expert took on the validation set, over the even share (dotted); experts sorted by load in "
-        "every seed, then the mean over seeds. One line per MoE layer, later blocks darker.",
+        "Tokens that each expert took on the validation set, divided by the even share (dotted line). Experts are "
+        "sorted by load in every seed before the mean over seeds is taken. Every MoE layer has a line, later blocks "
+        "darker ones.",
         figure_load_data,
         plots.paint_figure_load,
     ),

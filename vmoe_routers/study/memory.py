@@ -1,4 +1,4 @@
-"""How much memory a study needs at least, to refuse what cannot fit before anything is built."""
+"""Lower bounds of the memory that a study needs, to refuse a study that cannot fit before a model is built."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vmoe_routers.study.variants import Variant
 _FLOAT = 4
 _SIZES = ("image_size", "patch_size", "width", "mlp_ratio", "depth", "heads", "num_experts", "batch_size")
 _SIZES += ("group_size", "top_k", "capacity_factors")
-_BLOCK = 20_000  # of Python objects
-_PROCESS = 100 << 20  # what a process with torch does not share with other processes
+_BLOCK = 20_000  # bytes of a block's Python objects
+_PROCESS = 100 << 20  # bytes that a process with torch does not share with other processes
 
 
 class Need(NamedTuple):
-    """Bytes for training one model: lower bounds, so that nothing is refused that would have fitted."""
+    """Bytes for training one model. They are lower bounds: a study that would fit is not refused."""
 
     parameters: float
     optimizer: float
@@ -30,7 +30,7 @@ class Need(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of the three."""
         return sum(self)
 
 
@@ -42,16 +42,17 @@ def check_memory(
     classes: int = 2,
     images: int = 0,
 ) -> int:
-    """The number of workers that fit in memory: `settings.workers`, or where it is 0 at most one for every core.
+    """The number of workers that fit in memory: `settings.workers`, or at most one per core where that is 0.
 
     Args:
-        settings: of the study.
-        variants: its models.
-        size, channels, classes: of the images.
-        images: their bytes, which every worker has.
+        settings: the study's settings.
+        variants: the study's models.
+        size, channels, classes: height, channels and classes of the images.
+        images: bytes of all images, which every worker holds.
 
     Raises:
-        OptionError: a model does not fit, or the workers together do not. Names the option that costs most.
+        OptionError: a model, all models during the timing, or all workers do not fit. The error names the option
+            that costs most.
     """
     shape, available = (size, channels, classes), available_memory(settings.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -68,7 +69,7 @@ def check_memory(
             f"activations {in_words(need.activations)}), {in_words(available)} are available",
             name,
         )
-    # The timing has all models in one process.
+    # The timing holds all models in one process.
     together = sum(sum(_need(vars(settings), variant, shape)[:2]) for variant in variants) + need.activations
     if together > available:
         name, value = _culprit(settings, variants, shape)
@@ -87,11 +88,11 @@ def check_memory(
 
 
 def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]) -> Need:
-    """The need of a variant, from sizes that only floats may be able to hold."""
+    """The memory that a variant needs, computed in floats, since the sizes may be huge."""
     o, (size, channels, classes) = SimpleNamespace(**options), shape
     width, depth, experts, batch = float(o.width), float(o.depth), float(o.num_experts), float(o.batch_size)
     hidden = width * o.mlp_ratio
-    tokens = float(max(size // o.patch_size, 1)) ** 2  # of an image
+    tokens = float(max(size // o.patch_size, 1)) ** 2  # per image
     moe = 0.0 if variant.router is None else depth - depth // 2
     group = tokens if variant.has_phi else tokens * o.group_size
     slots = 0.0  # per group; a lower bound for own routers, whose slots are not known yet
@@ -105,7 +106,7 @@ def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]
     if not is_own(variant.router):
         parameters += moe * width * (slots if variant.has_phi else experts)
     parameters += width * (tokens + channels * o.patch_size**2 + classes)
-    # Kept for the backward pass: inputs of the two norms and of the projections, attention's shares, hidden layers.
+    # The backward pass needs the inputs of the two norms and the projections, the attention weights, the hidden layers.
     activations = depth * batch * (tokens * 6 * width + o.heads * tokens**2) + (depth - moe) * batch * tokens * hidden
     activations += moe * batch * tokens / group * slots * (width + hidden)
     if variant.has_phi:
@@ -114,7 +115,7 @@ def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]
 
 
 def _culprit(settings: Settings, variants: Sequence[Variant], shape: tuple[int, int, int]) -> tuple[str, Any]:
-    """The size whose default would save most, and its value."""
+    """The name and the value of the option whose default would save most memory."""
     defaults = {field.name: field.default for field in fields(Settings)}
 
     def total_without(name: str) -> float:

@@ -1,4 +1,4 @@
-"""How the study's figures are drawn, from the numbers that `vmoe_routers.study.figures` collects."""
+"""Drawing the study's figures, from the numbers that `vmoe_routers.study.figures` collects."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _GRID = {"color": "#e6e6e6", "linewidth": 0.8}
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, with air around the panels."""
+    """An empty figure, in inches, with room between the panels."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.03)
     return figure
 
 
 def paint_figure_1(data: Data) -> Figure:
-    """Training time against validation accuracy and loss."""
+    """Draws training time against validation accuracy and loss."""
     panels = [("accuracy", "validation accuracy (%)", 100.0), ("loss", "validation loss (nats)", 1.0)]
     return _scatter(data, panels)
 
 
 def paint_figure_2(data: Data) -> Figure:
-    """Training time against 10-shot transfer accuracy."""
+    """Draws training time against 10-shot transfer accuracy."""
     label = f"10-shot accuracy on {', '.join(sorted({point['data'] for point in data}))} (%)"
     return _scatter(data, [("transfer_accuracy", label, 100.0)])
 
 
 def _scatter(data: Data, panels: list[tuple[str, str, float]]) -> Figure:
-    """Training time against each panel's (key, label, scale); the legend stands under the panels."""
+    """Draws training time against the (key, label, scale) of each panel, with the legend under the panels."""
     figure = _figure(11.5 if len(panels) > 1 else 8.5, 6.2)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     kinds: dict[tuple, list[dict[str, Any]]] = {}
@@ -60,7 +60,7 @@ def _scatter(data: Data, panels: list[tuple[str, str, float]]) -> Figure:
 
 
 def _draw_kind(ax: Axes, kind: tuple, points: Data, key: str, scale: float) -> None:
-    """The points of one router, K and combine; a thin line joins its capacities."""
+    """Draws the points of one router, K and combine. A thin line joins the capacity factors."""
     color = style(kind[0]).color
     x = [point["train_seconds"] for point in points]
     y = [point[key] * scale for point in points]
@@ -79,12 +79,12 @@ def _draw_kind(ax: Axes, kind: tuple, points: Data, key: str, scale: float) -> N
 
 
 def _size(capacity_factor: float | None) -> float:
-    """Marker diameter in points: area goes by capacity factor, within what can be seen and told apart."""
+    """The marker's diameter in points: its area is proportional to the capacity factor, clamped to [0.2, 5]."""
     return 9.0 * math.sqrt(min(max(capacity_factor or 1.0, 0.2), 5.0))
 
 
 def _markers(kind: tuple, size: float) -> tuple[Line2D, ...]:
-    """The artists of one point: shape and colour for the router, white inside for K = 1, a dot for the plan."""
+    """The artists of one point: shape and colour show the router, a white inside K = 1, a dot the plan."""
     router, top_k, plan = kind
     look = style(router)
     size *= 1.5 if look.marker == "*" else 0.85 if look.marker in "Ds" else 1.0
@@ -99,7 +99,7 @@ def _markers(kind: tuple, size: float) -> tuple[Line2D, ...]:
 
 
 def _scatter_legend(figure: Figure, data: Data, kinds: list[tuple], columns: int) -> None:
-    handles: list[Any] = []  # tuples of artists, which HandlerTuple draws over one another
+    handles: list[Any] = []  # tuples of artists, which HandlerTuple draws on top of each other
     labels = []
     for router, top_k, plan in kinds:
         handles.append(_markers((router, top_k, plan), _size(1.0)))
@@ -120,7 +120,7 @@ def _scatter_legend(figure: Figure, data: Data, kinds: list[tuple], columns: int
 
 
 def paint_figure_3(data: Data) -> Figure:
-    """A row of two panels per capacity factor; colour is K, line style is what weighs in combine."""
+    """Draws two panels per capacity factor. The colour shows K, the line style the values that combine uses."""
     capacities = sorted({point["capacity_factor"] or 1.0 for point in data})
     figure = _figure(11.5, 1.2 + 3.9 * len(capacities))
     grid = figure.subplots(len(capacities), 2, squeeze=False, sharex=True)
@@ -158,7 +158,7 @@ def _draw_curve(ax: Axes, curve: Data, key: str, scale: float, color: str, lines
     epochs = [point["epoch"] for point in curve]
     mean = [point[key] * scale for point in curve]
     errors = [point[f"{key}_error"] for point in curve]
-    # A line of one point is not seen, nor whether it is dashed.
+    # A line through one point is invisible, so a marker replaces it: filled for solid lines, empty for dashed lines.
     point: Any = {"marker": "o" if len(curve) == 1 else "", "fillstyle": "full" if linestyle == "-" else "none"}
     (line,) = ax.plot(epochs, mean, linestyle, color=color, linewidth=1.8, gid=curve[0]["name"], **point)
     if None not in errors:
@@ -169,7 +169,7 @@ def _draw_curve(ax: Axes, curve: Data, key: str, scale: float, color: str, lines
 
 
 def _frame_late_epochs(ax: Axes, curves: list[Data], key: str, scale: float) -> None:
-    """Cuts the first quarter of the epochs off the y axis, where differences of the rest would vanish beside it."""
+    """Fits the y axis to the last three quarters of the epochs: the first epochs would make later differences tiny."""
     late = [point for curve in curves for point in curve[len(curve) // 4 :]]
     values = [(point[key] + sign * (point[f"{key}_error"] or 0.0)) * scale for point in late for sign in (-1, 1)]
     values = [value for value in values if math.isfinite(value)]
@@ -189,11 +189,11 @@ def paint_figure_load(data: Data) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for ax in grid.flat[len(variants) :]:
         ax.remove()
-    for ax in grid.flat[: len(variants)][-columns:]:  # the lowest of every column
+    for ax in grid.flat[: len(variants)][-columns:]:  # the lowest panel of every column
         ax.tick_params(labelbottom=True)
     for ax, (name, blocks) in zip(grid.flat, variants.items(), strict=False):
         _draw_load(ax, name, blocks)
-    grid[0, 0].set_ylim(bottom=0)  # last: the panels share the axis, and a limit stops it from growing
+    grid[0, 0].set_ylim(bottom=0)  # last, since the panels share the axis and a limit turns autoscaling off
     figure.supxlabel("expert, from most to least loaded", fontsize=10)
     figure.supylabel("load / even share", fontsize=10)
     return figure

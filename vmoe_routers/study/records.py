@@ -1,4 +1,4 @@
-"""Records of runs on disk: where they are, how they are written, and what they must hold to count as done."""
+"""Records of runs on disk: their paths, their writing and reading, and the values that they must hold."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import MOE_BLOCKS, Variant
 from vmoe_routers.training import Images
 
-RECORD_VERSION = 3  # goes up when a record of the same settings would come out differently
+RECORD_VERSION = 3  # to be increased when the same settings would give a different record
 _MAX_BYTES = 1 << 28
 
 
 class RecordError(ValueError):
-    """A file is no record: the message names the file and what is wrong with it."""
+    """A file that is not the record wanted. The message names the file and the fault."""
 
 
 def fingerprint(data: Images, transfer: Images | None) -> str:
-    """A hash of what a result depends on beside the settings: the images themselves, and the versions."""
+    """A hash of the images and the versions, on which a result depends besides the settings."""
     digest = hashlib.sha256(f"{RECORD_VERSION} {__version__} {torch.__version__}".encode())
     for images in (data, transfer):
         digest.update(repr(images and images.name).encode())
@@ -40,16 +40,16 @@ def fingerprint(data: Images, transfer: Images | None) -> str:
 
 
 def record_path(settings: Settings, inputs: str, name: str, *of: Any) -> Path:
-    """The path of a record: its name holds a hash of everything that its numbers depend on.
+    """The path of a record. The file's name has a hash of everything that the record's numbers depend on.
 
     Args:
-        settings: those that a single run does not depend on (other routers, more seeds, another folder) are left out
-            of the hash.
+        settings: the study's settings. The hash leaves out settings that a single run does not depend on, such as the
+            list of routers, the number of seeds and the output folder.
         inputs: the `fingerprint` of the data.
-        name: begins the file's name.
-        of: what else the record is of, such as the variant and the seed.
+        name: the start of the file's name.
+        of: further values for the hash, such as the variant.
     """
-    # The fingerprint holds the data themselves, wherever they are stored.
+    # The fingerprint covers the images, so the place of the data does not matter.
     others = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "seeds", "workers")
     others += ("data", "transfer_data")
     of_run = {key: value for key, value in asdict(settings).items() if key not in others}
@@ -59,24 +59,24 @@ def record_path(settings: Settings, inputs: str, name: str, *of: Any) -> Path:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes a record whole or not at all.
+    """Writes a record, completely or not at all.
 
     Raises:
-        OSError: names the record.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: partial.write_text(json.dumps(record, indent=1)))
 
 
 def read_record(path: Path, wanted: Any) -> dict[str, Any] | None:
-    """A finished record; None: no file.
+    """Reads a finished record. Returns None if there is no file.
 
     Args:
-        path: of the record.
-        wanted: what it must hold: `run_record` or `timing_record`.
+        path: the record's path.
+        wanted: the values that the record must hold, from `run_record` or `timing_record`.
 
     Raises:
-        RecordError: the file is no such record.
+        RecordError: the file is not such a record.
         OSError: the file cannot be opened.
     """
     if not path.exists():
@@ -96,7 +96,12 @@ def read_record(path: Path, wanted: Any) -> dict[str, Any] | None:
 
 
 class _Kind(NamedTuple):
-    """Values that a record may hold in one place, in words and as a test."""
+    """The values that a record may hold in one place.
+
+    Attributes:
+        words: a description for messages.
+        accepts: whether a value is one of them.
+    """
 
     words: str
     accepts: Callable[[Any], bool]
@@ -111,7 +116,7 @@ def _exactly(wanted: Any) -> _Kind:
 
 
 _TEXT = _Kind("a text", lambda value: isinstance(value, str))
-_NUMBER = _Kind("a number", _is_number)  # NaN and infinity too: a training may diverge
+_NUMBER = _Kind("a number", _is_number)  # NaN and infinity included: a training may diverge
 _SHARE = _Kind("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1)
 _COUNT = _Kind("a count", lambda value: _is_number(value) and isinstance(value, int) and value >= 0)
 _POSITIVE = _Kind("a positive number", lambda value: _is_number(value) and 0 < value < math.inf)
@@ -124,12 +129,12 @@ _WHEN_AND_WHERE = {"machine": _MACHINE, "date": _TEXT}
 
 
 def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | None) -> dict[str, Any]:
-    """What the record of a run must hold, as `vmoe_routers.study.summary` describes it.
+    """The values that the record of a run must hold. `vmoe_routers.study.summary` describes them.
 
-    A mapping wants at least its keys, a tuple a list of exactly its elements.
+    A record must have at least the keys of a mapping, and exactly the elements of a tuple.
 
     Args:
-        settings, variant, seed: of the run.
+        settings, variant, seed: the run's.
         transfer: the name of the second data set.
     """
     metrics = dict.fromkeys(("utilisation", "load_cv", "dropped", "entropy"), _NUMBER)
@@ -151,7 +156,7 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
 
 
 def timing_record(rounds: int) -> dict[str, Any]:
-    """What the record of the timing must hold: as many times for every variant as there were rounds."""
+    """The values that the record of the timing must hold: `rounds` times for every variant."""
     times = _Kind(
         f"{rounds} positive numbers for every variant",
         lambda value: (
@@ -166,12 +171,12 @@ def timing_record(rounds: int) -> dict[str, Any]:
 
 
 def evaluated_epochs(epochs: int) -> Sequence[int]:
-    """The epochs after which a run is evaluated: every second one, up to the last. Curves at half the price."""
+    """The epochs after which a run is evaluated: the last one and every second one before. This halves the cost."""
     return range(2 - epochs % 2, epochs + 1, 2)
 
 
 def _problem(value: Any, wanted: Any, where: str) -> str | None:
-    """What is wrong with a value, in words; None: nothing."""
+    """A description of the first value that is not as wanted. None: all are."""
     name = where or "the whole"
     if isinstance(wanted, _Kind):
         return None if wanted.accepts(value) else f"{name} is {_short(value)}, wanted {wanted.words}"

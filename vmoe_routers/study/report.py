@@ -1,4 +1,4 @@
-"""The study's report: one HTML file that holds everything, pictures and all, and loads nothing."""
+"""The study's report: one HTML file with its pictures inside, which loads no other file."""
 
 from __future__ import annotations
 
@@ -68,31 +68,33 @@ svg { display: block; margin-left: auto; }
 """
 
 _READING = """
-<p>Every model has the same trunk, recipe, data order and augmentation; per seed the same trunk initialisation too. Only
-what stands in place of the MLP in the MoE blocks differs. Numbers are means over seeds after the last epoch, ± the
-standard error of the mean. <em>Minus dense</em> is the mean of the differences seed by seed, with a standard error of
-its own; <b>bold</b> where 0 lies outside its 95 % interval by Student's t, which for 3 seeds are 4.3 of them.
-<em>Step</em> is the median time of a training step, <em>training</em> that times the number of steps: after the
-training all variants took turns in one process, a step each a round, ± the standard error over the rounds.
-<em>Slots</em> are the expert inputs really computed per
-image and MoE layer, for the dense ViT its tokens; <em>MLP FLOPs</em> those of MLPs, experts and routing in a forward
-pass. <em>Dropped</em> is the share of tokens that no expert took, <em>load CV</em> the standard deviation of the
-experts' load over its mean, <em>used</em> the share of slots that held a token.</p>
-<p>The limits: small models on small images for a short time, times as they were on the machine named below. The
-results of <a href="https://arxiv.org/abs/2401.15969">the paper</a>, on JFT and ImageNet with 32 experts,
-are not reproduced here, and what wins here need not win there. There are many comparisons: of twenty that are
-pure chance, one will look clear. These are the results as they came, whether or not they agree with the paper.</p>
+<p>All models have the same trunk, recipe, data order and augmentation. Models of one seed start from the same trunk.
+Models differ only in the layer that replaces the MLP of some blocks. Numbers are means over seeds after the last
+epoch, ± the standard error of the mean. <em>Minus dense</em> is the mean of the differences to the dense ViT, taken
+seed by seed, ± the standard error of this mean. It is <b>bold</b> where its 95 % interval by Student's t excludes 0.
+For 3 seeds that interval is 4.3 standard errors to either side. <em>Step</em> is the median time of a training step.
+<em>Training</em> is the median step times the number of steps. The steps were timed after the training: all variants
+took turns in one process, one step per round, and ± is the standard error over the rounds. <em>Slots</em> are the
+expert inputs computed per image and MoE layer; for the dense ViT they are the tokens. <em>MLP FLOPs</em> are the
+operations of MLPs, experts and routing in a forward pass. <em>Dropped</em> is the share of the tokens that no expert
+took, <em>load CV</em> the standard deviation of the experts' load divided by the mean load, <em>used</em> the share
+of the slots that held a token.</p>
+<p>The limits: the models and images are small, the trainings are short, and times hold for the machine named below. The
+study does not reproduce the results of <a href="https://arxiv.org/abs/2401.15969">the paper</a> on JFT and ImageNet
+with 32 experts. A router that wins here need not win there. The study makes many comparisons: where models do not
+differ, one comparison in twenty still looks clear. The results are shown whether or not they agree with the
+paper.</p>
 """
 
 
 def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str, Any]) -> Path:
-    """Writes `report.html` and, beside it, every figure of it as PNG and CSV.
+    """Writes `report.html`, and every figure of the report as a PNG and a CSV file.
 
     Args:
-        folder: where to write; made if it is not there.
+        folder: the folder to write to. It is made if it does not exist.
         runs: the records of the runs.
-        settings: what was asked for, by name; "command", if there, is what the user typed
-            (default: this process's arguments).
+        settings: the study's settings by name. "command" is optional: the command that the user typed, by default
+            this process's arguments.
 
     Returns:
         The report's path.
@@ -109,7 +111,7 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
         f"<p><code>{escape(str(command))}</code></p>",
         _definitions(settings),
         *_notes(settings),
-        "<h2>How to read this, and how far it goes</h2>",
+        "<h2>How to read the numbers, and their limits</h2>",
         _READING,
         "<h2>In short</h2>",
         _list(findings(runs)),
@@ -135,7 +137,7 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
 
 
 def findings(runs: Sequence[Run]) -> list[str]:
-    """What the numbers say, in sentences that claim no more than paired 95 % intervals allow."""
+    """The results in sentences, which claim no more than the paired 95 % intervals allow."""
     rows = [row for row in summarise(runs) if math.isfinite(row.loss.mean)]
     if not rows:
         return ["No run has a finite loss."]
@@ -146,7 +148,7 @@ def findings(runs: Sequence[Run]) -> list[str]:
         f"Highest mean accuracy: {highest.label}, {_pm(highest.accuracy, '.1f', 100)} %."
     ]
     if all(row.seeds == 1 for row in rows):
-        said.append("With one seed nothing says how much of a difference is chance; run more to know.")
+        said.append("One seed does not show how much of a difference is chance. Run more seeds to find out.")
     else:
         said += _compare(runs, rows, lowest)
     steps = sorted((row.step_ratio, row.label) for row in rows if row.router and row.step_ratio)
@@ -160,15 +162,15 @@ def findings(runs: Sequence[Run]) -> list[str]:
 
 
 def _compare(runs: Sequence[Run], rows: list[Row], lowest: Row) -> list[str]:
-    """Which losses the seeds tell apart: from the lowest, and from the dense ViT's."""
+    """Sentences about losses that clearly differ from the lowest loss, and from the dense ViT's."""
     groups = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
     differences = {row.label: paired(groups[row.name], groups[lowest.name], loss) for row in rows if row is not lowest}
     close = [label for label, values in differences.items() if not (values and stat(values).is_clear())]
     said = []
-    # Labels have commas of their own.
+    # Labels contain commas, so semicolons separate them.
     if differences:
         which = "; ".join(close) or "none"
-        said.append(f"Not told apart from the lowest loss at 95 %, seed by seed: {which}.")
+        said.append(f"Not clearly above the lowest loss at 95 %, seed by seed: {which}.")
     against = {row.label: row.loss_difference for row in rows if row.loss_difference is not None}
     if against:
         clear = {label: value.mean for label, value in against.items() if value.is_clear()}
@@ -180,32 +182,32 @@ def _compare(runs: Sequence[Run], rows: list[Row], lowest: Row) -> list[str]:
 
 
 def _command() -> str:
-    """What the user typed."""
+    """The command that the user typed."""
     name = Path(sys.argv[0]).name
     program = ["python", "-m", "vmoe_routers"] if name == "__main__.py" else [name]
     return shlex.join([*program, *sys.argv[1:]])
 
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
-    """What a reader who knows the usual models would stumble over."""
+    """A paragraph for each setting that differs from usual models and changes how to read the results."""
     ratio = settings.get("mlp_ratio", 4)
     if ratio == 4:
         return []
     return [
-        f"<p>The MLPs and experts are {_words(ratio)} token widths wide within; usual is 4. Narrower ones make the "
-        "study shorter, give an expert less to contribute, and make routing a larger part of a step than it is in a "
-        "usual model.</p>"
+        f"<p>The hidden width of the MLPs and experts is {_words(ratio)} times the width of a token; usual is 4. "
+        "Narrow experts make the study shorter. They contribute less than usual experts, and routing takes a larger "
+        "part of a step than in a usual model.</p>"
     ]
 
 
 def _dates(runs: Sequence[Run]) -> str:
-    """When they were run: from the first to the last."""
+    """The dates of the first and the last run."""
     dates = sorted({run["date"] for run in runs})
     return " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "nothing was run"
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:
-    """Every machine that the runs and their timing come from, and when; runs may be of several."""
+    """Every machine that runs or timings come from, with the dates. Runs may come from several machines."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(json.dumps(run["machine"]), []).append(run)
@@ -222,11 +224,11 @@ def _machines(runs: Sequence[Run]) -> list[str]:
 
 
 def _figure(folder: Path | str, drawing: figures.Drawing) -> str:
-    """The figure, saved beside the report and inside it."""
+    """The figure as HTML with the picture inside. Saves the figure's files to the report's folder too."""
     path = figures.save(folder, drawing.name, drawing.figure, drawing.data)
     data = base64.b64encode(path.read_bytes()).decode()
     title = escape(drawing.title)
-    width = round(96 * drawing.figure.get_figwidth())  # CSS has 96 pixels to the inch
+    width = round(96 * drawing.figure.get_figwidth())  # CSS has 96 pixels per inch
     picture = f'<img alt="{title}" width="{width}" src="data:image/png;base64,{data}">'
     return f"<figure><h3>{title}</h3>{picture}<figcaption>{escape(drawing.caption)}</figcaption></figure>"
 
@@ -249,7 +251,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _words(value: Any) -> str:
-    """A setting's value for people."""
+    """A setting's value as text for readers."""
     if value is None:
         return "none"
     if isinstance(value, bool):

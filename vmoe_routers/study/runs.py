@@ -28,9 +28,9 @@ def run(
     transfer: Images | None,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Trains a variant from a seed and measures it; the record as in `vmoe_routers.study.summary`."""
+    """Trains a variant from a seed and measures it. Returns the record that `vmoe_routers.study.summary` describes."""
     model = build(variant, settings, data, seed)
-    # The largest share of the test images in whole groups at once.
+    # The largest multiple of the group size up to 512, or one group.
     batch = max(settings.group_size, 512 // settings.group_size * settings.group_size)
     epochs: list[dict[str, float]] = []
 
@@ -57,7 +57,7 @@ def run(
 
 
 class _LayerStatistics:
-    """The MoE layers' metrics, averaged over the images of the batches."""
+    """The metrics of the MoE layers, averaged over images that come in batches."""
 
     def __init__(self, model: VisionTransformer):
         self.model = model
@@ -67,7 +67,7 @@ class _LayerStatistics:
 
     @torch.no_grad()
     def add(self, images: Tensor) -> None:
-        """Runs the model, which is in eval mode, on a batch and adds what its layers did."""
+        """Runs the model, which must be in eval mode, on a batch and adds the metrics of its layers."""
         self.images += len(images)
         if not self.sums:
             return
@@ -75,7 +75,7 @@ class _LayerStatistics:
             self.model(images.to(next(self.model.parameters()).device))
         for block, sums in self.sums.items():
             routings = trace.routings[f"blocks.{block}.mlp"]
-            # The last group may be smaller and have a routing of its own.
+            # A last group that is smaller than the others has a separate routing.
             total = sum(routing.num_groups * routing.num_tokens for routing in routings)
             for routing in routings:
                 share = len(images) * routing.num_groups * routing.num_tokens / total
@@ -88,7 +88,7 @@ class _LayerStatistics:
                     sums[name] = sums[name] + value if name in sums else value
 
     def means(self) -> list[dict[str, Any]]:
-        """One dict a layer: loads per image, of all images, and the means of the other metrics."""
+        """One dict per layer: the loads per image and the means of the other metrics, over all images."""
         layers = []
         for block, sums in self.sums.items():
             sums = dict(sums)

@@ -1,4 +1,4 @@
-"""What a study is: its data, models, recipe and routers."""
+"""The settings of a study: data, models, recipe and routers."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The study's settings; each is an option of ``vmoe-routers study``.
+    """The study's settings. Each is an option of ``vmoe-routers study``.
 
     Args:
         data: "digits", a folder with IDX files (MNIST, Fashion-MNIST), or a folder with train/ and val/.
         transfer_data: a second data set, for 10-shot transfer and its figure.
-        output: where runs, table, figures and report go. What is there already is not run again.
+        output: the folder for runs, table, figures and report. Runs with a record in this folder are not run again.
         routers: names of routers, or package.module:factory for an own router; a dense ViT always runs too.
-        top_k: experts per token, for Token Choice; several are compared.
-        capacity_factors: several are compared.
-        plan_combine: whether Sinkhorn Token Choice is also run with the plan's values as gates.
-        seeds: how many; every seed has its own initialisation, data order and noise.
+        top_k: experts per token for Token Choice, a list to compare.
+        capacity_factors: slots per routed token, a list to compare.
+        plan_combine: whether Sinkhorn Token Choice also runs with the plan's values as gates.
+        seeds: number of seeds. Every seed has its own initialisation, data order and noise.
         epochs: passes over the data.
         batch_size: a multiple of group_size.
-        learning_rate: AdamW's peak.
+        learning_rate: peak learning rate of AdamW.
         image_size: resize images to this height and width.
-        max_images: use at most so many training and as many test images.
-        shift: random shifts by up to so many pixels.
-        patch_size: pixels.
-        width: of a token.
-        mlp_ratio: hidden width of an MLP and of an expert, in widths. 1 instead of the usual 4 keeps the default short.
-        depth: blocks; the last half has the MoE layers.
-        heads: of the attention.
-        num_experts: of every MoE layer.
-        group_size: images routed together by the sparse routers (Soft MoE: 1).
-        scale_init: start of Soft MoE's scale.
+        max_images: use at most this many training images and this many test images.
+        shift: largest random shift of a training image, in pixels.
+        patch_size: height and width of a patch, in pixels.
+        width: width of a token.
+        mlp_ratio: hidden width of an MLP or expert, in token widths. 1 makes the study shorter than the usual 4.
+        depth: number of blocks. The last half of them has MoE layers.
+        heads: number of attention heads.
+        num_experts: experts of every MoE layer.
+        group_size: images that are routed together. Soft MoE always routes one image.
+        scale_init: initial value of Soft MoE's scale.
         device: "cpu", "cuda" or "cuda:N".
-        workers: runs side by side; 0: one for every CPU core of this process, as far as memory goes (on CUDA one).
+        workers: runs at the same time. 0 means one per CPU core that has enough memory, or one run on CUDA.
     """
 
     data: str = "digits"

@@ -1,4 +1,4 @@
-"""Runs a study: what is missing, then table, figures and report."""
+"""Running a study: the runs without a record, then table, figures and report."""
 
 from __future__ import annotations
 
@@ -43,47 +43,55 @@ from vmoe_routers.training.fewshot import SHOTS
 
 
 class Job(NamedTuple):
-    """A run to be done, and where its record goes."""
+    """A run, and the path of its record."""
 
     variant: Variant
     seed: int
     path: Path
 
     def read(self, settings: Settings, transfer: Images | None) -> dict[str, Any] | None:
-        """The record; None: there is none. RecordError: it is damaged."""
+        """The record, or None if there is none.
+
+        Raises:
+            RecordError: the record is damaged.
+        """
         return read_record(self.path, run_record(settings, self.variant, self.seed, transfer and transfer.name))
 
 
 class Timing(NamedTuple):
-    """The steps to be timed, of these variants, and where the record goes."""
+    """The timing of the variants' steps, and the path of its record."""
 
     variants: list[Variant]
     path: Path
 
     def read(self) -> dict[str, Any] | None:
-        """The record; None: not all of the variants are in it, or there is none. RecordError: it is damaged."""
+        """The record, or None if there is none or a variant is missing in it.
+
+        Raises:
+            RecordError: the record is damaged.
+        """
         record = read_record(self.path, timing_record(ROUNDS))
         return record if record and {variant.name for variant in self.variants} <= set(record["step_ms"]) else None
 
 
 def run_study(settings: Settings, console: Console | None = None) -> Path:
-    """Runs what has no record yet, then writes table, figures and report.
+    """Runs every run that has no record yet, then writes table, figures and report.
 
-    Records are kept in ``settings.output / "runs"``, one a run: interrupted, a study goes on
-    where it stopped.
+    Every finished run keeps a record in ``settings.output / "runs"``, so an interrupted study continues where it
+    stopped.
 
     Returns:
         The report's path.
 
     Raises:
-        ValueError: settings or data that do not fit; in words for the user.
+        ValueError: settings or data that do not fit. The message is for the user.
         OSError: an output folder that cannot be written, or a worker process that was killed.
-        KeyboardInterrupt: interrupted; what is finished is kept.
+        KeyboardInterrupt: the study was interrupted. Finished runs keep their records.
     """
-    console = console or Console(markup=False, emoji=False)  # names and paths may have brackets
+    console = console or Console(markup=False, emoji=False)  # names and paths may contain brackets
     _check_device(settings.device)
     found = variants(settings)
-    if settings.image_size is not None:  # before images of that size are made
+    if settings.image_size is not None:  # before images are resized to this size
         check_memory(settings, found, settings.image_size)
     data, transfer = _load(settings)
     _check_fit(settings, data, transfer)
@@ -91,9 +99,9 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
     workers = check_memory(settings, found, data.size, data.channels, data.num_classes, images)
     for variant in found:
         _check_model(variant, settings, data)
-    settings.output.mkdir(parents=True, exist_ok=True)  # says now if it cannot
+    settings.output.mkdir(parents=True, exist_ok=True)  # before the runs, so that a failure comes early
     inputs = fingerprint(data, transfer)
-    # Seed by seed: an interrupted study has whole comparisons.
+    # Seed by seed, so that an interrupted study has runs of every variant to compare.
     sources = {variant: [source_digest(variant.router)] for variant in found if is_own(variant.router)}
     of = {variant: [asdict(variant), *sources.get(variant, [])] for variant in found}
     jobs = [
@@ -121,7 +129,7 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
 
 
 def _is_done(read: Callable[[], dict[str, Any] | None], console: Console) -> bool:
-    """Whether there is a record; one that is damaged is named, and does not count."""
+    """Whether there is a sound record. A damaged record is named on the console."""
     try:
         return read() is not None
     except RecordError as error:
@@ -133,13 +141,13 @@ def _check_device(device: str) -> None:
     if device == "cpu":
         return
     if not torch.cuda.is_available():
-        raise OptionError(f"device {device!r}: torch finds no CUDA here", "device")
+        raise OptionError(f"device {device!r}: torch finds no CUDA device", "device")
     if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise OptionError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices", "device")
 
 
 def _check_fit(settings: Settings, data: Images, transfer: Images | None) -> None:
-    """Whether the settings suit the data."""
+    """Refuses settings that do not fit the data."""
     if len(data.train_labels) < settings.batch_size:
         raise OptionError(
             f"batch_size {settings.batch_size}: {len(data.train_labels)} training images are less than one batch",
@@ -155,7 +163,7 @@ def _check_fit(settings: Settings, data: Images, transfer: Images | None) -> Non
         )
     if transfer is not None and len(transfer.train_labels) <= SHOTS * transfer.num_classes:
         raise DataError(
-            f"{transfer.name}: {SHOTS}-shot transfer wants more than {SHOTS * transfer.num_classes} training images "
+            f"{transfer.name}: {SHOTS}-shot transfer needs more than {SHOTS * transfer.num_classes} training images "
             f"for {transfer.num_classes} classes, there are {len(transfer.train_labels)}"
         )
 
@@ -193,7 +201,7 @@ def _load(settings: Settings) -> tuple[Images, Images | None]:
 
 
 def _run_all(settings: Settings, jobs: list[Job], timing: Timing | None, workers: int, console: Console) -> None:
-    """Runs the jobs side by side, a thread each: models this small gain nothing from more. Then times the steps."""
+    """Runs the jobs in parallel, with one thread each since small models gain nothing from more; times the steps."""
     finished = multiprocessing.get_context("spawn").SimpleQueue()
     try:
         with (
@@ -204,16 +212,16 @@ def _run_all(settings: Settings, jobs: list[Job], timing: Timing | None, workers
             futures = [pool.submit(_work, job) for job in jobs]
             _watch(futures, finished, lambda: progress.advance(task), progress.console)
             if timing is not None:
-                # Alone, now that all runs are finished.
+                # The timing starts when all runs are finished, so that nothing else is running.
                 task = progress.add_task("timing", total=WARM_UP + ROUNDS, unit="rounds")
                 _watch([pool.submit(_time, timing)], finished, lambda: progress.advance(task), progress.console)
     except KeyboardInterrupt:
-        console.print("interrupted; what is finished is kept, and the same command goes on from there")
+        console.print("interrupted; finished runs are kept, and the same command continues from there")
         raise
     except BrokenProcessPool:
         raise ChildProcessError(
-            "a worker process was killed, perhaps for want of memory (fewer --workers need less); "
-            "what is finished is kept, and the same command goes on from there"
+            "a worker process was killed, perhaps because memory ran out (fewer --workers need less); "
+            "finished runs are kept, and the same command continues from there"
         ) from None
 
 
@@ -231,7 +239,7 @@ def _progress(console: Console) -> Progress:
 
 
 def _watch(futures: list[Future], finished: SimpleQueue, advance: Callable[[], None], console: Console) -> None:
-    """Shows epochs as they end and runs as they finish, until all have."""
+    """Shows every finished epoch and run, until all runs are finished."""
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -240,7 +248,7 @@ def _watch(futures: list[Future], finished: SimpleQueue, advance: Callable[[], N
             advance()
         for record in filter(None, [future.result() for future in done]):
             last = record["epochs"][-1]
-            # In 80 columns.
+            # At most 80 columns.
             console.print(
                 f"{record['variant']['label']:<40} seed {record['seed']}  acc. {last['accuracy']:.3f}  "
                 f"loss {last['loss']:.3f}  {last['seconds']:4.1f} s",
@@ -248,13 +256,13 @@ def _watch(futures: list[Future], finished: SimpleQueue, advance: Callable[[], N
             )
 
 
-_worker: dict[str, Any] = {}  # what a worker process keeps between its runs
+_worker: dict[str, Any] = {}  # state of a worker process between its runs
 
 
 def _start_worker(settings: Settings, finished: SimpleQueue) -> None:
     torch.set_num_threads(1)
     if settings.device == "cpu":
-        set_fused_attn(False)  # a few tokens a head: plain products are faster there
+        set_fused_attn(False)  # plain products are faster for a few tokens per head
     _worker.update(settings=settings, finished=finished, data=_load(settings))
 
 
@@ -273,8 +281,8 @@ def _time(timing: Timing) -> None:
 
 
 def _write(settings: Settings, data: Images, records: list[dict[str, Any]], console: Console) -> Path:
-    """Table, figures and report of the records."""
-    from vmoe_routers.study import report  # with matplotlib, which a worker need not wait for
+    """Writes table, figures and report of the records. Returns the report's path."""
+    from vmoe_routers.study import report  # imports matplotlib, which workers do not need
 
     rows = summarise(records)
     print_table(rows, console)

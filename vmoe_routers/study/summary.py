@@ -1,22 +1,25 @@
 """The rows of the study's table, one per variant, from the records of its runs.
 
-A run's record, one for each variant and seed, is a dict as JSON holds it:
+Every variant and seed has one record, a dict that JSON can hold:
 
-    variant        name, label, router (None: the dense ViT), top_k, combine, capacity_factor; None where it has none
-    seed
-    epochs         list of epoch, seconds (of training so far), train_loss; accuracy (0..1) and loss on validation
-    steps          of the training
-    timing         step_ms: times of a training step, one a round; the rounds are the same for all variants,
-                   which took turns in one process. machine and date, of these times
-    cost           slots (per image and MoE layer; dense: tokens), mlp_flops, flops (forward, per image), parameters
-    layers         list of block, load (tokens per image of each expert), utilisation, load_cv, dropped, entropy,
-                   dead_experts; empty for the dense ViT
+    variant        name, label, router (None: the dense ViT), top_k, combine, capacity_factor. An option that the
+                   router does not have is None.
+    seed           the seed's number
+    epochs         a list of dicts: epoch, seconds (of training so far), train_loss, and the validation's accuracy (in
+                   [0, 1]) and loss
+    steps          number of training steps
+    timing         step_ms: times of a training step, one per round. All variants took turns in one process, so they
+                   have the same rounds. machine, date: where and when the steps were timed.
+    cost           slots (per image and MoE layer; for the dense ViT its tokens), mlp_flops, flops (of a forward pass,
+                   per image), parameters
+    layers         a list of dicts: block, load (tokens per image of each expert), utilisation, load_cv, dropped,
+                   entropy, dead_experts. Empty for the dense ViT.
     transfer       data, accuracy; or None
-    machine, date  where and when it was run; by `vmoe_routers.machine`
+    machine, date  where and when the run was made, from `vmoe_routers.machine`
 
-Means are over seeds, with the standard error of the mean (sample deviation, ddof = 1);
-differences to the dense ViT are taken seed by seed first, since runs of one seed share trunk
-initialisation, data order and augmentation. Times are medians over the rounds.
+Means are over seeds, with the standard error of the mean (sample deviation, ddof = 1). Differences to the dense ViT are
+taken seed by seed before the mean, since runs of one seed share the trunk's initialisation, data order and
+augmentation. Times are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -35,18 +38,24 @@ Run = Mapping[str, Any]
 
 
 class Stat(NamedTuple):
-    """A mean (of times: a median), its standard error and of how many values; the error of a single one is None."""
+    """A mean of values, or a median of times.
+
+    Attributes:
+        mean: the mean or median.
+        error: its standard error; None for a single value.
+        count: the number of values.
+    """
 
     mean: float
     error: float | None
     count: int = 1
 
     def scaled(self, factor: float) -> Stat:
-        """The same in another unit."""
+        """The statistic in another unit."""
         return Stat(self.mean * factor, None if self.error is None else self.error * factor, self.count)
 
     def is_clear(self) -> bool:
-        """Whether 0 lies outside the 95 % interval of Student's t; never with one value."""
+        """Whether the 95 % interval of Student's t excludes 0; False for a single value."""
         if self.error is None:
             return False
         return abs(self.mean) > float(student_t.ppf(0.975, self.count - 1)) * self.error
@@ -54,11 +63,11 @@ class Stat(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What the runs of one variant say; accuracies are in 0..1, None is "not there".
+    """The summary of one variant's runs. Accuracies are in [0, 1]. None is a missing value.
 
-    The differences use the seeds that the dense ViT has too, `step_ratio` the rounds of the
-    timing. Of the routing figures, `dead_experts` is summed over the MoE layers and the others
-    are means over layers; all are means over seeds.
+    The differences use the seeds that the dense ViT has too. `step_ratio` uses the rounds of the timing. The routing
+    metrics are means over seeds: `dead_experts` of the sum over the MoE layers, the other metrics of the mean over
+    the layers.
     """
 
     name: str
@@ -90,10 +99,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
-    """Routing in one MoE layer of a variant, means over seeds.
+    """Routing in one MoE layer of a variant, as means over seeds.
 
-    `load` is sorted from the most to the least loaded expert before the mean is taken: experts
-    of different seeds have nothing in common but their rank.
+    `load` is sorted from the most to the least loaded expert before the mean is taken, because only the rank relates
+    experts of different seeds.
     """
 
     name: str
@@ -120,18 +129,18 @@ def stat(values: Iterable[float]) -> Stat:
 
 
 def median_stat(values: Sequence[float]) -> Stat:
-    """The median of times, which now and then are far too long, with its standard error by the middle deviation."""
+    """The median of times, among which are outliers, with its standard error from the median deviation."""
     median = statistics.median(values)
     if len(values) == 1:
         return Stat(median, None)
-    # For a normal distribution, 1.4826 middle deviations are one standard deviation, and a
-    # median varies by the factor sqrt(pi / 2) more than a mean.
+    # For a normal distribution, 1.4826 median deviations are one standard deviation, and the standard error of a
+    # median is sqrt(pi / 2) times that of a mean.
     deviation = 1.4826 * statistics.median(abs(value - median) for value in values)
     return Stat(median, deviation * math.sqrt(math.pi / 2 / len(values)), len(values))
 
 
 def accuracy(run: Run) -> float:
-    """Validation accuracy after the last epoch, in 0..1."""
+    """Validation accuracy after the last epoch, in [0, 1]."""
     return run["epochs"][-1]["accuracy"]
 
 
@@ -141,16 +150,16 @@ def loss(run: Run) -> float:
 
 
 def paired(runs: Sequence[Run], others: Sequence[Run], value: Callable[[Run], float]) -> list[float]:
-    """The difference of `value` between run and other, for every seed that both have."""
+    """The differences of `value` between `runs` and `others`, one for every seed that both have."""
     by_seed = {run["seed"]: run for run in others}
     return [value(run) - value(by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
 
 
 def by_variant(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs grouped by variant and sorted by seed, in an order that the order of `runs` does not change.
+    """Runs grouped by variant and sorted by seed. The order of `runs` does not matter.
 
-    The dense ViT first, then the routers in the order of `ROUTERS`, then by K, combine
-    (softmax before plan) and capacity factor.
+    The dense ViT comes first, then the routers in the order of `ROUTERS`, then own routers by name. Variants of a
+    router are sorted by K, combine (softmax before plan) and capacity factor.
     """
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
@@ -171,12 +180,12 @@ def _order(variant: Mapping[str, Any]) -> tuple:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    there = [float(value) for value in values if value is not None]
-    return _sum(there) / len(there) if there else None
+    found = [float(value) for value in values if value is not None]
+    return _sum(found) / len(found) if found else None
 
 
 def _sum(values: Iterable[float]) -> float:
-    """The exact sum; NaN for infinities of both signs, which a training that diverges can bring."""
+    """The exact sum. Infinities of both signs, which a diverging training can give, sum to NaN."""
     values = list(values)
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
@@ -232,7 +241,7 @@ def _row(runs: Sequence[Run], dense: Sequence[Run]) -> Row:
 
 
 def summarise_layers(runs: Iterable[Run]) -> list[LayerRow]:
-    """One row per variant and MoE layer; the dense ViT has none."""
+    """One row per variant and MoE layer. The dense ViT has no rows."""
     rows = []
     for group in by_variant(runs):
         variant = group[0]["variant"]

@@ -12,7 +12,7 @@ from vmoe_routers.study.summary import LayerRow, Row
 
 
 def results_table(rows: Sequence[Row]) -> str:
-    """The table of `vmoe_routers.study.summary.COLUMNS` as HTML; clear differences to dense have class "clear"."""
+    """The columns of `vmoe_routers.study.columns` as HTML. Clear differences to the dense ViT have class "clear"."""
     columns = shown_columns(rows)
     groups: dict[str, int] = {}
     for column in columns:
@@ -33,7 +33,7 @@ def results_table(rows: Sequence[Row]) -> str:
 
 
 def routing_table(rows: Sequence[LayerRow]) -> str:
-    """The routing statistics, a line per variant and MoE layer, with the load as small bars."""
+    """The routing metrics as HTML, one line per variant and MoE layer, with the load as small bars."""
     if not rows:
         return "<p>No run has a MoE layer.</p>"
     fields = [
@@ -56,14 +56,14 @@ def routing_table(rows: Sequence[LayerRow]) -> str:
         lines.append(f"<tr{' class=first' if named else ''}><th>{named}</th>{''.join(cells)}</tr>")
         before = row.name
     note = (
-        '<p class="note">Means over seeds on the validation set. Bars: load of the experts from the most to the least '
-        "loaded, sorted in every seed; the line is the even share, and the full height twice that.</p>"
+        '<p class="note">Means over seeds on the validation set. The bars are the load of the experts, from the most '
+        "to the least loaded in every seed. The line is the even share. The full height is twice the even share.</p>"
     )
     return note + _scroll(lines)
 
 
 def _bars(load: Sequence[float], color: str) -> str:
-    """A bar per expert, as SVG; a bar above twice the even share is cut at the top."""
+    """A bar per expert, as SVG. A bar above twice the even share is cut at the top."""
     even = math.fsum(load) / len(load) or 1.0
     wide, high = max(2, min(9, 180 // len(load))), 28
     bars = []
@@ -79,10 +79,10 @@ def _bars(load: Sequence[float], color: str) -> str:
 
 
 def _key(router: str | None) -> str:
-    """The router's colour in the figures."""
+    """A dot in the router's colour, the key to the figures."""
     return f'<span class="key" style="background:{style(router).color}"></span>'
 
 
 def _scroll(lines: list[str]) -> str:
-    """The table of these lines, in a box that scrolls where the window is too narrow for it."""
+    """The lines of a table, in a box that scrolls if the window is too narrow."""
     return "\n".join(['<div class="scroll">', *lines, "</tbody></table></div>"])

@@ -1,7 +1,6 @@
-"""How long a training step of every variant takes: all of them in one process, in turns.
+"""The time of a training step of every variant, measured in one process in turns.
 
-The times of the runs themselves would not do: runs train side by side, on a machine that may
-be busy with something else in one hour and not in the next.
+The runs' own times cannot be compared: runs train at the same time as others, and the load of the machine changes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Images, Step
 
-ROUNDS = 25  # every round times one step of every variant, in an order of its own
+ROUNDS = 25  # every round times one step of every variant, in a random order
 WARM_UP = 3
 
 
@@ -26,7 +25,7 @@ def time_steps(
     """Times training steps on one batch.
 
     Returns:
-        step_ms: by variant's name, a number per round; machine and date.
+        The record: step_ms, which has one time per round by the variant's name, machine and date.
     """
     images = data.train_images[: settings.batch_size].to(settings.device)
     labels = data.train_labels[: settings.batch_size].to(settings.device)

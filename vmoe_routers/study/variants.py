@@ -1,4 +1,4 @@
-"""The models that a study compares."""
+"""The models that a study compares: the dense ViT, and routers with options."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def make(variant: Variant, settings: Settings, data: Images) -> VisionTransforme
         mlp_ratio=settings.mlp_ratio,
         router=load_factory(variant.router) if is_own(variant.router) else variant.router,
         moe_blocks=MOE_BLOCKS,
-        # Position embeddings of the usual standard deviation 0.02 grow too slowly for a short training.
+        # A short training makes little use of position embeddings of the usual standard deviation, 0.02.
         pos_embed_std=1.0,
         **options,
     )

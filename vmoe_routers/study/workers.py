@@ -1,4 +1,4 @@
-"""Worker processes that ignore Ctrl-C, which the parent handles, and that end when the parent does."""
+"""Worker processes that leave Ctrl-C to the parent, and that end with the parent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# A worker that imports torch cannot watch its parent for many seconds. This process can from its first moment on:
-# its input ends with the parent.
+# A worker cannot watch its parent while it imports torch, which takes seconds. The guard is a process without imports.
+# It reads the workers' process ids until the parent ends, which closes its input, and then kills the workers.
 _GUARD = """
 import os, signal, sys
 for process in sys.stdin.read().split():
@@ -25,12 +25,12 @@ for process in sys.stdin.read().split():
 
 
 class Workers:
-    """Processes that start with the first calls; a context that ends them.
+    """Processes that start with the first calls. A context manager, which ends them at its exit.
 
     Args:
-        count: of processes, at most.
-        start: called first in every process, with `arguments`.
-        arguments: picklable.
+        count: the largest number of processes.
+        start: a function that every process calls first, with `arguments`.
+        arguments: picklable arguments.
     """
 
     def __init__(self, count: int, start: Callable[..., None], *arguments: Any):
@@ -51,7 +51,7 @@ class Workers:
         return self
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
-        """Calls the function in a worker."""
+        """Calls the function with picklable arguments in a worker."""
         with ignoring_ctrl_c():
             future = self._executor.submit(function, *arguments)
             new = set(self._executor._processes or ()) - self._guarded
@@ -72,8 +72,8 @@ class Workers:
 
 @contextmanager
 def ignoring_ctrl_c() -> Iterator[None]:
-    """Ignores Ctrl-C inside, and in the processes that are started inside for as long as they run."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may change this
+    """Ignores Ctrl-C within the context. Processes that start within the context ignore it until they end."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
 
 
-MAX_SIZE = 1 << 31  # of an option that counts pixels or images
+MAX_SIZE = 1 << 31  # largest value of an option that counts pixels or images
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Images:
     """A classification data set in memory.
 
     Attributes:
-        name: for tables and reports.
+        name: the name in tables and reports.
         train_images, test_images: [N, channels, height, width] float32 in [0, 1], square.
         train_labels, test_labels: [N] int64, in [0, num_classes).
         num_classes: at least 2.
@@ -59,14 +59,15 @@ def load(data: str, *, image_size: int | None = None, max_images: int | None = N
     """Reads a data set.
 
     Args:
-        data: "digits" (scikit-learn's 1,797 handwritten digits of 8 x 8 pixels); a folder
-            with IDX files such as train-images-idx3-ubyte.gz (MNIST, Fashion-MNIST); or a
-            folder of images by class, with train/ and val/ (or test/) inside.
-        image_size: resize to this height and width; None keeps them (folders of images: 32).
-        max_images: at most so many training images and as many for testing, the first of each.
+        data: "digits" (scikit-learn's 1,797 handwritten digits of 8 x 8 pixels), a folder
+            with IDX files such as train-images-idx3-ubyte.gz (MNIST, Fashion-MNIST), or a
+            folder with train/ and val/ (or test/), each with a folder of images per class.
+        image_size: resize to this height and width. None keeps the size; folders of images are resized to 32.
+        max_images: keep at most this many training images and this many test images: the first, or in
+            folders of images an even selection.
 
     Raises:
-        DataError: nothing there, or nothing that can be read.
+        DataError: the data do not exist or cannot be read.
         OptionError: an option out of range, or images too large for the memory.
     """
     for name, value in (("image_size", image_size), ("max_images", max_images)):
@@ -95,10 +96,10 @@ def load(data: str, *, image_size: int | None = None, max_images: int | None = N
 
 
 def fit(images: Images, size: int, channels: int) -> Images:
-    """The same images at another size and number of channels.
+    """The images at another size and number of channels.
 
     Raises:
-        OptionError: they do not fit in memory.
+        OptionError: the images do not fit in memory.
     """
     if (images.size, images.channels) != (size, channels):
         _check_memory(len(images.train_labels) + len(images.test_labels), size, channels)
@@ -134,7 +135,7 @@ def _load_digits() -> Images:
     pixels, target = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     labels = torch.tensor(target)
-    # They lie in the order of the writers: shuffled once, the same for everybody.
+    # scikit-learn sorts the digits by writer. A fixed shuffle mixes the writers.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
     return Images("digits", images[train], labels[train], images[test], labels[test], 10)
@@ -168,12 +169,13 @@ def _find_idx(folder: Path, stem: str) -> Path:
 
 
 def read_idx(path: Path) -> Tensor:
-    """A file in the IDX format of MNIST, plain or gzipped: a uint8 tensor of its shape.
+    """Reads a file in the IDX format of MNIST, plain or gzipped, into a uint8 tensor of its shape.
 
-    Memory follows the bytes that are present, whatever the header declares.
+    The header is untrusted: reading needs memory for the bytes in the file, not for the size in the header.
 
     Raises:
-        DataError: not an IDX file of bytes, one of another length than its header says, or one larger than the memory.
+        DataError: the file is not an IDX file of bytes, has another length than its header says, or is larger than
+            the memory.
     """
     if not path.is_file():  # a pipe would block
         raise DataError(f"{path}: not a regular file")
@@ -207,7 +209,7 @@ _AXES_SHOWN = 4
 
 
 def evenly(size: int, most: int) -> Tensor:
-    """Indices of at most so many of `size` examples, evenly over all of them: they may lie class by class."""
+    """At most `most` evenly spaced indices of `size` examples, which cover all classes of examples sorted by class."""
     return torch.linspace(0, size - 1, min(size, most)).long()
 
 
@@ -225,7 +227,7 @@ def _load_image_folder(folder: Path, size: int, max_images: int | None) -> Image
 
         from vmoe_routers.training.pictures import read_picture
     except (ImportError, RuntimeError, AttributeError) as error:
-        # A torchvision that does not fit torch raises the last two on import.
+        # A torchvision that does not fit torch raises RuntimeError or AttributeError on import.
         raise DataError(
             f"folders of images need a torchvision that fits this torch: pip install torchvision ({error})"
         ) from error

@@ -1,5 +1,5 @@
-"""The one error of what reads data."""
+"""The error of functions that read data."""
 
 
 class DataError(ValueError):
-    """Data that cannot be read, in words that say what to do."""
+    """Data that cannot be read. The message says what was wanted."""

@@ -1,7 +1,7 @@
 """Few-shot transfer: a linear probe on frozen features, in closed form.
 
-As the authors' reference code measures it: ten examples a class, whitened by their
-mean and standard deviation, ridge regression on +-1 targets.
+The probe follows the authors' reference code: ten examples per class, whitened by their mean and standard deviation,
+and ridge regression on targets of +-1.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from vmoe_routers.training.data import evenly
 
 L2_REGULARISERS = tuple(2.0**i for i in range(-10, 20))
 SHOTS = 10
-BIAS = 100.0  # the constant feature, regularised like the rest
+BIAS = 100.0  # the value of the constant feature, which is regularised like every feature
 
 
 def sample_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """Indices of `shots` examples of every class, class by class: the first of a permutation each."""
+    """Indices of `shots` random examples of every class, sorted by class."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -29,28 +29,28 @@ def sample_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
 
 
 def probe_seed(seed: int, sub_seed: int) -> int:
-    """The generator's seed for a study's seed and the number of the draw."""
+    """The generator's seed, from a study's seed and the number of a draw."""
     return hash((seed, sub_seed)) % 2**31
 
 
 def whiten(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Features [N, D] to float64 [N, D + 1]: standardised, with the constant appended."""
+    """Standardises features [N, D] and appends the constant: float64 [N, D + 1]."""
     white = (features.double() - mean) / std
     return torch.cat([white, white.new_full((len(white), 1), BIAS)], dim=1)
 
 
 def shot_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation + 1e-5 of the shots, both [1, D] float64."""
+    """The shots' mean, and their population standard deviation plus 1e-5, both [1, D] float64."""
     features = features.double()
     return features.mean(0, keepdim=True), features.std(0, keepdim=True, correction=0) + 1e-5
 
 
 def fit_ridge(white: Tensor, labels: Tensor, num_classes: int, l2: tuple[float, ...]) -> Tensor:
-    """Weights [len(l2), D + 1, classes] of ``min |white W - targets|^2 + l2 |W|^2``, targets 2 * onehot - 1."""
+    """Weights [len(l2), D + 1, classes] that minimise ``|white W - targets|^2 + l2 |W|^2``, targets 2 * onehot - 1."""
     targets = 2 * torch.nn.functional.one_hot(labels, num_classes).double() - 1
     values, vectors = torch.linalg.eigh(white.T @ white)
     projected = vectors.T @ (white.T @ targets)
-    # One eigendecomposition serves every regulariser.
+    # All regularisers share one eigendecomposition.
     return torch.stack([vectors @ (projected / (values.clamp(min=0) + penalty).unsqueeze(1)) for penalty in l2])
 
 
@@ -64,15 +64,15 @@ def few_shot_accuracy(
     seed: int = 0,
     draws: int = 3,
 ) -> float:
-    """Accuracy in [0, 1] of a probe on `shots` examples a class, mean over `draws`.
+    """The accuracy in [0, 1] of a probe fitted to `shots` examples per class, as the mean over `draws` draws.
 
     Args:
-        train_features, train_labels: [N, D] and [N]; the shots are drawn from them, and the
-            regulariser is chosen on (at most 1,000 of) those not drawn.
-        test_features, test_labels: [M, D] and [M]; only measured on.
-        shots: examples a class; a class with fewer gives all it has.
-        seed: which examples.
-        draws: how often they are drawn.
+        train_features, train_labels: [N, D] and [N]. The shots are drawn from these examples. The regulariser is
+            chosen on at most 1,000 of the examples that were not drawn.
+        test_features, test_labels: [M, D] and [M], the examples on which the accuracy is measured.
+        shots: examples per class. A class with fewer examples gives all of them.
+        seed: the seed of the draws.
+        draws: number of draws.
     """
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     accuracies = []
@@ -93,6 +93,6 @@ def few_shot_accuracy(
 
 
 def _accuracies(white: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Accuracy of each of weights [L, D + 1, classes]: [L]."""
+    """The accuracies [L] of weights [L, D + 1, classes]."""
     predicted = torch.einsum("nd,ldc->lnc", white, weights).argmax(-1)
     return (predicted == labels).double().mean(1)

@@ -17,16 +17,17 @@ from vmoe_routers.training.data import Images
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """The hyperparameters of a training.
 
     Attributes:
-        epochs, batch_size: the last, incomplete batch of an epoch is left out.
-        learning_rate: peak of AdamW's; linear warm-up, then a cosine to 0.
-        warmup: share of the steps.
-        weight_decay: decoupled, on matrices only.
+        epochs: passes over the training images.
+        batch_size: images per step. An incomplete last batch of an epoch is left out.
+        learning_rate: peak learning rate of AdamW, after a linear warm-up and before a cosine decay to 0.
+        warmup: the warm-up's share of the steps.
+        weight_decay: decoupled weight decay, on matrices only.
         clip: largest norm of the gradient.
-        shift: random shifts by up to so many pixels in both directions.
-        seed: of data order, shifts, noise and dropout.
+        shift: largest random shift in both directions, in pixels.
+        seed: seed of data order, shifts, noise and dropout.
     """
 
     epochs: int = 20
@@ -41,7 +42,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What `train` reports after an epoch: training time so far and the epoch's mean loss."""
+    """The report of `train` after an epoch.
+
+    Attributes:
+        epoch: the epoch's number, from 1.
+        seconds: training time of all epochs so far.
+        train_loss: the epoch's mean loss.
+    """
 
     epoch: int
     seconds: float
@@ -49,14 +56,14 @@ class Epoch:
 
 
 class Step:
-    """One training step of `model` after another: loss, gradient, clipping, AdamW, schedule.
+    """Training steps of a model: loss, gradient, clipping, AdamW, schedule. Every call is one step.
 
     The loss is the cross-entropy plus the routers' auxiliary losses.
 
     Args:
-        model: trained in place.
-        recipe: how.
-        steps: of the whole training, for the schedule.
+        model: the model, which is trained in place.
+        recipe: the hyperparameters.
+        steps: number of steps of the whole training, which the schedule needs.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, steps: int):
@@ -67,7 +74,7 @@ class Step:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(recipe, steps))
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The batch's cross-entropy before the step; returns when the device is done."""
+        """Trains on a batch. Returns the cross-entropy before the step, when the device has finished the step."""
         loss = F.cross_entropy(self.model(images), labels)
         (loss + aux_loss(self.model)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -85,13 +92,21 @@ def train(
     recipe: Recipe,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> int:
-    """Trains `model` on data's training images, in place.
+    """Trains `model` on the training images of `data`, in place.
 
-    Order and shifts depend on `recipe.seed` alone, so that different models see the same
-    images.
+    Order and shifts depend on `recipe.seed` alone, so all models see the same images.
+
+    Args:
+        model: the model.
+        data: the data set.
+        recipe: the hyperparameters.
+        on_epoch: called after every epoch.
 
     Returns:
         The number of steps.
+
+    Raises:
+        ValueError: there are fewer training images than a batch has.
     """
     device = next(model.parameters()).device
     images, labels = data.train_images.to(device), data.train_labels.to(device)
@@ -116,7 +131,7 @@ def train(
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    # Norms and biases (an expert's too: [E, F]), scales and positions are not decayed.
+    # Norms, biases, scales and position embeddings are not decayed. The experts' biases have two axes, [E, F].
     plain = (".b1", ".b2", "norm.weight", "norm.bias", "pos_embed", "cls_token")
     decayed, rest = [], []
     for name, parameter in model.named_parameters():
@@ -138,7 +153,7 @@ def _schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
 
 
 def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Every image [N, channels, height, width] moved by its own random offset, zeros moving in."""
+    """Shifts every image of [N, channels, height, width] by a random offset. Zeros fill the gap."""
     if pixels == 0:
         return images
     count, _, height, width = images.shape

@@ -1,4 +1,4 @@
-"""Image files as 8-bit RGB, for the modes that Pillow knows."""
+"""Reading image files as 8-bit RGB, from the modes that Pillow knows."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from PIL import Image, ImageOps
 
 from vmoe_routers.training.error import DataError
 
-# By content, whatever the name says. Formats whose decoders start other programs (EPS) are left out.
+# Pillow tells formats apart by content, not by the file's name. EPS is left out, since its decoder starts a program.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
 _OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
-_MOST_LONG = 100  # a longer strip would need far more memory to be resized than to be read
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # of TIFF
+_MOST_LONG = 100  # resizing a longer strip would need far more memory than reading it
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # two tags of TIFF, and a value of the second
 
 
 def read_picture(path: str) -> Image.Image:
-    """An image file as an RGB image of 8 bits, turned upright as its EXIF orientation says.
+    """Reads an image file as an RGB image of 8 bits, rotated as its EXIF orientation says.
 
-    Grey levels of 16 bits are scaled to 8. Transparent pixels are shown on white. CMYK is converted without a profile.
+    Grey levels of 16 bits are scaled to 8 bits. Transparent pixels get a white background. CMYK is converted without a
+    colour profile.
 
     Raises:
-        DataError: names the file. It is not a regular file (a pipe, a device, a link to nothing), no image, damaged,
-            larger than Pillow allows, an animation or a document, a strip of more than 100 to 1, or has pixels whose
-            range is unknown (32-bit integers and floats).
+        DataError: the file is not a regular file (a pipe, a device, a broken link), is no image, is damaged, is larger
+            than Pillow allows, is an animation or a document, has sides of more than 100 to 1, or has pixels whose
+            range is unknown (32-bit integers and floats). The message names the file.
     """
     if not os.path.isfile(path):  # a pipe would block
         raise DataError(f"{path}: not a regular file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of what is large or odd without naming the file
-            # An open file, not its path, from which Pillow 13 maps uncompressed TIFF pixels of rotated sides wrongly.
+            warnings.simplefilter("ignore")  # Pillow's warnings do not name the file
+            # Given a path, Pillow 13 maps uncompressed TIFF files into memory and reads rotated ones wrongly.
             with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
                 _refuse_shape(path, image)
                 _refuse_pixels(path, image)
-                image.load()  # which already turns the pixels of a TIFF file
+                image.load()  # this already rotates a TIFF file
                 return _as_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
@@ -50,7 +51,7 @@ def _refuse_shape(path: str, image: Image.Image) -> None:
     if max(image.size) > _MOST_LONG * min(image.size):
         sides = " x ".join(map(str, image.size))
         raise DataError(f"{path}: {sides} pixels, wanted sides of at most {_MOST_LONG} to 1")
-    # A JPEG file of several pictures (MPO) is a photograph, with previews or a second view after it.
+    # A JPEG file of several pictures (MPO) is a photograph, followed by previews or a second view.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames != 1:
         raise DataError(f"{path}: an animation or a document of {frames} frames, wanted one picture")
@@ -76,12 +77,12 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether pixels are one number of more than 8 bits, which `convert` would clamp."""
+    """Whether a pixel is one number of more than 8 bits, which `Image.convert` would clamp."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _is_16_bit(image: Any) -> bool:
-    """Whether grey levels are in [0, 65535]; Pillow scales a PPM file's to that."""
+    """Whether grey levels are in [0, 65535]. Pillow scales the levels of a PPM file to this range."""
     if image.format == "TIFF":
         bits, photometric = image.tag_v2.get(_BITS_PER_SAMPLE), image.tag_v2.get(_PHOTOMETRIC)
         return image.mode.startswith("I;16") and bits == (16,) and photometric == _BLACK_IS_ZERO
