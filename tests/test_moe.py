@@ -800,3 +800,53 @@ def test_a_routing_of_four_methods_has_metrics():
     assert metrics["entropy"].item() == pytest.approx(math.log(3))
     assert routing.losses == {}
     assert routing.aux_loss == vr.aux_loss(moe) == 0
+
+
+@pytest.mark.parametrize(
+    ("expert", "error", "words"),
+    [
+        (lambda x: x[:-1], ValueError, r"the output of expert 0 must be \[N, D\] = \[6, 5\], got \[5, 5\]"),
+        (lambda x: None, TypeError, "the output of expert 0 must be a Tensor, got NoneType"),
+    ],
+)
+def test_own_experts_keep_their_rows(expert, error, words):
+    class Expert(torch.nn.Module):
+        def forward(self, x):
+            return expert(x)
+
+    moe = vr.MoEMlp(5, num_experts=3, router="soft", experts=[Expert() for _ in range(3)], group_size=1)
+    with pytest.raises(error, match=f"ExpertList: {words}"):
+        moe(torch.randn(6, 4, 5))
+
+
+def test_own_experts_of_another_number_than_the_routing():
+    experts = vr.MoEMlp(5, num_experts=3, router="soft", experts=[torch.nn.Identity()] * 3).experts
+    with pytest.raises(ValueError, match=r"ExpertList: x must be \[E, G, C, D\] = \[3, 1, 2, 5\], got \[2, 1, 2, 5\]"):
+        experts(torch.randn(2, 1, 2, 5))
+
+
+def test_a_routing_that_mixes_groups_and_tokens():
+    class Transposed(vr.Routing):
+        num_groups, num_tokens, num_experts, capacity = 2, 4, 3, 4
+
+        def dispatch(self, x):
+            return x.expand(3, -1, -1, -1).contiguous()
+
+        def combine(self, y):
+            return y.mean(0).transpose(0, 1)
+
+        def dispatch_tensor(self): ...
+
+        def combine_tensor(self): ...
+
+    class Router(torch.nn.Identity):
+        dim, num_experts = 5, 3
+
+        def forward(self, x, mask=None):
+            return Transposed()
+
+    moe = vr.MoEMlp(5, num_experts=3, router=Router())
+    with pytest.raises(
+        ValueError, match=r"the output of the routing must be \[G, T, D\] = \[2, 4, 5\], got \[4, 2, 5\]"
+    ):
+        moe(torch.randn(2, 4, 5))

@@ -214,8 +214,16 @@ class ExpertList(nn.ModuleList):
 
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
         """Maps slots x [E, G, C, D] to [E, G, C, D']; ignores `filled`: an expert reads empty slots as zeros."""
+        check = Check("ExpertList")
+        check.floating("x", x, "E G C D")
+        if x.shape[0] != len(self):
+            check.shape("x", x, (len(self), *x.shape[1:]), "E, G, C, D")
         rows = x.flatten(1, 2)
-        return torch.stack([expert(rows[e]) for e, expert in enumerate(self)]).unflatten(1, x.shape[1:3])
+        outputs = [expert(row) for expert, row in zip(self, rows.unbind(), strict=True)]
+        width = check.tensor("the output of expert 0", outputs[0], "N D").shape[1]
+        for e, y in enumerate(outputs):
+            check.shape(f"the output of expert {e}", y, (rows.shape[1], width), "N, D")
+        return torch.stack(outputs).unflatten(1, x.shape[1:3])
 
 
 def mlp_of_slots(

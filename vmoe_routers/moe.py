@@ -133,6 +133,9 @@ class MoEMlp(nn.Module):
         if not isinstance(routing, Routing):
             raise TypeError(f"MoEMlp: router must return a Routing, got {type(routing).__name__}")
         y = routing.combine(self.experts(routing.dispatch(x), routing.filled))
+        Check("MoEMlp").tensor("the output of the routing", y, "G T D")
+        if y.shape[:2] != x.shape[:2]:
+            Check("MoEMlp").shape("the output of the routing", y, (*x.shape[:2], y.shape[2]), "G, T, D")
         y = y.reshape(batch, tokens, y.shape[-1])
         if self.training and any(routing.loss_weights.values()):
             replica = getattr(self, "_is_replica", False)  # set by nn.DataParallel

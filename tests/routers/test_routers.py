@@ -519,3 +519,27 @@ def test_forward_refuses(name, x, mask, error, words):
     for key, value in router.state_dict().items():
         assert torch.equal(value, before[key])
     assert_same_tables(router.eval()(good), wanted)
+
+
+@pytest.mark.parametrize(
+    ("affinity", "error", "words"),
+    [
+        (lambda g: g, TypeError, "affinity must return the gates that select and that weigh, got Tensor"),
+        (lambda g: (g, g, g), TypeError, "got 3 values"),
+        (lambda g: (g, None), TypeError, "the affinity's weighing gates must be a Tensor, got NoneType"),
+        (lambda g: (g.int(), g), TypeError, "the affinity's selecting gates must be float16"),
+        (
+            lambda g: (g[..., :2],) * 2,
+            ValueError,
+            r"selecting gates must be \[G, T, E\] = \[2, 6, 4\], got \[2, 6, 2\]",
+        ),
+        (lambda g: (g, torch.cat([g, g], 1)), ValueError, r"weighing gates must be .*, got \[2, 12, 4\]"),
+        (lambda g: (g[:1],) * 2, ValueError, r"selecting gates must be .*, got \[1, 6, 4\]"),
+        (lambda g: (g.to("meta"),) * 2, ValueError, "selecting gates is on meta and the logits on cpu"),
+    ],
+)
+@pytest.mark.parametrize("router", [vr.TokenChoiceRouter, vr.ExpertChoiceRouter])
+def test_the_gates_of_an_affinity_are_checked(router, affinity, error, words):
+    made = router(8, 4, affinity=lambda logits, noisy, capacity, mask: affinity(logits))
+    with pytest.raises(error, match=words):
+        made(torch.randn(2, 6, 8))

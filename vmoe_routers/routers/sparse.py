@@ -15,7 +15,7 @@ from vmoe_routers.ops._dtypes import compute_dtype, fill_masked, without_autocas
 from vmoe_routers.routers import losses
 from vmoe_routers.routers.affinity import Affinity, Softmax
 from vmoe_routers.routers.choice import expert_choice_unchecked, slots_per_expert, token_choice_unchecked
-from vmoe_routers.routers.gates import as_gates
+from vmoe_routers.routers.gates import Gates, as_gates
 from vmoe_routers.routers.routing import Losses, SparseRouting
 
 CAPACITY_ROUNDINGS = ("ceil", "round")
@@ -169,6 +169,22 @@ class SparseRouter(nn.Module):
     @abstractmethod
     def _route(self, logits: Tensor, noisy: Tensor, noise_std: float, mask: Tensor | None) -> SparseRouting: ...
 
+    def _gates(self, logits: Tensor, noisy: Tensor, slots: int, mask: Tensor | None) -> tuple[Gates, Gates]:
+        """Calls the affinity and checks the gates that select and the gates that weigh."""
+        check, pair = self.check, self.affinity(logits, noisy, slots, mask)
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            got = f"{len(pair)} values" if isinstance(pair, (tuple, list)) else type(pair).__name__
+            raise TypeError(f"{check.where}: affinity must return the gates that select and that weigh, got {got}")
+        gates, weights = pair
+        selecting = as_gates(gates)
+        weighing = selecting if weights is gates else as_gates(weights)
+        for name, values in (("selecting", selecting), ("weighing", weighing)):
+            source = values.source
+            check.floating(f"the affinity's {name} gates", source)
+            check.shape(f"the affinity's {name} gates", source, logits.shape, "G, T, E")
+            check.device(f"the affinity's {name} gates", source, "the logits", logits)
+        return selecting, weighing
+
     def _losses(self, logits: Tensor, noisy: Tensor, noise_std: float, top_k: int, mask: Tensor | None) -> Losses:
         return {
             "importance": partial(losses.importance_loss, logits, mask),
@@ -220,9 +236,7 @@ class TokenChoiceRouter(SparseRouter):
 
     def _route(self, logits, noisy, noise_std, mask):
         slots = self.slots(logits.shape[1])
-        gates, weights = self.affinity(logits, noisy, slots, mask)
-        selecting = as_gates(gates)
-        weighing = selecting if weights is gates else as_gates(weights)
+        selecting, weighing = self._gates(logits, noisy, slots, mask)
         terms = self._losses(logits, noisy, noise_std, self.top_k, mask)
         return token_choice_unchecked(
             selecting,
@@ -282,8 +296,6 @@ class ExpertChoiceRouter(SparseRouter):
     def _route(self, logits, noisy, noise_std, mask):
         tokens = logits.shape[1]
         slots = cast(int, torch.sym_min(self.slots(tokens), tokens))
-        gates, weights = self.affinity(logits, noisy, slots, mask)
-        selecting = as_gates(gates)
-        weighing = selecting if weights is gates else as_gates(weights)
+        selecting, weighing = self._gates(logits, noisy, slots, mask)
         terms = self._losses(logits, noisy, noise_std, 1, mask)
         return expert_choice_unchecked(selecting, weighing, slots, self.renormalize, mask, terms, self.loss_weights)
