@@ -850,3 +850,30 @@ def test_a_routing_that_mixes_groups_and_tokens():
         ValueError, match=r"the output of the routing must be \[G, T, D\] = \[2, 4, 5\], got \[4, 2, 5\]"
     ):
         moe(torch.randn(2, 4, 5))
+
+
+@pytest.mark.parametrize(
+    ("terms", "error", "words"),
+    [
+        ({}, ValueError, "loss_weights has 'a', which loss_terms has not"),
+        ({"a": lambda: 3.0}, TypeError, "the loss 'a' must be a Tensor, got float"),
+        ({"a": lambda: torch.ones(2)}, ValueError, r"the loss 'a' must be a scalar, got shape \[2\]"),
+    ],
+)
+def test_a_loss_of_an_own_routing_is_a_scalar(terms, error, words):
+    class Own(vr.Routing):
+        loss_terms, loss_weights = terms, {"a": 1.0}
+        dispatch = combine = dispatch_tensor = combine_tensor = None
+
+    with pytest.raises(error, match=words):
+        _ = Own().aux_loss
+
+
+def test_record_of_layers_that_share_a_router():
+    router = vr.create_router("softmax_expert_choice", 5, 3, noise_std=0.0)
+    model = torch.nn.Sequential(*(vr.MoEMlp(5, num_experts=3, router=router) for _ in range(2)))
+    with vr.inspect.record(model) as trace:
+        x = torch.randn(2, 4, 5)
+        model(x)
+    assert [len(routings) for routings in trace.routings.values()] == [1, 1]
+    torch.testing.assert_close(trace.routings["0"][0].combine_tensor(), router(x).combine_tensor())

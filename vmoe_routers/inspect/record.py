@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.routers import Routing
@@ -50,14 +51,28 @@ def record(model: nn.Module) -> Iterator[Trace]:
         raise ValueError(f"record: model must have a MoEMlp inside, {type(model).__name__} has none")
     trace, thread = Trace(list(layers)), threading.get_ident()
 
-    def hook(name: str):
+    owner = {layer.router: name for name, layer in layers.items()}  # of layers that share a router, the last that began
+
+    def recorded() -> bool:
+        return threading.get_ident() == thread and torch._C._current_graph_task_id() == -1
+
+    def begin(router: nn.Module, name: str):
+        def note(module: nn.Module, args: object) -> None:
+            if recorded():
+                owner[router] = name
+
+        return note
+
+    def hook(router: nn.Module):
         def keep(module: nn.Module, args: object, routing: Routing) -> None:
-            if threading.get_ident() == thread and torch._C._current_graph_task_id() == -1:
-                trace.routings[name].append(routing)
+            if recorded():
+                trace.routings[owner[router]].append(routing)
 
         return keep
 
-    handles = [layer.router.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles: list[RemovableHandle] = [router.register_forward_hook(hook(router)) for router in owner]
+    shared = [(name, layer) for name, layer in layers.items() if len(owner) < len(layers)]
+    handles += [layer.register_forward_pre_hook(begin(layer.router, name)) for name, layer in shared]
     try:
         yield trace
     finally:

@@ -78,8 +78,17 @@ class Routing(ABC):
     @property
     def aux_loss(self) -> Tensor:
         """Weighted sum of the losses, a scalar; losses without a weight are not computed."""
-        weighted = [w * self.loss_terms[name]() for name, w in self.loss_weights.items() if w != 0]
+        weighted = [weight * self._loss(name) for name, weight in self.loss_weights.items() if weight != 0]
         return sum(weighted[1:], weighted[0]) if weighted else torch.zeros((), device=self.device)
+
+    def _loss(self, name: str) -> Tensor:
+        check = Check(type(self).__name__)
+        if name not in self.loss_terms:
+            raise ValueError(f"{check.where}: loss_weights has {name!r}, which loss_terms has not")
+        value = check.tensor(f"the loss {name!r}", self.loss_terms[name]())
+        if value.ndim:
+            raise ValueError(f"{check.where}: the loss {name!r} must be a scalar, got shape {list(value.shape)}")
+        return value
 
     @property
     def metrics(self) -> dict[str, Tensor]:
