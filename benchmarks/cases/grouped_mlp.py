@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entry, Floor, Size, Variant
 from benchmarks.peers.layers import dense, packed_mlps
-from vmoe_routers import capacity, ops
+from vmoe_routers import capacity
+from vmoe_routers.experts import mlp_of_slots
 
 
 def build(size: Size, device: str, *, one_group: bool = True) -> Case:
@@ -64,7 +65,7 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
         title="expert MLPs, " + ("one group" if one_group else "per image"),
         size=size,
         variants=(
-            variant("ours", "ours", lambda: [ops.grouped_mlp(x, w1, b1, w2, b2, filled=filled)]),
+            variant("ours", "ours", lambda: [mlp_of_slots(x, w1, b1, w2, b2, filled, "gelu_tanh")]),
             variant("torch baddbmm, padded", "index", padded),
             variant("loop over experts", "index", loop),
             variant("grouped_mm", "index", grouped),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vmoe_routers as vr
-from vmoe_routers.models import SIZES, MoEVisionTransformer, moe_block_indices, vit_moe
+from vmoe_routers.models import SIZES, MoEVisionTransformer, moe_block_indices, upcycle, vit_moe
 
 TINY = {
     "img_size": 8,
@@ -315,3 +315,13 @@ def test_says_what_to_install_where_timm_does_not_import(monkeypatch, failure, a
     with pytest.raises(ImportError, match=advice) as raised:
         runpy.run_path(source)
     assert str(failure) in str(raised.value)
+
+
+def test_own_experts_are_no_option():
+    """Every block needs its own, and one argument would give all blocks the same."""
+    experts = [torch.nn.Linear(16, 16) for _ in range(2)]
+    with pytest.raises(TypeError, match="vit_moe: experts is not an option"):
+        vit_moe(8, 4, embed_dim=16, depth=2, num_heads=2, num_experts=2, experts=experts)
+    dense = vit_moe(8, 4, embed_dim=16, depth=2, num_heads=2, router=None)
+    with pytest.raises(TypeError, match="upcycle: experts is not an option"):
+        upcycle(dense, router="soft", num_experts=2, experts=experts)

@@ -75,6 +75,8 @@ def upcycle(
     num_experts = check.integer("num_experts", num_experts, 1)
     group_size = check.integer("group_size", group_size, 1)
     noise = check.number("noise", noise, zero=True)
+    if "experts" in router_options:
+        raise TypeError("upcycle: experts is not an option: they are copies of the model's MLPs")
     found = getattr(model, "blocks", None)
     if not isinstance(found, (nn.Sequential, nn.ModuleList)) or not len(found):
         raise TypeError(f"upcycle: model must have transformer blocks as model.blocks, got {type(model).__name__}")

@@ -241,6 +241,8 @@ def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     for name in _DERIVED:
         if name in options:
             raise TypeError(f"vit_moe: {name!r} is not an option: it follows from the model's other arguments")
+    if options.get("experts") is not None:
+        raise TypeError("vit_moe: experts is not an option: the blocks would share them; replace model.blocks[i].mlp")
     if router is not None:
         c["moe_blocks"] = _plain_blocks(c["depth"], c["moe_blocks"])
     return c
