@@ -366,3 +366,18 @@ def test_a_loss_read_twice_stays_in_its_total_when_the_first_value_goes():
         del log
     sum(losses).backward()
     assert_gradients(model, wanted)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_compiled_steps_that_do_not_read_the_loss(copied):
+    torch._dynamo.reset()
+    model = copy.deepcopy(Model()) if copied else Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = tokens()
+    for _ in range(3):
+        compiled(x).sum().backward()
+    out = compiled(x)
+    wanted = reference(model, x)
+    model.zero_grad()
+    (out.square().sum() + vr.aux_loss(model)).backward()
+    assert_gradients(model, wanted)

@@ -90,6 +90,7 @@ class MoEMlp(nn.Module):
         else:
             self.experts = _own_experts(experts, num_experts)
         self.pending_losses = PendingLosses()
+        self._end_compiled_losses()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps tokens x [B, T, D] to [B, T, D']; mask [B, T] bool, True = real token.
@@ -141,6 +142,15 @@ class MoEMlp(nn.Module):
             replica = getattr(self, "_is_replica", False)  # set by nn.DataParallel
             y = self.pending_losses.add(y, lambda: routing.aux_loss, groups, replica)
         return y
+
+    def _end_compiled_losses(self) -> None:
+        if any(getattr(self.router, "loss_weights", {}).values()):
+            self.pending_losses.end_compiled_by(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy or a pickle, whose parameters have no hooks."""
+        super().__setstate__(state)
+        self._end_compiled_losses()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.pending_losses.move(fn)
@@ -196,4 +206,4 @@ def aux_loss(model: nn.Module) -> Tensor:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"aux_loss: model must be an nn.Module, got {type(model).__name__}")
-    return total_loss(model, [layer.pending_losses for layer in model.modules() if isinstance(layer, MoEMlp)])
+    return total_loss(model, [layer for layer in model.modules() if isinstance(layer, MoEMlp)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -86,6 +86,7 @@ class PendingLosses:
         self.compiled = torch.zeros(())
         self.time = self.previous = -1
         self._taken: list[_Loss] = []
+        self._parameter: weakref.ref[Tensor] | None = None
         self._outputs: list[weakref.ref[_Output]] = []
         self._last: _Loss | None = None
 
@@ -151,18 +152,36 @@ class PendingLosses:
         if not self.compiled.requires_grad:
             return self._taken
         # The sum's node follows the node of the compiled graph, through which a backward pass of the output goes.
-        nodes = [node for node, _ in cast(Any, self.compiled.grad_fn).next_functions if node is not None]
-        if any(map(_used, nodes)):
+        nodes = _compiled_graphs(self.compiled)
+        if not nodes or _used(nodes[0]):
             self.reset_compiled()
             return self._taken
+        if any(map(_used, nodes[1:])):
+            self.reset_compiled()
+            raise RuntimeError(
+                "aux_loss: a compiled layer ran again after a backward pass before which its loss was not read; read "
+                "aux_loss at every step"
+            )
         loss = _Loss(self.compiled)
         if not torch.is_grad_enabled():
             return [*self._taken, loss]
-        for node in nodes:
-            node.register_prehook(lambda grads: loss.end())
+        nodes[0].register_prehook(lambda grads: loss.end())
         self._taken.append(loss)
         self.reset_compiled()
         return self._taken
+
+    def end_compiled_by(self, layer: nn.Module) -> None:
+        """Lets a backward pass through the parameters of `layer` end the losses of compiled forwards."""
+        parameter = next((parameter for parameter in layer.parameters() if parameter.requires_grad), None)
+        if parameter is None or (self._parameter is not None and self._parameter() is parameter):
+            return
+        self._parameter = weakref.ref(parameter)
+
+        def end(parameter: Tensor) -> None:
+            if self.compiled.requires_grad:
+                self.reset_compiled()
+
+        parameter.register_post_accumulate_grad_hook(end)
 
     def reset_compiled(self) -> None:
         """Resets the sum of the compiled forwards to 0."""
@@ -175,6 +194,16 @@ class PendingLosses:
     def __reduce__(self) -> tuple[Any, ...]:
         """Makes copies and pickles start empty, because a graph can be neither copied nor pickled."""
         return PendingLosses, ()
+
+
+def _compiled_graphs(total: Tensor) -> list[Any]:
+    """Lists the nodes of the graphs that added to the sum, the last graph first."""
+    graphs, node = [], cast(Any, total.grad_fn)
+    while node is not None:
+        following = [after for after, _ in node.next_functions if after is not None]
+        graphs += [after for after in following if after.name() != node.name()]
+        node = next((after for after in following if after.name() == node.name()), None)
+    return graphs
 
 
 def _used(node: Any) -> bool:
@@ -219,8 +248,9 @@ class _Deliver(torch.autograd.Function):
         return grad, None, None
 
 
-def total_loss(model: nn.Module, layers: list[PendingLosses]) -> Tensor:
+def total_loss(model: nn.Module, modules: Sequence[Any]) -> Tensor:
     """Sums the layers' losses to a scalar on the device of the model's first parameter."""
+    layers: list[PendingLosses] = [module.pending_losses for module in modules]
     parameter = next(model.parameters(), None)
     total = torch.zeros((), device=None if parameter is None else parameter.device)
     if torch.compiler.is_compiling():
@@ -234,6 +264,9 @@ def total_loss(model: nn.Module, layers: list[PendingLosses]) -> Tensor:
     for i, layer in reversed(list(enumerate(layers))):
         newer = [before.time for before in layers[:i]] + [after.previous for after in layers[i + 1 :]]
         layer.forget_before(max(newer, default=-1))
+    for layer, module in zip(layers, modules, strict=True):
+        if layer.compiled.requires_grad:
+            layer.end_compiled_by(module)
     pending = [layer.losses() for layer in layers]
     # A loss counts once: in the first value that was read after its forward, as long as that value exists. Until
     # another forward runs, the same losses are read again, also by readings of parts of the model.
