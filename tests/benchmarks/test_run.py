@@ -105,7 +105,7 @@ def test_freed_memory_is_kept():
 import resource, torch
 from benchmarks.machine import keep_memory
 assert keep_memory()
-for _ in range(5):  # by and by: where the heap ends matters too
+for _ in range(12):  # the first ones may still miss: it depends on where the heap ends
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 << 20)  # 64 MiB
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
