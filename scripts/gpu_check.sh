@@ -86,7 +86,9 @@ build() {
     run "$venv" -c 'import pathlib, sys, sysconfig
 pathlib.Path(sysconfig.get_path("purelib"), "parent.pth").write_text("\n".join(sys.argv[1:]))' "${packages[@]}" &&
     run "$python" -m pip --python "$venv" install --no-deps --no-build-isolation --no-index --editable . \
-      -C cmake.define.VMOE_CUDA=ON -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$capability" -C "build-dir=$out/build"
+      --config-settings=cmake.define.VMOE_CUDA=ON \
+      --config-settings="cmake.define.CMAKE_CUDA_ARCHITECTURES=$capability" \
+      --config-settings="build-dir=$out/build"
 }
 
 kernels() {

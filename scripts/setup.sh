@@ -36,22 +36,22 @@ if [ "$extra" = test ] && may_apt_get && [ ! -e /usr/include/gtest/gtest.h ]; th
 fi
 
 # The build itself never asks for a GPU: this script passes it the architectures.
-options=(-C "cmake.define.VMOE_CUDA=$cuda")
+options=(--config-settings="cmake.define.VMOE_CUDA=$cuda")
 case $cuda in
   AUTO)
     capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
       grep -xE '[0-9]+\.[0-9]+' | sort -u || true)
     if [ -n "$capabilities" ]; then
       architectures=$(tr -d . <<<"$capabilities" | paste -sd ';')
-      options+=(-C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$architectures")
+      options+=(--config-settings="cmake.define.CMAKE_CUDA_ARCHITECTURES=$architectures")
       cuda_words="CUDA kernels for compute capability $(paste -sd ' ' <<<"$capabilities")"
     else
-      options=(-C cmake.define.VMOE_CUDA=OFF)
+      options=(--config-settings=cmake.define.VMOE_CUDA=OFF)
       cuda_words="no CUDA kernels, for there is no GPU (VMOE_CUDA=ON compiles them all the same)"
     fi
     ;;
   # cmake/modules.cmake chooses the architectures; forget those of an earlier build.
-  ON) options+=(-C cmake.args=-UCMAKE_CUDA_ARCHITECTURES) cuda_words="CUDA kernels for every architecture" ;;
+  ON) options+=(--config-settings=cmake.args=-UCMAKE_CUDA_ARCHITECTURES) cuda_words="CUDA kernels for every architecture" ;;
   OFF) cuda_words="no CUDA kernels" ;;
   *) die "VMOE_CUDA must be AUTO, ON or OFF, got '$cuda'" ;;
 esac

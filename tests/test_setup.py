@@ -51,7 +51,7 @@ def test_without_a_gpu_no_cuda_kernel_is_compiled(setup):
     for gpus in (None, "", "[N/A]\\n", "NVIDIA-SMI has failed\\n"):
         done, installed = setup(gpus=gpus)
         assert done.returncode == 0, done.stderr
-        assert installed[-1].endswith("--editable .[study] -C cmake.define.VMOE_CUDA=OFF")
+        assert installed[-1].endswith("--editable .[study] --config-settings=cmake.define.VMOE_CUDA=OFF")
         assert "no CUDA kernels" in done.stdout and "VMOE_CUDA=ON" in done.stdout
 
 
@@ -60,7 +60,7 @@ def test_without_a_gpu_no_cuda_kernel_is_compiled(setup):
 )
 def test_with_gpus_the_kernels_are_compiled_for_them(setup, gpus, architectures):
     _, installed = setup(gpus=gpus, choice="AUTO")
-    end = f"-C cmake.define.VMOE_CUDA=AUTO -C cmake.define.CMAKE_CUDA_ARCHITECTURES={architectures}"
+    end = f"--config-settings=cmake.define.VMOE_CUDA=AUTO --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES={architectures}"
     assert installed[-1].endswith(end)
 
 
@@ -68,9 +68,11 @@ def test_what_was_asked_for_goes_before_what_is_there(setup):
     for gpus in (None, "9.0\\n"):
         _, installed = setup(gpus=gpus, choice="ON")
         # None by name: CMakeLists.txt has the list.
-        assert installed[-1].endswith("-C cmake.define.VMOE_CUDA=ON -C cmake.args=-UCMAKE_CUDA_ARCHITECTURES")
+        assert installed[-1].endswith(
+            "--config-settings=cmake.define.VMOE_CUDA=ON --config-settings=cmake.args=-UCMAKE_CUDA_ARCHITECTURES"
+        )
         _, installed = setup(gpus=gpus, choice="OFF")
-        assert installed[-1].endswith(".[study] -C cmake.define.VMOE_CUDA=OFF")
+        assert installed[-1].endswith(".[study] --config-settings=cmake.define.VMOE_CUDA=OFF")
     done, installed = setup(choice="on")
     assert done.returncode == 1 and "VMOE_CUDA must be AUTO, ON or OFF, got 'on'" in done.stderr and not installed
 
