@@ -60,7 +60,8 @@ def test_without_a_gpu_no_cuda_kernel_is_compiled(setup):
 )
 def test_with_gpus_the_kernels_are_compiled_for_them(setup, gpus, architectures):
     _, installed = setup(gpus=gpus, choice="AUTO")
-    end = f"--config-settings=cmake.define.VMOE_CUDA=AUTO --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES={architectures}"
+    option = "--config-settings=cmake.define"
+    end = f"{option}.VMOE_CUDA=AUTO {option}.CMAKE_CUDA_ARCHITECTURES={architectures}"
     assert installed[-1].endswith(end)
 
 
