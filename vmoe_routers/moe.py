@@ -187,8 +187,8 @@ def _own_experts(experts: nn.Module | Sequence[nn.Module], num_experts: int) -> 
         experts = experts if isinstance(experts, ExpertList) else ExpertList(list(experts))
     if not isinstance(experts, nn.Module):
         raise TypeError(f"MoEMlp: experts must be a module or a sequence of modules, got {type(experts).__name__}")
-    if getattr(experts, "num_experts", None) != num_experts:
-        got = getattr(experts, "num_experts", None)
+    got = getattr(experts, "num_experts", None)
+    if got != num_experts:
         raise ValueError(f"MoEMlp: experts must have num_experts {num_experts}, got {got}")
     return experts
 

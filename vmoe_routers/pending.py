@@ -237,7 +237,7 @@ class _Deliver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, values: list[Tensor], losses: list[_Loss]) -> Tensor:
+    def forward(ctx: Any, total: Tensor, values: Sequence[Tensor], losses: Sequence[_Loss]) -> Tensor:
         ctx.losses = losses
         return total + sum(value.to(total) for value in values)
 
@@ -278,14 +278,14 @@ def total_loss(model: nn.Module, modules: Sequence[Any]) -> Tensor:
 
     chosen = [[loss for loss in losses if current(loss)] for losses in pending]
     for losses in chosen:
-        values = _values(losses)
-        repeated = [loss for loss in losses if loss.value is not None and not loss.value.requires_grad]
-        for loss, value in zip(losses, values, strict=True):
-            if loss not in repeated:
+        repeated: list[tuple[Tensor, _Loss]] = []
+        for loss, value in zip(losses, _values(losses), strict=True):
+            if value.requires_grad:
                 total = total + value.to(total.device)
+            else:
+                repeated.append((value, loss))
         if repeated:
-            values = [value for loss, value in zip(losses, values, strict=True) if loss in repeated]
-            total = _Deliver.apply(total.clone().requires_grad_(torch.is_grad_enabled()), values, repeated)
+            total = _Deliver.apply(total.clone().requires_grad_(torch.is_grad_enabled()), *zip(*repeated, strict=True))
     if not torch.is_grad_enabled():
         return total.detach()
     if total.requires_grad:

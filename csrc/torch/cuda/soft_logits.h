@@ -1,4 +1,4 @@
-// soft_logits on CUDA -- torch's products over all tokens, between kernels of ours.
+// soft_logits on CUDA -- torch's products over all tokens, between our kernels.
 #pragma once
 
 #include "../../common/row_stride.h"

@@ -1,5 +1,5 @@
-// soft_mix on CUDA -- one kernel for softmax and product where it takes the shapes, else a softmax
-// of ours and torch's batched products over all groups.
+// soft_mix on CUDA -- one kernel for softmax and product for the shapes that it takes, else our
+// softmax and torch's batched products over all groups.
 #pragma once
 
 #include "../../common/row_stride.h"
