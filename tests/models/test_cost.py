@@ -70,6 +70,42 @@ def test_dense_by_torch_counter(options):
     assert found["active_parameters"] == found["parameters"]
 
 
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_moe_models_by_torch_counter(router):
+    options = {"group_size": 1, **({"slots_per_expert": 3} if router == "soft" else {"capacity_factor": 1.5})}
+    model = vit_moe(8, 2, 3, 10, **SIZES, router=router, num_experts=4, **options).eval()
+    assert cost(model)["flops"] == counted(model, 8)
+
+
+@pytest.mark.parametrize("router", ["softmax_token_choice", "soft"])
+@pytest.mark.parametrize(("wanted", "backward"), [
+    # Backward has a product for the gradient of each factor, and the product w2^T is needed for every gradient.
+    ({"x", "router", "experts"}, {"router": 2, "w1": 2, "w2": 2}),
+    ({"x", "router"}, {"router": 2, "w1": 1, "w2": 1}),
+])  # fmt: skip
+def test_backward_by_torch_counter(router, wanted, backward):
+    layer = vr.MoEMlp(16, 32, 24, num_experts=4, router=router)
+    layer.router.requires_grad_("router" in wanted)
+    layer.experts.requires_grad_("experts" in wanted)
+    x = torch.randn(3, 16, 16, requires_grad="x" in wanted)
+    y = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    slots = 3 * 4 * layer.router.slots(16)
+    logits = 2 * 16 * 16 * (slots if router == "soft" else 3 * 4)
+    mixtures = 2 * 16 * slots * (16 + 24) if router == "soft" else 0  # tokens of 16 in, slots of 24 out
+    products = {"router": logits + mixtures, "w1": 2 * slots * 16 * 32, "w2": 2 * slots * 32 * 24}
+    assert counter.get_total_flops() == sum(times * products[name] for name, times in backward.items())
+
+
+def test_backward_of_experts_alone_by_torch_counter():
+    experts = vr.Experts(4, 16, 32, 24)
+    y = experts(torch.randn(4, 2, 3, 16))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 4 * 2 * 3 * (16 * 32 + 2 * 32 * 24)
+
+
 GATED = [
     "vit_giant_patch14_dinov2",
     "eva02_tiny_patch14_224",

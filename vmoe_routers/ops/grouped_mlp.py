@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vmoe_routers.ops._autograd import call, refuse_second_derivative
 from vmoe_routers.ops._checks import Check
@@ -117,6 +118,30 @@ def _(
     shapes = (w1.shape, w1.shape[::2], w2.shape, w2.shape[::2])
     grad_x = x.new_empty(x.shape if of_x else 0)
     return grad_x, *(x.new_empty(shape if of_weights else 0) for shape in shapes)
+
+
+# The formulas count empty rows too, as torch's counter does for batched products and `models.cost` for slots.
+@register_flop_formula(torch.ops.vmoe_routers.grouped_mlp)
+def _(x: torch.Size, w1: torch.Size, b1: object, w2: torch.Size, *_: object, out_shape: object = None) -> int:
+    return 2 * x[1] * (w1.numel() + w2.numel())
+
+
+@register_flop_formula(torch.ops.vmoe_routers.grouped_mlp_backward)
+def _(
+    grad: torch.Size,
+    x: torch.Size,
+    w1: torch.Size,
+    b1: object,
+    w2: torch.Size,
+    filled: object,
+    hidden: torch.Size,
+    act: str,
+    of_x: bool,
+    of_weights: bool,
+    out_shape: object = None,
+) -> int:
+    # The gradient of the hidden values is always computed.
+    return 2 * x[1] * (w2.numel() + of_x * w1.numel() + of_weights * (w1.numel() + w2.numel()))
 
 
 def _setup_context(ctx, inputs, output):

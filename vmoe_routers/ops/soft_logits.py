@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vmoe_routers.ops._autograd import call, refuse_second_derivative
 from vmoe_routers.ops._checks import Check
@@ -50,6 +51,16 @@ def _(x: Tensor, phi: Tensor) -> Tensor:
 @torch.library.register_fake("vmoe_routers::soft_logits_backward")
 def _(grad: Tensor, x: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), phi.new_empty(phi.shape)
+
+
+@register_flop_formula(torch.ops.vmoe_routers.soft_logits)
+def _(x: torch.Size, phi: torch.Size, out_shape: object = None) -> int:
+    return 2 * x.numel() * phi[1]
+
+
+@register_flop_formula(torch.ops.vmoe_routers.soft_logits_backward)
+def _(grad: torch.Size, x: torch.Size, phi: torch.Size, out_shape: object = None) -> int:
+    return 4 * x.numel() * phi[1]
 
 
 def _setup_context(ctx, inputs, output):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vmoe_routers.ops._autograd import call, refuse_second_derivative
 from vmoe_routers.ops._checks import Check
@@ -73,6 +74,18 @@ def _(logits: Tensor, values: Tensor, dim: int, num_experts: int) -> Tensor:
 @torch.library.register_fake("vmoe_routers::soft_mix_backward")
 def _(grad: Tensor, logits: Tensor, values: Tensor, dim: int, num_experts: int) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape), values.new_empty(values.shape)
+
+
+@register_flop_formula(torch.ops.vmoe_routers.soft_mix)
+def _(logits: torch.Size, values: torch.Size, dim: int, num_experts: int, out_shape: object = None) -> int:
+    return 2 * logits.numel() * values[-1]
+
+
+@register_flop_formula(torch.ops.vmoe_routers.soft_mix_backward)
+def _(
+    grad: torch.Size, logits: torch.Size, values: torch.Size, dim: int, num_experts: int, out_shape: object = None
+) -> int:
+    return 4 * logits.numel() * values[-1]
 
 
 def _setup_context(ctx, inputs, output):
