@@ -1,0 +1,110 @@
+"""Models by name: `vit_moe`, a timm name, a folder of `save_pretrained`, or a V-MoE checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from vmoe_routers.models import upcycle, vit_moe
+from vmoe_routers.options import OptionError
+
+_CHECKPOINT = ".index"  # V-MoE's suffix of the file that lists the shards
+
+
+def load_model(
+    model: str,
+    *,
+    num_classes: int,
+    channels: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    upcycled: Mapping[str, Any] | None = None,
+    pretrained: bool = False,
+    **arguments: Any,
+) -> nn.Module:
+    """Makes the model, or loads it and fits its head and positions to the data.
+
+    A model that is made draws its parameters from torch's generator.
+
+    Args:
+        model: "vit_moe"; a name of `timm.list_models`, which `vmoe_routers.models.NAMES` extends; a folder of
+            `save_pretrained`; or P of a V-MoE checkpoint (P.index).
+        num_classes: Outputs of the head. A loaded model with another number gets a new head.
+        channels: Channels of an image.
+        image_size: A side in pixels, or height and width. None keeps the model's size. The position embeddings of a
+            loaded model are resampled.
+        upcycled: Arguments of `upcycle`, which replaces MLPs of the model by MoE layers.
+        pretrained: Downloads timm's weights of the model.
+        arguments: Arguments of `vit_moe`, of timm's model, or of `from_pretrained`.
+
+    Raises:
+        OptionError: No such model, or arguments that do not fit. It names options of `TrainSettings`.
+    """
+    try:
+        found = _load(model, num_classes, channels, image_size, pretrained, arguments)
+        if upcycled is not None:
+            upcycle(found, **upcycled)
+    except OptionError:
+        raise
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise OptionError(f"model {model!r}: {error}", "model") from error
+    return found
+
+
+def _load(
+    model: str, classes: int, channels: int, size: Any, pretrained: bool, arguments: Mapping[str, Any]
+) -> nn.Module:
+    if pretrained and (model == "vit_moe" or not timm.is_model(model)):
+        raise OptionError(f"pretrained needs the name of a timm model with weights, got model {model!r}", "pretrained")
+    if model == "vit_moe":
+        sized = {} if size is None else {"img_size": size}
+        return vit_moe(in_chans=channels, num_classes=classes, **sized, **arguments)
+    if os.path.isdir(model):
+        return _fitted(_from_folder(model, arguments), model, classes, channels, size)
+    if os.path.isfile(model + _CHECKPOINT):
+        return _fitted(_from_checkpoint(model, arguments), model, classes, channels, size)
+    if not timm.is_model(model):
+        raise OptionError(
+            f"model {model!r} is no folder, no V-MoE checkpoint and no model of timm; there are "
+            "vit_moe, the names of vmoe_routers.models.NAMES such as soft_moe_small_patch16_224, and those of "
+            "timm.list_models('*vit*')",
+            "model",
+        )
+    sized = {} if size is None else {"img_size": size}
+    return timm.create_model(
+        model, pretrained=pretrained, num_classes=classes, in_chans=channels, **sized, **dict(arguments)
+    )
+
+
+def _from_folder(folder: str, arguments: Mapping[str, Any]) -> nn.Module:
+    from vmoe_routers.checkpoints import from_pretrained
+
+    return from_pretrained(folder, **arguments)
+
+
+def _from_checkpoint(prefix: str, arguments: Mapping[str, Any]) -> nn.Module:
+    import tempfile
+
+    from vmoe_routers.checkpoints.convert import convert
+
+    with tempfile.TemporaryDirectory() as folder:
+        return convert(prefix, str(Path(folder) / "model"), **arguments)
+
+
+def _fitted(model: Any, name: str, classes: int, channels: int, size: int | tuple[int, int] | None) -> nn.Module:
+    """Fits head and positions of a loaded model to the data."""
+    expected = model.patch_embed.proj.in_channels
+    if channels != expected:
+        raise OptionError(f"model {name!r} takes images of {expected} channels, the data have {channels}", "model")
+    wanted = (size, size) if isinstance(size, int) else size
+    if wanted is not None and tuple(wanted) != tuple(model.patch_embed.img_size):
+        with torch.no_grad():
+            model.set_input_size(wanted)
+    if classes != model.num_classes:
+        model.reset_classifier(classes)
+    return model

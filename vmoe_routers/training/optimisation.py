@@ -1,0 +1,221 @@
+"""Optimisation: the hyperparameters of a training step, parameter groups and optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vmoe_routers.moe import MoEMlp
+from vmoe_routers.options import OptionError
+from vmoe_routers.training.schedules import SCHEDULES, learning_rate
+
+LOSSES = ("softmax", "sigmoid")
+TRAINED = ("all", "router", "experts", "head")
+PRECISIONS = ("float32", "bfloat16", "float16")
+_MAX = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How parameters are trained.
+
+    Attributes:
+        optimizer: "adamw", "sgd" (momentum 0.9, without Nesterov), or another optimizer of timm by its name.
+        optimizer_args: further arguments of the optimizer, such as betas.
+        learning_rate: peak learning rate.
+        final_learning_rate: learning rate at the end of the schedules cosine and linear, and of the cool-down.
+        schedule: "cosine", "linear", "rsqrt" or "constant", after a linear warm-up from 0.
+        warmup: steps of the warm-up. A value below 1 is a share of all steps.
+        cooldown: steps in which the schedules rsqrt and constant fall linearly at the end. Below 1: a share.
+        timescale: steps after which rsqrt has divided the rate by sqrt(2).
+        weight_decay: decoupled weight decay of kernels and of Soft MoE's scale. Biases, norms, positions and Phi are
+            not decayed.
+        head_weight_decay: weight decay of the head's kernel. None: as weight_decay.
+        layer_decay: factor of the learning rate from block to block, from the head down; 1 for none.
+        loss: "softmax" cross-entropy, or "sigmoid": the sum of binary cross-entropies over the classes.
+        label_smoothing: share of the target that is spread over all classes.
+        clip: largest norm of the gradient; 0 for none.
+        accumulate: parts of a batch that run one after the other, before one optimizer step.
+        ema: decay of an average of the parameters, which is evaluated and exported in their place; 0 for none.
+        trained: parameters that are trained: "all", or only those of "router", "experts" or "head".
+        precision: "float32", or "bfloat16" or "float16" for autocast.
+        max_skipped: steps in a row that may be skipped because their loss or gradient is not finite.
+    """
+
+    optimizer: str = "adamw"
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    cooldown: float = 0.0
+    timescale: int = 10_000
+    weight_decay: float = 0.05
+    head_weight_decay: float | None = None
+    layer_decay: float = 1.0
+    loss: str = "softmax"
+    label_smoothing: float = 0.0
+    clip: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.0
+    trained: str = "all"
+    precision: str = "float32"
+    max_skipped: int = 10
+
+    def __post_init__(self):
+        choices = {"schedule": SCHEDULES, "loss": LOSSES, "trained": TRAINED, "precision": PRECISIONS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}", name)
+        if self.optimizer not in ("adamw", "sgd") and self.optimizer not in list_optimizers():
+            raise OptionError(
+                f"optimizer {self.optimizer!r} does not exist; there are adamw, sgd and the names of "
+                "timm.optim.list_optimizers(), such as lamb, lion and muon",
+                "optimizer",
+            )
+        at_least(self, 1, "accumulate", "timescale", "max_skipped")
+        if not 0 < self.learning_rate < math.inf:
+            raise OptionError(f"learning_rate must be positive and finite, got {self.learning_rate}", "learning_rate")
+        for name in ("final_learning_rate", "warmup", "cooldown", "weight_decay", "head_weight_decay", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise OptionError(f"{name} must be at least 0 and finite, got {value}", name)
+        for name in ("label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(f"{name} must be in [0, 1), got {getattr(self, name)}", name)
+        if not 0 < self.layer_decay <= 1:
+            raise OptionError(f"layer_decay must be in (0, 1], got {self.layer_decay}", "layer_decay")
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` of `steps`, counted from 0."""
+        return learning_rate(
+            step,
+            steps,
+            schedule=self.schedule,
+            peak=self.learning_rate,
+            final=self.final_learning_rate,
+            warmup=_in_steps(self.warmup, steps),
+            timescale=self.timescale,
+            cooldown=_in_steps(self.cooldown, steps),
+        )
+
+
+def at_least(settings: Any, lowest: int, *names: str) -> None:
+    """Refuses options that are not integers in [lowest, 2^31)."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (isinstance(value, int) and lowest <= value <= _MAX):
+            raise OptionError(f"{name} must be at least {lowest} and at most {_MAX}, got {value}", name)
+
+
+def only(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are fields of the dataclass `kind`."""
+    return {f.name: options[f.name] for f in fields(kind) if f.name in options}
+
+
+def _in_steps(value: float, steps: int) -> int:
+    return round(value * steps) if value < 1 else round(value)
+
+
+def criterion(logits: Tensor, targets: Tensor, loss: str, label_smoothing: float) -> Tensor:
+    """Computes the mean loss of logits [N, classes], in float32 or float64.
+
+    Args:
+        logits: [N, classes].
+        targets: [N] int64 labels, or [N, classes] shares of the classes.
+        loss, label_smoothing: as in `Optimisation`.
+    """
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if loss == "softmax":
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    classes = logits.shape[-1]
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, classes)
+    targets = targets.to(logits.dtype)
+    if label_smoothing:
+        targets = targets * (1 - label_smoothing) + label_smoothing / classes
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(-1).mean()
+
+
+def freeze(model: nn.Module, trained: str) -> None:
+    """Sets `requires_grad` of all parameters, for `Optimisation.trained`.
+
+    Raises:
+        OptionError: The model has no such parameters.
+    """
+    if trained == "all":
+        return
+    kept = list(_parts(model, trained))
+    if not any(True for part in kept for _ in part.parameters()):
+        raise OptionError(f"trained {trained!r}: {type(model).__name__} has no such parameters", "trained")
+    model.requires_grad_(False)
+    for part in kept:
+        part.requires_grad_(True)
+
+
+def _parts(model: Any, trained: str) -> Iterator[nn.Module]:
+    if trained == "head":
+        head = model.get_classifier() if hasattr(model, "get_classifier") else getattr(model, "head", None)
+        yield from () if head is None else (head if isinstance(head, tuple) else (head,))
+    for layer in (module for module in model.modules() if isinstance(module, MoEMlp)):
+        if trained in ("router", "experts"):
+            yield layer.router if trained == "router" else layer.experts
+
+
+def parameter_groups(model: Any, o: Optimisation) -> list[dict[str, Any]]:
+    """Groups the trained parameters by weight decay and by the learning rate's factor `lr_scale`."""
+    names = {_plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named_plain = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    head = {id(p) for part in _parts(model, "head") for p in part.parameters()}
+    scales = _layer_scales(model, o.layer_decay) if o.layer_decay < 1 else {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in names.items():
+        last = name.rpartition(".")[2]
+        is_kernel = parameter.ndim >= 2 and last not in ("phi", "b1", "b2", "bias") and ".norm" not in f".{name}"
+        if name in named_plain or not (is_kernel or name.endswith("router.logits.scale")):
+            decay = 0.0
+        else:
+            decay = o.weight_decay
+            if o.head_weight_decay is not None and id(parameter) in head:
+                decay = o.head_weight_decay
+        groups.setdefault((decay, scales.get(name, 1.0)), []).append(parameter)
+    return [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
+
+
+def _plain_name(name: str) -> str:
+    """The parameter's name without the wrappers of torch.compile and activation checkpointing."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _layer_scales(model: Any, decay: float) -> dict[str, float]:
+    """From a parameter's name to ``decay ** (layers above it)``, by timm's order of layers."""
+    if not hasattr(model, "group_matcher"):
+        raise OptionError(f"layer_decay needs a model of timm, got {type(model).__name__}", "layer_decay")
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {_plain_name(name): decay ** (last - layer) for name, layer in layers.items()}
+
+
+def make_optimizer(model: nn.Module, o: Optimisation) -> torch.optim.Optimizer:
+    """Makes the optimizer of the trained parameters.
+
+    Raises:
+        OptionError: `optimizer_args` that the optimizer does not take.
+    """
+    groups = parameter_groups(model, o)
+    try:
+        if o.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=o.learning_rate, **{"fused": True, **o.optimizer_args})
+        if o.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=o.learning_rate, **{"momentum": 0.9, "fused": True, **o.optimizer_args})
+        return create_optimizer_v2(groups, o.optimizer, lr=o.learning_rate, **o.optimizer_args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"optimizer {o.optimizer!r} with {o.optimizer_args}: {error}", "optimizer_args") from error
