@@ -1,8 +1,8 @@
-// assign_by_expert -- slots of a large group with a priority.
+// assign_by_expert -- assigns the slots of a large group with priorities, without sorting its
+// tokens.
 //
-// Sorting the tokens would take longer than all the rest. Instead the counts of requests.h make
-// lists of the experts' requests, and one block per expert selects the first of its own, in the
-// order in which they are served.
+// list_kernel lists the requests of each expert, by the ranks of requests.h. In select_kernel one
+// block per expert selects the C requests of its list that are served first.
 #pragma once
 
 #include <algorithm>
@@ -13,17 +13,17 @@
 namespace vmoe::cuda {
 namespace {
 
-constexpr int64_t kLargeGroup = 4096;  // tokens: larger groups are assigned by expert
+constexpr int64_t kLargeGroup = 4096;  // groups with more tokens are assigned by expert
 constexpr int kSelectThreads = 512;
-constexpr int kMostPlaces = 4096;    // slots of an expert that a block sorts
-constexpr int64_t kMostKeys = 8192;  // keys that it keeps
+constexpr int kMostPlaces = 4096;    // most slots per expert: a block sorts their requests
+constexpr int64_t kMostKeys = 8192;  // most keys that a block keeps in shared memory
 
 __global__ void __launch_bounds__(kMostWarps* kWarp) list_kernel(
     const int32_t* __restrict__ expert,   // [G, T, K]
-    const int32_t* __restrict__ counted,  // [G, chunks, E], not looked at for one chunk
-    int32_t* __restrict__ begins,         // [G, E + 1]
+    const int32_t* __restrict__ counted,  // [G, chunks, E], not read if there is one chunk
+    int32_t* __restrict__ begins,         // [G, E + 1]  where the list of each expert begins
     int32_t* __restrict__ lists,          // [G, T * K]  requests by expert, choice 0 before 1
-    int32_t* __restrict__ slot,           // [G, T, K]  -1
+    int32_t* __restrict__ slot,           // [G, T, K]  set to -1
     Shape shape) {
   int32_t* counts = dynamic_shared<int32_t>();             // [warps, E]
   int32_t* begin = counts + blockDim.x / kWarp * shape.E;  // [E]
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) list_kernel(
   const Requests requests = requests_of(expert, nullptr, at.group, shape);
   count_chunk(requests, at.begin, at.end, counts);
   add_up(shape, at, counted, counts, begin);
-  if (threadIdx.x < kWarp) {  // from how many there are of an expert to where they begin
+  if (threadIdx.x < kWarp) {  // one warp replaces the numbers of requests by their prefix sums
     const int lane = static_cast<int>(threadIdx.x);
     int32_t before = 0;
     for (int64_t base = 0; base < shape.E; base += kWarp) {
@@ -60,15 +60,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) list_kernel(
       });
 }
 
-// The order in which requests of an expert are served: an earlier choice first, then a larger
-// priority, then an earlier token, as the lists have them.
+// The order in which the requests of an expert are served: first by choice, then by descending
+// priority, then by token. Keys order them by choice and priority; equal keys keep the order of the
+// list, which is by token.
 template <typename T>
 struct Serving {
-  const int32_t* requests;  // of an expert
+  const int32_t* requests;  // the list of an expert
   const T* priority;        // [T]
   int64_t K;
 
-  // Whether this key has room for K choices.
+  // Whether a key of 64 bits can hold a choice beside the priority.
   static bool has_room(int64_t K) { return K == 1 || sizeof(T) == sizeof(float); }
   __device__ uint64_t key(int64_t i) const {
     const int32_t id = requests[i];
@@ -116,7 +117,7 @@ bool is_by_expert(const Shape& shape) {
   return shape.tokens > kLargeGroup && shape.C <= kMostPlaces && Serving<T>::has_room(shape.K);
 }
 
-// After list_kernel.
+// Launches select_kernel, which reads the results of list_kernel.
 template <typename T>
 void launch_select(
     const T* priority, const int32_t* begins, const int32_t* lists, int32_t* slot, int32_t* source,

@@ -1,6 +1,7 @@
-// Requests are placed by their counts (requests.h): a group of a few thousand is one chunk and one
-// launch. With a priority topk's sort gives the order first, or in a large group its experts select
-// (assign_by_expert.h).
+// The rank of a request (requests.h) is its position in the buffer of its expert. A group of up to
+// 2048 requests (fewer if there are very many experts) is one chunk, and takes one launch. With
+// priorities, topk sorts the tokens of every group first. In large groups each expert selects its
+// requests instead (assign_by_expert.h).
 #include <algorithm>
 
 #include "../assign_slots.h"
@@ -13,7 +14,7 @@ namespace {
 __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
     const int32_t* __restrict__ expert,   // [G, T, K]
     const int32_t* __restrict__ order,    // [G, T] or null
-    const int32_t* __restrict__ counted,  // [G, chunks, E], not looked at for one chunk
+    const int32_t* __restrict__ counted,  // [G, chunks, E], not read if there is one chunk
     int32_t* __restrict__ slot,           // [G, T, K]
     int32_t* __restrict__ source,         // [G, E, C]
     Shape shape) {
@@ -32,14 +33,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
         slot[at.group * shape.tokens * shape.K + id] = placed ? s : -1;
         if (placed) holder[s] = id;
       });
-  // Which slots stay empty every chunk knows; each sees to its share of them.
+  // Marks the empty slots. Every block knows all of them, and writes its share.
   for (int64_t s = at.chunk * blockDim.x + threadIdx.x; s < shape.E * shape.C;
        s += shape.chunks * blockDim.x) {
     if (s % shape.C >= total[s / shape.C]) holder[s] = -1;
   }
 }
 
-// How a call is launched, and its pieces of the workspace.
+// The launch parameters of a call, and its arrays in the workspace.
 template <typename T>
 struct Layout {
   Shape shape;
@@ -47,14 +48,16 @@ struct Layout {
   size_t shared;
   bool by_expert;
   Workspace workspace;
-  int32_t* counted;                             // [G, chunks, E] for more than one chunk
-  int32_t *begins = nullptr, *lists = nullptr;  // [G, E + 1], [G, T * K] by expert
-  T* sorted = nullptr;                          // [G, T] of topk, with a priority and not by expert
-  int32_t* order = nullptr;                     // [G, T] likewise
-  char* sorting = nullptr;                      // likewise
+  int32_t* counted;  // [G, chunks, E], if there are several chunks
+  // With by_expert:
+  int32_t *begins = nullptr, *lists = nullptr;  // [G, E + 1], [G, T * K]
+  // With priorities and without by_expert, results and workspace of topk:
+  T* sorted = nullptr;       // [G, T]
+  int32_t* order = nullptr;  // [G, T]
+  char* sorting = nullptr;
 
   Layout(void* memory, bool prioritised, const Slots& slots, int64_t K) : workspace(memory) {
-    // Many experts take the shared memory of fewer warps.
+    // With many experts, a block has fewer warps, so that its counters fit in shared memory.
     int64_t warps = kMostWarps;
     while (warps > 1 && shared_bytes(slots.E, warps) > (64 << 10)) warps /= 2;
     const int64_t chunks = std::max<int64_t>(1, ceil_div(slots.tokens * K, warps * kRun));

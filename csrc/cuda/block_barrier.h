@@ -7,18 +7,19 @@
 
 namespace vmoe::cuda {
 
-// Writes before the barrier, by any thread, are visible after it to all threads by ordinary loads.
-// Loads through const __restrict__ pointers may return stale values.
+// After wait(), all threads see the writes that any thread of any block made before wait(), if they
+// use ordinary loads. Loads through const __restrict__ pointers may return stale values.
 //
-// The first __syncthreads orders a block's writes before its first thread's increment, which
-// releases them to the device. The increments form one chain of updates, so acquiring the last one
-// makes the writes before each of them visible. The second __syncthreads orders that before the
-// loads of the block's threads.
+// Memory order: the first __syncthreads orders the writes of a block before the increment by its
+// first thread. The increment releases them to the device. All increments form one release
+// sequence, so the thread that acquires the last increment sees the writes before each of them. The
+// second __syncthreads orders the acquire before the loads of the other threads of the block.
 //
-// The count is never reset: turn n ends at n * blocks. It may wrap around.
+// The counter is never reset. The n-th barrier ends when the counter reaches n * blocks, modulo
+// 2^32.
 class BlockBarrier {
  public:
-  // `arrived` is 0 before the launch.
+  // arrived: the counter, in device memory, which is 0 before the launch.
   __device__ BlockBarrier(unsigned* arrived, int64_t blocks)
       : arrived_(arrived), blocks_(static_cast<unsigned>(blocks)) {}
 

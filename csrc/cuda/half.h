@@ -1,5 +1,5 @@
-// half -- loads and stores of rows that may be in 16 bits (common/half.h). Values are widened in
-// registers, and rounded to nearest, ties to even, when narrowed.
+// half -- loads and stores of rows in any dtype of common/half.h. 16-bit values are widened to
+// float in registers. When narrowed they are rounded to nearest, ties to even.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,7 +30,7 @@ __device__ inline Float16 narrow<Float16>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 }
 
-// The kEntries entries of a row that a lane loads or stores in one instruction.
+// kEntries adjacent entries of a row, which a lane loads or stores in one instruction.
 template <typename Row, int kEntries>
 struct alignas(kEntries * sizeof(Row)) Piece {
   Row entry[kEntries];

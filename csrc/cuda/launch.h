@@ -1,4 +1,4 @@
-// launch -- kernel launches, shared memory and workspaces, for every CUDA kernel.
+// launch -- kernel launches, shared memory and workspaces of all CUDA kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,10 +12,11 @@ namespace vmoe::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
-// Upper bound on the static shared memory of a kernel.
+// Upper bound on the static shared memory of a kernel, in bytes.
 constexpr int kDeclaredShared = 13 << 10;
 
-// The most dynamic shared memory that a block can have on this device, beside its static memory.
+// The most dynamic shared memory, in bytes, that a block can have on this device, beside up to
+// kDeclaredShared bytes of static shared memory.
 inline int64_t shared_limit() {
   int device = 0, bytes = 0;
   cudaGetDevice(&device);
@@ -23,19 +24,20 @@ inline int64_t shared_limit() {
   return bytes - kDeclaredShared;
 }
 
-// Launches by the runtime's call and not by <<<>>>, because tests also compile the kernels as C++
-// for the host emulator (tests/cpp/cuda/shim). Errors stay in the runtime, where the caller checks
-// for them once. `together` makes a cooperative launch: all blocks are co-resident and may wait for
-// each other (block_barrier.h).
+// Launches a kernel by a function of the CUDA runtime instead of <<<>>>, because tests also compile
+// the kernels as C++ for the host emulator (tests/cpp/cuda/shim). The runtime stores a launch
+// error; the caller checks for it once, after all launches of an op. With `cooperative` all blocks
+// are co-resident, so they may wait for each other (block_barrier.h).
 template <typename... Params, typename... Args>
 void launch_blocks(
-    bool together, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
+    bool cooperative, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
     cudaStream_t stream, Args... args) {
   if (blocks == 0) return;
-  // Static and dynamic shared memory of up to 48 KiB in total need no attribute.
-  constexpr size_t kWithoutAsking = (48 << 10) - kDeclaredShared;
-  if (shared > kWithoutAsking) {
-    // Always the limit: another thread may be about to launch the same kernel with more memory.
+  // Up to 48 KiB of static and dynamic shared memory in total need no attribute.
+  constexpr size_t kWithoutAttribute = (48 << 10) - kDeclaredShared;
+  if (shared > kWithoutAttribute) {
+    // Sets the limit of the device, not `shared`: another thread may be about to launch the same
+    // kernel with more shared memory.
     cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_limit()));
   }
@@ -47,9 +49,9 @@ void launch_blocks(
   config.stream = stream;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = together;
+  attribute.val.cooperative = cooperative;
   config.attrs = &attribute;
-  config.numAttrs = together ? 1 : 0;
+  config.numAttrs = cooperative ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
@@ -60,8 +62,8 @@ void launch(
   launch_blocks(false, kernel, blocks, threads, shared, stream, args...);
 }
 
-// Multiprocessors of this device. A cooperative launch may have this many blocks, one per
-// multiprocessor.
+// Number of multiprocessors of this device. A cooperative launch can always have this many blocks,
+// one per multiprocessor.
 inline int64_t multiprocessors() {
   int device = 0, count = 0;
   cudaGetDevice(&device);
@@ -82,7 +84,7 @@ __device__ T* dynamic_shared() {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The widest piece that a thread loads or stores in one instruction.
+// 16 bytes, the most that a thread loads or stores in one instruction.
 template <typename T>
 constexpr int kWideEntries = 16 / sizeof(T);
 template <typename T>
@@ -90,7 +92,8 @@ struct alignas(16) Wide {
   T entry[kWideEntries<T>];
 };
 
-// Hands out pieces of one allocation. Without memory it only adds up their sizes.
+// Divides one allocation into arrays, aligned to 256 bytes. Constructed with null, it returns null
+// arrays and only adds up their sizes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}

@@ -1,13 +1,14 @@
-// matrix -- loops of a block over the rows, the entries and the columns of a matrix.
+// matrix -- loops of a block over the rows, entries or columns of a matrix [count, E].
 #pragma once
 
 #include "team.h"
 
 namespace vmoe::cuda {
 
-// Calls body(t, lane, width) for every row t < count on `lanes` adjacent lanes, a power of two.
-// Lane j takes the entries j, j + lanes, ... below `width`. Whole warps call body together, so that
-// lanes may join; for rows past the last the width is 0.
+// Calls body(t, lane, width) for every row t < count on `lanes` adjacent lanes; `lanes` is a power
+// of two. Lane j takes the entries j, j + lanes, ... of the row that are below `width` = E. All
+// lanes of a warp call body, so that body may use join_lanes. Lanes without a row have t >= count
+// and a width of 0.
 template <typename Body>
 __device__ void each_row(int64_t count, int64_t E, int lanes, Body&& body) {
   const int rows = static_cast<int>(blockDim.x) / lanes;
@@ -19,7 +20,7 @@ __device__ void each_row(int64_t count, int64_t E, int lanes, Body&& body) {
   }
 }
 
-// Calls body(t, e) for every entry; adjacent threads take adjacent entries.
+// Calls body(t, e) for every entry. Adjacent threads take adjacent entries.
 template <typename Body>
 __device__ void each_entry(int64_t count, int64_t E, Body&& body) {
   if (E == 0) return;
@@ -36,8 +37,9 @@ __device__ void each_entry(int64_t count, int64_t E, Body&& body) {
   }
 }
 
-// out[e] = fold(e, first, step) joined over first = 0, ..., step - 1, in a fixed order. Ends with a
-// barrier. `storage` has room for one number per thread.
+// Reduces every column in a fixed order: out[e] = join of fold(e, first, step) over all first <
+// step. fold(e, first, step) reduces the rows first, first + step, ... of column e; `step` threads
+// share a column. Ends with a barrier. `storage` has one number per thread.
 template <typename Join, typename Fold>
 __device__ void each_column(int64_t E, double* storage, double* out, Join join, Fold&& fold) {
   constexpr int kMostSegments = 32;
@@ -58,23 +60,24 @@ __device__ void each_column(int64_t E, double* storage, double* out, Join join, 
   __syncthreads();
 }
 
-// Lanes per row for `count` rows in shared memory: as many as the threads suffice for.
+// Lanes per row for `count` rows in shared memory: as many as possible while the block still has
+// all rows at once, at most one per entry and at most a warp.
 inline int lanes_of_rows(int64_t count, int64_t E, int threads) {
   int lanes = 1;
   while (lanes < kWarp && 2 * lanes <= E && 2 * lanes * count <= threads) lanes *= 2;
   return lanes;
 }
 
-// Lanes per row for rows in device memory: as many as the row has entries, because memory is read
-// in whole sectors.
+// Lanes per row for rows in device memory: one per entry, at most a warp. Adjacent lanes then read
+// adjacent memory.
 inline int lanes_of_rows(int64_t E) {
   int lanes = 1;
   while (lanes < kWarp && lanes < E) lanes *= 2;
   return lanes;
 }
 
-// Distance between rows in shared memory, an odd multiple of the lanes, so that the lanes of
-// adjacent rows access different banks. If a row takes a whole warp, no warp accesses two rows.
+// Entries from row to row in shared memory. An odd multiple of the lanes avoids bank conflicts
+// between the rows of a warp. If a row takes a whole warp, a warp has one row, and no conflicts.
 inline int64_t stride_of_rows(int64_t E, int lanes) {
   if (lanes == kWarp) return E;
   const int64_t pieces = ceil_div(E, lanes);

@@ -1,9 +1,11 @@
-// requests -- counts, for every request, the earlier requests for the same expert: a multisplit.
+// requests -- finds the rank of every request: the number of requests for the same expert that are
+// served before it. (A multisplit.)
 //
-// The requests of a group, in the order in which they are served, are cut into chunks, one per
-// block, and a chunk into one run per warp. A warp counts its run by expert in its own part of
-// shared memory, without atomics. The counts of earlier warps and chunks give the position of its
-// first request for every expert; with these it passes over its run again.
+// The requests of a group are in the order in which they are served. They are divided into chunks,
+// one block per chunk, and each chunk into runs, one warp per run. First every warp counts the
+// requests of its run per expert, in its own counters in shared memory, without atomics. The sum of
+// the counts of all earlier runs is the rank of its first request for each expert. With these ranks
+// as counters, the warp then passes over its run again and gets the rank of every request.
 #pragma once
 
 #include "../common/slots.h"
@@ -17,22 +19,23 @@ constexpr int64_t kRun = 256;  // requests per warp
 
 struct Requests {
   const int32_t* expert;  // [T, K]  of one group
-  const int32_t* order;   // [T] or null
+  const int32_t* order;   // [T]  the tokens in the order in which they are served; null: by index
   int64_t tokens, K, E;
 
-  // The i-th request to be served. Its expert is expert_of(id), or -1.
+  // The id, t * K + k, of the i-th request to be served.
   __device__ int32_t id(int64_t i) const {
     const int64_t k = i / tokens, t = i % tokens;
     return static_cast<int32_t>((order ? order[t] : t) * K + k);
   }
+  // The requested expert, or -1 if `id` requests none.
   __device__ int32_t expert_of(int32_t id) const {
     const int32_t e = expert[id];
     return e >= 0 && e < E ? e : -1;
   }
 };
 
-// Adds the run [begin, end) of this warp to counts [E]. Calls visit(request, expert, rank) for
-// every request, with rank = counts[expert] before the request.
+// Adds the requests [begin, end), the run of this warp, to counts [E]. Calls visit(id, expert,
+// rank) for every request, where rank is counts[expert] before the request.
 template <typename Visit>
 __device__ void count_run(
     const Requests& requests, int64_t begin, int64_t end, int32_t* counts, Visit&& visit) {
@@ -51,7 +54,7 @@ __device__ void count_run(
   }
 }
 
-// Counts the runs of a block's warps to counts [warps, E] in shared memory.
+// Counts the runs of all warps of the block: counts [warps, E], in shared memory.
 __device__ void count_chunk(const Requests& requests, int64_t begin, int64_t end, int32_t* counts) {
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   for (int64_t i = threadIdx.x; i < warps * requests.E; i += blockDim.x) counts[i] = 0;
@@ -102,8 +105,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(
   }
 }
 
-// Replaces the warps' counts by the position of each warp's first request for every expert, and
-// writes the number of all requests for every expert to total [E].
+// Replaces counts [warps, E] by the rank of each warp's first request for every expert. Writes the
+// number of requests of the group for every expert to total [E].
 __device__ void add_up(
     const Shape& shape, const Chunk& at, const int32_t* counted, int32_t* counts, int32_t* total) {
   const unsigned warps = blockDim.x / kWarp;
@@ -125,7 +128,7 @@ __device__ void add_up(
   __syncthreads();
 }
 
-// Bytes of shared memory for the counts of `warps` warps and one more number per expert.
+// Bytes of shared memory for the counts of `warps` warps and one total per expert.
 int64_t shared_bytes(int64_t E, int64_t warps) {
   return (warps + 1) * E * static_cast<int64_t>(sizeof(int32_t));
 }

@@ -1,5 +1,5 @@
-// rows -- helpers of kernels that read and write whole rows, one warp per row, in pieces of 16
-// bytes where sizes and addresses allow it.
+// rows -- helpers of kernels that read and write whole rows, one warp per row. Accesses are 16
+// bytes wide ("wide") if the sizes and addresses of the rows allow it.
 #pragma once
 
 #include "half.h"
@@ -15,15 +15,15 @@ __device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x) % kW
 
 inline int64_t blocks_of_rows(int64_t rows) { return ceil_div(rows * kWarp, kRowThreads); }
 
-// Whether rows of D entries at all these addresses can be read in pieces of 16 bytes.
+// Whether contiguous rows of D entries at all these addresses allow accesses of 16 bytes.
 template <typename Row, typename... Rows>
 bool in_wide_pieces(int64_t D, const Rows*... rows) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return D % kWideEntries<Row> == 0 && (aligned(rows) && ...);
 }
 
-// Entries [at, at + kWideEntries) of a row of n entries, with `otherwise` after its end. With
-// `wide`, loads 16 bytes at once, which may reach past the end of the row.
+// Loads entries [at, at + kWideEntries) of a row of n entries; entries from n on are `otherwise`.
+// With `wide` it is one load of 16 bytes, which may also read memory after the end of the row.
 template <typename T>
 __device__ Wide<T> load_entries(const T* row, int64_t at, int64_t n, bool wide, T otherwise) {
   Wide<T> piece = {};
@@ -39,6 +39,8 @@ __device__ Wide<T> load_entries(const T* row, int64_t at, int64_t n, bool wide, 
   return piece;
 }
 
+// Rounds `from` to Row and stores it to entries [at, at + kWideEntries) of a row of n entries. With
+// `wide` it is one store, which may also write memory after the end of the row.
 template <typename Row>
 __device__ void store_entries(
     Row* row, int64_t at, int64_t n, bool wide, const Wide<Compute<Row>>& from) {

@@ -1,4 +1,5 @@
-// scalar -- a thread's multiply-add and exponential, for the device-independent headers in common/.
+// scalar -- multiply-add and exponential of scalars, as arguments for the functions of common/ that
+// CPU kernels call with vectors.
 #pragma once
 
 #include "../common/order.h"

@@ -1,5 +1,5 @@
-// simplex -- the projection onto the simplex with at most k non-zeros, by a team of threads; for
-// the two ksparse ops.
+// simplex -- projection onto the simplex with at most k non-zeros, by a team of threads (team.h).
+// Both ksparse ops use it; ksparse_projection.h has the formula.
 #pragma once
 
 #include "../common/order.h"
@@ -7,16 +7,17 @@
 
 namespace vmoe::cuda {
 
-// The state from which each entry's share follows. The picks are the entries with a key above the
-// cut, and those with the key of the cut up to index `last`. tau is NaN if there is no projection.
+// A projection in compact form: the entries with their shares are not stored. The k picks are the
+// entries with a key above `cut`, and the entries with key `cut` up to index `last`. tau is NaN if
+// there is no projection.
 template <typename Key>
 struct Projection {
   double largest, tau;
   Key cut;
   int64_t last;
 
-  // Share of entry i, at least 0. Entries are read as (value - largest) / scale: subtracting the
-  // largest first avoids cancellation if all values are large.
+  // Entry i of the projection of values / scale. The largest value is subtracted before the
+  // division, which avoids cancellation if all values are large.
   template <typename T>
   __device__ double share(T value, int64_t i, double scale) const {
     const Key key = order_key(value);
@@ -26,9 +27,8 @@ struct Projection {
   }
 };
 
-// Projects the n entries value_at(i), 1 <= k <= n. The cut is bisected between the least and the
-// largest key until k keys are on or above it. That takes about ten counts, and one per bit of a
-// key only if entries tie.
+// Projects the n entries value_at(i) / scale, 1 <= k <= n. Bisection between the smallest and the
+// largest key finds the cut that has k keys on or above it. A step counts all keys above a middle.
 template <typename Team, typename ValueAt>
 __device__ auto project(const Team& team, int64_t n, int64_t k, double scale, ValueAt&& value_at) {
   using T = decltype(value_at(0));
@@ -39,7 +39,7 @@ __device__ auto project(const Team& team, int64_t n, int64_t k, double scale, Va
   };
   Key low = join_all(team, n, ~Key{0}, Least{}, key_at);
   Key high = join_all(team, n, Key{0}, Largest{}, key_at);
-  int64_t from_low = n, above_high = 0;  // the numbers of keys >= low and > high
+  int64_t from_low = n, above_high = 0;  // number of keys >= low, number of keys > high
   while (from_low > k && low < high) {
     const Key middle = low + (high - low + 1) / 2;
     const int32_t from_middle = count([&](int64_t i) { return key_at(i) >= middle; });
@@ -52,7 +52,7 @@ __device__ auto project(const Team& team, int64_t n, int64_t k, double scale, Va
     }
   }
   Projection<Key> projection{0, kUndefined, low, n - 1};
-  if (from_low > k) {  // more keys tie with the k-th than fit: the first `ties` of them stay
+  if (from_low > k) {  // more keys tie with the k-th than fit: take the first `ties` of them
     const int64_t ties = k - above_high;
     int64_t first = 0;
     while (first < projection.last) {
@@ -67,9 +67,10 @@ __device__ auto project(const Team& team, int64_t n, int64_t k, double scale, Va
 
   projection.largest = join_all(
       team, n, -kInfinity, Largest{}, [&](int64_t i) { return static_cast<double>(value_at(i)); });
-  // Removes entries at or below the threshold until none is left to remove; usually all stay at
-  // once. This needs no sorting. No share exceeds 1, so the threshold is at least the largest
-  // entry minus 1. A difference that is NaN is never above the threshold.
+  // Finds tau without sorting. u is the entry minus the largest entry. Each round removes the
+  // entries at or below the threshold and computes the threshold of the remaining ones, until no
+  // entry is removed. No share exceeds 1, so the first threshold is -1. A u that is NaN is not
+  // above any threshold.
   double threshold = -1;
   for (int32_t support = 0;;) {
     double sum = 0;

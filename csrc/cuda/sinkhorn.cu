@@ -1,13 +1,17 @@
-// A call is one launch. A group that fits a block's shared memory is worked on by one block: the
-// matrix, the potentials and the sums stay there from the first iteration to the last. A larger
-// group is cut into pieces, one block each. These blocks are a crew: they are co-resident (a
-// cooperative launch, at most one block per multiprocessor), and each has its piece in shared
-// memory too. In an iteration they write their parts of the column sums to device memory and meet
-// at a barrier; then each joins all parts in the same order, and so to the same bits. The columns'
-// potentials and the stop at a tolerance therefore agree without further communication. Pieces too
-// large for shared memory stay in device memory, with the rows' potentials. If there are more
-// groups than crews, a crew takes several, one after another. docs/cuda.md estimates what an
-// iteration costs.
+// sinkhorn and sinkhorn_backward are one launch each; sinkhorn_system.h has the implicit backward.
+// A group that fits in a block's shared memory is computed by one block: the matrix, the potentials
+// and the column sums stay in shared memory for all iterations.
+//
+// A larger group is divided into pieces of its tokens, one block per piece. The blocks of one group
+// are a crew. The blocks of all crews are co-resident (a cooperative launch, at most one block per
+// multiprocessor), so they may wait for each other. In every iteration each block writes its
+// partial column sums to device memory and waits at the crew's barrier. Then each block adds up all
+// partial sums in the same order and gets the same bits. So all blocks compute the same column
+// potentials and stop in the same iteration. A piece too large for shared memory stays in device
+// memory, with the vectors of its rows.
+//
+// If there are more groups than crews, each crew computes several groups, one after another.
+// docs/cuda.md estimates the time of an iteration.
 #include <algorithm>
 
 #include "../sinkhorn.h"
@@ -21,11 +25,11 @@ namespace {
 constexpr int kMostThreads = 1024;
 
 struct Range {
-  double high, low;         // of the logits that are not -inf; NaN stays in high
-  int64_t present, broken;  // rows that are not all -inf, and those of them with some -inf
+  double high, low;          // of the logits other than -inf; a NaN among them makes `high` NaN
+  int64_t present, partial;  // rows with a logit other than -inf; such rows that also have a -inf
 };
 
-// `count` of them joined, by every warp for itself.
+// Joins `count` ranges. Every warp computes the result for itself.
 __device__ inline Range join_all(const Range* each, int64_t count) {
   const WarpTeam team{};
   const auto joined = [&](auto Range::* what, auto first, auto join) {
@@ -33,9 +37,10 @@ __device__ inline Range join_all(const Range* each, int64_t count) {
   };
   return {
       joined(&Range::high, -kInfinity, Largest{}), joined(&Range::low, kInfinity, Least{}),
-      joined(&Range::present, int64_t{0}, Sum{}), joined(&Range::broken, int64_t{0}, Sum{})};
+      joined(&Range::present, int64_t{0}, Sum{}), joined(&Range::partial, int64_t{0}, Sum{})};
 }
 
+// The range of the block's rows logits [count, stride].
 template <typename T>
 __device__ Range scan(const T* logits, int64_t count, int64_t stride, int64_t E, int lanes) {
   __shared__ Range of_warp[kWarp];
@@ -51,12 +56,12 @@ __device__ Range scan(const T* logits, int64_t count, int64_t stride, int64_t E,
     }
     reachable = join_lanes(reachable, lanes, Sum{});
     range.present += lane == 0 && reachable > 0;
-    range.broken += lane == 0 && reachable > 0 && reachable < width;
+    range.partial += lane == 0 && reachable > 0 && reachable < width;
   });
   const WarpTeam team{};
   range = {
       team.join(range.high, Largest{}), team.join(range.low, Least{}),
-      team.join(range.present, Sum{}), team.join(range.broken, Sum{})};
+      team.join(range.present, Sum{}), team.join(range.partial, Sum{})};
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = range;
   __syncthreads();
   return join_all(of_warp, blockDim.x / kWarp);
@@ -67,35 +72,38 @@ struct Task {
   const T* logits;  // [G, T, E]
   int64_t groups, tokens, E, iterations;
   double inverse_epsilon;
-  // The distance of logits, over epsilon, up to which exp(M) and every product with a potential fit
-  // T; csrc/cpu/sinkhorn/group.h says why.
+  // The largest (high - low) / epsilon of a group for which exp(M) and its products with the
+  // potentials stay normal numbers of T (csrc/cpu/sinkhorn/group.h derives it).
   double spread;
 
-  int64_t crews;             // how many groups are worked on at once
-  int64_t pieces, of_piece;  // of a group: how many, a block each, and tokens of each but the last
-  int lanes;                 // of a row
-  int64_t stride;            // from row to row of the matrices that are worked on
+  int64_t crews;         // groups that are computed at the same time
+  int64_t pieces;        // pieces per group, which is also the number of blocks per crew
+  int64_t piece_tokens;  // tokens per piece; the last piece may have fewer
+  int lanes;             // per row
+  int64_t stride;        // entries from row to row of K and, in the backward, of the gradient
 
-  // For crews of several blocks.
+  // Exchange between blocks, if a crew has several.
   Range* ranges;      // [2, crews, pieces]
   double* parts;      // [2, crews, pieces, 2, E]
-  unsigned* arrived;  // [crews], see BlockBarrier
+  unsigned* arrived;  // [crews], counters of BlockBarrier
 
-  // Where the matrices are in device memory.
-  double* of_row;     // [crews, vectors, T] in pieces
+  // Vectors of pieces that are too large for shared memory.
+  double* of_row;     // [crews, pieces, row vectors, tokens of the piece]
   double* of_column;  // [crews, pieces, kColumnVectors, E], or null: in shared memory
 
   __device__ Facts facts(const Range& range) const {
     return {
         range.high, static_cast<double>(range.present) / static_cast<double>(E),
-        range.broken == 0 && range.high > -kInfinity &&
+        range.partial == 0 && range.high > -kInfinity &&
             (range.high - range.low) * inverse_epsilon <= spread};
   }
 };
 
-// The blocks that do a group together, each a piece of it, range from one of them. What a block
-// leaves for the others in one turn they read behind that turn's barrier, and its place is written
-// over two turns later: behind the next barrier, which all come to when they have read it.
+// One block's view of its crew: the one or more blocks that compute a group, one piece each.
+//
+// The buffers of the exchange are double-buffered. Data written in turn i is read after the barrier
+// of turn i. Its buffer is written again in turn i + 2, after the barrier of turn i + 1, which no
+// block reaches before it has read the data.
 template <typename T>
 class Crew {
  public:
@@ -106,16 +114,16 @@ class Crew {
         barrier_(alone() ? nullptr : task.arrived + index_, task.pieces) {}
 
   __device__ int64_t index() const { return index_; }
-  // What one block alone has to write is the first one's.
+  // Whether this block writes the results that a group has once.
   __device__ bool leads() const { return piece_ == 0; }
-  // The block's tokens of the group.
-  __device__ int64_t begin() const { return piece_ * task_.of_piece; }
+  // This block's tokens of the group are [begin, begin + count).
+  __device__ int64_t begin() const { return piece_ * task_.piece_tokens; }
   __device__ int64_t count() const {
     const int64_t left = task_.tokens - begin();
-    return left < task_.of_piece ? left : task_.of_piece;
+    return left < task_.piece_tokens ? left : task_.piece_tokens;
   }
 
-  // The range of the whole group.
+  // The range of the whole group, from the range of this block's piece.
   __device__ Range join(const Range& range) {
     if (alone()) return range;
     Range* each = task_.ranges + place();
@@ -125,11 +133,13 @@ class Crew {
     return join_all(each, task_.pieces);
   }
 
-  // Where this block's part of the column sums and of their peaks goes: who is alone has all of it.
+  // Where this block writes its partial column sums and peaks. A block that is alone has the whole
+  // sums, and writes them to `total`.
   __device__ double* sum(double* total) const { return alone() ? total : parts().sum(piece_); }
   __device__ double* peak(double* total) const { return alone() ? total : parts().peak(piece_); }
 
-  // gather(parts) joins what all have left there, and ends with a barrier of the block.
+  // Waits for all blocks, then calls gather(parts), which adds up their partial sums and ends with
+  // a barrier of the block.
   template <typename Gather>
   __device__ void meet(Gather&& gather) {
     if (alone()) return;
@@ -146,11 +156,12 @@ class Crew {
   }
 
   const Task<T>& task_;
-  unsigned index_, piece_, turn_ = 0;  // narrow, for registers are few
+  unsigned index_, piece_, turn_ = 0;  // 32 bits, to save registers
   BlockBarrier barrier_;
 };
 
-// Cuts the block's shared memory, `matrices` in it only where they are kept there.
+// Divides the block's shared memory. With kInShared, sets `matrices` to the part for the matrices;
+// else the vectors may be in device memory.
 template <bool kInShared, typename T>
 __device__ Piece piece_of(const Task<T>& task, const Crew<T>& crew, int row_vectors, T*& matrices) {
   const int64_t count = crew.count();
@@ -167,6 +178,7 @@ __device__ Piece piece_of(const Task<T>& task, const Crew<T>& crew, int row_vect
   return {count, task.E, task.lanes, task.inverse_epsilon, of_row, of_column, storage};
 }
 
+// Bytes of shared memory for a piece of `count` tokens.
 template <typename T>
 size_t shared_of_piece(
     int64_t count, int64_t E, int64_t stride, int threads, int row_vectors, int matrices) {
@@ -210,8 +222,8 @@ __device__ void iterate(
   }
   const double error = domain.error();
   if (crew.leads()) {
-    const int64_t behind = (task.iterations - step) * E;
-    for (int64_t i = threadIdx.x; i < behind; i += blockDim.x) history[step * E + i] = 0;
+    const int64_t unused = (task.iterations - step) * E;
+    for (int64_t i = threadIdx.x; i < unused; i += blockDim.x) history[step * E + i] = 0;
     if (threadIdx.x == 0) {
       out.error[g] = error;
       out.steps[g] = static_cast<int32_t>(step);
@@ -220,7 +232,7 @@ __device__ void iterate(
   domain.write_plan(out.plan + (g * task.tokens + crew.begin()) * E);
 }
 
-// In device memory K lies in the plan until that is written.
+// Without kInShared, K is stored in the memory of the plan until the plan is written.
 template <typename T, bool kInShared>
 __global__ void __launch_bounds__(kMostThreads)
     forward_kernel(Task<T> task, double tolerance, Outputs<T> out) {
@@ -256,10 +268,10 @@ struct Backward {
   const double* history;  // [G, I, E]
   const int32_t* steps;   // [G]
   T* grad_logits;         // [G, T, E]
-  T* K;                   // [crews, T, E] where the matrices are in device memory
+  T* K;                   // [crews, T, E] if the matrices are in device memory, else null
 };
 
-// `rest`, in `domain` too, begins as grad.
+// Goes back over the `steps` iterations of a group. `rest` holds grad at first and is overwritten.
 template <typename T, typename Domain>
 __device__ void go_back(
     Domain&& domain, const Piece& piece, Crew<T>& crew, const Task<T>& task, const T* logits,
@@ -276,7 +288,7 @@ __device__ void go_back(
   domain.write_gradient(rest, task.stride, grad_logits);
 }
 
-// In device memory what is left of grad lies in the gradient.
+// Without kInShared, `rest` is stored in the memory of the result.
 template <typename T, bool kInShared>
 __global__ void __launch_bounds__(kMostThreads) backward_kernel(Task<T> task, Backward<T> back) {
   Crew<T> crew(task);
@@ -297,7 +309,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(Task<T> task, Ba
     const Range range = scan(logits, piece.count, task.stride, task.E, task.lanes);
     const Facts facts = task.facts(crew.join(range));
     const double* history = back.history + g * task.iterations * task.E;
-    // A caller's steps may be anything.
+    // The caller's steps are untrusted: clamp them to [0, iterations].
     const int64_t steps = back.steps[g], done = steps < 0                 ? 0
                                                 : steps < task.iterations ? steps
                                                                           : task.iterations;
@@ -314,7 +326,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(Task<T> task, Ba
   }
 }
 
-// ---- Choosing ----
+// ---- Launches ----
 
 int threads_of_group(int64_t tokens, int64_t E) {
   const int64_t size = tokens * E;
@@ -324,10 +336,10 @@ int threads_of_group(int64_t tokens, int64_t E) {
 struct Launch {
   int threads;
   size_t shared;
-  bool in_shared;  // where the matrices are
+  bool in_shared;  // whether the matrices are in shared memory
 };
 
-// Fills in how the groups are worked on, and takes what that needs from the workspace.
+// Divides the groups among crews and blocks, and takes the memory for that from the workspace.
 template <typename T>
 Launch prepare(Task<T>& task, int row_vectors, int matrices, Workspace& workspace) {
   const int64_t tokens = task.tokens, E = task.E, G = std::max<int64_t>(task.groups, 1);
@@ -336,16 +348,16 @@ Launch prepare(Task<T>& task, int row_vectors, int matrices, Workspace& workspac
   Launch launch{};
   const auto share_out = [&](int64_t crews, int64_t pieces, int threads) {
     task.crews = crews;
-    task.of_piece = ceil_div(tokens, pieces);
-    task.pieces = tokens > 0 ? ceil_div(tokens, task.of_piece) : 1;
-    task.lanes = lanes_of_rows(task.of_piece, E, threads);
+    task.piece_tokens = ceil_div(tokens, pieces);
+    task.pieces = tokens > 0 ? ceil_div(tokens, task.piece_tokens) : 1;
+    task.lanes = lanes_of_rows(task.piece_tokens, E, threads);
     task.stride = stride_of_rows(E, task.lanes);
     launch.threads = threads;
     launch.shared =
-        shared_of_piece<T>(task.of_piece, E, task.stride, threads, row_vectors, matrices);
+        shared_of_piece<T>(task.piece_tokens, E, task.stride, threads, row_vectors, matrices);
     launch.in_shared = launch.shared <= limit;
   };
-  // No more groups at once than it takes for as few rounds, so that crews are as large as can be.
+  // At most `most` crews, and only as many as the fewest rounds take: fewer crews have more blocks.
   const auto form_crews = [&](int64_t most) {
     constexpr int64_t kLeastPiece = 64;
     const int64_t crews = ceil_div(G, ceil_div(G, most));
@@ -378,18 +390,20 @@ template <typename T, typename... Args>
 void start(
     void (*kernel)(Task<T>, Args...), const Launch& with, const Task<T>& task, cudaStream_t stream,
     Args... args) {
-  const bool together = task.pieces > 1;
+  const bool cooperative = task.pieces > 1;
   if (task.groups == 0) return;
-  if (together) cudaMemsetAsync(task.arrived, 0, task.crews * sizeof(unsigned), stream);
+  if (cooperative) cudaMemsetAsync(task.arrived, 0, task.crews * sizeof(unsigned), stream);
   launch_blocks(
-      together, kernel, task.crews * task.pieces, with.threads, with.shared, stream, task, args...);
+      cooperative, kernel, task.crews * task.pieces, with.threads, with.shared, stream, task,
+      args...);
 }
 
 template <typename T>
 Task<T> task_of(
     const T* logits, int64_t G, int64_t tokens, int64_t E, int64_t iterations, double epsilon,
     double tolerance) {
-  // Rounding of float32 sums alone is an error of about 1e-7: an aim near it needs float64.
+  // Sums in float32 have a rounding error of about 1e-7. A tolerance near it needs float64, so no
+  // group may iterate on exp(M) in float32: a spread of -1 admits none.
   const bool narrow = sizeof(T) == sizeof(float);
   const double spread = !narrow ? 200 : tolerance > 0 && tolerance < 1e-4 ? -1 : 40;
   Task<T> task{};
@@ -403,13 +417,14 @@ Task<T> task_of(
   return task;
 }
 
-// How the groups are worked on, and the workspace for it: <op>_workspace asks for what <op> uses.
+// The task, the launch and the workspace of a call. <op>_workspace and <op> both use it, so that
+// they agree on the size of the workspace.
 template <typename T>
 struct Layout {
   Layout(Task<T> task_, int row_vectors, int matrices, void* memory) : task(task_) {
     Workspace workspace(memory);
     launch = prepare(task, row_vectors, matrices, workspace);
-    // The matrices are the output's, where it is as many.
+    // In device memory, the first matrix is stored in the output; a second one needs memory.
     if (!launch.in_shared && matrices > 1) {
       K = workspace.take<T>(task.crews * task.tokens * task.E);
     }
@@ -424,7 +439,7 @@ struct Layout {
 
   Task<T> task;
   Launch launch;
-  T* K = nullptr;  // [crews, T, E], for a gradient in device memory
+  T* K = nullptr;  // [crews, T, E], for a backward in device memory
   size_t bytes = 0;
 };
 

@@ -1,42 +1,45 @@
-// sinkhorn_domains -- the updates of sinkhorn.h by a block, on exp(M) or on logarithms, and their
-// gradients.
+// sinkhorn_domains -- the updates of sinkhorn.h and their gradients, by one block. ScalingDomain
+// computes them on exp(M), LogDomain on logarithms; both have the same interface.
 //
-// A block has all tokens of a group or a piece of them. Whatever is summed over the tokens is left
-// behind as this piece's part; where there are several, gather() joins them before the next update.
+// A block has all tokens of a group, or one piece of them. A function that sums over tokens writes
+// the partial sums of this block's piece. If a group has several pieces, the pieces' partial sums
+// are added up (gather, gather_sums) before the next update.
 #pragma once
 
 #include "matrix.h"
 
 namespace vmoe::cuda {
 
-// What is known of a group before it is iterated on.
+// Facts about a group that are known before its first iteration.
 struct Facts {
-  double high;      // of the logits
-  double marginal;  // n / E
-  int32_t scaling;  // whether exp(M) will do
+  double high;      // the largest logit
+  double marginal;  // n / E, the sum that every column should have
+  int32_t scaling;  // whether to iterate on exp(M), else on logarithms
 };
 
+// The tokens of a block, and memory for its vectors.
 struct Piece {
   int64_t count, E;  // tokens, experts
-  int lanes;         // of a row
+  int lanes;         // per row
   double inverse_epsilon;
   double* of_row;     // [kRowVectors, count] or, for a gradient, [kRowVectorsOfGradient, count]
   double* of_column;  // [kColumnVectors, E]
-  double* storage;    // [threads]
+  double* storage;    // [threads], for each_column
 };
 constexpr int kRowVectors = 2, kRowVectorsOfGradient = 3;
 constexpr int64_t kColumnVectors = 4;
 
-// The parts of a group's column sums, [pieces, 2, E]; the second is the logarithms' alone.
+// The partial column sums of all pieces of a group. LogDomain has a peak and a sum per column,
+// ScalingDomain a sum alone.
 struct Parts {
-  double* sums;
+  double* sums;  // [pieces, 2, E]
   int64_t pieces;
   int64_t E;
   __device__ double* sum(int64_t piece) const { return sums + piece * 2 * E; }
   __device__ double* peak(int64_t piece) const { return sums + (piece * 2 + 1) * E; }
 };
 
-// out[e] = the sum of the parts.
+// out[e] = the sum over the pieces.
 __device__ inline void gather_sums(const Piece& piece, const Parts& parts, double* out) {
   each_column(piece.E, piece.storage, out, Sum{}, [&](int64_t e, int first, int step) {
     double sum = 0;
@@ -45,13 +48,14 @@ __device__ inline void gather_sums(const Piece& piece, const Parts& parts, doubl
   });
 }
 
-// Every warp finds it for itself.
+// The largest of `size` values. Every warp computes it for itself.
 __device__ inline double largest_of(const double* values, int64_t size) {
   return join_all(WarpTeam{}, size, -kInfinity, Largest{}, [=](int64_t i) { return values[i]; });
 }
 
-// On K[t, e] = exp(M[t, e] - max_e M[t, e]), in T: an exp an entry once, products after that. The
-// potentials are exp(f_t) = u_t exp(-max_e M[t, e] - log_scale) and exp(h_e) = v_e exp(log_scale),
+// The updates on K[t, e] = exp(M[t, e] - max_e M[t, e]), in T. Each entry takes one exp before the
+// first iteration, and only products after that. The potentials are
+//   exp(f_t) = u_t exp(-max_e M[t, e] - log_scale)   and   exp(h_e) = v_e exp(log_scale),
 // with max v = 1. An absent token has K = 0 and u = 0.
 template <typename T>
 class ScalingDomain {
@@ -59,20 +63,20 @@ class ScalingDomain {
   __device__ ScalingDomain(const Piece& piece, const Facts& facts, T* K, int64_t stride)
       : piece_(piece), facts_(facts), K_(K), stride_(stride) {}
 
-  // K from the logits, which may lie where K will, and u at f = 0.
+  // Computes K from the logits, which may be in the memory of K, and u for f = 0.
   __device__ void start(const T* logits, int64_t stride) {
     log_scale_ = first_log_scale();
     fill(logits, stride, u());
   }
 
-  // The parts of sum_t K[t, e] u[t].
+  // sums[e] = sum_t K[t, e] u[t] over this piece.
   __device__ void sum_columns(double* sums, double*) const { weigh_columns(u(), sums); }
 
   __device__ void gather(const Parts& parts) { gather_sums(piece_, parts, total()); }
   __device__ void close() {}
 
-  // h may be null: one block writes it. By the last threads, which have no
-  // row mostly.
+  // One block of a group gets an h to write to, the other blocks get null. The last threads write
+  // h, because most of them have no row in step_rows. Only they keep log_scale_ up to date.
   __device__ void step_columns(double* h) {
     const double least =
         join_all(WarpTeam{}, piece_.E, kInfinity, Least{}, [&](int64_t e) { return total()[e]; });
@@ -99,7 +103,7 @@ class ScalingDomain {
     __syncthreads();
   }
 
-  // max_e |column sum / (n/E) - 1|, by every warp for itself.
+  // max_e |column sum / (n/E) - 1|. Every warp computes it for itself.
   __device__ double error() const {
     return join_all(WarpTeam{}, piece_.E, 0.0, Largest{}, [&](int64_t e) {
       return fabs(total()[e] * v()[e] / facts_.marginal - 1);
@@ -112,16 +116,17 @@ class ScalingDomain {
     });
   }
 
-  // The gradient. In the plan after step i and in the columns' softmax before it only the
-  // potentials change from step to step, so what a step takes from entry (t, e) is
+  // The gradient, from the last step to the first. Step i, with the potentials h_i and f_i, has the
+  // gradients dh_i and df_i. It subtracts from the gradient of M[t, e]
   //   K[t, e] (a_i[t] v_i[e] + u_{i-1}[t] c_i[e]),   a_i = df_i u_i,  c_i = dh_i v_i / (n/E)
-  // `rest` [count, rest_stride] is what is left, over K.
+  // `rest` [count, rest_stride] is the gradient that remains, divided by K.
 
   __device__ void start_gradient(const T* logits, int64_t stride) const {
     fill(logits, stride, first_u());
   }
 
-  // From the last iteration's h, with grad in `rest`; the parts of -sum_t K u (grad - df).
+  // Starts at h of the last iteration, with grad in `rest`. Writes -sum_t K u (grad - df) over this
+  // piece to `sums`.
   __device__ void begin_gradient(
       const double* h, T* rest, int64_t rest_stride, double* sums) const {
     set(v(), h, largest_of(h, piece_.E));
@@ -149,8 +154,8 @@ class ScalingDomain {
     });
   }
 
-  // Back over the iteration that gave h. `before` is h of the one before, null in the first. With
-  // the sums that the step after left gathered: dh = -v sum.
+  // Goes back over the iteration that computed h. `before` is h of the iteration before it, or null
+  // for the first iteration. total() holds the added-up `sums` of the previous call: dh = -v total.
   __device__ void take_step(
       const double* h, const double* before, T* rest, int64_t rest_stride, double* sums) const {
     const double scale = largest_of(h, piece_.E);
@@ -178,7 +183,7 @@ class ScalingDomain {
       for (int64_t e = lane; e < width; e += piece_.lanes) {
         rest[t * rest_stride + e] -= of_row * v()[e] + of_row_before * c()[e];
       }
-      __syncwarp();  // a[t] was read by all of the row's lanes
+      __syncwarp();  // all lanes of the row have read a[t]
       if (lane == 0 && width > 0) a()[t] = da;
     });
     __syncthreads();
@@ -210,8 +215,8 @@ class ScalingDomain {
   __device__ double first_log_scale() const { return -facts_.high * piece_.inverse_epsilon; }
   static __device__ T inverse(T x) { return x > 0 ? 1 / x : 0; }
 
-  // exp((x - from) / epsilon). In float32 the exponent would be off by 2e-6 at 40: what it
-  // lacks is multiplied in.
+  // exp((x - from) / epsilon). Rounding an exponent of 40 to float32 alone would be a relative
+  // error of 2e-6 in the result. So the result is multiplied by 1 + the rest of the exponent.
   __device__ T power(double x, double from) const {
     const double exponent = (x - from) * piece_.inverse_epsilon;
     if constexpr (sizeof(T) == sizeof(double)) {
@@ -223,6 +228,7 @@ class ScalingDomain {
     }
   }
 
+  // Computes K, and of_row[t] = exp(max_e M[t, e] - max M).
   __device__ void fill(const T* logits, int64_t stride, T* of_row) const {
     each_row(piece_.count, piece_.E, piece_.lanes, [&](int64_t t, int lane, int64_t width) {
       T top = static_cast<T>(-kInfinity);
@@ -230,11 +236,11 @@ class ScalingDomain {
         top = Largest{}(top, logits[t * stride + e]);
       }
       top = join_lanes(top, piece_.lanes, Largest{});
-      const bool there = top > static_cast<T>(-kInfinity);
+      const bool present = top > static_cast<T>(-kInfinity);
       for (int64_t e = lane; e < width; e += piece_.lanes) {
-        K(t, e) = there ? power(logits[t * stride + e], top) : 0;
+        K(t, e) = present ? power(logits[t * stride + e], top) : 0;
       }
-      if (lane == 0 && width > 0) of_row[t] = there ? power(top, facts_.high) : 0;
+      if (lane == 0 && width > 0) of_row[t] = present ? power(top, facts_.high) : 0;
     });
     __syncthreads();
   }
@@ -246,7 +252,7 @@ class ScalingDomain {
     __syncthreads();
   }
 
-  // A sum over some tokens, in T a few at a time and in float64 from there.
+  // Sums value(t), value(t + step), ...: kChain values at a time in T, their sums in float64.
   template <typename Value>
   __device__ double in_chains(int64_t t, int step, Value&& value) const {
     constexpr int kChain = 32;
@@ -259,6 +265,7 @@ class ScalingDomain {
     return sum;
   }
 
+  // sums[e] = sum_t K[t, e] of_row[t] over this piece.
   __device__ void weigh_columns(const T* of_row, double* sums) const {
     each_column(piece_.E, piece_.storage, sums, Sum{}, [&](int64_t e, int first, int step) {
       return in_chains(first, step, [&](int64_t t) { return K(t, e) * of_row[t]; });
@@ -272,25 +279,28 @@ class ScalingDomain {
   double log_scale_ = 0;
 };
 
-// The same on the potentials' logarithms, in float64: right for any logits, an exp for every entry
-// and update.
+// The updates on logarithms, in float64. They are correct for any logits, and take one exp per
+// entry and update.
 //
-// f_t is kept as two numbers, -top_t - log_sum_t, the largest M[t, e] + h_e and the logarithm of
-// the sum relative to it: where top is so large that their sum would lose log_sum, the rows of the
-// plan still sum to 1. The columns are moved by what the plan's own sums lack.
+// f_t is kept as two numbers, f_t = -top_t - log_sum_t. top_t is the largest M[t, e] + h_e, and
+// log_sum_t the logarithm of sum_e exp(M[t, e] + h_e - top_t). If top_t is so large that the sum of
+// the two would round log_sum_t away, the rows of the plan still sum to 1. A column update adds
+// log(n/E) minus the logarithm of the plan's column sum to h_e.
 template <typename T>
 class LogDomain {
  public:
   __device__ LogDomain(const Piece& piece, const Facts& facts, const T* logits, int64_t stride)
       : piece_(piece), facts_(facts), logits_(logits), stride_(stride) {}
 
+  // Sets f = 0 and h = 0.
   __device__ void start(const T*, int64_t) {
     for (int64_t t = threadIdx.x; t < piece_.count; t += blockDim.x) set_row(t, {0, 0});
     for (int64_t e = threadIdx.x; e < piece_.E; e += blockDim.x) h()[e] = 0;
     __syncthreads();
   }
 
-  // The parts of logsumexp_t(log_weight(t, e)): the largest, and the sum relative to it.
+  // logsumexp_t(log_weight(t, e)) over this piece, as two numbers: the largest log_weight in
+  // `peaks`, and the sum of exp(log_weight - peak) in `sums`.
   __device__ void sum_columns(double* sums, double* peaks) const {
     const auto power = [&](int64_t t, int64_t e) { return log_weight(t, e, row(t), h()); };
     each_column(piece_.E, piece_.storage, peaks, Largest{}, [&](int64_t e, int first, int step) {
@@ -324,7 +334,7 @@ class LogDomain {
     });
   }
 
-  // -inf for a column that no token can reach.
+  // total()[e] = the logarithm of the column sum; -inf for a column that no token can reach.
   __device__ void close() {
     for (int64_t e = threadIdx.x; e < piece_.E; e += blockDim.x) {
       total()[e] = peak()[e] == -kInfinity ? -kInfinity : peak()[e] + log(total()[e]);
@@ -341,7 +351,7 @@ class LogDomain {
     __syncthreads();
   }
 
-  // f = -logsumexp_e(M + h); -inf for an absent token, whose plan is then 0.
+  // f = -logsumexp_e(M + h); -inf for an absent token, so that its plan is 0.
   __device__ void step_rows() const {
     each_row(piece_.count, piece_.E, piece_.lanes, [&](int64_t t, int lane, int64_t width) {
       const RowPotential potential = row_potential(t, lane, width, h());
@@ -367,7 +377,9 @@ class LogDomain {
 
   __device__ void start_gradient(const T*, int64_t) const {}
 
-  // h is null where no iteration was done. The parts of -sum_t (grad - df) * plan.
+  // Starts at the potentials `from`, or null if no iteration was done, with grad in `rest`. Writes
+  // -sum_t (grad - df) * plan over this piece to `sums`. From then on `rest` is the gradient of M
+  // that remains.
   __device__ void begin_gradient(
       const double* from, T* rest, int64_t rest_stride, double* sums) const {
     set(h(), from);
@@ -396,6 +408,7 @@ class LogDomain {
     });
   }
 
+  // Goes back over the iteration that computed the potentials `from`; `before` as in ScalingDomain.
   __device__ void take_step(
       const double* from, const double* before, T* rest, int64_t rest_stride, double* sums) const {
     set(h(), from);
@@ -408,7 +421,7 @@ class LogDomain {
       const double d_potential = width > 0 ? df()[t] : 0;
       double sum = 0;
       for (int64_t e = lane; e < width; e += piece_.lanes) {
-        // The row update, and then the column update, on what it was given.
+        // `taken` is the gradient through the row update, d through the column update before it.
         const double taken = d_potential * exp(log_weight(t, e, potential, h()));
         const double d =
             -total()[e] * exp(log_weight(t, e, potential_before, h())) * inverse_marginal;
@@ -416,7 +429,7 @@ class LogDomain {
         sum -= d;
       }
       sum = join_lanes(sum, piece_.lanes, Sum{});
-      __syncwarp();  // the row's potential and df[t] were read by all of its lanes
+      __syncwarp();  // all lanes of the row have read its potential and df[t]
       if (lane == 0 && width > 0) {
         set_row(t, potential_before);
         df()[t] = sum;
@@ -471,7 +484,7 @@ class LogDomain {
     __syncthreads();
   }
 
-  // All lanes of the row get it.
+  // The potential f_t for the column potentials `of_column`; all lanes of the row get it.
   __device__ RowPotential
   row_potential(int64_t t, int lane, int64_t width, const double* of_column) const {
     double top = -kInfinity, sum = 0;

@@ -1,9 +1,9 @@
-// sinkhorn_system -- the gradient at the fixed point (sinkhorn.h): with A = grad * plan, r and c
-// the plan's row and column sums, solve
+// sinkhorn_system -- the gradient at the fixed point (sinkhorn.h). With A = grad * plan, and r and
+// c the row and column sums of the plan, it solves
 //   r_t u_t + sum_e plan[t, e] v_e = sum_e A[t, e]
 //   sum_t plan[t, e] u_t + c_e v_e = sum_t A[t, e]
-// for (u, v), after eliminating u an E x E system (diag(c) - plan^T diag(1/r) plan) v = ...; then
-// d M = A - plan (u + v). In float64, whatever the plan's type.
+// for u and v. Eliminating u leaves an E x E system (diag(c) - plan^T diag(1/r) plan) v = b. The
+// gradient of M is A - plan (u + v). All numbers are float64, whatever the dtype of the plan.
 #pragma once
 
 #include <algorithm>
@@ -23,19 +23,20 @@ struct System {
   T* out;         // [G, T, E]
   int64_t tokens, E;
   double epsilon;
-  int lanes;                 // of a row
-  int64_t pieces, of_piece;  // of a group, and tokens of each but the last
-  int64_t splits, of_split;  // the same for the products, which are dearer
-  double* row;               // [G, T]  r
-  double* row_grad;          // [G, T]  sum_e A
-  double* column_parts;      // [G, pieces, 2, E]  of c, and of the right side
-  double* column;            // [G, 2, E]
-  double* products;          // [G, splits, E, E]  the lower triangle of plan^T diag(1/r) plan
+  int lanes;                     // per row
+  int64_t pieces, piece_tokens;  // pieces per group; tokens per piece, the last has fewer
+  int64_t splits, split_tokens;  // the same for system_products_kernel
+  double* row;                   // [G, T]  r
+  double* row_grad;              // [G, T]  sum_e A
+  double* column_parts;          // [G, pieces, 2, E]  partial sums of c, and of b
+  double* column;                // [G, 2, E]  c; b, and then v
+  double* products;              // [G, splits, E, E]  plan^T diag(1/r) plan of each split's tokens,
+                                 // the lower triangle
 
-  __device__ int64_t begin(int64_t piece) const { return piece * of_piece; }
+  __device__ int64_t begin(int64_t piece) const { return piece * piece_tokens; }
   __device__ int64_t count(int64_t piece) const {
     const int64_t left = tokens - begin(piece);
-    return left < of_piece ? left : of_piece;
+    return left < piece_tokens ? left : piece_tokens;
   }
 };
 
@@ -78,7 +79,8 @@ __global__ void __launch_bounds__(kSystemThreads) system_rows_kernel(System<T> s
   });
 }
 
-// A tile of the products over a split's tokens. Above the diagonal there is nothing to do.
+// One tile of plan^T diag(1/r) plan per block, summed over the tokens of a split. Blocks above the
+// diagonal return.
 template <typename T>
 __global__ void __launch_bounds__(kSystemThreads) system_products_kernel(System<T> system) {
   constexpr int kTile = kSystemTile, kEach = kTile * kTile / kSystemThreads;
@@ -88,8 +90,8 @@ __global__ void __launch_bounds__(kSystemThreads) system_products_kernel(System<
   const int64_t g = of_group / system.splits, split = of_group % system.splits;
   const int64_t e = tile / tiles * kTile, j = tile % tiles * kTile;
   if (j > e) return;
-  const int64_t begin = split * system.of_split, left = system.tokens - begin;
-  const int64_t end = begin + (left < system.of_split ? left : system.of_split);
+  const int64_t begin = split * system.split_tokens, left = system.tokens - begin;
+  const int64_t end = begin + (left < system.split_tokens ? left : system.split_tokens);
   const int column = static_cast<int>(threadIdx.x) % kTile;
   const int line = static_cast<int>(threadIdx.x) / kTile;
   constexpr int kLines = kSystemThreads / kTile;
@@ -98,10 +100,10 @@ __global__ void __launch_bounds__(kSystemThreads) system_products_kernel(System<
   double sums[kEach] = {};
   for (int64_t t = begin; t < end; t += kTile) {
     for (int i = line; i < kTile; i += kLines) {
-      const bool there = t + i < end && row[t + i] != 0;
+      const bool present = t + i < end && row[t + i] != 0;
       const T* from = plan + (t + i) * E;
-      shares[i][column] = there && e + column < E ? from[e + column] / row[t + i] : 0;
-      others[i][column] = there && j + column < E ? static_cast<double>(from[j + column]) : 0;
+      shares[i][column] = present && e + column < E ? from[e + column] / row[t + i] : 0;
+      others[i][column] = present && j + column < E ? static_cast<double>(from[j + column]) : 0;
     }
     __syncthreads();
     for (int i = 0; i < kTile; ++i) {
@@ -120,19 +122,20 @@ __global__ void __launch_bounds__(kSystemThreads) system_products_kernel(System<
   }
 }
 
-// The system of one group, its lower triangle. Eliminated from the first column to the last
-// (L D L^T with the columns left as they are). It is semi-definite: adding a constant to v and
-// taking it from u changes nothing, so (at least) one pivot vanishes and its v may be 0.
+// The lower triangle of the system of one group. Columns are eliminated from the first to the last
+// (L D L^T, where the columns of L are not divided by D). The system is positive semi-definite:
+// adding a constant to v and subtracting it from u changes nothing. At least one pivot is therefore
+// 0, and v is set to 0 there.
 struct Triangle {
   double* A;  // [E, stride]
   int64_t stride, E;
   const double* c;  // [E]
-  double* v;        // [E]  the right side, and then the solution
+  double* v;        // [E]  in: the right-hand side b; out: the solution
 
   __device__ double& at(int64_t i, int64_t j) const { return A[i * stride + j]; }
   __device__ bool is_free(int64_t j) const { return j == E - 1 || at(j, j) <= 1e-12 * c[j]; }
 
-  // Takes column j out of row k > j, by a warp.
+  // Eliminates column j from row k > j, by one warp.
   __device__ void eliminate(int64_t j, int64_t k) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const double factor = at(k, j) / at(j, j);
@@ -140,7 +143,7 @@ struct Triangle {
     if (lane == 0) v[k] -= factor * v[j];
   }
 
-  // By a block, after all columns are out.
+  // Back substitution by one block, after all columns are eliminated.
   __device__ void substitute() const {
     for (int64_t j = threadIdx.x; j < E; j += blockDim.x) {
       v[j] = is_free(j) ? 0 : v[j] / at(j, j);
@@ -155,7 +158,7 @@ struct Triangle {
   }
 };
 
-// Entry (i, j) of the system, from the products, and entry i of what the pieces left.
+// Entry (i, j) of the system, summed over the splits.
 template <typename T>
 __device__ double entry_of(
     const System<T>& system, int64_t g, const double* c, int64_t i, int64_t j) {
@@ -165,6 +168,8 @@ __device__ double entry_of(
   }
   return (i == j ? c[i] : 0) - sum;
 }
+
+// Entry e of c (which = 0) or b (which = 1), summed over the pieces.
 template <typename T>
 __device__ double column_of(const System<T>& system, int64_t g, int64_t which, int64_t e) {
   double sum = 0;
@@ -174,7 +179,7 @@ __device__ double column_of(const System<T>& system, int64_t g, int64_t which, i
   return sum;
 }
 
-// A block a group, the system in shared memory.
+// One block per group solves the system in shared memory.
 template <typename T>
 __global__ void __launch_bounds__(kSystemThreads) solve_kernel(System<T> system) {
   const int64_t g = blockIdx.x, E = system.E;
@@ -201,7 +206,9 @@ __global__ void __launch_bounds__(kSystemThreads) solve_kernel(System<T> system)
   }
 }
 
-// The same where the system is too large for that, in device memory: a launch a column.
+// A system that is too large for shared memory is solved in device memory, in the memory of the
+// products, by system_columns_kernel, system_entries_kernel, one eliminate_kernel per column, and
+// substitute_kernel.
 template <typename T>
 __device__ Triangle triangle_of(const System<T>& system, int64_t g) {
   const int64_t E = system.E;
@@ -259,8 +266,8 @@ __global__ void __launch_bounds__(kSystemThreads) system_apply_kernel(System<T> 
   });
 }
 
-// The system of a call without its tensors, and the workspace for it:
-// sinkhorn_implicit_backward_workspace asks for what run_system uses.
+// The system of a call without its tensors, and its workspace. Both
+// sinkhorn_implicit_backward_workspace and run_system use it, so that they agree on the size.
 template <typename T>
 struct SystemLayout {
   SystemLayout(int64_t G_, int64_t tokens, int64_t E, void* memory) : G(G_) {
@@ -270,11 +277,11 @@ struct SystemLayout {
     system.tokens = tokens;
     system.E = E;
     system.lanes = lanes_of_rows(E);
-    system.of_piece = ceil_div(tokens, std::min(ceil_div(tokens, kLeastPiece), kMostPieces));
-    system.pieces = ceil_div(tokens, system.of_piece);
-    system.of_split =
+    system.piece_tokens = ceil_div(tokens, std::min(ceil_div(tokens, kLeastPiece), kMostPieces));
+    system.pieces = ceil_div(tokens, system.piece_tokens);
+    system.split_tokens =
         ceil_div(tokens, std::clamp<int64_t>(kTiles / tiles, 1, ceil_div(tokens, kLeastSplit)));
-    system.splits = ceil_div(tokens, system.of_split);
+    system.splits = ceil_div(tokens, system.split_tokens);
     Workspace workspace(memory);
     system.row = workspace.take<double>(G * tokens);
     system.row_grad = workspace.take<double>(G * tokens);
@@ -285,7 +292,7 @@ struct SystemLayout {
   }
 
   System<T> system{};
-  int64_t G, tiles = 0;  // no tiles: there is nothing to compute
+  int64_t G, tiles = 0;  // tiles of the E x E products; 0 if a size is 0
   size_t bytes = 0;
 };
 

@@ -1,4 +1,5 @@
-// sort -- sorts whole rows in the order of order.h by CUB; for axes too long for a block's memory.
+// sort -- sorts whole rows by CUB, in the order of common/order.h. For rows of which more entries
+// are wanted than a block can sort.
 #pragma once
 
 #include <algorithm>
@@ -45,12 +46,12 @@ struct SortLayout {
     memory = workspace.take<char>(static_cast<int64_t>(size));
   }
 
-  // CUB counts the entries of segments in 32 bits: so many rows per call.
+  // Rows per call of CUB, which takes int32 for the number of entries of all segments.
   int64_t rows_together() const { return std::min(rows, std::max<int64_t>(1, INT32_MAX / n)); }
 
-  // Sorts `count` rows from `begin` on; without memory it sets `bytes` to what that takes. An error
-  // of CUB is thrown here: CUB returns it and takes it out of the runtime, where the caller asks
-  // for the errors of launches.
+  // Sorts the rows [begin, begin + count). With null `memory` it only sets `bytes` to the memory
+  // that the sort needs. Throws on an error of CUB: CUB clears the error in the runtime, so that
+  // the check after the launches would not find it.
   void call_cub(
       void* memory, size_t& bytes, int64_t begin, int64_t count, cudaStream_t stream) const {
     constexpr int kBits = 8 * sizeof(Key);
@@ -74,12 +75,12 @@ struct SortLayout {
   Key *keys = nullptr, *sorted_keys = nullptr;    // [rows, n]
   int32_t *indices = nullptr, *sorted = nullptr;  // [rows, n]
   int64_t* boundaries = nullptr;                  // [rows + 1]
-  char* memory = nullptr;                         // [size]  CUB's
+  char* memory = nullptr;                         // [size]  scratch of CUB
   size_t size = 0;
 };
 
-// Leaves the indices of every row of x [rows, n] in order in layout.sorted. CUB's radix sort is
-// stable, so ties stay in order of index.
+// Writes the indices of every row of x [rows, n] to layout.sorted, in the order of their entries.
+// CUB's radix sort is stable, so ties stay in the order of their indices.
 template <typename T>
 void sort_rows(const T* x, const SortLayout<OrderKey<T>>& layout, cudaStream_t stream) {
   constexpr int kThreads = 256;

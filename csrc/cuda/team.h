@@ -1,5 +1,5 @@
-// team -- threads that work on one row or column together: lanes of a warp, or a block. A team
-// reduces its threads' values in a fixed order, and every thread gets the result.
+// team -- reductions over a team, the threads that compute one row or column: some lanes of a warp,
+// or a block. A reduction has a fixed order, and every thread of the team gets its result.
 #pragma once
 
 #include <type_traits>
@@ -33,7 +33,8 @@ struct Largest {
   }
 };
 
-// Joins the values of `lanes` adjacent lanes, a power of two; the whole warp calls this together.
+// Reduces the values of `lanes` adjacent lanes by `join`; `lanes` is a power of two. All lanes of
+// the warp must call this.
 template <typename V, typename Join>
 __device__ V join_lanes(V value, int lanes, Join join) {
   for (int turn = lanes / 2; turn > 0; turn /= 2) {
@@ -42,7 +43,7 @@ __device__ V join_lanes(V value, int lanes, Join join) {
   return value;
 }
 
-// kLanes adjacent lanes. Teams of the same warp need not call `join` together.
+// A team of kLanes adjacent lanes. Teams of the same warp may call `join` at different times.
 template <int kLanes>
 class LaneTeam {
  public:
@@ -80,7 +81,7 @@ class BlockTeam {
     static_assert(sizeof(V) <= sizeof(uint64_t));
     value = join_lanes(value, kWarp, join);
     V* values = reinterpret_cast<V*>(storage_);
-    __syncthreads();  // an earlier use of the storage is over
+    __syncthreads();  // all threads have read the storage in an earlier call
     if (rank() % kWarp == 0) values[rank() / kWarp] = value;
     __syncthreads();
     V joined = values[0];
@@ -92,7 +93,7 @@ class BlockTeam {
   Storage& storage_;
 };
 
-// Joins value(0), ..., value(n - 1). `first` is the neutral value of `join`.
+// Reduces value(0), ..., value(n - 1) by `join`, whose neutral element is `first`.
 template <typename Team, typename V, typename Join, typename Value>
 __device__ V join_all(const Team& team, int64_t n, V first, Join join, Value&& value) {
   V joined = first;
