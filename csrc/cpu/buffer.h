@@ -8,7 +8,7 @@
 
 namespace vmoe::cpu {
 
-// Items without values at first, from the beginning of a cache line on.
+// Uninitialised items, aligned to a cache line.
 template <typename Item>
 class Buffer {
   static_assert(std::is_trivially_copyable_v<Item> && std::is_trivially_destructible_v<Item>);
@@ -17,7 +17,7 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(int64_t size) { make(size); }
 
-  // Makes room for `size` items. Memory that is large enough is kept, and its values with it.
+  // Makes room for `size` items. Memory that is large enough is kept, with its values.
   void make(int64_t size) {
     if (size <= size_) return;
     items_.reset(new (kCacheLine) Item[size]);

@@ -10,7 +10,8 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// Vectors of a row that are summed at once: enough chains to hide the latency of an fma.
+// Vectors of a row that are summed at the same time: enough independent sums to hide the latency of
+// an fma.
 constexpr int64_t kBlock = 4;
 
 template <typename Row>
@@ -19,8 +20,8 @@ struct Weighted {
   Compute<Row> weight;
 };
 
-// out[d] = sum over `from` of weight * row[d]. Every d adds in the same order by the same
-// fma, so that a value does not depend on where in the row it stands.
+// out[d] = sum over `from` of weight * row[d]. Every d adds in the same order by the same fma, so
+// that a value does not depend on its position in the row.
 template <bool kStream, typename Row>
 void weighted_sum(const std::vector<Weighted<Row>>& from, Row* out, int64_t D) {
   using T = Compute<Row>;
@@ -50,7 +51,8 @@ void weighted_sum(const std::vector<Weighted<Row>>& from, Row* out, int64_t D) {
   }
 }
 
-// to[d] = weight * from[d]; returns <from, y>, in kBlock sums that are added as a tree.
+// to[d] = weight * from[d]. Returns the dot product of `from` and `y`: kBlock sums, added as a
+// tree.
 template <bool kStream, typename Row>
 Compute<Row> scale_and_dot(const Row* from, const Row* y, Compute<Row> weight, Row* to, int64_t D) {
   using T = Compute<Row>;

@@ -11,8 +11,8 @@ inline Gelu<Vec<T>> gelu(Vec<T> x) {
   return vmoe::gelu<kTanh, T>(x, Fused{}, [](Vec<T> v) { return exp(v); });
 }
 
-// body(j, load, store): vectors of a row, the last one of it filled up with zeros, so that
-// every entry gets the same arithmetic wherever it stands.
+// Calls body(j, load, store) for each vector of a row. The last vector is padded with zeros, so
+// that every entry gets the same arithmetic at any position.
 template <typename T, typename Body>
 inline void each_vector(int64_t columns, Body&& body) {
   constexpr int64_t W = kWidth<T>;

@@ -1,5 +1,5 @@
-// half -- loads and stores of rows that may be in 16 bits. Values are widened to float when loaded
-// and rounded to nearest, ties to even, when stored. NaN stays NaN; overflow gives infinity.
+// half -- loads and stores of rows of any type, 16-bit types included. Loading widens 16-bit values
+// to float. Storing rounds to nearest, ties to even; NaN stays NaN, and overflow gives infinity.
 #pragma once
 
 #include "../common/half.h"

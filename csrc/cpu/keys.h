@@ -53,9 +53,10 @@ inline int64_t count_from(Key key, const Key* keys, int64_t n) {
 template <typename Key>
 Cut<Key> find_cut(const Key* keys, int64_t n, int64_t k, Key low, Key high, Key* kept) {
   using Unsigned = std::make_unsigned_t<Key>;
-  constexpr int64_t kFew = 8 * kWidth<Key>;  // moving this many keys gains nothing
-  int64_t from_low = n, above_high = 0;      // the numbers of keys >= low and > high
-  int64_t gone_above = 0;                    // the keys > high that are no longer in `keys`
+  constexpr int64_t kFew =
+      8 * kWidth<Key>;                   // with this few candidates left, moving them saves nothing
+  int64_t from_low = n, above_high = 0;  // the numbers of keys >= low and of keys > high
+  int64_t gone_above = 0;                // the keys > high that are no longer in `keys`
   while (from_low > k && low < high) {
     const Unsigned half = (static_cast<Unsigned>(high) - static_cast<Unsigned>(low) + 1) / 2;
     const Key middle = static_cast<Key>(static_cast<Unsigned>(low) + half);

@@ -11,8 +11,9 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// tau of values in descending order, taken relative to the first: nothing is lost to
-// cancellation where all are large. NaN where the first is not finite. In float64.
+// The threshold tau of the simplex projection of `values` (descending), relative to values[0]: if
+// all values are large, differences from the first lose nothing to cancellation. Computed in
+// float64. NaN if the first value is not finite.
 template <typename T>
 double simplex_threshold(const T* values, int64_t k) {
   const double largest = values[0];
@@ -20,8 +21,8 @@ double simplex_threshold(const T* values, int64_t k) {
   for (int64_t r = 0; r < k; ++r) {
     const double u = values[r] - largest;
     sum += u;
-    // rho is the last r for which this holds, and it holds for a prefix. Written
-    // so that NaN makes tau NaN instead of leaving the loop.
+    // The support is the longest prefix for which this condition is false. The condition is written
+    // so that NaN makes tau NaN instead of ending the loop.
     if (r > 0 && 1 + static_cast<double>(r + 1) * u <= sum) break;
     tau = (sum - 1) / static_cast<double>(r + 1);
   }
@@ -33,7 +34,8 @@ double simplex_threshold(const T* values, int64_t k) {
 template <typename T>
 void ksparse_projection(
     const T* x, T* out, int64_t n, int64_t k, int64_t row_begin, int64_t row_end) {
-  constexpr int64_t kRows = 64;  // short ones are selected from side by side
+  constexpr int64_t kRows =
+      64;  // rows per call of topk, which selects from short rows side by side
   std::fill(out + row_begin * n, out + row_end * n, T{0});
   if (k == 0 || row_begin >= row_end) return;
   const int64_t together = std::min(kRows, row_end - row_begin);
@@ -50,7 +52,7 @@ void ksparse_projection(
       if (std::isnan(tau)) std::fill(p, p + n, std::numeric_limits<T>::quiet_NaN());
       for (int64_t j = 0; j < k; ++j) {
         const double share = value[j] - largest - tau;
-        if (!(share > 0)) break;  // nor has what follows
+        if (!(share > 0)) break;  // shares descend, so no later share is positive
         p[index[j]] = static_cast<T>(share);
       }
     }
@@ -59,7 +61,8 @@ void ksparse_projection(
 
 namespace {
 
-// Over one column, or a vector of columns side by side, `stride` from row to row.
+// Subtracts the mean over the support of each of `columns` adjacent columns; rows are `stride`
+// apart.
 template <typename T>
 void centre_columns(
     const T* grad, const T* out, T* grad_x, int64_t n, int64_t stride, int64_t columns) {

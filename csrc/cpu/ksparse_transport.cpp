@@ -13,8 +13,8 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// Betas 0.9 and 0.999; the moments are divided by what they fall short at the start.
-// Returns the sum of the gradient's squares.
+// One step of Adam with betas 0.9 and 0.999. mean_share and square_share correct the bias of the
+// moments at the start. Returns the sum of the squared gradient entries.
 double adam_step(
     int64_t size, double rate, double mean_share, double square_share, const double* gradient,
     double* mean, double* square, double* alpha) {
@@ -36,7 +36,9 @@ template <typename T>
 void adam(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   constexpr int64_t kPiece = SemiDual<T>::kPiece;
   Vector gradient(alpha.size()), mean(alpha.size(), 0), square(alpha.size(), 0);
-  Vector squares(alpha.size() / kPiece + 1);  // summed by piece, whatever the threads
+  Vector squares(
+      alpha.size() / kPiece +
+      1);  // one sum per piece, so that the total does not depend on the threads
   double decay1 = 1, decay2 = 1;
   for (int64_t i = 0; i < options.iterations; ++i) {
     decay1 *= 0.9;
@@ -82,7 +84,8 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
       for (size_t t = 0; t < n; ++t) direction[t] += weight * pair.step[t];
     }
     const double slope = -dot(direction, gradient);
-    // Without memory the gradient's scale says nothing about the step's: its length is 1.
+    // The first step has length 1, because without curvature pairs the gradient's scale does not
+    // predict a step length.
     double rate = memory.empty() ? 1 / length : 1;
     int halvings = 0;
     for (; halvings < kHalvings; ++halvings, rate /= 2) {
@@ -129,7 +132,8 @@ T solve(
   return dual.elsewhere();
 }
 
-// Absent tokens are left out, so that no bit depends on them.
+// Leaves absent tokens out of the problem, so that their logits cannot change any bit of the
+// result.
 template <typename T>
 void solve_present(
     const T* similarity, T* plan, int64_t tokens, int64_t E, const TransportOptions& options,

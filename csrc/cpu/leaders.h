@@ -1,4 +1,4 @@
-// leaders -- the first K picks of several rows, one row per vector lane, updated entry by entry.
+// leaders -- the K first picks of several rows, one row per vector lane, updated entry by entry.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// The largest K; for more picks the rows are cut instead (topk.cpp).
+// The largest K. topk.cpp uses another method for more picks.
 constexpr int kFew = 8;
 
 template <typename T, int K>

@@ -32,7 +32,8 @@ int64_t rows_together(int64_t depth) {
   return kBlockBytes / sizeof(T) / depth / kTall * kTall;
 }
 
-// A thread's packed operands. They are kept, because allocation takes longer than a small product.
+// The packed operands of a thread. They are kept between calls, because allocation takes longer
+// than a small product.
 template <typename T>
 struct Packed {
   alignas(64) T a[kBlockBytes / sizeof(T)];
@@ -154,7 +155,7 @@ void product(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, bool add) {
     const int64_t depth = std::min(kDepth, K - first);
     const int64_t together = rows_together<T>(depth);
     for (int64_t row = 0; row < M; row += together) {
-      // Panels of nearly equal height: a low panel costs nearly as much as a tall one.
+      // Panels of nearly equal height, because a low panel costs nearly as much as a tall one.
       const int64_t rows = std::min(together, M - row), panels = (rows + kTall - 1) / kTall;
       const auto begin = [&](int64_t panel) { return rows * panel / panels; };
       for (int64_t panel = 0; panel < panels; ++panel) {

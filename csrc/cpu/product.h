@@ -1,9 +1,9 @@
 // product -- C = A B and C += A B, on the calling thread.
 //
-// Meant for loops over experts and groups whose operands fit in a cache, where the next step reads
-// the result. Every entry is one chain of multiply-adds over k, cut at multiples of kDepth and
-// added up in order. Its bits depend on its row of A and its column of B alone, not on their
-// addresses, the other rows or the number of threads.
+// Meant for loops over experts and groups whose operands fit a cache, and whose next step reads the
+// result. Every entry is one chain of multiply-adds over k, cut at multiples of kDepth, whose parts
+// are added in order. Its bits depend only on its row of A and its column of B, not on addresses,
+// on other rows or on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct Matrix {
   int64_t rows, columns;
   int64_t down, along;
 
-  // Converts as T* converts to const T*.
+  // Matrix<T> converts to Matrix<const T>, as T* to const T*.
   operator Matrix<const T>() const { return {data, rows, columns, down, along}; }
 };
 
@@ -48,7 +48,7 @@ VMOE_EACH_ISA(
     template <typename T> void product(
         Matrix<const T> a,  // [M, K]
         Matrix<const T> b,  // [K, N]
-        Matrix<T> out,      // [M, N]  entries of a row contiguous; overlaps neither a nor b
+        Matrix<T> out,      // [M, N]  contiguous rows; overlaps neither a nor b
         bool add);          // whether to add to out
 
 )
@@ -63,7 +63,7 @@ void multiply(Matrix<T> out, Matrix<const T> a, Matrix<const T> b) {
   cpu::product(a, b, out, false);
 }
 
-// out += a b, or out = a b if `first`, as for the first product of a sum.
+// out += a b, or out = a b if `first`: the first product of a sum.
 template <typename T>
 void multiply_add(Matrix<T> out, Matrix<const T> a, Matrix<const T> b, bool first = false) {
   cpu::product(a, b, out, !first);

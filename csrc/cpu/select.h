@@ -1,4 +1,5 @@
-// select -- sorted picks of one row, by scalar code (leaders.h and keys.h: several rows at once).
+// select -- sorted picks of one row by scalar code. leaders.h and keys.h take several rows at a
+// time.
 #pragma once
 
 #include <algorithm>
@@ -34,7 +35,7 @@ void sort_by_digits(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
 // Sorts n picks that are in ascending order of index. `scratch` has room for n.
 template <typename Key>
 void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
-  // Lengths below which the counters of the next method cost more than they save.
+  // For fewer picks than these bounds, the counters of the next method cost more than they save.
   constexpr int64_t kComparing = 64, kBytes = 4096;
   if (n < kComparing) {
     std::sort(picks, picks + n, [](const auto& a, const auto& b) { return a.before(b); });

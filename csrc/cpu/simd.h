@@ -90,7 +90,7 @@ inline Mask<T> lane_index() {
 }
 
 // Loads the first `count` < width entries; the rest is `fill`. Uses masked loads if the ISA level
-// has them: a vector assembled in memory is slow to load back.
+// has them, because a vector assembled in memory is slow to load.
 template <typename T>
 inline Vec<T> load_some(const T* p, int64_t count, T fill) {
 #if defined(__AVX512F__)
@@ -143,7 +143,7 @@ inline void store_some(T* p, Vec<T> v, int64_t count) {
 #endif
 }
 
-// load_some for any `count`; from width on it loads the whole vector.
+// load_some for any `count`: from `width` on, loads the whole vector.
 template <typename T>
 inline Vec<T> get(const T* p, int64_t count, T fill) {
   return count >= kWidth<T> ? load(p) : load_some(p, count, fill);
@@ -164,7 +164,7 @@ inline Vec<T> min(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
 
-// The mask as bits: bit i is lane i.
+// Converts the mask to bits: bit i is lane i.
 template <typename T>
 inline uint32_t lane_bits(Mask<T> mask) {
 #if defined(__AVX512F__)
@@ -251,8 +251,8 @@ inline T sum(Vec<T> v) {
   }
 }
 
-// fma for common/exp.h. A type of this ISA level's namespace, so that templates instantiated with
-// it differ between levels.
+// fma for common/exp.h. A type in the namespace of this ISA level, so that templates instantiated
+// with it differ between levels.
 struct Fused {
   template <typename V>
   V operator()(V a, V b, V c) const {
@@ -260,8 +260,8 @@ struct Fused {
   }
 };
 
-// e^x. Relative error below 2e-7 (float) and 5e-16 (double) where the result is a normal number;
-// smaller results are 0, larger ones infinity; NaN stays NaN.
+// e^x. The relative error is below 2e-7 (float) and 5e-16 (double) if the result is a normal
+// number. Smaller results are 0, larger results are infinity; NaN stays NaN.
 template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
 inline V exp(V x) {
   using Of = ExpOf<T>;
@@ -271,7 +271,8 @@ inline V exp(V x) {
   const V shifted = fma(y, splat(Of::log2_e), to_integer);
   const V n = shifted - to_integer;
   const V r = fma(n, splat(-Of::ln2_rest), fma(n, splat(-Of::ln2), y));
-  // 2^n as a product of two powers, so that the largest n does not overflow the exponent field.
+  // Computes 2^n as a product of two powers, so that the largest n does not overflow the exponent
+  // field.
   const Mask<T> k = (Mask<T>)shifted - (Mask<T>)to_integer;
   const Mask<T> half = k >> 1;
   const V a = (V)((half + Of::bias) << Of::mantissa);
@@ -281,16 +282,17 @@ inline V exp(V x) {
   return x > high ? splat(std::numeric_limits<T>::infinity()) : from_low;
 }
 
-// e^x for x <= 0 or NaN, the arguments of a softmax, in two thirds of the steps.
+// e^x for x <= 0 or NaN, the arguments of a softmax, in two thirds of the instructions of exp.
 template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
 inline V exp_negative(V x) {
   return vmoe::exp_negative<T>(
       x, Fused{}, [](V v) { return (V)((Mask<T>)v << ExpOf<T>::mantissa); });
 }
 
-// ln(x) of a normal number. Relative error below 3e-16 (fdlibm's e_log without its special cases).
+// ln(x) of a normal number, with a relative error below 3e-16: fdlibm's e_log without its special
+// cases.
 inline Vec<double> log(Vec<double> x) {
-  // x = 2^k m with m in [1/sqrt(2), sqrt(2))
+  // x = 2^k m with m in [1/sqrt(2), sqrt(2)).
   const Mask<double> above = (Mask<double>)x - 0x3fe6a09e667f3bcd;
   const Mask<double> k = above >> 52;
   const Vec<double> m = (Vec<double>)((Mask<double>)x - (k << 52));
@@ -331,7 +333,7 @@ inline void transpose(Vec<T>* r) {
 template <typename T>
 inline int64_t compress(T* out, Mask<T> mask, Vec<T> v) {
 #if defined(__AVX512F__)
-  // Compresses in a register: compressing to memory is microcode on some CPUs.
+  // Compresses in a register, because compressing to memory is microcode on some CPUs.
   const uint32_t bits = lane_bits<T>(mask);
   if constexpr (sizeof(T) == 4) {
     store(out, (Vec<T>)_mm512_maskz_compress_epi32(bits, (__m512i)v));

@@ -7,7 +7,7 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// max_e |column sum / (n/E) - 1|; NaN stays.
+// max_e |column sum / (n/E) - 1|. NaN gives NaN.
 template <typename Domain>
 double column_error(const Domain& domain, int64_t E, double log_marginal) {
   if (log_marginal == -kInfinity) return 0;  // no token is present
@@ -22,7 +22,7 @@ struct Outputs {
   int32_t* steps;
 };
 
-// The forward of one group, in any domain.
+// The forward pass of one group, in any domain.
 template <typename T, typename Domain>
 void iterate(
     Domain& domain, const Group<T>& group, int64_t iterations, double tolerance,
@@ -35,7 +35,7 @@ void iterate(
       break;
     }
     if (!domain.step_columns() && step > 0) {
-      // Where they were, and so is all that follows.
+      // Converged: the remaining iterations would change nothing.
       same = iterations - step;
       break;
     }
@@ -50,7 +50,7 @@ void iterate(
   if (step < iterations) domain.write_plan();
 }
 
-// The backward of one group on logarithms, an exp for every entry and update.
+// The backward pass of one group on logarithms, with one exp per entry and update.
 template <typename T>
 void backward_by_logs(
     const Group<T>& group, const T* grad, const double* history, int64_t step, T* grad_logits) {
@@ -72,14 +72,14 @@ void backward_by_logs(
   });
   std::vector<double> taken(E);
   for (; step > 0; --step) {
-    // Row update: the potentials are those of this step.
+    // Row update i, with the potentials f_i and h_i.
     domain.reduce_columns(taken, 0, std::plus<>(), [&](int64_t t, int64_t e) {
       const double d = df[t] * domain.weight(t, e);
       out[t * E + e] -= d;
       return d;
     });
     for (int64_t e = 0; e < E; ++e) dh[e] -= taken[e];
-    // Column update: f of the step before, h of this one.
+    // Column update i, with the potentials f_{i-1} and h_i.
     if (step == 1) {
       domain.clear_rows();
     } else {
@@ -110,7 +110,7 @@ void sinkhorn(
     const T* logits, T* plan, double* history, double* error, int32_t* steps, int64_t tokens,
     int64_t E, int64_t iterations, double epsilon, double tolerance, int64_t group_begin,
     int64_t group_end, const Parallel& parallel) {
-  // Rounding of float32 sums alone is an error of about 1e-7: an aim near it needs float64.
+  // float32 sums have a rounding error of about 1e-7: a tolerance near it needs float64.
   const bool narrow_will_do = !(tolerance > 0 && tolerance < 1e-4);
   ScalingDomain<T, T> scaling;
   ScalingDomain<T, double> wide;
@@ -132,9 +132,9 @@ void sinkhorn(
   }
 }
 
-// With P_i = exp(M + f_i + h_i) the plan after row update i, and
-// Q_i = exp(M + f_{i-1} + h_i) / (n/E) the columns' softmax of iteration i:
-//   f_i moves by -P_i (dM + dh_i) summed over e, h_i by -Q_i (dM + df_{i-1}) over t.
+// P_i = exp(M + f_i + h_i) is the plan after row update i. Q_i = exp(M + f_{i-1} + h_i) / (n/E) is
+// the softmax over columns in iteration i. The derivatives are
+//   df_i = -sum_e P_i (dM + dh_i),   dh_i = -sum_t Q_i (dM + df_{i-1}).
 template <typename T>
 void sinkhorn_backward(
     const T* grad, const T* logits, const double* history, const int32_t* steps, T* grad_logits,
@@ -146,7 +146,7 @@ void sinkhorn_backward(
     const int64_t at = g * tokens * E;
     const Group<T> group(logits + at, tokens, E, epsilon, parallel);
     const double* kept = history + g * iterations * E;
-    // A caller's steps may be anything.
+    // `steps` is the caller's: it may have any value.
     const int64_t done = std::clamp<int64_t>(steps[g], 0, iterations);
     if (done > 0 && group.template fits_scaling<T>()) {
       scaling.reset(group, grad_logits + at);
@@ -160,10 +160,10 @@ void sinkhorn_backward(
   }
 }
 
-// Rows r and columns c of the plan kept fixed: with A = grad * plan, solve
+// The row sums r and the column sums c of the plan are constant. With A = grad * plan, solve
 //   r_t u_t + sum_e plan[t, e] v_e = sum_e A[t, e]
 //   sum_t plan[t, e] u_t + c_e v_e = sum_t A[t, e]
-// for (u, v), after eliminating u an E x E system; then d M = A - plan (u + v).
+// for (u, v): eliminating u leaves an E x E system. Then d M = A - plan (u + v).
 template <typename T>
 void sinkhorn_implicit_backward(
     const T* grad, const T* plan, T* grad_logits, int64_t tokens, int64_t E, double epsilon,
@@ -192,8 +192,8 @@ void sinkhorn_implicit_backward(
         for (int64_t j = 0; j <= e; ++j) L[e * E + j] -= share * P[t * E + j];
       }
     }
-    // Cholesky of a semi-definite matrix: adding a constant to v and taking it from
-    // u changes nothing, so (at least) one pivot vanishes and its v may be 0.
+    // Cholesky factorisation of a semi-definite matrix. Adding a constant to v and subtracting it
+    // from u changes nothing, so at least one pivot vanishes; its v is set to 0.
     for (int64_t j = 0; j < E; ++j) {
       double pivot = L[j * E + j];
       for (int64_t i = 0; i < j; ++i) pivot -= L[j * E + i] * L[j * E + i];

@@ -1,5 +1,6 @@
-// stream -- non-temporal stores, for outputs too large for the caches. An ordinary store reads the
-// line first, which is a third of the traffic of a copy, and evicts lines that are still needed.
+// stream -- non-temporal stores, for outputs that are too large for the caches. An ordinary store
+// first reads the cache line, which is a third of the traffic of a copy, and evicts other lines
+// from the cache.
 #pragma once
 
 #include <cstdint>

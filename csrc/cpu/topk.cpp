@@ -10,19 +10,20 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// What the kernels below share. Row (a, m) is x[a, :, m].
+// Arguments that all kernels below share. Row (a, m) is x[a, :, m].
 template <typename T>
 struct Axis {
   const T* x;        // [N, n, M]
   T* values;         // [N, M, k]
   int32_t* indices;  // [N, M, k]
   int64_t n, M, k;
-  const T* end;  // of what may be read: the last matrix [n, M] that has a row of ours
+  const T*
+      end;  // end of the readable memory: of the last matrix [n, M] that contains one of the rows
 
   const T* column(int64_t row) const { return x + (row / M) * n * M + row % M; }
 
-  // `from` is column(row). The value is read again: a key has lost its sign of zero and
-  // its NaN's payload.
+  // `from` is column(row). The value is read again, because its key has lost the sign of zero and
+  // the payload of NaN.
   void write(const T* from, int64_t row, int64_t j, int32_t index) const {
     values[row * k + j] = from[index * M];
     indices[row * k + j] = index;
@@ -43,7 +44,7 @@ void write_leaders(const Leaders<T, K>& leaders, const Axis<T>& axis, int64_t ro
   }
 }
 
-// Rows [row, row + count), count <= width, that lie one behind another (M = 1).
+// Picks from the contiguous rows [row, row + count), count <= width (M = 1).
 template <typename T, int K>
 void few_of_rows(const Axis<T>& axis, int64_t row, int64_t count) {
   constexpr int64_t W = kWidth<T>;
@@ -62,7 +63,7 @@ void few_of_rows(const Axis<T>& axis, int64_t row, int64_t count) {
   write_leaders(leaders, axis, row, count);
 }
 
-// Rows [row, row + count), count <= width, that lie side by side (of one matrix).
+// Picks from the adjacent columns [row, row + count), count <= width, of one matrix.
 template <typename T, int K>
 void few_of_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   Leaders<T, K> leaders;
@@ -73,9 +74,10 @@ void few_of_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   write_leaders(leaders, axis, row, count);
 }
 
-// The same of longer columns. The K-th largest of the maxima of blocks is no more than that
-// of all entries, and not much less: few entries reach it, and they alone are ranked. Where
-// many do (ties, or a column in order), false, and nothing done.
+// few_of_columns for longer columns. First finds a lower bound of the K-th largest key: the K-th
+// largest of the maxima of blocks of kBlock entries. Then ranks only the entries that reach the
+// bound; these are few, as the bound is close to the K-th largest key. Returns false, without
+// writing, if more than kRoom entries of a column reach it (ties, or a sorted column).
 template <typename T, int K>
 bool few_of_long_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   using Key = SignedKey<T>;
@@ -98,7 +100,7 @@ bool few_of_long_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   }
   const Vec<Key> bound = best[K - 1];
 
-  // Those that reach it, lane by lane, in order of index.
+  // The entries that reach the bound, by lane, in order of index.
   Key reached[kRoom * W], places[kRoom * W] = {};
   std::fill(reached, reached + kRoom * W, kNoKey<T>);
   int64_t filled[W] = {}, most = 0;
@@ -131,26 +133,28 @@ void few(const Axis<T>& axis, int64_t row, int64_t count) {
   }
   if (axis.M == 1) return few_of_rows<T, K>(axis, row, count);
   if constexpr (K > 2) {
-    const bool long_enough = axis.n >= 64 && axis.n <= 1024;  // keys that the cache holds
+    const bool long_enough = axis.n >= 64 && axis.n <= 1024;  // lengths whose keys fit the cache
     if (long_enough && few_of_long_columns<T, K>(axis, row, count)) return;
   }
   few_of_columns<T, K>(axis, row, count);
 }
 
-// Many picks a row: the row's keys in one piece, a cut, the picks that pass it, sorted.
+// More than kFew picks per row: finds the cut among the row's keys, then sorts the picks that pass
+// it.
 template <typename T>
 class Many {
  public:
   explicit Many(const Axis<T>& axis)
       : axis_(axis),
-        // One vector more than needed: with a power of two, all rows would share cache sets.
+        // One vector more than needed: with a stride of a power of two, all rows would share cache
+        // sets.
         stride_((axis.n + W - 1) / W * W + W),
         keys_((axis.M == 1 ? 1 : W) * stride_),
         kept_(stride_),
         places_(stride_),
         picks_(2 * axis.k) {}
 
-  // Rows that lie side by side: transposed on the way into the buffer.
+  // Adjacent columns of one matrix, transposed into the buffer.
   void columns(int64_t row, int64_t count) {
     Vec<Key> low = splat(std::numeric_limits<Key>::max()), high = splat(kNoKey<T>);
     const T* from = axis_.column(row);
@@ -204,7 +208,7 @@ class Many {
       compress<Key>(chosen + passed, passes, key);
       passed += compress_index<Key>(places + passed, passes, static_cast<int32_t>(i));
     }
-    if (passed > k) {  // more ties than places
+    if (passed > k) {  // more ties than picks left for them
       int64_t stay = 0;
       for (int64_t i = 0; i < passed; ++i) {
         if (chosen[i] == cut && ties-- <= 0) continue;
@@ -215,8 +219,9 @@ class Many {
     k <= kRanking ? rank(row) : sort(row);
   }
 
-  // Writes the chosen in order. Few: each counts those before it, all larger keys and,
-  // by a bound lower by one, the equal ones of lower index. No branch to predict.
+  // Writes the picks in order, for few picks. A pick's position is the number of picks before it:
+  // those with a larger key, and those with an equal key and a lower index. Picks of a lower index
+  // are compared with the key minus 1, so that equal keys count, without a branch.
   void rank(int64_t row) {
     Key* chosen = kept_.get();
     store(chosen + axis_.k, splat(kNoKey<T>));
@@ -244,8 +249,8 @@ class Many {
   const Axis<T>& axis_;
   int64_t stride_;
   Buffer<Key> keys_;        // [width or 1, stride]
-  Buffer<Key> kept_;        // [stride]  scratch of the cut, then the chosen keys
-  Buffer<int32_t> places_;  // [stride]  where they were
+  Buffer<Key> kept_;        // [stride]  scratch of find_cut, then the keys of the picks
+  Buffer<int32_t> places_;  // [stride]  the indices of the picks
   Buffer<P> picks_;         // [2, k]
 };
 
@@ -259,7 +264,7 @@ void topk(
   if (k == 0 || row_begin >= row_end) return;
   const T* end = x + ((row_end - 1) / M + 1) * n * M;
   const Axis<T> axis{x, values, indices, n, M, k, end};
-  if (M == 1 && row_end - row_begin < W / 2) {  // most lanes would idle
+  if (M == 1 && row_end - row_begin < W / 2) {  // most lanes would be idle
     std::vector<Pick<OrderKey<T>>> picks;
     for (int64_t row = row_begin; k <= kFew && row < row_end; ++row) {
       select_few(x + row * n, n, k, picks);
@@ -269,7 +274,7 @@ void topk(
   }
   std::unique_ptr<Many<T>> many = k <= kFew ? nullptr : std::make_unique<Many<T>>(axis);
   for (int64_t row = row_begin; row < row_end;) {
-    // No further than a vector, and where M > 1 not into the next matrix.
+    // At most one vector of rows and, if M > 1, rows of one matrix only.
     const int64_t matrix_end = M == 1 ? row_end : (row / M + 1) * M;
     const int64_t count = std::min({W, row_end - row, matrix_end - row});
     if (!many) {

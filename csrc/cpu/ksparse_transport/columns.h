@@ -12,12 +12,12 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// Similarities [T, E] as columns [E, stride]: every step of a solver reads each of them from top to
-// bottom, and the threads share them out. After the last token a column is -inf.
+// Similarities [T, E] stored by expert as [E, stride], because every step of a solver reads each
+// column from top to bottom. Entries after the last token are -inf.
 template <typename T>
 class Columns {
  public:
-  static constexpr int64_t kPiece = 512;  // of tokens
+  static constexpr int64_t kPiece = 512;  // tokens
   static constexpr int64_t kLongest = std::max(kWidth<float>, kWidth<double>);
 
   Columns(const T* similarity, int64_t tokens, int64_t E, const Parallel& parallel)
@@ -45,9 +45,9 @@ class Columns {
   int64_t size() const { return size_; }
   const T* operator[](int64_t e) const { return &entries_[e * stride_]; }
 
-  // Whether there is a NaN or +inf.
+  // Whether any entry is NaN or +inf.
   bool bad() const { return bad_; }
-  // The largest absolute value of those that are finite.
+  // The largest absolute value of the finite entries.
   double largest() const { return largest_; }
 
  private:
@@ -56,7 +56,7 @@ class Columns {
     double largest = 0;
   };
 
-  // Tokens [begin, end) into the columns.
+  // Transposes tokens [begin, end) into the columns.
   Range read(const T* similarity, int64_t begin, int64_t end) {
     constexpr int64_t W = kWidth<T>;
     constexpr T inf = std::numeric_limits<T>::infinity();
@@ -88,7 +88,8 @@ class Columns {
   }
 
   int64_t tokens_, E_, size_, stride_;
-  Buffer<T> entries_;  // [E, stride]; a power of two would share cache sets
+  Buffer<T>
+      entries_;  // [E, stride]  with a stride of a power of two, columns would share cache sets
   bool bad_ = false;
   double largest_ = 0;
 };

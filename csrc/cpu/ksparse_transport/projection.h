@@ -1,4 +1,5 @@
-// ksparse_transport/projection -- P_k of one column, from the entries that may have a share.
+// ksparse_transport/projection -- the k-sparse projection P_k of one column, from its candidates:
+// the entries that may get a non-zero share.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +13,13 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The candidates of a column and their projection onto the simplex. Kept from column to column for
-// its memory.
+// The candidates of a column and their projection onto the simplex. One object serves many columns,
+// to reuse its memory.
 class Projection {
  public:
   using Key = SignedKey<double>;
 
-  // Room for `size` candidates.
+  // Makes room for `size` candidates.
   void make(int64_t size) {
     constexpr int64_t kVector = std::max(kWidth<float>, kWidth<double>);
     token_.make(size + kVector);
@@ -28,11 +29,11 @@ class Projection {
     left_.make(size + kVector);
   }
 
-  // The caller's to fill, by token.
+  // The candidates, which the caller fills in ascending order of token.
   int32_t* token() const { return token_.get(); }
   double* value() const { return value_.get(); }
 
-  // Where to cut the n values for k of them; leaves their keys.
+  // Returns the cut of the first n values for k picks, and stores their keys.
   Cut<Key> find_first(int64_t n, int64_t k) {
     constexpr int64_t W = kWidth<double>;
     Key* keys = key_.get();
@@ -54,8 +55,8 @@ class Projection {
     return find_cut(keys, n, k, least, most, left_.get());
   }
 
-  // Leaves the k first of the candidates (value descending, then t), by t; returns the
-  // k-th value, -inf if there are fewer.
+  // Keeps the k first of the candidates (value descending, then token ascending), in order of
+  // token. Returns the k-th value, or -inf if there are fewer candidates.
   double keep_first(int64_t count, int64_t k) {
     kept_ = count;
     if (count < k) return -kInfinity;
@@ -79,9 +80,9 @@ class Projection {
     return *std::min_element(value, value + kept_);
   }
 
-  // The simplex's threshold of what was kept, relative to the largest value and over `scale`;
-  // returns it in units of the values. Entries at or below the threshold are taken out until none
-  // is left: mostly all stay at once, and no order is needed.
+  // Returns the threshold of the simplex projection of the kept values divided by `scale`, in units
+  // of the values. Starts with all entries as the support, and drops entries at or below the
+  // threshold until none is left to drop. Most often nothing is dropped; no sorting is needed.
   double threshold(double scale) {
     tau_ = kUndefined;
     if (kept_ == 0) return -kInfinity;
@@ -115,7 +116,7 @@ class Projection {
 
   int64_t kept() const { return kept_; }
   int32_t kept_token(int64_t i) const { return token_[i]; }
-  // After threshold(); none where it is not positive.
+  // Valid after threshold(). A share that is not positive means none.
   double kept_share(int64_t i) const { return share_[i] - tau_; }
   Key key(int64_t i) const { return key_[i]; }
 

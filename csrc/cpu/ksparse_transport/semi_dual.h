@@ -1,4 +1,4 @@
-// ksparse_transport/semi_dual -- what the solvers of ksparse_transport differentiate.
+// ksparse_transport/semi_dual -- the objective that the solvers of ksparse_transport maximise.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 using Vector = std::vector<double>;
 
-// The vectors are whole ones.
+// The length of the vectors is a multiple of the vector width.
 double dot(const Vector& a, const Vector& b) {
   Vec<double> total{};
   for (size_t i = 0; i < a.size(); i += kWidth<double>) {
@@ -23,7 +23,7 @@ double dot(const Vector& a, const Vector& b) {
   return sum<double>(total);
 }
 
-// The semi-dual of one group, every token of which is present.
+// The semi-dual of one group without absent tokens.
 template <typename T>
 class SemiDual {
  public:
@@ -50,22 +50,22 @@ class SemiDual {
     std::fill_n(present_.begin(), tokens, 1.0);
   }
 
-  // Whether there is anything to solve: a token at least, and numbers only.
+  // Whether there is a problem to solve: at least one token, and no NaN or +inf.
   bool solvable() const { return b_ > 0 && !columns_.bad(); }
 
-  // The plan where it is not b p.
+  // The value of plan entries outside the support.
   T elsewhere() const { return columns_.bad() ? std::numeric_limits<T>::quiet_NaN() : T{0}; }
 
-  // The length of every vector over tokens: entries after the last token stay 0.
+  // The length of every vector over tokens. Entries after the last token stay 0.
   int64_t size() const { return columns_.size(); }
 
-  // The gradient of the negated objective, to be minimised.
+  // The gradient of the negated objective, which the solvers minimise.
   void differentiate(const Vector& alpha, Vector& gradient) {
     differentiate(alpha, gradient, [](int64_t, int64_t) {});
   }
 
-  // The same, and use(begin, end) for every piece of the tokens once its gradient is there: by the
-  // thread that has it near.
+  // Also calls use(begin, end) for every piece of the tokens when its gradient is ready, on the
+  // thread that has it in its cache.
   template <typename Use>
   void differentiate(const Vector& alpha, Vector& gradient, const Use& use) {
     project(alpha);
@@ -76,7 +76,7 @@ class SemiDual {
     });
   }
 
-  // The negated objective, at the alpha just differentiated at.
+  // The negated objective at `alpha`, which the last call of differentiate() got.
   double value(const Vector& alpha) const {
     double sum = -dot(alpha, present_);
     each_share(0, size(), [&](int64_t t, int64_t e, double p) {
@@ -99,23 +99,26 @@ class SemiDual {
  private:
   static constexpr int64_t kLongest = Columns<T>::kLongest;
 
-  // Per range of tokens, at its first piece: the deepest fall of alpha, and its largest size.
+  // The largest decrease of an entry of alpha, and its largest absolute value, over one range of
+  // tokens. Stored at the range's first piece.
   struct Moved {
     double fall = 0, size = 0;
   };
 
   int64_t E() const { return columns_.E(); }
 
-  // Columns of a range at least: some us of work, and few ranges that need scratch.
+  // The fewest columns per range: some microseconds of work, and not too many ranges, because each
+  // needs scratch memory.
   int64_t grain() const { return std::max({int64_t{1}, 16384 / (size() + 1), (E() + 63) / 64}); }
 
-  // Calls body(begin, end) for ranges of tokens, their number no matter of threads.
+  // Calls body(begin, end) for ranges of tokens. Results must not depend on the number of ranges.
   template <typename Body>
   void each_range(const Body& body) const {
     parallel_(size(), 2 * kPiece, [&](int64_t begin, int64_t end) { body(begin, end); });
   }
 
-  // Calls body(t, e, p) for the non-zeros of the projections, by e, then by t.
+  // Calls body(t, e, p) for the non-zeros of the projections in tokens [begin, end), by e, then by
+  // t.
   template <typename Body>
   void each_share(int64_t begin, int64_t end, const Body& body) const {
     for (int64_t e = 0; e < E(); ++e) {
@@ -126,8 +129,8 @@ class SemiDual {
     }
   }
 
-  // What the columns share at one alpha: alpha in T for the filter, by how much the
-  // filter's sums may be off, and by how much entries may have fallen since the last one.
+  // Prepares what all columns share at one alpha: alpha in type T for the filter, its largest
+  // absolute value, and the largest decrease of an entry since the last alpha.
   void move_to(const Vector& alpha) {
     std::fill(moved_.begin(), moved_.end(), Moved{});
     each_range([&](int64_t begin, int64_t end) {
@@ -154,7 +157,7 @@ class SemiDual {
     }
   }
 
-  // The non-zeros of every column's P_k(u / (gamma b)), by t, where u = alpha + S[:, e].
+  // Computes the non-zeros of P_k(u / (gamma b)) of every column, by t, where u = alpha + S[:, e].
   void project(const Vector& alpha) {
     if (k_ <= 0) return;
     move_to(alpha);
@@ -165,12 +168,13 @@ class SemiDual {
     });
   }
 
-  // Only entries above a floor are candidates: the first k of the step before, and so at least k,
-  // have fallen no further than the deepest fall of alpha. The floor needs no proof, as the result
-  // shows whether it was low enough: either the k-th entry is not below it, or the threshold, below
-  // which an entry gets nothing, is not. Otherwise all entries become candidates.
+  // Only entries at or above a floor are candidates. The k first entries of the last step have
+  // fallen by at most the largest decrease of alpha, so at least k entries reach the last floor
+  // minus that decrease. The result shows whether the floor was low enough: the k-th entry, or the
+  // threshold below which an entry gets no share, is not below it. Otherwise all entries become
+  // candidates.
   void project(const Vector& alpha, int64_t e, Projection& projection) {
-    // u in T is off by its rounding and alpha's.
+    // Bounds the error of u in type T: its own rounding and alpha's.
     const double slack = 2 * static_cast<double>(std::numeric_limits<T>::epsilon()) *
                          (largest_alpha_ + columns_.largest());
     double before = floor_[e];
@@ -198,8 +202,8 @@ class SemiDual {
     count_[e] = count;
   }
 
-  // A floor for the first step, at alpha = 0 or near: from every 16th entry, low enough
-  // that k entries are hardly ever missed.
+  // A floor for the first step, at an alpha of 0 or near it: estimated from every 16th entry, and
+  // so low that rarely fewer than k entries reach it.
   double sampled_floor(int64_t e, Projection& projection) const {
     constexpr int64_t kStride = 16;
     const T* column = columns_[e];
@@ -219,7 +223,7 @@ class SemiDual {
     return least;
   }
 
-  // The entries that are not below the floor, by t, and their values in float64.
+  // Collects the entries at or above the floor, by t, with their values in float64.
   int64_t collect(const Vector& alpha, int64_t e, T floor, Projection& projection) const {
     const T* column = columns_[e];
     int32_t* token = projection.token();
@@ -229,7 +233,7 @@ class SemiDual {
     for (int64_t t = 0; t < size(); t += kWidth<T>) {
       const Mask<T> passes = ~(load(&alpha_[t]) + load(column + t) < low);  // NaN passes
 #if !defined(__AVX512F__)
-      // Without a compress instruction a branch is the lesser evil.
+      // Without a compress instruction, a branch is cheaper.
       if (lane_bits<T>(passes) == 0) continue;
 #endif
       count += compress_index<T>(token + count, passes, static_cast<int32_t>(t));
@@ -244,9 +248,9 @@ class SemiDual {
   const Parallel& parallel_;
   Columns<T> columns_;
   int64_t k_;
-  int64_t room_;  // of a column's non-zeros
+  int64_t room_;  // the most non-zeros of a column
   double b_, scale_;
-  Vector present_;  // 1 for a token, 0 after the last
+  Vector present_;  // 1 for a token, 0 after the last token
 
   // Scratch memory of move_to.
   Vector alpha_before_;
@@ -254,7 +258,7 @@ class SemiDual {
   std::vector<Moved> moved_;
   double largest_fall_ = 0, largest_alpha_ = 0;
 
-  Vector floor_;  // [E] of the step before, or NaN
+  Vector floor_;  // [E]  of the last step, NaN before the first
 
   // The non-zeros of the projections.
   std::vector<int64_t> count_;  // [E]

@@ -1,4 +1,4 @@
-// sinkhorn/gradient -- the gradient of the iterations done, on exponentials.
+// sinkhorn/gradient -- the gradient of the iterations that were done, on exponentials.
 #pragma once
 
 #include <numeric>
@@ -8,14 +8,15 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The backward of one group (sinkhorn_backward states the formulas). In P_i and Q_i only
-// the potentials change from step to step, so what a step takes from entry (t, e) is
+// The backward pass of one group (sinkhorn.cpp has the formulas). Between steps, only the
+// potentials of P_i and Q_i change, so step i subtracts from the gradient at entry (t, e)
 //   K[t, e] (a_i[t] v_i[e] + u_{i-1}[t] c_i[e]),   a_i = df_i u_i,  c_i = dh_i v_i / (n/E)
-// The vectors are collected and meet the matrix at the end; a step is one pass over K.
+// Each step makes one pass over K to compute its vectors a, u, v and c. The vectors are collected,
+// and the sum over the steps is multiplied by K at the end.
 //
-// As the columns of Q_i and the rows of P_i sum to 1, |dh_i| + |df_{i-1}| + |dh_{i-1}| + ...
-// in the 1-norm never grow, and each is the most that its step adds to the gradient. Where the
-// remaining steps cannot reach the rounding of the first, they are left out.
+// The columns of Q_i and the rows of P_i sum to 1. Hence the 1-norms |dh_i|, |df_{i-1}|,
+// |dh_{i-1}|, ... never grow, and each bounds what its step adds to the gradient. The remaining
+// steps are skipped when their sum cannot exceed the rounding error of the first.
 template <typename T, typename C>
 class ScalingGradient {
   using Matrix = ScalingMatrix<T, C>;
@@ -28,10 +29,10 @@ class ScalingGradient {
     v_.resize(group.E);
   }
 
-  // With 1 <= steps, as many as there are in `history`.
+  // Requires steps >= 1, the number of iterations in `history`.
   void backward(const T* grad, const double* history, int64_t steps) {
     const int64_t slots = std::min(steps, kCollected) + 1;
-    slot_ = matrix_.blocks() | 1;  // a power of two would share cache sets
+    slot_ = matrix_.blocks() | 1;  // odd: with a power of two, slots would share cache sets
     collected_.make(2 * slot_ * slots * W);
     of_column_.resize(slots * E());
     collected_count_ = 0;
@@ -60,7 +61,7 @@ class ScalingGradient {
   }
 
  private:
-  // Steps of the backward whose vectors are collected.
+  // The most steps whose vectors are collected.
   static constexpr int64_t kCollected = 32;
 
   struct OfColumn {
@@ -70,7 +71,7 @@ class ScalingGradient {
   const Group<T>& group() const { return matrix_.group(); }
   int64_t E() const { return matrix_.E(); }
 
-  // What is collected of a block's tokens.
+  // The vectors of collected step s, for the tokens of block b.
   C* a(int64_t b, int64_t s) const { return &collected_[2 * (s * slot_ + b) * W]; }
   C* u(int64_t b, int64_t s) const { return &collected_[(2 * (s * slot_ + b) + 1) * W]; }
 
@@ -81,7 +82,7 @@ class ScalingGradient {
     for (int64_t e = 0; e < E(); ++e) v_[e] = static_cast<C>(std::exp(h[e] - log_scale_));
   }
 
-  // K, u of the last row update, its a, and the columns' sums of K u (grad - df).
+  // Computes K, u and a of the last row update, and the column sums of K u (grad - df).
   void begin(const T* grad) {
     matrix_.sum_columns(kTogether * E(), [&](auto count, int64_t b, C* sums, C* tile) {
       Vec<C> rows[count], dots[count], u[count], df[count];
@@ -114,8 +115,8 @@ class ScalingGradient {
     });
   }
 
-  // dh from the columns' sums. Returns the 1-norm. The sum of dh is 0, since adding a constant to
-  // h changes no plan; what rounding left of it would never fade.
+  // Computes dh from the column sums and returns its 1-norm. Adding a constant to h changes no
+  // plan, so the sum of dh is 0; subtracts the mean, a rounding error that would never decay.
   double set_dh(double sign) {
     for (int64_t e = 0; e < E(); ++e) dh_[e] = sign * v_[e] * matrix_.total()[e];
     const double mean = std::accumulate(dh_.begin(), dh_.end(), 0.0) / static_cast<double>(E());
@@ -124,7 +125,7 @@ class ScalingGradient {
     return norm;
   }
 
-  // v and c of a step, `before` being h of the step before it, null in the first.
+  // Collects v and c of a step. `before` is h of the step before, null in the first step.
   void collect_columns(int64_t s, const double* before, bool done) {
     const double log_before = before ? log_scale(before) : -group().high * group().inverse_epsilon;
     const double factor = done ? 0 : std::exp(log_scale_ - log_before - group().log_marginal);
@@ -133,7 +134,7 @@ class ScalingGradient {
     }
   }
 
-  // u of the step before, a of it, and the columns' sums of K a.
+  // Computes u and a of the step before, and the column sums of K a.
   void take_step(int64_t s) {
     matrix_.sum_columns(0, [&](auto count, int64_t b, C* sums, C*) {
       Vec<C> rows[count], dots[count], da[count];
@@ -156,7 +157,7 @@ class ScalingGradient {
     });
   }
 
-  // Sums up the collected steps, for room for others.
+  // Adds up the collected steps, to make room for further steps.
   void empty_collected() {
     taken_.make(matrix_.blocks() * E() * W);
     matrix_.each_block(0, [&](int64_t b, C*) {
@@ -183,8 +184,8 @@ class ScalingGradient {
     });
   }
 
-  // taken[e] (from 0, or going on) + sum over the collected steps of a v[e] + u c[e], four
-  // columns for every load of a and u.
+  // taken[e] += sum over the collected steps of a v[e] + u c[e]; taken starts at 0. Loads a and u
+  // once per four columns.
   void take_collected(int64_t b, C* taken) const {
     constexpr int64_t kColumns = 4;
     const auto add = [&](auto columns, int64_t e) {
@@ -210,9 +211,10 @@ class ScalingGradient {
   int64_t slot_ = 0, collected_count_ = 0;
   bool has_taken_ = false;
   double log_scale_ = 0;
-  Buffer<C> u_;          // [blocks, W]  of the last row update
-  Buffer<C> taken_;      // [blocks, E, W]
-  Buffer<C> collected_;  // [slots, blocks or one more, 2, W]; unused slots take no memory
+  Buffer<C> u_;      // [blocks, W]  of the last row update
+  Buffer<C> taken_;  // [blocks, E, W]
+  Buffer<C>
+      collected_;  // [slots, blocks or one more, 2, W]  the system allocates only touched pages
   std::vector<OfColumn> of_column_;  // [slots, E]
   std::vector<C> v_, last_v_;        // [E]
   std::vector<double> dh_;           // [E]

@@ -1,4 +1,4 @@
-// sinkhorn/group -- what the iteration in every domain knows about a group.
+// sinkhorn/group -- the properties of one group that all domains of the iteration use.
 #pragma once
 
 #include <algorithm>
@@ -13,16 +13,16 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// std::max ignores NaN; here it replaces the maximum and stays.
+// The maximum, or NaN if either is NaN.
 double max_or_nan(double high, double value) {
   return !(value <= high) && !std::isnan(high) ? value : high;
 }
 
-// Tokens of a piece: whatever is summed over the tokens of a group is summed over those of
-// a piece first, one thread a piece, and then over the pieces.
+// Tokens per piece. Sums over the tokens of a group are taken within pieces first, one thread per
+// piece, and then over the pieces: the bits do not depend on the number of threads.
 constexpr int64_t kPiece = 512;
 
-// The fewest pieces that are worth a thread: those of 64k entries, some us of work.
+// The fewest pieces per thread: 64k entries, some microseconds of work.
 int64_t grain(int64_t E) {
   return std::max<int64_t>(1, 65536 / (kPiece * std::max<int64_t>(1, E)));
 }
@@ -38,8 +38,8 @@ struct Group {
   const Parallel& parallel;
   int64_t present = 0;                        // tokens that are not absent
   double log_marginal;                        // log(n / E)
-  double high = -kInfinity, low = kInfinity;  // of the logits that are not -inf; NaN stays
-  bool complete = true;                       // no -inf but in the rows of absent tokens
+  double high = -kInfinity, low = kInfinity;  // of the logits that are not -inf; NaN stays NaN
+  bool complete = true;                       // only rows of absent tokens have -inf
 
   Group(const T* logits_, int64_t tokens_, int64_t E_, double epsilon, const Parallel& parallel_)
       : logits(logits_),
@@ -74,13 +74,12 @@ struct Group {
   double marginal() const { return static_cast<double>(present) / static_cast<double>(E); }
   double M(int64_t t, int64_t e) const { return logits[t * E + e] * inverse_epsilon; }
 
-  // exp(M) and every product with a potential fit the format where the M are no
-  // further apart than this. Let S be that distance. Entries are shifted by the
-  // group's largest, so they and the v / max v lie in [exp(-S), 1] (column sums of one u differ
-  // by no more than the entries of a row do), products of the two in [exp(-2 S), 1], u
-  // in [1/E, exp(S)]. Normal numbers end at exp(-87) in float32 and at exp(-708) in
-  // float64. With forbidden pairs there may be no plan, and potentials grow with the
-  // iterations.
+  // Whether exp(M) and its products with the potentials fit type C. Let S = max M - min M. Entries
+  // are shifted by max M, so they are in [exp(-S), 1]. So is v / max v, because the column sums for
+  // one u differ by no more than the entries of a row do. Products of both are in [exp(-2 S), 1],
+  // and u is in [1/E, exp(S)]. The smallest normal number is exp(-87) in float32 and exp(-708) in
+  // float64. Groups with forbidden pairs do not qualify: they may have no plan, and then the
+  // potentials grow with the iterations.
   template <typename C>
   bool fits_scaling() const {
     constexpr double spread = sizeof(C) == sizeof(float) ? 40 : 200;
@@ -94,14 +93,15 @@ struct Group {
     bool complete = true;
   };
 
-  // The range of a piece if all its logits are finite; else false, and `range` is unspecified.
+  // Computes the range of a piece and returns true if all its logits are finite. Otherwise returns
+  // false and leaves `range` unspecified.
   bool scan_finite(int64_t begin, int64_t end, Range& range) const {
     const T* from = logits + begin * E;
     const int64_t size = (end - begin) * E;
     constexpr T inf = std::numeric_limits<T>::infinity();
     if (size == 0) return false;
     Vec<T> top = splat(-inf), bottom = splat(inf);
-    // -inf - -inf and inf - inf are NaN, as everything with NaN: it stays in the sum.
+    // x - x is 0, or NaN if x is infinite or NaN; a NaN stays in the sum.
     Vec<T> poison{};
     const auto visit = [&](Vec<T> x) {
       top = x > top ? x : top;

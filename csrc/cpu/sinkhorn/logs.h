@@ -6,12 +6,13 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The iteration on the potentials' logarithms: right for any logits, an exp for
-// every entry and update.
+// The iteration on the logarithms of the potentials: right for any logits, with one exp per entry
+// and update.
 //
-// f_t is kept as two numbers, -top_t - log_sum_t, the largest M[t, e] + h_e and the logarithm of
-// the sum relative to it: where top is so large that their sum would lose log_sum, the rows of the
-// plan still sum to 1. The columns are moved by what the plan's own sums lack.
+// f_t is stored as two numbers, -top_t - log_sum_t: top_t is the largest M[t, e] + h_e, and
+// log_sum_t the logarithm of the sum relative to it. If top_t is so large that adding log_sum_t
+// would lose it, the rows of the plan still sum to 1. A column update moves h_e by the logarithm of
+// what the plan's column sum lacks.
 template <typename T>
 class LogDomain {
  public:
@@ -43,7 +44,7 @@ class LogDomain {
     if (last) write_plan();
   }
 
-  // total[e] = logsumexp_t(log_weight(t, e)); -inf for a column that no token can reach.
+  // total[e] = logsumexp_t(log_weight(t, e)), or -inf for a column that no token can reach.
   void sum_columns() {
     reduce_columns(
         high_, -kInfinity, max_or_nan, [&](int64_t t, int64_t e) { return log_weight(t, e); });
@@ -55,7 +56,7 @@ class LogDomain {
     }
   }
 
-  // f = -logsumexp_e(M + h); -inf for an absent token, whose plan is then 0.
+  // f = -logsumexp_e(M + h), or -inf for an absent token, whose plan is then 0.
   void update_rows() {
     each_token([&](int64_t t) {
       double top = -kInfinity, sum = 0;
@@ -68,7 +69,7 @@ class LogDomain {
     });
   }
 
-  // Column e's sum over n/E; after sum_columns().
+  // The sum of column e over n/E. Valid after sum_columns().
   double ratio(int64_t e) const {
     return total_[e] == -kInfinity ? 0 : std::exp(total_[e] - group_.log_marginal);
   }
@@ -95,7 +96,7 @@ class LogDomain {
     });
   }
 
-  // out[e] = the values (t, e) of all tokens, joined.
+  // out[e] = join of value(t, e) over all tokens.
   template <typename Join, typename Value>
   void reduce_columns(std::vector<double>& out, double first, Join&& join, Value&& value) {
     group_.each_piece([&](int64_t piece, int64_t begin, int64_t end) {

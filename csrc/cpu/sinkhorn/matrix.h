@@ -10,7 +10,7 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// width<double> values of C as doubles.
+// Loads width<double> values of type C as doubles.
 template <typename C>
 Vec<double> widen(const C* from) {
   if constexpr (std::is_same_v<C, double>) {
@@ -23,27 +23,29 @@ Vec<double> widen(const C* from) {
   }
 }
 
-// K[t, e] = exp(M[t, e] - max M), in numbers of type C, where Group::fits_scaling<C>().
+// K[t, e] = exp(M[t, e] - max M), in numbers of type C, for groups with fits_scaling<C>().
 //
-// A vector of tokens is a block: a row's sum is then an addition of vectors, every token has the
-// same arithmetic wherever it stands, and E needs no padding. An absent token, and a lane after the
-// last token, has K = 0. A block of K is as large as its rows of the output where C is T: it is
-// stored there until they are written, and an iteration's memory is the output's.
+// K is stored in blocks of one vector of tokens, [blocks, E, width]. Then a row sum adds vectors,
+// every token gets the same arithmetic at any position, and E needs no padding. An absent token,
+// and a lane after the last token, has K = 0. If C is T, a block of K is as large as its rows of
+// the output; K is stored there until the rows are written, so an iteration needs no further
+// memory.
 //
-// Kept between groups for its memory.
+// One object serves many groups, to reuse its memory.
 template <typename T, typename C>
 class ScalingMatrix {
  public:
   static constexpr int64_t W = kWidth<C>;
-  // Blocks that a pass takes together, to keep several sums going and to load and store
-  // the columns' less often.
+  // Blocks that a pass handles together: more independent sums, and fewer loads and stores of the
+  // column sums.
   static constexpr int64_t kTogether = 4;
 
   void reset(const Group<T>& group, T* out) {
     group_ = &group;
     out_ = out;
     E_ = group.E;
-    // What the next visit takes, where that is little enough to wait in the first cache.
+    // The distance to prefetch, in entries: one visit, if that is small enough to stay in the
+    // first-level cache.
     ahead_ = kTogether * E_ * kVectorBytes <= 8192 ? kTogether * E_ * W : 8 * W;
     blocks_ = (group.tokens + W - 1) / W;
     in_place_ = std::is_same_v<T, C> ? group.tokens / W : 0;
@@ -72,8 +74,8 @@ class ScalingMatrix {
     }
     return own_.get() + (b - in_place_) * E_ * W;
   }
-  // Loads from K where a pass reads it first. K barely fits the second-level cache, or does not:
-  // waiting for it would take half of the pass.
+  // Loads from K in a pass that reads it first, and prefetches. K barely fits the second-level
+  // cache, if at all; waiting for it would take half of the pass.
   Vec<C> load_ahead(const C* p) const {
     __builtin_prefetch(p + ahead_);
     return load(p);
@@ -81,7 +83,7 @@ class ScalingMatrix {
 
   static Vec<C> inverse(Vec<C> x) { return x > Vec<C>{} ? C{1} / x : Vec<C>{}; }
 
-  // tile[e] = entry e of the block's tokens; `padding` after the last token.
+  // tile[e] = entry e of the tokens of block b; `padding` after the last token.
   void pack(int64_t b, const T* from, C padding, C* tile) const {
     const T* rows = from + b * W * E_;
     const int64_t present = count(b);
@@ -92,7 +94,7 @@ class ScalingMatrix {
       for (int64_t i = 0; i < width; ++i) store(tile + (e + i) * W, square[i]);
     };
     int64_t e = 0;
-    for (; present == W && e + W <= E_; e += W) {  // nearly all rows: without a condition
+    for (; present == W && e + W <= E_; e += W) {  // nearly all rows, without a condition
       turn(e, W, [&](int64_t i) { return load_row(rows + i * E_ + e, W); });
     }
     for (; e < E_; e += W) {
@@ -103,7 +105,7 @@ class ScalingMatrix {
     }
   }
 
-  // The reverse of pack, to the output.
+  // The reverse of pack: writes the tile to the output.
   void unpack(int64_t b, const C* tile) const {
     T* rows = out_ + b * W * E_;
     const int64_t present = count(b);
@@ -122,13 +124,13 @@ class ScalingMatrix {
     for (int64_t e = 0; e < E_; ++e) store(K + e * W, power(load(K + e * W)));
   }
 
-  // rows[i] = sum_e K[t, e] v[e] for the tokens t of block b + i, i < kRows, and
-  // sums[e] += K[t, e] u[t] of the kColumns blocks before b.
+  // rows[i] = sum_e K[t, e] v[e] for the tokens t of block b + i, i < kRows. sums[e] += K[t, e]
+  // u[t] for the kColumns blocks before b.
   template <int kColumns, int kRows>
   void visit(int64_t b, const C* v, const Vec<C>* u, Vec<C>* rows, C* sums) const {
     Vec<C> total[kRows + 1]{}, factor[kColumns + 1];
     for (int i = 0; i < kColumns; ++i) factor[i] = u[i];
-    // Blocks that each_few() hands out together are adjacent in memory.
+    // The blocks of one call of each_few() are adjacent in memory.
     const C* of_rows = kRows > 0 ? block(b) : nullptr;
     const C* of_columns = kColumns > 0 ? block(b - kColumns) : nullptr;
     const int64_t E = E_, next = E_ * W, ahead = ahead_;
@@ -158,13 +160,13 @@ class ScalingMatrix {
     for (int i = 0; i < kRows; ++i) rows[i] = total[i];
   }
 
-  // sums[e] += K[t, e] u[t] of these blocks.
+  // sums[e] += K[t, e] u[t] for the kCount blocks from b on.
   template <int kCount>
   void add_columns(int64_t b, const Vec<C>* u, C* sums) const {
     visit<kCount, 0>(b + kCount, nullptr, u, nullptr, sums);
   }
 
-  // Calls body(count, block) for the blocks [begin, end), some at a time.
+  // Calls body(count, block) for the blocks [begin, end), kTogether or one at a time.
   template <typename Body>
   void each_few(int64_t begin, int64_t end, Body&& body) const {
     const int64_t in_a_row = std::min(end, in_place_ > 0 ? in_place_ : blocks_);
@@ -185,8 +187,9 @@ class ScalingMatrix {
     });
   }
 
-  // Calls body(begin, end, sums, scratch) for the blocks of every piece; what it adds to
-  // the sums [E] ends up in total(), added in C within a piece and in float64 from there.
+  // Calls body(begin, end, sums, scratch) for the blocks of every piece. body adds to sums [E].
+  // total() is the sum over all pieces, added in type C within a piece and in float64 across
+  // pieces.
   template <typename Body>
   void sum_pieces(int64_t scratch_vectors, Body&& body) {
     constexpr int64_t kWide = kWidth<double>, kBlocks = kPiece / W;
@@ -195,7 +198,7 @@ class ScalingMatrix {
     room_.make((group_->pieces / grain(E_) + 1) * room);
     turned_ = !turned_;
     group_->parallel(group_->pieces, grain(E_), [&](int64_t first, int64_t last) {
-      // No range but this one begins between two multiples of the grain.
+      // Each range has its own memory: no two ranges begin between the same multiples of the grain.
       C* sums = room_.get() + first / grain(E_) * room;
       for (int64_t i = first; i < last; ++i) {
         const int64_t piece = turned_ ? first + last - 1 - i : i;
@@ -226,7 +229,7 @@ class ScalingMatrix {
     });
   }
 
-  // The same by body(count, block, sums, scratch), some blocks per call.
+  // sum_pieces() with body(count, block, sums, scratch), several blocks per call.
   template <typename Body>
   void sum_columns(int64_t scratch_vectors, Body&& body) {
     sum_pieces(scratch_vectors, [&](int64_t begin, int64_t end, C* sums, C* scratch) {
@@ -234,11 +237,12 @@ class ScalingMatrix {
     });
   }
 
-  // [E], as sum_pieces() left them, and room for a vector.
+  // [E], the result of sum_pieces(), with room for a whole vector.
   const double* total() const { return total_.get(); }
 
  private:
-  // Columns that a row's sum in C takes one by one: over thousands it would round too often.
+  // Columns of a row that are summed in type C before the sum is added to the total: one sum over
+  // thousands of columns would accumulate rounding errors.
   static constexpr int64_t kRun = 256;
 
   int64_t count(int64_t b) const { return std::min(W, group_->tokens - b * W); }
@@ -246,7 +250,7 @@ class ScalingMatrix {
     return (E_ + kWidth<double> - 1) / kWidth<double> * kWidth<double>;
   }
 
-  // A row's entries, `width` of them.
+  // Loads `width` entries of a row.
   static Vec<C> load_row(const T* from, int64_t width) {
     if constexpr (std::is_same_v<T, C>) {
       return width == W ? load(from) : load_some(from, width, C{0});
@@ -265,10 +269,10 @@ class ScalingMatrix {
     }
   }
 
-  // exp(M - max M). To that distance float32 may be off by 2e-6: where exp(M) fits it is taken
-  // of M itself and the rest multiplied, and elsewhere the logits are within a factor of 2 and
-  // their distance exact. What the exponent lacks by epsilon is multiplied in. exp_negative has
-  // no need of its sign up to 88.
+  // exp(M - max M) of one vector. In float32, rounding M - max M would change the result by up to
+  // 2e-6. If exp(M) fits the type, from_ is 0 and factor_ is exp(-max M). Otherwise the logits are
+  // within a factor of 2 of each other, so their difference is exact. `rest` corrects the rounding
+  // of the product with 1 / epsilon. exp_negative is also valid for positive arguments up to 88.
   Vec<C> power(Vec<C> x) const {
     const Vec<C> difference = x - from_;
     const Vec<C> exponent = difference * inverse_;
@@ -284,11 +288,11 @@ class ScalingMatrix {
   const Group<T>* group_ = nullptr;
   T* out_ = nullptr;
   int64_t E_ = 0, ahead_ = 0, blocks_ = 0, in_place_ = 0;
-  C inverse_ = 0, inverse_rest_ = 0;   // of epsilon: the nearest number, and what it lacks
+  C inverse_ = 0, inverse_rest_ = 0;   // 1 / epsilon, and its rounding error
   C from_ = 0, factor_ = 1, low_ = 0;  // K = factor exp((logit - from) / epsilon), or 0 below low
   bool turned_ = false;
   Buffer<C> own_;           // [blocks - in_place, E, W]  of K
-  Buffer<C> room_;          // a pass's sums and scratch, for each range
+  Buffer<C> room_;          // the sums and the scratch of each range
   Buffer<double> partial_;  // [pieces, E padded]
   Buffer<double> total_;    // [E padded]
 };

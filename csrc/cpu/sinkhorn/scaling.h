@@ -1,4 +1,4 @@
-// sinkhorn/scaling -- the iteration on exponentials, where they fit.
+// sinkhorn/scaling -- the iteration on exponentials, for groups that they fit.
 #pragma once
 
 #include "matrix.h"
@@ -6,7 +6,7 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The iteration on K: an exp for every entry once, products after that.
+// The iteration on K: one exp per entry at the start, then products only.
 //
 // The potentials are exp(f_t) = u_t exp(-max M - log_scale) and
 // exp(h_e) = v_e exp(log_scale), with max v = 1.
@@ -22,7 +22,7 @@ class ScalingDomain {
     v_.assign(group.E + kWidth<double>, 0);
   }
 
-  // K, and the sums of the columns at f = 0.
+  // Computes K, and the column sums at f = 0.
   void start() {
     log_scale_ = -group().high * group().inverse_epsilon;
     matrix_.sum_columns(0, [&](auto count, int64_t b, C* sums, C*) {
@@ -42,7 +42,7 @@ class ScalingDomain {
     bool moved = false;
     for (int64_t e = 0; e < E(); ++e) {
       const double v = least / total[e];
-      // Within a rounding of where it was it stays: last bits would go to and fro for ever.
+      // Ignores changes below the rounding error; otherwise the last bit could oscillate for ever.
       if (std::abs(v - v_[e]) <= 0.75 * std::numeric_limits<C>::epsilon() * v) continue;
       v_[e] = static_cast<C>(v);
       moved = true;
@@ -50,12 +50,13 @@ class ScalingDomain {
     return moved;
   }
 
-  // The row update and the sums that the next column update asks for, in one pass; the
-  // plan too, where this is the last. The sums of some rows and the columns' part of the
-  // rows before go together: neither waits for the other, and the latter are still near.
+  // The row update and the column sums for the next column update in one pass; in the last step
+  // also the plan. A visit computes the row sums of some blocks and adds the blocks before them to
+  // the column sums. The two do not depend on each other, and the earlier blocks are still in the
+  // cache.
   void step_rows(bool last) {
     matrix_.sum_pieces(last ? E() : 0, [&](int64_t begin, int64_t end, C* sums, C* tile) {
-      Vec<C> before[kTogether]{};  // set, or the compiler takes it for read unset
+      Vec<C> before[kTogether]{};  // initialised, because the compiler warns otherwise
       int64_t count = 0;
       const auto add_before = [&](auto next, int64_t b, Vec<C>* rows) {
         const C* v = v_.data();
@@ -101,7 +102,7 @@ class ScalingDomain {
   Matrix matrix_;
   double log_scale_ = 0;
   Buffer<C> u_;       // [blocks, W]
-  std::vector<C> v_;  // [E], and room for a vector
+  std::vector<C> v_;  // [E], with room for a whole vector
 };
 
 }  // namespace
