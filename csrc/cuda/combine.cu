@@ -6,9 +6,10 @@
 namespace vmoe::cuda {
 namespace {
 
-constexpr int kPieces = 4;  // of a row, that a lane has under way together
+constexpr int kPieces = 4;  // pieces of a row that a lane loads before it uses the first
 
-// A token's slots one after another into registers: no atomics, one order, as on the CPU.
+// One warp per token sums its slots in registers, one slot after another. The order is that of the
+// CPU kernel.
 template <typename Row, int kEntries>
 __global__ void __launch_bounds__(kRowThreads) combine_kernel(
     const Row* __restrict__ y,              // [E, G, C, D]
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_kernel(
   }
 }
 
+// One warp per slot.
 template <typename Row, int kEntries>
 __global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(
     const Row* __restrict__ grad_out,       // [G, T, D]
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_backward_kernel(
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
       const int64_t piece = first + p * kWarp;
-      if (!filled || piece >= pieces) continue;  // what lies in an empty slot must not come through
+      if (!filled || piece >= pieces) continue;  // an empty slot of y may hold NaN: do not read it
       grads[p] = load_piece<kEntries>(from, piece);
       values[p] = load_piece<kEntries>(y + row * D, piece);
     }

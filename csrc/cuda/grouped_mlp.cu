@@ -1,5 +1,6 @@
-// A block has some rows of an expert, and as many columns as a warp takes at once. Its warps go
-// down the rows, and a thread keeps the bias and the sums of its columns in registers.
+// A block has kTileRows rows of an expert, and kColumns columns, which are one piece per lane. Each
+// of its warps takes every kWarps-th row. A thread keeps the bias and the sums of its columns in
+// registers.
 #include <type_traits>
 
 #include "../common/gelu.h"
@@ -17,8 +18,9 @@ __host__ __device__ inline int64_t tiles_down(const ExpertRows& rows) {
   return ceil_div(rows.N, kTileRows);
 }
 
-// Sums over the rows are made twice, always in the same order: by a block over its own, into
-// parts [E, tiles_down, columns], and then over those.
+// The rows and columns of a block. Sums over the rows of an expert take two steps with a fixed
+// order: each block writes the sums of its rows to parts [E, tiles_down, columns], and
+// sum_parts_kernel adds up the parts.
 template <typename Row, int kEntries>
 struct Tile {
   using T = Compute<Row>;
@@ -38,7 +40,7 @@ struct Tile {
     piece = first_column / kEntries + lane;
   }
 
-  // body(row, filled): of this thread's pieces, where they are and whether they count.
+  // Calls body(row, filled) for every row of this thread. `row` is its index in [E, N].
   template <typename Body>
   __device__ void each(Body&& body) const {
     if (piece >= columns / kEntries) return;
@@ -75,7 +77,7 @@ template <typename Row, int kEntries, bool kTanh>
 __global__ void __launch_bounds__(kRowThreads) bias_gelu_kernel(
     const Row* x,                  // [E, N, columns]
     const Row* __restrict__ bias,  // [E, columns] or null
-    Row* out,                      // [E, N, columns]  may be x
+    Row* out,                      // [E, N, columns]; may be x
     ExpertRows rows, int64_t columns) {
   const Tile<Row, kEntries> tile(rows, columns);
   Compute<Row> b[kEntries] = {};
@@ -98,7 +100,7 @@ template <typename Row, int kEntries, bool kTanh>
 __global__ void __launch_bounds__(kRowThreads) bias_gelu_backward_kernel(
     const Row* x,                  // [E, N, columns]
     const Row* __restrict__ bias,  // [E, columns] or null
-    Row* out,                      // [E, N, columns] or null  may be x
+    Row* out,                      // [E, N, columns] or null; may be x
     Row* __restrict__ grad,        // [E, N, columns]
     Compute<Row>* __restrict__ parts, ExpertRows rows, int64_t columns) {
   const Tile<Row, kEntries> tile(rows, columns);
@@ -163,7 +165,8 @@ __global__ void __launch_bounds__(kRowThreads) sum_rows_kernel(
   tile.write_sums(sums, parts);
 }
 
-// A block 32 columns of an expert, its warps down the parts.
+// Adds up the parts. A block has 32 columns of an expert, and each of its warps every kWarps-th
+// part.
 template <typename Row>
 __global__ void __launch_bounds__(kRowThreads) sum_parts_kernel(
     const Compute<Row>* __restrict__ parts,  // [E, tiles, columns]
@@ -187,7 +190,8 @@ __global__ void __launch_bounds__(kRowThreads) sum_parts_kernel(
   sum[e * columns + column] = narrow<Row>(total);
 }
 
-// Launches kernel(entries of a piece), by what the rows' size and place allow.
+// Launches kernel(entries), where a lane loads `entries` entries at once: 16 bytes if `wide`, else
+// one entry.
 template <typename Row, typename Kernel, typename... Args>
 void launch_tiles(
     Kernel&& kernel, bool wide, const ExpertRows& rows, int64_t columns, cudaStream_t stream,

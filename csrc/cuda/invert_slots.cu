@@ -1,9 +1,16 @@
-// A counting sort in four phases: count the slots of every token, add up to offsets, have every
-// slot claim a place among its token's by an atomic, and rank it among those by comparing. The
-// claims come in any order, the ranks in one: the result is the same every time. A token has few
-// slots, so the ranks are cheap; many slots of one token are slower and right.
+// A counting sort in four phases:
 //
-// A group that fits in shared memory is one block's and one launch; else a launch a phase.
+//   count   counts the slots of every token
+//   add_up  computes the offsets, which are the prefix sums of the counts
+//   claim   gives every slot one of the positions of its token, by an atomic increment. The order
+//           of a token's slots is arbitrary after this phase
+//   rank    writes every slot to its final position: the number of smaller slots of its token. The
+//           result is therefore deterministic
+//
+// Ranking compares all pairs of slots of a token. It is fast because a token has few slots.
+//
+// A group that fits in shared memory takes one block, and all groups one launch (whole_kernel).
+// Larger groups take several blocks, and one launch per phase (phase_kernel).
 #include <algorithm>
 #include <cub/block/block_scan.cuh>
 
@@ -16,20 +23,21 @@ namespace {
 constexpr int kThreads = 512;
 using Scan = cub::BlockScan<int32_t, kThreads>;
 
-// One group, and the memory of its phases. `step` threads share it; this one's number is `first`.
+// One group, and the memory of its phases. `step` threads work on the group; `first` is the number
+// of this thread among them.
 struct Group {
   const int32_t* token;  // [E, C]
   int32_t* offsets;      // [T + 1]
   int32_t* slots;        // [S]
   int32_t* filled;       // [E] or null
-  int32_t* next;         // [T]  where a token's next slot goes
-  int32_t* claimed;      // [S]
+  int32_t* next;         // [T]  counts of slots; after add_up the next position of the token
+  int32_t* claimed;      // [S]  slots by token, in arbitrary order within a token
   int64_t E, C, tokens, first, step;
 
   __device__ int64_t size() const { return E * C; }
   __device__ bool is_filled(int64_t s) const { return token[s] >= 0 && token[s] < tokens; }
 
-  // One warp per expert searches its slots from the last one on.
+  // Writes `filled`. One warp per expert searches its slots from the last to the first.
   __device__ void find_last() const {
     const int64_t lane = first % kWarp;
     for (int64_t e = first / kWarp; filled && e < E; e += step / kWarp) {
@@ -69,8 +77,8 @@ struct Group {
     }
   }
 
-  // By one block: offsets from the counts in `next`, which becomes where lists begin. kEach tokens
-  // per thread, so that a long group does not wait for a barrier every kThreads of them.
+  // Computes the offsets from the counts in `next`, and sets `next` to the offsets, by one block. A
+  // thread adds up kEach tokens between barriers, so that many tokens need few barriers.
   template <int kEach>
   __device__ void add_up(Scan::TempStorage& storage) const {
     int32_t begun = 0;
@@ -131,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) whole_kernel(
 
 enum class Phase { kCount, kAddUp, kClaim, kRank };
 
-// `blocks` blocks a group, one for kAddUp.
+// One phase, with `blocks` blocks per group (1 for kAddUp).
 template <Phase kPhase>
 __global__ void __launch_bounds__(kThreads) phase_kernel(
     const int32_t* __restrict__ token, int32_t* __restrict__ offsets, int32_t* __restrict__ slots,
@@ -165,12 +173,12 @@ __global__ void __launch_bounds__(kThreads) phase_kernel(
   if constexpr (kPhase == Phase::kRank) group.rank();
 }
 
-// Shared memory of whole_kernel.
+// Bytes of shared memory of whole_kernel.
 int64_t whole_bytes(const Slots& shape) {
   return (2 * shape.tokens + 1 + shape.of_group()) * static_cast<int64_t>(sizeof(int32_t));
 }
 
-// Whether a group is one block's. Beyond kLargest that takes longer than the launches of several.
+// Whether one block computes a group. Groups of more than kLargest bytes take several blocks.
 bool is_whole(const Slots& shape) {
   constexpr int64_t kLargest = 100 << 10;
   return whole_bytes(shape) <= std::min(kLargest, shared_limit());

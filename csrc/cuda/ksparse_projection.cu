@@ -5,12 +5,12 @@ namespace vmoe::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kShort = 1024;  // lanes of a warp have a row up to here, a block beyond
+constexpr int64_t kShort = 1024;  // up to this length a row has one warp or less, then one block
 
 template <typename T, typename Team>
 __device__ void project_row(
     const Team& team,
-    const T* x,  // [n], in either memory
+    const T* x,  // [n], in shared or device memory
     T* out,      // [n]
     int64_t n, int64_t k) {
   const auto projection = project(team, n, k, 1, [&](int64_t i) { return x[i]; });
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads) long_rows_kernel(
   project_row(team, entries, out + blockIdx.x * n, n, k);
 }
 
-// A block takes kColumns sequences that lie side by side, and as many of their rows at once as
-// it has threads for. Every sum has one order.
+// The projections are along the middle axis of [A, n, B]. A block computes kColumns adjacent
+// projections, with kThreads / kColumns threads for each. Sums have a fixed order.
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(kThreads) backward_kernel(
     const T* __restrict__ grad,  // [A, n, B]

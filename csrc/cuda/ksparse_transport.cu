@@ -1,9 +1,12 @@
-// A group whose columns fit a block's shared memory is one launch, one warp per column and one
-// thread per token: every step of the solver stays in the block. The columns of a larger group are
-// in device memory: Adam takes two launches per step, one block per column and then pieces of
-// tokens, and L-BFGS, whose steps wait for each other's sums, stays in one block.
+// A step of the solver projects the columns, with one warp or block per column, and then updates
+// alpha, with one thread per token.
 //
-// A projection is kept as its threshold and cut alone: a share is computed where it is read.
+// Groups that fit in a block's shared memory take one launch, with one block per group for all
+// steps. Larger groups are in device memory. Adam then takes two launches per step: one block per
+// column projects, and one block per kPieceThreads tokens updates. L-BFGS takes one block per group
+// also then, because its steps need many sums over all tokens one after another.
+//
+// Projections are stored in compact form (simplex.h); their entries are computed when needed.
 #include <algorithm>
 
 #include "../ksparse_transport.h"
@@ -15,27 +18,27 @@ namespace vmoe::cuda {
 namespace {
 
 constexpr int kMostThreads = 512;
-constexpr int kMemory = 10;  // pairs that L-BFGS keeps
+constexpr int kMemory = 10;  // number of (step, change) pairs that L-BFGS keeps
 
 using Column = Projection<uint64_t>;
 
 struct Seen {
-  int32_t present, bad;  // tokens, and whether there is a NaN or +inf
+  int32_t present, bad;  // number of present tokens; not 0 if any entry is NaN or +inf
 };
 
 struct Adam {
-  double rate, mean_share, square_share;  // the moments fall short by these at the start
+  double rate, mean_share, square_share;  // learning rate; bias corrections 1 - 0.9^i, 1 - 0.999^i
 };
 
-// The semi-dual of one group, where its columns have been projected.
+// The semi-dual problem of one group (ksparse_transport.h) and its current point.
 template <typename T>
 struct SemiDual {
   int64_t tokens, E, k, stride;
-  const T* columns;     // [E, stride]
-  const int8_t* there;  // [T], or null: all are
-  double* alpha;        // [T]  where it is looked at
-  Column* projected;    // [E]
-  double b, scale;
+  const T* columns;          // [E, stride]  the similarity, transposed
+  const int8_t* is_present;  // [T]  1 for present tokens, 0 for absent tokens; null: all present
+  double* alpha;             // [T]  the current point
+  Column* projected;         // [E]  the projected columns at alpha
+  double b, scale;           // n / E, gamma n / E
 
   __device__ double value(int64_t t, int64_t e) const {
     return alpha[t] + static_cast<double>(columns[e * stride + t]);
@@ -50,16 +53,16 @@ struct SemiDual {
         cuda::project(team, tokens, k, scale, [&](int64_t t) { return value(t, e); });
     if (team.rank() == 0) projected[e] = column;
   }
-  // A warp a column.
+  // Projects all columns, with one warp per column.
   __device__ void project() const {
     for (int64_t e = threadIdx.x / kWarp; e < E; e += blockDim.x / kWarp) project(WarpTeam{}, e);
     __syncthreads();
   }
 
-  // The gradient of the negated objective with respect to alpha[t], and what token t is of that
-  // objective, if it is asked for.
+  // The gradient of the negated objective with respect to alpha[t]. Writes the terms of token t in
+  // that objective to `part`, if not null.
   __device__ double differentiate(int64_t t, double* part = nullptr) const {
-    const double present = there ? there[t] : 1;
+    const double present = is_present ? is_present[t] : 1;
     double gradient = -present, sum = -present * alpha[t];
     for (int64_t e = 0; e < E; ++e) {
       const double p = share(t, e);
@@ -70,6 +73,7 @@ struct SemiDual {
     return gradient;
   }
 
+  // Adam's update of alpha[t].
   __device__ void take_step(
       const Adam& adam, int64_t t, double gradient, double* mean, double* square) const {
     const double m = 0.9 * mean[t] + 0.1 * gradient;
@@ -80,25 +84,25 @@ struct SemiDual {
   }
 };
 
-// What all kernels of a call know.
+// The arguments of a call, for all its kernels.
 template <typename T>
 struct Task {
   const T* similarity;  // [G, T, E]
   T* plan;              // [G, T, E]
   int64_t tokens, E, k, iterations;
   double learning_rate, tolerance, gamma;
-  double* vectors;  // [G, vectors, T]
+  double* vectors;  // [G, vectors_of_group, T]  the vectors of the solver
   int64_t vectors_of_group;
 
-  // For a group in device memory.
-  int64_t pieces;       // of tokens
+  // For groups in device memory only:
+  int64_t pieces;       // pieces of kPieceThreads tokens per group
   T* columns;           // [G, E, T]
-  int8_t* there;        // [G, T]
+  int8_t* is_present;   // [G, T]
   double* alpha;        // [G, T]
   Column* projected;    // [G, E]
   Seen* seen_of_piece;  // [G, pieces]
   Seen* seen;           // [G]
-  double* norms;        // [G, pieces]  |gradient|^2
+  double* norms;        // [G, pieces]  |gradient|^2 over the tokens of a piece
   int32_t* stopped;     // [G]
 
   __device__ double* vector(int64_t g, int64_t i) const {
@@ -112,16 +116,17 @@ struct Task {
     SemiDual<T> of_group = dual(seen);
     of_group.stride = tokens;
     of_group.columns = columns + g * E * tokens;
-    of_group.there = there + g * tokens;
+    of_group.is_present = is_present + g * tokens;
     of_group.alpha = alpha + g * tokens;
     of_group.projected = projected + g * E;
     return of_group;
   }
-  // Where there is a token at least, and numbers only.
+  // Whether the group has a present token, and no NaN or +inf.
   __device__ bool solvable(const Seen& seen) const { return seen.present > 0 && !seen.bad; }
 
-  // Where there is nothing to solve the plan is 0, or NaN. place_of(t) is where token t is in the
-  // columns, -1 where it is absent.
+  // Writes the plan of the tokens [begin, begin + count). place_of(t) is the position of token t in
+  // the columns, or -1 if it is absent. The plan of a group that is not solvable is 0, or NaN if an
+  // entry is NaN or +inf.
   template <typename PlaceOf>
   __device__ void write(
       const SemiDual<T>& dual, const Seen& seen, int64_t g, int64_t begin, int64_t count,
@@ -159,19 +164,21 @@ __device__ void solve_adam(
 template <typename T>
 __device__ void solve_lbfgs(
     const Task<T>& task, const SemiDual<T>& dual, const BlockTeam& team, int64_t g) {
-  constexpr int kHalvings = 40, kSlots = kMemory + 1;  // the last pair is judged before it is kept
+  // One more slot than pairs: a new pair is computed in a slot before it is accepted.
+  constexpr int kHalvings = 40, kSlots = kMemory + 1;
   double *alpha = task.vector(g, 0), *gradient = task.vector(g, 1);
   double *direction = task.vector(g, 2), *next_gradient = task.vector(g, 3);
   const auto step_of = [&](int slot) { return task.vector(g, 4 + 2 * slot); };
   const auto change_of = [&](int slot) { return task.vector(g, 5 + 2 * slot); };
-  // A thread has the same tokens everywhere, so nothing but sums needs a barrier.
+  // A thread has the same tokens in every loop, so only sums need barriers.
   const auto each = [&](auto&& body) {
     for (int64_t t = team.rank(); t < dual.tokens; t += team.size()) body(t);
   };
   const auto dot = [&](const double* x, const double* y) {
     return join_all(team, dual.tokens, 0.0, Sum{}, [&](int64_t t) { return x[t] * y[t]; });
   };
-  const auto differentiate = [&](double* to) {  // at dual.alpha; returns the objective
+  // Writes the gradient at dual.alpha to `to` and returns the negated objective.
+  const auto differentiate = [&](double* to) {
     __syncthreads();
     dual.project();
     return join_all(team, dual.tokens, 0.0, Sum{}, [&](int64_t t) {
@@ -206,7 +213,7 @@ __device__ void solve_lbfgs(
       each([&](int64_t t) { direction[t] += by * step_of(slot)[t]; });
     }
     const double slope = -dot(direction, gradient);
-    // Without memory the gradient's scale says nothing about the step's: its length is 1.
+    // Without a pair the curvature is unknown: the first step has length 1.
     double rate = kept == 0 ? 1 / length : 1;
     int halvings = 0;
     for (; halvings < kHalvings; ++halvings, rate /= 2) {
@@ -249,8 +256,9 @@ size_t shared_of_group(int64_t tokens, int64_t E) {
          static_cast<size_t>(E * (tokens | 1)) * sizeof(T);
 }
 
-// Reads a group into the block's shared memory. Absent tokens are left out: all sums are then those
-// of a group that never had them, bit for bit, and a solver that is at a kink cannot tell.
+// A group in the block's shared memory. Absent tokens are removed from the columns, so that results
+// are equal to the bit to those of the group without these tokens: at a kink of the objective,
+// other rounding errors could lead to another result.
 template <typename T>
 class StagedGroup {
  public:
@@ -269,12 +277,12 @@ class StagedGroup {
     });
     __syncthreads();
     for (int64_t t = team.rank(); t < tokens_; t += team.size()) {
-      bool there = false;
+      bool is_present = false;
       for (int64_t e = 0; e < E; ++e) {
-        there = there || columns_[e * stride_ + t] > static_cast<T>(-kInfinity);
+        is_present = is_present || columns_[e * stride_ + t] > static_cast<T>(-kInfinity);
       }
-      place_[t] = there ? t : -1;
-      present += there;
+      place_[t] = is_present ? t : -1;
+      present += is_present;
       alpha_[t] = 0;
     }
     seen_ = {team.join(present, Sum{}), team.join(bad, Sum{})};
@@ -295,15 +303,16 @@ class StagedGroup {
   }
 
  private:
+  // Computes place_, and moves the present tokens of every column to its front.
   __device__ void leave_out_absent(int64_t E) {
     const int64_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     if (warp == 0) {
       int64_t before = 0;
       for (int64_t begin = 0; begin < tokens_; begin += kWarp) {
         const int64_t t = begin + lane;
-        const bool there = t < tokens_ && place_[t] >= 0;
-        const unsigned present = __ballot_sync(kAllLanes, there);
-        if (there) place_[t] = before + __popc(present & ((1u << lane) - 1));
+        const bool is_present = t < tokens_ && place_[t] >= 0;
+        const unsigned present = __ballot_sync(kAllLanes, is_present);
+        if (is_present) place_[t] = before + __popc(present & ((1u << lane) - 1));
         before += __popc(present);
       }
     }
@@ -313,7 +322,7 @@ class StagedGroup {
       for (int64_t begin = 0; begin < tokens_; begin += kWarp) {
         const int64_t t = begin + lane, place = t < tokens_ ? place_[t] : -1;
         const T x = place >= 0 ? column[t] : 0;
-        __syncwarp();  // no place is behind what all lanes have read
+        __syncwarp();  // writes go to entries that all lanes have read
         if (place >= 0) column[place] = x;
         __syncwarp();
       }
@@ -323,9 +332,9 @@ class StagedGroup {
 
   int64_t tokens_, stride_;
   double* alpha_;      // [T]
-  int64_t* place_;     // [T]
+  int64_t* place_;     // [T]  position of a token in the columns, or -1 if it is absent
   Column* projected_;  // [E]
-  T* columns_;         // [E, T | 1]: rows side by side meet in no bank
+  T* columns_;         // [E, T | 1]; an odd stride avoids bank conflicts
   Seen seen_;
 };
 
@@ -353,10 +362,11 @@ __global__ void __launch_bounds__(kMostThreads) group_kernel(Task<T> task) {
   task.write(dual, group.seen(), g, 0, task.tokens, [&](int64_t t) { return group.place_of(t); });
 }
 
-// ---- A group in device memory ----
+// ---- Groups in device memory ----
 
-constexpr int kPieceThreads = 128;  // a token each
+constexpr int kPieceThreads = 128;  // tokens per piece, one thread per token
 
+// Finds the present tokens and bad entries of a piece, and sets alpha and all vectors to 0.
 template <typename T>
 __global__ void __launch_bounds__(kPieceThreads) read_kernel(Task<T> task) {
   __shared__ BlockTeam::Storage storage;
@@ -371,7 +381,7 @@ __global__ void __launch_bounds__(kPieceThreads) read_kernel(Task<T> task) {
       present |= x > static_cast<T>(-kInfinity);
     }
     const int64_t at = g * task.tokens + t;
-    task.there[at] = static_cast<int8_t>(present);
+    task.is_present[at] = static_cast<int8_t>(present);
     task.alpha[at] = 0;
     for (int64_t i = 0; i < task.vectors_of_group; ++i) task.vector(g, i)[t] = 0;
   }
@@ -379,6 +389,7 @@ __global__ void __launch_bounds__(kPieceThreads) read_kernel(Task<T> task) {
   if (threadIdx.x == 0) task.seen_of_piece[blockIdx.x] = seen;
 }
 
+// Joins the `seen` of all pieces of a group.
 template <typename T>
 __global__ void __launch_bounds__(kPieceThreads) join_kernel(Task<T> task) {
   __shared__ BlockTeam::Storage storage;
@@ -391,8 +402,9 @@ __global__ void __launch_bounds__(kPieceThreads) join_kernel(Task<T> task) {
   if (threadIdx.x == 0) task.seen[blockIdx.x] = seen;
 }
 
-// Step i of Adam begins with the projection of all columns; the one behind the last step is the
-// plan's. A group stops after the update whose gradient met the tolerance.
+// The first launch of a step of Adam: projects the columns at alpha. After the last step it is
+// launched once more, for the plan. A group stops after the update whose gradient met the
+// tolerance.
 template <typename T>
 __global__ void __launch_bounds__(kMostThreads) columns_kernel(Task<T> task, int64_t step) {
   __shared__ BlockTeam::Storage storage;
@@ -405,7 +417,7 @@ __global__ void __launch_bounds__(kMostThreads) columns_kernel(Task<T> task, int
         step == 0 ? kInfinity : join_all(team, task.pieces, 0.0, Sum{}, [&](int64_t i) {
           return task.norms[g * task.pieces + i];
         });
-    // The rows did not go on since: once it is met, it is met in every later step.
+    // A stopped group is not updated, so its norms meet the tolerance in every later step too.
     const bool stops = sqrt(norm) <= task.tolerance;
     if (e == 0 && threadIdx.x == 0) task.stopped[g] = stops;
     if (stops) return;
@@ -413,6 +425,7 @@ __global__ void __launch_bounds__(kMostThreads) columns_kernel(Task<T> task, int
   task.dual_of(g, seen).project(team, e);
 }
 
+// The second launch of a step of Adam: updates alpha, and writes the squared norm of the gradient.
 template <typename T>
 __global__ void __launch_bounds__(kPieceThreads) tokens_kernel(Task<T> task, Adam adam) {
   __shared__ BlockTeam::Storage storage;
@@ -431,7 +444,7 @@ __global__ void __launch_bounds__(kPieceThreads) tokens_kernel(Task<T> task, Ada
   if (threadIdx.x == 0) task.norms[blockIdx.x] = norm;
 }
 
-// All of L-BFGS, whose steps wait for each other's sums.
+// All steps of L-BFGS, by one block per group.
 template <typename T>
 __global__ void __launch_bounds__(kMostThreads) lbfgs_kernel(Task<T> task) {
   __shared__ BlockTeam::Storage storage;
@@ -450,8 +463,8 @@ __global__ void __launch_bounds__(kPieceThreads) plan_kernel(Task<T> task) {
       [](int64_t t) { return t; });
 }
 
-// How a call is worked on, without its tensors, and the workspace for it:
-// ksparse_transport_workspace asks for what ksparse_transport uses.
+// The task of a call without its tensors, and its workspace. ksparse_transport_workspace and
+// ksparse_transport both use it, so that they agree on the size of the workspace.
 template <typename T>
 struct Layout {
   Layout(int64_t G, int64_t tokens, int64_t E, const TransportOptions& options, void* memory) {
@@ -471,7 +484,7 @@ struct Layout {
     if (!staged) {
       task.pieces = ceil_div(tokens, kPieceThreads);
       task.columns = workspace.take<T>(G * E * tokens);
-      task.there = workspace.take<int8_t>(G * tokens);
+      task.is_present = workspace.take<int8_t>(G * tokens);
       task.alpha = workspace.take<double>(G * tokens);
       task.projected = workspace.take<Column>(G * E);
       task.seen_of_piece = workspace.take<Seen>(G * task.pieces);
@@ -483,12 +496,12 @@ struct Layout {
   }
 
   Task<T> task{};
-  size_t shared = 0;    // bytes of a block's shared memory that a group takes
-  bool staged = false;  // whether it fits
-  size_t bytes = 0;     // 0: there is nothing to compute
+  size_t shared = 0;    // bytes of shared memory of a group
+  bool staged = false;  // whether a group fits in a block's shared memory
+  size_t bytes = 0;     // bytes of workspace; 0 if a size is 0
 };
 
-// A group in device memory.
+// Launches the kernels for groups in device memory.
 template <typename T>
 void run(const Task<T>& task, int64_t G, const TransportOptions& options, cudaStream_t stream) {
   const int64_t tokens = task.tokens, E = task.E;

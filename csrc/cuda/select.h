@@ -1,6 +1,8 @@
-// select -- the first k picks of a row, in the order of order.h, by a warp or a block.
+// select -- the first k entries of a row in the order of common/order.h ("picks"), by a warp or a
+// block.
 //
-// Key 0 marks an empty place. No value has it: the least key is the key of -inf, which is above 0.
+// Key 0 marks a position without an entry. No entry has key 0: the smallest key of an entry is that
+// of -inf, which is larger.
 #pragma once
 
 #include <bit>
@@ -11,17 +13,17 @@
 
 namespace vmoe::cuda {
 
-// An empty place, which comes after every candidate.
+// A position without an entry, which comes after every entry.
 template <typename Key>
 __device__ Pick<Key> no_pick() {
   return {0, INT32_MAX};
 }
 
-// The first among kLanes lanes' picks, one pick per lane; all lanes get it.
+// The first of the picks of kLanes adjacent lanes, one pick per lane. All lanes get it.
 template <int kLanes, typename Key>
 __device__ Pick<Key> first_of_lanes(Pick<Key> pick) {
   if constexpr (kLanes == kWarp && sizeof(Key) == sizeof(unsigned)) {
-    // Two reductions instead of a butterfly of ten shuffles.
+    // Two warp reductions instead of a butterfly of ten shuffles.
     const Key key = __reduce_max_sync(kAllLanes, pick.key);
     const unsigned index = key == pick.key ? static_cast<unsigned>(pick.index) : INT32_MAX;
     return {key, static_cast<int32_t>(__reduce_min_sync(kAllLanes, index))};
@@ -37,10 +39,10 @@ __device__ Pick<Key> first_of_lanes(Pick<Key> pick) {
 
 constexpr int kFew = 16;
 
-// Selects k <= kFew picks from a short row. kLanes lanes hold the row's keys in registers, kEach
-// keys per lane, of which each kTogether are adjacent in memory. Each round finds the first key of
-// every lane and then the first among the lanes. Lane j % kLanes keeps pick j in picks[j / kLanes]
-// and its key in picked[j / kLanes].
+// Selects k <= kFew picks from a short row, whose keys are in the registers of kLanes lanes: kEach
+// keys per lane, in runs of kTogether keys that are adjacent in memory. Round j finds the first
+// remaining key of every lane, and then the first among the lanes, which is pick j. Lane j % kLanes
+// keeps its index in picks[j / kLanes] and its key in picked[j / kLanes].
 template <typename Key, int kLanes, int kEach, int kTogether>
 class Few {
  public:
@@ -57,7 +59,7 @@ class Few {
     return (i / kTogether * kLanes + lane()) * kTogether + i % kTogether;
   }
 
-  // All lanes of the warp call this together with the same k.
+  // All lanes of the warp must call this, with the same k.
   __device__ void select(int64_t k) {
 #pragma unroll
     for (int j = 0; j < kFew; ++j) {
@@ -80,7 +82,7 @@ class Few {
   }
 };
 
-// Sorts `size` picks in shared memory; size is a power of two. (A bitonic sort.)
+// Sorts `size` picks in shared memory by a bitonic sort; size is a power of two.
 template <typename Key>
 __device__ void sort_picks(Pick<Key>* picks, int size) {
   for (int run = 2; run <= size; run *= 2) {
@@ -101,13 +103,13 @@ __device__ void sort_picks(Pick<Key>* picks, int size) {
   __syncthreads();
 }
 
-// The first k of n picks, 1 <= k <= n, in order, by a block of kThreads. Histograms of one digit of
-// the keys at a time, from the highest bit in which the keys differ, find a key to cut at, until
-// the candidates from the cut on fit in the `places` in shared memory, which are then sorted. One
-// digit is usually enough.
+// Selects the first k of n entries, 1 <= k <= n, in order, by a block of kThreads threads. It finds
+// a cut: a key such that the entries with larger or equal keys include all k picks, and fit in
+// `places` positions in shared memory. These entries are then sorted. The cut is found digit by
+// digit, from the highest bit in which the keys differ, by a histogram of the digit.
 template <typename Key, int kThreads>
 class BlockSelect {
-  static constexpr int kEach = 2;  // bins of a thread
+  static constexpr int kEach = 2;  // bins per thread
   static constexpr int kBins = kEach * kThreads, kBits = 31 - std::countl_zero(unsigned{kBins});
   using Scan = cub::BlockScan<int32_t, kThreads>;
 
@@ -119,10 +121,10 @@ class BlockSelect {
     int32_t digit, above, count, taken;
   };
 
-  // picks [places]: scratch, whose first k entries are the result; places is a power of two, at
-  // least k. Pick i < n has the key given(i) and the index index_at(i), ascending in i among equal
-  // keys. Any thread may call these two, and several times. With `room`, `keys` [n] keeps the keys
-  // after the first call of given.
+  // picks [places]: shared memory; its first k picks are the result. places is a power of two, at
+  // least k. Entry i < n has the key given(i) and the index index_at(i). Among equal keys, indices
+  // ascend with i. Any thread may call the two functions, any number of times. `keys` is memory for
+  // n keys if `room` is true: the keys are stored there instead of computed again.
   template <typename Given, typename IndexAt>
   static __device__ void select(
       Storage& storage, Pick<Key>* picks, int places, Key* keys, bool room, int64_t n, int64_t k,
@@ -132,7 +134,7 @@ class BlockSelect {
     const auto key_at = [&](int64_t i) { return kept ? keys[i] : given(i); };
     for (int i = tid; i < places; i += kThreads) picks[i] = no_pick<Key>();
     if (tid == 0) storage.taken = 0;
-    Cut cut{0, 0, true};  // takes all picks
+    Cut cut{0, 0, true};  // takes all entries
     if (cuts) {
       const Key some = given(0);
       Key differ = 0;
@@ -146,7 +148,7 @@ class BlockSelect {
       cut = find(storage, places, n, k, differ, key_at);
     }
     __syncthreads();
-    // Takes picks in any order; they are sorted below.
+    // The order in which entries are taken is arbitrary; they are sorted below.
     const auto take = [&](int64_t i, Key key) {
       picks[atomicAdd(&storage.taken, 1)] = {key, index_at(i)};
     };
@@ -155,7 +157,7 @@ class BlockSelect {
       const Key key = key_at(i);
       if (key > cut.key || (cut.all && key == cut.key)) take(i, key);
     }
-    // More keys tie than fit: takes the first of them in order of index.
+    // If only some of the entries with the key of the cut are picks, takes the first of them.
     int32_t before = 0;
     for (int64_t begin = 0; before < cut.ties; begin += kThreads) {
       const int64_t i = begin + tid;
@@ -170,16 +172,16 @@ class BlockSelect {
   }
 
  private:
-  // With `all`, the candidates are all keys >= `key`. Else the picks are all keys > `key` and the
-  // first `ties` keys equal to it.
+  // With `all`, the picks are among the entries with keys >= `key`. Else the picks are the entries
+  // with keys > `key` and the first `ties` entries with key `key`.
   struct Cut {
     Key key;
     int32_t ties;
     bool all;
   };
 
-  // differ: the bits in which the keys that this thread has read differ from key_at(0). The threads
-  // of the block have read all keys.
+  // differ: the bits in which any of the keys that this thread has read differs from key_at(0). The
+  // threads of the block together have read all keys.
   template <typename KeyAt>
   static __device__ Cut
   find(Storage& storage, int places, int64_t n, int64_t k, Key differ, KeyAt&& key_at) {
@@ -192,7 +194,7 @@ class BlockSelect {
     __syncthreads();
     for (int warp = 0; warp < kThreads / kWarp; ++warp) differ |= storage.differ[warp];
 
-    // The bits of the k-th key from `shift` on are known; they are `prefix`.
+    // `prefix`: the bits of the k-th key from bit `shift` on, which are known.
     int shift = bits_of(differ);
     Key prefix = above_shift(some, shift);
     auto missing = static_cast<int32_t>(k);
@@ -235,7 +237,7 @@ class BlockSelect {
   static __device__ int bits_of(uint64_t value) {
     return 64 - __clzll(static_cast<long long>(value));
   }
-  // A shift by the whole width of a type is undefined.
+  // The bits of the key from `shift` on. Shifting by the whole width of a type is undefined.
   static __device__ Key above_shift(Key key, int shift) {
     return shift == 8 * static_cast<int>(sizeof(Key)) ? Key{0} : key >> shift;
   }

@@ -1,4 +1,5 @@
-// Kernels before and after torch's product, one warp per token.
+// The kernels before and after torch's matrix product, with one warp per row (a token, or a row of
+// phi).
 #include "../common/row_stride.h"
 #include "../soft_logits.h"
 #include "rows.h"
@@ -6,7 +7,7 @@
 namespace vmoe::cuda {
 namespace {
 
-// <a, b> of two rows, in float64 as on the CPU; all lanes get it.
+// The dot product of two rows in float64, as on the CPU. All lanes get it.
 template <int kEntries, typename Row>
 __device__ double dot_of_warp(const Row* a, const Row* b, int64_t D) {
   double total = 0;
@@ -23,6 +24,7 @@ __device__ double dot_of_warp(const Row* a, const Row* b, int64_t D) {
   return total;
 }
 
+// r of soft_logits.h.
 template <int kEntries, typename Row>
 __device__ double inverse_norm(const Row* x, int64_t D) {
   return 1 / sqrt(dot_of_warp<kEntries>(x, x, D) + 1e-6);
@@ -44,19 +46,19 @@ __global__ void __launch_bounds__(kRowThreads) parts_kernel(
 #pragma unroll
     for (int i = 0; i < kEntries; ++i) {
       const T rest = high.entry[i] - widen(narrow<Row>(high.entry[i]));
-      low.entry[i] = rest - rest == 0 ? rest : T{0};  // high alone carries an infinity
+      low.entry[i] = rest - rest == 0 ? rest : T{0};  // if not finite, high alone has the value
     }
     store_entries(to, s, stride, true, high);
     store_entries(to + stride, s, stride, true, low);
   }
 }
 
-// kParts: the number of products to add up per entry of `scaled`.
+// scaled = r * the sum of kParts products, row by row.
 template <typename Row, typename Out, int kParts, int kEntries>
 __global__ void __launch_bounds__(kRowThreads) scale_kernel(
     const Row* __restrict__ x,     // [rows, D]
     const Compute<Row>* products,  // [rows, kParts, from_stride]
-    Out* scaled,                   // [rows, to_stride]  may be products
+    Out* scaled,                   // [rows, to_stride]; may be products
     int64_t D, int64_t S, int64_t rows, int64_t from_stride, int64_t to_stride, bool wide_from,
     bool wide_to) {
   using T = Compute<Row>;

@@ -1,10 +1,12 @@
-// The softmax over the slots is a softmax of contiguous rows (softmax.h). For the softmax over the
-// tokens a block takes 32 slots of a group. Its threads are spread over the slots, with a piece of
-// 16 bytes per thread if the rows allow it, and over the tokens. A thread with few tokens keeps
-// them in registers; else later passes over the tile read it from the first-level cache.
+// The softmax over the slots is a softmax of contiguous rows (softmax.h).
 //
-// Forward and backward share each kernel: backward computes the weights again and then the
-// gradient.
+// In the softmax over the tokens, a block computes 32 adjacent slots of a group. A thread has one
+// slot, or the adjacent slots of 16 bytes if the rows allow it, and every kDown-th token. Threads
+// with few tokens keep the logits in registers. Else each of the passes reads them from memory
+// again.
+//
+// The same kernels compute forward and backward. The backward computes the weights again, and then
+// the gradient.
 #include "../common/row_stride.h"
 #include "../common/slots.h"
 #include "../soft_mix.h"
@@ -23,9 +25,10 @@ __global__ void __launch_bounds__(kSoftmaxThreads) slots_kernel(
   using Softmax = RowSoftmax<T, kLanes, kEach>;
   constexpr int kTogether = Softmax::kTogether;
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
-  const bool there = row < rows;
+  const bool has_row = row < rows;
   Softmax softmax;
-  softmax.read(logits + (there ? row : rows - 1) * S, S, wide);  // by whole warps
+  // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
+  softmax.read(logits + (has_row ? row : rows - 1) * S, S, wide);
   if constexpr (kBackward) {
     T* of = grad + row * S;
     Wide<T> pieces[kEach / kTogether];
@@ -33,12 +36,12 @@ __global__ void __launch_bounds__(kSoftmaxThreads) slots_kernel(
 #pragma unroll
     for (int i = 0; i < kEach; i += kTogether) {
       Wide<T>& piece = pieces[i / kTogether];
-      piece = load_entries(of, Softmax::Picks::index(i), there ? S : 0, wide, T{0});
+      piece = load_entries(of, Softmax::Picks::index(i), has_row ? S : 0, wide, T{0});
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) mean = Fused{}(softmax.gate(i + j), piece.entry[j], mean);
     }
     mean = sum_of_lanes<kLanes>(mean);
-    if (!there) return;
+    if (!has_row) return;
 #pragma unroll
     for (int i = 0; i < kEach; i += kTogether) {
       Wide<T>& piece = pieces[i / kTogether];
@@ -49,7 +52,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) slots_kernel(
       store_entries(of, Softmax::Picks::index(i), S, wide, piece);
     }
   }
-  if (!there) return;
+  if (!has_row) return;
 #pragma unroll
   for (int i = 0; i < kEach; i += kTogether) {
     Wide<T> piece;
@@ -59,6 +62,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) slots_kernel(
   }
 }
 
+// For rows of more than kLongestRow slots: one block per row.
 template <typename Row, bool kBackward>
 __global__ void __launch_bounds__(kSoftmaxThreads) long_slots_kernel(
     const Compute<Row>* __restrict__ logits,  // [rows, S]
@@ -81,7 +85,8 @@ __global__ void __launch_bounds__(kSoftmaxThreads) long_slots_kernel(
   for (int64_t s = threadIdx.x; s < S; s += kSoftmaxThreads) to[s] = narrow<Row>(weight(s));
 }
 
-// The block's 32 slots of a group: kEntries adjacent slots per thread, kDown threads per slot.
+// The 32 slots of a group that a block computes: kEntries adjacent slots per thread, kDown threads
+// per slot.
 template <typename T, int kEntries>
 struct SlotTile {
   static constexpr int kAcross = kWarp / kEntries, kDown = kSoftmaxThreads / kAcross;
@@ -97,10 +102,10 @@ struct SlotTile {
     slot = blockIdx.x % ceil_div(S, kWarp) * kWarp + column * kEntries;
   }
 
-  // Joins the values of each slot's threads by join(all, one), in a fixed order. No other call uses
-  // `shared`.
+  // Reduces the values of the kDown threads of each slot by join(all, one), in a fixed order. All
+  // of these threads get the result. No other call may use the same `shared`.
   template <typename Join>
-  __device__ void together(
+  __device__ void reduce(
       T (&shared)[kSoftmaxThreads / kWarp][kWarp], Entries& value, Join&& join) const {
     const int warp = static_cast<int>(threadIdx.x) / kWarp, first = column * kEntries;
 #pragma unroll
@@ -121,7 +126,8 @@ struct SlotTile {
   }
 };
 
-// kHeld: the most tokens of a thread, which it keeps in registers, or 0 for any number, not kept.
+// kHeld: upper bound on the tokens per thread, whose logits are kept in registers; 0: no bound, and
+// logits are not kept.
 template <typename Row, int kEntries, int kHeld, bool kBackward>
 __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
     const Compute<Row>* __restrict__ logits,  // [G, T, S]
@@ -134,12 +140,12 @@ __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
   using Shared = T[kSoftmaxThreads / kWarp][kWarp];
   __shared__ Shared highs, totals, means;
   const Tile tile(S);
-  const bool there = tile.slot < S;
+  const bool has_slot = tile.slot < S;
   const int64_t first = tile.group * tokens * S + tile.slot;
 
-  // Calls body(token, i) for this thread's tokens; `held` has token i.
+  // Calls body(t, i) for the tokens t of this thread. With kHeld, held[i] is for token t.
   const auto each = [&](auto&& body) {
-    if (!there) return;
+    if (!has_slot) return;
     if constexpr (kHeld > 0) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
@@ -167,7 +173,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
     if constexpr (kHeld > 0) held[i] = piece;
     for_entries([&](int j) { high.entry[j] = larger(piece.entry[j], high.entry[j]); });
   });
-  tile.together(highs, high, [](T all, T one) { return larger(one, all); });
+  tile.reduce(highs, high, [](T all, T one) { return larger(one, all); });
   for_entries([&](int j) { high.entry[j] = softmax_shift(high.entry[j]); });
 
   const auto powers = [&](const Entries& piece) {
@@ -185,7 +191,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
     }
     for_entries([&](int j) { total.entry[j] += piece.entry[j]; });
   });
-  tile.together(totals, total, add);
+  tile.reduce(totals, total, add);
   Entries scale;
   for_entries([&](int j) { scale.entry[j] = softmax_scale(total.entry[j]); });
 
@@ -204,7 +210,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
       const Entries w = weight(t, i), d = load(grad, t);
       for_entries([&](int j) { mean.entry[j] = Fused{}(w.entry[j], d.entry[j], mean.entry[j]); });
     });
-    tile.together(means, mean, add);
+    tile.reduce(means, mean, add);
   }
   each([&](int64_t t, int i) {
     const Entries w = weight(t, i);
@@ -264,6 +270,7 @@ __global__ void __launch_bounds__(kRowThreads) move_kernel(
   for (int64_t i = lane_of_warp(); i < units; i += kWarp) to[end + i] = from[begin + i];
 }
 
+// Copies rows [G, S, D] to slots [E, G, C, D] if kToSlots, else slots to rows.
 template <bool kToSlots, typename T>
 void move(const T* from, T* to, int64_t G, int64_t E, int64_t C, int64_t D, cudaStream_t stream) {
   const auto with = [&](auto unit, int64_t units) {

@@ -1,12 +1,15 @@
-// A line is one row of the result: a slot, which is a mean of the tokens, or a token, which is a
-// mean of the slots. A block takes up to 128 lines of a group. It computes their weights once, in
-// shared memory, and multiplies them with the values. Values arrive in stages of 32 rows and 128
-// columns while tensor cores work on the stage before; the first stage is loaded while the weights
-// are computed. Blocks are small, so that two or three fit on a multiprocessor, and one computes
-// weights while another multiplies.
+// A line is one row of the result: a slot, which is a mean of the values of all tokens, or a token,
+// which is a mean of the values of all slots. A block computes up to 128 lines of a group. First it
+// computes their weights, in shared memory. Then it multiplies the weights by the values on tensor
+// cores.
 //
-// The weights are the exponentials, at most 1. The float32 sums of products are divided by the sums
-// of the exponentials.
+// Values are copied to shared memory in stages of 32 rows and 128 columns. There is memory for two
+// stages, so that one is copied while the other is multiplied. The first stage is copied while the
+// weights are computed. Two or three blocks share a multiprocessor, so that one can compute weights
+// while another multiplies.
+//
+// The weights in shared memory are exponentials, not divided by their sums, so at most 1. The
+// float32 sums of products are scaled at the end.
 #include "../common/slots.h"
 #include "../soft_mix.h"
 #include "softmax.h"
@@ -16,41 +19,46 @@ namespace vmoe::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTile = 16;      // lines, and rows of values, per instruction
+constexpr int kTile = 16;      // lines, and also rows of values, per instruction
 constexpr int kColumns = 128;  // columns of the values per stage
 constexpr int kOfWarp = 32;    // columns per warp
 constexpr int kStages = 2;
 constexpr int kStageRows = 32;
-constexpr int kEntries = 8;  // in 16 bytes
-// Rows in shared memory are an odd number of 16 bytes apart: eight of them are in different banks.
+constexpr int kEntries = 8;  // entries in 16 bytes
+// The distance of rows in shared memory is an odd multiple of 16 bytes, so that eight adjacent rows
+// are in different banks.
 constexpr int kStageStride = kColumns + kEntries;
-// Values of a line: beyond, arithmetic takes the time, and cuBLAS is better at it (docs/cuda.md).
+// The most values per line. Longer means are left to cuBLAS (docs/cuda.md says why).
 constexpr int64_t kMostValues = 256;
-// Columns are divided among blocks, which all compute the same weights, until each multiprocessor
-// has this many blocks: with few blocks, multiprocessors idle while the last ones run.
+// If there are fewer blocks than this per multiprocessor, the columns of the same lines are divided
+// among several blocks, which all compute the same weights. With few blocks, multiprocessors would
+// be idle while the last blocks run.
 constexpr int64_t kBlocksEach = 6;
 
 struct Mix {
   int64_t G, tokens, S, C;
-  int D, depth;                        // depth: values per line, rounded up to whole tiles
-  int64_t line_blocks, column_blocks;  // blocks per group by lines; by columns of the same lines
-  int columns;                         // columns per block
-  bool wide;                           // whether logits can be read in pieces of 16 bytes
+  int D, depth;           // depth: number of values per line, rounded up to whole tiles
+  int64_t line_blocks;    // number of blocks among which the lines of a group are divided
+  int64_t column_blocks;  // number of blocks among which the columns of a line are divided
+  int columns;            // columns per block
+  bool wide;              // whether the logits allow loads of 16 bytes
 };
 
+// Two numbers, rounded to 16 bits, in one register.
 template <typename Row>
 __device__ uint32_t pair(float first, float second) {
   return narrow<Row>(first).bits | uint32_t{narrow<Row>(second).bits} << 16;
 }
 
-// Stores four weights in one piece of 8 bytes.
+// Rounds four weights to 16 bits and stores them in one instruction.
 template <typename Row>
 __device__ void store_weights(Row* to, const Wide<float>& from) {
   *reinterpret_cast<uint2*>(to) =
       uint2{pair<Row>(from.entry[0], from.entry[1]), pair<Row>(from.entry[2], from.entry[3])};
 }
 
-// Computes the weights of kLines slots from `first` on, [depth, kLines + kEntries].
+// Computes the weights of the slots [first, first + kLines) over the tokens: weights
+// [depth, kLines + kEntries], and the factor of each slot in `scales`.
 template <int kLines, typename Row>
 __device__ void weights_over_tokens(
     const float* __restrict__ logits,  // [tokens, S]
@@ -64,9 +72,9 @@ __device__ void weights_over_tokens(
     const int64_t n = t < mix.tokens ? mix.S : 0;
     return load_entries(logits + t * mix.S, first + column, n, mix.wide, kAbsent<float>);
   };
-  // Joins the values of each column's threads in a fixed order; all of them get the result.
+  // Reduces the values of the threads of each column in a fixed order. All of them get the result.
   const auto join = [&](Wide<float>& value, auto&& join) {
-    __syncthreads();  // an earlier call has read `shared`
+    __syncthreads();  // all threads have read `shared` in an earlier call
     if (down < kDown) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) shared[down][column + j] = value.entry[j];
@@ -78,7 +86,7 @@ __device__ void weights_over_tokens(
       for (int i = 1; i < kDown; ++i) value.entry[j] = join(value.entry[j], shared[i][column + j]);
     }
   };
-  const int end = down < kDown ? mix.depth : 0;  // threads beyond kDown rows have no tokens
+  const int end = down < kDown ? mix.depth : 0;  // with 7 tiles, the last threads have no tokens
 
   Wide<float> high, total = {};
 #pragma unroll
@@ -109,7 +117,8 @@ __device__ void weights_over_tokens(
   }
 }
 
-// Computes the weights of kLines tokens from `first` on, [kLines, depth + kEntries].
+// Computes the weights of the tokens [first, first + kLines) over the slots: weights
+// [kLines, depth + kEntries], and the factor of each token in `scales`.
 template <int kLines, typename Row>
 __device__ void weights_over_slots(
     const float* __restrict__ logits,  // [tokens, S]
@@ -117,9 +126,9 @@ __device__ void weights_over_slots(
   constexpr int kTogether = kWideEntries<float>, kLanes = 8;
   const int tid = static_cast<int>(threadIdx.x), lane = tid % kLanes * kTogether;
   for (int line = tid / kLanes; line < kLines; line += kThreads / kLanes) {
-    const bool there = first + line < mix.tokens;
-    const float* row = logits + (there ? first + line : 0) * mix.S;
-    const int64_t n = there ? mix.S : 0;
+    const bool has_token = first + line < mix.tokens;
+    const float* row = logits + (has_token ? first + line : 0) * mix.S;
+    const int64_t n = has_token ? mix.S : 0;
     float high = kAbsent<float>, total = 0;
 #pragma unroll 4
     for (int s = lane; s < mix.depth; s += kLanes * kTogether) {
@@ -143,7 +152,7 @@ __device__ void weights_over_slots(
   }
 }
 
-// Transposes the pieces of four adjacent lanes: lane i gets pieces[i] of each of the four.
+// Transposes pieces among four adjacent lanes: lane i gets pieces[i] of each of the four lanes.
 __device__ inline void transpose_fours(uint32_t (&pieces)[4]) {
 #pragma unroll
   for (int turn = 1; turn < 4; turn *= 2) {
@@ -164,11 +173,11 @@ template <typename Row, bool kOverTokens, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
     const float* __restrict__ logits,  // [G, T, S]
     const Row* __restrict__ values,    // over tokens [G, T, D], else [E, G, C, D]
-    Row* __restrict__ out,             // the other of these shapes
+    Row* __restrict__ out,             // over tokens [E, G, C, D], else [G, T, D]
     Mix mix) {
   constexpr int kLines = kTiles * kTile;
   __shared__ float scales[kLines];
-  __shared__ int64_t to_rows[kLines], from_rows[kMostValues];  // rows of out and values, or -1
+  __shared__ int64_t to_rows[kLines], from_rows[kMostValues];  // rows of out and of values, or -1
   const int tid = static_cast<int>(threadIdx.x), lane = tid % kWarp;
   const int64_t block = blockIdx.x / mix.column_blocks;
   const int64_t group = block / mix.line_blocks, first_line = block % mix.line_blocks * kLines;
@@ -188,7 +197,8 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
   Row* weights = dynamic_shared<Row>();
   const Shared stages = shared_place(weights + (kOverTokens ? mix.depth : kLines) * stride);
 
-  // Position of the copies or the products: rows from k on, kColumns columns from `column` on.
+  // The position of a stage in the values: kStageRows rows from k on, kColumns columns from
+  // `column` on. `stage` is the half of the memory.
   struct Step {
     int column, k, stage;
 
@@ -205,10 +215,10 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
       for (int i = 0; i < kStageRows; i += kRows) {
         const int row = tid / kPieces + i;
         const int64_t from = from_rows[step.k + row];
-        const bool there = from >= 0 && column < end_column;
+        const bool valid = from >= 0 && column < end_column;
         copy_async(
             stages + step.stage * kStageBytes + (row * kStageStride + piece) * kBytes,
-            there ? values + from * mix.D + column : values, there);
+            valid ? values + from * mix.D + column : values, valid);
       }
     }
     commit_copies();
@@ -223,8 +233,8 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
     weights_over_slots<kLines>(of_group, first_line, mix, weights, scales);
   }
 
-  // Addresses from which this lane loads matrices of a and b. b is loaded transposed, and so is a
-  // over tokens, where the lines are its columns.
+  // The addresses from which this lane loads a (weights) and b (values). b is loaded transposed. In
+  // means over tokens the lines are the columns of `weights`, so a is loaded transposed too.
   const int warp_column = tid / kWarp * kOfWarp;
   const Shared a_at = shared_place(weights) +
                       kBytes * (kOverTokens ? (lane % kEntries + lane / kTile * kEntries) * stride +
@@ -286,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, kTiles < 8 ? 3 : 2) mix_kernel(
 
   while (step.column < end_column) {
     await_copies<0>();
-    __syncthreads();  // the stage and the weights are written, the previous stage is multiplied
+    __syncthreads();  // the weights and this stage are written; the previous stage was multiplied
     const Step coming = step.next(mix.depth);
     fetch(coming);
     multiply(step);
@@ -318,7 +328,7 @@ bool soft_mix_product(
   if (count < 1 || count > kMostValues || !in_wide_pieces<Row>(D, values, out)) return false;
   const int64_t depth = ceil_div(count, kTile) * kTile;
 
-  // Among the kernels that fit in shared memory, takes the one with the fewest padding lines.
+  // Chooses the kernel with the fewest padding lines, among the kernels that fit in shared memory.
   constexpr Kernel<Row> kKernels[] = {
       {8, mix_kernel<Row, true, 8>, mix_kernel<Row, false, 8>},
       {7, mix_kernel<Row, true, 7>, mix_kernel<Row, false, 7>},

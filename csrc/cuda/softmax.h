@@ -1,8 +1,8 @@
-// softmax -- the parts that all CUDA softmaxes share, and the softmax along rows.
+// softmax -- the softmax of rows, and helpers of all CUDA softmaxes.
 //
-// The softmax of a row must be equal to the bit in every kernel: the gates by which softmax_topk
-// chooses are the gates of softmax_gather (softmax_gather.h). The order of a row's sum therefore
-// depends on the row's length alone.
+// Every kernel computes the same bits for the same row, because softmax_topk must choose by the
+// gates that softmax_gather returns (softmax_gather.h). The order in which a row is summed
+// therefore depends on nothing but the length of the row.
 #pragma once
 
 #include <limits>
@@ -14,7 +14,7 @@
 
 namespace vmoe::cuda {
 
-// The number whose exponent is stored in the last bits of v.
+// Turns the integer in the last bits of v into the exponent of a number (exp.h).
 struct LastBits {
   VMOE_HOST_DEVICE float operator()(float v) const {
     uint32_t bits;
@@ -41,25 +41,27 @@ __device__ T exp_negative(T x) {
 template <typename T>
 constexpr T kAbsent = -std::numeric_limits<T>::infinity();
 
-// A maximum that ignores NaN in `value`. The sum of the exponentials does not ignore it, and makes
-// the row NaN.
+// The larger of two values; `than` if `value` is NaN. A row with NaN becomes NaN by its sum.
 template <typename T>
 __device__ T larger(T value, T than) {
   return value > than ? value : than;
 }
 
-// Value subtracted before exp: the row maximum, or 0 for a row of -inf (exp then gives 0, not NaN).
+// The value that is subtracted before exp: the row's maximum, or 0 for a row of -inf, so that exp
+// gives 0 and not NaN.
 template <typename T>
 __device__ T softmax_shift(T high) {
   return high == kAbsent<T> ? T{0} : high;
 }
 
-// Factor of the exponentials: 1 over their sum, or 0 for a row of -inf. Other sums are at least 1.
+// The factor of the exponentials: 1 over their sum, or 0 for a row of -inf, whose sum is 0. All
+// other sums are at least 1.
 template <typename T>
 __device__ T softmax_scale(T total) {
   return total == 0 ? T{0} : T{1} / total;
 }
 
+// The maximum over kLanes adjacent lanes, by `larger`; all lanes get it.
 template <int kLanes, typename T>
 __device__ T max_of_lanes(T value) {
   for (int turn = kLanes / 2; turn > 0; turn /= 2) {
@@ -68,7 +70,8 @@ __device__ T max_of_lanes(T value) {
   return value;
 }
 
-// Sums in the same order on all lanes: a butterfly adds the same pairs on each.
+// The sum over kLanes adjacent lanes. All lanes get the same bits: a butterfly adds the same pairs
+// on every lane.
 template <int kLanes, typename T>
 __device__ T sum_of_lanes(T value) {
   for (int turn = kLanes / 2; turn > 0; turn /= 2) {
@@ -77,17 +80,17 @@ __device__ T sum_of_lanes(T value) {
   return value;
 }
 
-// The softmax of a row of up to kLanes * kEach entries, in the registers of kLanes lanes. All lanes
-// of the warp call `read` together. Entries after the row's end are -inf and add nothing.
+// The softmax of a row of up to kLanes * kEach entries, in the registers of kLanes lanes. Positions
+// after the end of the row hold -inf, which adds 0 to the sum.
 template <typename T, int kLanes, int kEach>
 struct RowSoftmax {
   static constexpr int kTogether = kWideEntries<T>;
   using Picks = Few<OrderKey<T>, kLanes, kEach, kTogether>;
 
-  T powers[kEach];  // exponentials
-  T high, scale;    // norms of softmax_gather.h
+  T powers[kEach];  // exp(entry - high)
+  T high, scale;    // the norms of softmax_gather.h
 
-  // wide: the row can be read in pieces of 16 bytes.
+  // All lanes of the warp must call this. wide: whether the row allows loads of 16 bytes.
   __device__ void read(const T* __restrict__ row, int64_t n, bool wide) {
     high = kAbsent<T>;
 #pragma unroll
@@ -112,7 +115,7 @@ struct RowSoftmax {
   __device__ T gate(int i) const { return powers[i] * scale; }
 };
 
-// The longest row that a RowSoftmax takes. Longer rows take one block each.
+// The longest row for RowSoftmax. Longer rows take one block per row.
 constexpr int64_t kLongestRow = 1024;
 
 template <int kLanesOf, int kEachOf>
@@ -120,7 +123,8 @@ struct RowShape {
   static constexpr int kLanes = kLanesOf, kEach = kEachOf;
 };
 
-// Calls body(RowShape) with the shape for rows of n <= kLongestRow entries.
+// Calls body(RowShape) with the template arguments of RowSoftmax for rows of n <= kLongestRow
+// entries.
 template <typename Body>
 void by_row_length(int64_t n, Body&& body) {
   if (n <= 16) {
@@ -149,8 +153,8 @@ struct Norms {
 
 namespace {
 
-// Sums over the kSoftmaxThreads of a block, in a fixed order. All threads call this together and
-// get the sum.
+// The sum over a block of kSoftmaxThreads threads, in a fixed order. All threads must call this,
+// and get the sum.
 template <typename T>
 __device__ T sum_of_block(T value) {
   constexpr int kWarps = kSoftmaxThreads / kWarp;
@@ -164,7 +168,8 @@ __device__ T sum_of_block(T value) {
   return value;
 }
 
-// Norms of one row of any length. All kSoftmaxThreads of a block call this together and get them.
+// The norms of one row of any length, by a block of kSoftmaxThreads threads. All threads must call
+// this, and get the norms.
 template <typename T>
 __device__ Norms<T> norms_of_block(const T* __restrict__ row, int64_t n) {
   constexpr int kWarps = kSoftmaxThreads / kWarp;
@@ -190,7 +195,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) norms_kernel(
     int64_t n, int64_t rows, bool wide) {
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   RowSoftmax<T, kLanes, kEach> softmax;
-  // Lanes without a row repeat the last row, so that whole warps take part in shuffles.
+  // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
   softmax.read(logits + (row < rows ? row : rows - 1) * n, n, wide);
   if (row < rows && threadIdx.x % kLanes == 0) {
     high[row] = softmax.high;

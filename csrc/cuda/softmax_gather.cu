@@ -1,6 +1,7 @@
-// The backward is one pass over the logits, a few lanes per token, without atomics. A token's picks
-// are its own row of indices or, if experts chose tokens, its list of invert_slots in ascending
-// order. If a token picked an expert twice, the lane of the first pick writes the gradient.
+// The backward is one pass over the logits, with a few lanes per token and without atomics. The
+// picks of a token are its row of indices or, if experts chose tokens, its list from invert_slots,
+// in ascending order. If an expert is picked twice for a token, the lane of the first pick writes
+// the gradient of both.
 #include <algorithm>
 
 #include "../invert_slots.h"
@@ -16,7 +17,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) gather_kernel(
     const int32_t* __restrict__ indices,  // [G, T, K], or by expert [G, E, K]
     const T* __restrict__ high,           // [G, T]
     const T* __restrict__ scale,          // [G, T]
-    T* __restrict__ values,               // as indices
+    T* __restrict__ values,               // shape of indices
     int64_t tokens, int64_t E, int64_t K, bool by_expert, int64_t size) {
   const int64_t i = int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x;
   if (i >= size) return;
@@ -32,31 +33,32 @@ __global__ void __launch_bounds__(kSoftmaxThreads) gather_kernel(
 }
 
 struct TokenPicks {
-  const int32_t* list;  // expert of each pick, or with by_expert its slot e * K + place
+  const int32_t* list;  // the expert of each pick, or with by_expert its slot e * K + position
   int64_t first, count, E, K;
   bool by_expert;
 
-  // Index of pick j in grad and values.
+  // Position of pick j in grad and values.
   __device__ int64_t place(int64_t j) const { return first + (by_expert ? list[j] : j); }
   __device__ int64_t expert(int64_t j) const { return by_expert ? list[j] / K : list[j]; }
+  // Whether pick j is a valid expert.
   __device__ bool picks(int64_t j) const { return expert(j) >= 0 && expert(j) < E; }
 };
 
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kSoftmaxThreads) backward_kernel(
-    const T* __restrict__ grad,           // as indices
-    const T* __restrict__ values,         // as indices
-    const int32_t* __restrict__ indices,  // [G, T, K]
-    const int32_t* __restrict__ offsets,  // [G, T + 1] by expert, of invert_slots; else null
-    const int32_t* __restrict__ slots,    // [G, E * K] by expert, of invert_slots; else null
+    const T* __restrict__ grad,           // shape of indices
+    const T* __restrict__ values,         // shape of indices
+    const int32_t* __restrict__ indices,  // [G, T, K], or by expert [G, E, K]
+    const int32_t* __restrict__ offsets,  // [G, T + 1]  of invert_slots, if by expert; else null
+    const int32_t* __restrict__ slots,    // [G, E * K]  of invert_slots, if by expert; else null
     const T* __restrict__ logits,         // [G, T, E]
     const T* __restrict__ high,           // [G, T]
     const T* __restrict__ scale,          // [G, T]
     T* grad_logits,                       // [G, T, E]
     int64_t tokens, int64_t E, int64_t K, int64_t rows, bool wide) {
   const int64_t own = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
-  const bool there = own < rows;
-  const int64_t row = there ? own : rows - 1;  // whole warps take part in shuffles
+  const bool has_row = own < rows;
+  const int64_t row = has_row ? own : rows - 1;  // all lanes of a warp take part in its shuffles
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   TokenPicks picks{indices + row * K, row * K, K, E, K, false};
   if (offsets) {
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) backward_kernel(
   const T* from = logits + row * E;
   T* to = grad_logits + row * E;
   const auto unpicked = [&](T logit) { return exp_negative(logit - shift) * by; };
-  if (there && wide) {
+  if (has_row && wide) {
     constexpr int kTogether = kWideEntries<T>;
     for (int64_t e = lane * kTogether; e < E; e += kLanes * kTogether) {
       auto piece = *reinterpret_cast<const Wide<T>*>(from + e);
@@ -81,11 +83,11 @@ __global__ void __launch_bounds__(kSoftmaxThreads) backward_kernel(
       for (int i = 0; i < kTogether; ++i) piece.entry[i] = unpicked(piece.entry[i]);
       *reinterpret_cast<Wide<T>*>(to + e) = piece;
     }
-  } else if (there) {
+  } else if (has_row) {
     for (int64_t e = lane; e < E; e += kLanes) to[e] = unpicked(from[e]);
   }
-  __syncwarp();  // the picks below overwrite entries that another lane may have written
-  if (!there) return;
+  __syncwarp();  // the loop below overwrites entries that other lanes have written
+  if (!has_row) return;
   for (int64_t j = lane; j < picks.count; j += kLanes) {
     if (!picks.picks(j)) continue;
     const int64_t e = picks.expert(j);
@@ -115,10 +117,11 @@ void softmax_gather(
 
 namespace {
 
+// The lists of invert_slots, in the workspace.
 struct Lists {
   int32_t* offsets;  // [G, T + 1]
   int32_t* slots;    // [G, E * K]
-  char* rest;
+  char* rest;        // the workspace of invert_slots
 };
 
 Lists lists(Workspace& workspace, int64_t G, int64_t tokens, int64_t E, int64_t K) {

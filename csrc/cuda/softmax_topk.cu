@@ -1,13 +1,14 @@
-// A choice of few picks is one launch that keeps the gates on the chip:
+// A choice of up to kFew picks is one launch, which does not write the gates to device memory:
 //
-//   few_of_rows       dim 2, E <= 1024: kLanes lanes per token, logits in registers, 16-byte loads
-//   few_of_long_rows  dim 2, E <= 4096: one block per token; each warp chooses in its part of the
-//                     row, and one warp among these choices
-//   few_of_columns    dim 1, E <= 128: one block per group; a tile of gates in shared memory, one
-//                     warp per expert at a time
+//   few_of_rows       tokens choose, E <= 1024: kLanes lanes per token, which hold its gates in
+//                     registers
+//   few_of_long_rows  tokens choose, E <= 4096: one block per token. Each warp chooses from a part
+//                     of the row, then one warp chooses from these choices
+//   few_of_columns    experts choose, E <= 128, T <= 1024: one block per group, with the gates in
+//                     shared memory. One warp per expert chooses
 //
-// Other choices write the gates to memory (by the same tile if few experts choose), call topk, and
-// then remove the picks of absent tokens.
+// All other choices write the gates to device memory, call topk, and then remove the picks of
+// absent tokens.
 #include <algorithm>
 
 #include "../softmax_topk.h"
@@ -17,7 +18,7 @@
 namespace vmoe::cuda {
 namespace {
 
-// The gate of a key. Gates are at least +0, or NaN.
+// The inverse of order_key (common/order.h), for gates, which are at least +0 or NaN.
 __device__ inline float gate_of(uint32_t key) {
   const uint32_t bits = key & 0x7FFFFFFF;
   float gate;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_rows_kernel(
   using Softmax = RowSoftmax<T, kLanes, kEach>;
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   Softmax softmax;
-  // Lanes without a row repeat the last row, so that whole warps take part in shuffles.
+  // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
   softmax.read(logits + (row < rows ? row : rows - 1) * E, E, wide);
   typename Softmax::Picks few;
 #pragma unroll
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
     T* __restrict__ scale,  // [rows]
     int64_t E) {
   using Key = OrderKey<T>;
-  // Ordered by warp and then by rank in the warp, so that ties are in order of index.
+  // Ordered by warp, then by rank within the warp: ties are then in the order of their indices.
   __shared__ Pick<Key> candidates[kWarps * kFew];
   const int64_t row = blockIdx.x, k = chosen.k;
   const T* from = logits + row * E;
@@ -127,8 +128,8 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
 constexpr int kColumnThreads = 512;
 constexpr int64_t kMostExperts = 128;
 
-// Writes the gates of `count` tokens to shared memory, by expert; the gates of an absent token are
-// -inf. All kColumnThreads of a block call this together.
+// Writes the gates of `count` tokens to `tile` in shared memory, one row per expert. The gates of
+// an absent token are -inf. All threads of a block of kColumnThreads threads must call this.
 template <typename T, int kLanes, int kEach>
 __device__ void gates_to_tile(
     const T* __restrict__ logits,  // [count, E]
@@ -139,11 +140,12 @@ __device__ void gates_to_tile(
   using Softmax = RowSoftmax<T, kLanes, kEach>;
   const int64_t own = threadIdx.x / kLanes;
   for (int64_t begin = 0; begin < count; begin += kColumnThreads / kLanes) {
-    const bool there = begin + own < count;
-    const int64_t t = there ? begin + own : count - 1;  // whole warps take part in shuffles
+    const bool has_token = begin + own < count;
+    // All lanes of a warp must take part in the shuffles of `read`.
+    const int64_t t = has_token ? begin + own : count - 1;
     Softmax softmax;
     softmax.read(logits + t * E, E, wide);
-    if (!there) continue;
+    if (!has_token) continue;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int32_t e = Softmax::Picks::index(i);
@@ -157,14 +159,15 @@ __device__ void gates_to_tile(
   __syncthreads();
 }
 
-template <typename T, int kLanes, int kEach, int kTokens /* a lane */>
+// kTokens: tokens per lane, when a warp chooses for an expert.
+template <typename T, int kLanes, int kEach, int kTokens>
 __global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
     const T* __restrict__ logits,  // [G, T, E]
     Chosen<T> chosen,              // rows: [G, E]
     T* __restrict__ high,          // [G, T]
     T* __restrict__ scale,         // [G, T]
     int64_t tokens, int64_t E, bool wide) {
-  T* tile = dynamic_shared<T>();  // [E, tokens | 1]: an odd stride, so that no banks collide
+  T* tile = dynamic_shared<T>();  // [E, tokens | 1]; an odd stride avoids bank conflicts
   const int64_t g = blockIdx.x, stride = tokens | 1, first = g * tokens;
   gates_to_tile<T, kLanes, kEach>(
       logits + first * E, tile, high + first, scale + first, tokens, E, stride, wide);
@@ -184,7 +187,7 @@ __global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
   }
 }
 
-// Writes the gates by expert to device memory, kChunk tokens per block.
+// Writes the gates by expert to device memory, through shared memory. kChunk tokens per block.
 constexpr int kChunk = 64;
 
 template <typename T, int kLanes, int kEach>
@@ -208,8 +211,9 @@ __global__ void __launch_bounds__(kColumnThreads) gates_by_expert_kernel(
   }
 }
 
-// Writes the gates of all tokens; the gates of an absent token are -inf. One tile of 32 x 32 per
-// block of 32 x 8 threads, transposed if the gates are stored by expert.
+// Writes the gates of all tokens to device memory. The gates of an absent token are -inf. Each
+// block of 32 x 8 threads writes a tile of 32 x 32 gates, transposed if the gates are stored by
+// expert.
 constexpr int kTile = 32;
 
 template <typename T>
@@ -246,17 +250,17 @@ __global__ void __launch_bounds__(kSoftmaxThreads) gates_kernel(
   }
 }
 
-// Replaces picks of absent tokens by index -1 and value 0.
+// Replaces the picks of absent tokens, which have the gate -inf, by index -1 and value 0.
 template <typename T>
 __global__ void __launch_bounds__(kSoftmaxThreads)
-    take_back_kernel(T* __restrict__ values, int32_t* __restrict__ indices, int64_t size) {
+    remove_absent_kernel(T* __restrict__ values, int32_t* __restrict__ indices, int64_t size) {
   const int64_t i = int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x;
   if (i >= size || values[i] != kAbsent<T>) return;
   values[i] = 0;
   indices[i] = -1;
 }
 
-// Calls body(RowShape) for the rows of E <= kMostExperts that gates_to_tile reads.
+// Calls body(RowShape) with the template arguments of gates_to_tile for E <= kMostExperts.
 template <typename Body>
 void with_experts_in_tile(int64_t E, Body&& body) {
   by_row_length(E, [&](auto shape) {
@@ -264,7 +268,8 @@ void with_experts_in_tile(int64_t E, Body&& body) {
   });
 }
 
-// The kernels and the workspace for a shape, the same for softmax_topk_workspace and softmax_topk.
+// The kernels and the workspace for a shape. softmax_topk_workspace and softmax_topk both use it,
+// so that they agree on the size of the workspace.
 template <typename T>
 struct Layout {
   enum class Way { kFewOfRows, kFewOfLongRows, kFewOfColumns, kMemory };
@@ -287,7 +292,7 @@ struct Layout {
     }
   }
 
-  int64_t n, rows;  // the choice has `rows` rows of n entries
+  int64_t n, rows;  // `rows` choices, each among n entries
   Way way = Way::kMemory;
   int64_t tile = 0;         // bytes of shared memory of few_of_columns
   T* gates = nullptr;       // [G, T, E], or by expert [G, E, T]
@@ -295,7 +300,7 @@ struct Layout {
   size_t bytes = 0;
 };
 
-// Writes the gates to memory, calls topk, and removes the picks of absent tokens.
+// Writes the gates to device memory, calls topk, and removes the picks of absent tokens.
 template <typename T>
 void by_memory(
     const Layout<T>& layout, const T* logits, const Chosen<T>& chosen, T* high, T* scale, int64_t G,
@@ -318,8 +323,8 @@ void by_memory(
       layout.gates, chosen.values, chosen.indices, layout.n, 1, chosen.k, layout.rows,
       layout.of_topk, stream);
   launch(
-      take_back_kernel<T>, ceil_div(layout.rows * chosen.k, kSoftmaxThreads), kSoftmaxThreads, 0,
-      stream, chosen.values, chosen.indices, layout.rows * chosen.k);
+      remove_absent_kernel<T>, ceil_div(layout.rows * chosen.k, kSoftmaxThreads), kSoftmaxThreads,
+      0, stream, chosen.values, chosen.indices, layout.rows * chosen.k);
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
-// tensor_core -- PTX instructions for products on tensor cores, asynchronous copies to shared
-// memory, and loads of matrix fragments from shared memory.
+// tensor_core -- PTX instructions: products on tensor cores, loads of their operands from shared
+// memory, and asynchronous copies to shared memory.
 //
-// A warp multiplies a [16, 16] by b [16, 8] in 16 bits and adds the product to float32 sums. Each
-// operand consists of 8 x 8 matrices. Lane 4 * row + pair holds the entries 2 * pair and
-// 2 * pair + 1 of that row of each matrix, in one register. a has four matrices: upper left, lower
-// left, upper right, lower right. b has two, upper and lower, each transposed. sums has two, upper
-// and lower, in float32. (PTX ISA, "Matrix Fragments for mma.m16n8k16".)
+// One instruction multiplies a [16, 16] by b [16, 8], which have 16-bit entries, and adds the
+// product to sums [16, 8] in float32. It is an instruction of a whole warp, whose lanes hold the
+// operands. Operands consist of 8 x 8 matrices: a of four (upper left, lower left, upper right,
+// lower right), b of two (upper, lower, each transposed), sums of two (upper, lower). Lane 4 * row
+// + pair holds the entries 2 * pair and 2 * pair + 1 of row `row` of each matrix. (PTX ISA, "Matrix
+// Fragments for mma.m16n8k16".)
 #pragma once
 
 #include "half.h"
@@ -13,38 +14,39 @@
 namespace vmoe::cuda {
 
 #ifdef __CUDACC__
-// An address in shared memory; it takes half as many registers as a pointer.
+// An address in shared memory. It has 32 bits, so it takes half as many registers as a pointer.
 using Shared = uint32_t;
 __device__ inline Shared shared_place(const void* at) {
   return static_cast<Shared>(__cvta_generic_to_shared(at));
 }
 
-// Starts a copy of 16 bytes from device memory. If not `there`, writes zeros and does not read
-// `from`.
-__device__ inline void copy_async(Shared to, const void* from, bool there) {
+// Starts an asynchronous copy of 16 bytes from device memory. If not `valid`, it writes zeros and
+// does not read `from`.
+__device__ inline void copy_async(Shared to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(there ? 16 : 0)
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 
 // Commits this thread's copies since the last commit as one group.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for all of this thread's groups but the last kPending. Other threads see the copies after a
-// barrier.
+// Waits for all groups of copies of this thread except the last kPending groups. Other threads see
+// the copies after a barrier.
 template <int kPending>
 __device__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Loads four 8 x 8 matrices of 16-bit entries; lanes 8 i to 8 i + 7 pass the rows of matrix i.
+// Loads four 8 x 8 matrices of 16-bit entries. Lanes 8 i to 8 i + 7 pass the addresses of the eight
+// rows of matrix i.
 __device__ inline void load_matrices(uint32_t (&to)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(row));
 }
 
-// load_matrices with each matrix transposed.
+// The same as load_matrices, with each matrix transposed.
 __device__ inline void load_transposed(uint32_t (&to)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

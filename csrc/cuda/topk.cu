@@ -1,14 +1,13 @@
-// Four kernels, one per shape of the question:
+// Four methods; n, M and k choose one:
 //
-//   few_of_rows     M = 1, few picks from few entries (experts of a token): kLanes lanes per row,
-//                   keys in registers, 16-byte loads. Bound by memory for E <= 64.
-//   few_of_columns  M > 1, the same (tokens of an expert, one image per group): a block reads a
-//                   tile of columns in the order of memory, and one warp takes each of them from
-//                   shared memory.
-//   many            one block per row: the keys in shared memory where they fit, a cut, a sort of
-//                   the picks that pass it (BlockSelect). Columns are transposed before, which for
-//                   one large group costs less than reading every 32-byte sector for four bytes.
-//   CUB's sort      more picks than a block sorts.
+//   few_of_rows     k <= 16, n <= 1024, M = 1 (experts of a token): kLanes lanes per row hold its
+//                   keys in registers.
+//   few_of_columns  k <= 16, n <= 1024, M > 1 (tokens of an expert): a block copies a tile of
+//                   columns to shared memory, and selects with one warp per column.
+//   many            k <= 4096: one block per row (BlockSelect), with the keys in shared memory if
+//                   they fit. If M > 1, x is transposed first, because reading a column in place
+//                   would use few bytes of every memory sector.
+//   sort            k > 4096, more picks than a block sorts: CUB sorts whole rows (sort.h).
 #include <algorithm>
 
 #include "../topk.h"
@@ -21,7 +20,7 @@ namespace {
 
 constexpr int kFewThreads = 256;
 
-// Keys of a row of n entries, `from[0]`, `from[1]`, ...; the entries behind them get key 0.
+// Loads the keys of a row of n entries at `from`. Positions after the end of the row get key 0.
 template <typename T, int kLanes, int kEach, int kTogether, bool kWide>
 __device__ void load_keys(
     Few<OrderKey<T>, kLanes, kEach, kTogether>& few, const T* __restrict__ from, int64_t n) {
@@ -53,7 +52,7 @@ __device__ void write_picks(
   for (int i = 0; i < few.kPicks; ++i) {
     const int j = i * kLanes + few.lane();
     if (j >= k) continue;
-    // Read again: a key has lost its sign of zero and its NaN's payload.
+    // The value is read again, because the key has lost the sign of zero and the payload of a NaN.
     values[j] = from[few.picks[i]];
     indices[j] = few.picks[i];
   }
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kFewThreads) few_of_rows_kernel(
     int32_t* __restrict__ indices,  // [rows, k]
     int64_t n, int64_t k, int64_t rows) {
   const int64_t row = (int64_t{blockIdx.x} * kFewThreads + threadIdx.x) / kLanes;
-  // Lanes without a row of their own repeat the last: the warp stays together.
+  // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
   const T* from = x + (row < rows ? row : rows - 1) * n;
   Few<OrderKey<T>, kLanes, kEach, kWideEntries<T>> few;
   load_keys<T, kLanes, kEach, kWideEntries<T>, kWide>(few, from, n);
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kFewThreads) few_of_columns_kernel(
     T* __restrict__ values,         // [N, M, k]
     int32_t* __restrict__ indices,  // [N, M, k]
     int64_t n, int64_t M, int64_t k) {
-  T* tile = dynamic_shared<T>();  // [width, n | 1]: an odd stride, so that no banks collide
+  T* tile = dynamic_shared<T>();  // [width, n | 1]; an odd stride avoids bank conflicts
   const int64_t tiles = ceil_div(M, kWarp), stride = n | 1;
   const int64_t a = blockIdx.x / tiles, m = blockIdx.x % tiles * kWarp;
   const int64_t width = M - m < kWarp ? M - m : kWarp;
@@ -107,13 +106,13 @@ __global__ void __launch_bounds__(kThreads) many_kernel(
     const T* __restrict__ x,        // [rows, n]
     T* __restrict__ values,         // [rows, k]
     int32_t* __restrict__ indices,  // [rows, k]
-    int64_t n, int64_t k, int places /* k, up to a power of two */) {
+    int64_t n, int64_t k, int places /* k, rounded up to a power of two */) {
   using Key = OrderKey<T>;
   using Select = BlockSelect<Key, kThreads>;
   __shared__ typename Select::Storage storage;
   static_assert(sizeof(storage) <= kDeclaredShared);
   auto* picks = dynamic_shared<Pick<Key>>();           // [places]
-  Key* keys = reinterpret_cast<Key*>(picks + places);  // [n] where kStaged
+  Key* keys = reinterpret_cast<Key*>(picks + places);  // [n] if kStaged
   const int tid = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x;
   const T* from = x + row * n;
@@ -171,7 +170,8 @@ void many(
       many_shared<T>(n, places, staged), stream, x, values, indices, n, k, places);
 }
 
-// The kernel that a shape gets, and its workspace: topk_workspace asks for what topk uses.
+// The kernel and the workspace for a shape. topk_workspace and topk both use it, so that they agree
+// on the size of the workspace.
 template <typename T>
 struct Layout {
   enum class Kernel { kNone, kFewOfRows, kFewOfColumns, kMany, kSort };

@@ -1,4 +1,4 @@
-// transpose -- a transpose, for kernels that read columns from top to bottom.
+// transpose -- a matrix transpose, for kernels that read whole columns.
 #pragma once
 
 #include "launch.h"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kTile = 32;
 
-// [N, n, M] to [N, M, n], one tile of 32 x 32 per block of 32 x 8 threads.
+// Transposes [N, n, M] to [N, M, n]. Each block of 32 x 8 threads moves a tile of 32 x 32.
 template <typename T>
 __global__ void __launch_bounds__(256) transpose_kernel(
     const T* __restrict__ x,  // [N, n, M]
