@@ -1,7 +1,7 @@
 """The command line: options, one-line errors, Ctrl-C, and a study run as users run it."""
 
 import contextlib
-import dataclasses
+import inspect
 import os
 import random
 import signal
@@ -34,16 +34,18 @@ TINY = (
     ("--top_k=1,2,4 --capacity_factors=2", {"top_k": [1, 2, 4], "capacity_factors": [2.0]}),
     ("--data a-b/c_d --output=x-y=z", {"data": "a-b/c_d", "output": Path("x-y=z")}),
     ("--transfer-data digits --plan-combine false", {"transfer_data": "digits", "plan_combine": False}),
+    ("--plan-combine --width 32", {"plan_combine": True, "width": 32}),
     ("--image-size 14 --max_images 2000 --learning-rate 1e-3",
      {"image_size": 14, "max_images": 2000, "learning_rate": 1e-3}),
 ])  # fmt: skip
 def test_options(arguments, changes):
-    assert cli._parse(["study", *arguments.split()]) == Settings(**changes)
+    name, target, options = cli._parse(["study", *arguments.split()])
+    assert (name, target) == ("study", Settings) and Settings(**options) == Settings(**changes)
 
 
 def test_options_of_convert():
-    options = cli._parse(["convert", "P", "folder", "--router", "soft", "--top-k", "3", "--group-size=4"])
-    assert isinstance(options, dict)
+    name, target, options = cli._parse(["convert", "P", "f", "--router", "soft", "--top-k", "3", "--group-size=4"])
+    assert (name, target.__name__, options["folder"]) == ("convert", "convert", "f") and "progress" not in options
     assert (options["router"], options["top_k"], options["group_size"]) == ("soft", 3, 4)
 
 
@@ -141,16 +143,32 @@ def test_a_missing_package_is_one_line(capsys, monkeypatch):
     assert "jsonargparse" in err and "pip install 'vmoe_routers[study]'" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["study", "--help"], ["convert", "--help"], ["--version"]])
-def test_help(capsys, arguments):
+def help_of(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 0
-    out = capsys.readouterr().out
-    if arguments[0] == "study":
-        assert all(f"--{field.name}" in out for field in dataclasses.fields(Settings))
-    else:
-        assert "study" in out or "from_pretrained" in out or out.startswith("vmoe-routers ")
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_the_commands(capsys):
+    out = help_of(["--help"], capsys)
+    assert all(f"{name} {command.help}" in out for name, command in cli.COMMANDS.items())
+    assert help_of(["--version"], capsys).startswith("vmoe-routers ")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command(capsys, name):
+    command, out = cli.COMMANDS[name], help_of([name, "--help"], capsys)
+    assert command.description in out and f"Example: {command.example}" in out
+    for key, parameter in inspect.signature(command.load()).parameters.items():
+        required = command.positional and parameter.default is inspect.Parameter.empty
+        assert (f" {key} " in out if required else f"--{key}" in out) != (key in command.hidden)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_examples_of_the_help_are_parsed(name):
+    _, *arguments = cli.COMMANDS[name].example.split()
+    assert cli._parse(arguments)[0] == name
 
 
 def wait_until(true, seconds=120):

@@ -1,4 +1,4 @@
-"""The command line: ``vmoe-routers study``, ``vmoe-routers convert``."""
+"""The command line: ``vmoe-routers study``, ``vmoe-routers convert``. A new command is one entry of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,90 @@ import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from inspect import Parameter, signature
+from typing import Any, NamedTuple
 
 from vmoe_routers import __version__
 from vmoe_routers._ctrl_c import end_at_once, raising
 from vmoe_routers.options import OptionError
 
-if TYPE_CHECKING:
-    from vmoe_routers.study import Settings
-
-
-_POSITIONAL = ("source", "folder")  # arguments of convert
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 _MOST_SHOWN = 2000  # longest message, in characters
+
+
+def _study(settings: Any, options: dict[str, Any]) -> None:
+    from vmoe_routers.study import run_study
+    from vmoe_routers.study.own import is_own
+
+    chosen = settings(**options)
+    if any(map(is_own, chosen.routers)) and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # which Python leaves out for an installed command
+    with raising():
+        run_study(chosen)
+
+
+def _convert(convert: Any, options: dict[str, Any]) -> None:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = TextColumn("reading"), BarColumn(), DownloadColumn()
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
+        task = progress.add_task("reading", total=None)
+        model = convert(**options, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{options['folder']}: {parameters:,} parameters")
+    print(", ".join(f"{name} {value}" for name, value in model.moe_config.items()))
+
+
+class Command(NamedTuple):
+    """A command of ``vmoe-routers``.
+
+    Attributes:
+        target: "module:name" of a function or dataclass. Its arguments are the command's options, and its docstring
+            describes them. The module is imported only for this command.
+        help: the line in ``vmoe-routers --help``.
+        description: the first paragraph of the command's help.
+        example: a command line, for the command's help.
+        run: runs the command, from the target and the options by name.
+        positional: arguments without a default are given by position, and not as options.
+        hidden: arguments of the target that are no options.
+    """
+
+    target: str
+    help: str
+    description: str
+    example: str
+    run: Callable[[Any, dict[str, Any]], object] = lambda target, options: target(**options)
+    positional: bool = False
+    hidden: tuple[str, ...] = ()
+
+    def load(self) -> Any:
+        """Imports the target."""
+        module, _, name = self.target.partition(":")
+        return getattr(import_module(module), name)
+
+
+COMMANDS = {
+    "study": Command(
+        "vmoe_routers.study:Settings",
+        help="compare the routers; writes table, figures and report",
+        description="A dense ViT and the six routers head to head, on real images. Lists are written with commas: "
+        "--top_k 1,2. Names may have dashes: --top-k.",
+        example="vmoe-routers study --data digits --routers soft,softmax_expert_choice --output study",
+        run=_study,
+    ),
+    "convert": Command(
+        "vmoe_routers.checkpoints.convert:convert",
+        help="convert checkpoints of the reference code to safetensors",
+        description="Converts a V-MoE checkpoint, or a dense ViT in an npz file, to a folder for from_pretrained. "
+        "The architecture is inferred from the parameters.",
+        example="vmoe-routers convert vmoe_s32_last2_ilsvrc2012_randaug_light1 vmoe-s32",
+        run=_convert,
+        positional=True,
+        hidden=("progress",),
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,21 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_at_once()
         arguments = sys.argv[1:]
     try:
-        command = _parse(arguments)
-        if isinstance(command, dict):
-            _convert(command)
-        else:
-            from vmoe_routers.study import run_study
-            from vmoe_routers.study.own import is_own
-
-            if any(map(is_own, command.routers)) and os.getcwd() not in sys.path:
-                sys.path.insert(0, os.getcwd())  # which Python leaves out for an installed command
-            with raising():
-                run_study(command)
+        name, target, options = _parse(arguments)
+        COMMANDS[name].run(target, options)
     except ImportError as error:
         message = f"{error}; pip install 'vmoe_routers[study]' installs the packages that the commands need"
     except ArgumentError as error:
-        message = f"{_plain(str(error), arguments)} (the options: vmoe-routers study --help or convert --help)"
+        name = _command_name(arguments)
+        of_command = f"vmoe-routers {name} --help" if name in COMMANDS else "vmoe-routers --help"
+        message = f"{_plain(str(error), arguments)} (the options: {of_command})"
     except OptionError as error:
         message = str(error)
         for name in error.options:
@@ -64,10 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
+def _command_name(arguments: Sequence[str]) -> str:
+    """The first argument that is no option; "" if there is none."""
+    return next((argument for argument in arguments if not argument.startswith("-")), "")
+
+
 def _as_typed(name: str, arguments: Sequence[str]) -> str:
     """An option as the user typed it, or else as the help shows it. Names of positional arguments do not change."""
-    if name in _POSITIONAL:
-        return name
+    command = COMMANDS.get(_command_name(arguments))
+    if command is not None and command.positional:
+        parameter = signature(command.load()).parameters.get(name)
+        if parameter is not None and parameter.default is Parameter.empty:
+            return name
     flags = (argument.partition("=")[0] for argument in arguments if len(argument) > 2 and argument.startswith("--"))
     found = (flag for flag in flags if name.startswith(flag[2:].replace("-", "_")))
     return next(found, "--" + name.replace("_", "-"))
@@ -82,27 +152,10 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
     return f"{_as_typed(key[1], arguments)} must be {_KINDS.get(kind[1], kind[1])}, got {value[1]}"
 
 
-def _convert(options: dict[str, Any]) -> None:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    from vmoe_routers.checkpoints.convert import convert
-
-    columns = TextColumn("reading"), BarColumn(), DownloadColumn()
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
-        task = progress.add_task("reading", total=None)
-        model = convert(**options, progress=lambda done, total: progress.update(task, completed=done, total=total))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{options['folder']}: {parameters:,} parameters")
-    print(", ".join(f"{name} {value}" for name, value in model.moe_config.items()))
-
-
-def _parse(arguments: Sequence[str]) -> Settings | dict[str, Any]:
-    """The study's settings, or the options of `convert`."""
+def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
+    """The command's name, its target, and the options by name."""
     # Imported here, so that `main` reports a missing package in one line.
     from jsonargparse import ArgumentParser
-
-    from vmoe_routers.checkpoints.convert import convert
-    from vmoe_routers.study import Settings
 
     parser = ArgumentParser(
         prog="vmoe-routers",
@@ -110,37 +163,38 @@ def _parse(arguments: Sequence[str]) -> Settings | dict[str, Any]:
         description="Routers in vision mixtures of experts.",
         exit_on_error=False,
     )
-    study = ArgumentParser(
-        description="A dense ViT and the six routers head to head, on real images. Lists are written with commas: "
-        "--top_k 1,2. Names may have dashes: --top-k.",
-        exit_on_error=False,
-    )
-    study.add_class_arguments(Settings, as_group=False)
-    conversion = ArgumentParser(
-        description="Converts a V-MoE checkpoint, or a dense ViT in an npz file, to a folder for from_pretrained. "
-        "The architecture is inferred from the parameters.",
-        exit_on_error=False,
-    )
-    conversion.add_function_arguments(convert, as_group=False, as_positional=True, skip={"progress"})
     commands = parser.add_subcommands(required=True)
-    commands.add_subcommand("study", study, help="compare the routers; writes table, figures and report")
-    commands.add_subcommand("convert", conversion, help="convert checkpoints of the reference code to safetensors")
+    chosen, target = _command_name(arguments), None
     lists: set[str] = set()
-    if "study" in arguments[:1]:  # the option --top_k of convert is one number
-        lists = {f"--{field.name}" for field in fields(Settings) if str(field.type).startswith("list")}
-    parsed = parser.parse_args(_spelled_out(arguments, lists))
-    return Settings(**vars(parsed.study)) if parsed.subcommand == "study" else vars(parsed.convert)
+    flags: set[str] = set()
+    for name, command in COMMANDS.items():
+        options = ArgumentParser(
+            description=command.description, epilog=f"Example: {command.example}", exit_on_error=False
+        )
+        if name == chosen:
+            target = command.load()
+            add = options.add_class_arguments if isinstance(target, type) else options.add_function_arguments
+            add(target, as_group=False, as_positional=command.positional, skip={*command.hidden})
+            kinds = {f"--{key}": str(value.annotation) for key, value in signature(target).parameters.items()}
+            lists = {option for option, kind in kinds.items() if kind.startswith("list")}
+            flags = {option for option, kind in kinds.items() if kind == "bool"}
+        commands.add_subcommand(name, options, help=command.help)
+    parsed = parser.parse_args(_spelled_out(arguments, lists, flags))
+    return parsed.subcommand, target, vars(parsed[parsed.subcommand])
 
 
-def _spelled_out(arguments: Sequence[str], lists: set[str]) -> list[str]:
-    """Arguments in the form that jsonargparse takes: ``--top-k 1,2`` becomes ``--top_k [1,2]``.
+def _spelled_out(arguments: Sequence[str], lists: set[str], flags: set[str]) -> list[str]:
+    """Arguments in the form that jsonargparse takes.
+
+    ``--top-k 1,2`` of the option list `lists` becomes ``--top_k [1,2]``; a flag without a value, ``--benchmark``,
+    becomes ``--benchmark=true``.
 
     Raises:
         OptionError: an option with an empty value, such as an unset variable of the shell.
         ValueError: an argument that is not text.
     """
     found, option = [], ""
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         if any("\ud800" <= character <= "\udfff" for character in argument):  # Python's form of invalid bytes
             raise ValueError(f"argument {argument!r} is not valid UTF-8")
         name, equals, value = argument.partition("=")
@@ -150,6 +204,8 @@ def _spelled_out(arguments: Sequence[str], lists: set[str]) -> list[str]:
         if option and (argument == "" or (is_option and equals and value == "")):
             raise OptionError(f"{option[2:]} must not be empty", option[2:])
         if is_option:
+            if option in flags and not equals and following.startswith("--"):
+                equals, value = "=", "true"
             found.append(option + equals + (_in_brackets(value) if equals and option in lists else value))
         else:
             found.append(_in_brackets(argument) if option in lists else argument)
