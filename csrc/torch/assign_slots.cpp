@@ -6,7 +6,7 @@ namespace vmoe {
 namespace {
 
 constexpr int64_t kMostExperts = 1 << 20;
-// Slots that a group may have at any number of tokens.
+// A group may have this many slots even if it has fewer requests.
 constexpr int64_t kMostEmptySlots = 1 << 20;
 
 std::tuple<Tensor, Tensor> assign_slots(
@@ -16,16 +16,17 @@ std::tuple<Tensor, Tensor> assign_slots(
   const int64_t G = expert_.size(0), tokens = expert_.size(1), K = expert_.size(2);
   STD_TORCH_CHECK(
       tokens <= INT32_MAX && K <= INT32_MAX && tokens * K <= INT32_MAX, "assign_slots: ", tokens,
-      " tokens and ", K, " requests of each do not fit int32");
+      " tokens with ", K, " requests each do not fit int32");
   STD_TORCH_CHECK(
       E >= 0 && E <= kMostExperts, "assign_slots: num_experts = ", E, ", wanted 0 to ",
       kMostExperts);
-  // Slots beyond the requests stay empty: time and memory follow the tokens.
+  // Slots beyond the number of requests stay empty. This bound keeps time and memory proportional
+  // to the number of requests.
   const int64_t most = std::max(tokens * K, kMostEmptySlots / std::max<int64_t>(E, 1));
   STD_TORCH_CHECK(
       C >= 0 && C <= most, "assign_slots: capacity = ", C, ", wanted 0 to ", most, " for ",
       tokens * K, " requests");
-  STD_TORCH_CHECK(E * C <= INT32_MAX, "assign_slots: ", E * C, " slots a group do not fit int32");
+  STD_TORCH_CHECK(E * C <= INT32_MAX, "assign_slots: ", E * C, " slots per group do not fit int32");
   const Slots shape{G, tokens, E, C};
   if (priority_) check_shape("assign_slots", "priority", *priority_, {G, tokens});
   const Tensor expert = packed(expert_);

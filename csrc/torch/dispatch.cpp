@@ -5,7 +5,8 @@
 namespace vmoe {
 namespace {
 
-// offsets and slots are for the gradient, which is a combine with every gate 1.
+// offsets and slots are not read here. The gradient of dispatch, a combine with every gate 1, needs
+// them.
 Tensor dispatch(
     const Tensor& x_, const Tensor& token_, const Tensor& offsets, const Tensor& slots) {
   check_dim("dispatch", "x", x_, 3);

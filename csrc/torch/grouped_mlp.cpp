@@ -31,9 +31,11 @@ ExpertMlps checked(
     check_shape(op, "filled", *filled, {E, G});
     check_dtype(op, "filled", *filled, ScalarType::Int);
     STD_TORCH_CHECK(
-        G > 0 ? N % G == 0 : N == 0, op, ": ", N, " rows are not ", G, " segments of one size");
+        G > 0 ? N % G == 0 : N == 0, op, ": ", N, " rows per expert do not divide into ", G,
+        " equal segments");
   }
-  STD_TORCH_CHECK(act == "gelu" || act == "gelu_tanh", op, ": act = ", act);
+  STD_TORCH_CHECK(
+      act == "gelu" || act == "gelu_tanh", op, ": act = '", act, "', wanted 'gelu' or 'gelu_tanh'");
   return {
       E,
       N,
@@ -62,7 +64,8 @@ std::tuple<Tensor, Tensor> grouped_mlp(
   return {y, hidden};
 }
 
-// Without `hidden` (no rows) it is computed once more. What is not asked for comes out empty.
+// If `hidden` has no rows, it is computed again. Gradients that are not asked for (of_x,
+// of_weights) are returned as empty tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_mlp_backward(
     const Tensor& grad, const Tensor& x, const Tensor& w1, std::optional<Tensor> b1,
     const Tensor& w2, std::optional<Tensor> filled, const Tensor& hidden, const std::string& act,

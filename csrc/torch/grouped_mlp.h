@@ -1,4 +1,4 @@
-// grouped_mlp -- what its bindings for both devices take.
+// grouped_mlp -- the arguments of the op, which the code of both devices takes.
 #pragma once
 
 #include "../grouped_mlp.h"
@@ -6,7 +6,7 @@
 
 namespace vmoe {
 
-// Checked and packed.
+// The checked arguments. Tensors are contiguous.
 struct ExpertMlps {
   int64_t E, N, D, F, out, G;
   Tensor x, w1, w2;
@@ -14,7 +14,7 @@ struct ExpertMlps {
   bool tanh;
 };
 
-// Those of x, and those of the weights, have no entries where they are not asked for.
+// The gradients to compute. Tensors that are not asked for (of_x, of_weights) are empty.
 struct ExpertMlpGradients {
   Tensor x, w1, b1, w2, b2;
   bool of_x, of_weights;

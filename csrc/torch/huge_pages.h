@@ -1,10 +1,12 @@
-// huge_pages -- new memory in large pages, where the system gives them when asked.
+// huge_pages -- asks Linux for 2 MiB pages for new memory.
 //
-// Memory from the system comes a page at a time, on first touch: for 4 KiB pages that takes several
-// times as long as writing them, and the C library hands a large tensor back to the system as soon
-// as it is freed. Linux gives 2 MiB pages to who asks ("madvise", a common default) or to all.
-// torch asks for all its CPU tensors where THP_MEM_ALLOC_ENABLE=1 is set; this is for our
-// results, which are written in full, so that no memory is taken that was not asked for.
+// The kernel allocates memory page by page, when a page is first touched. With pages of 4 KiB this
+// takes longer than the writes. It is repeated for every large tensor, because the C library
+// returns the memory of large tensors to the system when they are freed. With the setting
+// "madvise", a common default, Linux uses 2 MiB pages where a program asks for them.
+//
+// torch does the same for all its CPU tensors if THP_MEM_ALLOC_ENABLE=1 is set. Here it is done for
+// the results of our ops. They are written in full, so huge pages waste no memory.
 #pragma once
 
 #include <cstddef>
@@ -18,13 +20,13 @@ namespace vmoe {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// The huge pages that lie within [data, data + bytes).
+// Asks for huge pages for the part of [data, data + bytes) that is made of whole huge pages.
 inline void ask_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
-  // An answer is not needed: a system that has none goes on with small ones.
+  // Errors are ignored: the memory then has small pages.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }

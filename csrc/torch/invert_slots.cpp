@@ -8,7 +8,9 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> invert_slots(const Tensor& token_, int64_t tokens) {
   check_dim("invert_slots", "token", token_, 3);
   check_dtype("invert_slots", "token", token_, ScalarType::Int);
-  STD_TORCH_CHECK(tokens >= 0 && tokens < INT32_MAX, "invert_slots: num_tokens ", tokens);
+  STD_TORCH_CHECK(
+      tokens >= 0 && tokens < INT32_MAX, "invert_slots: num_tokens = ", tokens,
+      ", wanted 0 to 2**31 - 2");
   const Slots shape{token_.size(0), tokens, token_.size(1), token_.size(2)};
   STD_TORCH_CHECK(
       shape.E <= INT32_MAX && shape.C <= INT32_MAX && shape.of_group() <= INT32_MAX,

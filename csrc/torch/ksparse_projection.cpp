@@ -8,7 +8,8 @@ namespace {
 Tensor ksparse_projection(const Tensor& x_, int64_t k) {
   check_dim("ksparse_projection", "x", x_, 2);
   const int64_t N = x_.size(0), n = x_.size(1);
-  STD_TORCH_CHECK(k >= 1 && k <= n, "ksparse_projection: k = ", k, " of an axis of ", n);
+  STD_TORCH_CHECK(
+      k >= 1 && k <= n, "ksparse_projection: k = ", k, ", wanted 1 to the length of the axis, ", n);
   const Tensor x = packed(x_);
   Tensor out = empty({N, n}, x);
   by_dtype("ksparse_projection", x, [&](auto zero) {

@@ -11,14 +11,15 @@ Tensor ksparse_transport(
   check_dim("ksparse_transport", "similarity", similarity_, 3);
   const int64_t G = similarity_.size(0), tokens = similarity_.size(1), E = similarity_.size(2);
   STD_TORCH_CHECK(
-      k >= std::min<int64_t>(1, tokens) && k <= tokens, "ksparse_transport: k = ", k, " of ",
-      tokens, " tokens");
+      k >= std::min<int64_t>(1, tokens) && k <= tokens, "ksparse_transport: k = ", k,
+      ", wanted 1 to the number of tokens, ", tokens);
   STD_TORCH_CHECK(
-      solver == "adam" || solver == "lbfgs", "ksparse_transport: solver '", solver, "'");
+      solver == "adam" || solver == "lbfgs", "ksparse_transport: solver = '", solver,
+      "', wanted 'adam' or 'lbfgs'");
   STD_TORCH_CHECK(
       iterations >= 0 && iterations <= INT32_MAX, "ksparse_transport: iterations = ", iterations,
       ", wanted 0 to 2**31 - 1");
-  STD_TORCH_CHECK(gamma > 0, "ksparse_transport: gamma = ", gamma);
+  STD_TORCH_CHECK(gamma > 0, "ksparse_transport: gamma = ", gamma, ", wanted > 0");
   const TransportOptions options{
       k,         iterations, solver == "adam" ? Solver::kAdam : Solver::kLbfgs, learning_rate,
       tolerance, gamma};

@@ -5,8 +5,8 @@
 namespace vmoe {
 namespace {
 
-// Work of a group, for the grain of the parallel loop: an entry costs the exp of both updates. More
-// iterations change no grain, and the product cannot overflow.
+// Work per group, in elements, for parallel_groups. An entry takes an exp in both updates of an
+// iteration. Iterations are clamped, so that the product does not overflow.
 [[maybe_unused]] int64_t work_of(int64_t tokens, int64_t E, int64_t iterations) {
   return 16 * tokens * E * std::min<int64_t>(iterations, 1 << 10);
 }
@@ -17,9 +17,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn(
   STD_TORCH_CHECK(
       iterations >= 1 && iterations <= INT32_MAX, "sinkhorn: iterations = ", iterations,
       ", wanted 1 to 2**31 - 1");
-  STD_TORCH_CHECK(epsilon > 0, "sinkhorn: epsilon = ", epsilon);
+  STD_TORCH_CHECK(epsilon > 0, "sinkhorn: epsilon = ", epsilon, ", wanted > 0");
   const int64_t G = logits_.size(0), tokens = logits_.size(1), E = logits_.size(2);
-  STD_TORCH_CHECK(E > 0, "sinkhorn: logits has no experts");
+  STD_TORCH_CHECK(E > 0, "sinkhorn: logits has 0 experts, wanted at least 1");
   const Tensor logits = packed(logits_);
   Tensor plan = empty({G, tokens, E}, logits);
   Tensor history = empty({G, iterations, E}, logits, ScalarType::Double);

@@ -1,4 +1,4 @@
-// soft_logits -- what its bindings for both devices take.
+// soft_logits -- the arguments of the op, which the code of both devices takes.
 #pragma once
 
 #include "../soft_logits.h"
@@ -6,7 +6,7 @@
 
 namespace vmoe {
 
-// Checked and packed.
+// The checked arguments. Tensors are contiguous.
 struct SoftLogits {
   int64_t G, tokens, D, S;
   Tensor x;    // [G, T, D]

@@ -12,9 +12,11 @@ namespace {
 SoftMix checked(
     const char* op, const Tensor& logits, const Tensor& values, int64_t dim, int64_t num_experts) {
   check_dim(op, "logits", logits, 3);
-  STD_TORCH_CHECK(dim == 1 || dim == 2, op, ": dim = ", dim);
+  STD_TORCH_CHECK(dim == 1 || dim == 2, op, ": dim = ", dim, ", wanted 1 or 2");
   const int64_t G = logits.size(0), tokens = logits.size(1), S = logits.size(2), E = num_experts;
-  STD_TORCH_CHECK(E >= 1 && S % E == 0, op, ": ", S, " slots of ", E, " experts");
+  STD_TORCH_CHECK(
+      E >= 1 && S % E == 0, op, ": logits has ", S,
+      " slots, wanted a multiple of num_experts = ", E);
   check_dim(op, "values", values, dim == 1 ? 3 : 4);
   const int64_t C = S / E, D = values.size(dim == 1 ? 2 : 3);
   if (dim == 1) {
@@ -34,9 +36,9 @@ Tensor soft_mix(const Tensor& logits, const Tensor& values, int64_t dim, int64_t
   return out;
 }
 
-// Backward holds logits and values, which the caller has anyway; the weights are made again.
-// Not so the logits: that would be a product of T * S * D multiply-adds for every T * S
-// numbers read, a third of the forward's work each time.
+// The backward keeps logits and values, which the caller keeps anyway, and computes the weights
+// again. Computing the logits again too would save [G, T, S] numbers, but takes another product of
+// T * S * D multiply-adds per group.
 std::tuple<Tensor, Tensor> soft_mix_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& values, int64_t dim,
     int64_t num_experts) {

@@ -1,4 +1,4 @@
-// soft_mix -- what its bindings for both devices take.
+// soft_mix -- the arguments of the op, which the code of both devices takes.
 #pragma once
 
 #include "../soft_mix.h"
@@ -6,10 +6,10 @@
 
 namespace vmoe {
 
-// Checked and packed.
+// The checked arguments. Tensors are contiguous.
 struct SoftMix {
   int64_t G, tokens, E, C, D;
-  bool over_tokens;  // dispatch: the values are tokens and the means slots; else the reverse
+  bool over_tokens;  // true: the values are tokens, the means are slots (dispatch); false: reverse
   Tensor logits;     // [G, T, S]
   Tensor values;     // [G, T, D] or [E, G, C, D]
 

@@ -16,7 +16,7 @@ Shape check(const char* op, const Tensor& logits, const Tensor& indices, int64_t
   check_dim(op, "logits", logits, 3);
   check_dim(op, "indices", indices, 3);
   check_dtype(op, "indices", indices, ScalarType::Int);
-  STD_TORCH_CHECK(dim == 1 || dim == 2, op, ": dim = ", dim);
+  STD_TORCH_CHECK(dim == 1 || dim == 2, op, ": dim = ", dim, ", wanted 1 or 2");
   const Shape shape{logits.size(0), logits.size(1), logits.size(2), indices.size(2), dim == 1};
   check_shape(op, "indices", indices, {shape.G, logits.size(3 - dim), shape.K});
   return shape;
@@ -72,8 +72,9 @@ Tensor softmax_gather_backward(
     using T = decltype(zero);
     const T *high = read<T>(norms), *scale = high + shape.G * shape.tokens;
 #ifdef VMOE_DEVICE_CUDA
-    const int64_t picks = shape.by_expert ? shape.E * shape.K : 0;  // of a group, in one list
-    STD_TORCH_CHECK(picks <= INT32_MAX, op, ": ", picks, " indices of a group do not fit int32");
+    // By expert, invert_slots numbers the indices of a group.
+    const int64_t picks = shape.by_expert ? shape.E * shape.K : 0;
+    STD_TORCH_CHECK(picks <= INT32_MAX, op, ": ", picks, " indices per group do not fit int32");
     on_device(op, logits, {grad, values, indices, norms}, [&](auto stream) {
       const Tensor scratch = workspace(
           logits, cuda::softmax_gather_backward_workspace(
@@ -100,7 +101,7 @@ Tensor softmax_gather_backward(
           shape.tokens, shape.E, shape.K, shape.by_expert, begin, end);
     };
     if (shape.by_expert) {
-      // An expert's picks are of any token: each step ends before the next begins.
+      // The picks of an expert may be any tokens, so each step waits for the end of the one before.
       parallel(shape.G, shape.E * shape.K, [&](int64_t begin, int64_t end) {
         dot(begin * shape.E, end * shape.E);
       });
@@ -108,7 +109,8 @@ Tensor softmax_gather_backward(
       parallel(shape.rows(), shape.K, scatter);
       return;
     }
-    // A token's picks are its own: the three go together through the first-level cache.
+    // Each row has the picks of one token, so few rows at a time go through all three steps while
+    // they are in the first-level cache.
     constexpr int64_t kTogether = 64;
     parallel(shape.rows(), shape.E, [&](int64_t begin, int64_t end) {
       for (int64_t first = begin; first < end; first += kTogether) {

@@ -7,9 +7,10 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> softmax_topk(const Tensor& logits_, int64_t k, int64_t dim) {
   check_dim("softmax_topk", "logits", logits_, 3);
-  STD_TORCH_CHECK(dim == 1 || dim == 2, "softmax_topk: dim = ", dim);
+  STD_TORCH_CHECK(dim == 1 || dim == 2, "softmax_topk: dim = ", dim, ", wanted 1 or 2");
   const int64_t n = logits_.size(dim), rows = logits_.size(3 - dim);
-  STD_TORCH_CHECK(k >= 0 && k <= n, "softmax_topk: k = ", k, " of an axis of ", n);
+  STD_TORCH_CHECK(
+      k >= 0 && k <= n, "softmax_topk: k = ", k, ", wanted 0 to the length of the axis, ", n);
   STD_TORCH_CHECK(n <= INT32_MAX, "softmax_topk: an axis of ", n, " does not fit int32 indices");
   const int64_t G = logits_.size(0), tokens = logits_.size(1), E = logits_.size(2);
   const Tensor logits = packed(logits_);
@@ -37,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk(const Tensor& logits_, int64_t k
       });
       return;
     }
-    // Long columns are read best in one piece; of short ones, as many at once as a
-    // vector has lanes.
+    // Long columns of gates are read faster if each is contiguous. Short ones are read several at a
+    // time, one per lane of a vector.
     const bool by_expert = tokens > 1024;
     Tensor gates = empty({G, tokens, E}, logits);
     parallel(G * tokens, E, [&](int64_t begin, int64_t end) {

@@ -1,9 +1,9 @@
-// tensor -- what every binding needs of LibTorch's stable ABI, and no more.
+// tensor -- the parts of LibTorch's stable ABI that the bindings use, and helpers for bindings.
 //
-// A binding in this folder is compiled into _C for the CPU and, where the op has
-// a CUDA kernel, once more into _C_cuda with VMOE_DEVICE_CUDA defined: checks and
-// allocation are written once. Checks here keep memory safe whatever is called;
-// the public Python functions say it in the user's words before.
+// Every binding in this folder is compiled twice: into _C for the CPU and, with VMOE_DEVICE_CUDA
+// defined, into _C_cuda. Checks and allocation are thus written once. The checks here keep memory
+// safe if a raw op is called with untrusted arguments. The public Python functions check first,
+// with messages in the words of the user.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -30,12 +30,12 @@
 #define VMOE_DEVICE CPU
 #endif
 
-// Its name in torch 2.11; later ones keep the message of what failed.
+// torch 2.11 has only the second name. In later versions the first one keeps the error message.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
-// Two steps, so that VMOE_DEVICE is expanded before it is pasted.
+// Two macros, so that VMOE_DEVICE is expanded before the inner macro pastes it.
 #define VMOE_REGISTER_(device, m) STABLE_TORCH_LIBRARY_IMPL(vmoe_routers, device, m)
 #define VMOE_REGISTER(m) VMOE_REGISTER_(VMOE_DEVICE, m)
 
@@ -67,6 +67,7 @@ inline void check_dim(const char* op, const char* name, const Tensor& tensor, in
       tensor.dim() == dim, op, ": ", name, " has ", tensor.dim(), " axes, wanted ", dim);
 }
 
+// The tensor itself if it is contiguous, else a contiguous copy.
 inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -75,7 +76,8 @@ inline std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional(packed(*tensor)) : std::nullopt;
 }
 
-// On the device of `like`. Not new_empty, which goes through the dispatcher twice.
+// A new contiguous tensor on the device of `like`, with the dtype of `like` unless `dtype` is
+// given. Faster than torch::stable::new_empty, which goes through the dispatcher twice.
 inline Tensor empty(
     std::initializer_list<int64_t> shape, const Tensor& like,
     std::optional<ScalarType> dtype = {}) {
@@ -115,7 +117,7 @@ T* write(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Calls body(float{}) or body(double{}) by the tensor's dtype.
+// Calls body(float{}) or body(double{}), the dtype of the tensor.
 template <typename Body>
 void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
   switch (tensor.scalar_type()) {
@@ -124,11 +126,11 @@ void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
     case ScalarType::Double:
       return body(double{});
     default:
-      STD_TORCH_CHECK(false, op, ": float32 or float64 wanted");
+      STD_TORCH_CHECK(false, op, ": wanted float32 or float64");
   }
 }
 
-// Calls body(Row{}) with the type of the tensor's rows, 16 bits among them.
+// Calls body(Row{}) with the dtype of the tensor, which may be a 16-bit type too.
 template <typename Body>
 void by_row_dtype(const char* op, const Tensor& tensor, Body&& body) {
   switch (tensor.scalar_type()) {
@@ -141,21 +143,23 @@ void by_row_dtype(const char* op, const Tensor& tensor, Body&& body) {
   }
 }
 
-// The dtype that rows of this one are computed in, Compute<Row>.
+// The dtype of Compute<Row> for a tensor of Row.
 inline ScalarType compute_dtype(const Tensor& rows) {
   return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// body(begin, end) over [0, count), in parallel where a share is worth a thread:
-// about 16k elements, some 10 us of work.
+// Calls body(begin, end) on ranges that partition [0, count), in parallel. `elements_each` is the
+// work of one index in elements; a range has at least about 16k elements, so that it is worth a
+// thread.
 template <typename Body>
 void parallel(int64_t count, int64_t elements_each, Body&& body) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_each));
   torch::stable::parallel_for(0, count, grain, body);
 }
 
-// body(begin, end, inside) over the groups: in parallel where there are as many as
-// threads, else one after another, with the threads handed on to split each of them.
+// Calls body(begin, end, inside) on ranges of groups. If there are at least as many groups as
+// threads, the ranges run in parallel. Else one call has all groups, and may divide each group
+// among the threads by `inside`.
 template <typename Body>
 void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
   if (groups >= static_cast<int64_t>(torch::stable::get_num_threads())) {
@@ -170,8 +174,9 @@ void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
 }
 
 #ifdef VMOE_DEVICE_CUDA
-// Calls body(stream) with the device of `tensor` current and the stream that torch uses there;
-// `others` must be on that device too. A launch that failed is an error.
+// Calls body(stream) while the device of `tensor` is the current device; `stream` is torch's
+// current stream on it. Throws if one of `others` is on another device, or if a launch in body
+// failed.
 template <typename Body>
 void on_device(
     const char* op, const Tensor& tensor, std::initializer_list<Tensor> others, Body&& body) {
@@ -179,7 +184,7 @@ void on_device(
   for (const Tensor& other : others) {
     STD_TORCH_CHECK(
         other.is_cuda() && other.get_device_index() == device, op,
-        ": not all tensors are on cuda:", device);
+        ": all tensors must be on cuda:", device);
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
@@ -188,16 +193,17 @@ void on_device(
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Memory for one call: torch's allocator gives it back in the stream's order, also while a CUDA
-// graph is captured.
+// Scratch memory for one call. torch's allocator reuses it in the order of the stream, also while a
+// CUDA graph is captured.
 inline Tensor workspace(const Tensor& like, size_t bytes) {
   return empty({static_cast<int64_t>(bytes)}, like, ScalarType::Byte);
 }
 
 namespace device = cuda;
 
-// Calls body(where...) with the last arguments of a kernel on whole rows: on CUDA the stream, on a
-// CPU ranges [begin, end) of the rows, in parallel. All tensors must be on the device of the first.
+// Calls body(where...), where `where` is the last arguments of a kernel for rows. On CUDA it is the
+// stream, in one call. On a CPU it is a range [begin, end) of the rows, in parallel calls;
+// `elements_each` is the work per row. Throws if the tensors are not on one CUDA device.
 template <typename Body>
 void each_row(
     const char* op, int64_t, int64_t, std::initializer_list<Tensor> tensors, Body&& body) {

@@ -1,5 +1,5 @@
-// grouped_mlp on a CPU -- blocks of filled rows, whose hidden rows stay in cache between two
-// products.
+// grouped_mlp on a CPU -- computes blocks of filled rows, so small that the hidden rows of a block
+// stay in cache between the two products.
 #pragma once
 
 #include <atomic>
@@ -14,9 +14,9 @@
 namespace vmoe {
 namespace {
 
-// Rows of a product. Forward: few, so that the hidden rows stay in cache from one product to
-// the next. Backward: many, since every block adds to the whole gradient of the weights;
-// there the hidden columns are cut instead.
+// Rows per block. The forward has few, so that the hidden rows stay in cache from one product to
+// the next. The backward has many, because every block adds to the whole gradient of the weights.
+// There the hidden rows are divided into columns instead, to stay in cache.
 constexpr int64_t kRows = 128, kRowsBackward = 1024, kColumnsBackward = 384;
 
 FilledRows rows_of(const ExpertMlps& mlp) {
@@ -24,8 +24,9 @@ FilledRows rows_of(const ExpertMlps& mlp) {
   return {read_or_null<int32_t>(mlp.filled), mlp.E, mlp.G, C};
 }
 
-// body(task, scratch) for every task, in parallel; whoever is free takes the next one, since
-// experts are not equally busy. What a task computes does not depend on who does.
+// Calls body(task, scratch) for every task, in parallel. A thread takes the next task when it has
+// finished one, because experts have different numbers of rows. The result does not depend on which
+// thread runs a task.
 template <typename T, typename Body>
 void each_task(int64_t tasks, int64_t scratch_elements, const Tensor& like, Body&& body) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -43,7 +44,8 @@ struct Block {
   int64_t expert, begin, end;  // filled rows [begin, end) of the expert
 };
 
-// About `size` rows each: a short rest goes with the last block.
+// Divides the filled rows of every expert into blocks of `size` rows. The last block of an expert
+// has up to 1.5 * size rows.
 std::vector<Block> blocks_of(const FilledRows& rows, int64_t E, int64_t size) {
   std::vector<Block> blocks;
   for (int64_t e = 0; e < E; ++e) {
@@ -62,7 +64,8 @@ int64_t most_rows(const std::vector<Block>& blocks) {
   return most;
 }
 
-// An expert's rows of a block: where they lie if no gap is between them, else copied to `to`.
+// The rows of a block, from the matrix `expert` [N, columns] of its expert. Returns a pointer into
+// `expert` if the rows are contiguous, else copies them to `to`.
 template <typename T>
 const T* gather(
     const FilledRows& rows, const Block& block, const T* expert, int64_t columns, T* to) {
@@ -74,7 +77,8 @@ const T* gather(
   return to;
 }
 
-// The way back: the rows of a block, plus a bias (or null), to their places.
+// The inverse of gather: writes the rows of a block, plus a bias if not null, to the matrix
+// `expert` [N, columns]. `from` may be in that matrix.
 template <typename T>
 void scatter(
     const FilledRows& rows, const Block& block, const T* from, const T* bias, int64_t columns,
@@ -86,13 +90,15 @@ void scatter(
   });
 }
 
-// Where the products of a block may be written at once; else `scratch`, to be scattered.
+// Memory for the rows of a block: in the matrix `expert` if the rows are contiguous there, else
+// `scratch`. scatter() then copies them.
 template <typename T>
 T* place(const FilledRows& rows, const Block& block, T* expert, int64_t columns, T* scratch) {
   const int64_t joined = rows.joined(block.expert, block.begin, block.end);
   return joined >= 0 ? expert + joined * columns : scratch;
 }
 
+// Sets the rows of `out` that are not filled to 0.
 template <typename T>
 void clear_gaps(const FilledRows& rows, const ExpertMlps& mlp, int64_t columns, const Tensor& out) {
   parallel(mlp.E, mlp.N * columns, [&](int64_t begin, int64_t end) {
@@ -110,7 +116,7 @@ const T* at(const std::optional<Tensor>& bias, int64_t i) {
   return bias ? read<T>(*bias) + i : nullptr;
 }
 
-// `hidden` without rows: it is not kept.
+// If `hidden` has no rows, it is not kept.
 void run_forward(
     const ExpertMlps& mlp, const std::optional<Tensor>& b2, const Tensor& y, const Tensor& hidden) {
   const int64_t E = mlp.E, N = mlp.N, D = mlp.D, F = mlp.F, out = mlp.out;
@@ -142,7 +148,7 @@ void run_forward(
   });
 }
 
-// `hidden` without rows: it is computed once more.
+// If `hidden` has no rows, it is computed again.
 void run_backward(
     const ExpertMlps& mlp, const Tensor& grad, const Tensor& hidden, const ExpertMlpGradients& to) {
   const int64_t E = mlp.E, N = mlp.N, D = mlp.D, F = mlp.F, out = mlp.out;
@@ -154,8 +160,8 @@ void run_backward(
   for (const Block& block : blocks) first_block[block.expert + 1] += 1;
   std::partial_sum(first_block.begin(), first_block.end(), first_block.begin());
 
-  // A task is an expert; where experts are few, a part of its hidden columns, and every part
-  // makes a sum of its own for to.x.
+  // A task is an expert or, if there are few experts for the threads, a part of the hidden columns
+  // of an expert. With several parts, each part has a partial sum of the gradient of x.
   const int64_t width = std::min(F, kColumnsBackward);
   const int64_t chunks = F > 0 ? (F + width - 1) / width : 1;
   const int64_t threads = torch::stable::get_num_threads();

@@ -1,5 +1,5 @@
-// product on a CPU -- loops over groups around products that each run on the calling thread
-// (../../cpu/product.h): what one makes stays in that thread's cache for the next step.
+// product on a CPU -- parallel loops over groups. The products inside (../../cpu/product.h) run on
+// the calling thread, so that their results stay in its cache for the next step.
 #pragma once
 
 #include "../../cpu/product.h"
@@ -7,14 +7,14 @@
 
 namespace vmoe {
 
-// How many groups a thread takes at a time: small ones together, so that the calls do not
-// outweigh the work, as far as their elements stay in its cache.
+// Number of groups that a thread computes at a time: as many as have 2^17 elements in all, which
+// should stay in its cache, and at least 1. Several small groups share the cost of a call.
 inline int64_t groups_together(int64_t elements_each) {
   return std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, elements_each));
 }
 
-// body(first, count) for every such run of groups. The runs are the same whatever the
-// number of threads.
+// Calls body(first, count) for runs of groups_together groups, in parallel. The runs do not depend
+// on the number of threads.
 template <typename Body>
 void parallel_runs(int64_t groups, int64_t elements_each, Body&& body) {
   const int64_t together = groups_together(elements_each);

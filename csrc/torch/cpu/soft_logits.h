@@ -1,5 +1,5 @@
-// soft_logits on a CPU -- groups in parallel: a product, and its rows scaled while they are in
-// cache.
+// soft_logits on a CPU -- groups in parallel. A thread computes the product of some groups, and
+// scales its rows while they are in cache.
 #pragma once
 
 #include "../../cpu/buffer.h"
@@ -23,8 +23,10 @@ void run_forward(const SoftLogits& product, const Tensor& logits) {
   });
 }
 
-// Returns phi's gradient. It is a sum over groups: in at most kParts parts whatever the number of
-// threads, each with a total of its own, added in order. A part is worth a call or more.
+// Writes the gradient of x to grad_x and returns the gradient of phi, which is a sum over groups.
+// The groups are divided into up to kParts parts with a total each, and the totals are added in
+// order. The number of parts does not depend on the number of threads, and so neither does the
+// result.
 Tensor run_backward(const SoftLogits& product, const Tensor& grad, const Tensor& grad_x) {
   const int64_t G = product.G, tokens = product.tokens, D = product.D, S = product.S;
   constexpr int64_t kParts = 16;
@@ -52,7 +54,7 @@ Tensor run_backward(const SoftLogits& product, const Tensor& grad, const Tensor&
       }
     });
   });
-  const std::vector<int64_t> axes{0};  // outlives the call, which keeps a reference
+  const std::vector<int64_t> axes{0};  // named, because sum() keeps a reference to it
   return torch::stable::sum(totals, axes);
 }
 

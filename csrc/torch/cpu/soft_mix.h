@@ -1,4 +1,5 @@
-// soft_mix on a CPU -- groups in parallel: a group's softmax, and its product on the same thread.
+// soft_mix on a CPU -- groups in parallel. The softmax and the product of a group run on the same
+// thread.
 #pragma once
 
 #include <cstring>
@@ -10,18 +11,20 @@
 namespace vmoe {
 namespace {
 
-// Slots are stored as the experts take them, [E, G, C, D]; a group's products take them in one
-// piece, [S, D]. Copied by the thread that multiplies them they need no tensor between.
+// Copies slots [E, G, C, D], the order in which experts read them, to rows [S, D] of one group, the
+// order in which products read them, and back. The thread that multiplies them copies them, so no
+// tensor for the rows of all groups is needed.
 template <typename T>
 struct SlotRows {
   int64_t E, G, C, D;
 
-  // Groups [first, first + count) to rows [count, S, D].
+  // Copies the slots of the groups [first, first + count) to rows [count, S, D].
   void take(const T* slots, int64_t first, int64_t count, T* rows) const {
     each(first, count, [&](int64_t slot, int64_t row) {
       memcpy(rows + row, slots + slot, C * D * sizeof(T));
     });
   }
+  // The inverse of take.
   void put(const T* rows, int64_t first, int64_t count, T* slots) const {
     each(first, count, [&](int64_t slot, int64_t row) {
       memcpy(slots + slot, rows + row, C * D * sizeof(T));
@@ -29,7 +32,7 @@ struct SlotRows {
   }
 
  private:
-  // body(offset in slots, offset in rows) of every expert's C slots of a group.
+  // Calls body(offset in slots, offset in rows) for the C slots of every expert in every group.
   template <typename Body>
   void each(int64_t first, int64_t count, Body&& body) const {
     if (C * D == 0) return;

@@ -1,5 +1,5 @@
-// grouped_mlp on CUDA -- torch's batched products over all rows, filled or not: docs/cuda.md
-// compares them with grouped products over the filled rows alone.
+// grouped_mlp on CUDA -- torch's batched products over all rows, also those that are not filled.
+// docs/cuda.md compares this with grouped products over the filled rows alone.
 #pragma once
 
 #include "../grouped_mlp.h"
@@ -14,7 +14,7 @@ cuda::ExpertRows rows_of(const ExpertMlps& mlp) {
   return {read_or_null<int32_t>(mlp.filled), mlp.E, mlp.N, mlp.G};
 }
 
-// `hidden` without rows: it is not kept, and the activations take its place.
+// If `hidden` has no rows it is not kept: the activations then overwrite it.
 void run_forward(
     const ExpertMlps& mlp, const std::optional<Tensor>& b2, const Tensor& y, const Tensor& hidden) {
   const Tensor& x = mlp.x;
@@ -36,7 +36,7 @@ void run_forward(
   });
 }
 
-// `hidden` without rows: it is computed once more.
+// If `hidden` has no rows it is computed again.
 void run_backward(
     const ExpertMlps& mlp, const Tensor& grad, const Tensor& hidden, const ExpertMlpGradients& to) {
   const Tensor& x = mlp.x;
@@ -52,7 +52,8 @@ void run_backward(
     on_device("grouped_mlp_backward", x, others, [&](auto stream) {
       Tensor grad_y = grad;
       if (to.of_weights) {
-        // What comes back for rows that are not filled may be infinite: it stays out of w2's sum.
+        // The gradient of rows that are not filled may be infinite, which must not reach the
+        // gradient of w2: sum_rows copies the gradient with zeros in these rows.
         if (mlp.filled) grad_y = empty({mlp.E, mlp.N, mlp.out}, x);
         const Tensor memory = workspace(x, cuda::sum_workspace<Row>(rows, mlp.out));
         cuda::sum_rows(

@@ -1,9 +1,9 @@
-// product on CUDA -- torch's matrix products, cuBLAS, on the current device and torch's stream
-// there.
+// product on CUDA -- torch's matrix products (cuBLAS), on the current device and its current
+// stream.
 //
-// They follow torch's settings (TF32, sums of 16-bit products). Autocast does not touch them: the
-// shims do not go through the dispatcher, and it does not know the products that choose their
-// dtype.
+// They obey torch's settings (TF32, reduced-precision sums of 16-bit products). They ignore
+// autocast: aoti_torch_cuda_mm_out and bmm_out do not go through the dispatcher, and autocast has
+// no rule for the overload dtype_out.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
@@ -12,8 +12,8 @@
 
 namespace vmoe {
 
-// out = a b, of matrices or of as many matrices. Of factors in 16 bits out may be float32: the
-// sums.
+// out = a b, for matrices or for batches of matrices. If a and b have 16 bits, `out` may be
+// float32: the sums of the products are then not rounded to 16 bits.
 inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   const bool matrices = out.dim() == 2;
   if (out.scalar_type() == a.scalar_type()) {

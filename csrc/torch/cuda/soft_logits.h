@@ -1,4 +1,5 @@
-// soft_logits on CUDA -- torch's products over all tokens, between our kernels.
+// soft_logits on CUDA -- one product by torch over the tokens of all groups, and our kernels before
+// and after it.
 #pragma once
 
 #include "../../common/row_stride.h"
@@ -32,7 +33,7 @@ void run_forward(const SoftLogits& product, const Tensor& logits) {
   });
 }
 
-// Returns phi's gradient.
+// Writes the gradient of x to grad_x and returns the gradient of phi.
 Tensor run_backward(const SoftLogits& product, const Tensor& grad, const Tensor& grad_x) {
   const int64_t rows = product.G * product.tokens, D = product.D, S = product.S;
   const Tensor &x = product.x, &phi = product.phi;
@@ -47,7 +48,7 @@ Tensor run_backward(const SoftLogits& product, const Tensor& grad, const Tensor&
       if constexpr (kHalf<Row>) {
         Tensor parts = empty({D, 2 * stride}, x);
         cuda::soft_logits_parts(read<T>(phi), write<Row>(parts), D, S, stream);
-        factor = narrow(parts, 1, 0, S);  // the high one
+        factor = narrow(parts, 1, 0, S);  // the high part of phi
       }
       scaled = narrow(scaled, 1, 0, S);
       multiply(grad_phi, transpose(flatten(x, 0, 1), 0, 1), scaled);

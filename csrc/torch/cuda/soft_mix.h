@@ -1,5 +1,5 @@
-// soft_mix on CUDA -- one kernel for softmax and product for the shapes that it takes, else our
-// softmax and torch's batched products over all groups.
+// soft_mix on CUDA -- our kernel for softmax and product together (soft_mix_product) for the shapes
+// that it serves; for other shapes our softmax, and torch's batched product over all groups.
 #pragma once
 
 #include "../../common/row_stride.h"
@@ -12,8 +12,9 @@ namespace {
 using torch::stable::narrow;
 using torch::stable::transpose;
 
-// Slots are stored as the experts take them, [E, G, C, D]; a product takes those of a group in one
-// piece, [G, S, D]: in place where one stride leads from slot to slot, else copied.
+// Converts slots [E, G, C, D], the order in which experts read them, to rows [G, S, D], the order
+// in which products read them, and back. If the distance between adjacent slots of a group is
+// constant, the rows are a view of the slots. Else they are copied.
 template <typename Row>
 struct SlotRows {
   int64_t E, G, C, D;
@@ -21,16 +22,18 @@ struct SlotRows {
 
   bool in_place() const { return E == 1 || G == 1 || C == 1; }
 
+  // The rows of these slots.
   Tensor take(const Tensor& slots) const {
     if (in_place()) return view(slots);
     const Tensor rows = empty({G, E * C, D}, slots);
     cuda::soft_mix_rows(read<Row>(slots), write<Row>(rows), G, E, C, D, stream);
     return rows;
   }
-  // Where the rows go that become these slots.
+  // Memory for rows that put() writes to these slots.
   Tensor room(const Tensor& slots) const {
     return in_place() ? view(slots) : empty({G, E * C, D}, slots);
   }
+  // Writes the rows, which are in room(slots), to the slots.
   void put(const Tensor& rows, const Tensor& slots) const {
     if (in_place()) return;
     cuda::soft_mix_slots(read<Row>(rows), write<Row>(slots), G, E, C, D, stream);
@@ -46,7 +49,7 @@ struct SlotRows {
   }
 };
 
-// Room for the weights [G, T, S], with rows as the products load them best.
+// Memory for the weights [G, T, S], whose rows are aligned to 16 bytes (common/row_stride.h).
 template <typename Row>
 Tensor empty_weights(const SoftMix& mix) {
   Tensor weights = empty({mix.G, mix.tokens, row_stride<Row>(mix.S())}, mix.values);
