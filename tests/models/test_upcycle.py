@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import GatedMlp, GluMlp, Mlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -194,7 +195,7 @@ def test_models_of_timm_start_where_they_were(name, patch, tmp_path):
 def test_its_own_models_too():
     model = vit_moe(**TINY, router=None)
     assert isinstance(upcycle(model, router="soft", num_experts=2).blocks[3].mlp, vr.MoEMlp)
-    with pytest.raises(TypeError, match=r"blocks\[2\]\.mlp must be timm's Mlp, .*, got MoEMlp"):
+    with pytest.raises(TypeError, match=r"blocks\[2\]\.mlp must be an MLP of linear layers .*, got MoEMlp"):
         upcycle(model, router="soft", num_experts=2)
 
 
@@ -208,6 +209,15 @@ def convolutions(model):
 
 def adapted(model):
     model.blocks[3].mlp.fc2 = nn.Sequential(model.blocks[3].mlp.fc2)
+
+
+class Residual(Mlp):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def residual(model):
+    model.blocks[3].mlp = Residual(16, 32)
 
 
 def normed(model):
@@ -224,9 +234,10 @@ def half_biased(model):
 
 
 @pytest.mark.parametrize(("change", "options", "error", "words"), [
-    (gmlp, {}, TypeError, r"blocks\[3\]\.mlp must be timm's Mlp, GluMlp or SwiGLU of linear layers, got GatedMlp"),
-    (convolutions, {}, TypeError, r"blocks\[3\]\.mlp must be timm's .* of linear layers, got GluMlp"),
-    (adapted, {}, TypeError, r"blocks\[3\]\.mlp must be timm's .* of linear layers, got Mlp"),
+    (gmlp, {}, TypeError, r"blocks\[3\]\.mlp must be an MLP of linear layers of timm, .*, got GatedMlp"),
+    (convolutions, {}, TypeError, r"blocks\[3\]\.mlp must be an MLP of linear layers .*, got GluMlp"),
+    (adapted, {}, TypeError, r"blocks\[3\]\.mlp must be an MLP of linear layers .*, got Mlp"),
+    (residual, {}, TypeError, r"blocks\[3\]\.mlp \(Residual\) computes something else than its layers in order"),
     (normed, {}, ValueError, r"blocks\[3\]\.mlp has a RmsNorm inside, wanted a LayerNorm or no norm"),
     (two_rates, {}, ValueError, "two dropout rates, 0.1 and 0.2"),
     (half_biased, {}, ValueError, r"blocks\[3\]\.mlp has a bias in one of fc1_g and fc1_x"),
@@ -247,5 +258,34 @@ def test_refuses_and_leaves_the_model(change, options, error, words):
 
 
 def test_refuses_other_models():
-    with pytest.raises(TypeError, match=r"model must have transformer blocks as model\.blocks, got Linear"):
+    with pytest.raises(TypeError, match=r"must have transformer blocks, a list of modules with .* got Linear"):
         upcycle(nn.Linear(2, 2), router="soft", num_experts=2)
+    with pytest.raises(ValueError, match=r"has blocks at 0\.blocks, 1\.blocks; give the module around one of them"):
+        upcycle(nn.Sequential(dense(), dense()), router="soft", num_experts=2)
+
+
+@pytest.mark.parametrize("router", SPARSE)
+def test_models_of_torchvision_start_where_they_were(router):
+    torch.manual_seed(0)
+    sizes = {"image_size": 12, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_dim": 24, "mlp_dim": 48}
+    model = torchvision.models.VisionTransformer(**sizes, dropout=0.1, num_classes=5).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    x = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        wanted = model(x)
+        sparse = upcycle(copy.deepcopy(model), blocks=[0, 1], **whole(router))
+        torch.testing.assert_close(sparse(x), wanted, rtol=0, atol=1e-5)
+    sparse.train()(x).sum().backward()
+    layer = sparse.eval().encoder.layers[1].mlp
+    assert layer.router.weight.grad is not None and layer.experts.w1.grad.any()
+    with torch.no_grad():
+        assert layer.experts.drop.p == 0.1 and type(layer.experts.act) is nn.GELU
+        layer.experts.w2.zero_()
+        assert not torch.allclose(sparse(x), wanted, rtol=0, atol=1e-3)
+
+
+def test_tokens_of_a_torchvision_model():
+    with torch.device("meta"):
+        model = upcycle(torchvision.models.vit_b_16(), router="soft", num_experts=8, capacity_factor=1.0)
+    assert model.encoder.layers[-1].mlp.router.slots_per_expert == round(197 / 8)

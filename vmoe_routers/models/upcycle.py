@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from timm.layers.mlp import GluMlp, Mlp, SwiGLU
-from torch import Tensor, nn
+from torch import nn
 
+from vmoe_routers.models.dense import find_blocks, parts_of
 from vmoe_routers.models.vit import moe_block_indices, needs_num_tokens
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.routers import ROUTERS, RouterFactory
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# timm's MLPs that can become experts, with the names of their linear layers.
-_LINEAR: dict[type[nn.Module], tuple[str, ...]] = {
-    Mlp: ("fc1", "fc2"),
-    GluMlp: ("fc1", "fc2"),
-    SwiGLU: ("fc1_g", "fc1_x", "fc2"),
-}
 
 
 @torch.no_grad()
@@ -51,8 +43,10 @@ def upcycle(
     outputs differ from the start, because its experts compute mixtures of tokens.
 
     Args:
-        model: A VisionTransformer or Eva of timm, or another model whose ``blocks[i].mlp`` is timm's `Mlp`, `GluMlp`
-            (also as `SwiGLUPacked`) or `SwiGLU`, with a LayerNorm inside or no norm: DeiT, DINOv2, DINOv3, EVA-02, ...
+        model: A vision transformer of timm (ViT, DeiT, DINOv2, DINOv3, EVA-02, ...), of torchvision, or of Hugging Face
+            transformers 5.10 or later (ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP): a model with one list of blocks whose
+            `mlp` is an MLP of that package, gated or not, with a LayerNorm inside or no norm. For a model of several
+            towers give the vision tower: ``upcycle(clip.vision_model, ...)``.
         router: One of `vmoe_routers.ROUTERS`, or a function ``(dim, num_experts)`` that makes a router, called once per
             MoE layer.
         num_experts: E.
@@ -66,8 +60,8 @@ def upcycle(
         `model`.
 
     Raises:
-        TypeError, ValueError: blocks or MLPs of another kind (convolutions, another norm than LayerNorm), or options
-            that do not fit. The model is then as it was.
+        TypeError, ValueError: no blocks or several lists of them, MLPs of another kind (convolutions, another norm than
+            LayerNorm), or options that do not fit. The model is then as it was.
     """
     check = Check("upcycle")
     if not callable(router) or isinstance(router, nn.Module):
@@ -77,15 +71,15 @@ def upcycle(
     noise = check.number("noise", noise, zero=True)
     if "experts" in router_options:
         raise TypeError("upcycle: experts is not an option: they are copies of the model's MLPs")
-    found = getattr(model, "blocks", None)
-    if not isinstance(found, (nn.Sequential, nn.ModuleList)) or not len(found):
-        raise TypeError(f"upcycle: model must have transformer blocks as model.blocks, got {type(model).__name__}")
+    name, found = find_blocks(model)
     if needs_num_tokens(router, router_options):
         router_options["num_tokens"] = group_size * _tokens(model)
     chosen = moe_block_indices(len(found), blocks)
-    layers = [_layer(found[i], f"blocks[{i}]", router, num_experts, group_size, noise, router_options) for i in chosen]
+    layers = [_layer(found[i], f"{name}[{i}]", router, num_experts, group_size, noise, router_options) for i in chosen]
     for i, layer in zip(chosen, layers, strict=True):
         found[i].mlp = layer
+        if type(found[i]).__module__.startswith("transformers."):
+            found[i].register_forward_pre_hook(_refuse_mask, with_kwargs=True)
     config: Any = getattr(model, "moe_config", None)
     if config is not None and config["router"] is None:  # describe the upcycled model
         moe = {"router": router, "num_experts": num_experts, "moe_blocks": list(chosen), "group_size": group_size}
@@ -93,11 +87,22 @@ def upcycle(
     return model
 
 
+def _refuse_mask(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses the padding mask of a block of transformers, which does not reach the block's MLP."""
+    if kwargs.get("attention_mask") is not None or (len(args) > 1 and args[1] is not None):
+        raise ValueError(
+            f"{type(block).__name__}: attention_mask must be None after upcycle: the MoE layer would route padding"
+        )
+
+
 def _tokens(model: nn.Module) -> int:
+    if hasattr(model, "seq_length"):  # torchvision
+        return model.seq_length  # type: ignore[return-value]
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if patches is None:
         raise ValueError(
-            "upcycle: capacity_factor of Soft MoE needs num_tokens, because the model has no patch_embed.num_patches"
+            "upcycle: capacity_factor of Soft MoE needs num_tokens, the tokens of a group with class token and "
+            f"registers, because {type(model).__name__} does not have their number"
         )
     return patches + getattr(model, "num_prefix_tokens", 0)
 
@@ -107,26 +112,14 @@ def _layer(
 ) -> MoEMlp:
     """Makes the MoE layer that replaces the MLP of a block."""
     mlp: Any = getattr(block, "mlp", None)
-    linear = [getattr(mlp, name) for name in _LINEAR.get(type(mlp), ())]
-    if not linear or not all(isinstance(module, nn.Linear) for module in linear):
-        raise TypeError(
-            f"upcycle: {where}.mlp must be timm's Mlp, GluMlp or SwiGLU of linear layers, got {type(mlp).__name__}"
-        )
-    norm = None if isinstance(mlp.norm, nn.Identity) else mlp.norm
-    if norm is not None and not isinstance(norm, nn.LayerNorm):
-        raise ValueError(f"upcycle: {where}.mlp has a {type(norm).__name__} inside, wanted a LayerNorm or no norm")
-    if mlp.drop1.p != mlp.drop2.p:
-        raise ValueError(f"upcycle: {where}.mlp has two dropout rates, {mlp.drop1.p} and {mlp.drop2.p}, wanted one")
-    weights, biases = _before_activation(mlp)
-    if len({bias is None for bias in biases}) > 1:
-        raise ValueError(f"upcycle: {where}.mlp has a bias in one of fc1_g and fc1_x, wanted in both or none")
-    second = mlp.fc2
+    parts = parts_of(mlp, where)
+    weights, biases, second, norm = parts.weights, parts.biases, parts.second, parts.norm
     layer: Any = MoEMlp(
-        linear[0].in_features,
+        weights[0].shape[1],
         second.in_features,
         second.out_features,
-        act_layer=lambda: copy.deepcopy(mlp.act),
-        drop=mlp.drop1.p,
+        act_layer=parts.activation,
+        drop=parts.drop,
         num_experts=num_experts,
         router=router,
         group_size=group_size,
@@ -153,14 +146,3 @@ def _layer(
             ours = experts.norm.get_parameter(name)
             ours.copy_(theirs.expand_as(ours))
     return layer
-
-
-def _before_activation(mlp: Any) -> tuple[list[Tensor], list[Any]]:
-    """Finds the weights [F, D] and biases ([F] or None) before the activation: one of each, or gate and value."""
-    if isinstance(mlp, SwiGLU):
-        return [mlp.fc1_g.weight, mlp.fc1_x.weight], [mlp.fc1_g.bias, mlp.fc1_x.bias]
-    weight, bias = mlp.fc1.weight, mlp.fc1.bias
-    if not isinstance(mlp, GluMlp):
-        return [weight], [bias]
-    order = -1 if mlp.gate_last else 1
-    return list(weight.chunk(2))[::order], ([None, None] if bias is None else list(bias.chunk(2))[::order])
