@@ -1,4 +1,4 @@
-"""The training loop: batches, learning rates, weight decay, and evaluation."""
+"""The training loop: batches, learning rates, weight decay."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import nn
 
 import vmoe_routers as vr
 from vmoe_routers.models import vit_moe
-from vmoe_routers.training import Images, Recipe, evaluate, train
+from vmoe_routers.training import Images, Recipe, train
 from vmoe_routers.training.loop import _optimizer, _schedule, random_shift
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,26 +159,3 @@ def test_random_shift():
     assert torch.equal(shifted, random_shift(images, 2, torch.Generator().manual_seed(0)))
     assert not torch.equal(shifted, random_shift(images, 2, generator))
     assert torch.equal(random_shift(images, 0, generator), images)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
-def test_evaluate_counts_every_image_once(batch_size):
-    model, images = Linear(), data()
-    model.train()
-    accuracy, loss = evaluate(model, images.test_images, images.test_labels, batch_size)
-    sizes = [len(x) for x in model.seen]
-    logits = model.head(images.test_images.flatten(1) / 20).detach()
-    assert accuracy == pytest.approx(float((logits.argmax(1) == images.test_labels).float().mean()))
-    assert loss == pytest.approx(float(F.cross_entropy(logits, images.test_labels)))
-    assert sum(sizes) == 11 and max(sizes) <= batch_size
-    assert not model.training and torch.equal(torch.cat(model.seen), images.test_images)
-
-
-@pytest.mark.parametrize("router", vr.ROUTERS)
-def test_evaluate_takes_a_rest_that_is_no_whole_group(router):
-    model, images = tiny(router), data(test=7)
-    nn.init.normal_(model.head.weight)
-    _, loss = evaluate(model, images.test_images, images.test_labels, 4)
-    # Groups of two, the last image alone; however they are put into batches.
-    assert loss == pytest.approx(evaluate(model, images.test_images, images.test_labels, 6)[1], rel=1e-5)
-    assert math.isfinite(loss)

@@ -19,7 +19,7 @@ class Usage(NamedTuple):
         filled: [G, E], filled slots of every expert.
         gates: [G, T, E], the weight of every expert in every token's output.
         dropped: [G, T] bool, True = a token that no expert took.
-        requests: Number of requests, and number of requests that got a slot; None if tokens make no requests.
+        requests: [G] and [G], the number of requests and of requests that got a slot; None if tokens make no requests.
     """
 
     load: Tensor
@@ -45,20 +45,25 @@ def metrics(routing: Routing) -> dict[str, Tensor]:
         load, filled, gates, dropped, requests = routing.usage()
         total = load.sum(0)
         mean = total.mean().clamp(min=torch.finfo(total.dtype).tiny)
-        share = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
         slots = routing.num_groups * routing.num_experts * routing.capacity
         values = {
             "load": load,
             "utilisation": filled.sum() / max(slots, 1),
             "load_cv": total.std(correction=0) / mean,
-            "entropy": _mean_over_tokens(-torch.xlogy(share, share).sum(-1), routing.mask),
+            "entropy": _mean_over_tokens(entropy(gates), routing.mask),
             "dropped": _mean_over_tokens(dropped.to(load.dtype), routing.mask),
             "dead_experts": (total == 0).sum(),
         }
         if requests is not None:
-            asked, given = requests
+            asked, given = (count.sum() for count in requests)
             values["dropped_requests"] = (asked - given) / asked.clamp(min=1)
         return values
+
+
+def entropy(gates: Tensor) -> Tensor:
+    """Computes the entropy in nats over the experts, [G, T], of a token's gates [G, T, E], divided by their sum."""
+    share = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+    return -torch.xlogy(share, share).sum(-1)
 
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -199,7 +199,7 @@ class SparseRouting(_Sparse, Routing):
         load = (self.token >= 0).sum(-1)
         requests = None
         if self.expert is not None and self.slot is not None:
-            requests = (self.expert >= 0).sum(), (self.slot >= 0).sum()
+            requests = (self.expert >= 0).sum((1, 2)), (self.slot >= 0).sum((1, 2))
         dropped = self.offsets.diff(dim=1) == 0
         return Usage(load.to(self.gate.dtype), load, self.weights, dropped, requests)
 

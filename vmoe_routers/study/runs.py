@@ -10,14 +10,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vmoe_routers import inspect
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
-from vmoe_routers.moe import MoEMlp
 from vmoe_routers.study.records import evaluated_epochs
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
-from vmoe_routers.training import Images, evaluate, few_shot_accuracy, train
+from vmoe_routers.training import Evaluation, Images, evaluate_model, few_shot_accuracy, train
 
 
 def run(
@@ -33,71 +31,32 @@ def run(
     # The largest multiple of the group size up to 512, or one group.
     batch = max(settings.group_size, 512 // settings.group_size * settings.group_size)
     epochs: list[dict[str, float]] = []
+    evaluations: list[Evaluation] = []
 
     def after(epoch) -> None:
         if epoch.epoch in evaluated_epochs(settings.epochs):
-            accuracy, loss = evaluate(model, data.test_images, data.test_labels, batch)
-            epochs.append({**asdict(epoch), "accuracy": accuracy, "loss": loss})
+            batches = zip(data.test_images.split(batch), data.test_labels.split(batch), strict=True)
+            evaluation = evaluate_model(model, batches, data.num_classes)
+            evaluations.append(evaluation)
+            epochs.append({**asdict(epoch), "accuracy": evaluation.top1, "loss": evaluation.loss})
         on_epoch()
 
     steps = train(model, data, settings.recipe(seed), after)
-    statistics_of = _LayerStatistics(model.eval())
-    for images in data.test_images.split(batch):
-        statistics_of.add(images)
     return {
         "variant": variant.describe(),
         "seed": seed,
         "epochs": epochs,
         "steps": steps,
         "cost": cost(model),
-        "layers": statistics_of.means(),
+        "layers": _layers(evaluations[-1]),
         "transfer": None if transfer is None else _transfer(model, transfer, batch, seed),
         **here_and_now(),
     }
 
 
-class _LayerStatistics:
-    """The metrics of the MoE layers, averaged over images that come in batches."""
-
-    def __init__(self, model: VisionTransformer):
-        self.model = model
-        self.images = 0
-        blocks = [i for i, block in enumerate(model.blocks) if isinstance(block.mlp, MoEMlp)]
-        self.sums: dict[int, dict[str, Tensor]] = {block: {} for block in blocks}
-
-    @torch.no_grad()
-    def add(self, images: Tensor) -> None:
-        """Runs the model, which must be in eval mode, on a batch and adds the metrics of its layers."""
-        self.images += len(images)
-        if not self.sums:
-            return
-        with inspect.record(self.model) as trace:
-            self.model(images.to(next(self.model.parameters()).device))
-        for block, sums in self.sums.items():
-            routings = trace.routings[f"blocks.{block}.mlp"]
-            # A last group that is smaller than the others has a separate routing.
-            total = sum(routing.num_groups * routing.num_tokens for routing in routings)
-            for routing in routings:
-                share = len(images) * routing.num_groups * routing.num_tokens / total
-                metrics = {name: value.double() for name, value in routing.metrics.items()}
-                load, utilisation = metrics.pop("load").sum(0), metrics.pop("utilisation")
-                slots = routing.num_groups * routing.num_experts * routing.capacity
-                found = {name: value * share for name, value in metrics.items()}
-                found |= {"load": load, "filled": utilisation * slots, "slots": load.new_tensor(slots)}
-                for name, value in found.items():
-                    sums[name] = sums[name] + value if name in sums else value
-
-    def means(self) -> list[dict[str, Any]]:
-        """One dict per layer: the loads per image and the means of the other metrics, over all images."""
-        layers = []
-        for block, sums in self.sums.items():
-            sums = dict(sums)
-            load, utilisation = sums.pop("load") / self.images, float(sums.pop("filled") / sums.pop("slots"))
-            layer = {name: float(value / self.images) for name, value in sums.items()} | {"utilisation": utilisation}
-            layer["load_cv"] = float(load.std(correction=0) / load.mean())
-            layer["dead_experts"] = int((load == 0).sum())
-            layers.append({"block": block, "load": load.tolist(), **layer})
-        return layers
+def _layers(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The metrics of the MoE layers, with the number of the block in place of the layer's name."""
+    return [{"block": int(name.split(".")[1]), **metrics} for name, metrics in evaluation.layers.items()]
 
 
 @torch.no_grad()

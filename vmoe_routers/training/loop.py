@@ -164,16 +164,3 @@ def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Ten
     which = torch.arange(count, device=images.device)
     # Indexing around a slice puts the indexed axes first: [N, height, width, channels].
     return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy, in eval mode."""
-    model.eval()
-    device = next(model.parameters()).device
-    right = loss = 0.0
-    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        logits, y = model(x.to(device)), y.to(device)
-        right += float((logits.argmax(-1) == y).sum())
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
-    return right / len(labels), loss / len(labels)
