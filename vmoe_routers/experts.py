@@ -48,10 +48,13 @@ class Experts(nn.Module):
         w1 [E, D, F], b1 [E, F], w2 [E, F, D'], b2 [E, D']: Xavier uniform (w_gate and w_value separately), biases
             0. With `glu`, w1 [E, D, 2F] and b1 [E, 2F].
         norm: an `ExpertsNorm`, or None.
+        local: set by `distributed.ExpertParallel`: maps a parameter, a DTensor, to the part of this rank.
 
     Raises:
         TypeError, ValueError: an argument out of range.
     """
+
+    local: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -115,8 +118,9 @@ class Experts(nn.Module):
         """Maps slots x [E, G, C, D] to [E, G, C, D'].
 
         Computes only the first `filled` [G, E] int32 slots of each buffer; the rest are zeros. None: computes all.
+        Under expert parallelism E is the number of experts of this rank.
         """
-        w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
+        w1, b1, w2, b2 = _on_this_rank(self, self.w1, self.b1, self.w2, self.b2)
         check = Check("Experts")
         check.floating("x", x, "E G C D")
         experts, groups, slots, width = x.shape
@@ -165,7 +169,10 @@ class ExpertsNorm(nn.Module):
 
     Attributes:
         weight, bias [E, F]: 1 and 0 at the start; None where `norm` has none.
+        local: as in `Experts`.
     """
+
+    local: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, num_experts: int, norm: nn.LayerNorm):
         super().__init__()
@@ -185,10 +192,11 @@ class ExpertsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes hidden values [E, N, F]."""
+        weight, bias = _on_this_rank(self, self.weight, self.bias)
         x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        if self.weight is not None:
-            x = x * self.weight.unsqueeze(1)
-        return x if self.bias is None else x + self.bias.unsqueeze(1)
+        if weight is not None:
+            x = x * weight.unsqueeze(1)
+        return x if bias is None else x + bias.unsqueeze(1)
 
 
 class ExpertList(nn.ModuleList):
@@ -270,6 +278,12 @@ def by_products(
     place = torch.arange(x.shape[1] // filled.shape[1], device=x.device)
     empty = (place >= filled.unsqueeze(2)).flatten(1)
     return y.masked_fill(empty.unsqueeze(2), 0)
+
+
+def _on_this_rank(module: Experts | ExpertsNorm, *parameters: Any) -> tuple[Any, ...]:
+    """Gives the parts of the parameters that this rank has: all of them, except under expert parallelism."""
+    local = module.local
+    return parameters if local is None else tuple(None if p is None else local(p) for p in parameters)
 
 
 def check_drop(check: Check, drop: object) -> float:

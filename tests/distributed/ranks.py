@@ -1,0 +1,95 @@
+"""Runs a function on several ranks: processes with a gloo group, forked from a server that has imported everything.
+
+A check gets fresh processes, which take a tenth of a second, so a failed check leaves nothing to later checks.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 120
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.checkpoint", "timm.task", "vmoe_routers.models", "vmoe_routers.distributed"]
+)
+
+
+def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Runs `function` on ranks 0 .. world - 1; world 0: in one process without a group.
+
+    Returns:
+        The result of each rank.
+
+    Raises:
+        AssertionError: A rank raised an error or died; the message has the traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(max(world, 1)):
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(
+                target=_rank, args=(there, str(Path(folder) / "store"), rank, world, function, args)
+            )
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        try:
+            return _collect(pipes)
+        finally:
+            for process in processes:
+                process.join(0.5)
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Any]) -> list[Any]:
+    results: dict[int, Any] = {}
+    end = time.monotonic() + SECONDS
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = multiprocessing.connection.wait(waiting, max(0.0, end - time.monotonic()))
+        assert ready, f"ranks {[pipes.index(pipe) for pipe in waiting]} did not end within {SECONDS} seconds"
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                error, results[rank] = pipe.recv()
+            except EOFError:
+                error = "the process died"
+            assert error is None, f"rank {rank}: {error}"
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(pipe: Any, store: str, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("error")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    try:
+        if world:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=SECONDS),
+            )
+        result = function(*args)
+        if world:
+            dist.destroy_process_group()
+        pipe.send((None, result))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))

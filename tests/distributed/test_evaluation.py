@@ -1,0 +1,56 @@
+"""padded_batches: every image counts once on any number of ranks, and the logits are those of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from models import vit
+from ranks import run
+
+from vmoe_routers.distributed import Meshes, padded_batches, parallelize, sum_over_ranks
+
+COUNTS = (1, 13, 27, 30)
+ROUTERS = ("softmax_token_choice", "softmax_expert_choice", "soft")
+
+
+@torch.no_grad()
+def evaluated() -> dict[str, list[float]]:
+    """Number of images, right answers and summed loss; and how far the logits of this rank are from one process."""
+    found = {}
+    for router in ROUTERS:
+        alone = vit(router, group_size=1).eval()
+        model = vit(router, group_size=1).eval()
+        if dist.is_initialized():
+            parallelize(model, Meshes.make("cpu", ep=2))
+        for count in COUNTS:
+            generator = torch.Generator().manual_seed(count)
+            images = torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+            labels = torch.randint(10, (count,), generator=generator)
+            wanted, sums, difference = alone(images), torch.zeros(3, dtype=torch.float64), 0.0
+            for index, real in padded_batches(count, 4):
+                logits, label = model(images[index]), labels[index]
+                loss = F.cross_entropy(logits, label, reduction="none")
+                sums += torch.stack([real.sum(), (logits.argmax(1) == label)[real].sum(), loss[real].sum()])
+                difference = max(difference, float((logits - wanted[index]).abs().max()))
+            found[f"{router} {count}"] = [*sum_over_ranks(sums).tolist(), difference]
+    return found
+
+
+def test_every_image_counts_once():
+    alone = run(0, evaluated)[0]
+    for found in run(4, evaluated):
+        for case, (count, right, loss, difference) in found.items():
+            assert count == int(case.split()[1]) == alone[case][0]
+            assert right == alone[case][1]
+            assert abs(loss - alone[case][2]) < 1e-10 * max(loss, 1)
+            assert difference < 1e-10
+
+
+def test_padded_batches_in_one_process():
+    batches = list(padded_batches(5, 2))
+    assert [index.tolist() for index, _ in batches] == [[0, 1], [2, 3], [4]]
+    assert all(real.all() for _, real in batches)
+    with pytest.raises(ValueError, match="padded_batches: images must be an int of at least 1, got 0"):
+        list(padded_batches(0, 2))

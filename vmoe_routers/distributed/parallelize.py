@@ -1,0 +1,171 @@
+"""parallelize: shards a model over all ranks, by expert parallelism and FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from vmoe_routers.distributed.expert_parallel import ExpertParallel, check_experts
+from vmoe_routers.distributed.meshes import Meshes
+from vmoe_routers.moe import MoEMlp
+
+Checkpointing = Literal["none", "exchange_saved", "full"]
+
+
+def parallelize(
+    model: nn.Module,
+    meshes: Meshes,
+    *,
+    blocks: Iterable[nn.Module] | None = None,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype = torch.float32,
+    reshard_after_forward: bool = True,
+    checkpointing: Checkpointing = "none",
+    compile: bool | dict[str, Any] = False,
+) -> nn.Module:
+    """Shards a model over all ranks, in place: expert parallelism, checkpointing, compilation and FSDP2, in this order.
+
+    After ``backward()`` the gradient of every parameter is the mean over all ranks, as in one process over the whole
+    batch. Make the optimizer afterwards. Clip with `vmoe_routers.distributed.clip_grad_norm_`.
+
+    Every rank must make the model from the same seed, or load the same values.
+
+    Args:
+        model: The model, not wrapped by DDP, on the CPU or its device.
+        meshes: The arrangement of the ranks. With ``ep > 1`` the experts of every `MoEMlp` are distributed.
+        blocks: The modules that are gathered, checkpointed and compiled one by one; None: ``model.blocks``.
+        param_dtype: Dtype of parameters and inputs in forward and backward, such as torch.bfloat16; None: theirs.
+            Routing computes in float32 from the rounded parameters.
+        reduce_dtype: Dtype in which gradients are summed over ranks, if `param_dtype` is given.
+        reshard_after_forward: True: the parameters of a block are gathered again in backward, which saves memory.
+        checkpointing: "none"; "full": each block runs again in backward; "exchange_saved": too, but the slots that
+            expert parallelism exchanged are kept instead of being sent again.
+        compile: Whether each block is compiled; a dict has arguments of `torch.compile`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: A model that cannot be sharded so. Nothing was changed then.
+    """
+    if checkpointing not in get_args(Checkpointing):
+        raise ValueError(f"parallelize: checkpointing must be one of {get_args(Checkpointing)}, got {checkpointing!r}")
+    replicated, ep = meshes.expert.size(0) > 1, meshes.expert.size(2)
+    placement = _placement(meshes) if ep > 1 else None
+    blocks = _checked(model, blocks, ep)
+    _check_equal(model, meshes)
+
+    layers = [module for module in model.modules() if isinstance(module, MoEMlp)]
+    for layer in layers if ep > 1 else []:
+        parallelize_module(layer, meshes.expert["ep"], {"experts": ExpertParallel(average=True)})
+    if checkpointing != "none":
+        blocks = [_checkpointed(model, block, checkpointing) for block in blocks]
+    if compile:
+        for block in blocks:
+            block.compile(**(compile if isinstance(compile, dict) else {}))
+    # With one replica the mesh has one axis, by which FSDP2 tells FSDP from HSDP.
+    mesh = meshes.dense if replicated else meshes.dense["dp_shard"]
+    policy = MixedPrecisionPolicy(param_dtype, None if param_dtype is None else reduce_dtype)
+    for block in blocks:
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=placement,
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _checked(model: nn.Module, blocks: Iterable[nn.Module] | None, ep: int) -> list[nn.Module]:
+    """Checks that the model can be sharded, and lists its blocks."""
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError("parallelize: model must not be wrapped by DistributedDataParallel; give its attribute module")
+    if blocks is None:
+        blocks = getattr(model, "blocks", None)
+        if blocks is None:
+            raise ValueError(f"parallelize: {type(model).__name__} has no attribute blocks, wanted the argument blocks")
+    blocks = list(blocks)
+    inside = {module for block in blocks for module in block.modules()}
+    if not blocks or not inside <= set(model.modules()):
+        raise ValueError(f"parallelize: blocks must be modules of the model, got {len(blocks)} modules")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise ValueError(f"parallelize: a parameter must have an axis to be sharded, got the scalar {name}")
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"parallelize: the model must not be sharded yet, but {name} is a DTensor")
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoEMlp) and ep > 1:
+            check_experts(f"parallelize: {name}", layer.experts, ep)
+            if layer not in inside:
+                raise ValueError(f"parallelize: every MoEMlp must be in one of blocks, got {name} outside of them")
+    return blocks
+
+
+def _check_equal(model: nn.Module, meshes: Meshes) -> None:
+    """Checks that all ranks have the same values: FSDP2 takes the shard of each rank from that rank's values."""
+    state = {name: value for name, value in model.state_dict().items() if not value.is_meta}
+    if not state:
+        return
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [v.contiguous().flatten().view(bits[v.element_size()]).sum(dtype=torch.int64).cpu() for v in state.values()]
+    least = torch.stack(sums).to(meshes.dense.device_type)
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    differing = [name for name, differs in zip(state, (least != most).tolist(), strict=True) if differs]
+    if differing:
+        raise ValueError(
+            f"parallelize: all ranks must have the same values, but {len(differing)} tensors differ, {differing[0]} "
+            "first; make the model from the same seed on every rank"
+        )
+
+
+def _checkpointed(model: nn.Module, block: nn.Module, checkpointing: Checkpointing) -> nn.Module:
+    """Replaces a block of the model by the block in a checkpoint, and gives it."""
+    options: dict[str, Any] = {"context_fn": _keep_exchanged} if checkpointing == "exchange_saved" else {}
+    wrapped = checkpoint_wrapper(block, **options)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is block and parent is not wrapped:
+                setattr(parent, name, wrapped)
+    return wrapped
+
+
+def _keep_exchanged() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    exchange = op is torch.ops._c10d_functional.all_to_all_single.default
+    return CheckpointPolicy.MUST_SAVE if exchange else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _placement(meshes: Meshes) -> Callable[[nn.Parameter], Any]:
+    """Makes the function that puts the experts of a block on their own mesh, within the same unit of FSDP2."""
+    try:  # private in torch, without a public name yet
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+    except ImportError:
+        raise RuntimeError(
+            f"parallelize: expert parallelism with FSDP2 needs torch 2.12 or later, got {torch.__version__}"
+        ) from None
+    if meshes.expert.size(0) > 1:
+        info = HSDPMeshInfo(meshes.expert["dp_replicate", "edp"], shard_mesh_dim=1, replicate_mesh_dim=0)
+    else:
+        info = FSDPMeshInfo(meshes.expert["edp"], shard_mesh_dim=0)
+
+    def place(parameter: nn.Parameter) -> Any:
+        return ShardPlacementResult(Shard(0), info) if isinstance(parameter, DTensor) else None
+
+    return place

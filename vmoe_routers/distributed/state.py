@@ -1,0 +1,23 @@
+"""whole_state_dict: the unsharded values of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Gathers a copy of a model's values on the CPU, with the names that they have in one process.
+
+    All ranks must call it. ``save_pretrained(model, folder, state_dict=whole_state_dict(model))`` on rank 0 writes the
+    same file under every layout.
+
+    Returns:
+        The values by name on rank 0, and nothing on every other rank.
+    """
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        return state
+    return {name: value.clone() for name, value in state.items()}  # torch gives views of values on the CPU
