@@ -128,3 +128,9 @@ def test_a_class_with_fewer_gives_all_it_has():
     labels = torch.tensor([0, 0, 0, 1, 2, 2])
     chosen = sample_shots(labels, 2, seed=0)
     assert labels[chosen].tolist() == [0, 0, 1, 2, 2] and len(set(chosen.tolist())) == 5
+
+
+def test_shots_that_take_all_are_refused():
+    x, y = blobs(12)
+    with pytest.raises(ValueError, match="3 shots take all 12 training images"):
+        few_shot_accuracy(x, y, x, y, shots=3)

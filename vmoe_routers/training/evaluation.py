@@ -67,7 +67,7 @@ def evaluate_model(model: nn.Module, batches: Iterable[Sequence[Tensor]], num_cl
     sums = _Sums(num_classes, parameter.device)
     routing = RoutingStatistics(model, parameter.device)
     start = time.perf_counter()
-    with _eval_mode(model):
+    with eval_mode(model):
         for images, labels, *rest in batches:
             images = images.to(parameter.device, parameter.dtype, non_blocking=True)
             labels = labels.to(parameter.device, non_blocking=True)
@@ -80,7 +80,8 @@ def evaluate_model(model: nn.Module, batches: Iterable[Sequence[Tensor]], num_cl
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Sets a model to eval mode within the context. Afterwards, every module has the mode that it had before."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

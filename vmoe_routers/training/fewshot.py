@@ -6,6 +6,8 @@ and ridge regression on targets of +-1.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,44 @@ def fit_ridge(white: Tensor, labels: Tensor, num_classes: int, l2: tuple[float, 
     return torch.stack([vectors @ (projected / (values.clamp(min=0) + penalty).unsqueeze(1)) for penalty in l2])
 
 
+def draw_shots(labels: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the shots, and of at most 1,000 further examples, on which the regulariser is chosen.
+
+    Raises:
+        ValueError: no example is left beside the shots.
+    """
+    chosen = sample_shots(labels, shots, seed)
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[chosen] = False
+    held_out = rest.nonzero().squeeze(1)
+    if not len(held_out):
+        raise ValueError(
+            f"{shots} shots take all {len(labels)} training images, and none is left to choose the regulariser on"
+        )
+    return chosen, held_out[evenly(len(held_out), 1000)]
+
+
+class Examples(NamedTuple):
+    """Features [N, D] and labels [N]."""
+
+    features: Tensor
+    labels: Tensor
+
+
+def ridge_probe(shots: Examples, held_out: Examples, test: Examples) -> tuple[float, float]:
+    """Fits a probe to the shots, with the regulariser that is best on the held-out examples.
+
+    Returns:
+        The accuracy on the test examples in [0, 1], and the regulariser.
+    """
+    num_classes = 1 + int(max(labels.max() for _, labels in (shots, held_out, test)))
+    mean, std = shot_statistics(shots.features)
+    weights = fit_ridge(whiten(shots.features, mean, std), shots.labels, num_classes, L2_REGULARISERS)
+    best = int(_accuracies(whiten(held_out.features, mean, std), held_out.labels, weights).argmax())
+    accuracy = _accuracies(whiten(test.features, mean, std), test.labels, weights[best].unsqueeze(0))
+    return float(accuracy), L2_REGULARISERS[best]
+
+
 def few_shot_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
@@ -73,22 +113,15 @@ def few_shot_accuracy(
         shots: examples per class. A class with fewer examples gives all of them.
         seed: the seed of the draws.
         draws: number of draws.
+
+    Raises:
+        ValueError: no example is left beside the shots.
     """
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    accuracies = []
+    test, accuracies = Examples(test_features, test_labels), []
     for draw in range(draws):
-        chosen = sample_shots(train_labels, shots, probe_seed(seed, draw))
-        rest = torch.ones(len(train_labels), dtype=torch.bool)
-        rest[chosen] = False
-        mean, std = shot_statistics(train_features[chosen])
-        weights = fit_ridge(
-            whiten(train_features[chosen], mean, std), train_labels[chosen], num_classes, L2_REGULARISERS
-        )
-        held_out = rest.nonzero().squeeze(1)
-        held_out = held_out[evenly(len(held_out), 1000)]
-        scores = _accuracies(whiten(train_features[held_out], mean, std), train_labels[held_out], weights)
-        best = weights[int(scores.argmax())].unsqueeze(0)
-        accuracies.append(float(_accuracies(whiten(test_features, mean, std), test_labels, best)))
+        parts = draw_shots(train_labels, shots, probe_seed(seed, draw))
+        chosen, held_out = (Examples(train_features[part], train_labels[part]) for part in parts)
+        accuracies.append(ridge_probe(chosen, held_out, test)[0])
     return sum(accuracies) / draws
 
 
