@@ -2,41 +2,19 @@
 
 import gzip
 import os
-import struct
 import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from made import PIXELS, TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, idx, idx_folder
 from PIL import Image
 
 from vmoe_routers.options import OptionError
 from vmoe_routers.training import DataError, load
-from vmoe_routers.training.data import fit, read_idx
-
-TRAIN, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-TEST, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4), dtype=np.uint8)
-
-
-def idx(array):
-    array = np.asarray(array, dtype=np.uint8)
-    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
-def idx_folder(folder, **files):
-    """A good folder with IDX files, but for those in `files` (None: left out)."""
-    contents = {
-        TRAIN: idx(PIXELS),
-        TRAIN_LABELS: idx([0, 1, 2, 2, 1, 0]),
-        TEST: idx(PIXELS[:2]),
-        TEST_LABELS: idx([3, 0]),
-    }
-    for name, content in {**contents, **files}.items():
-        if content is not None:
-            (folder / name).write_bytes(content)
-    return folder
+from vmoe_routers.training.data import fit
+from vmoe_routers.training.idx import read_idx
 
 
 def image_folder(folder, parts=("train", "val"), classes=("ant", "bee"), mode="RGB"):
@@ -112,7 +90,7 @@ def test_read_idx_needs_no_more_memory_than_the_header_says(tmp_path):
 
 def test_read_idx_larger_than_the_memory(tmp_path, monkeypatch):
     (tmp_path / "large").write_bytes(idx(PIXELS))
-    monkeypatch.setattr("vmoe_routers.training.data.available_memory", lambda: 100)
+    monkeypatch.setattr("vmoe_routers.training.idx.available_memory", lambda: 100)
     with pytest.raises(DataError, match="120 bytes of pixels, 100 bytes of memory are available"):
         read_idx(tmp_path / "large")
 
@@ -199,6 +177,7 @@ def test_image_folder_refuses(tmp_path):
     refused(folder, "has train/ but neither val/ nor test/")
     image_folder(folder, ("val",), ("ant", "wasp"))
     refused(folder, "the same classes, only in one of them: bee, wasp")
+    (folder / "val" / "wasp").rename(folder / "val" / "bee")
     (folder / "val" / "ant" / "0.png").write_bytes(b"no picture")
     refused(folder, r"val/ant/0\.png: cannot be read: cannot identify image file")
     (folder / "val" / "ant" / "0.png").write_bytes((folder / "val" / "ant" / "1.png").read_bytes()[:40])

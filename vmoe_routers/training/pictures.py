@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps
 
@@ -32,19 +32,33 @@ def read_picture(path: str) -> Image.Image:
     if not os.path.isfile(path):  # a pipe would block
         raise DataError(f"{path}: not a regular file")
     try:
+        # Given a path, Pillow 13 maps uncompressed TIFF files into memory and reads rotated ones wrongly.
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    with file:
+        return decode_picture(file, path)
+
+
+def decode_picture(file: BinaryIO, name: str) -> Image.Image:
+    """Reads an image from an open file or from bytes in memory, as `read_picture` does.
+
+    Raises:
+        DataError: the image cannot be read. The message begins with `name`.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings do not name the file
-            # Given a path, Pillow 13 maps uncompressed TIFF files into memory and reads rotated ones wrongly.
-            with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
-                _refuse_shape(path, image)
-                _refuse_pixels(path, image)
+            with Image.open(file, formats=_FORMATS) as image:
+                _refuse_shape(name, image)
+                _refuse_pixels(name, image)
                 image.load()  # this already rotates a TIFF file
                 return _as_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
     except Exception as error:  # damaged files make Pillow's decoders raise errors of nearly every type
         reason = "not enough memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
-        raise DataError(f"{path}: cannot be read: {reason}") from error
+        raise DataError(f"{name}: cannot be read: {reason}") from error
 
 
 def _refuse_shape(path: str, image: Image.Image) -> None:

@@ -1,0 +1,358 @@
+"""Batches for training and evaluation. Their images depend on the seed, the step and nothing else.
+
+The order is a function of (seed, epoch), and the augmentation of an image a function of (seed, epoch, index, copy). So
+batches do not depend on the number of workers, training continues at any step, and the loader has no state to save.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vmoe_routers.options import OptionError
+from vmoe_routers.training.error import DataError
+from vmoe_routers.training.samples import Samples, Tensors
+from vmoe_routers.training.stream import Order, generator_of, seeded
+from vmoe_routers.training.transforms import Transform
+
+_MOST_BAD = 100  # so many unreadable images in a row end the training, and so many names are kept
+BAD_IMAGES = ("stop", "skip")
+
+
+class Batch(NamedTuple):
+    """A batch on this rank.
+
+    Attributes:
+        images: [N, channels, height, width] float32, normalized, on the device.
+        labels: [N] int64, on the device.
+        valid: [N] bool, on the device: False for padding and unreadable images, which evaluation must not count.
+    """
+
+    images: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+class Batches(Iterator[Batch]):
+    """Batches one after the other. Use it in a `with` block, which ends the workers.
+
+    Attributes:
+        skipped: unreadable images that were skipped so far on this rank.
+        bad_images: errors that name the first 100 of them.
+        waited: seconds spent waiting for all batches but the first.
+        elapsed: seconds since the first batch was there.
+    """
+
+    def __init__(self, source: Iterator[_Raw], transform: Transform, device: torch.device | str, steps: int):
+        self._source, self._transform, self._device = source, transform, torch.device(device)
+        self._left = steps
+        self._first: float | None = None
+        self.skipped, self.bad_images = 0, []
+        self.waited = self.elapsed = 0.0
+
+    @property
+    def waiting(self) -> float:
+        """The share of the time spent waiting for data, in [0, 1]."""
+        return self.waited / self.elapsed if self.elapsed else 0.0
+
+    def __len__(self) -> int:
+        """The number of batches that are left."""
+        return self._left
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            DataError: an image cannot be read and `bad_images` is "stop", or a worker died.
+        """
+        if not self._left:
+            raise StopIteration
+        start = time.perf_counter()
+        try:
+            raw = next(self._source)
+        except RuntimeError as error:
+            raise _of_worker(error) from error
+        if raw.error is not None:
+            raise DataError(raw.error)
+        self.skipped += len(raw.bad)
+        self.bad_images += raw.bad[: _MOST_BAD - len(self.bad_images)]
+        images, labels, valid = (x.to(self._device, non_blocking=True) for x in (raw.images, raw.labels, raw.valid))
+        batch = Batch(images if raw.normalized else self._transform.normalize(images), labels, valid)
+        end = time.perf_counter()
+        if self._first is None:
+            self._first = end
+        else:
+            self.waited += end - start
+            self.elapsed = end - self._first
+        self._left -= 1
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._source, self._left = iter(()), 0
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.close()
+        # torch raises the error of a dead worker wherever the main process is, between batches too.
+        if isinstance(error, RuntimeError) and (told := _of_worker(error)) is not error:
+            raise told from error
+
+
+def training_batches(
+    samples: Samples,
+    transform: Transform,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    first_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 2,
+    bad_images: str = "stop",
+    device: torch.device | str = "cpu",
+) -> Batches:
+    """Batches of the steps from `first_step` on to `steps`, for one rank.
+
+    A step's global batch has the same images, augmented alike, for every number of ranks. A rank has the part
+    ``[rank * batch_size / world, (rank + 1) * batch_size / world)``. An incomplete last batch of an epoch is left out.
+
+    Args:
+        samples: the data set. `Tensors` are augmented in whole batches without workers where the transform can.
+        transform: a transform for training. Its `repeats` is the number of copies of an image in a batch.
+        batch_size: images per step on all ranks.
+        steps: steps of the whole training.
+        seed: seed of order and augmentation.
+        first_step: the step to begin with, from 0.
+        rank, world: number of this process, and of processes.
+        workers: processes that read images; 0 reads in this process.
+        bad_images: "stop" at an unreadable image, or "skip" it: the next readable one in the data set replaces it.
+        device: where the batches go.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+    repeats = transform.augmentation.repeats
+    _check_options(samples, batch_size, rank, world, workers, bad_images)
+    if len(samples) < batch_size:
+        raise OptionError(
+            f"batch_size must be at most the {len(samples)} training images, got {batch_size}", "batch_size"
+        )
+    if batch_size % repeats:
+        raise OptionError(
+            f"batch_size must be a multiple of repeats {repeats}, got {batch_size}", "batch_size", "repeats"
+        )
+    if not 0 <= first_step <= steps:
+        raise OptionError(f"steps must be at least the first step, {first_step} (from 0), got {steps}", "steps")
+    order = Order(len(samples), batch_size, seed, repeats)
+    part = slice(rank * (batch_size // world), (rank + 1) * (batch_size // world))
+    if isinstance(samples, Tensors) and transform.by_batch:
+        source = _tensor_training(samples, transform, order, part, first_step, torch.device(device))
+    else:
+        draws = _Draws(order, part, first_step, steps)
+        source = _read(_Reader(samples, transform, seed, bad_images), draws, workers, device)
+    return Batches(source, transform, device, steps - first_step)
+
+
+def evaluation_batches(
+    samples: Samples,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 2,
+    bad_images: str = "stop",
+    device: torch.device | str = "cpu",
+) -> Batches:
+    """All images in their order, for one rank. Every rank has equally many batches of equal sizes.
+
+    The last batches are padded with the last image. `Batch.valid` tells padding from images, so that every image counts
+    once. One rank has no padding.
+
+    Args:
+        samples: the data set. `Tensors` are transformed in whole batches without workers.
+        transform: a transform for evaluation.
+        batch_size: images per batch on all ranks.
+        rank, world: number of this process, and of processes.
+        workers: processes that read images; 0 reads in this process.
+        bad_images: "stop" at an unreadable image, or "skip" it: it is not valid.
+        device: where the batches go.
+
+    Raises:
+        OptionError: an option out of range.
+    """
+    _check_options(samples, batch_size, rank, world, workers, bad_images)
+    size, batches = len(samples), []
+    for first in range(0, size, batch_size):
+        count = -(-min(batch_size, size - first) // world)
+        batches.append(range(first + rank * count, first + (rank + 1) * count))
+    if isinstance(samples, Tensors) and transform.by_batch:
+        source = _tensor_evaluation(samples, transform, batches, torch.device(device))
+    else:
+        draws = [[(0, index, 0) for index in batch] for batch in batches]
+        source = _read(_Reader(samples, transform, None, bad_images), draws, workers, device)
+    return Batches(source, transform, device, len(batches))
+
+
+def _check_options(samples: Samples, batch_size: int, rank: int, world: int, workers: int, bad_images: str) -> None:
+    if batch_size < 1 or batch_size % world:
+        raise OptionError(
+            f"batch_size must be a positive multiple of the {world} ranks, got {batch_size}", "batch_size"
+        )
+    if not 0 <= rank < world:
+        raise OptionError(f"rank must be in [0, {world}), got {rank}", "rank")
+    if workers < 0:
+        raise OptionError(f"workers must be at least 0, got {workers}", "workers")
+    if bad_images not in BAD_IMAGES:
+        raise OptionError(f"bad_images must be {' or '.join(BAD_IMAGES)}, got {bad_images!r}", "bad_images")
+    if not len(samples):
+        raise DataError("the data set has no images")
+
+
+class _Raw(NamedTuple):
+    images: Tensor  # uint8, or float32 where normalized
+    labels: Tensor
+    valid: Tensor
+    normalized: bool = False
+    bad: Sequence[str] = ()
+    error: str | None = None
+
+
+_Draw = tuple[int, int, int]  # epoch, index, copy
+
+
+class _Draws:
+    """The draws of a rank's batches."""
+
+    def __init__(self, order: Order, part: slice, first_step: int, steps: int):
+        self.order, self.part, self.first_step, self.steps = order, part, first_step, steps
+
+    def __iter__(self) -> Iterator[list[_Draw]]:
+        for step in range(self.first_step, self.steps):
+            epoch, indices, copies = self.order.batch(step)
+            pairs = zip(indices[self.part].tolist(), copies[self.part].tolist(), strict=True)
+            yield [(epoch, index, copy) for index, copy in pairs]
+
+
+class _Reader:
+    """Reads a batch of images, in a worker. Without a seed it reads for evaluation."""
+
+    def __init__(self, samples: Samples, transform: Transform, seed: int | None, bad_images: str):
+        self.samples, self.transform, self.seed, self.skips = samples, transform, seed, bad_images == "skip"
+
+    def __getitem__(self, draws: list[_Draw]) -> _Raw:
+        images, labels, valid, bad = [], [], [], []
+        try:
+            for draw in draws:
+                image, label, is_valid = self._read(draw, bad)
+                images.append(image)
+                labels.append(label)
+                valid.append(is_valid)
+        except DataError as error:
+            nothing = torch.empty(0)
+            return _Raw(nothing, nothing, nothing, error=str(error))
+        return _Raw(torch.stack(images), torch.tensor(labels), torch.tensor(valid), bad=bad)
+
+    def _read(self, draw: _Draw, bad: list[str]) -> tuple[Tensor, int, bool]:
+        epoch, index, copy = draw
+        size = len(self.samples)
+        if self.seed is None:
+            try:
+                image, label = self.samples[min(index, size - 1)]
+            except DataError as error:
+                if not self.skips:
+                    raise
+                if index < size:
+                    bad.append(str(error))
+                pixels = self.transform.augmentation.image_size
+                return torch.zeros(self.transform.channels, pixels, pixels, dtype=torch.uint8), 0, False
+            return self.transform(image), label, index < size
+        image, label = self._readable(index, bad)
+        with seeded(self.seed, "image", epoch, index, copy):
+            return self.transform(image), label, True
+
+    def _readable(self, index: int, bad: list[str]) -> tuple[Any, int]:
+        size = len(self.samples)
+        for other in range(index, index + min(size, _MOST_BAD)):
+            try:
+                return self.samples[other % size]
+            except DataError as error:
+                if not self.skips:
+                    raise
+                bad.append(str(error))
+        raise DataError(f"{min(size, _MOST_BAD)} images in a row cannot be read, the last: {bad[-1]}")
+
+
+def _read(reader: _Reader, draws: Any, workers: int, device: torch.device | str) -> Iterator[_Raw]:
+    loader = DataLoader(
+        reader,  # type: ignore[arg-type]  # a batch is one item, so torch collates nothing
+        batch_size=None,
+        sampler=draws,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=_ignore_ctrl_c,
+        generator=torch.Generator(),  # torch would draw from the main process's generator
+    )
+    return iter(loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """The main process ends the workers, after it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _of_worker(error: RuntimeError) -> Exception:
+    """The DataError of a dead worker, or the error itself."""
+    text = str(error)
+    if "DataLoader worker" not in text or "Caught" in text:
+        return error
+    reason = text.splitlines()[0]
+    return DataError(
+        f"a worker that reads images died, perhaps for lack of memory (fewer --workers need less): {reason}"
+    )
+
+
+def _tensor_training(
+    samples: Tensors, transform: Transform, order: Order, part: slice, step: int, device: torch.device
+) -> Iterator[_Raw]:
+    images, labels = samples.images.to(device), samples.labels.to(device)
+    drawn = -1
+    draws = torch.empty(0)
+    while True:
+        epoch, indices, copies = order.batch(step)
+        if epoch != drawn:
+            # For all images: a draw is a function of (seed, epoch, index, copy).
+            generator = generator_of(order.seed, "shift", epoch)
+            draws = transform.draw(order.repeats * order.size, generator).view(order.repeats, order.size, -1)
+            drawn = epoch
+        indices, copies = indices[part], copies[part]
+        chosen = draws[copies, indices]
+        indices = indices.to(device)
+        valid = torch.ones(len(indices), dtype=torch.bool)
+        yield _Raw(transform.batch(images[indices], chosen), labels[indices], valid, normalized=True)
+        step += 1
+
+
+def _tensor_evaluation(
+    samples: Tensors, transform: Transform, batches: list[range], device: torch.device
+) -> Iterator[_Raw]:
+    for batch in batches:
+        indices = torch.tensor(batch)
+        chosen = indices.clamp(max=len(samples) - 1)
+        images = transform.batch(samples.images[chosen].to(device))
+        yield _Raw(images, samples.labels[chosen], indices < len(samples), normalized=True)

@@ -1,0 +1,127 @@
+"""Shards of WebDataset: tar files whose members are read on demand, at any place."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vmoe_routers.training.error import DataError
+from vmoe_routers.training.pictures import decode_picture
+from vmoe_routers.training.samples import Data
+
+_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "bmp", "tif", "tiff", "gif")
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's: up to the first dot of the name
+_TEST = ("val", "test")
+_MOST_CLASSES = 1_000_000
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+class Shards:
+    """The images in tar files. Opening reads the headers of all members, an item one image.
+
+    Args:
+        paths: uncompressed tar files in WebDataset's format: an image and its class, a number in text, are members
+            such as "0001.jpg" and "0001.cls".
+
+    Raises:
+        DataError: a file is no such tar file.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = [str(path) for path in paths]
+        found = [(number, member, label) for number, path in enumerate(paths) for member, label in _index(path)]
+        if not found:
+            raise DataError(f"{self.paths[0]}: no images")
+        self.shards = np.array([number for number, _, _ in found], dtype=np.int32)
+        self.places = np.array([(member.offset, member.size) for _, member, _ in found], dtype=np.int64)
+        self.names = np.array([member.name.encode() for _, member, _ in found])
+        self.labels = np.array([label for _, _, label in found], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, (offset, size) = self.paths[self.shards[index]], self.places[index].tolist()
+        name = f"{path}: {self.names[index].decode()}"
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                raw = file.read(size)
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error}") from error
+        return decode_picture(io.BytesIO(raw), name), int(self.labels[index])
+
+
+def open_shards(pattern: Path) -> Data:
+    """Shards such as folder/train-{000..011}.tar for training, and val*.tar or test*.tar of the same folder."""
+    names = expand(pattern.name)
+    missing = next((name for name in names if not (pattern.parent / name).is_file()), None)
+    if missing:
+        raise DataError(f"{pattern}: no file {pattern.parent / missing}")
+    return _open(pattern.parent, [pattern.parent / name for name in names])
+
+
+def open_shard_folder(folder: Path) -> Data:
+    """A folder with shards train*.tar and val*.tar or test*.tar."""
+    return _open(folder, sorted(folder.glob("train*.tar")))
+
+
+def expand(name: str) -> list[str]:
+    """Names with every number of ranges such as {000..011}, which keep their width."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+    if not match:
+        return [name]
+    first, last = match.groups()
+    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    return [text for number in numbers for text in expand(name[: match.start()] + number + name[match.end() :])]
+
+
+def _open(folder: Path, train: list[Path]) -> Data:
+    test = next((found for part in _TEST if (found := sorted(folder.glob(f"{part}*.tar")))), [])
+    if not train or not test:
+        raise DataError(f"{folder}: wanted shards train*.tar and val*.tar (or test*.tar)")
+    parts = Shards(train), Shards(test)
+    classes = 1 + max(int(part.labels.max()) for part in parts)
+    return Data(folder.absolute().name, *parts, tuple(map(str, range(classes))), 3, None)
+
+
+def _index(path: Path) -> list[tuple[_Member, int]]:
+    """The images of a tar file with their labels, in the file's order."""
+    images: dict[str, _Member] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header, some 2 KB each
+                match = _KEY.fullmatch(member.name)
+                if not match or not member.isreg():
+                    continue
+                key, kind = match[1], match[2].lower()
+                if kind in _IMAGES:
+                    images[key] = _Member(member.name, member.offset_data, member.size)
+                elif kind == "cls":
+                    labels[key] = _label(path, member.name, tar.extractfile(member).read(20))  # type: ignore[union-attr]
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path}: not an uncompressed tar file, or damaged: {error}") from error
+    alone = min(images.keys() ^ labels.keys(), default=None)
+    if alone is not None:
+        raise DataError(f"{path}: wanted {alone} with an image and a .cls, got only one of them")
+    return [(member, labels[key]) for key, member in images.items()]
+
+
+def _label(path: Path, name: str, text: bytes) -> int:
+    if not text.strip().isdigit() or int(text) >= _MOST_CLASSES:
+        came = text.decode(errors="replace")
+        raise DataError(f"{path}: {name}: wanted the number of a class, below {_MOST_CLASSES}, got {came!r}")
+    return int(text)

@@ -1,0 +1,68 @@
+"""Randomness as a function of a place: nothing of it needs to be saved, and training continues at any step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed of 64 bits that is a function of the key alone."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+
+
+def generator_of(*key: int | str) -> torch.Generator:
+    """A generator of its own, seeded by the key."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+@contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Seeds the generators of random, numpy and torch (CPU) by the key, and restores their states at the end."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    seed = seed_of(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also queue a call for every CUDA device
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
+
+
+class Order:
+    """The global batches of a training: which images every step sees.
+
+    An epoch is a random order of all images. An incomplete last batch is left out. With repeats, a batch has
+    ``batch_size / repeats`` images, each `repeats` times, and an epoch as many steps as without.
+
+    Args:
+        size: number of images.
+        batch_size: images of a batch on all ranks.
+        seed: the seed of the order.
+        repeats: copies of an image in its batch.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, repeats: int = 1):
+        self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
+        self.steps_per_epoch = size // batch_size
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def batch(self, step: int) -> tuple[int, Tensor, Tensor]:
+        """The epoch of a step, and the indices and copies of its images, both [batch_size] int64."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = torch.randperm(self.size, generator=generator_of(self.seed, "order", epoch))
+            self._epoch = epoch
+        count = self.batch_size // self.repeats
+        # Copy after copy: a rank and a routing group have as many different images as possible.
+        chosen = self._order[place * count : (place + 1) * count].repeat(self.repeats)
+        return epoch, chosen, torch.arange(self.repeats).repeat_interleave(count)

@@ -1,0 +1,336 @@
+"""Augmentation: timm's transforms for single images, shifts and flips for whole batches, and mixing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vmoe_routers.options import OptionError
+from vmoe_routers.training.samples import Data
+from vmoe_routers.training.stream import seeded
+
+Pipeline = Callable[[Any], Any]
+
+NORMALIZATIONS = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "random")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How images become input of a model.
+
+    Attributes:
+        image_size: height and width of the input.
+        scale: smallest and largest area of a random crop, as shares of the image's. None: no random crop.
+        ratio: smallest and largest ratio of a random crop's width to its height.
+        hflip: probability of a horizontal flip.
+        shift: largest random shift in both directions, in pixels. Zeros fill the gap. Wants `scale` None.
+        rand_augment: timm's string, such as "rand-m9-mstd0.5-inc1" (RandAugment), "augmix-m3" or "original".
+        color_jitter: strength of random brightness, contrast and saturation. RandAugment replaces it.
+        erasing: probability of erasing a random rectangle.
+        erasing_mode: fill of the rectangle: "const" is the mean, "pixel" is noise.
+        interpolation: filter of all resizing: "bilinear", "bicubic", "nearest", or "random" (evaluation: bilinear).
+        crop_pct: the central share of an image that evaluation sees.
+        normalization: mean and standard deviation: "inception" (pixels in [-1, 1]), "imagenet", "clip", or "none"
+            (pixels in [0, 1]).
+        repeats: copies of an image in its batch (repeated augmentation).
+        mixup, cutmix: parameters alpha of the two ways of mixing pairs of images; 0 is off.
+        mix_prob: the share of batches that are mixed.
+        switch_prob: the share of mixed batches with cutmix, if both are on.
+
+    Raises:
+        OptionError: a value out of range.
+    """
+
+    image_size: int = 224
+    scale: tuple[float, float] | None = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    shift: int = 0
+    rand_augment: str | None = None
+    color_jitter: float = 0.0
+    erasing: float = 0.0
+    erasing_mode: str = "pixel"
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    normalization: str = "inception"
+    repeats: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    switch_prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, least in (("image_size", 1), ("shift", 0), ("repeats", 1)):
+            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        for name in ("hflip", "erasing", "mix_prob", "switch_prob"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            value = getattr(self, name)
+            _check(name, value, 0 <= value < float("inf"), "at least 0 and finite")
+        _check("crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "in (0, 1]")
+        _check(
+            "ratio", self.ratio, 0 < self.ratio[0] <= self.ratio[1] < float("inf"), "an interval of positive numbers"
+        )
+        _check("erasing_mode", self.erasing_mode, self.erasing_mode in ("const", "pixel"), "const or pixel")
+        _check("interpolation", self.interpolation, self.interpolation in INTERPOLATIONS, ", ".join(INTERPOLATIONS))
+        names = ", ".join(NORMALIZATIONS)
+        _check("normalization", self.normalization, self.normalization in NORMALIZATIONS, f"one of {names}")
+        if self.scale is not None:
+            _check("scale", self.scale, 0 < self.scale[0] <= self.scale[1] <= 1, "an interval in (0, 1]")
+            _check("shift", self.shift, self.shift == 0, "0 where scale is set: a random crop shifts already")
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether shifts and flips are all of it, which the loader does for a whole batch at once."""
+        return self.scale is None and not (self.rand_augment or self.color_jitter or self.erasing)
+
+
+def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise OptionError(f"{name} must be {wanted}, got {value!r}", name)
+
+
+SMALL = 64  # larger images are augmented by random crops
+
+
+def default_augmentation(data: Data, image_size: int | None = None) -> Augmentation:
+    """Light augmentation for a data set: shifts for small images, random crops for photographs.
+
+    Args:
+        data: the data set.
+        image_size: height and width of the input. Default: the images' own, or 224 where they differ.
+    """
+    size = image_size or data.size or 224
+    if data.size is None or data.size > SMALL:
+        return Augmentation(image_size=size)
+    flip = 0.5 if data.channels == 3 else 0.0  # a mirrored digit is another sign
+    return Augmentation(
+        image_size=size, scale=None, hflip=flip, shift=max(1, size // 8), interpolation="bilinear", crop_pct=1.0
+    )
+
+
+class Transform:
+    """Makes a model's input of images: for single images in the loader's workers, or for whole batches.
+
+    Args:
+        augmentation: the options.
+        channels: channels of the input: 1 for grey, 3 for colour.
+        training: whether to augment at random. Evaluation resizes and crops the center.
+
+    Raises:
+        OptionError: timm does not know the value of `rand_augment`.
+    """
+
+    def __init__(self, augmentation: Augmentation, channels: int = 3, *, training: bool):
+        _check("channels", channels, channels in (1, 3), "1 or 3")
+        self.augmentation, self.channels, self.training = augmentation, channels, training
+        self.by_batch = augmentation.is_simple or not training
+        mean, std = (torch.tensor(value) for value in NORMALIZATIONS[augmentation.normalization])
+        if channels == 1:
+            mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+        self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        self._pipeline = None if self.by_batch else self._make_pipeline()
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """Transforms one image. Random draws come from the generators of random, numpy and torch.
+
+        Args:
+            image: a picture, or a tensor [channels, height, width], uint8 or float32 in [0, 1].
+
+        Returns:
+            uint8 [channels, image_size, image_size], for `normalize`.
+        """
+        if self._pipeline is None:
+            self._pipeline = self._make_pipeline()
+        return self._pipeline(_as_picture(image, self.channels))
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random shifts (rows, columns) and flips of `count` images for `batch`: [count, 3] int64."""
+        shift = self.augmentation.shift
+        shifts = torch.randint(2 * shift + 1, (count, 2), generator=generator)
+        flips = torch.rand(count, 1, generator=generator) < self.augmentation.hflip
+        return torch.cat([shifts, flips.long()], dim=1)
+
+    def batch(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Transforms images in memory at once, where `by_batch` is true.
+
+        Args:
+            images: [N, channels, height, width], uint8 or float32 in [0, 1]. Other heights or widths than the input's
+                are resized without regard to their ratio.
+            draws: rows of `draw`, for training.
+
+        Returns:
+            float32 [N, channels, image_size, image_size], normalized.
+        """
+        size, options = self.augmentation.image_size, self.augmentation
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images
+        whole = size if self.training else int(size / options.crop_pct)
+        if images.shape[-2:] != (whole, whole):
+            images = F.interpolate(images, (whole, whole), mode="bilinear", antialias=True).clamp_(0, 1)
+        if whole != size:
+            first = round((whole - size) / 2)
+            images = images[..., first : first + size, first : first + size]
+        if images.shape[1] != self.channels:
+            images = images.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
+        if self.training and draws is not None:
+            draws = draws.to(images.device)
+            images = shifted(images, draws[:, :2], options.shift)
+            if options.hflip:
+                images = torch.where(draws[:, 2].bool().view(-1, 1, 1, 1), images.flip(-1), images)
+        return self.normalize(images)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """The model's input: float32 [N, channels, height, width] from uint8 or from float32 in [0, 1]."""
+        images = images.float().div_(255) if images.dtype == torch.uint8 else images
+        if self.augmentation.normalization == "none":
+            return images
+        return (images - self.mean.to(images.device)).div_(self.std.to(images.device))
+
+    def _make_pipeline(self) -> Pipeline:
+        from timm.data.transforms_factory import create_transform
+        from torchvision import transforms
+
+        options = self.augmentation
+        size, interpolation = options.image_size, options.interpolation
+        single = "bilinear" if interpolation == "random" else interpolation
+        if not self.training:
+            return cast(
+                Pipeline, create_transform(size, interpolation=single, crop_pct=options.crop_pct, normalize=False)
+            )
+        try:
+            primary, secondary, final = cast(
+                tuple[Pipeline, Pipeline, Pipeline],
+                create_transform(
+                    size,
+                    is_training=True,
+                    scale=options.scale,
+                    ratio=options.ratio,
+                    hflip=options.hflip,
+                    color_jitter=cast(float, options.color_jitter or None),
+                    auto_augment=options.rand_augment,
+                    interpolation=interpolation,
+                    mean=tuple(self.mean.flatten().tolist()),
+                    normalize=False,
+                    separate=True,
+                ),
+            )
+        except (AssertionError, KeyError, ValueError, IndexError) as error:
+            raise OptionError(f"rand_augment: timm does not know {options.rand_augment!r}", "rand_augment") from error
+        _mend_posterize(secondary)
+        if options.scale is None:
+            steps = [transforms.Resize(size, transforms.InterpolationMode(single)), transforms.CenterCrop(size)]
+            if options.shift:
+                steps.append(transforms.RandomCrop(size, padding=options.shift))
+            primary = transforms.Compose([*steps, transforms.RandomHorizontalFlip(options.hflip)])
+        erasing = [_Erasing(options.erasing, options.erasing_mode, self.mean, self.std)] if options.erasing else []
+        return transforms.Compose([primary, secondary, final, *erasing])
+
+
+def shifted(images: Tensor, offsets: Tensor, most: int) -> Tensor:
+    """Shifts every image of [N, channels, height, width] by its offsets - most, [N, 2]. Zeros fill the gap."""
+    if most == 0:
+        return images
+    count, _, height, width = images.shape
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = offsets[:, 1:] + torch.arange(width, device=images.device)
+    padded = F.pad(images, [most] * 4)
+    which = torch.arange(count, device=images.device)
+    # Indexing around a slice puts the indexed axes first: [N, height, width, channels].
+    return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _as_picture(image: Image.Image | Tensor, channels: int) -> Image.Image:
+    mode = "L" if channels == 1 else "RGB"
+    if isinstance(image, Tensor):
+        pixels = image if image.dtype == torch.uint8 else (image * 255).round().byte()
+        array = pixels.permute(1, 2, 0).numpy()
+        image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _mend_posterize(pipeline: Any) -> None:
+    """Keeps at least 1 bit of a pixel: timm's strongest posterizing asks for 0, which Pillow 13 refuses."""
+    from timm.data import auto_augment
+
+    for step in pipeline.transforms:
+        for op in [*getattr(step, "ops", []), *(op for policy in getattr(step, "policy", []) for op in policy)]:
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    return ImageOps.posterize(image, max(1, bits))
+
+
+class _Erasing:
+    """timm's random erasing for uint8 pixels: the fill is as if it were drawn after normalization."""
+
+    def __init__(self, probability: float, mode: str, mean: Tensor, std: Tensor):
+        from timm.data.random_erasing import RandomErasing
+
+        self.erase = RandomErasing(probability, mode=mode, device="cpu")
+        self.mean, self.std = mean, std
+
+    def __call__(self, image: Tensor) -> Tensor:
+        fill = self.erase(torch.full(image.shape, torch.nan))
+        return torch.where(fill.isnan(), image, ((fill * self.std + self.mean) * 255).round_().clamp_(0, 255).byte())
+
+
+class Mixing:
+    """timm's mixup and cutmix of a batch. The draws are a function of (seed, step, rank).
+
+    Args:
+        augmentation: the options `mixup`, `cutmix`, `mix_prob`, `switch_prob`.
+        num_classes: number of classes.
+        seed: the seed.
+        rank: the number of this process.
+        label_smoothing: the share of the targets that is spread over all classes.
+
+    Raises:
+        OptionError: neither `mixup` nor `cutmix` is on.
+    """
+
+    def __init__(self, augmentation: Augmentation, num_classes: int, *, seed: int, rank: int = 0, label_smoothing=0.0):
+        from timm.data.mixup import Mixup
+
+        _check("mixup", augmentation.mixup, augmentation.mixup + augmentation.cutmix > 0, "above 0, or cutmix")
+        self.seed, self.rank = seed, rank
+        self._mixup = Mixup(
+            augmentation.mixup,
+            augmentation.cutmix,
+            prob=augmentation.mix_prob,
+            switch_prob=augmentation.switch_prob,
+            label_smoothing=label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Mixes image i with image N - 1 - i, in place.
+
+        Args:
+            images: [N, channels, height, width] with an even N.
+            labels: [N] int64.
+            step: number of the step.
+
+        Returns:
+            The images, and soft targets [N, num_classes] float32.
+
+        Raises:
+            OptionError: N is odd.
+        """
+        count = len(images)
+        _check("batch_size", count, count % 2 == 0, "even on every rank for mixup and cutmix")
+        with seeded(self.seed, "mix", step, self.rank):
+            return self._mixup(images, labels)
