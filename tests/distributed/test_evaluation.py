@@ -1,6 +1,9 @@
-"""padded_batches: every image counts once on any number of ranks, and the logits are those of one process."""
+"""Evaluation on many ranks: every image counts once, and logits and metrics are as in one process."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +13,18 @@ from models import vit
 from ranks import run
 
 from vmoe_routers.distributed import Meshes, padded_batches, parallelize, sum_over_ranks
+from vmoe_routers.training import evaluate_model
 
 COUNTS = (1, 13, 27, 30)
 ROUTERS = ("softmax_token_choice", "softmax_expert_choice", "soft")
 
 
 @torch.no_grad()
-def evaluated() -> dict[str, list[float]]:
-    """Number of images, right answers and summed loss; and how far the logits of this rank are from one process."""
+def evaluated() -> dict[str, Any]:
+    """Number of images, right answers and summed loss; and how far the logits of this rank are from one process.
+
+    Also the numbers of evaluate_model for every router.
+    """
     found = {}
     for router in ROUTERS:
         alone = vit(router, group_size=1).eval()
@@ -35,13 +42,29 @@ def evaluated() -> dict[str, list[float]]:
                 sums += torch.stack([real.sum(), (logits.argmax(1) == label)[real].sum(), loss[real].sum()])
                 difference = max(difference, float((logits - wanted[index]).abs().max()))
             found[f"{router} {count}"] = [*sum_over_ranks(sums).tolist(), difference]
+        batches = ((images[index], labels[index], real) for index, real in padded_batches(COUNTS[-1], 4))
+        found[f"{router} evaluated"] = numbers(asdict(evaluate_model(model, batches, 10)))
     return found
+
+
+def numbers(value: Any, name: str = "") -> dict[str, float]:
+    """The numbers of a nested result by their place."""
+    if not isinstance(value, (dict, list)):
+        return {} if value is None else {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {place: x for key, inner in items for place, x in numbers(inner, f"{name}.{key}").items()}
 
 
 def test_every_image_counts_once():
     alone = run(0, evaluated)[0]
     for found in run(4, evaluated):
-        for case, (count, right, loss, difference) in found.items():
+        for case, result in found.items():
+            if case.endswith("evaluated"):
+                result[".images_per_second"] = alone[case][".images_per_second"]
+                assert result == pytest.approx(alone[case], rel=1e-10) and result[".images"] == 30
+                assert any(place.startswith(".layers.blocks.") for place in result)
+                continue
+            count, right, loss, difference = result
             assert count == int(case.split()[1]) == alone[case][0]
             assert right == alone[case][1]
             assert abs(loss - alone[case][2]) < 1e-10 * max(loss, 1)

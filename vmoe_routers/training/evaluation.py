@@ -116,7 +116,7 @@ class _Sums:
                 f"evaluate_model: the model must map {len(labels)} images to logits {[len(labels), count]}, "
                 f"got {list(logits.shape)}"
             )
-        logits = logits.float()
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # A label out of range would end the CUDA context. It is counted instead, and reported at the end.
         in_range = (labels >= 0) & (labels < count)
         self.out_of_range += (valid & ~in_range).sum()
