@@ -20,8 +20,8 @@ _CHECKPOINT = ".index"  # V-MoE's suffix of the file that lists the shards
 def load_model(
     model: str,
     *,
-    num_classes: int,
-    channels: int = 3,
+    num_classes: int | None = None,
+    channels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     upcycled: Mapping[str, Any] | None = None,
     pretrained: bool = False,
@@ -34,8 +34,8 @@ def load_model(
     Args:
         model: "vit_moe"; a name of `timm.list_models`, which `vmoe_routers.models.NAMES` extends; a folder of
             `save_pretrained`; or P of a V-MoE checkpoint (P.index).
-        num_classes: Outputs of the head. A loaded model with another number gets a new head.
-        channels: Channels of an image.
+        num_classes: Outputs of the head. A loaded model with another number gets a new head. None: the model's own.
+        channels: Channels of an image. None: the model's own.
         image_size: A side in pixels, or height and width. None keeps the model's size. The position embeddings of a
             loaded model are resampled.
         upcycled: Arguments of `upcycle`, which replaces MLPs of the model by MoE layers.
@@ -57,13 +57,19 @@ def load_model(
 
 
 def _load(
-    model: str, classes: int, channels: int, size: Any, pretrained: bool, arguments: Mapping[str, Any]
+    model: str,
+    classes: int | None,
+    channels: int | None,
+    size: Any,
+    pretrained: bool,
+    arguments: Mapping[str, Any],
 ) -> nn.Module:
     if pretrained and (model == "vit_moe" or not timm.is_model(model)):
         raise OptionError(f"pretrained needs the name of a timm model with weights, got model {model!r}", "pretrained")
+    chosen = {"num_classes": classes, "in_chans": channels, "img_size": size}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     if model == "vit_moe":
-        sized = {} if size is None else {"img_size": size}
-        return vit_moe(in_chans=channels, num_classes=classes, **sized, **arguments)
+        return vit_moe(**chosen, **arguments)
     if os.path.isdir(model):
         return _fitted(_from_folder(model, arguments), model, classes, channels, size)
     if os.path.isfile(model + _CHECKPOINT):
@@ -75,10 +81,7 @@ def _load(
             "timm.list_models('*vit*')",
             "model",
         )
-    sized = {} if size is None else {"img_size": size}
-    return timm.create_model(
-        model, pretrained=pretrained, num_classes=classes, in_chans=channels, **sized, **dict(arguments)
-    )
+    return timm.create_model(model, pretrained=pretrained, **chosen, **dict(arguments))
 
 
 def _from_folder(folder: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -96,15 +99,17 @@ def _from_checkpoint(prefix: str, arguments: Mapping[str, Any]) -> nn.Module:
         return convert(prefix, str(Path(folder) / "model"), **arguments)
 
 
-def _fitted(model: Any, name: str, classes: int, channels: int, size: int | tuple[int, int] | None) -> nn.Module:
+def _fitted(
+    model: Any, name: str, classes: int | None, channels: int | None, size: int | tuple[int, int] | None
+) -> nn.Module:
     """Fits head and positions of a loaded model to the data."""
     expected = model.patch_embed.proj.in_channels
-    if channels != expected:
+    if channels not in (None, expected):
         raise OptionError(f"model {name!r} takes images of {expected} channels, the data have {channels}", "model")
     wanted = (size, size) if isinstance(size, int) else size
     if wanted is not None and tuple(wanted) != tuple(model.patch_embed.img_size):
         with torch.no_grad():
             model.set_input_size(wanted)
-    if classes != model.num_classes:
+    if classes not in (None, model.num_classes):
         model.reset_classifier(classes)
     return model
