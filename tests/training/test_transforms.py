@@ -11,7 +11,7 @@ from timm.data.transforms_factory import create_transform
 
 from vmoe_routers.options import OptionError
 from vmoe_routers.training import Augmentation, Data, Mixing, Tensors, Transform, default_augmentation, open_data
-from vmoe_routers.training.stream import seed_of, seeded
+from vmoe_routers.training.stream import seed_all, seed_of
 from vmoe_routers.training.transforms import NORMALIZATIONS
 
 PHOTO = Augmentation(image_size=16)
@@ -36,10 +36,10 @@ def test_training_equals_timm():
     transform = Transform(Augmentation(image_size=16, normalization="imagenet", **options), training=True)
     timm = create_transform(16, is_training=True, mean=mean, std=std, **options)
     for draw in range(5):
-        with seeded(draw):
-            wanted = timm(image)
-        with seeded(draw):
-            torch.testing.assert_close(transform.normalize(transform(image)[None])[0], wanted, rtol=0, atol=0)
+        seed_all(draw)
+        wanted = timm(image)
+        seed_all(draw)
+        torch.testing.assert_close(transform.normalize(transform(image)[None])[0], wanted, rtol=0, atol=0)
 
 
 def test_erasing_equals_timm_to_a_level():
@@ -51,10 +51,10 @@ def test_erasing_equals_timm_to_a_level():
             16, is_training=True, scale=(1, 1), ratio=(1, 1), hflip=0, color_jitter=None, interpolation="bicubic",
             mean=mean, std=std, re_prob=1, re_mode=mode,
         )  # fmt: skip
-        with seeded(1):
-            wanted = timm(image)
-        with seeded(1):
-            found = transform.normalize(transform(image)[None])[0]
+        seed_all(1)
+        wanted = timm(image)
+        seed_all(1)
+        found = transform.normalize(transform(image)[None])[0]
         low, high = ((value - transform.mean) / transform.std for value in (0, 1))
         torch.testing.assert_close(found, wanted.clamp(low, high), rtol=0, atol=0.51 / 255 / 0.22)
         assert not torch.equal(found, transform.normalize(torch.tensor(np.array(image)).permute(2, 0, 1)[None])[0])
@@ -74,8 +74,8 @@ def test_every_kind_of_image_and_augmentation(channels, image):
     ):
         transform = Transform(augmentation, channels, training=True)
         for draw in range(40):  # RandAugment draws from 15 operations
-            with seeded(draw):
-                found = transform(image)
+            seed_all(draw)
+            found = transform(image)
             assert found.shape == (channels, 16, 16) and found.dtype == torch.uint8
         assert Transform(augmentation, channels, training=False)(image).shape == (channels, 16, 16)
 

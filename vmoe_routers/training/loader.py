@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.samples import Samples, Tensors
-from vmoe_routers.training.stream import Order, generator_of, seeded
+from vmoe_routers.training.stream import Order, generator_of, generators_kept, seed_all
 from vmoe_routers.training.transforms import Transform
 
 _MOST_BAD = 100  # so many unreadable images in a row end the training, and so many names are kept
@@ -253,11 +253,12 @@ class _Reader:
     def __getitem__(self, draws: list[_Draw]) -> _Raw:
         images, labels, valid, bad = [], [], [], []
         try:
-            for draw in draws:
-                image, label, is_valid = self._read(draw, bad)
-                images.append(image)
-                labels.append(label)
-                valid.append(is_valid)
+            with generators_kept():  # without workers this is the main process
+                for draw in draws:
+                    image, label, is_valid = self._read(draw, bad)
+                    images.append(image)
+                    labels.append(label)
+                    valid.append(is_valid)
         except DataError as error:
             nothing = torch.empty(0)
             return _Raw(nothing, nothing, nothing, error=str(error))
@@ -278,8 +279,8 @@ class _Reader:
                 return torch.zeros(self.transform.channels, pixels, pixels, dtype=torch.uint8), 0, False
             return self.transform(image), label, index < size
         image, label = self._readable(index, bad)
-        with seeded(self.seed, "image", epoch, index, copy):
-            return self.transform(image), label, True
+        seed_all(self.seed, "image", epoch, index, copy)
+        return self.transform(image), label, True
 
     def _readable(self, index: int, bad: list[str]) -> tuple[Any, int]:
         size = len(self.samples)

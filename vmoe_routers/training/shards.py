@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import io
 import re
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.pictures import decode_picture
 from vmoe_routers.training.samples import Data
+from vmoe_routers.training.tar import Member, members, read_at
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "bmp", "tif", "tiff", "gif")
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's: up to the first dot of the name
 _TEST = ("val", "test")
 _MOST_CLASSES = 1_000_000
-
-
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
 
 
 class Shards:
@@ -45,7 +39,7 @@ class Shards:
             raise DataError(f"{self.paths[0]}: no images")
         self.shards = np.array([number for number, _, _ in found], dtype=np.int32)
         self.places = np.array([(member.offset, member.size) for _, member, _ in found], dtype=np.int64)
-        self.names = np.array([member.name.encode() for _, member, _ in found])
+        self.names = np.array([member.name.encode(errors="surrogateescape") for _, member, _ in found])
         self.labels = np.array([label for _, _, label in found], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -53,11 +47,10 @@ class Shards:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, (offset, size) = self.paths[self.shards[index]], self.places[index].tolist()
-        name = f"{path}: {self.names[index].decode()}"
+        name = f"{path}: {self.names[index].decode(errors='replace')}"
         try:
             with open(path, "rb") as file:
-                file.seek(offset)
-                raw = file.read(size)
+                raw = read_at(file, offset, size)
         except OSError as error:
             raise DataError(f"{name}: cannot be read: {error}") from error
         return decode_picture(io.BytesIO(raw), name), int(self.labels[index])
@@ -96,32 +89,28 @@ def _open(folder: Path, train: list[Path]) -> Data:
     return Data(folder.absolute().name, *parts, tuple(map(str, range(classes))), 3, None)
 
 
-def _index(path: Path) -> list[tuple[_Member, int]]:
+def _index(path: Path) -> list[tuple[Member, int]]:
     """The images of a tar file with their labels, in the file's order."""
-    images: dict[str, _Member] = {}
+    images: dict[str, Member] = {}
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header, some 2 KB each
+        with open(path, "rb") as file:
+            for member in members(file):
                 match = _KEY.fullmatch(member.name)
-                if not match or not member.isreg():
-                    continue
-                key, kind = match[1], match[2].lower()
-                if kind in _IMAGES:
-                    images[key] = _Member(member.name, member.offset_data, member.size)
-                elif kind == "cls":
-                    labels[key] = _label(path, member.name, tar.extractfile(member).read(20))  # type: ignore[union-attr]
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path}: not an uncompressed tar file, or damaged: {error}") from error
+                if match and match[2].lower() in _IMAGES:
+                    images[match[1]] = member
+                elif match and match[2].lower() == "cls":
+                    labels[match[1]] = _label(read_at(file, member.offset, min(member.size, 20)), member.name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as an uncompressed tar file: {error}") from error
     alone = min(images.keys() ^ labels.keys(), default=None)
     if alone is not None:
         raise DataError(f"{path}: wanted {alone} with an image and a .cls, got only one of them")
     return [(member, labels[key]) for key, member in images.items()]
 
 
-def _label(path: Path, name: str, text: bytes) -> int:
+def _label(text: bytes, name: str) -> int:
     if not text.strip().isdigit() or int(text) >= _MOST_CLASSES:
         came = text.decode(errors="replace")
-        raise DataError(f"{path}: {name}: wanted the number of a class, below {_MOST_CLASSES}, got {came!r}")
+        raise ValueError(f"{name}: wanted the number of a class, below {_MOST_CLASSES}, got {came!r}")
     return int(text)

@@ -22,14 +22,18 @@ def generator_of(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-@contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """Seeds the generators of random, numpy and torch (CPU) by the key, and restores their states at the end."""
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+def seed_all(*key: int | str) -> None:
+    """Seeds the generators of random, numpy and torch (CPU) by the key."""
     seed = seed_of(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would also queue a call for every CUDA device
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restores the states of the generators of random, numpy and torch (CPU) at the end."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
     finally:
