@@ -24,7 +24,7 @@ class CudaAssignSlots : public ::testing::Test {
     EXPECT_EQ(source.values(), wanted.source);
   }
 
-  // With priorities that tie, and with distinct ones.
+  // Checks the priorities `ties`, and distinct priorities.
   static void expect_by_priority(
       const Requests& shape, const std::vector<int32_t>& expert, const std::vector<T>& ties) {
     expect_definition(shape, expert, &ties);
@@ -34,7 +34,8 @@ class CudaAssignSlots : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaAssignSlots, Floats);
 
-// One chunk and several, warps without requests, buffers too small and too large.
+// The shapes have one and several chunks, warps without requests, buffers that are too small, and
+// buffers that are larger than needed.
 TYPED_TEST(CudaAssignSlots, RanksRequests) {
   using T = TypeParam;
   // G, T, E, C, K
@@ -60,7 +61,8 @@ TYPED_TEST(CudaAssignSlots, RanksRequests) {
   }
 }
 
-// More tokens than a block sorts, experts that many of them ask for, buffers larger than a block's.
+// The shapes have more tokens than a block sorts, experts with many requests, and buffers with more
+// slots than a block sorts.
 TYPED_TEST(CudaAssignSlots, LargeGroups) {
   using T = TypeParam;
   for (const Requests& shape :
@@ -80,7 +82,7 @@ TYPED_TEST(CudaAssignSlots, LargeGroups) {
   }
 }
 
-TYPED_TEST(CudaAssignSlots, StrangePriorityAndExperts) {
+TYPED_TEST(CudaAssignSlots, ExtremePrioritiesAndInvalidExperts) {
   using T = TypeParam;
   const std::vector<T> strange{0, -T{0}, -kInf<T>, kInf<T>, kNaN<T>, -kNaN<T>, T{1e-30}, -T{1e30}};
   const std::vector<int32_t> strange_expert{-1, 5, INT32_MIN, INT32_MAX, 6, 0, 1, 2, 3, 4};

@@ -30,7 +30,7 @@ class CudaCombine : public ::testing::Test {
       cuda::combine(
           device_y.data(), gated ? device_gate.data() : nullptr, device_offsets.data(),
           device_slots.data(), device_out.data(), shape, shape.D, nullptr);
-      expect_same(device_out.values(), out);  // the same order, the same fma
+      expect_same(device_out.values(), out);  // both devices add in the same order, by fma
     }
   }
 
@@ -67,7 +67,7 @@ class CudaCombine : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaCombine, Rows);
 
-// Rows in pieces of 16 bytes and entry by entry.
+// Rows are read in pieces of 16 bytes or entry by entry, depending on D.
 TYPED_TEST(CudaCombine, SumsSlotsIntoTokens) {
   for (const int64_t D : {1, 3, 8, 33, 40, 512, 771}) {
     const Shape shape{2, 7, 3, 5, D};
@@ -79,7 +79,7 @@ TYPED_TEST(CudaCombine, SumsSlotsIntoTokens) {
   this->expect_as_on_cpu({1, 1, 5, 9, 24}, std::vector<int32_t>(45, 0));
 }
 
-// A sanitizer sees what is read.
+// Invalid offsets and slots must not cause reads out of bounds, which a sanitizer reports.
 TYPED_TEST(CudaCombine, ListsOutOfRange) {
   using T = Compute<TypeParam>;
   const Shape shape{2, 3, 2, 2, 8};
@@ -94,7 +94,7 @@ TYPED_TEST(CudaCombine, ListsOutOfRange) {
   }
 }
 
-TYPED_TEST(CudaCombine, EmptySlotsSayNothing) {
+TYPED_TEST(CudaCombine, EmptySlotsAreIgnored) {
   using T = Compute<TypeParam>;
   const Shape shape{1, 3, 2, 1, 8};
   auto y = rows<TypeParam>(16, 7);

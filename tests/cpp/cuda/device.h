@@ -1,4 +1,5 @@
-// device -- device arrays and comparisons that kernel tests share, for GPUs and for the emulator.
+// device -- device arrays and comparisons that the tests of CUDA kernels share, on GPUs and on the
+// emulator.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,9 +13,9 @@ inline void expect_success(cudaError_t error) {
   ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
 }
 
-// Device memory of exactly the given size, so that a sanitizer checks its bounds, filled with a
-// byte that no kernel writes by chance. An empty array is a null pointer; the runtime's calls may
-// reject it even with a size of 0.
+// An array in device memory. Its allocation has exactly its size, so that a sanitizer checks the
+// bounds. It is filled with a byte that kernels are unlikely to write. An empty array is a null
+// pointer, which functions of the runtime may reject even for a size of 0.
 template <typename T>
 class DeviceArray {
  public:
@@ -33,7 +34,7 @@ class DeviceArray {
 
   T* data() { return memory_; }
 
-  // Waits for the kernels.
+  // Waits for all kernels, and copies the array to the host.
   std::vector<T> values() const {
     std::vector<T> out(size_);
     expect_success(cudaGetLastError());
@@ -88,7 +89,7 @@ std::vector<Row> rows(int64_t size, uint64_t seed) {
   return out;
 }
 
-// The inverse of `set`, for every value.
+// The inverse of `set`. It converts every value, including infinities, NaN and subnormal numbers.
 inline float value_of(float row) { return row; }
 inline double value_of(double row) { return row; }
 inline float value_of(BFloat16 row) {
@@ -112,7 +113,7 @@ std::vector<Compute<Row>> values_of(const std::vector<Row>& rows) {
   return out;
 }
 
-// The largest relative error of rounding to a row's dtype.
+// The largest relative error of rounding to a 16-bit type.
 template <typename Row>
 constexpr double kUnit = 0;
 template <>
@@ -120,7 +121,7 @@ constexpr double kUnit<BFloat16> = 0x1p-8;
 template <>
 constexpr double kUnit<Float16> = 0x1p-11;
 
-// Compares with the CPU's result, up to rounding to the rows' dtype.
+// Compares with a result of the CPU kernel, up to rounding to the dtype of the rows.
 template <typename Row>
 void expect_rounded(const std::vector<Row>& actual, const std::vector<Compute<Row>>& wanted) {
   using T = Compute<Row>;

@@ -18,7 +18,7 @@ void expect_as_on_cpu(const Slots& shape, int64_t row_bytes, const std::vector<i
   expect_same(device_out.values(), out);
 }
 
-// Rows that are copied 16, 4, 2 and 1 bytes at a time.
+// Rows are copied 16, 4, 2 or 1 bytes at a time, depending on their size.
 TEST(CudaDispatch, CopiesRows) {
   for (const int64_t row_bytes : {1, 2, 3, 4, 6, 8, 16, 20, 32, 400, 1536, 2064}) {
     const Slots shape{2, 7, 3, 4};

@@ -15,7 +15,8 @@ template <typename Row>
 class CudaGroupedMlp : public ::testing::Test {
  public:
   using T = Compute<Row>;
-  // GELU's bound as the contract states it, or one rounding to 16 bits.
+  // The error bound of GELU in grouped_mlp.h, times the largest |x| here; or one rounding to 16
+  // bits.
   static constexpr double kError = std::is_same_v<Row, double>     ? 8e-14
                                    : std::is_same_v<Row, float>    ? 8e-6
                                    : std::is_same_v<Row, BFloat16> ? 0x1p-8
@@ -23,7 +24,7 @@ class CudaGroupedMlp : public ::testing::Test {
 
   struct Input {
     Shape shape;
-    std::vector<int32_t> filled;  // [E, G] or empty: all
+    std::vector<int32_t> filled;  // [E, G], or empty: all rows are filled
     std::vector<Row> x, grad, bias;
   };
 
@@ -38,7 +39,7 @@ class CudaGroupedMlp : public ::testing::Test {
     return in.filled.empty() || row % in.shape.C < in.filled[segment];
   }
 
-  // NaN wherever a row is not filled: nothing of it may come through.
+  // Sets rows that are not filled to NaN. No NaN may appear in a result.
   static std::vector<Row> poisoned(const Input& in, std::vector<Row> values) {
     for (size_t i = 0; i < values.size(); ++i) {
       if (!is_filled(in, static_cast<int64_t>(i))) memset(&values[i], 0xFF, sizeof(Row));
@@ -83,7 +84,7 @@ class CudaGroupedMlp : public ::testing::Test {
     return wanted;
   }
 
-  // `offset`: entries by which the rows begin behind an address of 16 bytes.
+  // offset: the first row begins this many entries after an address that is a multiple of 16 bytes.
   static void expect_as_on_cpu(const Input& in, bool tanh, int64_t offset = 0) {
     const Shape& shape = in.shape;
     SCOPED_TRACE(
@@ -120,7 +121,7 @@ class CudaGroupedMlp : public ::testing::Test {
     expect_near(result(grad), wanted.grad, kError);
     expect_near(values_of(grad_bias.values()), wanted.grad_bias, 4 * kError);
 
-    // The gradient of x alone, and in place.
+    // The gradient of x without the gradient of the bias, and the forward in place.
     DeviceArray<Row> grad_again(shifted(in.grad)), same(shifted(in.x));
     cuda::bias_gelu_backward<Row>(
         x.data() + offset, biases, nullptr, grad_again.data() + offset, nullptr, nullptr, rows,
@@ -142,7 +143,8 @@ class CudaGroupedMlp : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaGroupedMlp, Rows);
 
-// Pieces of 16 bytes and entry by entry; one tile of rows, one and a bit, some.
+// Rows are read in pieces of 16 bytes or entry by entry. There are less than one, exactly one and
+// several tiles of rows.
 TYPED_TEST(CudaGroupedMlp, AllRows) {
   for (const int64_t columns : {1, 3, 8, 33, 40, 256, 264}) {
     for (const int64_t N : {1, 5, 32, 33, 70}) {
@@ -152,22 +154,23 @@ TYPED_TEST(CudaGroupedMlp, AllRows) {
   }
   for (const bool tanh : {false, true}) {
     this->expect_as_on_cpu(this->input({3, 1, 7, 24}, {}, false), tanh);
-    this->expect_as_on_cpu(this->input({2, 1, 9, 40}), tanh, 1);  // not in wide pieces
+    this->expect_as_on_cpu(this->input({2, 1, 9, 40}), tanh, 1);  // misaligned: entry by entry
   }
 }
 
-TYPED_TEST(CudaGroupedMlp, FilledRowsAlone) {
+TYPED_TEST(CudaGroupedMlp, SkipsRowsThatAreNotFilled) {
   for (const bool tanh : {false, true}) {
     this->expect_as_on_cpu(this->input({2, 3, 4, 16}, {4, 0, 2, 1, 3, 4}), tanh);
-    this->expect_as_on_cpu(this->input({2, 3, 4, 5}, {-1, 9, 2, 0, 0, 0}), tanh);  // cut to [0, 4]
+    // -1 and 9 are clamped to [0, 4].
+    this->expect_as_on_cpu(this->input({2, 3, 4, 5}, {-1, 9, 2, 0, 0, 0}), tanh);
     this->expect_as_on_cpu(this->input({1, 40, 1, 8}, integers(40, 5, 0, 1)), tanh);
     this->expect_as_on_cpu(this->input({3, 2, 37, 48}, integers(6, 6, 0, 37), false), tanh);
     this->expect_as_on_cpu(this->input({2, 1, 300, 8}, {17, 290}), tanh);
   }
 }
 
-// The same bits where the same numbers stand, whatever else is there.
-TYPED_TEST(CudaGroupedMlp, ExpertsDoNotSeeEachOther) {
+// Two experts with equal rows get equal sums, to the bit.
+TYPED_TEST(CudaGroupedMlp, EqualExpertsGetEqualSums) {
   auto in = this->input({2, 1, 40, 16});
   const auto half = static_cast<int64_t>(in.x.size()) / 2;
   std::copy(in.x.begin(), in.x.begin() + half, in.x.begin() + half);
@@ -190,7 +193,7 @@ template <typename T>
 class CudaGelu : public ::testing::Test {};
 TYPED_TEST_SUITE(CudaGelu, Floats);
 
-TYPED_TEST(CudaGelu, AsOnTheCpuEverywhere) {
+TYPED_TEST(CudaGelu, MatchesTheCpu) {
   using T = TypeParam;
   std::vector<T> x{0,        T(-0.0), kInf<T>, -kInf<T>, kNaN<T>,
                    T(1e-30), 1000,    -1000,   T(1e30),  T(-1e30)};

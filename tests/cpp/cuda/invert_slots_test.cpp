@@ -29,7 +29,8 @@ void expect_as_on_cpu(const Slots& shape, const std::vector<int32_t>& token) {
   }
 }
 
-// In shared memory, and in a launch per phase; experts with fewer and with more slots than a warp.
+// The shapes cover groups in shared memory and groups with one launch per phase, and experts with
+// fewer and with more slots than a warp has lanes.
 TEST(CudaInvertSlots, SortsSlotsByToken) {
   for (const Slots& shape :
        {Slots{1, 1, 1, 1},

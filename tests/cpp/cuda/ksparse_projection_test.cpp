@@ -16,14 +16,15 @@ class CudaKsparseProjection : public ::testing::Test {
     cuda::ksparse_projection(device_x.data(), device_out.data(), n, k, rows, nullptr);
     const auto values = device_out.values();
     expect_near(values, out, kRounding<T>);
-    for (int64_t i = 0; i < rows * n; ++i) {  // the same support, ties and all
+    for (int64_t i = 0; i < rows * n; ++i) {  // the support must be the same, also with ties
       EXPECT_EQ(values[i] == 0, out[i] == 0) << "at " << i;
     }
   }
 };
 TYPED_TEST_SUITE(CudaKsparseProjection, Floats);
 
-// Per row: lanes of a warp, one warp, one block, and rows that exceed its shared memory.
+// Depending on its length, a row takes some lanes of a warp, a warp, a block, or a block without
+// shared memory for the row.
 TYPED_TEST(CudaKsparseProjection, RowsOfAnyLength) {
   using T = TypeParam;
   for (const int64_t n : {1, 2, 7, 8, 16, 17, 32, 33, 100, 196, 1024, 1025, 3000, 60000}) {
@@ -82,7 +83,7 @@ TYPED_TEST(CudaKsparseProjection, BackwardAsOnCpu) {
         auto grad = uniform<T>(A * n * B, n, -1, 1);
         auto out = tied<T>(A * n * B, B);
         if (n > 1 && A > 0) {
-          out[0] = 0, grad[0] = kInf<T>;  // stays outside
+          out[0] = 0, grad[0] = kInf<T>;  // is not in the support
           out[B] = kNaN<T>;
         }
         std::vector<T> wanted(A * n * B);

@@ -53,8 +53,9 @@ class CudaKsparseTransport : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaKsparseTransport, Floats);
 
-// One token, one expert, more experts than tokens and than warps, long columns.
-TYPED_TEST(CudaKsparseTransport, GroupsOfABlock) {
+// Groups in shared memory, with one token, one expert, more experts than tokens, more experts than
+// warps, and long columns.
+TYPED_TEST(CudaKsparseTransport, GroupsInSharedMemory) {
   using T = TypeParam;
   for (const Shape& shape :
        {Shape{1, 1, 1},
@@ -79,7 +80,7 @@ TYPED_TEST(CudaKsparseTransport, GroupsOfABlock) {
   }
 }
 
-// Columns in device memory: Adam in many launches, L-BFGS in a block.
+// Groups in device memory. Adam takes many launches, L-BFGS one block.
 TYPED_TEST(CudaKsparseTransport, LargeGroups) {
   using T = TypeParam;
   const Shape many_experts{1, 40, 1500};
@@ -101,13 +102,14 @@ TYPED_TEST(CudaKsparseTransport, LargeGroups) {
   this->expect_as_on_cpu(shape, std::vector<T>(shape.size(), -kInf<T>), this->adam(3, 2));
 }
 
-// The first gradient meets it, a later one does, and one group's stop is not another's.
+// Depending on the tolerance, the first gradient, a later one or none meets it. A group must not
+// stop when another group stops.
 TYPED_TEST(CudaKsparseTransport, StopsAtTheTolerance) {
   using T = TypeParam;
   for (const Shape& shape : {Shape{2, 12, 3}, {2, 2000, 29}}) {
     const int64_t size = shape.T * shape.E;
     auto similarity = uniform<T>(shape.size(), 3, 0, 1);
-    for (int64_t i = 0; i < size; ++i) similarity[i] *= T{1} / 64;  // group 0 is soon done
+    for (int64_t i = 0; i < size; ++i) similarity[i] *= T{1} / 64;  // group 0 converges first
     TransportOptions options = this->adam(shape.T, 5);
     for (const double tolerance : {1e9, 1.0, 0.1, 0.0}) {
       options.tolerance = tolerance;
@@ -116,7 +118,7 @@ TYPED_TEST(CudaKsparseTransport, StopsAtTheTolerance) {
   }
 }
 
-TYPED_TEST(CudaKsparseTransport, TiesGoToTheFirst) {
+TYPED_TEST(CudaKsparseTransport, TiesGoToTheLowerIndex) {
   using T = TypeParam;
   for (const Shape& shape : {Shape{1, 2, 2}, {2, 16, 4}, {1, 64, 8}}) {
     for (const int64_t k : {1, 2, 7}) {
@@ -141,14 +143,15 @@ TYPED_TEST(CudaKsparseTransport, AbsentTokensAndForbiddenPairs) {
     this->expect_as_on_cpu(shape, similarity, this->lbfgs(k, 3));
   }
   for (int64_t i = 0; i < shape.size(); i += 5) similarity[i] = -kInf<T>;
-  for (int64_t i = 2; i < shape.size(); i += 3) similarity[i] = -kInf<T>;  // unreachable
+  // Expert 2 is unreachable.
+  for (int64_t i = 2; i < shape.size(); i += 3) similarity[i] = -kInf<T>;
   for (const int64_t k : {2, 20}) {
     this->expect_as_on_cpu(shape, similarity, this->adam(k, 10));
     this->expect_as_on_cpu(shape, similarity, this->lbfgs(k, 3));
   }
 }
 
-TYPED_TEST(CudaKsparseTransport, BadGroupIsNaNAndNoOther) {
+TYPED_TEST(CudaKsparseTransport, OnlyBadGroupsAreNaN) {
   using T = TypeParam;
   const Shape shape{3, 6, 2};
   for (const T bad : {kNaN<T>, kInf<T>}) {
@@ -168,7 +171,7 @@ TYPED_TEST(CudaKsparseTransport, TakesExtremes) {
   }
 }
 
-// With k = n there are no kinks, and both devices end at the one optimum.
+// With k = n the objective has no kinks, and both devices reach its only optimum.
 TYPED_TEST(CudaKsparseTransport, LbfgsConverges) {
   using T = TypeParam;
   for (const Shape& shape : {Shape{1, 12, 3}, {1, 40, 4}, {1, 4, 8}}) {

@@ -1,4 +1,5 @@
-// The emulator must report kernel errors that a GPU would answer with a wrong result or a hang.
+// Tests of the emulator. It must report errors of kernels that on a GPU give a wrong result or a
+// hang.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -29,7 +30,7 @@ __global__ void reverse(const int* from, int* to) {
   to[blockIdx.x * blockDim.x + threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
 }
 
-TEST(Shim, ThreadsMeetAtBarriers) {
+TEST(Shim, BarriersSynchroniseThreads) {
   std::vector<int> from(3 * 256), to(3 * 256);
   for (int i = 0; i < 3 * 256; ++i) from[i] = i;
   start(reverse, 3, 256, from.data(), to.data());
@@ -72,7 +73,7 @@ TEST(Shim, WarpsExchangeValues) {
 template <typename Row, bool kTransposed>
 __global__ void multiply(const Row* a, const Row* b, float* to) {
   const int lane = static_cast<int>(threadIdx.x);
-  Row* shared = cuda::dynamic_shared<Row>();  // rows of 16
+  Row* shared = cuda::dynamic_shared<Row>();  // a, then b
   for (int piece = lane; piece < (kTransposed ? 48 : 64); piece += 32) {
     const bool of_a = piece < 32;
     cuda::copy_async(
@@ -82,13 +83,13 @@ __global__ void multiply(const Row* a, const Row* b, float* to) {
   cuda::commit_copies();
   cuda::await_copies<0>();
   __syncwarp();
-  // Matrices of a: upper left, lower left, upper right, lower right.
+  // The matrices of a are upper left, lower left, upper right, lower right.
   uint32_t from_a[4], from_b[4];
   const int down = lane / 8 % 2 * 8, right = lane / 16 * 8;
-  if constexpr (kTransposed) {  // a^T, then b^T [8, 16]
+  if constexpr (kTransposed) {  // shared has a^T [16, 16], then b^T [8, 16]
     cuda::load_transposed(from_a, cuda::shared_place(shared + (lane % 8 + right) * 16 + down));
     cuda::load_matrices(from_b, cuda::shared_place(shared + 256 + lane % 8 * 16 + down));
-  } else {  // a, then b [16, 8] and zeros
+  } else {  // shared has a [16, 16], then b [16, 8], then zeros
     cuda::load_matrices(from_a, cuda::shared_place(shared + (lane % 8 + down) * 16 + right));
     cuda::load_transposed(from_b, cuda::shared_place(shared + 256 + lane % 16 * 8));
   }
@@ -122,7 +123,7 @@ TEST(Shim, WarpsMultiplyMatrices) {
   expect_product<Float16>();
 }
 
-// A copy is done once it is awaited, and may be done before.
+// Writes the destinations of two copies before and after each wait.
 __global__ void copy(const int* from, int* to) {
   int* shared = cuda::dynamic_shared<int>();
   cuda::copy_async(cuda::shared_place(shared), from, true);
@@ -137,7 +138,7 @@ __global__ void copy(const int* from, int* to) {
   to[3] = shared[4];
 }
 
-TEST(Shim, CopiesTakeTheirTime) {
+TEST(Shim, CopiesRunAtTheirStartOrInTheWait) {
   const shim::Schedule before = shim::schedule;
   alignas(16) const int from[4] = {7, 7, 7, 7};
   for (const bool late : {true, false}) {
@@ -152,13 +153,14 @@ TEST(Shim, CopiesTakeTheirTime) {
   shim::schedule = before;
 }
 
-void start_together(
+void start_cooperative(
     void (*kernel)(unsigned*, int*), int64_t blocks, int threads, unsigned* arrived, int* out) {
   cuda::launch_blocks(true, kernel, blocks, threads, 64, nullptr, arrived, out);
 }
 
-// Blocks pass their numbers round in a ring, and each keeps its own shared memory meanwhile.
-__global__ void hand_round(unsigned* arrived, int* out) {
+// Every block passes on its number in a ring of blocks, and must find its own shared memory
+// unchanged at the end.
+__global__ void pass_on_in_ring(unsigned* arrived, int* out) {
   __shared__ int own;
   cuda::BlockBarrier barrier(arrived, gridDim.x);
   const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
@@ -167,7 +169,7 @@ __global__ void hand_round(unsigned* arrived, int* out) {
   int have = block;
   for (int turn = 0; turn < 3; ++turn) {
     int* places = out + turn % 2 * blocks;
-    for (int i = 0; threadIdx.x >= 32 && i < 5 * block; ++i) __syncwarp(0xFF);  // some are late
+    for (int i = 0; threadIdx.x >= 32 && i < 5 * block; ++i) __syncwarp(0xFF);  // delays some warps
     if (threadIdx.x == 33) places[block] = have;
     barrier.wait();
     have = places[(block + 1) % blocks];
@@ -175,28 +177,28 @@ __global__ void hand_round(unsigned* arrived, int* out) {
   if (threadIdx.x == 1) out[2 * blocks + block] = own == block && dynamic[0] == block ? have : -1;
 }
 
-TEST(Shim, BlocksMeetAtBarriers) {
+TEST(Shim, BarriersSynchroniseBlocks) {
   unsigned arrived = 0;
   std::vector<int> out(12);
-  start_together(hand_round, 4, 40, &arrived, out.data());
+  start_cooperative(pass_on_in_ring, 4, 40, &arrived, out.data());
   EXPECT_EQ(std::vector(out.begin() + 8, out.end()), (std::vector{3, 0, 1, 2}));
   EXPECT_EQ(arrived, 12u);
 }
 
 __global__ void between_blocks(unsigned* arrived, int* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = 7;
-  cuda::BlockBarrier barrier(arrived + blockIdx.x, 1);  // a barrier of this block alone
+  cuda::BlockBarrier barrier(arrived + blockIdx.x, 1);  // does not wait for the other block
   barrier.wait();
   if (threadIdx.x == 0) out[2 + blockIdx.x] = out[1 - blockIdx.x];
 }
 
-TEST(Shim, BlocksDoNotWaitForEachOther) {
+TEST(Shim, MissingBarrierOfBlocksShows) {
   const shim::Schedule before = shim::schedule;
   for (const auto schedule : {shim::Schedule::kForward, shim::Schedule::kBackward}) {
     shim::schedule = schedule;
     std::vector<unsigned> arrived(2);
     std::vector<int> out(4);
-    start_together(between_blocks, 2, 40, arrived.data(), out.data());
+    start_cooperative(between_blocks, 2, 40, arrived.data(), out.data());
     EXPECT_EQ(out[2] == 7, schedule == shim::Schedule::kBackward);
     EXPECT_EQ(out[3] == 7, schedule == shim::Schedule::kForward);
   }
@@ -222,10 +224,10 @@ __global__ void lanes_differ() {
   }
 }
 __global__ void mask_without_itself() { __syncwarp(2); }
-__global__ void from_outside() {
+__global__ void shuffle_from_outside() {
   if (threadIdx.x < 16) __shfl_sync(0xFFFF, 1, 20);
 }
-__global__ void wait_crosswise() {
+__global__ void deadlock() {
   if (threadIdx.x < 32) {
     __syncthreads();
   } else if (threadIdx.x == 32) {
@@ -238,15 +240,15 @@ template <typename T>
 __global__ void uninitialised(T* out) {
   __shared__ T value;
   if (threadIdx.x == 1) value = 7;
-  out[threadIdx.x] = value;  // no barrier in between
+  out[threadIdx.x] = value;  // a barrier is missing before this line
 }
-__global__ void crooked_copy(const char* from) {
+__global__ void misaligned_copy(const char* from) {
   cuda::copy_async(cuda::shared_place(cuda::dynamic_shared<char>() + 8), from, true);
 }
-__global__ void forgotten_copy(const char* from) {
+__global__ void copy_without_wait(const char* from) {
   cuda::copy_async(cuda::shared_place(cuda::dynamic_shared<char>()), from, true);
 }
-__global__ void half_a_product() {
+__global__ void different_instructions() {
   uint32_t to[4];
   if (threadIdx.x < 16) {
     cuda::load_matrices(to, cuda::shared_place(cuda::dynamic_shared<char>()));
@@ -255,8 +257,8 @@ __global__ void half_a_product() {
   }
 }
 #ifdef __SANITIZE_ADDRESS__
-__global__ void behind_shared() { cuda::dynamic_shared<char>()[64 + threadIdx.x] = 1; }
-__global__ void behind_declared(int* out) {
+__global__ void write_past_dynamic_shared() { cuda::dynamic_shared<char>()[64 + threadIdx.x] = 1; }
+__global__ void write_past_static_shared(int* out) {
   __shared__ int values[4];
   int* volatile begin = values;  // hides the bounds from the compiler
   begin[threadIdx.x + blockDim.x - 1] = 1;
@@ -264,39 +266,44 @@ __global__ void behind_declared(int* out) {
 }
 #endif
 
-TEST(ShimDeathTest, MistakesEndTheProgram) {
+TEST(ShimDeathTest, KernelErrorsEndTheProgram) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   EXPECT_DEATH(start(some_skip_the_barrier, 1, 64), "a barrier that not all threads");
   EXPECT_DEATH(start(some_lanes_skip, 1, 32), "a mask names a lane that has returned");
   EXPECT_DEATH(start(lanes_differ, 1, 32), "lanes of one mask are in different operations");
-  EXPECT_DEATH(start(mask_without_itself, 1, 1), "a mask without the lane that calls");
-  EXPECT_DEATH(start(from_outside, 1, 32), "a shuffle from a lane outside its mask");
-  EXPECT_DEATH(start(wait_crosswise, 1, 64), "wait for each other for ever");
-  EXPECT_DEATH(start(some_lanes_skip, (int64_t{1} << 32) + 1, 8), "a grid of too many blocks");
-  EXPECT_DEATH(start(half_a_product, 1, 32), "lanes of a warp are in different instructions");
-  EXPECT_DEATH(start(half_a_product, 1, 16), "a mask names lanes that the block has not");
+  EXPECT_DEATH(start(mask_without_itself, 1, 1), "a mask without the calling lane");
+  EXPECT_DEATH(start(shuffle_from_outside, 1, 32), "a shuffle from a lane outside its mask");
+  EXPECT_DEATH(start(deadlock, 1, 64), "a deadlock: no thread can continue");
+  EXPECT_DEATH(start(some_lanes_skip, (int64_t{1} << 32) + 1, 8), "a grid with too many blocks");
+  EXPECT_DEATH(
+      start(different_instructions, 1, 32), "lanes of a warp are in different instructions");
+  EXPECT_DEATH(
+      start(different_instructions, 1, 16), "a mask names lanes that the block does not have");
   alignas(16) const char from[16] = {};
-  EXPECT_DEATH(start(crooked_copy, 1, 1, from), "16 bytes at once that do not begin there");
+  EXPECT_DEATH(start(misaligned_copy, 1, 1, from), "a misaligned access of 16 bytes");
   const shim::Schedule before = shim::schedule;
   shim::schedule = shim::Schedule::kForward;
   EXPECT_DEATH(
-      start(forgotten_copy, 1, 1, from), "a thread has returned and awaits copies no more");
+      start(copy_without_wait, 1, 1, from), "a thread returned without waiting for its copies");
   shim::schedule = before;
   unsigned arrived = 0;
   EXPECT_DEATH(
-      start_together(some_blocks_skip, 4, 1, &arrived, nullptr), "for an atomic to change");
-  EXPECT_DEATH(start_together(some_blocks_skip, 5, 1, &arrived, nullptr), "more blocks together");
-  EXPECT_DEATH(start(some_blocks_skip, 4, 1, &arrived, nullptr), "wait for each other for ever");
+      start_cooperative(some_blocks_skip, 4, 1, &arrived, nullptr), "for an atomic to change");
+  EXPECT_DEATH(
+      start_cooperative(some_blocks_skip, 5, 1, &arrived, nullptr),
+      "more blocks than multiprocessors");
+  EXPECT_DEATH(
+      start(some_blocks_skip, 4, 1, &arrived, nullptr), "a deadlock: no thread can continue");
 #ifdef __SANITIZE_ADDRESS__
-  EXPECT_DEATH(start(behind_shared, 1, 1), "AddressSanitizer");
+  EXPECT_DEATH(start(write_past_dynamic_shared, 1, 1), "AddressSanitizer");
   int out;
-  EXPECT_DEATH(start(behind_declared, 1, 5, &out), "AddressSanitizer");
+  EXPECT_DEATH(start(write_past_static_shared, 1, 5, &out), "AddressSanitizer");
 #endif
 }
 
-// Thread 1 writes a value that the other threads read without a barrier. Threads that run before it
+// Thread 1 writes a value that all threads read without a barrier. Threads that run before thread 1
 // read garbage.
-TEST(Shim, SharedMemoryBeginsAsRubbish) {
+TEST(Shim, SharedMemoryStartsUninitialised) {
   const shim::Schedule before = shim::schedule;
   std::vector<int> out(4, 0);
   shim::schedule = shim::Schedule::kForward;
@@ -314,20 +321,22 @@ __global__ void declaring(int* out) {
   *out = values[0];
 }
 
-// A block may have 48 KiB of static and dynamic shared memory without the attribute. For more, the
-// attribute is the same in every launch, because threads may launch a kernel at the same time.
-TEST(Shim, LaunchesAskForSharedMemory) {
-  constexpr size_t kWithoutAsking = 48 << 10, kDynamic = kWithoutAsking - cuda::kDeclaredShared;
+// A block may have 48 KiB of static and dynamic shared memory without the attribute. For more,
+// every launch sets the attribute to the same limit, because several host threads may launch a
+// kernel at the same time.
+TEST(Shim, LargeSharedMemorySetsTheAttribute) {
+  constexpr size_t kWithoutAttribute = 48 << 10,
+                   kDynamic = kWithoutAttribute - cuda::kDeclaredShared;
   int out = 0;
-  for (const size_t shared : {kDynamic, kDynamic + 1, kWithoutAsking}) {
+  for (const size_t shared : {kDynamic, kDynamic + 1, kWithoutAttribute}) {
     shim::shared_allowed = 0;
     cuda::launch(declaring, 1, 1, shared, nullptr, &out);
     EXPECT_EQ(shim::shared_allowed, shared > kDynamic ? cuda::shared_limit() : 0);
   }
 }
 
-// CUB sorts one row whole, and several rows as segments.
-TEST(Shim, AFailedSortIsThrown) {
+// One row is sorted by cub::DeviceRadixSort, several rows by cub::DeviceSegmentedRadixSort.
+TEST(Shim, FailedSortThrows) {
   const int64_t n = 5000, k = 4500;
   for (const int64_t rows : {1, 2}) {
     DeviceArray<float> x(rows * n), values(rows * k);
@@ -348,10 +357,10 @@ __global__ void between_warps(int* out) {
   const unsigned warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0) values[warp] = 7;
   __syncwarp();
-  out[threadIdx.x] = values[1 - warp];  // no barrier of the block in between
+  out[threadIdx.x] = values[1 - warp];  // __syncthreads is missing before this line
 }
 
-TEST(Shim, WarpsDoNotWaitForEachOther) {
+TEST(Shim, MissingBarrierOfWarpsShows) {
   const shim::Schedule before = shim::schedule;
   std::vector<int> out(64, 0);
   for (const auto schedule : {shim::Schedule::kForward, shim::Schedule::kBackward}) {

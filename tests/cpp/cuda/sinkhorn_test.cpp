@@ -16,7 +16,8 @@ struct Options {
   double tolerance = 0;
 };
 
-// Sums are in another order than the CPU's, and float64 numbers around 1e4 cancel.
+// Tolerance for results that are summed in another order than on the CPU. Numbers around 1e4
+// cancel, so it is 1e-11 for float64.
 template <typename T>
 constexpr double kOtherOrder = std::max(4 * kRounding<T>, 1e-11);
 
@@ -115,8 +116,9 @@ class CudaSinkhorn : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaSinkhorn, Floats);
 
-// One token, one expert, more experts than tokens, several lanes a row and a whole warp.
-TYPED_TEST(CudaSinkhorn, GroupsOfABlock) {
+// One block per group. The shapes have one token, one expert, more experts than tokens, and some
+// lanes or a whole warp per row.
+TYPED_TEST(CudaSinkhorn, OneBlockPerGroup) {
   using T = TypeParam;
   for (const Shape& shape :
        {Shape{1, 1, 1},
@@ -139,8 +141,9 @@ TYPED_TEST(CudaSinkhorn, GroupsOfABlock) {
   }
 }
 
-// Groups beyond a block's shared memory, and column vectors beyond it.
-TYPED_TEST(CudaSinkhorn, GroupsInPieces) {
+// Several blocks per group. Groups, and in some shapes even the column vectors, exceed the shared
+// memory of a block.
+TYPED_TEST(CudaSinkhorn, SeveralBlocksPerGroup) {
   using T = TypeParam;
   for (const Shape& shape :
        {Shape{1, 2100, 32}, {1, 1200, 32}, {2, 200, 301}, {2, 3, 10000}, {1, 9000, 7}}) {
@@ -169,8 +172,9 @@ class SmallDevice {
   size_t shared_limit_before_ = shim::shared_limit;
 };
 
-// A block a group and several, matrices in shared memory and in device memory, column vectors too;
-// groups in one round and in several, and more blocks than there is work for.
+// With little shared memory and few multiprocessors, small shapes cover: one and several blocks per
+// group; matrices, and column vectors, in shared and in device memory; one and several groups per
+// crew; more blocks than are needed.
 TYPED_TEST(CudaSinkhorn, OnSmallDevices) {
   using T = TypeParam;
   for (const auto& [multiprocessors, shared_kib] : {std::pair{2, 25}, {5, 32}, {7, 48}}) {
@@ -191,7 +195,7 @@ TYPED_TEST(CudaSinkhorn, OnSmallDevices) {
   }
 }
 
-TYPED_TEST(CudaSinkhorn, TheSameBitsInEveryOrder) {
+TYPED_TEST(CudaSinkhorn, BitsDoNotDependOnTheSchedule) {
   using T = TypeParam;
   const SmallDevice device(5, 34 << 10);
   const shim::Schedule before = shim::schedule;
@@ -220,7 +224,7 @@ TYPED_TEST(CudaSinkhorn, TheSameBitsInEveryOrder) {
 }
 #endif
 
-// Far apart: from float32 on exp(M) to float64 and to logarithms.
+// The wider the logits, the more often the iteration must use float64 or logarithms.
 TYPED_TEST(CudaSinkhorn, WideLogits) {
   using T = TypeParam;
   const Shape shape{2, 21, 5};
@@ -244,7 +248,7 @@ TYPED_TEST(CudaSinkhorn, StopsAtTheTolerance) {
   for (const Shape& shape : {Shape{3, 12, 4}, {2, 2100, 32}}) {
     const int64_t size = shape.T * shape.E;
     auto logits = uniform<T>(shape.size(), 6);
-    std::fill(logits.begin() + size, logits.begin() + 2 * size, T{0});  // converged at once
+    std::fill(logits.begin() + size, logits.begin() + 2 * size, T{0});  // converges in one step
     for (const double tolerance : {1e-1, 1e-3, 1e-6}) {
       if (size > 1000 && tolerance != 1e-1) continue;
       this->expect_as_on_cpu(shape, logits, {size > 1000 ? 5 : 40, 1, tolerance});
@@ -264,7 +268,8 @@ TYPED_TEST(CudaSinkhorn, AbsentTokensAndForbiddenPairs) {
     if (shape.T > 1000) continue;
     for (int64_t i = 0; i < shape.size(); i += 5) logits[i] = -kInf<T>;
     this->expect_as_on_cpu(shape, logits, options);
-    for (int64_t i = 1; i < shape.size(); i += shape.E) logits[i] = -kInf<T>;  // unreachable
+    // Expert 1 is unreachable.
+    for (int64_t i = 1; i < shape.size(); i += shape.E) logits[i] = -kInf<T>;
     this->expect_as_on_cpu(shape, logits, options);
     for (const double tolerance : {0.0, 1e-3}) {
       this->expect_as_on_cpu(
@@ -273,7 +278,7 @@ TYPED_TEST(CudaSinkhorn, AbsentTokensAndForbiddenPairs) {
   }
 }
 
-TYPED_TEST(CudaSinkhorn, BadGroupIsNaNAndNoOther) {
+TYPED_TEST(CudaSinkhorn, OnlyBadGroupsAreNaN) {
   using T = TypeParam;
   for (const Shape& shape : {Shape{3, 5, 3}, {2, 9000, 7}}) {
     const int64_t size = shape.T * shape.E;
@@ -308,7 +313,8 @@ TYPED_TEST(CudaSinkhorn, GradientOfABadGroupIsNaN) {
   }
 }
 
-// A row of equal logits, however large, keeps its sum.
+// The rows of the plan sum to 1 even if logits are so large that adding log_sum to them rounds it
+// away.
 TYPED_TEST(CudaSinkhorn, RowsOfLargeTiesSumToOne) {
   using T = TypeParam;
   const Shape shape{1, 6, 3};
@@ -329,8 +335,8 @@ TYPED_TEST(CudaSinkhorn, RowsOfLargeTiesSumToOne) {
   }
 }
 
-// A softmax alone where no iteration was done; whatever the steps, nothing is read out of place.
-TYPED_TEST(CudaSinkhorn, BackwardOfStrangeSteps) {
+// `steps` is clamped to [0, iterations], so that history is not read out of bounds.
+TYPED_TEST(CudaSinkhorn, BackwardClampsSteps) {
   using T = TypeParam;
   const Shape shape{2, 6, 3};
   const auto logits = uniform<T>(shape.size(), 9), grad = uniform<T>(shape.size(), 10);
@@ -348,7 +354,7 @@ TYPED_TEST(CudaSinkhorn, BackwardOfStrangeSteps) {
   expect_near(with(0, 0), wanted, kOtherOrder<T>);
 }
 
-// Systems in shared memory and beyond it, tokens in several pieces and splits.
+// The shapes cover systems in shared and in device memory, and tokens in several pieces and splits.
 TYPED_TEST(CudaSinkhorn, ImplicitBackward) {
   using T = TypeParam;
   for (const Shape& shape :

@@ -63,8 +63,8 @@ class CudaSoftLogits : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaSoftLogits, Rows);
 
-// Rows that are loaded in pieces of 16 bytes and rows that are loaded by entry.
-TYPED_TEST(CudaSoftLogits, AsOnTheCpu) {
+// Rows are loaded in pieces of 16 bytes or entry by entry, depending on D and S.
+TYPED_TEST(CudaSoftLogits, MatchesTheCpu) {
   for (const int64_t D : {1, 5, 8, 31, 128, 192, 769}) {
     for (const int64_t S : {0, 1, 4, 37, 40, 196}) {
       auto x = rows<TypeParam>(11 * D, D);
@@ -74,7 +74,7 @@ TYPED_TEST(CudaSoftLogits, AsOnTheCpu) {
   }
 }
 
-TYPED_TEST(CudaSoftLogits, NoTokenIsTooLongAndNoneIsHidden) {
+TYPED_TEST(CudaSoftLogits, TakesExtremes) {
   using Row = TypeParam;
   const std::vector<Row> no_grad(2 * 8, Row{});
   const bool small = std::is_same_v<Row, Float16>;

@@ -12,7 +12,8 @@ struct Shape {
   int64_t S() const { return E * C; }
   int64_t lines() const { return over_tokens ? S() : tokens; }
   int64_t count() const { return over_tokens ? tokens : S(); }
-  // The row of line i in the result, and the row of value i in the values.
+  // The row of line i in the result, and of value i in the values. Lines are the rows of the result
+  // of a group: its slots over tokens, else its tokens.
   int64_t line_row(int64_t g, int64_t i) const { return row(g, i, !over_tokens); }
   int64_t value_row(int64_t g, int64_t i) const { return row(g, i, over_tokens); }
   int64_t logit(int64_t g, int64_t line, int64_t value) const {
@@ -48,7 +49,8 @@ class CudaSoftMixProduct : public ::testing::Test {
         logits.data(), values.data(), out.data(), G, tokens, E, C, D, over_tokens, nullptr);
   }
 
-  // Compares with means in float64 with unrounded weights; the kernel rounds each weight once.
+  // Compares with means in float64 with unrounded weights. The kernel rounds each weight to 16
+  // bits.
   static void expect_means(
       const Shape& shape, const std::vector<float>& logits, const std::vector<Row>& values) {
     const auto [G, tokens, E, C, D, over_tokens] = shape;
@@ -92,8 +94,9 @@ class CudaSoftMixProduct : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaSoftMixProduct, Halves);
 
-// A line with a single unmasked value equals that value, at every position in both matrices.
-TYPED_TEST(CudaSoftMixProduct, OneValueIsItself) {
+// The mean of a single unmasked value is that value, whatever the positions of the value and the
+// line.
+TYPED_TEST(CudaSoftMixProduct, MeanOfOneValueIsThatValue) {
   using Row = TypeParam;
   for (const Shape& shape :
        {Shape{2, 37, 3, 7, 136, true}, Shape{2, 37, 3, 7, 136, false},
@@ -157,7 +160,7 @@ TYPED_TEST(CudaSoftMixProduct, TakesExtremes) {
   }
 }
 
-// Padding rows and columns of tiles do not spread an infinity either.
+// The padding of tiles must not spread an infinity to other columns either.
 TYPED_TEST(CudaSoftMixProduct, AnInfinityStaysInItsColumn) {
   using Row = TypeParam;
   for (const Shape& shape : {Shape{1, 37, 6, 3, 200, true}, Shape{1, 21, 37, 1, 200, false}}) {
@@ -172,8 +175,9 @@ TYPED_TEST(CudaSoftMixProduct, AnInfinityStaysInItsColumn) {
   }
 }
 
-// Equal lines get equal bits, however the columns are divided among blocks.
-TYPED_TEST(CudaSoftMixProduct, PlaceDoesNotMatter) {
+// A line gets the same bits at any position and in any number of groups. With few groups, its
+// columns are divided among several blocks.
+TYPED_TEST(CudaSoftMixProduct, BitsDoNotDependOnThePosition) {
   using Row = TypeParam;
   for (const bool over_tokens : {false, true}) {
     const Shape few{1, 60, 60, 1, 264, over_tokens}, many{30, 60, 60, 1, 264, over_tokens};
@@ -196,7 +200,7 @@ TYPED_TEST(CudaSoftMixProduct, PlaceDoesNotMatter) {
   }
 }
 
-TYPED_TEST(CudaSoftMixProduct, TakesWhatItCan) {
+TYPED_TEST(CudaSoftMixProduct, ServesOnlySomeShapes) {
   for (const bool over_tokens : {false, true}) {
     const auto of = [&](int64_t count, int64_t lines, int64_t D) {
       return over_tokens ? Shape{1, count, lines, 1, D, true} : Shape{1, lines, count, 1, D, false};

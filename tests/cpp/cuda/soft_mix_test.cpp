@@ -11,7 +11,7 @@ class CudaSoftMix : public ::testing::Test {
  public:
   using T = Compute<Row>;
 
-  // The rows without their padding.
+  // The rows of the weights without their padding.
   static std::vector<Row> rows_of(const DeviceArray<Row>& weights, int64_t S) {
     const std::vector<Row> all = weights.values();
     std::vector<Row> out;
@@ -76,7 +76,7 @@ TYPED_TEST(CudaSoftMix, TakesExtremes) {
     auto logits = uniform<T>(3 * tokens * S, 4);
     for (int64_t i = 0; i < 3 * tokens * S; i += 5) logits[i] = special[random() % special.size()];
     this->expect_as_on_cpu(logits, 3, tokens, S);
-    // Masked tokens and slots, a line with a single entry, NaN.
+    // Masked tokens, a masked slot, a token with a single slot, and a NaN.
     logits = uniform<T>(3 * tokens * S, 4);
     for (int64_t s = 0; s < S; ++s) logits[2 * S + s] = logits[5 * S + s] = -kInf<T>;
     for (int64_t t = 0; t < tokens; ++t) logits[(tokens + t) * S + 1] = -kInf<T>;
@@ -87,8 +87,8 @@ TYPED_TEST(CudaSoftMix, TakesExtremes) {
   }
 }
 
-// Equal lines get equal bits at any position.
-TYPED_TEST(CudaSoftMix, PlaceDoesNotMatter) {
+// A line (a token or a slot) gets the same bits at any position.
+TYPED_TEST(CudaSoftMix, BitsDoNotDependOnThePosition) {
   using T = Compute<TypeParam>;
   for (const auto& [length, lines, over_tokens] :
        {std::tuple{23, 37, false},
@@ -116,7 +116,7 @@ TYPED_TEST(CudaSoftMix, PlaceDoesNotMatter) {
   }
 }
 
-TYPED_TEST(CudaSoftMix, MovesSlots) {
+TYPED_TEST(CudaSoftMix, ConvertsSlotsToRows) {
   using Row = TypeParam;
   for (const int64_t D : {1, 4, 7, 8, 64, 300}) {
     const int64_t G = 3, E = 4, C = 5;

@@ -50,7 +50,8 @@ class CudaSoftmaxGather : public ::testing::Test {
     cpu::softmax_scatter(
         grad.data(), v, indices.data(), grad_logits.data(), tokens, E, K, by_expert, 0,
         shape.rows());
-    // The CPU's values and norms, so that only the rounding of the backward is compared.
+    // Takes the values and norms of the CPU, so that only rounding in the backward makes a
+    // difference.
     DeviceArray<T> device_grad(grad), same_values(values), same_high(high), same_scale(scale);
     DeviceArray<T> device_grad_logits(static_cast<int64_t>(logits.size()));
     DeviceArray<char> workspace(
@@ -66,18 +67,19 @@ class CudaSoftmaxGather : public ::testing::Test {
     auto logits = uniform<T>(shape.all() * shape.E, 3, -20, 20);
     for (size_t i = 0; i < logits.size(); i += 11) logits[i] = -kInf<T>;
     const auto places = static_cast<int32_t>(shape.places());
-    expect_as_on_cpu(shape, logits, integers(shape.size(), 4, -1, places));  // invalid, repeated
+    // Some indices are invalid, and some are repeated.
+    expect_as_on_cpu(shape, logits, integers(shape.size(), 4, -1, places));
   }
 };
 TYPED_TEST_SUITE(CudaSoftmaxGather, Floats);
 
-TYPED_TEST(CudaSoftmaxGather, OfTokens) {
+TYPED_TEST(CudaSoftmaxGather, TokensChoose) {
   for (const int64_t E : {1, 4, 16, 17, 32, 60, 64, 100, 200, 511, 1024, 1500, 4096}) {
     for (const int64_t K : {0, 1, 2, 9, 40}) this->expect_as_on_cpu({2, 21, E, K, false});
   }
 }
 
-TYPED_TEST(CudaSoftmaxGather, ByExpert) {
+TYPED_TEST(CudaSoftmaxGather, ExpertsChoose) {
   for (const int64_t E : {1, 5, 32, 33, 130}) {
     for (const int64_t tokens : {1, 7, 50}) {
       for (const int64_t K : {0, 1, 6, 50}) this->expect_as_on_cpu({2, tokens, E, K, true});
@@ -85,10 +87,10 @@ TYPED_TEST(CudaSoftmaxGather, ByExpert) {
   }
   this->expect_as_on_cpu({1, 3, 1100, 2, true});
   this->expect_as_on_cpu({1, 2, 4096, 1, true});
-  this->expect_as_on_cpu({2, 14000, 3, 40, true});  // the lists of a long group
+  this->expect_as_on_cpu({2, 14000, 3, 40, true});  // invert_slots in several blocks
 }
 
-TYPED_TEST(CudaSoftmaxGather, EverythingIsPickedTwice) {
+TYPED_TEST(CudaSoftmaxGather, EveryPickIsRepeated) {
   using T = TypeParam;
   for (const bool by_expert : {false, true}) {
     const Shape shape{1, 6, 6, 12, by_expert};
@@ -98,7 +100,7 @@ TYPED_TEST(CudaSoftmaxGather, EverythingIsPickedTwice) {
   }
 }
 
-TYPED_TEST(CudaSoftmaxGather, OddRows) {
+TYPED_TEST(CudaSoftmaxGather, AbsentTokensNaNAndInfinity) {
   using T = TypeParam;
   const Shape shape{1, 4, 3, 3, false};
   const std::vector<T> logits{-kInf<T>, -kInf<T>, -kInf<T>, 1, kNaN<T>, 2,

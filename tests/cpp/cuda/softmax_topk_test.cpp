@@ -27,7 +27,8 @@ class CudaSoftmaxTopk : public ::testing::Test {
     return {values.values(), indices.values()};
   }
 
-  // All gates by softmax_gather on the device, with -inf for absent tokens.
+  // All gates, computed by softmax_gather on the device, with -inf for absent tokens. Compares them
+  // with the gates of the CPU.
   static std::vector<T> gates(const Choice& choice, const std::vector<T>& logits) {
     const auto [G, tokens, E, k, of_tokens] = choice;
     const auto size = static_cast<int64_t>(logits.size());
@@ -46,7 +47,7 @@ class CudaSoftmaxTopk : public ::testing::Test {
     return gates;
   }
 
-  // Expects topk of the device's gates, to the bit; gates() compares these with the CPU's.
+  // Expects the largest of the gates that gates() returns, to the bit.
   static void expect_definition(const Choice& choice, const std::vector<T>& logits) {
     SCOPED_TRACE(::testing::Message() << choice);
     const auto actual = choose(choice, logits);
@@ -63,8 +64,9 @@ class CudaSoftmaxTopk : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaSoftmaxTopk, Floats);
 
-// Sizes around the numbers of lanes, of entries per lane and of entries per load.
-TYPED_TEST(CudaSoftmaxTopk, OfRows) {
+// The sizes are around multiples of the numbers of lanes, of entries per lane and of entries per
+// load.
+TYPED_TEST(CudaSoftmaxTopk, TokensChoose) {
   for (const int64_t E : {1, 3, 16, 17, 32, 33, 64, 100, 128, 130, 256, 300, 512, 600, 1024}) {
     for (const int64_t k : {0, 1, 2, 5, 16, 17, 33}) {
       if (k <= E) this->expect_definition({2, E < 200 && k < 17 ? 35 : 3, E, k, false});
@@ -72,13 +74,13 @@ TYPED_TEST(CudaSoftmaxTopk, OfRows) {
   }
 }
 
-TYPED_TEST(CudaSoftmaxTopk, OfLongRows) {
+TYPED_TEST(CudaSoftmaxTopk, TokensChooseFromLongRows) {
   for (const int64_t E : {1025, 1537, 4090, 4096, 4100}) {
     for (const int64_t k : {1, 16, 40}) this->expect_definition({1, 3, E, k, false});
   }
 }
 
-TYPED_TEST(CudaSoftmaxTopk, OfTokens) {
+TYPED_TEST(CudaSoftmaxTopk, ExpertsChoose) {
   for (const int64_t E : {1, 8, 31, 32, 60, 128}) {
     for (const int64_t tokens : {1, 3, 33, 196, 300}) {
       for (const int64_t k : {1, 6, 16}) {
@@ -89,8 +91,8 @@ TYPED_TEST(CudaSoftmaxTopk, OfTokens) {
   }
 }
 
-// Gates that go through memory: many picks, many experts, a long group.
-TYPED_TEST(CudaSoftmaxTopk, OfTokensByWayOfMemory) {
+// Gates are written to device memory if there are many picks, many experts or many tokens.
+TYPED_TEST(CudaSoftmaxTopk, ExpertsChooseThroughDeviceMemory) {
   this->expect_definition({2, 40, 3, 17, true});
   this->expect_definition({1, 300, 33, 150, true});
   this->expect_definition({2, 130, 128, 20, true});
@@ -100,7 +102,7 @@ TYPED_TEST(CudaSoftmaxTopk, OfTokensByWayOfMemory) {
   this->expect_definition({1, 3, 4096, 2, true});
 }
 
-TYPED_TEST(CudaSoftmaxTopk, TokensThatAreNotThereAndNaN) {
+TYPED_TEST(CudaSoftmaxTopk, AbsentTokensAndNaN) {
   using T = TypeParam;
   for (const int64_t E : {11, 40, 1300}) {
     const int64_t tokens = 20;
@@ -114,7 +116,7 @@ TYPED_TEST(CudaSoftmaxTopk, TokensThatAreNotThereAndNaN) {
   }
 }
 
-// Gates that underflow on the CPU underflow on the device, too, and tie.
+// The same gates underflow to 0 on the device as on the CPU, and tie.
 TYPED_TEST(CudaSoftmaxTopk, MostGatesAreZero) {
   using T = TypeParam;
   for (const int64_t E : {7, 130, 1100}) {

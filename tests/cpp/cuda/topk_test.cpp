@@ -8,7 +8,7 @@ namespace {
 template <typename T>
 class CudaTopk : public ::testing::Test {
  public:
-  // Bit for bit what the CPU gives.
+  // Expects the bits of the CPU kernel.
   static void expect_as_on_cpu(
       const std::vector<T>& x, int64_t N, int64_t n, int64_t M, int64_t k) {
     SCOPED_TRACE(::testing::Message() << "N " << N << " n " << n << " M " << M << " k " << k);
@@ -28,7 +28,8 @@ class CudaTopk : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaTopk, Floats);
 
-// Around the numbers of lanes, of entries a lane and of entries that are loaded together.
+// The lengths are around multiples of the numbers of lanes, of entries per lane and of entries per
+// load.
 TYPED_TEST(CudaTopk, FewOfRows) {
   using T = TypeParam;
   for (const int64_t n : {1, 3, 4, 15, 16, 17, 32, 33, 64, 100, 128, 130, 512, 600, 1024}) {
@@ -54,7 +55,7 @@ TYPED_TEST(CudaTopk, FewOfColumns) {
   }
 }
 
-TYPED_TEST(CudaTopk, Many) {
+TYPED_TEST(CudaTopk, ManyPicks) {
   using T = TypeParam;
   for (const int64_t M : {1, 3}) {
     for (const int64_t n : {17, 200, 255, 256, 257, 1025, 3000}) {
@@ -70,7 +71,7 @@ TYPED_TEST(CudaTopk, Many) {
   }
 }
 
-// Too long for shared memory, and more picks than a block sorts.
+// Rows that are too long for shared memory, and more picks than a block sorts.
 TYPED_TEST(CudaTopk, LongAxes) {
   using T = TypeParam;
   const int64_t n = 60000;
@@ -78,7 +79,7 @@ TYPED_TEST(CudaTopk, LongAxes) {
   for (const int64_t N : {1, 2})
     this->expect_as_on_cpu(tied<T>(N * 5000, 1, 900), N, 5000, 1, 4500);
   this->expect_as_on_cpu(uniform<T>(5000 * 2, 1), 1, 5000, 2, 5000);
-  // Keys that differ in their last digit alone, or in the first two.
+  // Keys that differ in their last digit only, or also in the first digits.
   std::vector<T> close(30000), apart(30000);
   for (int64_t i = 0; i < 30000; ++i) {
     close[i] = 1 + std::numeric_limits<T>::epsilon() * static_cast<T>(i * 7919 % 200);
@@ -93,8 +94,8 @@ TYPED_TEST(CudaTopk, LongAxes) {
   }
 }
 
-// Rows whose length is a multiple of 16 bytes, and whose place is none.
-TYPED_TEST(CudaTopk, RowsOutOfPlace) {
+// The length of rows is a multiple of 16 bytes, but their addresses are not.
+TYPED_TEST(CudaTopk, MisalignedRows) {
   using T = TypeParam;
   for (const int64_t n : {8, 64, 1024}) {
     const int64_t rows = 5, k = 3;

@@ -1,21 +1,23 @@
-// cuda_runtime -- an emulator that runs the kernels of csrc/cuda on the host, in place of CUDA's
-// header of this name.
+// cuda_runtime -- an emulator that runs the kernels of csrc/cuda on the host. It replaces the
+// header of the same name of the CUDA toolkit.
 //
-// The include path finds it before the real header, so that a .cu file compiles as plain C++. A
-// launch runs its blocks one after another; a cooperative launch runs all of them in turns. The
-// threads of a block are fibers (runner.cpp). A fiber runs until it has to wait: in __syncthreads,
-// in an operation of its warp, or for a change of an atomic by another block (cuda/atomic).
+// This folder comes first in the include path, so that a .cu file compiles as plain C++. A launch
+// runs its blocks one after another; a cooperative launch switches between all of them. The threads
+// of a block are fibers (runner.cpp). A fiber runs until it has to wait: in __syncthreads, in a
+// warp operation, or for another block to change an atomic (cuda/atomic).
 //
-// Errors that give a wrong result or a hang on a GPU end the program with the state of each thread:
-// a barrier that not all threads reach, a warp operation whose mask names lanes that do not take
-// part or are in another operation, a shuffle from outside the mask. Shared memory is filled with
-// garbage before every block. --schedule sets the order in which threads and blocks run: a result
-// that depends on the order lacks a barrier. ASan checks addresses: build with -fsanitize=address.
+// Errors that would give a wrong result or a hang on a GPU end the program, and print the state of
+// each thread: a barrier that not all threads reach; a warp operation whose mask names lanes that
+// do not take part or are in another operation; a shuffle from a lane outside the mask.
+//
+// Shared memory is filled with garbage before every block. --schedule sets the order in which
+// threads and blocks run: if a result depends on the order, a barrier is missing. AddressSanitizer
+// checks addresses, if built with -fsanitize=address.
 //
 // Only the parts of CUDA that the kernels use are emulated. Clusters, streams, memory order and
-// speed are not modelled. Own code replaces CUB (cub/), the tensor-core instructions
-// (tensor_core.h), the conversions of 16-bit types, nvcc's arithmetic (expf, fused multiply-adds)
-// and the parts of torch's CUDA that the bindings call (torch_cuda.h).
+// speed are not modelled. Code of this folder also replaces CUB (cub/), the tensor-core
+// instructions (tensor_core.h), the conversions of 16-bit types, the functions expf and fmaf of
+// nvcc, and the CUDA functions of torch that the bindings call (torch_cuda.h).
 #pragma once
 
 #include <cmath>
@@ -47,7 +49,7 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
-// The runner sets these whenever it switches to another thread.
+// The runner sets these when it switches to another thread.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
@@ -56,31 +58,32 @@ namespace shim {
 enum class Schedule { kForward, kBackward, kShuffled };
 inline Schedule schedule = Schedule::kForward;
 
-// The most dynamic shared memory of a block. Tests lower it to reach other kernels.
+// The most dynamic shared memory of a block, in bytes. Tests lower it to reach other kernels.
 inline size_t shared_limit = 227 << 10;
 
-// The limit that cudaFuncSetAttribute set last.
+// The last limit of dynamic shared memory that was set by cudaFuncSetAttribute.
 inline int shared_allowed = 0;
 
-// Multiprocessors of the device, and the most blocks of a cooperative launch.
+// Number of multiprocessors, which is also the most blocks of a cooperative launch.
 inline int multiprocessors = 4;
 
-// Runs `thread` once for every thread of the grid. With `together` all blocks are co-resident.
+// Calls `thread` once for every thread of the grid. With `cooperative` all blocks are co-resident.
 void run(
-    dim3 grid, dim3 threads, size_t shared, bool together, const std::function<void()>& thread);
+    dim3 grid, dim3 threads, size_t shared, bool cooperative, const std::function<void()>& thread);
 
-// A thread that reads an atomic twice waits in between until some atomic is written.
+// Called before an atomic is read and after it is written. A thread that reads atomics in a loop
+// waits before each further read until another thread has written an atomic.
 void before_atomic_read();
 void after_atomic_write();
 
 // Dynamic shared memory of the running block.
 void* dynamic_shared();
 
-// A barrier of the block; returns the sum of its threads' values.
+// A barrier of the block. Returns the sum of the values of all its threads.
 int wait_for_block(const char* barrier, int value);
 
-// An operation of the lanes in `mask`: takes this lane's value and returns its result.
-enum class WarpOp { kSync, kShuffle, kBallot, kMatch, kMin, kMax, kAdd, kOr, kTogether };
+// An operation of the lanes in `mask`. Takes the value of this lane, and returns its result.
+enum class WarpOp { kSync, kShuffle, kBallot, kMatch, kMin, kMax, kAdd, kOr, kInstruction };
 uint64_t wait_for_warp(WarpOp op, unsigned mask, uint64_t value, int source);
 
 int lane();
@@ -101,7 +104,7 @@ T from_bits(uint64_t bits) {
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source, int width) {
-  // A lane whose source is outside its segment reads itself, as __shfl_up_sync does at the edge.
+  // A lane whose source is outside its segment reads its own value, as in CUDA.
   const int begin = lane() & ~(width - 1);
   if (source < begin || source >= begin + width) source = lane();
   return from_bits<T>(wait_for_warp(WarpOp::kShuffle, mask, to_bits(value), source));
@@ -176,8 +179,8 @@ inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 inline int __clzll(long long bits) { return bits ? __builtin_clzll(bits) : 64; }
 
-// The runtime's calls. Device memory is on the heap, so that ASan checks its bounds. An allocation
-// of 0 bytes is a null pointer, as from a driver; copying from or to it is an error.
+// The functions of the CUDA runtime. Device memory is on the heap, so that ASan checks its bounds.
+// An allocation of 0 bytes is a null pointer; copies from or to a null pointer are errors.
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
@@ -230,8 +233,8 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStr
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
-  const bool together = config->numAttrs > 0 && config->attrs->val.cooperative;
-  shim::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, together, [&] {
+  const bool cooperative = config->numAttrs > 0 && config->attrs->val.cooperative;
+  shim::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative, [&] {
     kernel(args...);
   });
   return cudaSuccess;

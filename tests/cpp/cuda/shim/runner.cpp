@@ -32,9 +32,10 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr size_t kLargestShared = 227 << 10;
 constexpr uint64_t kCanary = 0x5AFE57AC5AFE57AC;
-// Bytes that fill shared memory: ordinary numbers, or NaN if read as floating point. An ordinary
-// number may go unnoticed, multiplied by 0 or lost in a sum.
-constexpr unsigned char kRubbish = 0xA5, kRubbishNan = 0xFF;
+// The bytes that fill shared memory: kGarbage is an ordinary number, kGarbageNan is NaN if read as
+// floating point. An ordinary number may go unnoticed if it is multiplied by 0 or is small in a
+// sum.
+constexpr unsigned char kGarbage = 0xA5, kGarbageNan = 0xFF;
 
 enum class State { kReady, kBlock, kWarp, kAtomic, kDone };
 
@@ -48,21 +49,21 @@ struct Fiber {
   State state = State::kReady;
   bool started = false;
   uint3 index{};
-  // The operation in which the fiber waits.
+  // The barrier or warp operation in which the fiber waits.
   const char* barrier = "";
   WarpOp op{};
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
   int source = 0;
-  uint64_t changes = 0;  // the global `changes` when the fiber last read an atomic
-  // Asynchronous copies that are not done yet, oldest first.
+  uint64_t changes = 0;  // the global counter `changes` when the fiber last read an atomic
+  // Asynchronous copies that have not been performed yet, oldest first.
   std::deque<Copy> copies;
   int groups = 0;
 
   std::unique_ptr<char, int (*)(char*)> stack{nullptr, [](char* p) { return munmap(p, kStack); }};
   ucontext_t start;
   void* registers[5];
-  void* fake_stack = nullptr;  // ASan's
+  void* fake_stack = nullptr;  // of ASan
 };
 
 struct alignas(128) Dynamic {
@@ -73,7 +74,7 @@ struct Block {
   uint3 index{};
   std::vector<Fiber> fibers;
   std::unique_ptr<Dynamic> dynamic = std::make_unique<Dynamic>();
-  std::vector<uint64_t> declared;  // its __shared__ variables, saved while another block runs
+  std::vector<uint64_t> declared;  // saved __shared__ variables, while another block runs
 };
 
 std::vector<Block> blocks;  // co-resident blocks
@@ -81,7 +82,7 @@ Block* block = nullptr;     // the running block
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 size_t block_size = 0;
-uint64_t changes = 1;  // counts writes to atomics
+uint64_t changes = 1;  // 1 + the number of writes to atomics
 
 void* scheduler_registers[5];
 #if defined(__SANITIZE_ADDRESS__)
@@ -94,14 +95,14 @@ const char* name(WarpOp op) {
   constexpr const char* kNames[] = {
       "__syncwarp",        "a shuffle",         "__ballot_sync",
       "__match_any_sync",  "__reduce_min_sync", "__reduce_max_sync",
-      "__reduce_add_sync", "__reduce_or_sync",  "a tensor core's instruction"};
+      "__reduce_add_sync", "__reduce_or_sync",  "a tensor-core instruction"};
   return kNames[static_cast<int>(op)];
 }
 
 [[noreturn]] void fail(const char* what) {
   fprintf(
-      stderr, "CUDA on the host: %s, in block %u of %u, %zu threads:\n", what, blockIdx.x,
-      gridDim.x, block_size);
+      stderr, "CUDA emulator: %s, in block %u of %u, %zu threads:\n", what, blockIdx.x, gridDim.x,
+      block_size);
   for (size_t i = 0; block && i < block_size; ++i) {
     const Fiber& fiber = block->fibers[i];
     fprintf(stderr, "  thread %zu ", i);
@@ -118,9 +119,9 @@ const char* name(WarpOp op) {
   abort();
 }
 
-// Switches by the compiler's setjmp, without a system call; libc's longjmp may reject a jump to
-// another stack. Not instrumented, because ASan would unpoison the stack that is left. The two
-// halves must be separate functions.
+// Switches fibers by the setjmp of the compiler, which makes no system call. longjmp of libc may
+// reject a jump to another stack. ASan must not instrument these functions, because it would
+// unpoison the stack that is left. setjmp and longjmp must be in different functions.
 __attribute__((noinline, noreturn, no_sanitize("address"))) void go(void** to) {
   __builtin_longjmp(to, 1);
 }
@@ -169,14 +170,15 @@ void resume(Fiber& fiber) {
 #endif
 }
 
-// Gives the lanes of `mask`, all of which have arrived, their results.
+// Performs an operation of the lanes in `mask`, all of which have arrived.
 void complete(Fiber* warp, unsigned mask, WarpOp op) {
   const auto taking_part = [&](int lane) { return mask >> lane & 1; };
-  if (op == WarpOp::kTogether) {
-    if (mask != 0xFFFFFFFF) fail("a tensor core's instruction without the whole warp");
-    Together* lanes[32];
-    for (int lane = 0; lane < 32; ++lane) lanes[lane] = from_bits<Together*>(warp[lane].value);
-    for (Together* lane : lanes) {
+  if (op == WarpOp::kInstruction) {
+    if (mask != 0xFFFFFFFF) fail("a tensor-core instruction without all lanes of a warp");
+    WarpInstruction* lanes[32];
+    for (int lane = 0; lane < 32; ++lane)
+      lanes[lane] = from_bits<WarpInstruction*>(warp[lane].value);
+    for (WarpInstruction* lane : lanes) {
       if (lane->run != lanes[0]->run) fail("lanes of a warp are in different instructions");
     }
     lanes[0]->run(lanes);
@@ -215,7 +217,7 @@ void complete(Fiber* warp, unsigned mask, WarpOp op) {
 
 // Whether all lanes of the operation in which `fiber` waits have arrived.
 bool is_complete(const Fiber* warp, size_t lanes, const Fiber& fiber) {
-  if (lanes < 32 && fiber.mask >> lanes) fail("a mask names lanes that the block has not");
+  if (lanes < 32 && fiber.mask >> lanes) fail("a mask names lanes that the block does not have");
   for (size_t lane = 0; lane < lanes; ++lane) {
     if (!(fiber.mask >> lane & 1)) continue;
     const Fiber& other = warp[lane];
@@ -228,6 +230,7 @@ bool is_complete(const Fiber* warp, size_t lanes, const Fiber& fiber) {
   return true;
 }
 
+// Completes the operations of the warp of threads [first, first + 32) whose lanes have all arrived.
 void release_warp(size_t first) {
   Fiber* warp = &block->fibers[first];
   const size_t lanes = std::min<size_t>(32, block_size - first);
@@ -239,6 +242,7 @@ void release_warp(size_t first) {
   }
 }
 
+// Completes the barrier of the block if all threads have arrived.
 void release_block() {
   std::vector<Fiber>& fibers = block->fibers;
   const auto in = [&](State state) {
@@ -263,11 +267,13 @@ void release_block() {
   }
 }
 
-// Loops, and not instrumented, because they also read and write the red zones between variables.
-__attribute__((no_sanitize("address"))) void spoil_declared(uint64_t rubbish) {
-  for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = rubbish;
+// Fills, saves and restores the __shared__ variables. ASan must not instrument these functions,
+// because they also access its red zones between variables. They have loops, because memset and
+// memcpy would be checked.
+__attribute__((no_sanitize("address"))) void fill_declared(uint64_t garbage) {
+  for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = garbage;
 }
-__attribute__((no_sanitize("address"))) void keep_declared() {
+__attribute__((no_sanitize("address"))) void save_declared() {
   block->declared.resize(__stop_cuda_shared - __start_cuda_shared);
   uint64_t* to = block->declared.data();
   for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *to++ = *p;
@@ -277,12 +283,12 @@ __attribute__((no_sanitize("address"))) void restore_declared() {
   for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = *from++;
 }
 
-void spoil_shared(size_t size) {
-  const unsigned char rubbish = schedule == Schedule::kForward ? kRubbish : kRubbishNan;
-  spoil_declared(rubbish * uint64_t{0x0101010101010101});
+void fill_shared(size_t size) {
+  const unsigned char garbage = schedule == Schedule::kForward ? kGarbage : kGarbageNan;
+  fill_declared(garbage * uint64_t{0x0101010101010101});
   char* dynamic = block->dynamic->bytes;
   ASAN_UNPOISON_MEMORY_REGION(dynamic, kLargestShared);
-  memset(dynamic, rubbish, size);
+  memset(dynamic, garbage, size);
   ASAN_POISON_MEMORY_REGION(dynamic + size, kLargestShared - size);
 }
 
@@ -316,6 +322,7 @@ void perform(const Copy& copy) {
   }
 }
 
+// The order in which the scheduler resumes threads or blocks.
 class Order {
  public:
   explicit Order(size_t size) : order_(size) {
@@ -327,7 +334,7 @@ class Order {
     if (schedule == Schedule::kShuffled) std::shuffle(order_.begin(), order_.end(), random_);
     return order_;
   }
-  // The order, cut into warps.
+  // The order of threads, divided into warps.
   std::vector<std::vector<size_t>> warps() const {
     std::vector<std::vector<size_t>> warps;
     for (const size_t i : order_) {
@@ -352,13 +359,13 @@ void begin_block(Block& next, size_t i, size_t shared) {
   next.index = {x % gridDim.x, x / gridDim.x % gridDim.y, x / gridDim.x / gridDim.y};
   if (next.fibers.size() < block_size) next.fibers.resize(block_size);
   enter_block(next);
-  spoil_shared(shared);
+  fill_shared(shared);
   for (size_t i = 0; i < block_size; ++i) prepare(next.fibers[i], i);
 }
 
-// Resumes the threads of the block; returns whether any could go on. Forward and backward, each
-// warp runs as far as it can before the next one, which reveals missing barriers; shuffled, every
-// thread runs once.
+// Resumes the threads of the block that need not wait. Returns whether there was one. In the
+// schedules forward and backward, each warp runs as far as it can before the next warp, which
+// reveals missing barriers. In the schedule shuffled, every thread is resumed once.
 bool run_block(Order& order) {
   std::vector<Fiber>& fibers = block->fibers;
   const auto may_go_on = [](const Fiber& fiber) {
@@ -393,8 +400,8 @@ bool run_block(Order& order) {
 void end_block() {
   const std::vector<Fiber>& fibers = block->fibers;
   for (size_t i = 0; i < block_size; ++i) {
-    if (fibers[i].state != State::kDone) fail("threads wait for each other for ever");
-    if (!fibers[i].copies.empty()) fail("a thread has returned and awaits copies no more");
+    if (fibers[i].state != State::kDone) fail("a deadlock: no thread can continue");
+    if (!fibers[i].copies.empty()) fail("a thread returned without waiting for its copies");
     if (memcmp(fibers[i].stack.get(), &kCanary, sizeof(kCanary)) != 0) fail("a stack overflow");
   }
 }
@@ -402,23 +409,23 @@ void end_block() {
 }  // namespace
 
 void run(
-    dim3 grid, dim3 threads, size_t shared, bool together, const std::function<void()>& thread) {
+    dim3 grid, dim3 threads, size_t shared, bool cooperative, const std::function<void()>& thread) {
   const size_t grid_size = size_t{grid.x} * grid.y * grid.z;
   block = nullptr;
   block_size = size_t{threads.x} * threads.y * threads.z;
   gridDim = grid;
   blockDim = threads;
-  if (block_size == 0 || block_size > 1024) fail("a block of no or of more than 1024 threads");
+  if (block_size == 0 || block_size > 1024) fail("a block of 0 threads or more than 1024");
   if (grid_size == 0) fail("a grid without blocks");
-  if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) fail("a grid of too many blocks");
+  if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) fail("a grid with too many blocks");
   if (shared > shared_limit) fail("more shared memory than a block may have");
-  if (together && grid_size > static_cast<size_t>(multiprocessors)) {
-    fail("more blocks together than there are multiprocessors");
+  if (cooperative && grid_size > static_cast<size_t>(multiprocessors)) {
+    fail("a cooperative launch with more blocks than multiprocessors");
   }
   body = &thread;
-  blocks.resize(std::max(blocks.size(), together ? grid_size : 1));
+  blocks.resize(std::max(blocks.size(), cooperative ? grid_size : 1));
   Order in_block(block_size), in_grid(grid_size);
-  if (!together) {
+  if (!cooperative) {
     for (const size_t i : in_grid.next()) {
       begin_block(blocks[0], i, shared);
       while (run_block(in_block)) {
@@ -429,7 +436,7 @@ void run(
   }
   for (size_t i = 0; i < grid_size; ++i) {
     begin_block(blocks[i], i, shared);
-    keep_declared();
+    save_declared();
   }
   bool any = true;
   while (any) {
@@ -437,12 +444,12 @@ void run(
     for (const size_t i : in_grid.next()) {
       enter_block(blocks[i]);
       restore_declared();
-      // Forward and backward, a block runs as far as it can, as its warps do.
+      // In the schedules forward and backward, a block runs as far as it can before the next one.
       while (run_block(in_block)) {
         any = true;
         if (schedule == Schedule::kShuffled) break;
       }
-      keep_declared();
+      save_declared();
     }
   }
   for (size_t i = 0; i < grid_size; ++i) {
@@ -480,20 +487,20 @@ uint64_t wait_for_warp(WarpOp op, unsigned mask, uint64_t value, int source) {
   current->mask = mask;
   current->value = value;
   current->source = source;
-  if (!(mask >> lane() & 1)) fail("a mask without the lane that calls");
+  if (!(mask >> lane() & 1)) fail("a mask without the calling lane");
   to_scheduler();
   return current->result;
 }
 
 void check_alignment(const void* at) {
-  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("16 bytes at once that do not begin there");
+  if (reinterpret_cast<uintptr_t>(at) % 16 != 0) fail("a misaligned access of 16 bytes");
 }
 
-void copy_async(char* to, const void* from, bool there) {
+void copy_async(char* to, const void* from, bool valid) {
   static std::mt19937 random{1};
   check_alignment(to);
   check_alignment(from);
-  const Copy copy{to, there ? from : nullptr, current->groups};
+  const Copy copy{to, valid ? from : nullptr, current->groups};
   const bool late =
       schedule == Schedule::kForward || (schedule == Schedule::kShuffled && random() % 2 == 0);
   late ? current->copies.push_back(copy) : perform(copy);
@@ -509,6 +516,8 @@ void await_copies(int pending) {
   }
 }
 
-void together(Together* mine) { wait_for_warp(WarpOp::kTogether, 0xFFFFFFFF, to_bits(mine), 0); }
+void execute(WarpInstruction* mine) {
+  wait_for_warp(WarpOp::kInstruction, 0xFFFFFFFF, to_bits(mine), 0);
+}
 
 }  // namespace shim

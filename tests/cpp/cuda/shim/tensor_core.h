@@ -1,8 +1,9 @@
 // tensor_core -- emulates the instructions of csrc/cuda/tensor_core.h on the host.
 //
-// An asynchronous copy may happen at any time until it is awaited. --schedule chooses the time:
-// with forward it happens when awaited, with backward at once, with shuffled at random one or the
-// other. A result that depends on the time lacks a wait, or overwrites a stage too early.
+// On a GPU an asynchronous copy may happen at any time between its start and the wait for it.
+// --schedule chooses the time: `forward` copies in the wait, `backward` at the start, `shuffled` at
+// random one or the other. If a result depends on the time, a wait is missing, or memory is
+// overwritten too early.
 #pragma once
 
 #include <cstdint>
@@ -10,21 +11,22 @@
 
 namespace shim {
 
-void copy_async(char* to, const void* from, bool there);
+void copy_async(char* to, const void* from, bool valid);
 void commit_copies();
-// Performs the copies of all groups but the last `pending`.
+// Performs the copies of all groups of this thread except the last `pending` groups.
 void await_copies(int pending);
 
-// An instruction of a whole warp: the last lane to arrive calls run() with the operands of all.
-struct Together {
-  void (*run)(Together* const (&lanes)[32]);
+// An instruction of a whole warp. When all lanes have arrived, run() is called once, with the
+// operands of all lanes.
+struct WarpInstruction {
+  void (*run)(WarpInstruction* const (&lanes)[32]);
 };
-void together(Together* mine);
+void execute(WarpInstruction* mine);
 
 // Fails unless `at` is aligned to 16 bytes.
 void check_alignment(const void* at);
 
-struct Load : Together {
+struct Load : WarpInstruction {
   const char* row;
   uint32_t* to;
 };
@@ -33,7 +35,7 @@ template <bool kTransposed>
 void load(uint32_t (&to)[4], const char* row) {
   check_alignment(row);
   Load mine{
-      {[](Together* const(&lanes)[32]) {
+      {[](WarpInstruction* const(&lanes)[32]) {
         const auto of = [&](int lane) { return static_cast<Load*>(lanes[lane]); };
         const auto entry = [&](int matrix, int row, int column) {
           uint16_t value;
@@ -50,12 +52,12 @@ void load(uint32_t (&to)[4], const char* row) {
       }},
       row,
       to};
-  together(&mine);
+  execute(&mine);
 }
 inline void load_matrices(uint32_t (&to)[4], const char* row) { load<false>(to, row); }
 inline void load_transposed(uint32_t (&to)[4], const char* row) { load<true>(to, row); }
 
-struct Product : Together {
+struct Product : WarpInstruction {
   float* sums;
   const uint32_t* a;
   uint32_t b[2];
@@ -66,7 +68,7 @@ inline void multiply_add(
     float (&sums)[4], const uint32_t (&a)[4], uint32_t b_upper, uint32_t b_lower,
     float (*widen)(uint16_t)) {
   Product mine{
-      {[](Together* const(&lanes)[32]) {
+      {[](WarpInstruction* const(&lanes)[32]) {
         const auto of = [&](int lane) { return static_cast<Product*>(lanes[lane]); };
         const auto half = [&](uint32_t pair, int i) {
           return of(0)->widen(static_cast<uint16_t>(i % 2 ? pair >> 16 : pair));
@@ -92,7 +94,7 @@ inline void multiply_add(
       a,
       {b_upper, b_lower},
       widen};
-  together(&mine);
+  execute(&mine);
 }
 
 }  // namespace shim

@@ -1,9 +1,9 @@
-// torch_cuda -- emulates the parts of torch's CUDA that the bindings of csrc/torch call. Included
+// torch_cuda -- emulates the CUDA functions of torch that the bindings of csrc/torch call. Included
 // before all other headers, it makes the bindings register the CUDA kernels, which run on the
 // emulator, for CPU tensors.
 //
-// Products are torch's CPU products. Streams, the current device, the allocator and the order of a
-// GPU's asynchronous work are not modelled.
+// Matrix products are torch's CPU products. Streams, the current device, the CUDA allocator and the
+// asynchronous execution of kernels are not modelled.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -29,7 +29,8 @@ inline AOTITorchError no_stream(int32_t, void** stream) {
   return *stream = nullptr, AOTI_TORCH_SUCCESS;
 }
 
-// A product on a CPU cannot have another dtype than its factors: converts the factors to it.
+// On a CPU, torch has no product with another dtype than its factors. For such a product this
+// converts the factors to the dtype of the result first.
 inline AOTITorchError call_dispatcher(
     const char* op, const char* overload, StableIValue* stack, uint64_t version) {
   using torch::stable::Tensor;

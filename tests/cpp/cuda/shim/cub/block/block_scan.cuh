@@ -26,7 +26,7 @@ class BlockScan {
       sum = sum + storage_.values[i];
     }
     output = before;
-    total = sum;  // no barrier, as in CUB: callers need one before they use the storage again
+    total = sum;  // without a barrier, as in CUB: callers need one before they reuse the storage
   }
 
  private:

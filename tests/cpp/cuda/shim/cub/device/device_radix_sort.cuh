@@ -9,7 +9,7 @@
 
 namespace shim {
 
-// The error that sorts with memory return; a test sets it.
+// The error that a sort returns, unless it is asked for the size of its memory. A test sets it.
 inline cudaError_t sort_error = cudaSuccess;
 
 }  // namespace shim
