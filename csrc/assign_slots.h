@@ -7,8 +7,8 @@
 //   source    [G, E, C]  int32            t * K + k of the request that a slot holds, or -1: empty
 //
 // Choice 0 of all tokens is served before choice 1 of any token (V-MoE, arXiv 2106.05974,
-// algorithms 1 and 2). A request for an expert with a full buffer is dropped. Deterministic. Takes
-// O(T * K) per group, and with a priority a sort of T tokens.
+// algorithms 1 and 2). A request for an expert with a full buffer is dropped. The result is
+// deterministic. A group takes O(T * K), and with a priority also a sort of T tokens.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// grouped_mlp -- an MLP per expert, over the filled rows alone.
+// grouped_mlp -- the MLPs of all experts, over the filled rows.
 //
 //   x       [E, N, D]   float32 | float64 (CUDA: | bfloat16 | float16)
 //                                 N rows per expert: G segments of C = N / G rows
@@ -17,9 +17,8 @@
 //   grad_a = (grad_y w2^T) gelu'(a)    grad_w1 = x^T grad_a    grad_b1 = sum of grad_a
 //   grad_x = grad_a w1^T               grad_w2 = h^T grad_y    grad_b2 = sum of grad_y
 //
-// The products are cpu/product.cpp on a CPU and torch's on CUDA (torch/{cpu,cuda}/grouped_mlp.h
-// call them). The kernels here do what is between two products: on a CPU while a block of rows is
-// in cache, on CUDA in one pass.
+// torch/{cpu,cuda}/grouped_mlp.h compute the op. The matrix products are cpu/product.cpp on a CPU,
+// and torch's on CUDA. The kernels here are the element-wise steps between the products.
 #pragma once
 
 #include <cstddef>
@@ -39,22 +38,22 @@ VMOE_EACH_ISA(
     template <typename T> void bias_gelu(
         const T* x,     // [rows, columns]
         const T* bias,  // [columns] or null
-        T* out,         // [rows, columns]; may be x, if that is packed too
+        T* out,         // [rows, columns]; may be x if x is contiguous
         int64_t rows,
         int64_t columns,
-        int64_t x_stride,  // from row to row; out is packed
+        int64_t x_stride,  // entries from row to row of x; out is contiguous
         bool tanh);
 
     template <typename T>
     void bias_gelu_backward(
         const T* x,     // [rows, columns]
         const T* bias,  // [columns] or null
-        T* out,         // [rows, columns], gelu(x + bias); may be x as above
+        T* out,         // [rows, columns], gelu(x + bias); may be x if x is contiguous
         T* grad,        // [rows, columns]  in: gradient of gelu(x + bias); out: gradient of x
         T* grad_bias,   // [columns] or null  += sum over the rows
         int64_t rows,
         int64_t columns,
-        int64_t x_stride,  // from row to row; out and grad are packed
+        int64_t x_stride,  // entries from row to row of x; out and grad are contiguous
         bool tanh);
 
     template <typename T>
@@ -90,7 +89,7 @@ struct ExpertRows {
   int64_t E, N, G;
 };
 
-// 16-bit rows are computed and summed in float. The bound on the error of GELU is the CPU's.
+// 16-bit rows are computed and summed in float. The error bound of GELU is the same as on the CPU.
 template <typename Row>
 void bias_gelu(
     const Row* x,     // [E, N, columns]
@@ -101,8 +100,7 @@ void bias_gelu(
     bool tanh,
     CUstream_st* stream);
 
-// Bytes of workspace for the partial sums of a sum over rows, which has a fixed order and no
-// atomics.
+// Bytes of workspace for a sum over rows. The sum has a fixed order, so it is deterministic.
 template <typename Row>
 size_t sum_workspace(const ExpertRows& rows, int64_t columns);
 
@@ -110,8 +108,9 @@ template <typename Row>
 void bias_gelu_backward(
     const Row* x,     // [E, N, columns]
     const Row* bias,  // [E, columns] or null
-    Row* out,         // [E, N, columns] or null, as above; may be x
-    Row* grad,        // [E, N, columns]  in: of gelu(x + bias); out: of x, zeros as above
+    Row* out,         // [E, N, columns] or null, as in bias_gelu; may be x
+    Row* grad,        // [E, N, columns]  in: gradient of gelu(x + bias); out: gradient of x, zeros
+                      //   if a row is not filled
     Row* grad_bias,   // [E, columns] or null
     void* workspace,  // sum_workspace bytes; null without grad_bias
     const ExpertRows& rows,

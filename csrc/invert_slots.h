@@ -5,8 +5,9 @@
 //   slots    [G, E * C]  int32   slots by token, ascending within a token; -1 after the last
 //   filled   [G, E]      int32   1 + the position of an expert's last slot that is not empty, or 0
 //
-// With both directions, forward and backward of dispatch and combine are gathers: they need no
-// atomics and no zero fill, and sum in a fixed order. Deterministic. Takes O(E * C + T) per group.
+// With the maps in both directions, the forward and backward of dispatch and combine are gathers.
+// They need no atomics and no zero fill, and sum in a fixed order. The result is deterministic. A
+// group takes O(E * C + T).
 #pragma once
 
 #include <cstddef>

@@ -1,24 +1,29 @@
-// ksparse_transport -- transport plan with at most k tokens per expert.
+// ksparse_transport -- a transport plan with at most k tokens per expert.
 //
 //   similarity  [G, T, E]  float32 | float64   S
 //   plan        [G, T, E]  same dtype
 //
-// Semi-dual of the sparsity-constrained problem (Liu et al., arXiv 2209.15466,
-// section 4), with row sums 1, column sums b = n/E, P_k of ksparse_projection.h,
-// maximised over alpha in R^n from 0:
+// Maximises the semi-dual of the sparsity-constrained problem (Liu et al., arXiv 2209.15466,
+// section 4) with row sums 1 and column sums b = n/E. It starts at alpha = 0, in R^n; n is the
+// number of present tokens, and P_k the projection of ksparse_projection.h.
 //
-//   <alpha, 1> - sum_e b max_{p in simplex, |p|_0 <= k} (<alpha + S[:, e], p> - gamma b/2 |p|^2)
-//   gradient:  1 - sum_e b P_k((alpha + S[:, e]) / (gamma b))
+//   objective  <alpha, 1> - sum_e b max_{p in simplex, |p|_0 <= k}
+//                                     (<alpha + S[:, e], p> - gamma b/2 |p|^2)
+//   gradient   1 - sum_e b P_k((alpha + S[:, e]) / (gamma b))
+//   plan       plan[:, e] = b P_k((alpha + S[:, e]) / (gamma b))
 //
-// plan[:, e] = b P_k((alpha + S[:, e]) / (gamma b)). After any number of iterations column sums are
-// n/E and a column has at most k non-zeros; the iterations drive row sums towards 1.
+// After any number of iterations, column sums are n/E and a column has at most k non-zeros. The
+// iterations bring row sums closer to 1. All numbers are computed in float64.
 //
-// Adam: lr = learning_rate, betas 0.9 / 0.999, eps 1e-8, bias-corrected. A group stops after the
-// first update whose gradient had |gradient|_2 <= tolerance.
-// L-BFGS: memory 10, backtracking line search. A group stops before an update with such a gradient,
-// and if no step improves the objective, which has kinks.
-// A row of -inf alone is an absent token: n counts the present tokens, its plan is 0. A column of
-// -inf alone stays 0. A group with NaN or +inf gets NaN. Computed in float64.
+// Adam: lr = learning_rate, betas 0.9 and 0.999, eps 1e-8, bias-corrected. A group stops after the
+// first update whose gradient has |gradient|_2 <= tolerance.
+//
+// L-BFGS: memory 10, backtracking line search. A group stops before an update whose gradient has
+// |gradient|_2 <= tolerance. It also stops if no step improves the objective, which may happen at a
+// kink of the objective.
+//
+// A row of -inf alone is an absent token, whose plan is 0. A column of -inf alone gets a plan of 0.
+// A group with NaN or +inf gets a plan of NaN.
 #pragma once
 
 #include <cstddef>

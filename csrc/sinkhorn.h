@@ -1,33 +1,38 @@
-// sinkhorn -- entropy-regularised transport plan between tokens and experts.
+// sinkhorn -- the entropy-regularised transport plan between tokens and experts.
 //
 //   logits   [G, T, E]  float32 | float64
 //   plan     [G, T, E]  same dtype
-//   history  [G, I, E]  float64   h after every iteration; zeros after the last iteration done
+//   history  [G, I, E]  float64   h after each of the I iterations; zeros after the last one done
 //   error    [G]        float64   max_e |sum_t plan[t, e] - n/E| / (n/E)
-//   steps    [G]        int32     iterations done
+//   steps    [G]        int32     number of iterations done
 //
-// Minimises <plan, -logits> + epsilon sum plan (log plan - 1) with row sums 1 and
-// column sums n/E, in the log domain, M = logits / epsilon, f = 0 at first:
+// Minimises <plan, -logits> + epsilon sum plan (log plan - 1) with row sums 1 and column sums n/E,
+// where n is the number of present tokens. With M = logits / epsilon and f = 0 at first, an
+// iteration updates the columns and then the rows:
 //
 //   h_e = log(n/E) - logsumexp_t(M[t, e] + f_t)
 //   f_t =          - logsumexp_e(M[t, e] + h_e)       plan = exp(M + f + h)
 //
-// (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so rows sum to 1, to
-// a rounding, however large the logits are. Column sums are exact to about 2^-52 max |M|. With
-// tolerance > 0 a group stops once error <= tolerance. On the CPU an iteration that leaves h
-// unchanged, but for a rounding, is the last to be run; the remaining ones, which would leave it
-// unchanged too, count as done. A row that is all -inf is an absent token: n counts the present
-// tokens, its plan is 0. A group with NaN or +inf among its logits gets NaN, its gradient too.
-// Potentials are float64. If the logits of a group are within 40 of each other (over epsilon) the
-// iteration runs on exp(M) in float32 for float32 logits, within 200 in float64, else on
-// logarithms, with one exp per entry and step. The float32 error is exact to about 1e-7; a
-// tolerance below 1e-4 takes float64. On CUDA there is no exp(M) in float64 for float32 logits:
-// beyond 40 they take the logarithms.
+// (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so rows sum to 1 up
+// to one rounding, however large the logits are. Column sums have an error of about 2^-52 max |M|.
 //
-// Two gradients: of the iterations done (unrolled; f_i is recomputed from h_i, so
-// that one [T, E] tensor and I * E numbers are all that is kept), and of the fixed
-// point by the implicit function theorem at the plan reached. On the CPU the former leaves out the
-// early iterations that can add nothing beyond rounding. Steps beyond [0, I] are clamped.
+// A row of -inf alone is an absent token, whose plan is 0. A group with NaN or +inf among its
+// logits gets a plan and a gradient of NaN.
+//
+// With tolerance > 0 a group stops when error <= tolerance. On the CPU a group also stops when an
+// iteration changes h by no more than rounding; the remaining iterations count as done.
+//
+// Arithmetic: potentials are float64. The iteration runs on exp(M) if no present token of the group
+// has a logit of -inf, and (max - min) / epsilon of its logits is at most
+//   40   in float32, for float32 logits and a tolerance of 0 or at least 1e-4
+//   200  in float64, for float64 logits and, on the CPU, for float32 logits
+// and else on logarithms in float64, with one exp per entry and update. `error` is exact to about
+// 1e-7 if computed in float32.
+//
+// There are two gradients. The unrolled gradient differentiates the iterations done; it needs the
+// logits and `history`, and computes each f from h. On the CPU it leaves out early iterations whose
+// terms are below rounding. The implicit gradient is that of the fixed point, by the implicit
+// function theorem at the plan reached. Values of `steps` outside [0, I] are clamped.
 #pragma once
 
 #include <cstddef>

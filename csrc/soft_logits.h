@@ -5,19 +5,19 @@
 //                                                            scaled by the caller
 //   logits  [G, T, S]  phi's dtype   r[g, t] <x[g, t], phi[:, s]>,  r = 1 / sqrt(|x|^2 + 1e-6)
 //
-// (Puigcerver et al., arXiv 2308.00951, section 2.3.) The product takes the tokens unnormalised, on
-// a CPU by cpu/product.cpp, on CUDA by torch. Its rows are normalised instead of the tokens, which
-// saves a second copy of the tokens, here and for backward. |x|^2 is summed in float64, so that it
-// does not overflow for long tokens.
+// (Puigcerver et al., arXiv 2308.00951, section 2.3.) The rows of the product x phi are scaled by r
+// instead of the tokens, so no normalised copy of the tokens is needed, here and in the backward.
+// The product is cpu/product.cpp on a CPU, and torch's on CUDA. |x|^2 is summed in float64, so that
+// it does not overflow if the entries of x are large.
 //
 // Gradient: with P = r * grad,  grad_phi = sum_g x^T P,  U = P phi^T,
 // grad_x = U - x r^2 <x, U>.
 //
-// Tokens in 16 bits are multiplied in 16 bits, with sums in float32. Phi, which is float32 there,
-// is taken in two parts, phi = high + low, each rounded to the tokens' dtype: their sum has a
-// relative error of at most 2^-16 (TF32: 2^-11). A gradient is rounded to the tokens' dtype, or is
-// a sum over all of them: for gradients P and phi are rounded once. In float16, entries of phi
-// beyond 65504 overflow.
+// 16-bit tokens are multiplied in 16 bits, with sums in float32. Phi is float32 then, and is split
+// into two parts, phi = high + low, each rounded to the dtype of the tokens. Their sum has a
+// relative error of at most 2^-16 (TF32: 2^-11). For the gradients, P and phi are rounded once to
+// the dtype of the tokens: the gradient of x is rounded to that dtype anyway, and the gradient of
+// phi is a sum over all tokens. In float16, entries of phi beyond 65504 overflow.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,7 @@ VMOE_BY_ISA(soft_logits_backward)
 
 namespace vmoe::cuda {
 
-// For x in 16 bits: phi in two parts side by side, each padded with zeros.
+// Splits phi into two parts for 16-bit tokens. Rows of both are padded with zeros.
 template <typename Row>
 void soft_logits_parts(
     const Compute<Row>* phi,  // [D, S]
@@ -67,7 +67,8 @@ void soft_logits_parts(
     int64_t S,
     CUstream_st* stream);
 
-// logits = r * products, row by row. For x in 16 bits, products are the sum of two parts.
+// logits = r * products, row by row. For 16-bit x, there are two products, with the parts of phi,
+// which are added.
 template <typename Row>
 void soft_logits(
     const Row* x,                  // [rows, D]
@@ -78,7 +79,7 @@ void soft_logits(
     int64_t rows,
     CUstream_st* stream);
 
-// P, in the dtype of its product with phi; columns from S on are padding.
+// scaled = P = r * grad, in the dtype of x. Columns from S on are padding.
 template <typename Row>
 void soft_logits_scaled(
     const Row* x,              // [rows, D]

@@ -1,4 +1,4 @@
-// soft_mix -- the two softmaxes of Soft MoE, and the means that they weight.
+// soft_mix -- the two softmaxes of Soft MoE, and the weighted means of tokens or slots.
 //
 //   logits   [G, T, S]  float32 | float64
 //   weights  [G, T, S]  the values' dtype   softmax of the logits over the tokens (the dispatch
@@ -6,19 +6,21 @@
 //   values              the logits' dtype; on CUDA also bfloat16 | float16, with float32 logits
 //
 // out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values [G, T, D]
-// (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). On a CPU products take one group at a
-// time (cpu/product.h), so that no tensor ever holds the weights of all groups; on CUDA a product
-// takes all groups, in one kernel with the softmax (soft_mix_product) or by torch. A logit of -inf
-// is masked. A softmax over -inf alone gives zeros, not NaN: a padding token neither contributes
-// to slots nor receives from them.
+// (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). A logit of -inf is masked. A softmax
+// over -inf alone gives zeros, not NaN: a masked token neither contributes to slots nor receives
+// from them.
+//
+// On a CPU products take one group at a time (cpu/product.h), so that no tensor holds the weights
+// of all groups. On CUDA a product takes all groups, in one kernel with the softmax
+// (soft_mix_product) or by torch.
 //
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
 //
-// Values in 16 bits are multiplied in 16 bits, with sums in float32. The softmaxes are computed in
-// float32, and each weight is rounded to the values' dtype, as torch's own softmax and bmm round
-// it: a result is off by at most an epsilon of sum |weight * value|. The gradient of the weights
-// stays in float32 and meets unrounded weights, so the gradient of the logits is as exact as in
-// float32. (float16 weights that torch multiplies have an absolute error of up to 3e-8.)
+// 16-bit values are multiplied in 16 bits, with sums in float32. The softmaxes are computed in
+// float32, and each weight is rounded to the dtype of the values, as in torch's own softmax and
+// bmm. The error of a result is at most epsilon * sum |weight * value|. (float16 weights that torch
+// multiplies also have an absolute error of up to 3e-8.) The gradient of the logits is computed
+// from unrounded weights and a float32 gradient of the weights.
 #pragma once
 
 #include <cstdint>
@@ -84,14 +86,14 @@ void soft_mix_backward(
     bool over_tokens,
     CUstream_st* stream);
 
-// out = the softmax's mean of the values, in one kernel, for values in 16 bits. Returns false,
-// without a launch, for shapes that it does not serve: it wants rows of whole 16 bytes and means
-// over up to 256 values.
+// out = the mean of 16-bit values, weighted by the softmax of the logits, in one kernel. It serves
+// rows whose size is a multiple of 16 bytes, and means over 1 to 256 values. Else it returns false,
+// without a launch.
 template <typename Row>
 bool soft_mix_product(
     const float* logits,  // [G, T, S], S = E * C
     const Row* values,    // over tokens [G, T, D], else [E, G, C, D]
-    Row* out,             // the other of these shapes
+    Row* out,             // over tokens [E, G, C, D], else [G, T, D]
     int64_t G,
     int64_t tokens,
     int64_t E,

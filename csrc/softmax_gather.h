@@ -42,7 +42,7 @@ VMOE_EACH_ISA(
         const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
         const T* high,           // [G, T]
         const T* scale,          // [G, T]
-        T* values,               // as indices
+        T* values,               // shape of indices
         int64_t tokens,
         int64_t E,
         int64_t K,
@@ -53,8 +53,8 @@ VMOE_EACH_ISA(
     // The three steps of the backward.
     template <typename T>
     void softmax_dots(
-        const T* grad,           // as indices
-        const T* values,         // as indices
+        const T* grad,           // shape of indices
+        const T* values,         // shape of indices
         const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
         T* dots,                 // [G, T]  += sum of a token's grad * value
         int64_t tokens,
@@ -77,8 +77,8 @@ VMOE_EACH_ISA(
 
     template <typename T>
     void softmax_scatter(
-        const T* grad,           // as indices
-        const T* values,         // as indices
+        const T* grad,           // shape of indices
+        const T* values,         // shape of indices
         const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
         T* grad_logits,          // [G, T, E]  += grad * value
         int64_t tokens,
@@ -104,7 +104,7 @@ template <typename T>
 void softmax_gather(
     const T* logits,         // [G, T, E]
     const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
-    T* values,               // as indices
+    T* values,               // shape of indices
     T* high,                 // [G, T]
     T* scale,                // [G, T]
     int64_t G,
@@ -118,11 +118,11 @@ void softmax_gather(
 size_t softmax_gather_backward_workspace(
     int64_t G, int64_t tokens, int64_t E, int64_t K, bool by_expert);
 
-// The whole backward.
+// All steps of the backward.
 template <typename T>
 void softmax_gather_backward(
-    const T* grad,           // as indices
-    const T* values,         // as indices
+    const T* grad,           // shape of indices
+    const T* values,         // shape of indices
     const T* logits,         // [G, T, E]
     const int32_t* indices,  // [G, T, K], or by expert [G, E, K]
     const T* high,           // [G, T]

@@ -5,7 +5,8 @@
 //   indices  [N, M, k]  int32                positions on the axis, in [0, n), each once
 //
 // 0 <= k <= n. NaN counts as the largest value, so indices are unique and in range for any input.
-// Deterministic. There are N * M rows, one per pair of indices before and after the axis.
+// The result is deterministic. There are N * M rows, one per pair of indices before and after the
+// axis.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
-// exp -- constants and polynomials of the exponential that all kernels share, on every device.
+// exp -- the exponential function of all kernels, on every device.
 //
-// x = n ln(2) + r with |r| <= ln(2) / 2, and e^x = 2^n e^r. Every device takes the same steps, so
-// the same arguments underflow to 0, and the same values tie.
+// With x = n ln(2) + r and |r| <= ln(2) / 2, e^x = 2^n e^r. Every device does the same operations.
+// So the same arguments underflow to 0 on every device, and the same values tie.
 #pragma once
 
 #include "order.h"
@@ -57,14 +57,14 @@ struct ExpOf<double> {
   }
 };
 
-// e^x for x <= 0 or NaN, the arguments of a softmax. Relative error below 2e-7 (float) and 5e-16
-// (double) where the result is a normal number; smaller results are 0; NaN stays NaN. exponent(v)
-// shifts the last bits of v into the exponent.
+// e^x for x <= 0 or NaN, the arguments of a softmax. The relative error is below 2e-7 (float) and
+// 5e-16 (double). Results below the smallest normal number are 0. NaN stays NaN. exponent(v)
+// returns the number whose exponent field holds the last bits of v, with a mantissa of 0.
 template <typename T, typename V, typename Fused, typename Exponent>
 VMOE_HOST_DEVICE inline V exp_negative(V x, Fused fused, Exponent exponent) {
   using Of = ExpOf<T>;
   const V zero{};
-  // The last bits hold n plus the exponent's bias.
+  // The last bits of `shifted` hold n + bias, which is the exponent field of 2^n.
   const V low = Of::low - zero, to_integer = Of::to_integer + Of::bias - zero;
   const V y = x < low ? low : x;
   const V shifted = fused(y, Of::log2_e - zero, to_integer);

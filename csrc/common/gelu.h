@@ -1,9 +1,9 @@
 // gelu -- GELU and its derivative, for every device.
 //
 //   tanh form:  x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))   (arXiv 1606.08415)
-//   exact:      x Phi(x), Phi the standard normal distribution function
+//   exact:      x Phi(x), where Phi is the standard normal distribution function
 //
-// T is float or double, V is T or a vector of T; fused(a, b, c) is a * b + c, and exp(v) is e^v.
+// T is float or double. V is T or a vector of T. fused(a, b, c) is a * b + c, and exp(v) is e^v.
 #pragma once
 
 #include <type_traits>
@@ -28,8 +28,9 @@ VMOE_HOST_DEVICE inline Gelu<V> gelu_tanh(V x, Fused fused, Exp exp) {
   return {x * gate, fused(x * gate * (T{1} - gate), inner_slope, gate)};
 }
 
-// exp(z^2) erfc(z) = t p(2 t - 1) for z >= 0, with t = centre / (centre + z). p is a Chebyshev fit
-// on [0, infinity], with an error below 5e-8 (float, centre 2) and 1e-16 (double, centre 4).
+// exp(z^2) erfc(z) = t p(2 t - 1) for z >= 0, with t = centre / (centre + z). The polynomial p is a
+// Chebyshev fit for z in [0, infinity], with an error below 5e-8 (float, centre 2) and 1e-16
+// (double, centre 4).
 template <typename V, typename Fused>
 VMOE_HOST_DEVICE inline V erfcx_polynomial(float, V s, Fused fused) {
   constexpr float c[] = {-3.627002806e-5f, -1.934479147e-4f, 4.298832073e-4f, 1.43586135e-3f,

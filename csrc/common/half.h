@@ -1,4 +1,5 @@
-// half -- the 16-bit floating-point types, as bits. Rows are stored in them and computed in float.
+// half -- the 16-bit floating-point types, as bits. Rows may be stored in these types; they are
+// computed in float.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +35,7 @@ using Compute = typename ComputeOf<T>::type;
 template <typename T>
 constexpr bool kHalf = sizeof(T) < sizeof(Compute<T>);
 
-// instantiate(Row) for every type that rows are kept in.
+// instantiate(Row) for every type in which rows are stored.
 #define VMOE_EACH_ROW(instantiate)                                                                 \
   instantiate(float) instantiate(double) instantiate(BFloat16) instantiate(Float16)
 

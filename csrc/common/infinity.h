@@ -1,4 +1,4 @@
-// infinity -- the special values of float64, under one name on every device.
+// infinity -- infinity and NaN in float64, for host and device code.
 #pragma once
 
 #include <limits>

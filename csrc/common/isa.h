@@ -1,8 +1,9 @@
-// isa -- compiles every CPU kernel once per ISA level and chooses a level at run time.
+// isa -- compiles every CPU kernel once per ISA level, and chooses a level at run time.
 //
-// csrc/cpu/<op>.cpp is compiled once per level, each time into its own namespace: cpu::v2, cpu::v3
-// and cpu::v4 (the x86-64 levels), or cpu::base on other CPUs. A contract declares its kernels in
-// all of these namespaces, and a function of the same name in cpu that calls the level in use:
+// csrc/cpu/<op>.cpp is compiled once per level, each time into another namespace: cpu::v2, cpu::v3
+// and cpu::v4 (the x86-64 levels), or cpu::base on other CPUs. A contract declares each kernel in
+// all of these namespaces. It also declares a function of the same name in cpu, which calls the
+// kernel of the level in use:
 //
 //   VMOE_EACH_ISA(template <typename T> void topk(const T* x, ...);)
 //   VMOE_BY_ISA(topk)
@@ -49,8 +50,8 @@
 
 namespace vmoe::cpu {
 
-// base: the compiler's default target (arm64, ...). v2: SSE4.2; v3: AVX2, FMA and F16C; v4: AVX-512
-// F, BW, CD, DQ and VL.
+// base: the default target of the compiler, on CPUs other than x86-64. v2: SSE4.2. v3: AVX2, FMA,
+// F16C, BMI1 and BMI2. v4: AVX-512 F, BW, CD, DQ and VL.
 enum class Isa { kBase, kV2, kV3, kV4 };
 
 // The level in use: best_isa(), unless use_isa lowered it.
@@ -59,8 +60,8 @@ Isa isa();
 // The best level that this CPU supports and the build contains.
 Isa best_isa();
 
-// Sets the level for all threads; for tests and benchmarks. Returns false and changes nothing if
-// this CPU or build cannot run the level.
+// Sets the level for all threads (for tests and benchmarks). If this CPU or build cannot run the
+// level, it changes nothing and returns false.
 bool use_isa(Isa isa);
 
 }  // namespace vmoe::cpu

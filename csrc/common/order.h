@@ -1,7 +1,7 @@
-// order -- the order of every selection, on every device.
+// order -- the order of entries in every selection, on every device.
 //
-// Larger values come first. NaN comes before all other values, as in torch.sort. +0 and -0 tie.
-// Ties go to the lower index, which torch.topk does not promise.
+// Larger values come first. NaN comes before all other values, as in torch.sort with
+// descending=True. +0 and -0 tie. Ties go to the lower index, which torch.topk does not guarantee.
 #pragma once
 
 #include <cstdint>
@@ -15,25 +15,26 @@
 
 namespace vmoe {
 
-// A candidate of a selection. `key` is the value as an integer of the same order, so that
-// comparisons need no case for NaN.
+// An entry of a selection: the key of its value (order_key), and its index.
 template <typename Key>
 struct Pick {
   Key key;
   int32_t index;
 
-  // Whether this candidate is chosen before `other`.
+  // Whether this entry comes before `other`.
   VMOE_HOST_DEVICE bool before(const Pick& other) const {
     return key > other.key || (key == other.key && index < other.index);
   }
 };
 
+// The value as an unsigned integer: a larger key means that the value comes earlier, and equal keys
+// that the values tie. Comparisons of keys need no case for NaN. Keys are larger than 0.
 VMOE_HOST_DEVICE inline uint32_t order_key(float value) {
   if (value != value) return UINT32_MAX;
-  value += 0.0f;  // -0 becomes +0: the two tie
+  value += 0.0f;  // turns -0 into +0, so that they tie
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
-  // As integers, IEEE bits grow with positive values and shrink with negative values.
+  // As integers, the bits grow with positive values, and shrink with negative values.
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

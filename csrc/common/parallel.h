@@ -1,8 +1,8 @@
-// parallel -- runs the pieces of a kernel on the caller's threads.
+// parallel -- runs parts of a kernel on the threads of its caller.
 //
-// Kernels that split one large group take a parallel loop from their caller, a binding or a test. A
-// kernel cuts the work into the same pieces for any number of threads and adds their results in a
-// fixed order, so its result does not depend on the number of threads.
+// A kernel that divides one large group takes a parallel loop as an argument, from a binding or a
+// test. It divides the group into the same pieces for any number of threads, and adds up the
+// results of pieces in a fixed order. So its result does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +13,12 @@ namespace vmoe {
 struct Parallel {
   using Body = void (*)(int64_t begin, int64_t end, const void* context);
 
-  // Calls body(begin, end, context) for ranges that partition [0, count). Null: run on this thread.
+  // Calls body(begin, end, context) for ranges that partition [0, count). Null: operator() runs on
+  // the calling thread alone.
   void (*loop)(int64_t count, Body body, const void* context) = nullptr;
 
-  // Calls f(begin, end) for ranges that partition [0, count) and begin at multiples of the grain.
-  // begin / grain is different for every range and can index its scratch memory.
+  // Calls f(begin, end) for ranges that partition [0, count) and begin at multiples of `grain`.
+  // begin / grain is different for every range, so it can be the index of scratch memory.
   template <typename F>
   void operator()(int64_t count, int64_t grain, const F& f) const {
     if (!loop || count <= grain) {

@@ -1,5 +1,5 @@
-// row_stride -- distance in entries between rows of n entries that all begin at multiples of 16
-// bytes, as tensor-core products load fastest and kernels store in 16-byte pieces.
+// row_stride -- the distance between rows of n entries, in entries, so that all rows are aligned to
+// 16 bytes. Tensor-core products then load them fastest, and kernels store 16 bytes at once.
 #pragma once
 
 #include <cstdint>
