@@ -1,12 +1,14 @@
 """Vision transformers of Hugging Face transformers, upcycled: outputs, masks, gradients, their own save and load."""
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 
 import vmoe_routers as vr
+from vmoe_routers.checkpoints import CheckpointError, from_pretrained, save_pretrained
 from vmoe_routers.models import upcycle
 
 transformers = pytest.importorskip("transformers", "5.10", reason="pip install '.[compat]'")
@@ -77,7 +79,45 @@ def test_its_own_files(tmp_path):
     assert torch.equal(output(loaded, images), output(sparse, images))
 
 
-def test_towers():
+@pytest.mark.parametrize("kind", MODELS)
+def test_folders(kind, tmp_path):
+    sparse, images = upcycle(make(kind), **WHOLE), torch.randn(2, 3, 12, 12)
+    save_pretrained(sparse, tmp_path)
+    state = torch.random.get_rng_state()
+    loaded = from_pretrained(tmp_path, capacity_factor=5.0)
+    assert torch.equal(state, torch.random.get_rng_state())
+    with torch.no_grad():
+        torch.testing.assert_close(output(loaded, images), output(sparse, images), rtol=0, atol=1e-6)
+    (layer,) = [module for module in loaded.modules() if isinstance(module, vr.MoEMlp)]
+    assert layer.router.capacity_factor == 5.0
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model": "pipeline"}, "'pipeline' of transformers is not one of the models vit, "),
+    ({"model": "DetrForObjectDetection"}, "'DetrForObjectDetection' of transformers is not one of the models"),
+    ({"arguments": {"attn_implementation": "user/code"}}, "argument 'attn_implementation', which is not loaded"),
+    ({"arguments": {"vision_config": {"_attn_implementation": "user/code"}}}, "argument '_attn_implementation'"),
+    ({"arguments": {"quantization_config": {}}}, "argument 'quantization_config'"),
+    ({"arguments": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000, more than"),
+    ({"arguments": {"hidden_size": "wide"}}, "wrong arguments of the model"),
+], ids=str)  # fmt: skip
+def test_refuses_folders(changes, message, tmp_path):
+    save_pretrained(upcycle(make("vit"), **WHOLE), tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["arguments"] |= changes
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(tmp_path)
+
+
+def test_another_model_of_transformers_is_saved_by_its_state_dict(tmp_path):
+    model = transformers.ViTMSNModel(transformers.ViTMSNConfig(**SIZES, **HIDDEN))
+    with pytest.raises(CheckpointError, match="save its state_dict"):
+        save_pretrained(upcycle(model, **WHOLE), tmp_path)
+
+
+def test_towers(tmp_path):
     config = transformers.CLIPConfig(
         text_config={**SIZES, **HIDDEN, "vocab_size": 9}, vision_config={**SIZES, **HIDDEN}, projection_dim=8
     )
@@ -88,6 +128,10 @@ def test_towers():
     assert isinstance(model.vision_model.encoder.layers[1].mlp, vr.MoEMlp)
     features = model.get_image_features(torch.randn(2, 3, 12, 12))
     assert features.to_tuple()[0].isfinite().all()
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert isinstance(loaded.vision_model.encoder.layers[1].mlp, vr.MoEMlp)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("kind", ["vit", "vit, eager", "dinov2"])

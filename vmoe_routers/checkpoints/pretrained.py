@@ -1,6 +1,7 @@
 """Models in folders: config.json and model.safetensors, as on the Hugging Face hub.
 
-config.json holds the arguments of `vit_moe`; model.safetensors holds all parameters and buffers by name, unsharded. The
+config.json holds the arguments of `vit_moe`, or describes a model of another package that `upcycle` changed
+(`upcycled`); model.safetensors holds all parameters and buffers by name, unsharded. The
 files do not depend on the number of processes or the device of the model.
 """
 
@@ -9,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vmoe_routers.checkpoints import upcycled
 from vmoe_routers.checkpoints._files import open_file
 from vmoe_routers.checkpoints.error import CheckpointError
 from vmoe_routers.files import write_whole
@@ -23,47 +25,62 @@ from vmoe_routers.ops._dtypes import FLOATS
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
-_ARCHITECTURE = "vit_moe"
+_ARCHITECTURES = ("vit_moe", "upcycled")
 _MAX_CONFIG_BYTES = 1 << 20
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a model of `vit_moe` to a folder, for `from_pretrained`.
+    """Writes a model of `vit_moe`, or a model that `upcycle` changed, to a folder, for `from_pretrained`.
 
     The files keep dtypes, and store shared tensors separately. They do not keep which parameters are frozen, hooks, or
-    dropout rates that were changed after construction.
+    dropout rates of a `vit_moe` model that were changed after construction.
+
+    The model may be wrapped by torch.compile, DistributedDataParallel, DataParallel, or an average of weights
+    (`AveragedModel`, timm's `ModelEma`). The tensors of a model sharded by FSDP2 are gathered: every process calls this
+    function, and the first one writes.
 
     Args:
-        model: The model. Its `moe_config` gives the arguments; later calls of `reset_classifier` and `set_input_size`
-            are taken into account.
+        model: The model. Later calls of `reset_classifier` and `set_input_size` are taken into account. A model of
+            another package is one that ``timm.create_model`` made, torchvision's `VisionTransformer`, or a ViT, DeiT,
+            DINOv2, DINOv3, SigLIP or CLIP of transformers.
         folder: Created if missing. Existing files of these names are replaced atomically.
-        state_dict: Unsharded tensors that replace `model.state_dict()`, for a sharded model.
+        state_dict: Tensors that replace `model.state_dict()`, for a model sharded by another library.
+        model_args: Arguments that ``timm.create_model`` was given for an upcycled model, where the model itself does
+            not tell them. Name, sizes, head and pooling are known.
 
     Raises:
-        CheckpointError: `vit_moe` did not make the model, or its arguments would make another one because the model
-            was changed; JSON cannot represent an argument; or the folder cannot be written.
+        CheckpointError: It is not known how the model was made, or what is known would make another model; JSON cannot
+            represent an argument; or the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    config = getattr(model, "moe_config", None)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"save_pretrained: {type(model).__name__} has no moe_config, wanted a model that vit_moe made"
-        )
-    config = {**config, **_changed_since(model)}
-    tensors = {name: _whole(name, tensor) for name, tensor in (state_dict or model.state_dict()).items()}
-    _compare(
-        make_empty(config, "save_pretrained"), tensors, "save_pretrained: the model is not what its moe_config makes"
-    )
+    model = _unwrapped(model, sharded=state_dict is None)
+    architecture, config = _describe(model, model_args)
+    found = {upcycled.clean(name): tensor for name, tensor in (state_dict or model.state_dict()).items()}
+    found.pop("n_averaged", None)  # of AveragedModel's own state_dict
+    for name, tensor in found.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"save_pretrained: {name} is a meta tensor, wanted values, given by state_dict")
+    empty = _make_empty(architecture, config, "save_pretrained")
+    _compare(empty, found, "save_pretrained: the model is not the one that its description makes")
+    if architecture == "upcycled":
+        _compare_structure(empty, model)
+    tensors = _gather(found)
+    if tensors is None:
+        return
     from vmoe_routers import __version__  # set only after this module is imported
 
     try:
         text = json.dumps(
             {
-                "architecture": _ARCHITECTURE,
+                "architecture": architecture,
                 "arguments": config,
                 "format_version": FORMAT_VERSION,
                 "vmoe_routers_version": __version__,
@@ -99,8 +116,8 @@ def from_pretrained(
     Args:
         source: A folder; or, if no such folder exists, a repository on the Hugging Face hub, "user/name".
         revision, cache_dir, token, local_files_only: Arguments of `huggingface_hub.hf_hub_download`.
-        changes: Arguments of `vit_moe` that replace the saved ones, such as capacity_factor or group_size. The shapes
-            of the parameters must not change.
+        changes: Arguments of `vit_moe`, or of `upcycle` for an upcycled model, that replace the saved ones, such as
+            capacity_factor or group_size. The shapes of the parameters must not change.
 
     Returns:
         The model.
@@ -112,8 +129,12 @@ def from_pretrained(
     config_path, weights_path = (
         _locate(os.fspath(source), name, revision, cache_dir, token, local_files_only) for name in (CONFIG, WEIGHTS)
     )
-    arguments = {**_read_config(config_path), **changes}
-    return _load(arguments, config_path, weights_path)
+    architecture, arguments = _read_config(config_path)
+    if architecture == "vit_moe":
+        arguments = {**arguments, **changes}
+    else:
+        arguments = {**arguments, "replaced": [{**options, **changes} for options in arguments["replaced"]]}
+    return _load(architecture, arguments, config_path, weights_path)
 
 
 def _locate(source: str, name: str, revision: Any, cache_dir: Any, token: Any, local_files_only: bool) -> str:
@@ -139,7 +160,7 @@ def _locate(source: str, name: str, revision: Any, cache_dir: Any, token: Any, l
         raise CheckpointError(f"{source}: no such folder, and the hub does not provide {name} ({error})") from error
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def _read_config(path: str) -> tuple[str, dict[str, Any]]:
     with open_file(path) as (file, size):
         if size > _MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path}: {size} bytes, wanted a configuration of at most {_MAX_CONFIG_BYTES}")
@@ -148,7 +169,7 @@ def _read_config(path: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     version = config.get("format_version") if isinstance(config, dict) else None
-    if type(version) is not int or config.get("architecture") != _ARCHITECTURE:
+    if type(version) is not int or config.get("architecture") not in _ARCHITECTURES:
         raise CheckpointError(f"{path}: not a configuration of a vmoe_routers model")
     if not 1 <= version <= FORMAT_VERSION:
         by = config.get("vmoe_routers_version")
@@ -158,10 +179,14 @@ def _read_config(path: str) -> dict[str, Any]:
     arguments = config.get("arguments")
     if not isinstance(arguments, dict):
         raise CheckpointError(f"{path}: arguments are missing")
-    return arguments
+    if config["architecture"] == "upcycled":
+        replaced = arguments.get("replaced")
+        if not isinstance(replaced, list) or not replaced or not all(isinstance(options, dict) for options in replaced):
+            raise CheckpointError(f"{path}: the description of the replaced layers is missing")
+    return config["architecture"], arguments
 
 
-def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any:
+def _load(architecture: str, arguments: dict[str, Any], config_path: str, weights_path: str) -> Any:
     from safetensors import SafetensorError, safe_open
 
     with open_file(weights_path):
@@ -176,7 +201,7 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
                     shapes[name] = (1,)
             _check_counts(arguments, shapes, config_path)
             # Build on the meta device first: absurd arguments in a bad file must not exhaust memory.
-            model = make_empty(arguments, config_path)
+            model = _make_empty(architecture, arguments, config_path)
             _compare(model, shapes, f"{weights_path}: not the model of {config_path}")
             tensors = {name: file.get_tensor(old).clone().reshape(shapes[name]) for name, old in stored.items()}
     except (SafetensorError, OSError) as error:
@@ -186,6 +211,10 @@ def _load(arguments: dict[str, Any], config_path: str, weights_path: str) -> Any
             raise CheckpointError(
                 f"{weights_path}: {name} is {tensor.dtype}, wanted one of {', '.join(map(str, FLOATS))}"
             )
+    if architecture == "upcycled":
+        # Other packages have buffers that no file holds, so the model is made a second time with its values.
+        with torch.random.fork_rng([]):
+            model = upcycled.make(arguments)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
 
@@ -205,13 +234,22 @@ def _names_now(names: set[str]) -> dict[str, str]:
 def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: str) -> None:
     """Refuses counts that drive loops if they exceed what the weights can hold."""
     limits = {
-        "depth": len(shapes),
+        **dict.fromkeys(("depth", "num_layers", "num_hidden_layers"), len(shapes)),
         "num_experts": max((extent for shape in shapes.values() for extent in shape), default=0),
     }
-    for name, limit in limits.items():
-        count = arguments.get(name)
-        if isinstance(count, int) and count > limit and not (name == "num_experts" and arguments.get("router") is None):
+    for name, count in _counts(arguments, limits):
+        if count > limits[name]:
             raise CheckpointError(f"{path}: {name} is {count}, more than the parameters in {WEIGHTS} allow")
+
+
+def _counts(arguments: Any, names: Container[Any]) -> Iterator[tuple[Any, int]]:
+    """Lists the integers of these names at any depth; num_experts of a dense model does not count."""
+    dense = isinstance(arguments, dict) and arguments.get("router", "") is None
+    for name, value in arguments.items() if isinstance(arguments, dict) else enumerate(arguments):
+        if isinstance(value, (dict, list)):
+            yield from _counts(value, names)
+        elif name in names and isinstance(value, int) and not (dense and name == "num_experts"):
+            yield name, value
 
 
 def make_empty(arguments: dict[str, Any], where: str) -> Any:
@@ -220,13 +258,60 @@ def make_empty(arguments: dict[str, Any], where: str) -> Any:
     Raises:
         CheckpointError: The arguments are wrong. The message begins with `where`.
     """
+    return _make_empty("vit_moe", arguments, where)
+
+
+def _make_empty(architecture: str, arguments: dict[str, Any], where: str) -> Any:
     from vmoe_routers.models import vit_moe
 
+    # Other packages raise errors of every kind for a wrong configuration.
+    wrong = (TypeError, ValueError, RuntimeError, OverflowError) if architecture == "vit_moe" else Exception
     try:
         with torch.device("meta"):
-            return vit_moe(**arguments)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{where}: wrong arguments of vit_moe ({error})") from error
+            return vit_moe(**arguments) if architecture == "vit_moe" else upcycled.make(arguments)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    except wrong as error:
+        made_by = "vit_moe" if architecture == "vit_moe" else "the model"
+        raise CheckpointError(f"{where}: wrong arguments of {made_by} ({error})") from error
+
+
+def _unwrapped(model: nn.Module, sharded: bool) -> nn.Module:
+    """Takes off the wrappers around a model."""
+    while True:
+        kinds = {kind.__name__ for kind in type(model).__mro__}
+        if sharded and "FullyShardedDataParallel" in kinds:
+            raise CheckpointError(
+                "save_pretrained: model is sharded by FullyShardedDataParallel, wanted state_dict=model.state_dict(), "
+                "called within FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT)"
+            )
+        # A compiled model answers for every attribute of the model within.
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "_fsdp_wrapped_module", None)
+        inner = inner or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    if sharded and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise CheckpointError(
+            "save_pretrained: model is partitioned by DeepSpeed ZeRO-3, wanted "
+            "state_dict=engine._zero3_consolidated_16bit_state_dict()"
+        )
+    return model
+
+
+def _describe(model: nn.Module, model_args: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """Describes how the model was made."""
+    config = getattr(model, "moe_config", None)
+    if isinstance(config, dict):
+        if model_args:
+            raise CheckpointError("save_pretrained: model_args are for a model of timm, and vit_moe made this model")
+        return "vit_moe", {**config, **_changed_since(model)}
+    if not any("upcycled" in module.__dict__ for module in model.modules()):
+        raise CheckpointError(
+            f"save_pretrained: {type(model).__name__} has no moe_config, wanted a model that vit_moe made or upcycle "
+            "changed, or torch's wrapper around one"
+        )
+    return "upcycled", upcycled.describe(model, model_args)
 
 
 def _compare(model: nn.Module, found: Mapping[str, Any], problem: str) -> None:
@@ -252,8 +337,29 @@ def _changed_since(model: Any) -> dict[str, Any]:
     }
 
 
-def _whole(name: str, tensor: Tensor) -> Tensor:
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        kind = "meta tensor" if getattr(tensor, "is_meta", False) else type(tensor).__name__
-        raise CheckpointError(f"save_pretrained: {name} is a {kind}, wanted an unsharded tensor, given by state_dict")
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _compare_structure(made: nn.Module, model: nn.Module) -> None:
+    """Refuses a model whose modules differ from those that its description makes."""
+    ours, wanted = upcycled.structure(model), upcycled.structure(made)
+    for name in ours.keys() | wanted.keys():
+        if ours.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"save_pretrained: {name or 'the model'} is {ours.get(name, 'missing')}, and from_pretrained would "
+                f"make {wanted.get(name, 'none')}; for a model of timm, give what create_model was given as model_args"
+            )
+
+
+def _gather(found: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Copies the tensors to the CPU, sharded ones in whole; gives None in a process that has nothing to write.
+
+    Every process gathers every sharded tensor, because gathering is collective. Only the first one keeps the result.
+    """
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in found.values())
+    writes = not sharded or torch.distributed.get_rank() == 0
+    tensors = {}
+    for name, tensor in found.items():
+        whole: Any = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+        if type(whole) not in (Tensor, nn.Parameter):
+            raise CheckpointError(f"save_pretrained: {name} is a {type(whole).__name__}, wanted a plain tensor")
+        if writes:
+            tensors[name] = whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return tensors if writes else None

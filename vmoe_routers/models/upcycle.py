@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vmoe_routers.models.dense import find_blocks, parts_of
-from vmoe_routers.models.vit import moe_block_indices, needs_num_tokens
+from vmoe_routers.models.vit import moe_block_indices, needs_num_tokens, plain
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.routers import ROUTERS, RouterFactory
@@ -57,7 +57,8 @@ def upcycle(
         router_options: Options of `vmoe_routers.create_router`.
 
     Returns:
-        `model`.
+        `model`. Its attribute `upcycled`, or `moe_config` of a `vit_moe` model, describes what was replaced, for
+        `vmoe_routers.checkpoints.save_pretrained`.
 
     Raises:
         TypeError, ValueError: no blocks or several lists of them, MLPs of another kind (convolutions, another norm than
@@ -71,6 +72,7 @@ def upcycle(
     noise = check.number("noise", noise, zero=True)
     if "experts" in router_options:
         raise TypeError("upcycle: experts is not an option: they are copies of the model's MLPs")
+    router_options = {name: plain(value) for name, value in router_options.items()}
     name, found = find_blocks(model)
     if needs_num_tokens(router, router_options):
         router_options["num_tokens"] = group_size * _tokens(model)
@@ -80,10 +82,13 @@ def upcycle(
         found[i].mlp = layer
         if type(found[i]).__module__.startswith("transformers."):
             found[i].register_forward_pre_hook(_refuse_mask, with_kwargs=True)
+    # Describe the upcycled model, for save_pretrained.
+    options = {"router": router, "num_experts": num_experts, "group_size": group_size, **router_options}
     config: Any = getattr(model, "moe_config", None)
-    if config is not None and config["router"] is None:  # describe the upcycled model
-        moe = {"router": router, "num_experts": num_experts, "moe_blocks": list(chosen), "group_size": group_size}
-        setattr(model, "moe_config", {**config, **moe, **router_options})  # noqa: B010
+    if config is None:
+        setattr(model, "upcycled", [*getattr(model, "upcycled", ()), {**options, "blocks": list(chosen)}])  # noqa: B010
+    elif config["router"] is None:
+        setattr(model, "moe_config", {**config, **options, "moe_blocks": list(chosen)})  # noqa: B010
     return model
 
 

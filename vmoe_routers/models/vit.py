@@ -140,7 +140,7 @@ def vit_moe(
         TypeError, ValueError: Sizes that do not fit together, or an unknown name.
     """
     given = dict(locals())
-    options = {name: _plain(value) for name, value in given.pop("router_options").items()}
+    options = {name: plain(value) for name, value in given.pop("router_options").items()}
     c = _checked(given, options)
     image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
     moe_at = () if router is None else moe_block_indices(c["depth"], c["moe_blocks"])
@@ -248,7 +248,7 @@ def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     return c
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Converts a number of numpy to a number of Python."""
     return value.item() if isinstance(value, Number) and hasattr(value, "item") else value  # type: ignore[attr-defined]
 
