@@ -40,7 +40,7 @@ VMOE_EACH_ISA(
         T* grad_x,      // [A, n, B]
         int64_t n,
         int64_t B,
-        int64_t begin,  // of A
+        int64_t begin,  // [begin, end) of the first axis
         int64_t end);
 
 )

@@ -64,7 +64,7 @@ VMOE_EACH_ISA(
 
     template <typename T>
     void sinkhorn_backward(
-        const T* grad,          // [G, T, E] of the plan
+        const T* grad,          // [G, T, E]  gradient of the plan
         const T* logits,        // [G, T, E]
         const double* history,  // [G, I, E]
         const int32_t* steps,   // [G]
@@ -79,7 +79,7 @@ VMOE_EACH_ISA(
 
     template <typename T>
     void sinkhorn_implicit_backward(
-        const T* grad,   // [G, T, E] of the plan
+        const T* grad,   // [G, T, E]  gradient of the plan
         const T* plan,   // [G, T, E]
         T* grad_logits,  // [G, T, E]
         int64_t tokens,
@@ -124,7 +124,7 @@ size_t sinkhorn_backward_workspace(int64_t G, int64_t tokens, int64_t E);
 
 template <typename T>
 void sinkhorn_backward(
-    const T* grad,          // [G, T, E] of the plan
+    const T* grad,          // [G, T, E]  gradient of the plan
     const T* logits,        // [G, T, E]
     const double* history,  // [G, I, E]
     const int32_t* steps,   // [G]
@@ -142,7 +142,7 @@ size_t sinkhorn_implicit_backward_workspace(int64_t G, int64_t tokens, int64_t E
 
 template <typename T>
 void sinkhorn_implicit_backward(
-    const T* grad,   // [G, T, E] of the plan
+    const T* grad,   // [G, T, E]  gradient of the plan
     const T* plan,   // [G, T, E]
     T* grad_logits,  // [G, T, E]
     int64_t G,

@@ -44,7 +44,7 @@ VMOE_EACH_ISA(
     template <typename T>
     void soft_logits_backward(
         const T* x,  // [rows, D]
-        T* grad,     // [rows, D]  in: U; out: of x
+        T* grad,     // [rows, D]  in: U; out: gradient of x
         int64_t D,
         int64_t row_begin,
         int64_t row_end);
@@ -93,7 +93,7 @@ void soft_logits_scaled(
 template <typename Row>
 void soft_logits_backward(
     const Row* x,  // [rows, D]
-    Row* grad,     // [rows, D]  in: U; out: of x
+    Row* grad,     // [rows, D]  in: U; out: gradient of x
     int64_t D,
     int64_t rows,
     CUstream_st* stream);

@@ -46,7 +46,7 @@ VMOE_EACH_ISA(
     template <typename T>
     void soft_mix_backward(
         const T* weights,  // [G, T, S]
-        T* grad,           // [G, T, S]  in: of the weights; out: of the logits
+        T* grad,           // [G, T, S]  in: gradient of the weights; out: gradient of the logits
         int64_t tokens,
         int64_t S,
         bool over_tokens,
@@ -74,12 +74,12 @@ void soft_mix(
     bool over_tokens,
     CUstream_st* stream);
 
-// Computes the weights again.
+// Computes the weights again, and the gradient.
 template <typename Row>
 void soft_mix_backward(
     const Compute<Row>* logits,  // [G, T, S]
     Row* weights,                // [G, T, row_stride]
-    Compute<Row>* grad,          // [G, T, S]  in: of the weights; out: of the logits
+    Compute<Row>* grad,  // [G, T, S]  in: gradient of the weights; out: gradient of the logits
     int64_t G,
     int64_t tokens,
     int64_t S,

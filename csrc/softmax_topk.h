@@ -4,7 +4,7 @@
 //   values   [G, T, K] or [G, E, C]          same dtype   the chosen gates, largest first
 //   indices  like values                     int32        experts of every token (dim 2), or tokens
 //                                                         of every expert (dim 1)
-//   norms    [2, G, T]                       same dtype   of softmax_gather.h
+//   norms    [2, G, T]                       same dtype   as in softmax_gather.h
 //
 // The result equals, to the bit, topk of the gates that softmax_gather computes in the logits'
 // dtype. Gates that round to the same number tie (if both underflow to 0, say), and ties go to the
@@ -54,7 +54,7 @@ VMOE_EACH_ISA(
     // The k largest gates of every expert.
     template <typename T>
     void softmax_choose(
-        const T* gates,    // of softmax_gates
+        const T* gates,    // the result of softmax_gates
         T* values,         // [G, E, k]
         int32_t* indices,  // [G, E, k]
         int64_t tokens,

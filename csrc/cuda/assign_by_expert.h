@@ -18,6 +18,7 @@ constexpr int kSelectThreads = 512;
 constexpr int kMostPlaces = 4096;    // most slots per expert: a block sorts their requests
 constexpr int64_t kMostKeys = 8192;  // most keys that a block keeps in shared memory
 
+// Writes the list of every expert's requests, and -1 to all slots.
 __global__ void __launch_bounds__(kMostWarps* kWarp) list_kernel(
     const int32_t* __restrict__ expert,   // [G, T, K]
     const int32_t* __restrict__ counted,  // [G, chunks, E], not read if there is one chunk
@@ -79,6 +80,7 @@ struct Serving {
   }
 };
 
+// One block per expert selects its first C requests, and writes their slots.
 template <typename T>
 __global__ void __launch_bounds__(kSelectThreads) select_kernel(
     const T* __restrict__ priority,      // [G, T]

@@ -11,6 +11,7 @@
 namespace vmoe::cuda {
 namespace {
 
+// Writes the slot of every request, which is its rank if that is below C.
 __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
     const int32_t* __restrict__ expert,   // [G, T, K]
     const int32_t* __restrict__ order,    // [G, T] or null

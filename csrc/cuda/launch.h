@@ -84,7 +84,7 @@ __device__ T* dynamic_shared() {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// 16 bytes, the most that a thread loads or stores in one instruction.
+// The entries of 16 bytes, which is the most that a thread loads or stores in one instruction.
 template <typename T>
 constexpr int kWideEntries = 16 / sizeof(T);
 template <typename T>

@@ -37,9 +37,9 @@ __device__ void each_entry(int64_t count, int64_t E, Body&& body) {
   }
 }
 
-// Reduces every column in a fixed order: out[e] = join of fold(e, first, step) over all first <
-// step. fold(e, first, step) reduces the rows first, first + step, ... of column e; `step` threads
-// share a column. Ends with a barrier. `storage` has one number per thread.
+// Reduces every column in a fixed order; `step` threads share a column. fold(e, first, step)
+// reduces the rows first, first + step, ... of column e. out[e] joins its results for first = 0 to
+// step - 1. Ends with a barrier. `storage` has one number per thread.
 template <typename Join, typename Fold>
 __device__ void each_column(int64_t E, double* storage, double* out, Join join, Fold&& fold) {
   constexpr int kMostSegments = 32;

@@ -90,6 +90,7 @@ requests_of(const int32_t* expert, const int32_t* order, int64_t g, const Shape&
       shape.K, shape.E};
 }
 
+// Counts the requests of every chunk per expert, if a group has several chunks.
 __global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(
     const int32_t* __restrict__ expert,  // [G, T, K]
     const int32_t* __restrict__ order,   // [G, T] or null

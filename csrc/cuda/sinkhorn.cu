@@ -160,8 +160,9 @@ class Crew {
   BlockBarrier barrier_;
 };
 
-// Divides the block's shared memory. With kInShared, sets `matrices` to the part for the matrices;
-// else the vectors may be in device memory.
+// The piece of this block, with memory for its vectors. With kInShared all of them are in shared
+// memory, and `matrices` is set to shared memory for the matrices. Else the vectors of the rows,
+// and the vectors of the columns if they are too large, are in device memory.
 template <bool kInShared, typename T>
 __device__ Piece piece_of(const Task<T>& task, const Crew<T>& crew, int row_vectors, T*& matrices) {
   const int64_t count = crew.count();
@@ -215,7 +216,7 @@ __device__ void iterate(
     if (step == task.iterations) break;
     if (tolerance > 0 && step > 0) {
       if (domain.error() <= tolerance) break;
-      __syncthreads();  // before the potentials change
+      __syncthreads();  // all threads have read the potentials, which change below
     }
     domain.step_columns(crew.leads() ? history + step * E : nullptr);
     domain.step_rows();
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(kMostThreads)
       iterate(
           LogDomain<T>(piece, facts, logits, task.stride), crew, task, logits, tolerance, g, out);
     }
-    __syncthreads();  // before the next group
+    __syncthreads();  // shared memory is reused for the next group
   }
 }
 
@@ -322,7 +323,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(Task<T> task, Ba
           LogDomain<T>(piece, facts, logits, task.stride), piece, crew, task, logits, rest, history,
           done, back.grad_logits + at);
     }
-    __syncthreads();  // before the next group
+    __syncthreads();  // shared memory is reused for the next group
   }
 }
 

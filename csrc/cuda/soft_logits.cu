@@ -95,7 +95,7 @@ void scale(
 template <typename Row, int kEntries>
 __global__ void __launch_bounds__(kRowThreads) soft_logits_backward_kernel(
     const Row* __restrict__ x,  // [rows, D]
-    Row* grad,                  // [rows, D]  in: U; out: of x
+    Row* grad,                  // [rows, D]  in: U; out: gradient of x
     int64_t D, int64_t rows) {
   const int64_t row = row_of_warp();
   if (row >= rows) return;

@@ -37,7 +37,7 @@ __device__ T exp_negative(T x) {
   return vmoe::exp_negative<T>(x, Fused{}, LastBits{});
 }
 
-// The logit of an absent entry.
+// A logit of -inf is masked. A gate of -inf marks an absent token.
 template <typename T>
 constexpr T kAbsent = -std::numeric_limits<T>::infinity();
 
@@ -160,7 +160,7 @@ __device__ T sum_of_block(T value) {
   constexpr int kWarps = kSoftmaxThreads / kWarp;
   __shared__ T of_warps[kWarps];
   value = sum_of_lanes<kWarp>(value);
-  __syncthreads();  // an earlier call has read of_warps
+  __syncthreads();  // all threads have read of_warps in an earlier call
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = 0;
