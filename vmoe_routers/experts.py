@@ -114,6 +114,10 @@ class Experts(nn.Module):
         if self.norm is not None:
             self.norm.reset_parameters()
 
+    def no_weight_decay(self) -> set[str]:
+        """Names biases and norms, which optimizers should not decay; they have two axes, one of them the experts."""
+        return {name for name, _ in self.named_parameters() if name not in ("w1", "w2")}
+
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
         """Maps slots x [E, G, C, D] to [E, G, C, D'].
 

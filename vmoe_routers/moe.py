@@ -100,6 +100,8 @@ class MoEMlp(nn.Module):
         Raises:
             ValueError: In training, `group_size` does not divide the batch.
         """
+        if isinstance(x, torch.fx.Proxy):
+            return self._as_node(x, mask)
         check = Check("MoEMlp")
         check.tensor("x", x, "B T D")
         if x.shape[2] != self.in_features:
@@ -122,6 +124,13 @@ class MoEMlp(nn.Module):
             if start < stop
         ]
         return torch.cat(outputs)
+
+    def _as_node(self, x: torch.fx.Proxy, mask: Any) -> Any:
+        """Becomes one node of a graph of torch.fx, whose symbolic values cannot be routed."""
+        tracer: Any = x.tracer
+        if tracer.root is self:
+            raise TypeError("MoEMlp: torch.fx cannot trace a layer alone; trace a model that contains the layer")
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x, mask), {})
 
     def _forward_groups(self, x: Tensor, mask: Tensor | None, images: int) -> Tensor:
         batch, tokens, width = x.shape
@@ -155,6 +164,13 @@ class MoEMlp(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.pending_losses.move(fn)
         return super()._apply(fn, recurse)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names the parameters that optimizers should not decay: biases and norms of the experts, and scales."""
+        parts = {"router": self.router, "experts": self.experts}
+        return {
+            f"{part}.{name}" for part, module in parts.items() for name in getattr(module, "no_weight_decay", set)()
+        }
 
     def extra_repr(self) -> str:
         """Lists the arguments that print(layer) shows."""
@@ -191,6 +207,16 @@ def _own_experts(experts: nn.Module | Sequence[nn.Module], num_experts: int) -> 
     if got != num_experts:
         raise ValueError(f"MoEMlp: experts must have num_experts {num_experts}, got {got}")
     return experts
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names the parameters of MoE layers that optimizers should not decay, although they have two axes."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, layer in model.named_modules()
+        if isinstance(layer, MoEMlp)
+        for name in layer.no_weight_decay()
+    }
 
 
 def aux_loss(model: nn.Module) -> Tensor:

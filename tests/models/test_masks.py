@@ -62,6 +62,36 @@ def test_a_mask_of_true_is_no_mask(router, global_pool):
     torch.testing.assert_close(model(x, mask=torch.ones(3, 16, dtype=torch.bool)), model(x))
 
 
+@pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
+def test_features_and_head_apart_are_as_together(global_pool):
+    model = model_of("softmax_expert_choice", global_pool=global_pool)
+    x, mask = torch.randn(3, 1, 8, 8), torch.rand(3, 16) > 0.3
+    features = model.forward_features(x, mask=mask)
+    wanted = model(x, mask=mask)
+    assert torch.equal(model.forward_head(features, mask=mask), wanted)
+    assert torch.equal(model.head(model.forward_head(features, pre_logits=True, mask=mask)), wanted)
+    if global_pool != "token":
+        assert not torch.allclose(model.forward_head(features), wanted, rtol=1e-2)
+    final, blocks = model.forward_intermediates(x, mask=mask, output_fmt="NLC")
+    assert torch.equal(final, features)
+    (last,) = model.get_intermediate_layers(x, 1, norm=True, mask=mask)
+    assert torch.equal(last, features[:, model.num_prefix_tokens :])
+    assert len(blocks) == 4 and not torch.allclose(model.forward_intermediates(x)[0], features, rtol=1e-2)
+
+
+@pytest.mark.parametrize("pool_type", ["max", "avgmax", "avg", "token", ""])
+@pytest.mark.parametrize("include_prefix", [False, True])
+def test_pools_of_timm(pool_type, include_prefix):
+    """Pooling with a mask is pooling without the masked patches."""
+    model = model_of("soft", global_pool="token")
+    model.pool_include_prefix = include_prefix
+    features = torch.randn(2, 17, 16)
+    mask = (torch.arange(16) < 9).expand(2, 16)
+    got = model.pool(features, pool_type, mask=mask)
+    torch.testing.assert_close(got, model.pool(features[:, :10] if pool_type else features, pool_type))
+    assert model.pool(features, pool_type, mask=torch.zeros_like(mask)).isfinite().all()
+
+
 @pytest.mark.parametrize("global_pool", ["avg", "map"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_image_of_padding_is_finite(global_pool, dtype):
@@ -97,9 +127,14 @@ def test_refuses(mask, error, words):
         model_of("soft")(torch.randn(2, 1, 8, 8), mask=mask)
 
 
+def test_head_refuses_a_mask_of_another_length():
+    with pytest.raises(ValueError, match=r"mask must be \[N, patches\] = \[2, 16\], got \[2, 12\]"):
+        model_of("soft").forward_head(torch.randn(2, 16, 16), mask=torch.ones(2, 12, dtype=torch.bool))
+
+
 def test_refuses_timms_mask_beside():
     mask = torch.ones(2, 16, dtype=torch.bool)
-    with pytest.raises(TypeError, match="cannot be combined with other arguments"):
+    with pytest.raises(TypeError, match="mask cannot be combined with attn_mask"):
         model_of("soft")(torch.randn(2, 1, 8, 8), mask=mask, attn_mask=mask)
 
 

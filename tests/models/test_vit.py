@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import vmoe_routers as vr
-from vmoe_routers.models import SIZES, MoEVisionTransformer, moe_block_indices, upcycle, vit_moe
+from vmoe_routers import models
+from vmoe_routers.models import SIZES, moe_block_indices, upcycle, vit_moe
 
 TINY = {
     "img_size": 8,
@@ -309,7 +310,7 @@ def test_says_what_to_install_where_timm_does_not_import(monkeypatch, failure, a
             if name == "timm.models.vision_transformer":
                 raise failure
 
-    source = sys.modules[MoEVisionTransformer.__module__].__file__
+    source = models.__file__
     monkeypatch.delitem(sys.modules, "timm.models.vision_transformer")
     monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
     with pytest.raises(ImportError, match=advice) as raised:

@@ -5,101 +5,136 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vmoe_routers.moe import MoEMlp
-from vmoe_routers.ops._dtypes import fill_masked
-
-try:
-    from timm.models.vision_transformer import Block, VisionTransformer
-except ImportError as error:
-    raise ImportError(f"vmoe_routers.models needs timm ({error}): pip install timm") from error
-except (RuntimeError, AttributeError) as error:  # raised by a torchvision built for another torch
-    raise ImportError(
-        f"vmoe_routers.models: timm could not be imported: torchvision was built for another torch than"
-        f" {torch.__version__} ({error}). Install the torchvision of that release from the index that torch came from:"
-        " pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/<cpu|cu...>"
-    ) from error
+from vmoe_routers.moe import no_weight_decay
 
 _MASKED = -3e4
 """Score of a masked token: exp(-3e4) is 0, and -3e4 is finite in every dtype, so a fully masked row has no NaN."""
 
 
-class MoEBlock(Block):
-    """timm's block; attention and routing ignore the tokens that `mask` [N, T] (True = real token) masks."""
-
-    def forward(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Maps tokens x [N, T, D] to the same shape; further arguments are timm's."""
-        if mask is None:
-            return super().forward(x, *args, **kwargs)
-        attended = self.attn(self.norm1(x), attn_mask=_attention_mask(mask, x.dtype))
-        x = x + self.drop_path1(self.ls1(attended))
-        hidden = self.norm2(x)
-        hidden = self.mlp(hidden, mask) if isinstance(self.mlp, MoEMlp) else self.mlp(hidden)
-        return x + self.drop_path2(self.ls2(hidden))
-
-
 class MoEVisionTransformer(VisionTransformer):
-    """timm's VisionTransformer whose forward takes a padding mask; `vit_moe` makes it."""
+    """timm's VisionTransformer whose methods take a padding mask; `vit_moe` makes it.
 
-    def forward(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    The argument `mask` of `forward`, `forward_features`, `forward_intermediates`, `get_intermediate_layers`, `pool` and
+    `forward_head` is [N, patches] bool, True = real patch, in row-major order. Masked patches are ignored by attention,
+    routing and pooling, even if they contain NaN or inf. Their own features are finite and have no meaning.
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """Maps images [N, channels, height, width] to logits [N, num_classes].
 
         Args:
             x: The images.
-            mask: [N, patches] bool, True = real patch, in row-major order. Masked patches are ignored by attention,
-                routing and pooling, even if they contain NaN or inf.
-            args, kwargs: timm's further arguments, only without a mask.
+            attn_mask: timm's mask for attention, only without `mask`. MoE layers ignore tokens that it hides from every
+                query.
+            mask: [N, patches] bool, True = real patch.
         """
-        if mask is None:
-            return super().forward(x, *args, **kwargs)
-        x = self.forward_features(x, *args, mask=mask, **kwargs)
-        return self._masked_head(x, self._of_tokens(mask))
+        return self.forward_head(self.forward_features(x, attn_mask, mask=mask), mask=mask)
 
-    def forward_features(self, x: Tensor, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """Maps images to the encoder's tokens [N, T, D]; takes the arguments of `forward`."""
         if mask is None:
-            return super().forward_features(x, *args, **kwargs)
-        if args or kwargs:
-            raise TypeError("MoEVisionTransformer: mask cannot be combined with other arguments")
-        x = self._pos_embed(self.patch_embed(x))
-        patches = x.shape[1] - self.num_prefix_tokens
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = getattr(mask, "dtype", type(mask).__name__)
-            raise TypeError(f"MoEVisionTransformer: mask must be bool, True = real patch, got {kind}")
-        if mask.shape != (x.shape[0], patches):
-            raise ValueError(
-                f"MoEVisionTransformer: mask must be [N, patches] = {[x.shape[0], patches]}, got {list(mask.shape)}"
-            )
-        mask = self._of_tokens(mask)
-        # Masked tokens have the attention weight 0, and 0 times NaN or inf is NaN.
-        x = fill_masked(x, mask, 0.0)
-        x = self.norm_pre(self.patch_drop(x))
+            return super().forward_features(x, attn_mask)
+        x, attn_mask = self._hide(x, attn_mask, mask)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask=mask, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, attn_mask, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x, mask=mask)
+                x = block(x, attn_mask)
         return self.norm(x)
 
-    def _of_tokens(self, mask: Tensor) -> Tensor:
-        """Extends the mask of the patches by the tokens before them."""
-        return torch.nn.functional.pad(mask, (self.num_prefix_tokens, 0), value=True)
+    def forward_intermediates(
+        self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Computes the features of the blocks; `args` and `kwargs` are timm's."""
+        x, attn_mask = self._hide(x, attn_mask, mask)
+        return super().forward_intermediates(x, *args, attn_mask=attn_mask, **kwargs)
 
-    def _masked_head(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Runs `forward_head` without the masked tokens in the pooling."""
-        if self.attn_pool is not None:
-            x = self.attn_pool(x, attn_mask=_attention_mask(mask, x.dtype))
-        elif self.global_pool == "avg":
-            real = mask[:, self.num_prefix_tokens :, None]
-            total = x[:, self.num_prefix_tokens :].masked_fill(~real, 0).sum(1)
-            x = total / real.sum(1).clamp(min=1)
-        else:
-            x = x[:, 0]
-        return self.head(self.head_drop(self.fc_norm(x)))
+    def get_intermediate_layers(
+        self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Computes the features of blocks as DINO's code does; `args` and `kwargs` are timm's."""
+        x, attn_mask = self._hide(x, attn_mask, mask)
+        return super().get_intermediate_layers(x, *args, attn_mask=attn_mask, **kwargs)
+
+    def pool(self, x: Tensor, pool_type: str | None = None, *, mask: Tensor | None = None) -> Tensor:
+        """Pools tokens [N, T, D] to [N, D]; `pool_type` is timm's."""
+        if mask is None:
+            return super().pool(x, pool_type)
+        if self.attn_pool is None:
+            pool_type = self.global_pool if pool_type is None else pool_type
+            return pool_real(x, mask, pool_type, self.num_prefix_tokens, self.pool_include_prefix)
+        if self.pool_include_prefix:
+            return self.attn_pool(x, attn_mask=attention_mask(x, None, mask, self.num_prefix_tokens))
+        return self.attn_pool(x[:, self.num_prefix_tokens :], attn_mask=attention_mask(x, None, mask, 0))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, *, mask: Tensor | None = None) -> Tensor:
+        """Maps the encoder's tokens to logits; to the values before the last layer with `pre_logits`."""
+        x = self.head_drop(self.fc_norm(self.pool(x, mask=mask)))
+        return x if pre_logits else self.head(x)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names the parameters that optimizers should not decay, as timm's factory asks for them."""
+        return super().no_weight_decay() | no_weight_decay(self)
+
+    def _hide(self, x: Tensor, attn_mask: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Removes the masked patches from the images, and makes the attention mask."""
+        grid = self.patch_embed.dynamic_feat_size(x.shape[2:])
+        x = hide_patches(x, mask, grid, self.patch_embed.patch_size)
+        return x, attention_mask(x, attn_mask, mask, self.num_prefix_tokens)
 
 
-def _attention_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Makes the term added to the scores [N, heads, queries, T]."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, _MASKED)[:, None, None]
+def hide_patches(x: Tensor, mask: Tensor | None, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Sets the pixels of masked patches to 0: their attention weight is 0, and 0 times NaN or inf is NaN."""
+    if mask is None:
+        return x
+    _check(mask, x, grid[0] * grid[1])
+    hidden = ~mask.view(-1, 1, grid[0], 1, grid[1], 1)
+    hidden = hidden.expand(-1, 1, grid[0], patch[0], grid[1], patch[1])
+    hidden = hidden.reshape(-1, 1, grid[0] * patch[0], grid[1] * patch[1])
+    return x.masked_fill(hidden[..., : x.shape[2], : x.shape[3]], 0)
+
+
+def attention_mask(x: Tensor, attn_mask: Tensor | None, mask: Tensor | None, prefix: int) -> Tensor | None:
+    """Makes the term added to the scores [N, heads, queries, T], in the dtype of x; `prefix` tokens are real."""
+    if mask is None:
+        return attn_mask
+    if attn_mask is not None:
+        raise TypeError("MoEVisionTransformer: mask cannot be combined with attn_mask")
+    mask = F.pad(mask, (prefix, 0), value=True)
+    return torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, _MASKED)[:, None, None]
+
+
+def pool_real(x: Tensor, mask: Tensor | None, pool_type: str, prefix: int, include_prefix: bool) -> Tensor:
+    """Pools like timm's `global_pool_nlc`, without masked patches."""
+    if mask is None or pool_type in ("", "token"):
+        return global_pool_nlc(x, pool_type, prefix, include_prefix)
+    _check(mask, x, x.shape[1] - prefix)
+    x = x if include_prefix else x[:, prefix:]
+    real = F.pad(mask, (prefix if include_prefix else 0, 0), value=True).unsqueeze(2)
+    mean = x.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
+    if pool_type == "avg":
+        return mean
+    largest = x.masked_fill(~real, torch.finfo(x.dtype).min).amax(1).masked_fill(~real.any(1), 0)
+    return largest if pool_type == "max" else (largest + mean) / 2
+
+
+def _check(mask: Tensor, x: Tensor, patches: int) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = getattr(mask, "dtype", type(mask).__name__)
+        raise TypeError(f"MoEVisionTransformer: mask must be bool, True = real patch, got {kind}")
+    if mask.shape != (x.shape[0], patches):
+        raise ValueError(
+            f"MoEVisionTransformer: mask must be [N, patches] = {[x.shape[0], patches]}, got {list(mask.shape)}"
+        )
+
+
+# Symbolic tracing keeps these functions as one node each, with and without a mask.
+torch.fx.wrap("hide_patches")
+torch.fx.wrap("attention_mask")
+torch.fx.wrap("pool_real")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from vmoe_routers.models.blocks import pass_masks
 from vmoe_routers.models.dense import find_blocks, parts_of
 from vmoe_routers.models.vit import moe_block_indices, needs_num_tokens, plain
-from vmoe_routers.moe import MoEMlp
+from vmoe_routers.moe import MoEMlp, no_weight_decay
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.routers import ROUTERS, RouterFactory
 
@@ -30,9 +32,14 @@ def upcycle(
 ) -> Model:
     """Replaces the MLPs of some blocks, in place, by MoE layers whose experts all start as that MLP.
 
-    Attention, layer scale, register tokens and head do not change. The weights of the routers are drawn. If experts
-    took a token with weights that sum to 1, the layer maps the token as the dense MLP did. So the model starts with the
-    outputs of the dense model if
+    Attention, layer scale, register tokens and head do not change. The weights of the routers are drawn.
+
+    In timm's VisionTransformer, Eva and NaFlexVit, tokens that the attention mask hides from every query (padding) are
+    not routed. `model.no_weight_decay`, which timm's optimizer factory calls, also names biases and norms of the
+    experts.
+
+    If experts took a token with weights that sum to 1, the layer maps the token as the dense MLP did. So the model
+    starts with the outputs of the dense model if
 
     - the router is sparse, with ``renormalize=True``,
     - the experts take every token: `capacity_factor` is large enough (for Expert Choice ``capacity_factor=num_experts``
@@ -80,8 +87,12 @@ def upcycle(
     layers = [_layer(found[i], f"{name}[{i}]", router, num_experts, group_size, noise, router_options) for i in chosen]
     for i, layer in zip(chosen, layers, strict=True):
         found[i].mlp = layer
+        pass_masks(found[i])
         if type(found[i]).__module__.startswith("transformers."):
             found[i].register_forward_pre_hook(_refuse_mask, with_kwargs=True)
+    given: Any = getattr(model, "no_weight_decay", set)  # timm's optimizer factory asks for these names
+    if not no_weight_decay(model) <= set(given()):
+        setattr(model, "no_weight_decay", partial(set, given() | no_weight_decay(model)))  # noqa: B010
     # Describe the upcycled model, for save_pretrained.
     options = {"router": router, "num_experts": num_experts, "group_size": group_size, **router_options}
     config: Any = getattr(model, "moe_config", None)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_routers.experts import GeluTanh
-from vmoe_routers.models.transformer import MoEBlock, MoEVisionTransformer
+from vmoe_routers.models.blocks import MoEBlock
+from vmoe_routers.models.transformer import MoEVisionTransformer
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.routers import ROUTERS, RouterFactory, router_options
