@@ -77,6 +77,7 @@ def _rank(pipe: Any, store: str, rank: int, world: int, function: Callable[..., 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # torch.compile
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
         if world:

@@ -8,12 +8,16 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from vmoe_routers.distributed.expert_parallel import ExpertParallel, check_experts
 from vmoe_routers.distributed.meshes import Meshes
@@ -68,10 +72,11 @@ def parallelize(
     layers = [module for module in model.modules() if isinstance(module, MoEMlp)]
     for layer in layers if ep > 1 else []:
         parallelize_module(layer, meshes.expert["ep"], {"experts": ExpertParallel(average=True)})
-    if checkpointing != "none":
-        blocks = [_checkpointed(model, block, checkpointing) for block in blocks]
-    if compile:
-        for block in blocks:
+    for block in blocks:
+        if checkpointing != "none":
+            # A wrapper module would change the names of the parameters.
+            block.forward = _checkpointed(block.forward, keep_exchanged=checkpointing == "exchange_saved")
+        if compile:
             block.compile(**(compile if isinstance(compile, dict) else {}))
     # With one replica the mesh has one axis, by which FSDP2 tells FSDP from HSDP.
     mesh = meshes.dense if replicated else meshes.dense["dp_shard"]
@@ -132,15 +137,14 @@ def _check_equal(model: nn.Module, meshes: Meshes) -> None:
         )
 
 
-def _checkpointed(model: nn.Module, block: nn.Module, checkpointing: Checkpointing) -> nn.Module:
-    """Replaces a block of the model by the block in a checkpoint, and gives it."""
-    options: dict[str, Any] = {"context_fn": _keep_exchanged} if checkpointing == "exchange_saved" else {}
-    wrapped = checkpoint_wrapper(block, **options)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if child is block and parent is not wrapped:
-                setattr(parent, name, wrapped)
-    return wrapped
+def _checkpointed(forward: Callable[..., Any], *, keep_exchanged: bool) -> Callable[..., Any]:
+    """Makes a forward that runs again in backward. torch.compile traces a function, and no partial application."""
+    context = _keep_exchanged if keep_exchanged else noop_context_fn
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=context, **kwargs)
+
+    return run
 
 
 def _keep_exchanged() -> Any:
