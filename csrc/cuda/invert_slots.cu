@@ -4,8 +4,8 @@
 //   add_up  computes the offsets, which are the prefix sums of the counts
 //   claim   gives every slot one of the positions of its token, by an atomic increment. The order
 //           of a token's slots is arbitrary after this phase
-//   rank    writes every slot to its final position: the number of smaller slots of its token. The
-//           result is therefore deterministic
+//   rank    writes every slot to its final position: the offset of its token plus the number of
+//           smaller slots of that token. The result is therefore deterministic
 //
 // Ranking compares all pairs of slots of a token. It is fast because a token has few slots.
 //
