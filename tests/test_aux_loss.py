@@ -381,3 +381,23 @@ def test_compiled_steps_that_do_not_read_the_loss(copied):
     model.zero_grad()
     (out.square().sum() + vr.aux_loss(model)).backward()
     assert_gradients(model, wanted)
+
+
+def check_compiled_losses_end(layer):
+    """The sum of compiled forwards is on the device of the parameters, and a backward pass through these ends it."""
+    sums = layer.pending_losses
+    assert sums.compiled.device.type == "cpu"
+    sums.compiled = torch.zeros((), requires_grad=True)
+    layer(torch.randn(2, 4, 8)).sum().backward()
+    assert not sums.compiled.requires_grad
+
+
+def test_layers_that_were_made_on_meta_can_be_moved_and_trained():
+    made = [vr.MoEMlp(8, num_experts=2, router="softmax_token_choice") for _ in range(2)]
+    with torch.device("meta"):
+        loaded, empty = (vr.MoEMlp(8, num_experts=2, router="softmax_token_choice") for _ in range(2))
+    loaded.load_state_dict(made[0].state_dict(), assign=True)
+    check_compiled_losses_end(loaded)
+    check_compiled_losses_end(loaded.to("cpu"))
+    empty.to_empty(device="cpu").load_state_dict(made[1].state_dict())
+    check_compiled_losses_end(empty)

@@ -91,6 +91,7 @@ class MoEMlp(nn.Module):
             self.experts = _own_experts(experts, num_experts)
         self.pending_losses = PendingLosses()
         self._end_compiled_losses()
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps tokens x [B, T, D] to [B, T, D']; mask [B, T] bool, True = real token.
@@ -162,8 +163,16 @@ class MoEMlp(nn.Module):
         self._end_compiled_losses()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self.pending_losses.move(fn)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._follow_parameters()
+        return self
+
+    def _follow_parameters(self) -> None:
+        """Moves the losses of compiled forwards to the parameters, which may be new ones on another device."""
+        parameter = next(self.parameters(), None)
+        if parameter is not None:
+            self.pending_losses.move(parameter.device)
+        self._end_compiled_losses()
 
     def no_weight_decay(self) -> set[str]:
         """Names the parameters that optimizers should not decay: biases and norms of the experts, and scales."""
@@ -175,6 +184,10 @@ class MoEMlp(nn.Module):
     def extra_repr(self) -> str:
         """Lists the arguments that print(layer) shows."""
         return f"group_size={self.group_size}"
+
+
+def _after_loading(layer: MoEMlp, keys: object) -> None:
+    layer._follow_parameters()  # load_state_dict(assign=True) replaces parameters
 
 
 def _own_router(router: nn.Module | RouterFactory, dim: int, num_experts: int, options: dict[str, Any]) -> nn.Module:

@@ -185,11 +185,11 @@ class PendingLosses:
 
     def reset_compiled(self) -> None:
         """Resets the sum of the compiled forwards to 0."""
-        self.compiled = torch.zeros((), device=self.compiled.device)
+        self.move(self.compiled.device)
 
-    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Moves the sum to the layer's device."""
-        self.compiled = torch.zeros((), device=fn(self.compiled.detach()).device)
+    def move(self, device: torch.device) -> None:
+        """Resets the sum of the compiled forwards to 0, on this device."""
+        self.compiled = torch.zeros((), device=device)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Makes copies and pickles start empty, because a graph can be neither copied nor pickled."""
