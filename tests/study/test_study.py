@@ -8,6 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from vmoe_routers.study import Settings, Variant, run_study, study, variants
@@ -110,6 +111,22 @@ def test_other_images_at_the_same_place_are_run_anew(tmp_path, here, monkeypatch
     monkeypatch.setattr(study, "_load", lambda settings: changed)
     run_study(settings, silent())
     assert here.done == 2 * done
+
+
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_a_size_that_was_not_asked_for_is_told(tmp_path, here, image_size):
+    for part in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(8):
+                Image.new("RGB", (10, 12), (number, 0, 0)).save(tmp_path / part / name / f"{number}.png")
+    here.after = 0  # before the first run
+    settings = replace(TINY, data=str(tmp_path), image_size=image_size, patch_size=4, output=tmp_path / "study")
+    console = silent()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(settings, console)
+    words = "images differ in size and are resized to 32 x 32 pixels; --image-size sets another size"
+    assert (words in console.file.getvalue().replace("\n", " ")) == (image_size is None)
 
 
 def test_a_killed_worker_is_told_in_words(tmp_path, monkeypatch):

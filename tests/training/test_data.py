@@ -164,7 +164,9 @@ def test_image_folder(tmp_path, test_part, mode):
     assert found.train_labels.tolist() == found.test_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert found.num_classes == 2 and found.train_images.dtype == torch.float32
     assert 0 <= found.train_images.min() < 0.5 < found.train_images.max() <= 1
-    assert load(str(tmp_path)).size == 32
+    assert not found.is_default_size
+    unasked = load(str(tmp_path))
+    assert unasked.size == 32 and unasked.is_default_size
 
 
 def test_image_folder_takes_fewer_from_every_class(tmp_path):
@@ -223,6 +225,7 @@ def test_digits_split_is_fixed_and_disjoint():
 
 
 def test_digits_options():
+    assert not load("digits").is_default_size
     found = load("digits", image_size=4, max_images=50)
     assert found.train_images.shape == (50, 1, 4, 4) and found.test_images.shape == (50, 1, 4, 4)
     assert torch.equal(found.train_labels, load("digits").train_labels[:50])

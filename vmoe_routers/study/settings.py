@@ -26,7 +26,7 @@ class Settings:
     """The study's settings. Each is an option of ``vmoe-routers study``.
 
     Args:
-        data: "digits", a folder with IDX files (MNIST, Fashion-MNIST), or a folder with train/ and val/.
+        data: "digits", "torchvision:NAME", "hf:NAME", or a folder with IDX files (MNIST), train/ and val/, or shards.
         transfer_data: a second data set, for 10-shot transfer and its figure.
         output: the folder for runs, table, figures and report. Runs with a record in this folder are not run again.
         routers: names of routers, or package.module:factory for an own router; a dense ViT always runs too.
@@ -37,7 +37,7 @@ class Settings:
         epochs: passes over the data.
         batch_size: a multiple of group_size.
         learning_rate: peak learning rate of AdamW.
-        image_size: resize images to this height and width.
+        image_size: resize images to this height and width. Default: their own size, or 32 for images in files.
         max_images: use at most this many training images and this many test images.
         shift: largest random shift of a training image, in pixels.
         patch_size: height and width of a patch, in pixels.

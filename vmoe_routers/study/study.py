@@ -38,7 +38,7 @@ from vmoe_routers.study.timing import ROUNDS, WARM_UP, time_steps
 from vmoe_routers.study.variants import Variant, make, variants
 from vmoe_routers.study.workers import Workers
 from vmoe_routers.training import DataError, Images, load
-from vmoe_routers.training.data import fit
+from vmoe_routers.training.data import DEFAULT_SIZE, fit
 from vmoe_routers.training.fewshot import SHOTS
 
 
@@ -112,6 +112,11 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
     timing = Timing(found, record_path(settings, inputs, "steps", *sorted(sources.values())))
     missing = [job for job in jobs if not _is_done(lambda job=job: job.read(settings, transfer), console)]
     is_timed = _is_done(timing.read, console)
+    if data.is_default_size:
+        console.print(
+            f"{data.name}: images differ in size and are resized to {DEFAULT_SIZE} x {DEFAULT_SIZE} pixels; "
+            "--image-size sets another size"
+        )
     console.print(
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test images of "
         f"{data.size} x {data.size}, {data.num_classes} classes\n"

@@ -28,6 +28,7 @@ class Images:
         train_images, test_images: [N, channels, height, width] float32 in [0, 1], square.
         train_labels, test_labels: [N] int64, in [0, num_classes).
         num_classes: at least 2.
+        is_default_size: whether images of different sizes were resized to `DEFAULT_SIZE`, since no size was asked for.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Images:
     test_images: Tensor
     test_labels: Tensor
     num_classes: int
+    is_default_size: bool = False
 
     @property
     def size(self) -> int:
@@ -77,7 +79,15 @@ def load(
         _read(part, name, size, found.channels, max_images or len(part))
         for part, name in ((found.train, f"{data} train"), (found.test, f"{data} test"))
     )
-    images = Images(found.name, train_images, train_labels, test_images, test_labels, found.num_classes)
+    images = Images(
+        found.name,
+        train_images,
+        train_labels,
+        test_images,
+        test_labels,
+        found.num_classes,
+        is_default_size=image_size is None and found.size is None,
+    )
     return fit(images, size, found.channels)
 
 

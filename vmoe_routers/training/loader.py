@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.samples import Samples, Tensors
-from vmoe_routers.training.stream import Order, generator_of, generators_kept, seed_all
+from vmoe_routers.training.stream import Order, generator_of, generators_kept, seed_cpu
 from vmoe_routers.training.transforms import Transform
 
 _MOST_BAD = 100  # so many unreadable images in a row end the training, and so many names are kept
@@ -279,7 +279,7 @@ class _Reader:
                 return torch.zeros(self.transform.channels, pixels, pixels, dtype=torch.uint8), 0, False
             return self.transform(image), label, index < size
         image, label = self._readable(index, bad)
-        seed_all(self.seed, "image", epoch, index, copy)
+        seed_cpu(self.seed, "image", epoch, index, copy)
         return self.transform(image), label, True
 
     def _readable(self, index: int, bad: list[str]) -> tuple[Any, int]:

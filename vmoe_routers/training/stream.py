@@ -5,16 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-def seed_of(*key: int | str) -> int:
-    """A seed of 64 bits that is a function of the key alone."""
-    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+from vmoe_routers.training.seeding import seed_of
 
 
 def generator_of(*key: int | str) -> torch.Generator:
@@ -22,12 +18,12 @@ def generator_of(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def seed_all(*key: int | str) -> None:
-    """Seeds the generators of random, numpy and torch (CPU) by the key."""
+def seed_cpu(*key: int | str) -> None:
+    """Seeds the generators of random, numpy and torch (CPU) by the key; in workers too, which must not touch CUDA."""
     seed = seed_of(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would also queue a call for every CUDA device
+    torch.default_generator.manual_seed(seed)
 
 
 @contextmanager

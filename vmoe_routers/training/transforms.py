@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.samples import Data
-from vmoe_routers.training.stream import generators_kept, seed_all
+from vmoe_routers.training.stream import generators_kept, seed_cpu
 
 Pipeline = Callable[[Any], Any]
 
@@ -333,5 +333,5 @@ class Mixing:
         count = len(images)
         _check("batch_size", count, count % 2 == 0, "even on every rank for mixup and cutmix")
         with generators_kept():
-            seed_all(self.seed, "mix", step, self.rank)
+            seed_cpu(self.seed, "mix", step, self.rank)
             return self._mixup(images, labels)
