@@ -14,7 +14,7 @@ from models import ROUTERS, apart, batch, gradients, loss_of, mine, vit, whole
 from ranks import run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from vmoe_routers.distributed import Meshes, clip_grad_norm_, parallelize
@@ -109,6 +109,22 @@ def variants() -> dict[str, float]:
 
 def test_norms_and_accumulation_under_expert_parallelism():
     assert {name: value for name, value in run(2, variants)[0].items() if value > 1e-10} == {}
+
+
+def features_apart() -> float:
+    model, wanted = (vit("softmax_token_choice").eval() for _ in range(2))
+    parallelize(model, Meshes.make("cpu", ep=2))
+    register_fsdp_forward_method(model, "forward_features")
+    images = mine(batch(8)[0])[0]
+    with torch.no_grad():
+        return max(
+            apart({"x": f(images)}, {"x": g(images)})
+            for f, g in [(model.forward_features, wanted.forward_features), (model, wanted)]
+        )
+
+
+def test_features_without_the_head():
+    assert max(run(2, features_apart)) < 1e-10
 
 
 def low_precision() -> tuple[Any, ...]:

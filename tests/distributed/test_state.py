@@ -24,10 +24,13 @@ from vmoe_routers.distributed import Ema, Meshes, parallelize, whole_state_dict
 class Training:
     """Model, optimizer and average, as `torch.distributed.checkpoint` takes them."""
 
-    def __init__(self, ep: int, seed: int):
-        self.model = vit("soft", seed=seed, num_experts=8)
+    def __init__(self, ep: int, seed: int, meta: bool = False):
+        with torch.device("meta" if meta else "cpu"):
+            self.model = vit("soft", seed=seed, num_experts=8)
         if dist.is_initialized():
             parallelize(self.model, Meshes.make("cpu", ep=ep))
+        if meta:
+            self.model.to_empty(device="cpu")
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=True)
         self.ema = Ema(self.model, 0.5)
 
@@ -61,7 +64,7 @@ def save(folder: Path) -> str:
 
 
 def load(folder: Path, ep: int, export: Path) -> str:
-    training = Training(ep, seed=9)
+    training = Training(ep, seed=9, meta=dist.is_initialized() and dist.get_world_size() == 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns in a single process
         dcp.load({"training": training}, checkpoint_id=folder)
@@ -149,6 +152,25 @@ def test_average_in_one_process():
         raise RuntimeError("within")
     assert model.weight.tolist() == [5.0] * 3
     assert whole_state_dict(model).keys() == ema.state_dict().keys()
+
+
+def test_average_of_tied_parameters():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    ema = Ema(model, 0.0)
+    start = model[0].weight.detach().clone()
+    nn.init.zeros_(model[0].weight)
+    with ema.swapped(model):
+        assert torch.equal(model[1].weight, start)
+    assert not model[1].weight.any()
+
+
+def test_whole_state_is_a_copy():
+    model = nn.BatchNorm1d(2)
+    state = whole_state_dict(model)
+    model.weight.data.zero_()
+    model.running_mean += 1
+    assert state["weight"].tolist() == [1.0, 1.0] and state["running_mean"].tolist() == [0.0, 0.0]
 
 
 def test_average_refused():

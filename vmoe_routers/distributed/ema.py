@@ -59,8 +59,12 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
+        seen: set[int] = set()
         for name, value in _state(model).items():
             average, value = local(self.values[name]), local(value)
+            if value.data_ptr() in seen:  # a tied parameter, which has two names
+                continue
+            seen.add(value.data_ptr())
             kept = value.clone()
             value.copy_(average)
             average.copy_(kept)

@@ -18,6 +18,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
         The values by name on rank 0, and nothing on every other rank.
     """
     state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
-        return state
-    return {name: value.clone() for name, value in state.items()}  # torch gives views of values on the CPU
+    for name, value in state.items():
+        # torch gives the model's own tensors where they are whole and on the CPU.
+        state[name] = value.clone() if isinstance(value, Tensor) else value
+    return state
