@@ -1,4 +1,4 @@
-// assign_slots_oracle -- the slots by definition, for the tests on CPU and CUDA.
+// assign_slots_oracle -- assign_slots by its definition, for the tests on CPU and CUDA.
 #pragma once
 
 #include <numeric>
@@ -24,7 +24,7 @@ struct Assigned {
   std::vector<int32_t> slot, source;
 };
 
-// True when token a is served before token b.
+// Whether token a is served before token b.
 template <typename T>
 bool served_before(const T* priority, int64_t a, int64_t b) {
   if (!priority) return a < b;

@@ -71,7 +71,7 @@ TYPED_TEST(AssignSlots, PriorityDecidesWhoIsDropped) {
   EXPECT_EQ(slot, (std::vector<int32_t>{2, 3, -1, 1, 0, -1}));
 }
 
-TYPED_TEST(AssignSlots, ManyTokensOfStrangePriority) {
+TYPED_TEST(AssignSlots, ManyTokensOfSpecialPriority) {
   using T = TypeParam;
   const std::vector<T> strange{0, -T{0}, -kInf<T>, kInf<T>, kNaN<T>, -kNaN<T>, T{1e-30}, -T{1e30}};
   std::mt19937_64 random(9);
@@ -112,7 +112,7 @@ TYPED_TEST(AssignSlots, EmptyShapes) {
   }
 }
 
-TYPED_TEST(AssignSlots, PiecesMakeTheWhole) {
+TYPED_TEST(AssignSlots, PiecesGiveTheSameBits) {
   using T = TypeParam;
   const Requests shape{5, 9, 3, 4, 2};
   const auto expert = integers(shape.count(), 6, -1, shape.E);

@@ -10,7 +10,7 @@ struct Shape : Slots {
   int64_t D;
 };
 
-// Where y of group g, slot s = e * C + c begins.
+// The index of the row of y for group g, slot s = e * C + c.
 int64_t row(const Shape& shape, int64_t g, int64_t s) {
   return ((s / shape.C) * shape.G + g) * shape.C + s % shape.C;
 }
@@ -68,7 +68,7 @@ Gradients<T> combine_backward(
 template <typename T>
 class Combine : public ::testing::Test {
  public:
-  // By definition: every slot added to its token, in float64.
+  // Expects the sums by definition: adds every slot to its token, in float64.
   static void expect_sums(const Shape& shape, const std::vector<int32_t>& token) {
     const auto y = uniform<T>(shape.all() * shape.D, 1);
     const auto gate = uniform<T>(shape.all(), 2);
@@ -134,7 +134,7 @@ TYPED_TEST(Combine, ListsOutOfRange) {
   cpu::combine(y.data(), gate.data(), offsets.data(), slots.data(), out.data(), shape, 1, 0, 3);
   EXPECT_TRUE(out.fences_stand());
   EXPECT_EQ(out.values(), (std::vector<T>{32, 0, 44}));
-  // Any lists: a sanitizer sees what is read.
+  // Any lists: a sanitizer reports reads out of bounds.
   const std::vector<int32_t> strange{INT32_MIN, -1, 0, 1, 3, 4, 5, 1000000, INT32_MAX};
   std::mt19937_64 random(3);
   for (int round = 0; round < 100; ++round) {
@@ -150,7 +150,7 @@ TYPED_TEST(Combine, ListsOutOfRange) {
 TYPED_TEST(Combine, TokenWithoutSlotGetsZeros) {
   using T = TypeParam;
   const Shape shape{1, 3, 2, 1, 2};
-  // What lies in an empty slot must not come through, not even NaN.
+  // The contents of an empty slot must not change the result, not even if they are NaN.
   const std::vector<T> y{1, 2, kNaN<T>, kInf<T>}, gate{2, kNaN<T>};
   EXPECT_EQ(combine(shape, y, &gate, {1, -1}), (std::vector<T>{0, 0, 2, 4, 0, 0}));
   const auto gradients = combine_backward(shape, {5, 6, 7, 8, 9, 10}, y, gate, {1, -1});
@@ -177,7 +177,7 @@ TYPED_TEST(Combine, NoGateIsAGateOfOnes) {
   EXPECT_EQ(combine<T>(shape, y, nullptr, token), combine(shape, y, &ones, token));
 }
 
-TYPED_TEST(Combine, PiecesMakeTheWhole) {
+TYPED_TEST(Combine, PiecesGiveTheSameBits) {
   using T = TypeParam;
   const Shape shape{3, 5, 4, 2, 3};
   const int64_t D = shape.D, S = shape.of_group();
@@ -195,7 +195,7 @@ TYPED_TEST(Combine, PiecesMakeTheWhole) {
         grad.data(), y.data(), gate.data(), token.data(), out, grad_gate.data(), shape, D, begin,
         end);
   });
-  // The gate's gradient lies by slot, not by row.
+  // The gate's gradient is stored by slot, not by row.
   expect_pieces<T>(
       shape.all(), shape.all(),
       [&](int64_t begin, int64_t end, T* out) {
@@ -238,7 +238,7 @@ class CombineHalves : public ::testing::Test {
 using HalfTypes = ::testing::Types<BFloat16, Float16>;
 TYPED_TEST_SUITE(CombineHalves, HalfTypes);
 
-// Bit by bit what the kernel of float gives for the widened rows, rounded once.
+// Expects the bits of the float kernel's result for the widened rows, rounded once.
 TYPED_TEST(CombineHalves, ComputesInFloat) {
   using Half = TypeParam;
   for (const int64_t D : {1, 7, 16, 64, 100, 131}) {
@@ -268,7 +268,7 @@ TYPED_TEST(CombineHalves, ComputesInFloat) {
   }
 }
 
-// Outputs of which the kernels store past the caches: the same bits as of pieces of them.
+// Outputs large enough for streaming stores: the same bits as for pieces of them.
 TYPED_TEST(Combine, LargeOutputs) {
   using T = TypeParam;
   const int64_t D = 4096 / sizeof(T), tokens = 8200;

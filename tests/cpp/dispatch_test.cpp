@@ -72,7 +72,7 @@ TEST(Dispatch, EmptyShapes) {
   expect_rows({2, 4, 3, 2}, 0, std::vector<int32_t>(12, 0));
 }
 
-TEST(Dispatch, PiecesMakeTheWhole) {
+TEST(Dispatch, PiecesGiveTheSameBits) {
   const Slots shape{3, 5, 4, 2};
   const auto token = integers(shape.all(), 3, -1, shape.tokens);
   const auto x = uniform<double>(shape.all_tokens(), 4);  // rows of one double
@@ -84,7 +84,7 @@ TEST(Dispatch, PiecesMakeTheWhole) {
   });
 }
 
-// An output that is stored past the caches.
+// An output large enough for streaming stores.
 TEST(Dispatch, LargeOutput) {
   const int64_t tokens = 5, C = 8200, width = 4096;
   const auto token = integers(C, 5, -1, tokens);

@@ -39,10 +39,10 @@ std::vector<T> hard_values() {
 template <typename T>
 class GroupedMlp : public ::testing::Test {
  protected:
-  // The bound that the contract states.
+  // The error bound that the contract states.
   static constexpr double kError = sizeof(T) == 4 ? 1e-6 : 1e-14;
 
-  // Every number of columns up to some vectors, so that every rest is met.
+  // Every number of columns up to a few vectors, so that every remainder occurs.
   template <typename Body>
   static void each_shape(Body&& body) {
     for (int64_t columns : {1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 50}) {
@@ -174,7 +174,7 @@ TEST(FilledRows, NumbersTheFilledRowsOfEverySegment) {
   const FilledRows rows(filled.data(), 3, 4, 5);
   EXPECT_EQ(rows.count(0), 10);
   EXPECT_EQ(rows.count(1), 0);
-  EXPECT_EQ(rows.count(2), 15);  // cut to [0, 5]
+  EXPECT_EQ(rows.count(2), 15);  // clamped to [0, 5]
   EXPECT_EQ(runs(rows, 0, 0, 10), (std::vector<Piece>{{0, 0, 3}, {10, 3, 5}, {15, 8, 2}}));
   EXPECT_EQ(runs(rows, 0, 2, 5), (std::vector<Piece>{{2, 2, 1}, {10, 3, 2}}));
   EXPECT_EQ(runs(rows, 0, 3, 4), (std::vector<Piece>{{10, 3, 1}}));
@@ -195,7 +195,7 @@ TEST(FilledRows, KnowsTheGaps) {
   EXPECT_EQ(gaps, (std::vector<std::pair<int64_t, int64_t>>{{3, 2}, {5, 5}}));
 }
 
-TEST(FilledRows, WithoutCountsAllAreThere) {
+TEST(FilledRows, WithoutCountsAllAreFilled) {
   const FilledRows rows(nullptr, 2, 3, 4);
   EXPECT_EQ(rows.count(1), 12);
   EXPECT_EQ(runs(rows, 1, 2, 11), (std::vector<Piece>{{2, 2, 9}}));

@@ -45,8 +45,8 @@ class Halves : public ::testing::Test {
     return half.bits >> 15 ? -magnitude : magnitude;
   }
 
-  // Rounds to nearest, ties to even, in units of the last place; a subnormal has the unit of the
-  // smallest normal number.
+  // Rounds to nearest, ties to even, in units of the last place. Subnormal numbers have the unit of
+  // the smallest normal number.
   static double rounded(float x) {
     if (!std::isfinite(x) || x == 0) return x;
     const int exponent = std::max(std::ilogb(x), 1 - kBias) - kFraction;
@@ -103,9 +103,9 @@ TYPED_TEST(Halves, EveryValueComesBack) {
 }
 
 TYPED_TEST(Halves, RoundsToNearestAndTiesToEven) {
-  // Each value, the midpoints to its neighbours, and the floats next to all of these. Among them
-  // are zero, subnormal numbers, the largest number and the midpoint from which it becomes
-  // infinity.
+  // Each value, the midpoints between it and its neighbours, and the floats next to all of these.
+  // They include zero, subnormal numbers, the largest number, and the midpoint from which rounding
+  // gives infinity.
   std::vector<float> x;
   for (const auto half : this->all()) {
     const double value = this->value(half);

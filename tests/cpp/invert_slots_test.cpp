@@ -63,7 +63,7 @@ TEST(InvertSlots, EmptyShapes) {
   expect_lists({}, {2, 0, 3, 0});
 }
 
-TEST(InvertSlots, PiecesMakeTheWhole) {
+TEST(InvertSlots, PiecesGiveTheSameBits) {
   const Slots shape{5, 6, 3, 4};
   const int64_t G = shape.G, S = shape.of_group();
   const auto token = integers(shape.all(), 1, -1, shape.tokens);

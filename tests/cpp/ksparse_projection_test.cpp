@@ -24,8 +24,9 @@ double squared_distance(const std::vector<T>& p, const std::vector<T>& x) {
   return sum;
 }
 
-// The best of all supports of at most k: on a support the projection onto the plane
-// sum p = 1 moves every entry by the same, and is a candidate where none goes below 0.
+// The best projection over all supports of at most k entries. On one support, the projection onto
+// the plane sum p = 1 subtracts the same number from every entry; it is a candidate if no entry
+// becomes negative.
 template <typename T>
 std::vector<double> best_of_supports(const std::vector<T>& x, int64_t k) {
   const std::vector<double> exact(x.begin(), x.end());
@@ -79,7 +80,7 @@ TYPED_TEST(KsparseProjection, BeatsEverySupport) {
           const auto p = project(x, 1, k);
           expect_feasible(p, k);
           expect_near(p, best_of_supports(x, k), kRounding<T>);
-          // With ties the best is not unique: it is only as near.
+          // With ties, the nearest point is not unique; only the distance is.
           const auto ties = tied<T>(n, seed);
           const auto q = project(ties, 1, k);
           expect_feasible(q, k);
@@ -108,7 +109,7 @@ TYPED_TEST(KsparseProjection, OneIsTheArgmaxAndAllIsTheSimplex) {
   std::vector<T> hot(n, 0);
   hot[std::max_element(x.begin(), x.end()) - x.begin()] = 1;
   EXPECT_EQ(project(x, 1, 1), hot);
-  // The simplex projection by its optimality condition: sum max(x - tau, 0) = 1.
+  // The simplex projection by its optimality condition, sum max(x - tau, 0) = 1.
   double low = -2, high = 1;
   for (int i = 0; i < 100; ++i) {
     const double tau = (low + high) / 2;
@@ -123,7 +124,7 @@ TYPED_TEST(KsparseProjection, OneIsTheArgmaxAndAllIsTheSimplex) {
 
 TYPED_TEST(KsparseProjection, LongRows) {
   using T = TypeParam;
-  // Uniform to within less than 1 / k: all k picks are kept.
+  // Values within less than 1 / k of each other: all k picks stay in the support.
   const int64_t n = 1000, k = 40;
   const auto x = uniform<T>(n, 2, 0, 1e-2);
   const auto p = project(x, 1, k);
@@ -179,7 +180,7 @@ TYPED_TEST(KsparseProjection, RowWithoutAProjectionIsNaN) {
                                         {nan, inf, -inf}, {nan, nan, nan}, {-inf, -inf, -inf}};
   for (const int64_t k : {1, 2, 3}) {
     for (const auto& row : bad) {
-      // Between two good rows, which it must leave alone.
+      // A row of NaN between two good rows must leave these unchanged.
       std::vector<T> x{0, 5, 0};
       x.insert(x.end(), row.begin(), row.end());
       x.insert(x.end(), {0, 0, 5});
@@ -194,11 +195,11 @@ TYPED_TEST(KsparseProjection, RowWithoutAProjectionIsNaN) {
 TYPED_TEST(KsparseProjection, EmptyShapes) {
   using T = TypeParam;
   EXPECT_TRUE(project<T>({}, 0, 2).empty());
-  EXPECT_TRUE(project<T>({}, 3, 0).empty());                          // rows of nothing
+  EXPECT_TRUE(project<T>({}, 3, 0).empty());                          // rows of length 0
   EXPECT_EQ(project<T>({1, 2, 3}, 1, 0), (std::vector<T>{0, 0, 0}));  // no non-zero allowed
 }
 
-// By hand, in float64. Sequence (a, b) is [a, :, b].
+// By hand, in float64. Column (a, b) is [a, :, b].
 template <typename T>
 std::vector<double> centred(
     const std::vector<T>& grad, const std::vector<T>& out, int64_t A, int64_t n, int64_t B) {
@@ -245,12 +246,12 @@ TYPED_TEST(KsparseProjection, BackwardTakesNothingFromOutsideTheSupport) {
   std::vector<T> grad_x(4);
   cpu::ksparse_projection_backward(grad.data(), out.data(), grad_x.data(), 4, 1, 0, 1);
   EXPECT_EQ(grad_x, (std::vector<T>{-1, 0, 1, 0}));
-  const std::vector<T> undefined(4, kNaN<T>);  // a row of NaN hands its gradient on
+  const std::vector<T> undefined(4, kNaN<T>);  // an output of NaN passes its gradient on
   cpu::ksparse_projection_backward(out.data(), undefined.data(), grad_x.data(), 4, 1, 0, 1);
   EXPECT_EQ(grad_x, (std::vector<T>{T{1} / 4, -T{1} / 4, T{1} / 4, -T{1} / 4}));
 }
 
-TYPED_TEST(KsparseProjection, PiecesMakeTheWhole) {
+TYPED_TEST(KsparseProjection, PiecesGiveTheSameBits) {
   using T = TypeParam;
   const int64_t N = 7, n = 12;
   const auto x = tied<T>(N * n, 4, 5);

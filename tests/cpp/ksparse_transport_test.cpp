@@ -43,7 +43,7 @@ struct SemiDual {
 
   double b() const { return static_cast<double>(n) / static_cast<double>(E); }
 
-  // P_k by sorting, and the threshold by trying every length of the support.
+  // P_k by sorting, with the threshold by trying every length of the support.
   std::vector<double> project(const std::vector<double>& x) const {
     std::vector<int64_t> order(n);
     std::iota(order.begin(), order.end(), 0);
@@ -79,7 +79,7 @@ struct SemiDual {
     return out;
   }
 
-  // With a plan's columns as the maximising b p; the semi-dual where they are that.
+  // The objective for given columns `moved`; the semi-dual if these are the maximising b p.
   double value(const std::vector<double>& alpha, const std::vector<double>& moved) const {
     double sum = 0;
     for (int64_t t = 0; t < n; ++t) sum += alpha[t];
@@ -106,9 +106,9 @@ struct SemiDual {
     return alpha;
   }
 
-  // alpha, up to the constant that changes nothing, from where a plan is positive:
-  // there alpha[t] + S[t, e] - gamma plan[t, e] is one number for a column. Empty where
-  // the plan falls into separate parts.
+  // alpha up to the constant that changes nothing, from a plan: at positive entries, alpha[t] +
+  // S[t, e] - gamma plan[t, e] is the same number within a column. Empty if the plan falls into
+  // separate parts.
   std::vector<double> alpha_of(const std::vector<double>& moved) const {
     std::vector<double> alpha(n, kNaN<double>), column(E, kNaN<double>);
     alpha[0] = 0;
@@ -166,7 +166,7 @@ template <typename T>
 class KsparseTransport : public ::testing::Test {};
 TYPED_TEST_SUITE(KsparseTransport, Floats);
 
-TYPED_TEST(KsparseTransport, ColumnsHoldWhateverTheSolverAndIterations) {
+TYPED_TEST(KsparseTransport, ColumnConstraintsHoldForAnySolverAndIterations) {
   using T = TypeParam;
   for (const Shape& shape : {Shape{2, 12, 4}, {1, 1, 1}, {1, 1, 3}, {1, 5, 1}, {2, 30, 3}}) {
     const auto similarity = uniform<T>(shape.size(), 1, 0, 1), ties = tied<T>(shape.size(), 2);
@@ -187,17 +187,17 @@ TYPED_TEST(KsparseTransport, ColumnsHoldWhateverTheSolverAndIterations) {
 
 TYPED_TEST(KsparseTransport, AdamsFirstStepByHand) {
   using T = TypeParam;
-  // b = 1, k = 1: at alpha = 0 both experts take token 0, expert 1 by the tie. The row
-  // sums are 2 and 0, the gradient -1 and 1, and Adam's first step its sign times the
-  // rate: with alpha = (-0.01, 0.01) expert 1 takes token 1.
+  // b = 1, k = 1. At alpha = 0 both experts take token 0 (expert 1 by the tie rule). The row sums
+  // are 2 and 0, and the gradient is (-1, 1). Adam's first step is the sign of the gradient times
+  // the rate: at alpha = (-0.01, 0.01), expert 1 takes token 1.
   const std::vector<T> similarity{1, 0, T{1} / 2, 0};
   const auto plan = [&](int64_t iterations) {
     return transport<T>({1, 2, 2}, similarity, with_iterations(with_k(kAdam, 1), iterations));
   };
   EXPECT_EQ(plan(0), (std::vector<T>{1, 1, 0, 0}));
   EXPECT_EQ(plan(1), (std::vector<T>{1, 0, 0, 1}));
-  // b = 2, k = 2: u = (0.1, 0) gives p = (0.55, 0.45) and the gradient (-0.1, 0.1). One
-  // step of 0.1 makes the two equal, but for the 1e-8 in Adam's denominator.
+  // b = 2, k = 2. u = (0.1, 0) gives p = (0.55, 0.45) and the gradient (-0.1, 0.1). One step of 0.1
+  // makes the entries equal, up to the 1e-8 in Adam's denominator.
   TransportOptions options{2, 0, Solver::kAdam, 0.1, 0, 1.0};
   const std::vector<double> pair{0.2, 0};
   expect_near(transport<double>({1, 2, 1}, pair, options), std::vector<double>{1.1, 0.9}, 1e-15);
@@ -248,11 +248,11 @@ TYPED_TEST(KsparseTransport, AbsentTokensAreNotCounted) {
       EXPECT_EQ(rest, transport(present, kept, options));
     }
   }
-  // More places than tokens that are there.
+  // k is larger than the number of present tokens.
   expect_columns(shape, transport(shape, similarity, with_k(kAdam, 10)), 8, 8);
 }
 
-TYPED_TEST(KsparseTransport, NobodyThere) {
+TYPED_TEST(KsparseTransport, AllTokensAbsent) {
   using T = TypeParam;
   const std::vector<T> similarity(6, -kInf<T>), zeros(6, 0);
   for (const auto& solver : {kAdam, kLbfgs}) {
@@ -272,7 +272,7 @@ TYPED_TEST(KsparseTransport, MinusInfinityNeverGetsMass) {
   }
 }
 
-TYPED_TEST(KsparseTransport, BadGroupIsNaNAndNoOther) {
+TYPED_TEST(KsparseTransport, OnlyTheBadGroupIsNaN) {
   using T = TypeParam;
   const Shape shape{3, 6, 2};
   const auto good = uniform<T>(shape.size(), 6, 0, 1);
@@ -314,7 +314,7 @@ TYPED_TEST(KsparseTransport, EmptyShapes) {
   }
 }
 
-TYPED_TEST(KsparseTransport, PiecesMakeTheWhole) {
+TYPED_TEST(KsparseTransport, PiecesGiveTheSameBits) {
   using T = TypeParam;
   const Shape shape{5, 9, 3};
   const auto similarity = uniform<T>(shape.size(), 8, 0, 1);
@@ -350,14 +350,14 @@ TEST(KsparseTransportAdam, StopsAfterTheUpdateThatMetTheTolerance) {
   const Shape shape{1, 8, 2};
   const auto similarity = uniform<double>(shape.size(), 10, 0, 1);
   auto options = with_iterations(with_k(kAdam, 8), 1000);
-  options.tolerance = 1e9;  // the very first gradient will do, and its update is taken
+  options.tolerance = 1e9;  // the first gradient is below it; its update is still applied
   EXPECT_EQ(
       transport(shape, similarity, options),
       transport(shape, similarity, with_iterations(with_k(kAdam, 8), 1)));
   EXPECT_NE(
       transport(shape, similarity, options),
       transport(shape, similarity, with_iterations(with_k(kAdam, 8), 0)));
-  // One group's stop is not another's: the second would go on.
+  // Groups stop independently: the second group would continue.
   const Shape two{2, 2, 1};
   const TransportOptions loose{2, 50, Solver::kAdam, 0.01, 0.5, 1.0};
   const std::vector<double> pair{0.2, 0, 2, 0};
@@ -367,7 +367,7 @@ TEST(KsparseTransportAdam, StopsAfterTheUpdateThatMetTheTolerance) {
 }
 
 TEST(KsparseTransportLbfgs, ConvergesWhereTheSemiDualIsSmooth) {
-  // With k = n there are no kinks: the row sums come out too.
+  // With k = n there are no kinks: the row sums are right, too.
   for (const Shape& shape : {Shape{1, 12, 3}, {1, 40, 4}, {1, 4, 8}}) {
     const auto similarity = uniform<double>(shape.size(), 11, 0, 2);
     const auto plan = transport(shape, similarity, with_k(kLbfgs, shape.T));
@@ -375,7 +375,7 @@ TEST(KsparseTransportLbfgs, ConvergesWhereTheSemiDualIsSmooth) {
   }
 }
 
-TEST(KsparseTransportLbfgs, IsNotWorseThanLongAdam) {
+TEST(KsparseTransportLbfgs, IsAsGoodAsLongAdam) {
   const Shape shape{1, 16, 4};
   int compared = 0;
   for (uint64_t seed = 0; seed < 5; ++seed) {
@@ -387,7 +387,7 @@ TEST(KsparseTransportLbfgs, IsNotWorseThanLongAdam) {
       const auto alpha = dual.alpha_of(plan);
       if (alpha.empty()) continue;
       ++compared;
-      // The plan's columns are maximisers there. At a kink there are others as good.
+      // The columns of the plan are maximisers. At a kink, other maximisers are as good.
       EXPECT_NEAR(dual.value(alpha, plan), dual.value(alpha), 1e-9);
       EXPECT_GE(dual.value(alpha), dual.value(dual.adam(1000, 0.01, 0)) - 1e-4);
     }

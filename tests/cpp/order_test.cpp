@@ -10,7 +10,7 @@ class Order : public ::testing::Test {
  public:
   using Limits = std::numeric_limits<T>;
 
-  // Distinct values, from the last chosen to the first.
+  // Distinct values, from the last chosen to the first chosen.
   static std::vector<T> ascending() {
     return {
         -Limits::infinity(),

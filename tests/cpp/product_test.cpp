@@ -5,7 +5,7 @@
 namespace vmoe {
 namespace {
 
-// A matrix in memory with gaps between its rows or, if turned, between its columns.
+// A matrix with gaps between its rows or, if turned, between its columns.
 template <typename T>
 struct Operand {
   std::vector<T> memory;
@@ -60,7 +60,7 @@ template <typename T>
 class Product : public ::testing::Test {};
 TYPED_TEST_SUITE(Product, Floats);
 
-TYPED_TEST(Product, IsTheSumOverKWhateverTheShape) {
+TYPED_TEST(Product, IsTheSumOverKForAnyShape) {
   using T = TypeParam;
   std::mt19937_64 random(1);
   for (int64_t round = 0; round < 200; ++round) {
@@ -97,8 +97,8 @@ TYPED_TEST(Product, EmptyShapes) {
   EXPECT_EQ(product(a.matrix, b.matrix, &before), before);
 }
 
-// An entry has the same bits among 200 rows or in one, and in the left or the right columns.
-TYPED_TEST(Product, BitsDoNotDependOnThePlace) {
+// An entry has the same bits in a product of 200 rows or of one row, and in left or right columns.
+TYPED_TEST(Product, BitsDoNotDependOnPosition) {
   using T = TypeParam;
   const int64_t M = 200, K = 700, N = 61;
   for (const bool turned : {false, true}) {

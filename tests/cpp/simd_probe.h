@@ -1,5 +1,5 @@
-// simd_probe -- the functions of csrc/cpu/simd.h and half.h on plain pointers. They are compiled
-// once per ISA level like the kernels, so that their tests run on the same level.
+// simd_probe -- the functions of csrc/cpu/simd.h and half.h on plain pointers. Compiled once per
+// ISA level like the kernels, so that the tests cover every level.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ VMOE_EACH_ISA(
     // [width, width]
     template <typename T> void transpose_block(const T* x, T* out);
 
-    // For one vector: the entries set in `chosen` (0 or 1), their indices + first, and `bits` with
-    // bit i for entry i. entries and places have room for width.
+    // For one vector: the entries set in `chosen` (0 or 1), their indices plus `first`, and `bits`
+    // with bit i for entry i. `entries` and `places` have room for a whole vector.
     template <typename T> void compress_vector(
         const T* x, const int32_t* chosen, int32_t first, T* entries, int32_t* places,
         uint32_t* bits);

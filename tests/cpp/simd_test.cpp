@@ -20,7 +20,7 @@ class Simd : public ::testing::Test {
     return out.values();
   }
 
-  // The arguments from which exp is a normal number.
+  // The smallest argument for which exp is a normal number.
   static constexpr T kLowest = sizeof(T) == 4 ? -87.336 : -708.396;
   static constexpr T kHighest = sizeof(T) == 4 ? 88.722 : 709.782;
   static constexpr double kError = sizeof(T) == 4 ? 2e-7 : 5e-16;
@@ -83,7 +83,8 @@ TYPED_TEST(Simd, ExpIsTheSameInEveryLane) {
 }
 
 TEST(SimdOfOneType, LogKeepsItsErrorBound) {
-  // Near 1, where the logarithm is small; through the binades; and the ends of the normal numbers.
+  // Values near 1, whose logarithm is small; values in all binades; the smallest and the largest
+  // normal number.
   std::vector<double> x = uniform<double>(40'000, 5, 0.5, 2);
   for (const double exponent : uniform<double>(23'996, 6, -1022, 1023)) {
     x.push_back(std::exp2(exponent));
@@ -154,7 +155,8 @@ TYPED_TEST(Simd, CopiesTheFirstEntries) {
   using T = TypeParam;
   const int64_t W = this->width();
   for (int64_t count = 1; count < W; ++count) {
-    const auto x = uniform<T>(count, 6);  // of this size, so that a sanitizer finds a longer load
+    const auto x =
+        uniform<T>(count, 6);  // allocated to size, so that a sanitizer finds a longer load
     Guarded<T> all(W), out(count);
     cpu::copy_some(x.data(), count, T{7}, all.data(), out.data());
     EXPECT_TRUE(out.fences_stand());

@@ -61,8 +61,8 @@ std::vector<T> implicit(
   return out.values();
 }
 
-// By definition, without logarithms: the kernel exp(M) scaled by columns, then by rows.
-// One group, |M| small, every row present.
+// The definition without logarithms, for one group with small |M| and no absent token: scales
+// exp(M) by columns, then by rows.
 template <typename T>
 std::vector<double> scaled_kernel(
     int64_t tokens, int64_t E, const std::vector<T>& logits, int64_t iterations, double epsilon) {
@@ -99,7 +99,7 @@ double column_error(const Shape& shape, const std::vector<T>& plan, int64_t g, d
   return worst;
 }
 
-// Plans whose exponents, float64 sums of numbers around 1e4, cancel.
+// Tolerance for plans whose exponents are float64 sums of numbers around 1e4, which cancel.
 template <typename T>
 constexpr double kRoundingOfLarge = std::max(kRounding<T>, 1e-11);
 
@@ -132,7 +132,7 @@ TYPED_TEST(Sinkhorn, ScalesTheKernel) {
   }
 }
 
-TYPED_TEST(Sinkhorn, RowsSumToOneWhateverTheIterations) {
+TYPED_TEST(Sinkhorn, RowsSumToOneAfterAnyIterations) {
   using T = TypeParam;
   const Shape shape{2, 9, 5};
   const auto logits = uniform<T>(shape.size(), 2, -30, 30);
@@ -150,7 +150,7 @@ TYPED_TEST(Sinkhorn, PlanIsASoftmaxWithTheLastPotential) {
   using T = TypeParam;
   const Shape shape{2, 6, 4};
   const auto logits = uniform<T>(shape.size(), 3);
-  for (const int64_t iterations : {7, 1000}) {  // the latter until nothing moves, and on
+  for (const int64_t iterations : {7, 1000}) {  // 1000: until nothing changes, and beyond
     const auto result = sinkhorn(shape, logits, {iterations, 0.7, 0});
     std::vector<double> wanted;
     for (int64_t i = 0; i < shape.G * shape.T; ++i) {
@@ -178,7 +178,8 @@ TYPED_TEST(Sinkhorn, EqualLogitsShareEqually) {
 
 TYPED_TEST(Sinkhorn, SmallDifferencesOfLogitsStayExact) {
   using T = TypeParam;
-  // Small enough for exp(M), far from 0 or not; in 64ths, so that they are exact in float32 too.
+  // Logits small enough for exp(M), near 0 or far from it; in 64ths, so that they are exact in
+  // float32, too.
   const Shape shape{1, 40, 8};
   auto logits = uniform<T>(shape.size(), 26, 0, 38);
   for (T& logit : logits) logit = std::round(logit * 64) / 64;
@@ -192,14 +193,14 @@ TYPED_TEST(Sinkhorn, SmallDifferencesOfLogitsStayExact) {
 
 TYPED_TEST(Sinkhorn, LargeLogitsStayExact) {
   using T = TypeParam;
-  // A shift of an expert's logits changes nothing, from the first iteration on. The
-  // logits are in halves, so that the shift is exact in float32 too.
+  // Adding a constant to an expert's logits changes nothing, from the first iteration on. The
+  // logits are multiples of 1/2, so that the sum is exact in float32, too.
   const Shape shape{1, 8, 4};
   const auto logits = tied<T>(shape.size(), 4, 9);
   auto shifted = logits;
   for (int64_t i = 0; i < shape.size(); ++i) shifted[i] += (i % 4 % 2 ? 8192 : -8192);
   expect_near(sinkhorn(shape, shifted).plan, sinkhorn(shape, logits).plan, kRoundingOfLarge<T>);
-  // Nothing but a balanced assignment is left at this scale.
+  // At this scale, the only plan is a balanced assignment.
   std::vector<T> hard(shape.size(), -T{1e4}), wanted(shape.size(), 0);
   for (int64_t t = 0; t < shape.T; ++t) hard[t * 4 + t % 4] = T{1e4}, wanted[t * 4 + t % 4] = 1;
   const auto result = sinkhorn(shape, hard);
@@ -207,9 +208,9 @@ TYPED_TEST(Sinkhorn, LargeLogitsStayExact) {
   EXPECT_NEAR(result.error[0], 0, 1e-11);
 }
 
-TYPED_TEST(Sinkhorn, WideLogitsAreNoOtherCase) {
+TYPED_TEST(Sinkhorn, WideLogitsMatchTheDefinition) {
   using T = TypeParam;
-  // On both sides of where exp(M) itself can be iterated on.
+  // On both sides of the limit of the iteration on exp(M).
   const Shape shape{1, 8, 4};
   for (const double spread : {150.0, 199.0, 201.0, 400.0, 1000.0}) {
     for (const int64_t iterations : {1, 3, 20, 500}) {
@@ -226,16 +227,16 @@ TYPED_TEST(Sinkhorn, WideLogitsAreNoOtherCase) {
 
 TYPED_TEST(Sinkhorn, MasksLetPotentialsGrow) {
   using T = TypeParam;
-  // Tokens reach two experts each, and all but the last prefer the second: from expert
-  // to expert the potentials add up, far beyond what the logits alone allow.
+  // Every token reaches two experts, and all but the last prefer the second. From expert to expert
+  // the potentials add up, far beyond the range of the logits.
   const int64_t E = 12;
   std::vector<T> chain(E * E, -kInf<T>);
   for (int64_t t = 0; t < E; ++t) {
     chain[t * E + t] = -90;
     if (t + 1 < E) chain[t * E + t + 1] = 90;
   }
-  // Three of four tokens want the one expert that has two places: no plan can be, and
-  // the potentials part by log(3/2) an iteration, for ever.
+  // Three of four tokens reach only one expert, which has two places: no plan exists, and the
+  // potentials diverge by log(3/2) per iteration.
   std::vector<T> crowd{0, -kInf<T>, 0, -kInf<T>, 0, -kInf<T>, 0, 0};
   for (const int64_t iterations : {1, 20, 500, 5000}) {
     SCOPED_TRACE(::testing::Message() << iterations << " iterations");
@@ -259,7 +260,7 @@ TYPED_TEST(Sinkhorn, StopsAtTheTolerance) {
   using T = TypeParam;
   const Shape shape{3, 12, 4};
   auto logits = uniform<T>(shape.size(), 5);
-  std::fill(logits.begin() + 48, logits.begin() + 96, T{0});  // group 1 has converged at once
+  std::fill(logits.begin() + 48, logits.begin() + 96, T{0});  // group 1 converges at once
   const Options options{200, 1, 1e-3};
   const auto result = sinkhorn(shape, logits, options);
   EXPECT_EQ(result.steps[1], 1);
@@ -269,7 +270,7 @@ TYPED_TEST(Sinkhorn, StopsAtTheTolerance) {
     EXPECT_LE(result.error[g], 1e-3);
     const Shape one{1, shape.T, shape.E};
     const auto alone = group(logits, g, 48);
-    // The same as that many iterations, and one fewer would not have been enough.
+    // The plan is that of `steps` iterations, and one iteration fewer misses the tolerance.
     EXPECT_EQ(group(result.plan, g, 48), sinkhorn(one, alone, {steps, 1, 0}).plan);
     if (steps > 1) {
       EXPECT_GT(sinkhorn(one, alone, {steps - 1, 1, 0}).error[0], 1e-3);
@@ -294,7 +295,7 @@ TYPED_TEST(Sinkhorn, AbsentTokensAreNotCounted) {
       kept_grad.push_back(grad[i]);
     }
   }
-  // Zeros at the absent rows, and elsewhere as if they had never been there.
+  // Absent rows are zeros, and the present rows are as if the absent rows did not exist.
   const auto expect_kept = [&](const std::vector<T>& all, const std::vector<T>& kept) {
     std::vector<T> rest;
     for (int64_t i = 0; i < shape.size(); ++i) {
@@ -313,7 +314,7 @@ TYPED_TEST(Sinkhorn, AbsentTokensAreNotCounted) {
   expect_kept(implicit(shape, grad, result.plan), implicit(present, kept_grad, wanted.plan));
 }
 
-TYPED_TEST(Sinkhorn, NobodyThere) {
+TYPED_TEST(Sinkhorn, AllTokensAbsent) {
   using T = TypeParam;
   const Shape shape{1, 3, 2};
   const std::vector<T> logits(6, -kInf<T>), grad(6, 1), zeros(6, 0);
@@ -336,7 +337,7 @@ TYPED_TEST(Sinkhorn, MinusInfinityIsNeverChosen) {
     EXPECT_TRUE(logits[i] != -kInf<T> || (result.plan[i] == 0 && grad[i] == 0)) << i;
   }
   EXPECT_NEAR(result.error[0], 0, 1e-9);
-  // An expert that no token can reach stays empty, and the error says so.
+  // An expert that no token can reach stays empty, and the error shows it.
   for (int64_t t = 0; t < shape.T; ++t) logits[t * 3 + 1] = -kInf<T>, logits[t * 3] = 0;
   const auto closed = sinkhorn(shape, logits);
   for (int64_t t = 0; t < shape.T; ++t) EXPECT_EQ(closed.plan[t * 3 + 1], 0);
@@ -344,7 +345,7 @@ TYPED_TEST(Sinkhorn, MinusInfinityIsNeverChosen) {
   EXPECT_TRUE(std::isfinite(closed.error[0]));
 }
 
-TYPED_TEST(Sinkhorn, BadGroupIsNaNAndNoOther) {
+TYPED_TEST(Sinkhorn, OnlyTheBadGroupIsNaN) {
   using T = TypeParam;
   const Shape shape{3, 4, 3};
   const auto good = uniform<T>(shape.size(), 10);
@@ -369,7 +370,7 @@ TYPED_TEST(Sinkhorn, BadGroupIsNaNAndNoOther) {
   }
 }
 
-TYPED_TEST(Sinkhorn, GradientOfABadGroupIsNaNAndOfNoOther) {
+TYPED_TEST(Sinkhorn, OnlyTheGradientOfTheBadGroupIsNaN) {
   using T = TypeParam;
   const Shape shape{3, 4, 3};
   const auto good = uniform<T>(shape.size(), 30), grad = uniform<T>(shape.size(), 31);
@@ -384,7 +385,7 @@ TYPED_TEST(Sinkhorn, GradientOfABadGroupIsNaNAndOfNoOther) {
   }
 }
 
-// A row of equal logits, however large, keeps its sum: on exponentials and on logarithms.
+// A row of equal logits of any size keeps its sum, on exponentials and on logarithms.
 TYPED_TEST(Sinkhorn, RowsOfLargeTiesSumToOne) {
   using T = TypeParam;
   const Shape shape{1, 6, 3};
@@ -404,8 +405,8 @@ TYPED_TEST(Sinkhorn, RowsOfLargeTiesSumToOne) {
           for (int64_t e = 0; e < shape.E; ++e) sum += result.plan[t * shape.E + e];
           EXPECT_NEAR(sum, 1, kRounding<T>);
         }
-        // Rows alone ask nothing of the columns' potentials, which end at the precision of their
-        // size.
+        // The row sums do not determine the columns' potentials, whose precision is relative to
+        // their size.
         EXPECT_TRUE(by_column || result.error[0] <= kRounding<T>) << result.error[0];
         EXPECT_NEAR(result.error[0], column_error(shape, result.plan, 0, 6.0), 4 * kRounding<T>);
       }
@@ -424,7 +425,7 @@ TYPED_TEST(Sinkhorn, EmptyShapes) {
   }
 }
 
-TYPED_TEST(Sinkhorn, PiecesMakeTheWhole) {
+TYPED_TEST(Sinkhorn, PiecesGiveTheSameBits) {
   using T = TypeParam;
   const Shape shape{5, 6, 3};
   const int64_t I = 8, size = shape.T * shape.E;
@@ -460,7 +461,7 @@ TYPED_TEST(Sinkhorn, PiecesMakeTheWhole) {
   });
 }
 
-TYPED_TEST(Sinkhorn, GradientsAreThoseOfFloat64) {
+TYPED_TEST(Sinkhorn, GradientsMatchFloat64) {
   using T = TypeParam;
   const Shape shape{2, 9, 4};
   const auto logits = uniform<T>(shape.size(), 13), grad = uniform<T>(shape.size(), 14);
@@ -476,9 +477,9 @@ TYPED_TEST(Sinkhorn, GradientsAreThoseOfFloat64) {
       implicit(shape, exact_grad, sinkhorn(shape, exact, converged).plan), kRounding<T>);
 }
 
-// Without an iteration the gradient is that of exp(M); whatever the steps, nothing is read out of
-// place.
-TYPED_TEST(Sinkhorn, BackwardOfStrangeSteps) {
+// Without iterations, the gradient is that of exp(M). No value of `steps` leads to a read out of
+// bounds.
+TYPED_TEST(Sinkhorn, BackwardOfAnySteps) {
   using T = TypeParam;
   const Shape shape{2, 6, 3};
   const auto grad = uniform<T>(shape.size(), 32);
@@ -486,7 +487,8 @@ TYPED_TEST(Sinkhorn, BackwardOfStrangeSteps) {
     const auto logits = uniform<T>(shape.size(), 33, -spread, spread);
     const auto forward = sinkhorn(shape, logits, {4, 1, 0});
     const auto with = [&](int32_t a, int32_t b) {
-      const std::vector<double> history(forward.history);  // of its size: ASan sees what is beyond
+      const std::vector<double> history(
+          forward.history);  // allocated to size, so that ASan finds reads beyond it
       const std::vector<int32_t> steps{a, b};
       std::vector<T> out(shape.size());
       cpu::sinkhorn_backward(
@@ -562,8 +564,8 @@ TEST(SinkhornImplicitBackward, IsTheGradientOfTheFixedPoint) {
 }
 
 TEST(SinkhornImplicitBackward, PlanInSeparateBlocks) {
-  // Tokens 0..3 reach experts 0 and 1 alone, tokens 4..7 experts 2 and 3: each block
-  // has a shift of its own that changes nothing, so two pivots vanish.
+  // Tokens 0 to 3 reach only experts 0 and 1, tokens 4 to 7 only experts 2 and 3. A constant may be
+  // added to the potentials of each block without any change, so two pivots vanish.
   const Shape shape{1, 8, 4};
   auto logits = uniform<double>(shape.size(), 21, -1, 1);
   for (int64_t i = 0; i < shape.size(); ++i) {
@@ -576,7 +578,7 @@ TEST(SinkhornImplicitBackward, PlanInSeparateBlocks) {
       [&](const std::vector<double>& moved) {
         return inner(grad, sinkhorn(shape, moved, converged).plan);
       });
-  // The gradient of any plan in blocks is that of its blocks.
+  // The gradient of a block-diagonal plan is that of its blocks.
   for (uint64_t seed = 0; seed < 50; ++seed) {
     std::vector<double> blocks(shape.size(), 0), wanted(shape.size(), 0);
     for (const int64_t half : {0, 1}) {
@@ -595,15 +597,15 @@ TEST(SinkhornImplicitBackward, PlanInSeparateBlocks) {
     }
     expect_near(implicit(shape, grad, blocks), wanted, 1e-9);
   }
-  // A hard plan does not move at all.
+  // A hard plan has a gradient of 0.
   std::vector<double> hard(shape.size(), 0);
   for (int64_t t = 0; t < 8; ++t) hard[t * 4 + t % 4] = 1;
   expect_near(implicit(shape, grad, hard), std::vector<double>(shape.size(), 0), 1e-12);
 }
 
 TEST(SinkhornImplicitBackward, KeepsTheMarginalsOfAnyPlan) {
-  // Shifting a token's or an expert's logits changes no converged plan, so the
-  // gradient's rows and columns sum to 0, also where the plan has not converged.
+  // Adding a constant to the logits of a token or an expert changes no converged plan, so rows and
+  // columns of the gradient sum to 0, even if the plan has not converged.
   const Shape shape{1, 9, 4};
   const auto plan = sinkhorn(shape, uniform<double>(shape.size(), 23, -5, 5), {2, 1, 0}).plan;
   const auto grad = implicit(shape, uniform<double>(shape.size(), 24), plan);

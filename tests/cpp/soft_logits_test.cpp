@@ -47,7 +47,7 @@ TYPED_TEST(SoftLogits, EmptyShapes) {
   expect_near(soft_logits<T>({}, {1, 2}, 2, 0, 1), std::vector<double>{1e3, 2e3}, kRounding<T>);
 }
 
-TEST(SoftLogits, NoTokenIsTooLongOrTooShort) {
+TEST(SoftLogits, TokensOfAnyLength) {
   for (const float length : {1e30f, 1e-30f}) {
     const std::vector<float> x(8, length);
     const double wanted = length > 1 ? std::sqrt(1 / 8.0) : 1e-27;
@@ -76,7 +76,7 @@ TYPED_TEST(SoftLogits, InPlaceAndInPieces) {
   expect_pieces<T>(rows, S, [&](int64_t begin, int64_t end, T* out) {
     cpu::soft_logits(x.data(), products.data(), out, D, S, begin, end);
   });
-  // In place: elements outside the piece must keep their values.
+  // Computed in place: elements outside the piece must keep their values.
   const auto grad = uniform<T>(rows * D, 3);
   auto all = grad, piece = grad;
   cpu::soft_logits_backward(x.data(), all.data(), D, int64_t{0}, rows);

@@ -10,7 +10,8 @@ struct Shape {
   int64_t size() const { return G * T * S; }
 };
 
-// Calls body(indices) for every line over which a softmax is taken, with its elements' indices.
+// Calls body(indices) for every line over which a softmax is taken, with the indices of its
+// entries.
 template <typename Body>
 void for_lines(const Shape& shape, bool over_tokens, Body&& body) {
   for (int64_t g = 0; g < shape.G; ++g) {
@@ -44,7 +45,7 @@ std::vector<T> soft_mix_backward(
 template <typename T>
 class SoftMix : public ::testing::TestWithParam<bool> {
  public:
-  // The definition in long double, whose range needs no shift by the maximum.
+  // The definition in long double, whose range makes subtracting the maximum unnecessary.
   static void expect_softmax(const Shape& shape, const std::vector<T>& logits) {
     for (const bool over_tokens : {false, true}) {
       SCOPED_TRACE(
@@ -109,7 +110,7 @@ TYPED_TEST(SoftMix, TakesExtremes) {
   }
 }
 
-TYPED_TEST(SoftMix, LineThatIsNotThereGetsZeros) {
+TYPED_TEST(SoftMix, MaskedLineGetsZeros) {
   using T = TypeParam;
   for (const bool over_tokens : {false, true}) {
     const Shape shape{2, 4, 3};
@@ -119,7 +120,7 @@ TYPED_TEST(SoftMix, LineThatIsNotThereGetsZeros) {
       if (count++ % 2 == 0) {
         for (const int64_t i : line) logits[i] = -kInf<T>;
       } else {
-        logits[line[0]] = -kInf<T>;  // one masked entry: the others sum to 1
+        logits[line[0]] = -kInf<T>;  // one masked entry: the rest of the line sums to 1
       }
     });
     this->expect_softmax(shape, logits);
@@ -134,7 +135,7 @@ TYPED_TEST(SoftMix, LineThatIsNotThereGetsZeros) {
   }
 }
 
-TYPED_TEST(SoftMix, NaNFillsItsLineAndNoOther) {
+TYPED_TEST(SoftMix, NaNFillsOnlyItsLine) {
   using T = TypeParam;
   const Shape shape{2, 3, 19};
   for (const bool over_tokens : {false, true}) {
@@ -157,7 +158,7 @@ TYPED_TEST(SoftMix, NaNFillsItsLineAndNoOther) {
 }
 
 // Equal lines get equal bits at any position, in whole vectors and in remainders.
-TYPED_TEST(SoftMix, PlaceDoesNotMatter) {
+TYPED_TEST(SoftMix, PositionDoesNotMatter) {
   using T = TypeParam;
   const int64_t length = 23;
   const auto line = uniform<T>(length, 9), line_grad = uniform<T>(length, 10);
@@ -183,7 +184,7 @@ TYPED_TEST(SoftMix, PlaceDoesNotMatter) {
   }
 }
 
-TYPED_TEST(SoftMix, PiecesMakeTheWhole) {
+TYPED_TEST(SoftMix, PiecesGiveTheSameBits) {
   using T = TypeParam;
   const Shape shape{5, 4, 3};
   const auto logits = uniform<T>(shape.size(), 5), grad = uniform<T>(shape.size(), 6);
@@ -191,7 +192,7 @@ TYPED_TEST(SoftMix, PiecesMakeTheWhole) {
     expect_pieces<T>(shape.G, shape.T * shape.S, [&](int64_t begin, int64_t end, T* weights) {
       cpu::soft_mix(logits.data(), weights, shape.T, shape.S, over_tokens, begin, end);
     });
-    // In place: elements outside the piece must keep their values.
+    // Computed in place: elements outside the piece must keep their values.
     const auto weights = soft_mix(shape, logits, over_tokens);
     const auto whole = soft_mix_backward(shape, weights, grad, over_tokens);
     auto piece = grad;

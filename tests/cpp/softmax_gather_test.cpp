@@ -80,7 +80,7 @@ template <typename T>
 class SoftmaxGather : public ::testing::Test {};
 TYPED_TEST_SUITE(SoftmaxGather, Floats);
 
-TYPED_TEST(SoftmaxGather, IsTheSoftmaxThere) {
+TYPED_TEST(SoftmaxGather, IsTheSoftmaxAtTheIndices) {
   using T = TypeParam;
   for (const Shape& shape : kShapes) {
     auto logits = uniform<T>(shape.all() * shape.E, 3, -20, 20);
@@ -127,7 +127,7 @@ TEST(SoftmaxGatherBackward, IsTheGradient) {
   }
 }
 
-TYPED_TEST(SoftmaxGather, PiecesMakeTheWhole) {
+TYPED_TEST(SoftmaxGather, PiecesGiveTheSameBits) {
   using T = TypeParam;
   for (const Shape& shape : {Shape{2, 23, 7, 3, false}, Shape{2, 23, 7, 5, true}}) {
     const auto logits = uniform<T>(shape.all() * shape.E, 8);

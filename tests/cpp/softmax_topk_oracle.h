@@ -1,4 +1,4 @@
-// softmax_topk_oracle -- the choice by definition, for the tests on CPU and CUDA.
+// softmax_topk_oracle -- softmax_topk by its definition, for the tests on CPU and CUDA.
 #pragma once
 
 #include <ostream>
@@ -60,7 +60,8 @@ Chosen<T> chosen_by_definition(const Choice& choice, const std::vector<T>& gates
   return out;
 }
 
-// Two groups of logits. Every step-th token is absent; present tokens have NaN and infinity, too.
+// Two groups of logits. Every step-th token is absent; present tokens contain NaN and infinity,
+// too.
 template <typename T>
 std::vector<T> strange_logits(int64_t tokens, int64_t E, int64_t step) {
   auto logits = uniform<T>(2 * tokens * E, 7);

@@ -88,7 +88,7 @@ TYPED_TEST(SoftmaxTopk, IsTopkOfTheGates) {
   }
 }
 
-TYPED_TEST(SoftmaxTopk, TokensThatAreNotThereAndNaN) {
+TYPED_TEST(SoftmaxTopk, AbsentTokensAndNaN) {
   using T = TypeParam;
   const int64_t tokens = 40, E = 11;
   for (const bool of_tokens : {false, true}) {
@@ -115,7 +115,7 @@ TYPED_TEST(SoftmaxTopk, EqualTokensGetEqualBits) {
   for (int64_t i = 0; i < tokens * E; ++i) EXPECT_EQ(taken.indices[i], i % tokens);
 }
 
-TYPED_TEST(SoftmaxTopk, PiecesMakeTheWhole) {
+TYPED_TEST(SoftmaxTopk, PiecesGiveTheSameBits) {
   using T = TypeParam;
   const int64_t tokens = 23, E = 7;
   const auto logits = uniform<T>(3 * tokens * E, 5);

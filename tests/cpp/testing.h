@@ -24,7 +24,8 @@ constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 template <typename T>
 constexpr double kRounding = 16.0 * std::numeric_limits<T>::epsilon();
 
-// Uniform in [0, 1). Uses the generator's bits alone: every standard library gives the same number.
+// A number in [0, 1), computed from the bits of the generator, so that every standard library gives
+// the same number.
 inline double uniform(std::mt19937_64& random) {
   return static_cast<double>(random() >> 11) * 0x1p-53;
 }
@@ -41,7 +42,7 @@ std::vector<T> uniform(int64_t size, uint64_t seed, double low = -2, double high
   return out;
 }
 
-// Values that a comparison may get wrong.
+// Values that comparisons easily get wrong.
 template <typename T>
 std::vector<T> extremes() {
   using Limits = std::numeric_limits<T>;
@@ -100,8 +101,8 @@ bool all_nan(const std::vector<T>& values) {
   return std::all_of(values.begin(), values.end(), [](T value) { return std::isnan(value); });
 }
 
-// A buffer between two fences, filled with a byte that no kernel writes by chance, which shows the
-// elements that were not written.
+// A buffer between two fences (guard areas). It is filled with a byte that no kernel writes by
+// chance, so that unwritten elements are recognised.
 template <typename T>
 class Guarded {
  public:

@@ -33,7 +33,7 @@ class Topk : public ::testing::Test {
         for (int64_t j = 0; j < k; ++j) {
           const int64_t at = (a * M + m) * k + j;
           ASSERT_EQ(indices.data()[at], wanted[j]) << "pick " << j << " of row " << a * M + m;
-          // The very entry: its sign of zero and its NaN's payload too.
+          // The picked entry itself: with its sign of zero and its NaN payload.
           EXPECT_EQ(memcmp(&values.data()[at], &axis[wanted[j] * M], sizeof(T)), 0);
         }
       }
@@ -56,7 +56,7 @@ TYPED_TEST(Topk, IsAStableSort) {
   }
 }
 
-// Around the widths of vectors, where rows are padded and blocks are cut.
+// Numbers around the vector width, where rows are padded and blocks end.
 TYPED_TEST(Topk, RowsAndColumnsOfAnyNumber) {
   using T = TypeParam;
   for (const int64_t count : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}) {
@@ -72,7 +72,7 @@ TYPED_TEST(Topk, RowsAndColumnsOfAnyNumber) {
   }
 }
 
-// Around where the picks are sorted another way, and where the cut moves its candidates.
+// Numbers around the limits between sorting methods, and between cuts that move candidates or not.
 TYPED_TEST(Topk, ManyPicks) {
   using T = TypeParam;
   for (const int64_t M : {1, 2, 17}) {
@@ -88,7 +88,7 @@ TYPED_TEST(Topk, ManyPicks) {
   }
 }
 
-// One entry far away: the integers between are almost all empty.
+// One entry is far from the rest: almost all keys in between are unused.
 TYPED_TEST(Topk, ManyPicksOfAWideRange) {
   using T = TypeParam;
   for (const T far : {kInf<T>, -kInf<T>, kNaN<T>, std::numeric_limits<T>::lowest()}) {
@@ -138,11 +138,11 @@ TYPED_TEST(Topk, EmptyShapes) {
   using T = TypeParam;
   const std::vector<T> none;
   this->expect_sorted(none, 0, 5, 1, 2);  // no rows
-  this->expect_sorted(none, 3, 0, 2, 0);  // nothing on the axis
-  this->expect_sorted(none, 3, 4, 0, 2);  // nothing behind the axis
+  this->expect_sorted(none, 3, 0, 2, 0);  // axis 1 is empty
+  this->expect_sorted(none, 3, 4, 0, 2);  // axis 2 is empty
 }
 
-TYPED_TEST(Topk, PiecesMakeTheWhole) {
+TYPED_TEST(Topk, PiecesGiveTheSameBits) {
   using T = TypeParam;
   for (const int64_t k : {3, 12}) {
     const int64_t N = 4, n = 15, M = 19, rows = N * M;
