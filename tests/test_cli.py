@@ -50,7 +50,7 @@ def test_options_of_convert():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ("study --routers hard", "--routers has no 'hard'; there are softmax_token_choice"),
+    ("study --routers hard", "--routers: 'hard' is none of softmax_token_choice"),
     ("study --data nowhere", "no folder 'nowhere'"),
     ("study --batch-size 30", "--batch-size 30 must be a multiple of --group-size 8"),
     ("study --batch_size 30", "--batch_size 30 must be a multiple of --group-size 8"),
@@ -74,11 +74,11 @@ def test_options_of_convert():
     ("study --depth 100000000", "--depth 100000000: "),
     ("study --heads 1000000 --width 1000000", "1000000: "),
     ("study --width 99999999999999999999", "--width must be at least 1 and at most 2147483647"),
-    ("study --mlp-ratio 1e-9", "--mlp-ratio 1e-09 of --width 64 is less than 1"),
+    ("study --mlp-ratio 1e-9", "--mlp-ratio 1e-09 times --width 64 is less than 1"),
     ("study --mlp-ratio .nan", "--mlp-ratio must be positive and finite, got nan"),
     ("study --seeds 1000000000", "--seeds must be at least 1 and at most 10000"),
     ("study --epochs 1000000000", "--epochs must be at least 1 and at most 1000000"),
-    ("study --shift 1000000", "--shift 1000000 moves images of 8 x 8 pixels out of sight"),
+    ("study --shift 1000000", "--shift 1000000 moves images of 8 x 8 pixels out of the frame"),
     ("study --patch-size 3", "--patch-size 3 does not divide images of 8 x 8 pixels"),
     ("study --batch-size 2048", "--batch-size 2048: 1437 training images are less than one batch"),
     ("study --workers 1000000", "--workers 1000000: each needs at least"),

@@ -24,9 +24,10 @@ GELU: dict[str, Callable[[Tensor], Tensor]] = {"gelu_tanh": partial(F.gelu, appr
 class Experts(nn.Module):
     """E two-layer MLPs, ``act(x w1 + b1) w2 + b2``, computed at once by `ops.grouped_mlp`.
 
-    That op serves ``nn.GELU`` without dropout (the activation's module is not called then), for the dtypes of its
-    kernels, and under CUDA's autocast. Batched products of torch compute every other activation, gated experts, a norm,
-    dropout, 16-bit values and autocast on a CPU, and `torch.func` and forward-mode derivatives.
+    The op computes experts with ``nn.GELU`` and without dropout, in the dtypes of its kernels and under CUDA's
+    autocast. It does not call the activation module. Two batched products of torch compute all other cases: other
+    activations, gated experts, a norm, dropout, 16-bit values and autocast on a CPU, `torch.func` transforms and
+    forward-mode derivatives.
 
     With ``glu=True`` the experts are gated (arXiv 2002.05202): ``(act(x w_gate + b_gate) * (x w_value + b_value)) w2 +
     b2``. This is SwiGLU with ``act_layer=nn.SiLU``. w1 [E, D, 2F] holds w_gate in its first F columns and w_value in
@@ -34,24 +35,24 @@ class Experts(nn.Module):
 
     Args:
         num_experts: E.
-        in_features, hidden_features, out_features: D, F and D'. F is the width of what w2 multiplies, gated or not.
-        act_layer: makes the activation.
-        drop: dropout before and after the second layer; a norm comes after the first dropout.
-        bias: whether b1 and b2 exist; a pair has one answer for each.
-        same_init: all experts from one draw, as in the reference's code; by default
-            each from its own.
-        glu: whether the experts are gated.
-        norm_layer: makes an ``nn.LayerNorm`` from F, which comes before w2, as in timm's `Mlp`. Every expert has its
-            own weight and bias. None: no norm.
+        in_features, hidden_features, out_features: D, F and D'. F is the input width of w2, for gated experts, too.
+        act_layer: Makes the activation.
+        drop: Rate of the dropout before and after the second layer. A norm follows the first dropout.
+        bias: Whether b1 and b2 exist. A pair of bools sets them separately.
+        same_init: Whether all experts start with the same weights, as in the reference's code. By default, every
+            expert draws its own.
+        glu: Whether the experts are gated.
+        norm_layer: Makes an ``nn.LayerNorm`` of width F, which is applied before w2 as in timm's `Mlp`. Every expert
+            has its own weight and bias. None: no norm.
 
     Attributes:
         w1 [E, D, F], b1 [E, F], w2 [E, F, D'], b2 [E, D']: Xavier uniform (w_gate and w_value separately), biases
             0. With `glu`, w1 [E, D, 2F] and b1 [E, 2F].
-        norm: an `ExpertsNorm`, or None.
-        local: set by `distributed.ExpertParallel`: maps a parameter, a DTensor, to the part of this rank.
+        norm: An `ExpertsNorm`, or None.
+        local: Set by `distributed.ExpertParallel`: maps a parameter, a DTensor, to the part of this rank.
 
     Raises:
-        TypeError, ValueError: an argument out of range.
+        TypeError, ValueError: An argument is out of range.
     """
 
     local: Callable[[Tensor], Tensor] | None = None
@@ -101,8 +102,8 @@ class Experts(nn.Module):
         """Draws the weights again."""
         hidden = self.w2.shape[1]
         for weight, features in ((self.w1, self.w1.shape[1]), (self.w2, self.w2.shape[2])):
-            # Xavier's bound for one expert's matrix [D, F], of which a gated one has two in w1. One call draws all: a
-            # loop would split a sharded parameter.
+            # Xavier's bound for one matrix [D, F] of an expert; w1 of gated experts has two. One call draws all
+            # experts, because a loop would split a sharded parameter.
             bound = math.sqrt(6 / (features + hidden))
             nn.init.uniform_(weight, -bound, bound)
             if self.same_init:
@@ -149,7 +150,7 @@ class Experts(nn.Module):
         return act
 
     def _between(self, hidden: Tensor) -> Tensor:
-        """Computes gate, dropout and norm, which no kernel has, from the first product to the second."""
+        """Computes activation, gate, dropout and norm between the two products: the cases without a kernel."""
         if self.glu:
             gate, value = hidden.chunk(2, dim=-1)
             hidden = self.act(gate) * value
@@ -169,7 +170,7 @@ class ExpertsNorm(nn.Module):
 
     Args:
         num_experts: E.
-        norm: an ``nn.LayerNorm`` over F; its eps, dtype and device are used, and whether it has a weight and a bias.
+        norm: An ``nn.LayerNorm`` over F, which sets eps, dtype and device, and whether weight and bias exist.
 
     Attributes:
         weight, bias [E, F]: 1 and 0 at the start; None where `norm` has none.
@@ -204,7 +205,7 @@ class ExpertsNorm(nn.Module):
 
 
 class ExpertList(nn.ModuleList):
-    """Experts given as modules of any kind, one per expert, which run one after another.
+    """Experts given as modules of any kind, one module per expert, called one after another.
 
     Args:
         experts: E modules, each from rows [N, D] to rows [N, D'].
@@ -247,7 +248,7 @@ def mlp_of_slots(
     filled: Tensor | None,
     act: str | Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Computes the MLPs by the op if it has a kernel, else by products; x [E, N, D], filled [E, G]."""
+    """Computes the MLPs by the op if it supports the case, else by batched products. x [E, N, D], filled [E, G]."""
     device = x.device.type
     autocast = not x.is_meta and torch.is_autocast_enabled(device)
     by_op = isinstance(act, str) and not _transformed() and (device == "cuda" or not autocast)

@@ -11,13 +11,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a temporary name, then renames it: a failure leaves the old file and no part of the new.
 
     Args:
-        path: the file, which is replaced in one step. Its folder must exist.
-        write: a function that writes to the path it is called with.
+        path: The file, which is replaced in one step. Its folder must exist.
+        write: A function that writes to the path it is called with.
 
     Raises:
-        OSError: the file cannot be written. The error names `path`.
+        OSError: The file cannot be written. The error names `path`.
     """
-    # The name has the process id, since two processes may write the same file. A link of this name is removed first.
+    # The name contains the process id, because two processes may write the same file. A link of this name is removed
+    # first: `write` would follow it.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How much memory there is, to refuse what cannot fit before anything is allocated."""
+"""The available memory, to refuse what cannot fit before anything is allocated."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
-    """Bytes that a process can still allocate; None where the system does not say.
+    """The bytes that a process can still allocate; None if the system does not report them.
 
     Args:
-        device: a CUDA device has its own memory. The CPU's is limited by the system and by control groups (containers).
+        device: A CUDA device has its own memory. The CPU's is limited by the system and by control groups (containers).
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -21,7 +21,7 @@ def available_memory(device: torch.device | str = "cpu") -> int | None:
 
 
 def in_words(count: float) -> str:
-    """A number of bytes for people: "1.5 GiB"."""
+    """A number of bytes in words, as "1.5 GiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
@@ -29,7 +29,8 @@ def in_words(count: float) -> str:
     return f"{count:.2g} EiB"
 
 
-# Limit, use, and the name in memory.stat of the page cache that the kernel gives up first: version 2, version 1.
+# For control groups of version 2 and version 1: the file of the limit, the file of the use, and the entry of
+# memory.stat that counts the page cache that the kernel frees first.
 _GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
     (
@@ -52,7 +53,7 @@ def _left_of_group(group: tuple[str, str, str]) -> int | None:
     try:
         limit, used = int(Path(limit_path).read_text()), int(Path(used_path).read_text())
         used -= _field(Path(used_path).with_name("memory.stat").read_text(), cache)
-    except (OSError, ValueError):  # no such version of control groups, or no limit: "max"
+    except (OSError, ValueError):  # control groups of the other version, or no limit ("max")
         return None
     return max(limit - used, 0)
 

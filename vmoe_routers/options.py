@@ -1,15 +1,15 @@
-"""Errors that name an option, so that the command line can say how the user typed it."""
+"""OptionError: an unusable value of an option. The command line rewrites the option's name as the user typed it."""
 
 from __future__ import annotations
 
-MAX_CAPACITY_FACTOR = 1e4  # far beyond a slot for every token at every expert
+MAX_CAPACITY_FACTOR = 1e4  # num_experts already gives every expert a slot for every token
 
 
 class OptionError(ValueError):
     """An option's value cannot be used.
 
     Attributes:
-        options: names of options, which the message contains as words: `image_size`, not `--image-size`.
+        options: The options at fault, spelled as in the message: `image_size`, not `--image-size`.
     """
 
     def __init__(self, message: str, *options: str):

@@ -85,7 +85,7 @@ def test_variants_have_no_capacity_and_no_name_twice():
 
 @pytest.mark.parametrize("router", ["mine:", ":Router", "mine:a.b", "a/b:Router", "a b:c", "a:b:c", "a..b:c", "1:a"])
 def test_settings_refuse_other_forms(router):
-    with pytest.raises(OptionError, match=r"routers has no '.*'; there are .*, and package\.module:factory"):
+    with pytest.raises(OptionError, match=r"routers: '.*' is none of .*, or package\.module:factory"):
         replace(TINY, routers=[router])
 
 

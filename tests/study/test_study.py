@@ -159,7 +159,7 @@ def test_transfer_gives_figure_2(tmp_path, here):
 @pytest.mark.parametrize(("changes", "words"), [
     ({"batch_size": 64}, "batch_size 64: 40 training images are less than one batch"),
     ({"patch_size": 3}, "patch_size 3 does not divide images of 8 x 8 pixels"),
-    ({"shift": 8}, "shift 8 moves images of 8 x 8 pixels out of sight"),
+    ({"shift": 8}, "shift 8 moves images of 8 x 8 pixels out of the frame"),
     ({"transfer_data": "digits"}, "10-shot transfer needs more than 100 training images for 10 classes, there are 40"),
     ({"transfer_data": "nowhere"}, "no folder 'nowhere'"),
 ])  # fmt: skip
@@ -176,7 +176,7 @@ def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     ({"epochs": -1}, "epochs must be at least 1"),
     ({"max_images": 0}, "max_images must be at least 1"),
     ({"image_size": -8}, "image_size must be at least 1"),
-    ({"routers": ["soft", "hard"]}, "routers has no 'hard'; there are softmax_token_choice, "),
+    ({"routers": ["soft", "hard"]}, "routers: 'hard' is none of softmax_token_choice, "),
     ({"top_k": [1, 9]}, "top_k must be between 1 and num_experts = 8, got 9"),
     ({"top_k": [0]}, "top_k must be between 1"),
     ({"capacity_factors": [1.0, 0.0]}, "capacity_factors must be positive"),

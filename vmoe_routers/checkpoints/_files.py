@@ -1,4 +1,4 @@
-"""Helpers of the readers: opens regular files only, and makes tensors from bytes without numpy."""
+"""Helpers of the readers: open regular files only, and make tensors from bytes without numpy."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def open_file(path: str) -> Iterator[tuple[BufferedReader, int]]:
-    """Opens a file and gives it with its size.
+    """Opens a regular file; yields the file and its size.
 
     Raises:
-        CheckpointError: The path is no regular file, or cannot be opened.
+        CheckpointError: The path is not a regular file, or cannot be opened.
     """
     try:
         # Regular files only: opening a pipe or device could block.

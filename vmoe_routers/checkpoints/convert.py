@@ -1,4 +1,4 @@
-"""convert: a checkpoint of the reference code into a folder that `from_pretrained` loads."""
+"""convert: turns a checkpoint of the reference code into a folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def convert(
     """Reads a V-MoE checkpoint or a dense ViT, infers its architecture, writes a folder for from_pretrained.
 
     Args:
-        source: P of a V-MoE checkpoint (P.index, P.data-00000-of-0000N), or an npz file.
-        folder: where config.json and model.safetensors go.
-        router: the router of the MoE layers, which parameters alone do not tell; by default softmax_token_choice, or
-            soft where there are slots. Dense models have none.
+        source: the prefix P of a V-MoE checkpoint (P.index, P.data-00000-of-0000N), or an npz file.
+        folder: the folder for config.json and model.safetensors.
+        router: the router of the MoE layers, which parameters do not determine. By default soft if the checkpoint has
+            slots, else softmax_token_choice. A dense model has no router.
         top_k: experts per token, with Token Choice.
-        capacity_factor: by default the router's own.
+        capacity_factor: slots per routed token, by default the router's own default.
         group_size: images that are routed together.
-        img_size: side of the images in pixels, for which the position embeddings are resized; by default what the
-            checkpoint's were for.
-        progress: called with the bytes that are read and those that there are to read.
+        img_size: side of the images in pixels; the position embeddings are resized to fit. By default the side of the
+            checkpoint's images.
+        progress: called with the bytes read so far and the bytes to read in all.
 
     Returns:
-        the model.
+        The model.
 
     Raises:
-        CheckpointError: a file that cannot be read, an architecture that `vit_moe` does not have, or parameters that
-            do not match it.
-        OptionError: an argument out of range, or images too large for the memory.
+        CheckpointError: A file cannot be read, `vit_moe` does not have the architecture, or the parameters do not
+            match the architecture.
+        OptionError: An argument is out of range, or the images are too large for the memory.
     """
     _check_arguments(source, folder, router, top_k, capacity_factor, group_size, img_size)
     is_npz = os.path.isfile(source)
     arrays = read_npz(source, progress=progress) if is_npz else read_vmoe(source, progress=progress)
-    if any(path.startswith("params/") for path in arrays):  # beside it is the rest of a training state
+    if any(path.startswith("params/") for path in arrays):  # a training state, which has further arrays
         arrays = {path.removeprefix("params/"): a for path, a in arrays.items() if path.startswith("params/")}
     arrays = {reference_path(path): array for path, array in arrays.items()}
     try:
@@ -79,12 +79,12 @@ def convert(
             options["top_k"] = top_k
         options = {name: value for name, value in options.items() if value is not None}
     elif router is not None:
-        raise CheckpointError(f"{source}: a dense model, which has no router {router!r}")
+        raise CheckpointError(f"{source}: a dense model has no router, got router {router!r}")
     from vmoe_routers.models import vit_moe
 
     # Build on the meta device first: absurd shapes in a bad file must not exhaust memory.
     empty = make_empty({**arguments, **options}, source)
-    # Resizing the positions holds them twice more in float64.
+    # Resizing makes two more copies of the position embeddings, in float64.
     wanted = sum(tensor.nbytes for tensor in empty.state_dict().values()) + 4 * empty.pos_embed.nbytes
     available = available_memory()
     if img_size is not None and available is not None and wanted > available:
@@ -128,9 +128,10 @@ def _check_arguments(
 
 
 def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -> dict[str, Any]:
-    """The arguments of `vit_moe` that these parameters, by the reference's paths, tell; `load_flax` checks the rest.
+    """Infers the arguments of `vit_moe` from parameters by the reference's paths; `load_flax` checks all shapes later.
 
-    Raises CheckpointError for what is no ViT-MoE, or not of one form throughout.
+    Raises:
+        CheckpointError: The parameters are not those of a vision transformer, or its blocks are not numbered in order.
     """
 
     def shape(path: str, axes: int) -> tuple[int, ...]:
@@ -144,7 +145,7 @@ def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -
     height, width, channels, embed_dim = shape("embedding/kernel", 4)
     blocks = {int(match[1]) for path in arrays if (match := re.match(r"Encoder/encoderblock_(\d{1,6})/", path))}
     if blocks != set(range(len(blocks))) or not blocks:
-        raise CheckpointError(f"blocks {sorted(blocks)[:20]}, wanted encoderblock_0 and those that follow")
+        raise CheckpointError(f"blocks {sorted(blocks)[:20]}, wanted consecutive blocks from encoderblock_0 on")
     moe = [i for i in sorted(blocks) if any(path.startswith(f"Encoder/encoderblock_{i}/Moe/") for path in arrays)]
     block = "Encoder/encoderblock_0/"
     hidden = shape(f"{block}Moe/Mlp/Dense_0/kernel", 3) if 0 in moe else shape(f"{block}Mlp/Dense_0/kernel", 2)
@@ -173,16 +174,16 @@ def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -
         tokens = shape(positions, 3)[1] - ("cls" in arrays)
         side = math.isqrt(tokens)
         if img_size is None and (side * side != tokens or height != width):
-            raise CheckpointError(f"position embeddings of {tokens} patches, which are of no square; give img_size")
+            raise CheckpointError(f"position embeddings of {tokens} patches, which form no square; give img_size")
         arguments["img_size"] = img_size or side * height
     elif img_size is None:
-        raise CheckpointError("no position embeddings, which would tell the size of the images; give img_size")
+        raise CheckpointError("no position embeddings, from which img_size could be inferred; give img_size")
     else:
         arguments |= {"img_size": img_size, "pos_embed": "sincos"}
     return arguments
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """mlp_ratio, of which int(width * mlp_ratio) is the hidden width to the last unit."""
+    """The mlp_ratio for which int(width * mlp_ratio) is exactly the hidden width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -6,7 +6,7 @@ The map from paths to parameters (H width, h heads, d = H / h, M hidden width, E
     cls                                              (1, 1, H)                       cls_token
     Encoder/posembed_input/pos_embedding             (1, tokens, H)                  pos_embed, class token first
     Encoder/encoderblock_i/LayerNorm_{0, 1}          scale, bias (H)                 blocks[i].norm1, norm2
-        SelfAttention/{query, key, value}            (H, h, d), (h, d)               attn.qkv, one below the other
+        SelfAttention/{query, key, value}            (H, h, d), (h, d)               attn.qkv, as blocks of rows
         SelfAttention/{query_ln, key_ln}/scale       (d)                             attn.q_norm, k_norm
         SelfAttention/out                            (h, d, H), (H)                  attn.proj
         Mlp/Dense_{0, 1}                             (H, M), (M); (M, H), (H)        mlp.fc1, fc2

@@ -123,8 +123,8 @@ def from_pretrained(
         The model.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or of a newer format; or its tensors differ from those of the model
-            that the arguments make. The message lists all differences.
+        CheckpointError: A file is missing, damaged, or of a newer format; or its tensors do not match the model that
+            the arguments make. The message lists all differences.
     """
     config_path, weights_path = (
         _locate(os.fspath(source), name, revision, cache_dir, token, local_files_only) for name in (CONFIG, WEIGHTS)
@@ -220,7 +220,7 @@ def _load(architecture: str, arguments: dict[str, Any], config_path: str, weight
 
 
 def _names_now(names: set[str]) -> dict[str, str]:
-    """From the names that parameters have now to their names in the file.
+    """Maps the current names of parameters to their names in the file.
 
     Early files of version 0.1.0 have a router's parameters on the router itself.
     """

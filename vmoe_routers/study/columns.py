@@ -21,13 +21,13 @@ class Column:
     """A column of the table.
 
     Attributes:
-        key: the field of `Row`.
-        group: the heading above the titles of neighbouring columns.
-        title, unit: the column's own heading.
-        format: the format of the scaled value.
-        scale: the factor from the field to the unit.
-        has_error: whether the field is a `Stat`, a value with a standard error.
-        in_terminal: whether the terminal shows the column.
+        key: The field of `Row`.
+        group: The heading above the titles of neighbouring columns.
+        title, unit: The column's own heading.
+        format: The format of the scaled value.
+        scale: The factor from the field to the unit.
+        has_error: Whether the field is a `Stat`, a value with a standard error.
+        in_terminal: Whether the terminal shows the column.
     """
 
     key: str

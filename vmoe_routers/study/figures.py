@@ -1,8 +1,7 @@
 """The study's figures, from the records of its runs.
 
-Every figure has a function `<figure>_data`, which returns the numbers as a list of dicts, and a
-function that draws exactly these numbers. Figures are `matplotlib.figure.Figure` objects. No function
-uses pyplot or a display.
+Every figure has a function `<figure>_data`, which returns the numbers as a list of dicts, and a function that draws
+exactly these numbers. Figures are `matplotlib.figure.Figure` objects. No function uses pyplot or a display.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ class Drawing:
     """A figure of the study.
 
     Attributes:
-        name: the stem of its files.
-        title, caption: texts of the report.
-        figure: the drawn figure.
-        data: the drawn numbers.
+        name: The stem of its files.
+        title, caption: Texts of the report.
+        figure: The drawn figure.
+        data: The drawn numbers.
     """
 
     name: str

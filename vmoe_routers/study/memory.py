@@ -42,16 +42,16 @@ def check_memory(
     classes: int = 2,
     images: int = 0,
 ) -> int:
-    """The number of workers that fit in memory: `settings.workers`, or at most one per core where that is 0.
+    """The number of workers: `settings.workers`; if that is 0, one per core, or fewer if memory is short.
 
     Args:
-        settings: the study's settings.
-        variants: the study's models.
-        size, channels, classes: height, channels and classes of the images.
-        images: bytes of all images, which every worker holds.
+        settings: The study's settings.
+        variants: The study's models.
+        size, channels, classes: Height, channels and classes of the images.
+        images: Bytes of all images. Every worker holds a copy.
 
     Raises:
-        OptionError: a model, all models during the timing, or all workers do not fit. The error names the option
+        OptionError: A model, all models during the timing, or all workers do not fit. The error names the option
             that costs most.
     """
     shape, available = (size, channels, classes), available_memory(settings.device)
@@ -88,7 +88,7 @@ def check_memory(
 
 
 def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]) -> Need:
-    """The memory that a variant needs, computed in floats, since the sizes may be huge."""
+    """The memory that a variant needs, computed in floating point, because the sizes may be huge."""
     o, (size, channels, classes) = SimpleNamespace(**options), shape
     width, depth, experts, batch = float(o.width), float(o.depth), float(o.num_experts), float(o.batch_size)
     hidden = width * o.mlp_ratio
@@ -98,7 +98,7 @@ def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]
     slots = 0.0  # per group; a lower bound for own routers, whose slots are not known yet
     if variant.capacity_factor is not None:
         capacity = group * (variant.top_k or 1) * variant.capacity_factor / experts
-        if not variant.has_phi:  # more slots than tokens stay empty
+        if not variant.has_phi:  # an expert takes a token at most once
             capacity = min(capacity, group)
         slots = experts * max(capacity, 1.0)
     parameters = depth * 4 * width**2 + (depth - moe) * 2 * width * hidden
@@ -106,7 +106,8 @@ def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]
     if not is_own(variant.router):
         parameters += moe * width * (slots if variant.has_phi else experts)
     parameters += width * (tokens + channels * o.patch_size**2 + classes)
-    # The backward pass needs the inputs of the two norms and the projections, the attention weights, the hidden layers.
+    # The backward pass needs the inputs of both norms and of the projections, the attention weights and the hidden
+    # layers.
     activations = depth * batch * (tokens * 6 * width + o.heads * tokens**2) + (depth - moe) * batch * tokens * hidden
     activations += moe * batch * tokens / group * slots * (width + hidden)
     if variant.has_phi:
@@ -115,7 +116,7 @@ def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]
 
 
 def _culprit(settings: Settings, variants: Sequence[Variant], shape: tuple[int, int, int]) -> tuple[str, Any]:
-    """The name and the value of the option whose default would save most memory."""
+    """The name and the value of the option that, set to its default, saves the most memory."""
     defaults = {field.name: field.default for field in fields(Settings)}
 
     def total_without(name: str) -> float:

@@ -25,7 +25,7 @@ def load_factory(router: str) -> RouterFactory:
     """The factory named ``package.module:factory``.
 
     Raises:
-        OptionError: the module cannot be imported, or has no such function or class.
+        OptionError: The module cannot be imported, or has no such function or class.
     """
     module_name, _, name = router.partition(":")
     try:

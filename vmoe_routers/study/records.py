@@ -19,12 +19,12 @@ from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import MOE_BLOCKS, Variant
 from vmoe_routers.training import Images
 
-RECORD_VERSION = 3  # to be increased when the same settings would give a different record
+RECORD_VERSION = 3  # increase it when the same settings give a different record
 _MAX_BYTES = 1 << 28
 
 
 class RecordError(ValueError):
-    """A file that is not the record wanted. The message names the file and the fault."""
+    """A file that is not the expected record. The message names the file and the fault."""
 
 
 def fingerprint(data: Images, transfer: Images | None) -> str:
@@ -43,11 +43,11 @@ def record_path(settings: Settings, inputs: str, name: str, *of: Any) -> Path:
     """The path of a record. The file's name has a hash of everything that the record's numbers depend on.
 
     Args:
-        settings: the study's settings. The hash leaves out settings that a single run does not depend on, such as the
+        settings: The study's settings. The hash leaves out settings that a single run does not depend on, such as the
             list of routers, the number of seeds and the output folder.
-        inputs: the `fingerprint` of the data.
-        name: the start of the file's name.
-        of: further values for the hash, such as the variant.
+        inputs: The `fingerprint` of the data.
+        name: The start of the file's name.
+        of: Further values for the hash, such as the variant.
     """
     # The fingerprint covers the images, so the place of the data does not matter.
     others = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "seeds", "workers")
@@ -62,7 +62,7 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """Writes a record, completely or not at all.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: partial.write_text(json.dumps(record, indent=1)))
@@ -72,12 +72,12 @@ def read_record(path: Path, wanted: Any) -> dict[str, Any] | None:
     """Reads a finished record. Returns None if there is no file.
 
     Args:
-        path: the record's path.
-        wanted: the values that the record must hold, from `run_record` or `timing_record`.
+        path: The record's path.
+        wanted: The values that the record must hold, from `run_record` or `timing_record`.
 
     Raises:
-        RecordError: the file is not such a record.
-        OSError: the file cannot be opened.
+        RecordError: The file is not such a record.
+        OSError: The file cannot be opened.
     """
     if not path.exists():
         return None
@@ -99,8 +99,8 @@ class _Kind(NamedTuple):
     """The values that a record may hold in one place.
 
     Attributes:
-        words: a description for messages.
-        accepts: whether a value is one of them.
+        words: A description for messages.
+        accepts: Whether a value is one of them.
     """
 
     words: str
@@ -134,8 +134,8 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
     A record must have at least the keys of a mapping, and exactly the elements of a tuple.
 
     Args:
-        settings, variant, seed: the run's.
-        transfer: the name of the second data set.
+        settings, variant, seed: What was run.
+        transfer: The name of the second data set.
     """
     metrics = dict.fromkeys(("utilisation", "load_cv", "dropped", "entropy"), _NUMBER)
     blocks = () if variant.router is None else moe_block_indices(settings.depth, MOE_BLOCKS)

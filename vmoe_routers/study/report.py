@@ -91,9 +91,9 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
     """Writes `report.html`, and every figure of the report as a PNG and a CSV file.
 
     Args:
-        folder: the folder to write to. It is made if it does not exist.
-        runs: the records of the runs.
-        settings: the study's settings by name. "command" is optional: the command that the user typed, by default
+        folder: The folder to write to. It is created if it does not exist.
+        runs: The records of the runs.
+        settings: The study's settings by name. "command" is optional: the command that the user typed, by default
             this process's arguments.
 
     Returns:

@@ -102,11 +102,13 @@ class Settings:
         if self.width % self.heads:
             raise OptionError(f"width {self.width} must be a multiple of heads {self.heads}", "width", "heads")
         if self.width * self.mlp_ratio < 1:
-            raise OptionError(f"mlp_ratio {self.mlp_ratio} of width {self.width} is less than 1", "mlp_ratio", "width")
+            raise OptionError(
+                f"mlp_ratio {self.mlp_ratio} times width {self.width} is less than 1", "mlp_ratio", "width"
+            )
         for router in self.routers:
             if router not in ROUTERS and not is_own(router):
                 raise OptionError(
-                    f"routers has no {router!r}; there are {', '.join(ROUTERS)}, and package.module:factory", "routers"
+                    f"routers: {router!r} is none of {', '.join(ROUTERS)}, or package.module:factory", "routers"
                 )
         for k in self.top_k:
             if not 1 <= k <= self.num_experts:

@@ -53,7 +53,7 @@ class Job(NamedTuple):
         """The record, or None if there is none.
 
         Raises:
-            RecordError: the record is damaged.
+            RecordError: The record is damaged.
         """
         return read_record(self.path, run_record(settings, self.variant, self.seed, transfer and transfer.name))
 
@@ -68,7 +68,7 @@ class Timing(NamedTuple):
         """The record, or None if there is none or a variant is missing in it.
 
         Raises:
-            RecordError: the record is damaged.
+            RecordError: The record is damaged.
         """
         record = read_record(self.path, timing_record(ROUNDS))
         return record if record and {variant.name for variant in self.variants} <= set(record["step_ms"]) else None
@@ -84,9 +84,9 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
         The report's path.
 
     Raises:
-        ValueError: settings or data that do not fit. The message is for the user.
-        OSError: an output folder that cannot be written, or a worker process that was killed.
-        KeyboardInterrupt: the study was interrupted. Finished runs keep their records.
+        ValueError: The settings or data cannot be used. The message is for the user.
+        OSError: The output folder cannot be written, or a worker process was killed.
+        KeyboardInterrupt: The study was interrupted. Finished runs keep their records.
     """
     console = console or Console(markup=False, emoji=False)  # names and paths may contain brackets
     _check_device(settings.device)
@@ -164,7 +164,7 @@ def _check_fit(settings: Settings, data: Images, transfer: Images | None) -> Non
         )
     if settings.shift >= data.size:
         raise OptionError(
-            f"shift {settings.shift} moves images of {data.size} x {data.size} pixels out of sight", "shift"
+            f"shift {settings.shift} moves images of {data.size} x {data.size} pixels out of the frame", "shift"
         )
     if transfer is not None and len(transfer.train_labels) <= SHOTS * transfer.num_classes:
         raise DataError(
@@ -174,11 +174,11 @@ def _check_fit(settings: Settings, data: Images, transfer: Images | None) -> Non
 
 
 def _check_model(variant: Variant, settings: Settings, data: Images) -> None:
-    """Builds the variant's model with a block of each kind, to refuse now what would fail in a worker.
+    """Builds the variant's model with one block of each kind, so that an error appears before the runs start.
 
     Raises:
-        ValueError: sizes that do not fit together.
-        OptionError: an own router that cannot be built, trained on a group of images or measured.
+        ValueError: Sizes do not fit together.
+        OptionError: An own router cannot be built, trained on a group of images or measured.
     """
     shallow = replace(settings, depth=min(settings.depth, 2))
     if not is_own(variant.router):

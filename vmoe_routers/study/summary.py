@@ -41,9 +41,9 @@ class Stat(NamedTuple):
     """A mean of values, or a median of times.
 
     Attributes:
-        mean: the mean or median.
-        error: its standard error; None for a single value.
-        count: the number of values.
+        mean: The mean or median.
+        error: Its standard error; None for a single value.
+        count: The number of values.
     """
 
     mean: float
@@ -65,9 +65,9 @@ class Stat(NamedTuple):
 class Row:
     """The summary of one variant's runs. Accuracies are in [0, 1]. None is a missing value.
 
-    The differences use the seeds that the dense ViT has too. `step_ratio` uses the rounds of the timing. The routing
-    metrics are means over seeds: `dead_experts` of the sum over the MoE layers, the other metrics of the mean over
-    the layers.
+    The differences use only seeds for which the dense ViT was run, too. `step_ratio` uses the rounds of the timing. The
+    routing metrics are means over seeds: `dead_experts` of the sum over the MoE layers, the other metrics of the mean
+    over the layers.
     """
 
     name: str
@@ -129,7 +129,7 @@ def stat(values: Iterable[float]) -> Stat:
 
 
 def median_stat(values: Sequence[float]) -> Stat:
-    """The median of times, among which are outliers, with its standard error from the median deviation."""
+    """The median of times, which may include outliers. Its standard error is estimated from the median deviation."""
     median = statistics.median(values)
     if len(values) == 1:
         return Stat(median, None)

@@ -1,6 +1,6 @@
 """The time of a training step of every variant, measured in one process in turns.
 
-The runs' own times cannot be compared: runs train at the same time as others, and the load of the machine changes.
+Times measured during the runs cannot be compared: several runs train at once, and the load of the machine changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def time_steps(
     """Times training steps on one batch.
 
     Returns:
-        The record: step_ms, which has one time per round by the variant's name, machine and date.
+        The record: step_ms (a variant's name to its times, one per round), machine and date.
     """
     images = data.train_images[: settings.batch_size].to(settings.device)
     labels = data.train_labels[: settings.batch_size].to(settings.device)

@@ -25,7 +25,7 @@ class Variant:
     """A dense ViT, or a router with the options that the study compares.
 
     Attributes:
-        router: one of `vmoe_routers.ROUTERS`, an own router as ``package.module:factory``, or None: the dense ViT.
+        router: One of `vmoe_routers.ROUTERS`, an own router as ``package.module:factory``, or None: the dense ViT.
         capacity_factor: None for the dense ViT and own routers.
         top_k: K of Token Choice, None for every other router.
         combine: "softmax" or "plan" for Sinkhorn Token Choice, None for every other router.
@@ -69,7 +69,7 @@ def variants(settings: Settings) -> list[Variant]:
     """Every variant of a study once, the dense model first.
 
     Raises:
-        OptionError: two variants have the same name.
+        OptionError: Two variants have the same name.
     """
     found = [Variant()]
     for factor in settings.capacity_factors:
@@ -77,7 +77,7 @@ def variants(settings: Settings) -> list[Variant]:
             options = router_options(router)
             capacity_factor = float(factor) if "capacity_factor" in options else None
             top_ks = settings.top_k if "top_k" in options else [None]
-            # Expert Choice takes both ways to combine too. The study compares them for Token Choice, as the paper does.
+            # Expert Choice also has both ways to combine, but the paper compares them for Token Choice only.
             combines = ["softmax", "plan"] if {"top_k", "combine"} <= options else [None]
             if not settings.plan_combine:
                 combines = combines[:1]
@@ -104,7 +104,7 @@ def make(variant: Variant, settings: Settings, data: Images) -> VisionTransforme
     """The variant's model, for images of the size and channels of `data`.
 
     Raises:
-        OptionError: an own router whose factory cannot be imported.
+        OptionError: The factory of an own router cannot be imported.
     """
     options: dict[str, Any] = {}
     if variant.router is not None:

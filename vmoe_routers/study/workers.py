@@ -1,4 +1,4 @@
-"""Worker processes that leave Ctrl-C to the parent, and that end with the parent."""
+"""Worker processes that ignore Ctrl-C, which the parent handles, and that end with the parent."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ for process in sys.stdin.read().split():
 
 
 class Workers:
-    """Processes that start with the first calls. A context manager, which ends them at its exit.
+    """A pool of processes, which start with the first calls. Leaving the context ends them.
 
     Args:
-        count: the largest number of processes.
-        start: a function that every process calls first, with `arguments`.
-        arguments: picklable arguments.
+        count: The largest number of processes.
+        start: A function that every process calls first, with `arguments`.
+        arguments: Picklable arguments.
     """
 
     def __init__(self, count: int, start: Callable[..., None], *arguments: Any):
