@@ -1,4 +1,4 @@
-"""The command line: ``vmoe-routers study``, ``vmoe-routers convert``. A new command is one entry of `COMMANDS`."""
+"""The command line. A new command is one entry of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,22 @@ COMMANDS = {
         "--top_k 1,2. Names may have dashes: --top-k.",
         example="vmoe-routers study --data digits --routers soft,softmax_expert_choice --output study",
         run=_study,
+    ),
+    "eval": Command(
+        "vmoe_routers.training.evaluate:evaluate",
+        help="evaluate a model: accuracy, calibration, classes, routing; or its throughput",
+        description="Evaluates a model on the test images of a data set: top-1, top-5, loss, calibration error, a "
+        "table of the classes, and how its routers use the experts. --benchmark times it instead.",
+        example="vmoe-routers eval --model runs/photos/model --data photos --output evaluation",
+        hidden=("console",),
+    ),
+    "fewshot": Command(
+        "vmoe_routers.training.probes:few_shot",
+        help="fit a probe to the features of a model, on a few images per class or on all",
+        description="Fits a linear classifier to the features before the head of a model, which stays as it is: ridge "
+        "regression on a few images per class, or logistic regression on all (--probe linear).",
+        example="vmoe-routers fewshot --model runs/photos/model --data flowers --shots 1,5,10 --seeds 0,1,2",
+        hidden=("console",),
     ),
     "convert": Command(
         "vmoe_routers.checkpoints.convert:convert",
@@ -176,7 +192,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
             add = options.add_class_arguments if isinstance(target, type) else options.add_function_arguments
             add(target, as_group=False, as_positional=command.positional, skip={*command.hidden})
             kinds = {f"--{key}": str(value.annotation) for key, value in signature(target).parameters.items()}
-            lists = {option for option, kind in kinds.items() if kind.startswith("list")}
+            lists = {option for option, kind in kinds.items() if kind.startswith(("list", "tuple"))}
             flags = {option for option, kind in kinds.items() if kind == "bool"}
         commands.add_subcommand(name, options, help=command.help)
     parsed = parser.parse_args(_spelled_out(arguments, lists, flags))

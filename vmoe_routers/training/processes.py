@@ -1,0 +1,83 @@
+"""The processes of a training: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vmoe_routers.options import OptionError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of a training.
+
+    Attributes:
+        rank: the number of this process.
+        size: number of processes.
+        device: the device of this process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and the console."""
+        return self.rank == 0
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+            x /= self.size
+        return x
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, value: bool) -> bool:
+        """Whether the value is true in a process."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+@contextmanager
+def processes(device: str) -> Iterator[World]:
+    """Joins the processes that torchrun started; without torchrun, there is one process.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        OptionError: "cuda" without a CUDA device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device 'cuda': torch finds no CUDA device", "device")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    place = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    starts = "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized()
+    if starts:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
+    is_many = dist.is_initialized()
+    try:
+        yield World(dist.get_rank() if is_many else 0, dist.get_world_size() if is_many else 1, place)
+    finally:
+        if starts:
+            dist.destroy_process_group()
