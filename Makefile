@@ -1,4 +1,4 @@
-# make study | test | bench | gpu-check | lint | format. The first run creates .venv with the dependencies of the
+# make study | test | compat | bench | gpu-check | lint | format. The first run creates .venv with the dependencies of the
 # target; later runs compile only changed files. ARGS is passed on: make study ARGS="--seeds 1", make test
 # ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine, ON
 # for every architecture, OFF for none.
@@ -12,7 +12,7 @@ MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test bench gpu-check lint format
+.PHONY: study test compat bench gpu-check lint format
 
 study: .venv/study
 	$(bin)/vmoe-routers study $(ARGS)
@@ -24,6 +24,10 @@ test: .venv/test
 	$(pytest) $(ARGS)
 	$(pytest) --cuda-on-host=build/cpp/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS) || \
 	  [ $$? -eq 5 ]  # 5: ARGS selects none of these tests
+
+# Tests with the packages of the extra compat, which `make test` skips where they are missing.
+compat: .venv/compat
+	$(pytest) tests/compat tests/test_wrappers.py $(ARGS)
 
 bench: .venv/bench
 	$(bin)/python -m benchmarks.run $(ARGS)
