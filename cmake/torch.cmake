@@ -1,4 +1,3 @@
-include_guard(GLOBAL)
 # torch's stable ABI: headers and two libraries. torch's own CMake package is not used, because it
 # requires a CUDA toolkit if torch has CUDA.
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)

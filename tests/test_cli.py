@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vmoe_routers import cli
 from vmoe_routers.study import Settings
+from vmoe_routers.training import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,13 +95,7 @@ def test_options_of_convert():
     ("convert nowhere folder --img-size x", "--img-size must be a whole number, got x"),
     ("convert nowhere folder --capacity-factor 1e308", "--capacity-factor must be positive and at most 10000"),
     ("convert nowhere folder --router=", "--router must not be empty"),
-    ("eval", "model"),
-    ("eval --model nope", "--model 'nope' is no folder"),
-    ("eval --model vit_moe --batch-size x", "--batch-size must be a whole number, got x"),
-    ("eval --model vit_moe --benchmark --batch_size 0", "--batch_size must be at least 1, got 0"),
-    ("fewshot --model vit_moe --shots 1,0", "--shots must be at least 1, got [1, 0]"),
-    ("fewshot --model vit_moe --probe knn", "--probe must be ridge or linear, got 'knn'"),
-    ("train", "train"),
+    ("teach", "teach"),
     ("", "study"),
 ])  # fmt: skip
 def test_errors_are_one_line(tmp_path, capsys, monkeypatch, arguments, words):
@@ -119,6 +115,65 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch, arguments, words):
 ])  # fmt: skip
 def test_arguments_that_are_no_text(capsys, arguments, words):
     check_refused(arguments, words, capsys)
+
+
+def trained_with(monkeypatch, *arguments):
+    """The settings with which the arguments start a training."""
+    started = []
+    monkeypatch.setattr("vmoe_routers.training.train", lambda settings, **options: started.append((settings, options)))
+    assert cli.main(["train", *arguments]) == 0
+    ((settings, options),) = started
+    return settings, options
+
+
+def test_train_takes_recipe_file_and_flags_in_this_order(monkeypatch, tmp_path):
+    settings, options = trained_with(monkeypatch)
+    assert settings.data == "digits" and settings.router == "soft" and options == {"dry_run": False}
+    file = tmp_path / "own.yaml"
+    file.write_text("recipe: photos\nepochs: 7\nmixup: 0.5\nscale: [0.2, 0.9]\n")
+    settings, options = trained_with(
+        monkeypatch, "--config", str(file), "--mixup", "0.1", "--data", "photos", "--ratio", "1,2", "--dry-run"
+    )
+    assert options == {"dry_run": True} and settings.model == "soft_moe_small_patch16_224"
+    assert (settings.epochs, settings.mixup, settings.scale, settings.ratio) == (7, 0.1, (0.2, 0.9), (1.0, 2.0))
+    resolved = tmp_path / "settings.yaml"
+    resolved.write_text(yaml.safe_dump(settings.to_dict()))
+    assert trained_with(monkeypatch, "--config", str(resolved))[0] == settings
+
+
+def test_train_fits_the_recipe_to_another_router(monkeypatch):
+    settings, _ = trained_with(monkeypatch, "--router", "softmax_expert_choice", "--model_args.depth", "2")
+    assert "slots_per_expert" not in settings.model_args and settings.model_args["depth"] == 2
+    assert settings.model_args["embed_dim"] == 64
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_can_be_given_back(monkeypatch, recipe):
+    settings, _ = trained_with(monkeypatch, "--recipe", recipe)
+    assert settings == RECIPES[recipe]()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--recipe", "cake"], "--recipe 'cake' does not exist; there are digits"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--epochs", "many"], "--epochs must be a whole number, got many"),
+    (["--epochs", "0"], "--epochs must be at least 1"),
+    (["--mixup=-1"], "--mixup must be at least 0"),
+    (["--keep", "some"], "--keep must be a list of last, best, every"),
+    (["--data", "nowhere"], "no folder 'nowhere'"),
+    (["--learning-rate", "0"], "--learning-rate must be positive"),
+])  # fmt: skip
+def test_train_refuses(arguments, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    check_refused(["train", *arguments], words, capsys)
+
+
+def test_train_refuses_files_with_other_options(capsys, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("epoch: 7\n")
+    check_refused(["train", "--config", str(file)], "no option 'epoch'", capsys)
+    file.write_text("- 7\n")
+    check_refused(["train", "--config", str(file)], "wanted options by name, got list", capsys)
 
 
 def check_refused(arguments, words, capsys):

@@ -1,4 +1,4 @@
-"""The command line. A new command is one entry of `COMMANDS`."""
+"""The command line: ``vmoe-routers study``, ``vmoe-routers convert``. A new command is one entry of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib import import_module
 from inspect import Parameter, signature
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmoe_routers import __version__
@@ -42,6 +45,48 @@ def _convert(convert: Any, options: dict[str, Any]) -> None:
     print(", ".join(f"{name} {value}" for name, value in model.moe_config.items()))
 
 
+def _train(settings: Any, options: dict[str, Any]) -> None:
+    from vmoe_routers.study.own import is_own
+    from vmoe_routers.training import train
+
+    dry_run = options.pop("dry_run")
+    for name in ("recipe", "config"):
+        options.pop(name)
+    chosen = settings(**options)
+    if any(map(is_own, (chosen.router, chosen.upcycle))) and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # which Python leaves out for an installed command
+    train(chosen, dry_run=dry_run)
+
+
+def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
+    """Adds the options of `train` that choose the defaults of its other options."""
+    from vmoe_routers.routers import ROUTERS, router_options
+    from vmoe_routers.training.recipes import RECIPES, recipe_for
+    from vmoe_routers.training.settings import TrainSettings, read_settings
+
+    names = ", ".join(RECIPES)
+    parser.add_argument("--recipe", type=str, help=f"named settings, which other options override: {names}")
+    parser.add_argument("--config", type=str, help="a YAML file of options, which flags override")
+    parser.add_argument("--dry_run", type=bool, default=False, help="describe the training and draw its first batch")
+    given = dict(pairwise(arguments))
+    given |= {name: value for name, _, value in (a.partition("=") for a in arguments) if value}
+    config = read_settings(Path(given["--config"])) if "--config" in given else {}
+    data = given.get("--data") or config.get("data", "digits")
+    recipe = given.get("--recipe", config.pop("recipe", recipe_for(data)))
+    if recipe not in RECIPES:
+        raise OptionError(f"recipe {recipe!r} does not exist; there are {names}", "recipe")
+    defaults = {**RECIPES[recipe]().to_dict(), **config}
+    router = given.get("--router", defaults["router"])
+    if router != defaults["router"] and "model_args" not in config:  # the recipe's options of its own router
+        foreign = router_options(defaults["router"]) - router_options(router if router in ROUTERS else None)
+        kept = {name: value for name, value in defaults["model_args"].items() if name not in foreign}
+        defaults["model_args"] = kept
+    unknown = sorted(defaults.keys() - {field.name for field in fields(TrainSettings)})
+    if unknown:
+        raise OptionError(f"config {given['--config']}: no option {unknown[0]!r}", "config")
+    parser.set_defaults(defaults)
+
+
 class Command(NamedTuple):
     """A command of ``vmoe-routers``.
 
@@ -54,6 +99,7 @@ class Command(NamedTuple):
         run: runs the command, from the target and the options by name.
         positional: arguments without a default are given by position, and not as options.
         hidden: arguments of the target that are no options.
+        prepare: adds further options to the command's parser and sets defaults, from all arguments.
     """
 
     target: str
@@ -63,6 +109,7 @@ class Command(NamedTuple):
     run: Callable[[Any, dict[str, Any]], object] = lambda target, options: target(**options)
     positional: bool = False
     hidden: tuple[str, ...] = ()
+    prepare: Callable[[Any, Sequence[str]], None] | None = None
 
     def load(self) -> Any:
         """Imports the target."""
@@ -79,21 +126,14 @@ COMMANDS = {
         example="vmoe-routers study --data digits --routers soft,softmax_expert_choice --output study",
         run=_study,
     ),
-    "eval": Command(
-        "vmoe_routers.training.evaluate:evaluate",
-        help="evaluate a model: accuracy, calibration, classes, routing; or its throughput",
-        description="Evaluates a model on the test images of a data set: top-1, top-5, loss, calibration error, a "
-        "table of the classes, and how its routers use the experts. --benchmark times it instead.",
-        example="vmoe-routers eval --model runs/photos/model --data photos --output evaluation",
-        hidden=("console",),
-    ),
-    "fewshot": Command(
-        "vmoe_routers.training.probes:few_shot",
-        help="fit a probe to the features of a model, on a few images per class or on all",
-        description="Fits a linear classifier to the features before the head of a model, which stays as it is: ridge "
-        "regression on a few images per class, or logistic regression on all (--probe linear).",
-        example="vmoe-routers fewshot --model runs/photos/model --data flowers --shots 1,5,10 --seeds 0,1,2",
-        hidden=("console",),
+    "train": Command(
+        "vmoe_routers.training.settings:TrainSettings",
+        help="train a model on your images; without options, a small Soft MoE on digits",
+        description="Trains a vision mixture of experts, or continues a training: the same command goes on from the "
+        "newest checkpoint in --output. On many devices: torchrun --nproc-per-node 8 -m vmoe_routers train.",
+        example="vmoe-routers train --data photos --recipe photos --output runs/photos",
+        run=_train,
+        prepare=_add_recipes,
     ),
     "convert": Command(
         "vmoe_routers.checkpoints.convert:convert",
@@ -126,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
         for name in error.options:
             message = re.sub(rf"\b{name}\b", _as_typed(name, arguments), message, count=1)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate" not in str(error):  # torch's error of an allocation
@@ -191,12 +231,27 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
             target = command.load()
             add = options.add_class_arguments if isinstance(target, type) else options.add_function_arguments
             add(target, as_group=False, as_positional=command.positional, skip={*command.hidden})
+            _document(options, target)
             kinds = {f"--{key}": str(value.annotation) for key, value in signature(target).parameters.items()}
             lists = {option for option, kind in kinds.items() if kind.startswith(("list", "tuple"))}
             flags = {option for option, kind in kinds.items() if kind == "bool"}
+            if command.prepare is not None:
+                flags.add("--dry_run")
+                command.prepare(options, _spelled_out(arguments, set(), flags))
         commands.add_subcommand(name, options, help=command.help)
     parsed = parser.parse_args(_spelled_out(arguments, lists, flags))
     return parsed.subcommand, target, vars(parsed[parsed.subcommand])
+
+
+def _document(parser: Any, target: Any) -> None:
+    """Gives options their help from the docstrings of the classes that a dataclass extends."""
+    from docstring_parser import parse
+
+    for base in getattr(target, "__mro__", ())[1:-1]:
+        texts = {found.arg_name: found.description for found in parse(base.__doc__ or "").params}
+        for action in parser._actions:
+            if not action.help and action.dest in texts:
+                action.help = texts[action.dest]
 
 
 def _spelled_out(arguments: Sequence[str], lists: set[str], flags: set[str]) -> list[str]:
@@ -230,7 +285,7 @@ def _spelled_out(arguments: Sequence[str], lists: set[str], flags: set[str]) -> 
 
 
 def _in_brackets(value: str) -> str:
-    return value if value.startswith("[") else f"[{value}]"
+    return value if value.startswith("[") or value == "null" else f"[{value}]"
 
 
 if __name__ == "__main__":

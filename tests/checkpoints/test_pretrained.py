@@ -70,6 +70,14 @@ def test_dtypes_are_kept(tmp_path, dtype):
     assert loaded.head.weight.dtype == torch.float32 and loaded.blocks[1].mlp.experts.w1.dtype == dtype
 
 
+def test_a_loaded_model_can_be_moved_and_compiled(tmp_path):
+    save_pretrained(model("softmax_token_choice"), tmp_path)
+    loaded = from_pretrained(tmp_path).to("cpu", torch.float64).train()
+    loaded.blocks[1].mlp.compile(backend="eager")
+    loaded(torch.randn(2, 3, 16, 16, dtype=torch.float64)).sum().backward()
+    assert vr.aux_loss(loaded).device.type == "cpu"
+
+
 def test_copies_know_how_they_were_made(tmp_path):
     saved = model(moe_blocks=[0, 1])
     for i, other in enumerate((copy.deepcopy(saved), pickle.loads(pickle.dumps(saved)))):

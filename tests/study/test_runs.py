@@ -102,7 +102,9 @@ def test_transfer():
 
 def test_steps_are_timed_in_turns(monkeypatch):
     turns = []
-    monkeypatch.setattr(timing, "Step", lambda model, *_: lambda images, labels: turns.append((id(model), len(images))))
+    monkeypatch.setattr(
+        timing, "Trainer", lambda model, *_: lambda images, labels: turns.append((id(model), len(images)))
+    )
     rounds = []
     found = [DENSE, SOFT, EXPERT_CHOICE]
     record = timing.time_steps(TINY, found, made_up(train=40), lambda: rounds.append(len(turns)))

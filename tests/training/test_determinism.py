@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vmoe_routers as vr
 from vmoe_routers.models import vit_moe
-from vmoe_routers.training import Recipe, Step
+from vmoe_routers.training import Optimisation, Trainer
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),  # which also restores the number of threads
@@ -49,9 +49,9 @@ def train(router, threads, mode):
     model = vit_moe(8, 2, 1, 10, 32, 2, 2, 2.0, router=router, pos_embed_std=1.0, **options)
     torch.nn.init.normal_(model.head.weight)  # it starts with 0, through which no gradient flows
     images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
-    step = Step(model.train(), Recipe(), 10)
+    step = Trainer(model.train(), Optimisation(), 10)
     with mode:
-        loss = step(images, labels)
+        loss = step(images, labels).loss
     return {"loss": loss} | {name: p.detach() for name, p in model.named_parameters()}
 
 

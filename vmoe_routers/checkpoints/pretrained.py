@@ -216,7 +216,7 @@ def _load(architecture: str, arguments: dict[str, Any], config_path: str, weight
         with torch.random.fork_rng([]):
             model = upcycled.make(arguments)
     model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    return model.to("cpu").eval()  # copies nothing, but takes layers off the meta device
 
 
 def _names_now(names: set[str]) -> dict[str, str]:

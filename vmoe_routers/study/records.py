@@ -19,7 +19,7 @@ from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import MOE_BLOCKS, Variant
 from vmoe_routers.training import Images
 
-RECORD_VERSION = 3  # increase it when the same settings give a different record
+RECORD_VERSION = 4  # increase it when the same settings give a different record
 _MAX_BYTES = 1 << 28
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from vmoe_routers.models.cost import cost
 from vmoe_routers.study.records import evaluated_epochs
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
-from vmoe_routers.training import Evaluation, Images, evaluate_model, few_shot_accuracy, train
+from vmoe_routers.training import Evaluation, Images, Trainer, evaluate_model, few_shot_accuracy
+from vmoe_routers.training.loader import Batches, training_batches
+from vmoe_routers.training.samples import Tensors
+from vmoe_routers.training.transforms import Augmentation, Transform
 
 
 def run(
@@ -30,18 +34,25 @@ def run(
     model = build(variant, settings, data, seed)
     # The largest multiple of the group size up to 512, or one group.
     batch = max(settings.group_size, 512 // settings.group_size * settings.group_size)
+    steps_per_epoch = len(data.train_labels) // settings.batch_size
+    steps = steps_per_epoch * settings.epochs
     epochs: list[dict[str, float]] = []
     evaluations: list[Evaluation] = []
-
-    def after(epoch) -> None:
-        if epoch.epoch in evaluated_epochs(settings.epochs):
-            batches = zip(data.test_images.split(batch), data.test_labels.split(batch), strict=True)
-            evaluation = evaluate_model(model, batches, data.num_classes)
-            evaluations.append(evaluation)
-            epochs.append({**asdict(epoch), "accuracy": evaluation.top1, "loss": evaluation.loss})
-        on_epoch()
-
-    steps = train(model, data, settings.recipe(seed), after)
+    trainer = Trainer(model.train(), settings.optimisation(), steps, seed=seed)
+    seconds = 0.0
+    with shifted_batches(settings, data, seed, steps) as batches:
+        for epoch in range(1, settings.epochs + 1):
+            start = time.perf_counter()
+            losses = [trainer(images, labels).loss for images, labels, _ in islice(batches, steps_per_epoch)]
+            train_loss = float(torch.stack(losses).mean())  # waits for the device
+            seconds += time.perf_counter() - start
+            if epoch in evaluated_epochs(settings.epochs):
+                test = zip(data.test_images.split(batch), data.test_labels.split(batch), strict=True)
+                found = evaluate_model(model, test, data.num_classes)
+                evaluations.append(found)
+                values = {"train_loss": train_loss, "accuracy": found.top1, "loss": found.loss}
+                epochs.append({"epoch": epoch, "seconds": seconds, **values})
+            on_epoch()
     return {
         "variant": variant.describe(),
         "seed": seed,
@@ -52,6 +63,19 @@ def run(
         "transfer": None if transfer is None else _transfer(model, transfer, batch, seed),
         **here_and_now(),
     }
+
+
+def shifted_batches(settings: Settings, data: Images, seed: int, steps: int) -> Batches:
+    """The batches of a run: every seed has its own order and its own random shifts, which all variants share."""
+    augmentation = Augmentation(image_size=data.size, scale=None, hflip=0.0, shift=settings.shift, normalization="none")
+    return training_batches(
+        Tensors(data.train_images, data.train_labels),
+        Transform(augmentation, data.channels, training=True),
+        batch_size=settings.batch_size,
+        steps=steps,
+        seed=seed,
+        device=settings.device,
+    )
 
 
 def _layers(evaluation: Evaluation) -> list[dict[str, Any]]:

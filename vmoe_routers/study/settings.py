@@ -10,7 +10,7 @@ from pathlib import Path
 from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
 from vmoe_routers.routers import ROUTERS
 from vmoe_routers.study.own import is_own
-from vmoe_routers.training.loop import Recipe
+from vmoe_routers.training.optimisation import Optimisation
 
 _MAX = (1 << 31) - 1
 _LIMITS = {
@@ -123,12 +123,6 @@ class Settings:
         if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", self.device):
             raise OptionError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}", "device")
 
-    def recipe(self, seed: int) -> Recipe:
-        """The training recipe of a seed's runs."""
-        return Recipe(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            shift=self.shift,
-            seed=seed,
-        )
+    def optimisation(self) -> Optimisation:
+        """The hyperparameters of every run: AdamW, a tenth of the steps as warm-up, then a cosine to 0."""
+        return Optimisation(learning_rate=self.learning_rate)

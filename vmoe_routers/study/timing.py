@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
-from vmoe_routers.training import Images, Step
+from vmoe_routers.training import Images, Trainer
 
 ROUNDS = 25  # every round times one step of every variant, in a random order
 WARM_UP = 3
@@ -29,16 +31,18 @@ def time_steps(
     """
     images = data.train_images[: settings.batch_size].to(settings.device)
     labels = data.train_labels[: settings.batch_size].to(settings.device)
-    steps: dict[str, Step] = {}
+    trainers: dict[str, Trainer] = {}
     for variant in variants:
         model = build(variant, settings, data, seed=0).train()
-        steps[variant.name] = Step(model, settings.recipe(seed=0), WARM_UP + ROUNDS)
+        trainers[variant.name] = Trainer(model, settings.optimisation(), WARM_UP + ROUNDS)
     order = random.Random(0)
-    step_ms: dict[str, list[float]] = {name: [] for name in steps}
+    step_ms: dict[str, list[float]] = {name: [] for name in trainers}
     for turn in range(WARM_UP + ROUNDS):
-        for name in order.sample(list(steps), len(steps)):
+        for name in order.sample(list(trainers), len(trainers)):
             start = time.perf_counter()
-            steps[name](images, labels)
+            trainers[name](images, labels)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
             if turn >= WARM_UP:
                 step_ms[name].append(1e3 * (time.perf_counter() - start))
         on_round()

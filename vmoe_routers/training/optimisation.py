@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,7 +180,8 @@ def parameter_groups(model: Any, o: Optimisation) -> list[dict[str, Any]]:
     for name, parameter in names.items():
         last = name.rpartition(".")[2]
         is_kernel = parameter.ndim >= 2 and last not in ("phi", "b1", "b2", "bias") and ".norm" not in f".{name}"
-        if name in named_plain or not (is_kernel or name.endswith("router.logits.scale")):
+        is_kernel = is_kernel and name not in named_plain
+        if not (is_kernel or name.endswith("router.logits.scale")):
             decay = 0.0
         else:
             decay = o.weight_decay
@@ -199,7 +200,7 @@ def _layer_scales(model: Any, decay: float) -> dict[str, float]:
     """From a parameter's name to ``decay ** (layers above it)``, by timm's order of layers."""
     if not hasattr(model, "group_matcher"):
         raise OptionError(f"layer_decay needs a model of timm, got {type(model).__name__}", "layer_decay")
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    layers: Any = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {_plain_name(name): decay ** (last - layer) for name, layer in layers.items()}
 

@@ -1,0 +1,292 @@
+"""train: a whole training, its files, and what happens when it is interrupted at any moment."""
+
+import csv
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import vmoe_routers.training.trainer as trainer_module
+from tests.training.made import idx_folder
+from vmoe_routers.checkpoints import from_pretrained
+from vmoe_routers.options import OptionError
+from vmoe_routers.training import TrainSettings, checkpoint, train
+from vmoe_routers.training.checkpoint import TrainingCheckpointError
+from vmoe_routers.training.settings import read_settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = {"patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
+OPTIONS = {
+    "model_args": SMALL,
+    "router": "softmax_token_choice",
+    "num_experts": 4,
+    "group_size": 2,
+    "scale": None,
+    "hflip": 0.0,
+    "shift": 1,
+    "batch_size": 256,  # 5 steps an epoch
+    "epochs": 2,
+    "save_every": 2,
+    "log_every": 1,
+    "workers": 0,
+}
+TIMES = {"images_per_second", "data_wait"}
+
+
+def run(output, console=None, **changes):
+    return train(TrainSettings(**{**OPTIONS, "output": output, **changes}), console=console or Console(quiet=True))
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return [{name: v for name, v in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+def result(output):
+    return (output / "model/model.safetensors").read_bytes(), rows(output / "log.csv"), rows(output / "evaluations.csv")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("train") / "out"
+    with open(output.with_suffix(".txt"), "w") as file:
+        assert run(output, Console(file=file, width=100)) == output / "model"
+    return output
+
+
+def test_files(undisturbed):
+    _, log, evaluations = result(undisturbed)
+    assert [int(row["step"]) for row in log] == list(range(1, 11))
+    assert [int(row["step"]) for row in evaluations] == [5, 10]
+    assert all(float(row["loss"]) > 0 and float(row["dropped"]) >= 0 for row in log)
+    assert {path.name for path in (undisturbed / "checkpoints").iterdir()} >= {"00000008", "00000010"}
+    assert (undisturbed / "curve.png").read_bytes()[1:4] == b"PNG"
+    assert (
+        TrainSettings(**read_settings(undisturbed / "settings.yaml")).to_dict()
+        == TrainSettings(**{**OPTIONS, "output": undisturbed}).to_dict()
+    )
+    model = from_pretrained(undisturbed / "model")
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    told = undisturbed.with_suffix(".txt").read_text()
+    assert "1,437 training and 360 test images" in told and f"vmoe-routers eval --model {undisturbed}/model" in told
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step, action):
+    """Calls `action` before the given step."""
+    call = trainer_module.Trainer.__call__
+
+    def counted(self, images, targets):
+        if self.step == step:
+            action()
+        return call(self, images, targets)
+
+    monkeypatch.setattr(trainer_module.Trainer, "__call__", counted)
+
+
+def raise_stop():
+    raise Stop
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+def test_an_interrupted_training_continues_bit_for_bit(step, undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, step, raise_stop)
+        run(tmp_path)
+    run(tmp_path, workers=2 if step == 3 else 0)
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_killed_processes_continue_bit_for_bit(undisturbed, tmp_path):
+    options = {**OPTIONS, "output": str(tmp_path)}
+    code = f"from vmoe_routers.training import train; train(**{options!r})"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint.saved(tmp_path / "checkpoints") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.saved(tmp_path / "checkpoints")
+    run(tmp_path)
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(undisturbed, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), open(tmp_path / "told", "w") as file:
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        run(tmp_path / "out", Console(file=file, width=200))
+    assert "interrupted; saved at step 3, and the same command continues" in (tmp_path / "told").read_text()
+    assert checkpoint.saved(tmp_path / "out/checkpoints")[-1].name == "00000003"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(tmp_path / "out")
+    assert result(tmp_path / "out") == result(undisturbed)
+
+
+def test_two_interrupts_end_at_once(tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stop_at(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert checkpoint.saved(tmp_path / "checkpoints")[-1].name == "00000002"
+
+
+def damage(path, how):
+    data = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    if how == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif how == "missing":
+        data.unlink()
+    elif how == "zeros":
+        data.write_bytes(bytes(data.stat().st_size))
+    else:
+        (path / "training.json").write_text("{}")
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "zeros", "foreign"])
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(how, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    damage(tmp_path / "out/checkpoints/00000010", how)
+    with open(tmp_path / "told", "w") as file:
+        run(tmp_path / "out", Console(file=file, width=400))
+    told = (tmp_path / "told").read_text()
+    assert "00000010" in told and "trying the previous checkpoint" in told and "continues from step 8 of 10" in told
+    assert result(tmp_path / "out") == result(undisturbed)
+
+
+def test_only_damaged_checkpoints(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    for path in checkpoint.saved(tmp_path / "out/checkpoints"):
+        damage(path, "foreign")
+    with pytest.raises(TrainingCheckpointError, match="no checkpoint can be read; delete the folder"):
+        run(tmp_path / "out")
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(undisturbed, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def full(self, target):
+        if self.name == "00000006.partial":
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+        patch.setattr(Path, "rename", full)
+        run(tmp_path)
+    assert [path.name for path in checkpoint.saved(tmp_path / "checkpoints")] == ["00000002", "00000004"]
+    assert (tmp_path / "checkpoints/00000006.partial").exists()
+    run(tmp_path)
+    assert result(tmp_path) == result(undisturbed)
+    assert not (tmp_path / "checkpoints/00000006.partial").exists()
+
+
+def test_a_finished_training_is_not_run_again(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    with open(tmp_path / "told", "w") as file:
+        run(tmp_path / "out", Console(file=file, width=200))
+    assert "continues from step 10 of 10" in (tmp_path / "told").read_text()
+    assert result(tmp_path / "out") == result(undisturbed)
+
+
+def test_another_training_in_the_folder_is_refused(undisturbed):
+    before = result(undisturbed)
+    with pytest.raises(
+        OptionError, match=r"has a training with learning_rate 0\.001, now 0\.002; choose another output"
+    ):
+        run(undisturbed, learning_rate=0.002)
+    assert result(undisturbed) == before
+
+
+def test_kept_checkpoints(tmp_path):
+    run(tmp_path, keep=["every"], epochs=1, save_every=1)
+    assert len(checkpoint.saved(tmp_path / "checkpoints")) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "resnet_of_dreams"}, "model 'resnet_of_dreams' is no folder"),
+        ({"model": ""}, "model must not be empty"),
+        ({"router": "hash"}, "router 'hash' does not exist"),
+        ({"router": "no.such:factory"}, "cannot be imported"),
+        ({"batch_size": 2000}, "1437 training images are less than one batch"),
+        ({"batch_size": 255}, "255"),
+        ({"ep": 2, "parallel": "fsdp"}, "ep 2 needs parallel 'fsdp' and several processes"),
+        ({"ep": 2}, "ep 2 needs parallel 'fsdp', got 'ddp'"),
+        ({"upcycle": "soft"}, "exclude each other"),
+        ({"pretrained": True}, "pretrained needs the name of a timm model"),
+        ({"data": "nowhere"}, "no folder 'nowhere'"),
+        ({"keep": ["some"]}, "keep must be a list of last, best, every"),
+        ({"trained": "router", "router": "dense", "num_experts": None, "group_size": None}, "no such parameters"),
+        ({"model_args": {**SMALL, "embed": 3}}, "embed"),
+        ({"image_size": 10}, "img_size 10 is not a multiple of patch_size 4"),
+    ],
+    ids=str,
+)
+def test_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", **changes)
+    assert not checkpoint.saved(tmp_path / "out/checkpoints")
+
+
+def test_dry_run(tmp_path):
+    with open(tmp_path / "told", "w") as file:
+        path = train(
+            TrainSettings(**{**OPTIONS, "output": tmp_path / "out"}),
+            dry_run=True,
+            console=Console(file=file, width=200),
+        )
+    told = (tmp_path / "told").read_text()
+    assert "memory: about" in told and "GFLOPs an image" in told and "2 epochs of 5 steps" in told
+    assert path.read_bytes()[1:4] == b"PNG" and not (tmp_path / "out/checkpoints").exists()
+
+
+def test_a_trained_folder_is_fine_tuned_on_other_classes(undisturbed, tmp_path):
+    tmp_path.joinpath("idx").mkdir()
+    folder = idx_folder(tmp_path / "idx")  # 5 x 4 pixels, 4 classes
+    told = run(
+        tmp_path / "out",
+        model=str(undisturbed / "model"),
+        model_args={},
+        router=None,
+        num_experts=None,
+        data=str(folder),
+        image_size=12,
+        batch_size=6,
+        epochs=1,
+        trained="head",
+    )
+    model = from_pretrained(told)
+    assert model(torch.zeros(2, 1, 12, 12)).shape == (2, 4)
+
+
+def test_an_upcycled_timm_model(tmp_path):
+    folder = run(
+        tmp_path,
+        model="vit_tiny_patch16_224",
+        model_args={"depth": 2, "embed_dim": 8, "num_heads": 2, "patch_size": 4},
+        router=None,
+        upcycle="softmax_expert_choice",
+        epochs=1,
+        layer_decay=0.5,
+        ema=0.5,
+    )
+    model = from_pretrained(folder)
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

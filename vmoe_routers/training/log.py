@@ -1,0 +1,189 @@
+"""The log of a training: CSV files, a progress bar, TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from vmoe_routers.files import write_whole
+from vmoe_routers.training.evaluation import Evaluation
+
+LOG, EVALUATIONS = "log.csv", "evaluations.csv"
+
+
+class Outputs:
+    """The log, the evaluations and the progress bar of a training. A context manager.
+
+    Args:
+        folder: The training's folder.
+        console: Where progress is shown.
+        step, steps: First step and number of steps.
+        writes: Whether this process writes at all.
+    """
+
+    def __init__(self, folder: Path, console: Console, step: int, steps: int, writes: bool):
+        self.writes = writes
+        self.bar = Bar(console, step, steps)
+        if writes:
+            self.log_table = Table(folder / LOG, step)
+            self.evaluations = Table(folder / EVALUATIONS, step)
+            self.board = Board(folder / "tensorboard")
+
+    def __enter__(self) -> Outputs:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.__exit__()
+        if self.writes:
+            self.board.close()
+
+    def advance(self) -> None:
+        """Counts a step."""
+        self.bar.advance()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Writes and shows the values of `Meter.row`."""
+        if not self.writes:
+            return
+        self.log_table.add(row)
+        self.board.add(row["step"], {f"train/{name}": value for name, value in row.items()})
+        shown = [f"loss {row['loss']:.3f}", f"{row['images_per_second']:.0f} images/s"]
+        if row["load_cv"] != "":
+            shown += [f"load cv {row['load_cv']:.2f}", f"dropped {row['dropped']:.1%}"]
+        self.bar.show("  ".join([*shown, f"data wait {row['data_wait']:.0%}"]))
+
+    def evaluated(self, step: int, epoch: float, found: Evaluation) -> None:
+        """Writes and shows an evaluation."""
+        if not self.writes:
+            return
+        values = {"top1": found.top1, "top5": found.top5, "loss": found.loss}
+        values |= {"calibration_error": found.calibration_error, "images_per_second": found.images_per_second}
+        self.evaluations.add({"step": step, "epoch": epoch, **values})
+        self.board.add(step, {f"test/{name}": value for name, value in values.items()})
+        self.bar.console.print(
+            f"epoch {epoch:6.2f}  step {step:7}  accuracy {found.top1:.4f}  loss {found.loss:.4f}", highlight=False
+        )
+
+
+class Table:
+    """A CSV file that grows row by row, each with a step. Rows of later steps are dropped when a training goes on.
+
+    Args:
+        path: The file.
+        step: The step from which the training goes on. Rows of later steps are deleted.
+    """
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.rows = [row for row in read_table(path) if float(row["step"]) <= step] if step else []
+        write_whole(path, self._write)
+
+    def _write(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
+            if self.rows:
+                writer = csv.DictWriter(file, list(self.rows[0]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Appends a row. The first row gives the columns."""
+        self.rows.append({name: _short(value) for name, value in row.items()})
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]), extrasaction="ignore")
+            if len(self.rows) == 1:
+                writer.writeheader()
+            writer.writerow(self.rows[-1])
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Reads the whole rows of a CSV file; none if there is no file. A row may be cut off at the end."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if None not in row.values() and None not in row]
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+class Bar:
+    """A progress bar over the steps of a training, on a terminal only.
+
+    Args:
+        console: Where it is shown.
+        step, steps: First step and number of steps.
+    """
+
+    def __init__(self, console: Console, step: int, steps: int):
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID = self._progress.add_task("step", total=steps, completed=step, values="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self) -> None:
+        """Counts a step."""
+        self._progress.advance(self._task)
+
+    def show(self, values: str) -> None:
+        """Shows values behind the bar."""
+        self._progress.update(self._task, values=values)
+
+
+class Board:
+    """TensorBoard's events of a training, if the package tensorboard is installed.
+
+    Args:
+        folder: The folder of the events.
+    """
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._writer = None
+        else:
+            self._writer = SummaryWriter(str(folder))
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the numbers among the values."""
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Ends the file of events."""
+        if self._writer is not None:
+            self._writer.close()

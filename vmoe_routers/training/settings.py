@@ -1,0 +1,148 @@
+"""The settings of a training: data, model, optimisation, state, devices."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vmoe_routers.options import OptionError
+from vmoe_routers.training.optimisation import Optimisation, at_least, only
+from vmoe_routers.training.transforms import Augmentation
+
+KEEP = ("last", "best", "every")
+BAD_IMAGES = ("stop", "skip")
+CHECKPOINTING = ("none", "exchange_saved", "full")
+PARALLEL = ("ddp", "fsdp")
+
+
+@dataclass(frozen=True)
+class TrainSettings(Optimisation, Augmentation):
+    """The settings of a training. Each is an option of ``vmoe-routers train``.
+
+    Args:
+        data: "digits", a folder, or another name that `open_data` takes (docs/data.md).
+        data_root: where data sets of torchvision are, or are downloaded to.
+        image_size: height and width of the model's images, in pixels. None: the images' own, or 224 where they differ.
+        output: the folder for settings, log, checkpoints and the model. The same command continues a training there.
+        model: "vit_moe", a model of timm, a folder of save_pretrained, or P of a V-MoE checkpoint (P.index).
+        model_args: further arguments of the model, such as embed_dim of vit_moe.
+        router: one of `vmoe_routers.ROUTERS`, package.module:factory, or "dense" for no MoE layers. None: the model's.
+        num_experts: experts of every MoE layer. None: the model's own number.
+        capacity_factor: slots per routed token. None: the router's own.
+        top_k: experts per token, with Token Choice. None: the router's own.
+        group_size: images that are routed together. None: the model's own.
+        upcycle: a router by whose MoE layers the model's MLPs are replaced; experts start as copies of the MLP.
+        pretrained: start from timm's weights of the model, which are downloaded.
+        head_bias: initial value of the head's bias, such as -10 for the sigmoid loss. None: the model's.
+        epochs: passes over the training images.
+        batch_size: images per step, on all ranks together. An incomplete last batch of an epoch is left out.
+        seed: seed of initialisation, order, augmentation, noise and dropout.
+        workers: processes per rank that load images. The results do not depend on it.
+        bad_images: "stop" ends the training at an unreadable image, "skip" takes another one and counts it.
+        evaluate_every: steps between evaluations. None: an epoch.
+        save_every: steps between checkpoints. None: as evaluate_every.
+        log_every: steps between rows of the log.
+        keep: checkpoints that are kept: the "last" two, the "best" by accuracy, or "every" one.
+        device: "auto", "cpu" or "cuda".
+        compile: compile the blocks by torch.compile.
+        checkpointing: activation checkpointing: "none", "full", or "exchange_saved", which does not repeat the exchange
+            of expert parallelism.
+        parallel: on several ranks: "ddp" or "fsdp".
+        replicate: copies of a model that is sharded by fsdp.
+        ep: ranks that share the experts of a layer; more than 1 needs fsdp.
+    """
+
+    data: str = "digits"
+    data_root: Path | None = None
+    image_size: int | None = None  # type: ignore[assignment]  # an int in Augmentation
+    output: Path = Path("runs/train")
+    model: str = "vit_moe"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    router: str | None = None
+    num_experts: int | None = None
+    capacity_factor: float | None = None
+    top_k: int | None = None
+    group_size: int | None = None
+    upcycle: str | None = None
+    pretrained: bool = False
+    head_bias: float | None = None
+    epochs: int = 30
+    batch_size: int = 128
+    seed: int = 0
+    workers: int = 2
+    bad_images: str = "stop"
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    log_every: int = 10
+    keep: list[str] = field(default_factory=lambda: ["last", "best"])
+    device: str = "auto"
+    compile: bool = False
+    checkpointing: str = "none"
+    parallel: str = "ddp"
+    replicate: int = 1
+    ep: int = 1
+
+    def __post_init__(self):
+        # YAML has lists for tuples, and texts for paths.
+        for name, kind in (("scale", tuple), ("ratio", tuple), ("output", Path), ("data_root", Path)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+        Optimisation.__post_init__(self)
+        self.augmentation(self.image_size or 224)
+        at_least(self, 1, "epochs", "batch_size", "log_every", "replicate", "ep", "evaluate_every", "save_every")
+        at_least(self, 1, "num_experts", "top_k", "group_size", "image_size")
+        at_least(self, 0, "seed", "workers")
+        choices = {"bad_images": BAD_IMAGES, "checkpointing": CHECKPOINTING, "parallel": PARALLEL}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}", name)
+        if not self.keep or not set(self.keep) <= set(KEEP):
+            raise OptionError(f"keep must be a list of {', '.join(KEEP)}, got {self.keep}", "keep")
+        if not re.fullmatch(r"auto|cpu|cuda", self.device):
+            raise OptionError(f"device must be 'auto', 'cpu' or 'cuda', got {self.device!r}", "device")
+        if self.batch_size % self.accumulate:
+            raise OptionError(
+                f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}",
+                "batch_size",
+                "accumulate",
+            )
+        if self.upcycle is not None and self.router is not None:
+            raise OptionError(
+                f"upcycle {self.upcycle!r} and router {self.router!r} exclude each other", "upcycle", "router"
+            )
+        if self.ep > 1 and self.parallel != "fsdp":
+            raise OptionError(f"ep {self.ep} needs parallel 'fsdp', got {self.parallel!r}", "ep", "parallel")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as values that YAML and JSON can represent."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    def augmentation(self, image_size: int) -> Augmentation:
+        """The augmentation of images of this size."""
+        return Augmentation(**{**only(Augmentation, asdict(self)), "image_size": image_size})
+
+
+# Settings on which the result does not depend, or which may change when a training goes on.
+MAY_CHANGE = ("output", "data_root", "workers", "log_every", "keep", "device", "compile", "checkpointing")
+MAY_CHANGE += ("parallel", "replicate", "ep", "save_every", "evaluate_every", "bad_images", "max_skipped")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads the settings of a training, options by name.
+
+    Raises:
+        ValueError: the file is no such YAML.
+        OSError: the file cannot be read.
+    """
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: wanted options by name, got {type(found).__name__}")
+    return found

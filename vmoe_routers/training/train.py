@@ -1,0 +1,274 @@
+"""train: the whole training of a model, which ``vmoe-routers train`` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from rich.console import Console
+
+from vmoe_routers.checkpoints import save_pretrained
+from vmoe_routers.distributed import whole_state_dict
+from vmoe_routers.files import write_whole
+from vmoe_routers.options import OptionError
+from vmoe_routers.training import checkpoint
+from vmoe_routers.training.curve import draw_curve
+from vmoe_routers.training.describe import describe, draw_batch, memory_estimate
+from vmoe_routers.training.evaluation import Evaluation, evaluate_model
+from vmoe_routers.training.interrupts import asking
+from vmoe_routers.training.layout import lay_out, make_model
+from vmoe_routers.training.loader import Batches, evaluation_batches, training_batches
+from vmoe_routers.training.log import EVALUATIONS, Outputs, read_table
+from vmoe_routers.training.meter import Meter
+from vmoe_routers.training.processes import World, processes
+from vmoe_routers.training.samples import Data
+from vmoe_routers.training.settings import MAY_CHANGE, TrainSettings, read_settings
+from vmoe_routers.training.sources import open_data
+from vmoe_routers.training.trainer import Trainer
+from vmoe_routers.training.transforms import Mixing, Transform
+
+SETTINGS, CHECKPOINTS, MODEL = "settings.yaml", "checkpoints", "model"
+
+
+def train(
+    settings: TrainSettings | None = None,
+    /,
+    *,
+    dry_run: bool = False,
+    console: Console | None = None,
+    **options: Any,
+) -> Path:
+    """Trains a model, or continues its training from the newest checkpoint in the output folder.
+
+    ``train(data="photos", router="soft")`` is ``train(TrainSettings(data="photos", router="soft"))``. On many devices,
+    every process that torchrun started calls it.
+
+    Args:
+        settings: The settings. None: made of `options`.
+        dry_run: Only describes model, cost, data and memory, and draws the first batch.
+        console: Where progress is shown.
+        options: Fields of `TrainSettings`.
+
+    Returns:
+        The folder of the trained model, for `from_pretrained`; with `dry_run` the picture of the first batch.
+
+    Raises:
+        ValueError: settings, data or checkpoints that do not fit. The message is for the user.
+        OSError: an output folder that cannot be written.
+        TrainingError: loss or gradient was not finite for many steps.
+        KeyboardInterrupt: the training was interrupted. After the first interrupt it was saved.
+    """
+    if settings is None:
+        settings = TrainSettings(**options)
+    elif options:
+        raise TypeError(f"train: give settings or options, not both: {sorted(options)}")
+    console = console or Console(markup=False, emoji=False, highlight=False)
+    with processes(settings.device) as world:
+        run = _dry_run if dry_run else _train
+        return run(settings, world, console if world.first else Console(quiet=True))
+
+
+class Plan(NamedTuple):
+    """The steps of a training.
+
+    Attributes:
+        image_size: height and width of the model's images.
+        steps_per_epoch, steps: of an epoch, and of the whole training.
+        evaluate_every, save_every: steps between evaluations, and between checkpoints.
+    """
+
+    image_size: int
+    steps_per_epoch: int
+    steps: int
+    evaluate_every: int
+    save_every: int
+
+    @classmethod
+    def make(cls, settings: TrainSettings, data: Data, world: World) -> Plan:
+        """Plans the steps.
+
+        Raises:
+            OptionError: the batch does not fit the data or the processes.
+        """
+        parts = world.size * settings.accumulate
+        if settings.batch_size % parts:
+            raise OptionError(
+                f"batch_size {settings.batch_size} must be a multiple of the processes, {world.size}, times "
+                f"accumulate, {settings.accumulate}",
+                "batch_size",
+                "accumulate",
+            )
+        steps_per_epoch = len(data.train) // settings.batch_size
+        if not steps_per_epoch:
+            raise OptionError(
+                f"batch_size {settings.batch_size}: {len(data.train)} training images are less than one batch",
+                "batch_size",
+            )
+        evaluate_every = settings.evaluate_every or steps_per_epoch
+        return cls(
+            settings.image_size or data.size or 224,
+            steps_per_epoch,
+            steps_per_epoch * settings.epochs,
+            evaluate_every,
+            settings.save_every or evaluate_every,
+        )
+
+
+def _train(settings: TrainSettings, world: World, console: Console) -> Path:
+    data = open_data(settings.data, data_root=settings.data_root)
+    plan = Plan.make(settings, data, world)
+    model = make_model(settings, data, plan.image_size)
+    _claim(settings, world)
+    trainer = Trainer(
+        lay_out(model, settings, world),
+        settings,
+        plan.steps,
+        seed=settings.seed,
+        rank=world.rank,
+        autocast=settings.parallel == "ddp" or world.size == 1,
+    )
+    best = _restore(settings.output, trainer, console)
+    console.print(describe(settings, data, plan, model, world))
+    augmentation = settings.augmentation(plan.image_size)
+    mix = None
+    if augmentation.mixup or augmentation.cutmix:
+        mix = Mixing(augmentation, data.num_classes, seed=settings.seed, rank=world.rank)
+    batches = _training_batches(settings, data, plan, trainer.step, world)
+    outputs = Outputs(settings.output, console, trainer.step, plan.steps, world.first)
+    meter = Meter(trainer, batches, world)
+
+    with outputs, batches, asking() as interrupt:
+        for batch in batches:
+            step = trainer.step + 1
+            is_last = step == plan.steps
+            is_logged = is_last or step % settings.log_every == 0
+            images, targets = batch.images, batch.labels
+            if mix is not None:
+                images, targets = mix(images, targets, trainer.step)
+            with meter.recording(is_logged and not settings.compile):
+                report = trainer(images, targets)
+            meter.add(report, len(images))
+            outputs.advance()
+            if is_logged:
+                outputs.log(meter.row(plan.steps_per_epoch))
+                trainer.check(images)
+            if is_last or step % plan.evaluate_every == 0:
+                found = _evaluate(settings, data, plan, trainer, world)
+                outputs.evaluated(step, step / plan.steps_per_epoch, found)
+                if best is None or found.top1 > best["top1"]:
+                    best = {"step": step, "top1": found.top1}
+                meter.restart()
+            is_stopped = is_logged and world.any(interrupt.asked)
+            if is_last or is_stopped or step % plan.save_every == 0:
+                checkpoint.save(settings.output / CHECKPOINTS, trainer, {"best": best})
+                checkpoint.tidy(settings.output / CHECKPOINTS, settings.keep, best["step"] if best else None)
+                meter.restart()
+            if is_stopped and not is_last:
+                console.print(f"interrupted; saved at step {step}, and the same command continues from there")
+                raise KeyboardInterrupt
+    return _export(settings, plan, trainer, world, console)
+
+
+def _dry_run(settings: TrainSettings, world: World, console: Console) -> Path:
+    """Describes the training and draws its first batch. Returns the picture's path."""
+    data = open_data(settings.data, data_root=settings.data_root)
+    plan = Plan.make(settings, data, world)
+    model = make_model(settings, data, plan.image_size)
+    console.print(describe(settings, data, plan, model, world))
+    console.print(memory_estimate(model, settings, data, plan.image_size, world))
+    settings.output.mkdir(parents=True, exist_ok=True)
+    path = settings.output / "first_batch.png"
+    with _training_batches(settings, data, plan, 0, world) as batches:
+        images = next(batches).images
+    if world.first:
+        draw_batch(images, settings.augmentation(plan.image_size), path)
+    console.print(f"first batch: {path}", soft_wrap=True)
+    return path
+
+
+def _claim(settings: TrainSettings, world: World) -> None:
+    """Writes the settings to the output folder, or checks that the training in it has the same.
+
+    Raises:
+        OptionError: the folder has a training with other settings.
+        OSError: the folder cannot be written.
+    """
+    path, wanted = settings.output / SETTINGS, settings.to_dict()
+    if checkpoint.saved(settings.output / CHECKPOINTS):
+        found = read_settings(path)
+        differing = [
+            name for name in wanted if name not in MAY_CHANGE and found.get(name, wanted[name]) != wanted[name]
+        ]
+        if differing:
+            name = differing[0]
+            raise OptionError(
+                f"output {str(settings.output)!r} has a training with {name} {found[name]!r}, now {wanted[name]!r}; "
+                "choose another output, or delete that folder",
+                name,
+                "output",
+            )
+    if world.first:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda partial: partial.write_text(yaml.safe_dump(wanted, sort_keys=False)))
+
+
+def _restore(output: Path, trainer: Trainer, console: Console) -> dict[str, Any] | None:
+    """Continues from the newest checkpoint, if there is one. Returns the best evaluation before it."""
+    info = checkpoint.restore(output / CHECKPOINTS, trainer, console.print)
+    if info is None:
+        return None
+    console.print(f"{output}: continues from step {trainer.step} of {trainer.steps}")
+    return info["best"]
+
+
+def _training_batches(settings: TrainSettings, data: Data, plan: Plan, first_step: int, world: World) -> Batches:
+    augmentation = settings.augmentation(plan.image_size)
+    return training_batches(
+        data.train,
+        Transform(augmentation, data.channels, training=True),
+        batch_size=settings.batch_size,
+        steps=plan.steps,
+        seed=settings.seed,
+        first_step=first_step,
+        rank=world.rank,
+        world=world.size,
+        workers=settings.workers,
+        bad_images=settings.bad_images,
+        device=world.device,
+    )
+
+
+def _evaluate(settings: TrainSettings, data: Data, plan: Plan, trainer: Trainer, world: World) -> Evaluation:
+    """Evaluates the average of the parameters, or else the parameters, on the test images."""
+    batches = evaluation_batches(
+        data.test,
+        Transform(settings.augmentation(plan.image_size), data.channels, training=False),
+        batch_size=max(settings.batch_size // settings.accumulate, world.size),
+        rank=world.rank,
+        world=world.size,
+        workers=settings.workers,
+        bad_images=settings.bad_images,
+        device=world.device,
+    )
+    with trainer.averaged(), trainer.autocasting(), batches:
+        return evaluate_model(trainer.plain, batches, data.num_classes)
+
+
+def _export(settings: TrainSettings, plan: Plan, trainer: Trainer, world: World, console: Console) -> Path:
+    """Writes the model and the curve, and says what to do next. Returns the model's folder."""
+    folder = settings.output / MODEL
+    with trainer.averaged():
+        state = whole_state_dict(trainer.plain)
+    if world.first:
+        save_pretrained(trainer.plain, folder, state_dict=state)
+        curve = draw_curve(settings.output)
+        last = read_table(settings.output / EVALUATIONS)[-1]
+        console.print(
+            f"accuracy {float(last['top1']):.4f}, loss {float(last['loss']):.4f} after {plan.steps} steps\n"
+            f"model: {folder}\ncurve: {curve}\n"
+            f"next: vmoe-routers eval --model {folder} --data {settings.data}",
+            soft_wrap=True,
+        )
+    world.barrier()
+    return folder
