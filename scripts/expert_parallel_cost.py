@@ -85,12 +85,13 @@ def block(gpus: int, ep: int, images: float) -> float:
 def tables() -> str:
     """Makes the two tables and the constants in Markdown."""
     ratios = [2 * FLOPS / (3 * HIDDEN * speed) for speed in (NVLINK, NETWORK)]
-    gathered = [f"{2 * WEIGHTS / ep / 1e6:.0f} MB in bfloat16 with `ep={ep}`" for ep in SHARED_BY]
-    constants = (
-        f"Exchange over products: {ratios[0]:.0%} `(n - 1) / n` within a node, {ratios[1]:.0%} `(n - 8) / n` across "
-        f"nodes. The experts of a layer, {WEIGHTS / 1e6:.0f} million parameters: {', '.join(gathered)}."
-    )
-    return "\n".join([*_routers(), "", *_layouts(), "", constants])
+    sizes = [f"{2 * WEIGHTS / ep / 1e6:.0f} MB with `ep={ep}`" for ep in SHARED_BY]
+    constants = [
+        f"Ratio of exchange to products: {ratios[0]:.0%} times `(n - 1) / n` within a node, {ratios[1]:.0%} times",
+        f"`(n - 8) / n` across nodes. The experts of a layer, {WEIGHTS / 1e6:.0f} million parameters in bfloat16, have",
+        f"{', '.join(sizes)}.",
+    ]
+    return "\n".join([*_routers(), "", *_layouts(), "", *constants])
 
 
 def _routers() -> Iterator[str]:
