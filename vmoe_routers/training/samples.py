@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,22 @@ class Tensors:
         return self.images[index], int(self.labels[index])
 
 
+class Names:
+    """Many names in two arrays. A list of strings would be copied into every worker, since reading counts references.
+
+    Args:
+        names: the names, or paths, as the system encodes them.
+    """
+
+    def __init__(self, names: Iterable[str | Path]):
+        encoded = [os.fsencode(name) for name in names]
+        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.ends = np.cumsum([0, *map(len, encoded)])
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
+
+
 class Pictures:
     """Image files, read as RGB.
 
@@ -78,12 +94,11 @@ class Pictures:
     """
 
     def __init__(self, paths: Sequence[str | Path], labels: Sequence[int]):
-        # Arrays: reading a list of strings changes reference counts, which copies its memory into every worker.
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.paths = Names(paths)
         self.labels = np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return read_picture(os.fsdecode(self.paths[index])), int(self.labels[index])
+        return read_picture(self.paths[index]), int(self.labels[index])

@@ -12,7 +12,7 @@ import numpy as np
 
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.pictures import decode_picture
-from vmoe_routers.training.samples import Data
+from vmoe_routers.training.samples import Data, Names
 from vmoe_routers.training.tar import Member, members, read_at
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "bmp", "tif", "tiff", "gif")
@@ -39,7 +39,7 @@ class Shards:
             raise DataError(f"{self.paths[0]}: no images")
         self.shards = np.array([number for number, _, _ in found], dtype=np.int32)
         self.places = np.array([(member.offset, member.size) for _, member, _ in found], dtype=np.int64)
-        self.names = np.array([member.name.encode(errors="surrogateescape") for _, member, _ in found])
+        self.names = Names(member.name for _, member, _ in found)
         self.labels = np.array([label for _, _, label in found], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class Shards:
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, (offset, size) = self.paths[self.shards[index]], self.places[index].tolist()
-        name = f"{path}: {self.names[index].decode(errors='replace')}"
+        name = f"{path}: {self.names[index]}"
         try:
             with open(path, "rb") as file:
                 raw = read_at(file, offset, size)
