@@ -249,6 +249,19 @@ def test_a_dead_worker_is_told_between_batches():
         raise RuntimeError("unrelated")
 
 
+class Asking(Numbers):
+    def __getitem__(self, index):
+        return picture(index), int(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+
+
+def test_workers_ignore_ctrl_c():
+    """The main process saves first and then ends the workers."""
+    ((_, labels, _),) = train(Asking(), workers=1, steps=1)
+    assert labels.all()
+    ((_, labels, _),) = train(Asking(), workers=0, steps=1)
+    assert not labels.any()
+
+
 class Faulty(Numbers):
     def __getitem__(self, index):
         raise RuntimeError("a fault of the data set")

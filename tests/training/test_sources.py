@@ -20,7 +20,7 @@ from made import (
     write_shard,
 )
 
-from vmoe_routers.training import DataError, open_data
+from vmoe_routers.training import Augmentation, DataError, Transform, open_data, training_batches
 from vmoe_routers.training.shards import expand
 
 
@@ -193,6 +193,15 @@ def test_huggingface(tmp_path, datasets):
     tables(datasets, tmp_path).save_to_disk(tmp_path / "flowers")
     data = open_data(str(tmp_path / "flowers"))
     assert check_pictures(data, ("ant", "bee"), "flowers") == ([0, 1, 0, 1, 0, 1], [0, 1, 0])
+
+
+def test_huggingface_in_workers(tmp_path, datasets):
+    tables(datasets, tmp_path).save_to_disk(tmp_path / "flowers")
+    samples = open_data(str(tmp_path / "flowers")).train
+    transform = Transform(Augmentation(image_size=8), training=True)
+    one, two = (training_batches(samples, transform, batch_size=6, steps=3, seed=0, workers=n) for n in (0, 2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
 
 def test_huggingface_by_name(tmp_path, datasets, monkeypatch):
