@@ -1,29 +1,34 @@
-# make study | test | bench | gpu-check | lint | format. The first run creates .venv with the dependencies of the
+# make study | test | compat | bench | gpu-check | lint | format. The first run creates .venv with the dependencies of the
 # target; later runs compile only changed files. ARGS is passed on: make study ARGS="--seeds 1", make test
 # ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine, ON
-# for every architecture, OFF for none.
+# for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
 PYTHON ?= python3
 VMOE_CUDA ?= AUTO
 export VMOE_CUDA
 bin := .venv/bin
+build := build/venv
 # Run at most eight processes: each imports torch, which takes a gigabyte of memory.
 pytest := $(bin)/pytest -n logical --maxprocesses=8 --dist=worksteal
 MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test bench gpu-check lint format
+.PHONY: study test compat bench gpu-check lint format
 
 study: .venv/study
 	$(bin)/vmoe-routers study $(ARGS)
 
 test: .venv/test
-	$(bin)/cmake -S . -B build/cpp -DVMOE_TORCH=ON -DVMOE_CUDA=$(VMOE_CUDA) -DPython_EXECUTABLE=$(CURDIR)/$(bin)/python $(CMAKE_ARGS)
-	$(bin)/cmake --build build/cpp --parallel $(shell nproc)
-	$(bin)/ctest --test-dir build/cpp --output-on-failure --parallel $(shell nproc)
+	$(bin)/cmake -S . -B $(build) -DVMOE_TESTS=ON
+	$(bin)/cmake --build $(build) --target tests/cpp/all --parallel $(shell nproc)
+	$(bin)/ctest --test-dir $(build) --output-on-failure --parallel $(shell nproc)
 	$(pytest) $(ARGS)
-	$(pytest) --cuda-on-host=build/cpp/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS) || \
+	$(pytest) --cuda-on-host=$(build)/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS) || \
 	  [ $$? -eq 5 ]  # 5: ARGS selects none of these tests
+
+# Tests with the packages of the extra compat, which `make test` skips where they are missing.
+compat: .venv/compat
+	$(pytest) tests/compat tests/test_wrappers.py $(ARGS)
 
 bench: .venv/bench
 	$(bin)/python -m benchmarks.run $(ARGS)

@@ -21,12 +21,12 @@ if(torch_has_cuda AND NOT VMOE_CUDA STREQUAL "OFF")
   if(CUDAToolkit_FOUND AND CMAKE_CUDA_COMPILER)
     set(cuda_built ON)
   else()
-    unset(CMAKE_CUDA_COMPILER CACHE)  # search again next time
+    unset(CMAKE_CUDA_COMPILER CACHE)  # the next configuration searches again
   endif()
 endif()
 if(VMOE_CUDA STREQUAL "ON" AND NOT cuda_built)
   message(FATAL_ERROR "VMOE_CUDA=ON needs a torch with CUDA (${torch_root}: ${torch_has_cuda}) and "
-                      "nvcc >= 12.0 with a host compiler that it takes (CUDACXX says which)")
+                      "nvcc >= 12.0 with a host compiler that nvcc supports (CUDACXX chooses nvcc)")
 endif()
 
 if(cuda_built)

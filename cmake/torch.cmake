@@ -1,3 +1,4 @@
+include_guard(GLOBAL)
 # torch's stable ABI: headers and two libraries. torch's own CMake package is not used, because it
 # requires a CUDA toolkit if torch has CUDA.
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # setup.sh [PYTHON [EXTRA]] -- creates .venv with torch, the build tools, this package (editable) and the dependencies
 # of EXTRA of pyproject.toml (study by default, test, bench, lint). The Makefile runs it; running it again is safe.
-# VMOE_CUDA in the environment chooses the GPUs for which the CUDA kernels are compiled: AUTO (the default) for the GPUs
-# of this machine, and none without a GPU; ON for every architecture that cmake/modules.cmake names; OFF for none.
+# VMOE_CUDA in the environment chooses the architectures for which the CUDA kernels are compiled: AUTO (the default) for
+# the GPUs of this machine, or none without a GPU; ON for all architectures of cmake/modules.cmake; OFF for none; numbers
+# as "80" or "80;90" for these architectures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3} extra=${2:-study} cuda=${VMOE_CUDA:-AUTO}
@@ -16,9 +17,10 @@ apt_get() {
 }
 
 # Check the tools that pip cannot install.
-command -v "$python" >/dev/null || die "no $python here; Python 3.10 or newer is wanted: make PYTHON=..."
+command -v "$python" >/dev/null ||
+  die "$python was not found; install Python 3.10 or newer, or give its name: make PYTHON=..."
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-  die "Python 3.10 or newer is wanted, $python is $("$python" --version): make PYTHON=..."
+  die "$python is $("$python" --version), but 3.10 or newer is required: make PYTHON=..."
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 missing=()
 command -v c++ >/dev/null || missing+=(g++)
@@ -26,16 +28,16 @@ command -v c++ >/dev/null || missing+=(g++)
 "$python" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
   missing+=("python$version-dev")
 if [ ${#missing[@]} -gt 0 ]; then
-  may_apt_get || die "please install first: sudo apt install ${missing[*]}"
+  may_apt_get || die "packages are missing, please install them: sudo apt install ${missing[*]}"
   say "installing ${missing[*]}"
   apt_get "${missing[@]}"
 fi
 # Without a system GoogleTest, CMake fetches its source.
 if [ "$extra" = test ] && may_apt_get && [ ! -e /usr/include/gtest/gtest.h ]; then
-  apt_get libgtest-dev || say "no libgtest-dev: CMake will fetch GoogleTest"
+  apt_get libgtest-dev || say "libgtest-dev cannot be installed: CMake will download GoogleTest"
 fi
 
-# The build itself never asks for a GPU: this script passes it the architectures.
+# The build does not look for GPUs: this script passes it the architectures.
 options=(--config-settings="cmake.define.VMOE_CUDA=$cuda")
 case $cuda in
   AUTO)
@@ -47,24 +49,32 @@ case $cuda in
       cuda_words="CUDA kernels for compute capability $(paste -sd ' ' <<<"$capabilities")"
     else
       options=(--config-settings=cmake.define.VMOE_CUDA=OFF)
-      cuda_words="no CUDA kernels, for there is no GPU (VMOE_CUDA=ON compiles them all the same)"
+      cuda_words="no CUDA kernels, because no GPU was found (VMOE_CUDA=ON compiles them anyway)"
     fi
     ;;
-  # cmake/modules.cmake chooses the architectures; forget those of an earlier build.
-  ON) options+=(--config-settings=cmake.args=-UCMAKE_CUDA_ARCHITECTURES) cuda_words="CUDA kernels for every architecture" ;;
+  # cmake/modules.cmake chooses the architectures: remove the choice of an earlier build from CMake's cache.
+  ON)
+    options+=(--config-settings=cmake.args=-UCMAKE_CUDA_ARCHITECTURES)
+    cuda_words="CUDA kernels for all architectures"
+    ;;
   OFF) cuda_words="no CUDA kernels" ;;
-  *) die "VMOE_CUDA must be AUTO, ON or OFF, got '$cuda'" ;;
+  [0-9]*)
+    options=(--config-settings=cmake.define.VMOE_CUDA=ON)
+    options+=(--config-settings="cmake.define.CMAKE_CUDA_ARCHITECTURES=$cuda")
+    cuda_words="CUDA kernels for architecture $cuda"
+    ;;
+  *) die "VMOE_CUDA must be AUTO, ON, OFF or architectures as 80 or 80;90, got '$cuda'" ;;
 esac
 
-[ -x .venv/bin/pip ] || { say "making .venv with $("$python" --version)"; "$python" -m venv --clear .venv; }
-# Python compiles a module at its first import. Compiling all of torch's modules takes longer than the study.
+[ -x .venv/bin/pip ] || { say "creating .venv with $("$python" --version)"; "$python" -m venv --clear .venv; }
+# --no-compile: Python compiles modules at their first import. Compiling all of torch takes longer than the study.
 install() { .venv/bin/python -m pip --disable-pip-version-check install --no-compile "$@"; }
 quiet=--quiet
 [ -t 1 ] && quiet=  # show a progress bar in a terminal
-say "torch (some GB, once)"
+say "installing torch (several GB, only the first time)"
 install $quiet torch torchvision
-say "build tools"
+say "installing build tools"
 install --quiet scikit-build-core pybind11 cmake ninja
-say "vmoe_routers with what $extra needs; compiling: $cuda_words"
-# With build isolation, pip would download torch a second time.
-install --quiet --no-build-isolation --editable ".[$extra]" "${options[@]}"
+say "installing vmoe_routers with the dependencies of $extra; compiling $cuda_words"
+# With build isolation, pip would download torch a second time. The Makefile builds the tests in the same folder.
+install --quiet --no-build-isolation --config-settings=build-dir=build/venv --editable ".[$extra]" "${options[@]}"

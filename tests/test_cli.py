@@ -95,6 +95,12 @@ def test_options_of_convert():
     ("convert nowhere folder --img-size x", "--img-size must be a whole number, got x"),
     ("convert nowhere folder --capacity-factor 1e308", "--capacity-factor must be positive and at most 10000"),
     ("convert nowhere folder --router=", "--router must not be empty"),
+    ("eval", "model"),
+    ("eval --model nope", "--model 'nope' is no folder"),
+    ("eval --model vit_moe --batch-size x", "--batch-size must be a whole number, got x"),
+    ("eval --model vit_moe --benchmark --batch_size 0", "--batch_size must be at least 1, got 0"),
+    ("fewshot --model vit_moe --shots 1,0", "--shots must be at least 1, got [1, 0]"),
+    ("fewshot --model vit_moe --probe knn", "--probe must be ridge or linear, got 'knn'"),
     ("teach", "teach"),
     ("", "study"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""scripts/setup.sh with fakes of Python, pip and the GPU: what it compiles and installs."""
+"""Tests scripts/setup.sh with fakes of Python, pip and nvidia-smi: which kernels it compiles, what it installs."""
 
 import os
 import shutil
@@ -65,20 +65,24 @@ def test_with_gpus_the_kernels_are_compiled_for_them(setup, gpus, architectures)
     assert installed[-1].endswith(end)
 
 
-def test_what_was_asked_for_goes_before_what_is_there(setup):
+def test_a_choice_overrides_the_gpus_of_the_machine(setup):
     for gpus in (None, "9.0\\n"):
         _, installed = setup(gpus=gpus, choice="ON")
-        # None by name: CMakeLists.txt has the list.
+        # No architecture is passed: cmake/modules.cmake has the list.
         assert installed[-1].endswith(
             "--config-settings=cmake.define.VMOE_CUDA=ON --config-settings=cmake.args=-UCMAKE_CUDA_ARCHITECTURES"
         )
+        _, installed = setup(gpus=gpus, choice="80;90")
+        option = "--config-settings=cmake.define"
+        assert installed[-1].endswith(f"{option}.VMOE_CUDA=ON {option}.CMAKE_CUDA_ARCHITECTURES=80;90")
         _, installed = setup(gpus=gpus, choice="OFF")
         assert installed[-1].endswith(".[study] --config-settings=cmake.define.VMOE_CUDA=OFF")
     done, installed = setup(choice="on")
-    assert done.returncode == 1 and "VMOE_CUDA must be AUTO, ON or OFF, got 'on'" in done.stderr and not installed
+    assert done.returncode == 1 and "VMOE_CUDA must be AUTO, ON, OFF or architectures" in done.stderr
+    assert "got 'on'" in done.stderr and not installed
 
 
-def test_googletest_is_for_the_tests_alone(setup):
+def test_only_the_tests_need_googletest(setup):
     _, installed = setup("study")
     assert not any("libgtest-dev" in line for line in installed)
     _, installed = setup("test")

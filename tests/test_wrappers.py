@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import vmoe_routers as vr
+from vmoe_routers.models import vit_moe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed's own, about a group of one process
 
@@ -69,6 +70,23 @@ def test_fsdp2_from_the_meta_device(mesh):
     for gradient in gradients(model, torch.randn(4, 6, 8)):
         assert gradient.isfinite().all()
     assert vr.aux_loss(model) == 0
+
+
+def test_fsdp2_of_a_model_from_the_meta_device(mesh):
+    options = {"embed_dim": 16, "depth": 2, "num_heads": 2, "num_experts": 3, "global_pool": "map", "same_init": True}
+    torch.manual_seed(3)
+    wanted = vit_moe(8, 2, 1, 5, **options, router="soft").state_dict()
+    with torch.device("meta"):
+        model = vit_moe(8, 2, 1, 5, **options, router="soft")
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.init_weights()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.full_tensor(), wanted[name]), name
+    model(torch.randn(2, 1, 8, 8)).sum().backward()
 
 
 @pytest.mark.parametrize("router", vr.ROUTERS)

@@ -1,4 +1,4 @@
-"""The command line: ``vmoe-routers study``, ``vmoe-routers convert``. A new command is one entry of `COMMANDS`."""
+"""The command line. A new command is one entry of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -134,6 +134,22 @@ COMMANDS = {
         example="vmoe-routers train --data photos --recipe photos --output runs/photos",
         run=_train,
         prepare=_add_recipes,
+    ),
+    "eval": Command(
+        "vmoe_routers.training.evaluate:evaluate",
+        help="evaluate a model: accuracy, calibration, classes, routing; or its throughput",
+        description="Evaluates a model on the test images of a data set: top-1, top-5, loss, calibration error, a "
+        "table of the classes, and how its routers use the experts. --benchmark times it instead.",
+        example="vmoe-routers eval --model runs/photos/model --data photos --output evaluation",
+        hidden=("console",),
+    ),
+    "fewshot": Command(
+        "vmoe_routers.training.probes:few_shot",
+        help="fit a probe to the features of a model, on a few images per class or on all",
+        description="Fits a linear classifier to the features before the head of a model, which stays as it is: ridge "
+        "regression on a few images per class, or logistic regression on all (--probe linear).",
+        example="vmoe-routers fewshot --model runs/photos/model --data flowers --shots 1,5,10 --seeds 0,1,2",
+        hidden=("console",),
     ),
     "convert": Command(
         "vmoe_routers.checkpoints.convert:convert",

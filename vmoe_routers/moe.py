@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_routers.experts import ExpertList, Experts, GeluTanh, check_drop
-from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._checks import Check, traced_size
 from vmoe_routers.pending import PendingLosses, total_loss
 from vmoe_routers.routers import RouterFactory, Routing, create_router
 
@@ -93,6 +93,15 @@ class MoEMlp(nn.Module):
         self._end_compiled_losses()
         self.register_load_state_dict_post_hook(_after_loading)
 
+    def reset_parameters(self) -> None:
+        """Draws router and experts again, in the order of construction.
+
+        Raises:
+            TypeError: One of them has a module with parameters, but without `reset_parameters`.
+        """
+        _reset(self.router)
+        _reset(self.experts)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps tokens x [B, T, D] to [B, T, D']; mask [B, T] bool, True = real token.
 
@@ -135,6 +144,7 @@ class MoEMlp(nn.Module):
 
     def _forward_groups(self, x: Tensor, mask: Tensor | None, images: int) -> Tensor:
         batch, tokens, width = x.shape
+        tokens = traced_size(tokens)  # the capacity of a traced layer fits this number alone: another one must fail
         groups = batch // images
         x = x.reshape(groups, images * tokens, width)
         if torch.compiler.is_exporting():
@@ -149,6 +159,10 @@ class MoEMlp(nn.Module):
             Check("MoEMlp").shape("the output of the routing", y, (*x.shape[:2], y.shape[2]), "G, T, D")
         y = y.reshape(batch, tokens, y.shape[-1])
         if self.training and any(routing.loss_weights.values()):
+            if torch.jit.is_tracing():
+                raise RuntimeError(
+                    "MoEMlp: torch.jit.trace keeps no auxiliary loss: call eval() before tracing, or use torch.compile"
+                )
             replica = getattr(self, "_is_replica", False)  # set by nn.DataParallel
             y = self.pending_losses.add(y, lambda: routing.aux_loss, groups, replica)
         return y
@@ -175,7 +189,7 @@ class MoEMlp(nn.Module):
         self._end_compiled_losses()
 
     def no_weight_decay(self) -> set[str]:
-        """Names the parameters that optimizers should not decay: biases and norms of the experts, and scales."""
+        """Names the parameters that optimizers should not decay: biases and norms of the experts."""
         parts = {"router": self.router, "experts": self.experts}
         return {
             f"{part}.{name}" for part, module in parts.items() for name in getattr(module, "no_weight_decay", set)()
@@ -188,6 +202,18 @@ class MoEMlp(nn.Module):
 
 def _after_loading(layer: MoEMlp, keys: object) -> None:
     layer._follow_parameters()  # load_state_dict(assign=True) replaces parameters
+
+
+def _reset(module: nn.Module) -> None:
+    """Calls `reset_parameters` of a module, or else of its parts."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
+        return
+    if next(module.parameters(recurse=False), None) is not None:
+        raise TypeError(f"MoEMlp: {type(module).__name__} has parameters, but no reset_parameters to draw them again")
+    for part in module.children():
+        _reset(part)
 
 
 def _own_router(router: nn.Module | RouterFactory, dim: int, num_experts: int, options: dict[str, Any]) -> nn.Module:

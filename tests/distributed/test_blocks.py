@@ -9,6 +9,7 @@ import torch
 from models import apart, batch, gradients, loss_of, mine, vit
 from ranks import run
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,6 +77,46 @@ def test_compiled_checkpointed_block_is_one_graph():
     assert (graphs, breaks) == (1, 0)
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = vr.MoEMlp(8, num_experts=4, router="soft")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(x)
+
+
+class Stages(nn.Module):
+    """Blocks in stages, as hierarchical models have them; the second stage has no experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        first = nn.Sequential(nn.LayerNorm(8), Residual(), Residual())
+        self.stages = nn.ModuleList([nn.ModuleDict({"layers": first}), nn.ModuleDict({"layers": nn.LayerNorm(8)})])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            x = stage["layers"](x)
+        return x
+
+
+def stages() -> tuple[list[str], float]:
+    x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
+    alone, model = Stages().double(), Stages().double()
+    alone(x.double()).square().mean().backward()
+    parallelize(model, Meshes.make("cpu", ep=2))
+    model(mine(x.double())[0]).square().mean().backward()
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    return units, apart(gradients(model), gradients(alone))
+
+
+def test_blocks_are_found_in_stages():
+    units, difference = run(2, stages)[0]
+    assert units == ["", *(f"stages.0.layers.{i}" for i in range(3))]
+    assert difference < 1e-10
+
+
 class Scalar(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +126,7 @@ class Scalar(nn.Module):
 
 REFUSED = {
     "ddp": "TypeError: parallelize: model must not be wrapped by DistributedDataParallel",
-    "no blocks": "ValueError: parallelize: Linear has no attribute blocks, wanted the argument blocks",
+    "no blocks": "ValueError: parallelize: no blocks found in Linear, give the argument blocks",
     "other blocks": "ValueError: parallelize: blocks must be modules of the model, got 1 modules",
     "missing block": "ValueError: parallelize: every MoEMlp must be in one of blocks, got blocks.1.mlp",
     "scalar": "ValueError: parallelize: a parameter must have an axis to be sharded, got the scalar temperature",

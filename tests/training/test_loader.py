@@ -1,6 +1,7 @@
 """Batches: a function of seed and step, whatever the workers, the first step and the ranks; unreadable images."""
 
 import os
+import pickle
 import random
 import signal
 import time
@@ -20,6 +21,8 @@ from vmoe_routers.training import (
     open_data,
     training_batches,
 )
+from vmoe_routers.training.loader import _Draws, _Reader
+from vmoe_routers.training.stream import Order
 
 STRONG = Augmentation(image_size=8, rand_augment="rand-m9-mstd0.5-inc1", erasing=0.5, scale=(0.3, 1.0))
 SIMPLE = Augmentation(image_size=8, scale=None, shift=1, normalization="none", crop_pct=1.0)
@@ -81,6 +84,13 @@ def test_batches_of_pictures(undisturbed):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(undisturbed, workers):
     assert same(undisturbed, train(Numbers(), workers=workers))
+
+
+def test_workers_that_get_a_pickled_copy(undisturbed):
+    """As on systems where processes are not forked."""
+    reader = pickle.loads(pickle.dumps(_Reader(Numbers(), Transform(STRONG, training=True), 5, "stop")))
+    draws = next(iter(_Draws(Order(20, 6, 5), slice(0, 6), 0, 1)))
+    assert torch.equal(reader.transform.normalize(reader[draws].images), undisturbed[0].images)
 
 
 @pytest.mark.parametrize("first_step", [1, 5, 7])

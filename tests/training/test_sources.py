@@ -221,7 +221,8 @@ def test_huggingface_refuses(tmp_path, datasets):
     refused(tmp_path / "one", "one: wanted the splits train and validation or test, got train$")
     tables(datasets, tmp_path, label=datasets.Value("int64")).save_to_disk(tmp_path / "numbers")
     refused(tmp_path / "numbers", r"and one of type ClassLabel, got label .Value., image .Image.$")
-    rows = {"label": [0, None], "image": [{"bytes": b"no picture", "path": "a.png"}, None]}
+    picture_row = {"bytes": raw_picture(0), "path": None}
+    rows = {"label": [0, 0, -1], "image": [{"bytes": b"no picture", "path": "a.png"}, None, picture_row]}
     table = datasets.Dataset.from_dict(rows, features=found["train"].features)
     datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "bad")
     data = open_data(str(tmp_path / "bad"))
@@ -229,6 +230,8 @@ def test_huggingface_refuses(tmp_path, datasets):
         data.train[0]
     with pytest.raises(DataError, match="bad test, row 1: has no image"):
         data.test[1]
+    with pytest.raises(DataError, match="bad test, row 2: has no label"):
+        data.test[2]
     (tmp_path / "bad" / "train" / "state.json").write_text("{")
     refused(tmp_path / "bad", "bad: cannot be loaded: ")
 

@@ -47,7 +47,8 @@ def parallelize(
     Args:
         model: The model, not wrapped by DDP, on the CPU or its device.
         meshes: The arrangement of the ranks. With ``ep > 1`` the experts of every `MoEMlp` are distributed.
-        blocks: The modules that are gathered, checkpointed and compiled one by one; None: ``model.blocks``.
+        blocks: The modules that are gathered, checkpointed and compiled one by one. None: ``model.blocks``, or without
+            this attribute the entries of every nn.Sequential or nn.ModuleList with a MoE layer in an entry.
         param_dtype: Dtype of parameters and inputs in forward and backward, such as torch.bfloat16; None: theirs.
             Routing computes in float32 from the rounded parameters.
         reduce_dtype: Dtype in which gradients are summed over ranks, if `param_dtype` is given.
@@ -97,13 +98,11 @@ def _checked(model: nn.Module, blocks: Iterable[nn.Module] | None, ep: int) -> l
     """Checks that the model can be sharded, and lists its blocks."""
     if isinstance(model, DistributedDataParallel):
         raise TypeError("parallelize: model must not be wrapped by DistributedDataParallel; give its attribute module")
-    if blocks is None:
-        blocks = getattr(model, "blocks", None)
-        if blocks is None:
-            raise ValueError(f"parallelize: {type(model).__name__} has no attribute blocks, wanted the argument blocks")
-    blocks = list(blocks)
+    blocks = list(_blocks(model) if blocks is None else blocks)
     inside = {module for block in blocks for module in block.modules()}
-    if not blocks or not inside <= set(model.modules()):
+    if not blocks:
+        raise ValueError(f"parallelize: no blocks found in {type(model).__name__}, give the argument blocks")
+    if not inside <= set(model.modules()):
         raise ValueError(f"parallelize: blocks must be modules of the model, got {len(blocks)} modules")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
@@ -116,6 +115,21 @@ def _checked(model: nn.Module, blocks: Iterable[nn.Module] | None, ep: int) -> l
             if layer not in inside:
                 raise ValueError(f"parallelize: every MoEMlp must be in one of blocks, got {name} outside of them")
     return blocks
+
+
+def _blocks(model: nn.Module) -> Iterable[nn.Module]:
+    """Finds the blocks: ``model.blocks``, or the entries of the innermost lists around the MoE layers."""
+    blocks = getattr(model, "blocks", None)
+    if blocks is not None:
+        return blocks
+    found: dict[nn.Module, None] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoEMlp):
+            parts = name.split(".")
+            around = [model.get_submodule(".".join(parts[:i])) for i in reversed(range(len(parts)))]
+            inner = next((module for module in around if isinstance(module, (nn.Sequential, nn.ModuleList))), ())
+            found.update(dict.fromkeys(inner))
+    return found
 
 
 def _check_equal(model: nn.Module, meshes: Meshes) -> None:

@@ -10,7 +10,8 @@ from timm.models.vision_transformer import VisionTransformer, global_pool_nlc
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vmoe_routers.moe import no_weight_decay
+from vmoe_routers.models.init import init_trunk
+from vmoe_routers.moe import MoEMlp, no_weight_decay
 
 _MASKED = -3e4
 """Score of a masked token: exp(-3e4) is 0, and -3e4 is finite in every dtype, so a fully masked row has no NaN."""
@@ -77,6 +78,30 @@ class MoEVisionTransformer(VisionTransformer):
         """Maps the encoder's tokens to logits; to the values before the last layer with `pre_logits`."""
         x = self.head_drop(self.fc_norm(self.pool(x, mask=mask)))
         return x if pre_logits else self.head(x)
+
+    def init_weights(self, mode: str = "", **kwargs: Any) -> None:
+        """Draws the model again as `vit_moe` does, for example after the meta device and `to_empty`.
+
+        `reset_parameters` of the trunk's modules draws as torch does; a later call of this method undoes that.
+
+        Args:
+            mode, kwargs: timm's, for a model that `vit_moe` did not make.
+
+        Raises:
+            ValueError: `mode` is another scheme than that of `vit_moe`.
+            TypeError: A router or an expert has parameters, but no `reset_parameters`.
+        """
+        config = getattr(self, "moe_config", None)
+        if config is None:
+            super().init_weights(mode, **kwargs)
+            return
+        if mode not in ("", "reset"):
+            raise ValueError(f'MoEVisionTransformer: mode must be "" for a model of vit_moe, got {mode!r}')
+        init_trunk(self, config)
+        for block in self.blocks:
+            mlp = block.get_submodule("mlp")
+            if isinstance(mlp, MoEMlp):
+                mlp.reset_parameters()
 
     def no_weight_decay(self) -> set[str]:
         """Names the parameters that optimizers should not decay, as timm's factory asks for them."""

@@ -15,10 +15,11 @@ from numbers import Integral, Number
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vmoe_routers.experts import GeluTanh
 from vmoe_routers.models.blocks import MoEBlock
+from vmoe_routers.models.init import init_trunk
 from vmoe_routers.models.transformer import MoEVisionTransformer
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.ops._checks import Check
@@ -108,7 +109,8 @@ def vit_moe(
     start at 0.
 
     The trunk is drawn before the MoE layers: with one `torch.manual_seed`, all routers and the dense model start from
-    the same trunk.
+    the same trunk. `model.init_weights()` draws the model again, the same numbers for the same seed: make a model on
+    the meta device, shard it, call `to_empty`, and then `init_weights`.
 
     The model keeps these arguments as `moe_config`, which `vmoe_routers.checkpoints.save_pretrained` writes.
 
@@ -143,45 +145,13 @@ def vit_moe(
     given = dict(locals())
     options = {name: plain(value) for name, value in given.pop("router_options").items()}
     c = _checked(given, options)
-    image, patch = _pair("img_size", img_size), _pair("patch_size", patch_size)
     moe_at = () if router is None else moe_block_indices(c["depth"], c["moe_blocks"])
-
-    model = MoEVisionTransformer(
-        img_size=image,
-        patch_size=patch,
-        in_chans=c["in_chans"],
-        num_classes=c["num_classes"],
-        embed_dim=c["embed_dim"],
-        depth=c["depth"],
-        num_heads=c["num_heads"],
-        mlp_ratio=c["mlp_ratio"],
-        global_pool=cast(Any, global_pool),  # timm annotates a Literal
-        class_token=global_pool == "token",
-        fc_norm=False,  # normalise before the pooling, also for "avg"
-        no_embed_class=pos_embed == "sincos",  # only a learned table has a row for the class token
-        drop_rate=c["drop_rate"],
-        proj_drop_rate=c["proj_drop_rate"],
-        drop_path_rate=c["drop_path_rate"],
-        dynamic_img_size=dynamic_img_size,
-        block_fn=MoEBlock,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        act_layer=GeluTanh,
-        weight_init="skip",
-    )
+    device = torch.get_default_device()
+    with torch.device("meta"):  # without values, so that only `init_trunk` draws, here and in `model.init_weights`
+        model = _trunk(c)
+    model.to_empty(device=device)
+    init_trunk(model, c)
     setattr(model, "moe_config", {**c, **options})  # noqa: B010  (timm's class declares none)
-    blocks: Any = model.blocks
-    if pre_logits:  # timm calls fc_norm between pooling and head
-        model.fc_norm = nn.Sequential(OrderedDict(dense=nn.Linear(c["embed_dim"], c["embed_dim"]), act=nn.Tanh()))
-    if qk_norm:
-        for attention in [block.attn for block in blocks] + ([model.attn_pool] if global_pool == "map" else []):
-            attention.q_norm = nn.LayerNorm(c["embed_dim"] // c["num_heads"], eps=1e-6, bias=False)
-            attention.k_norm = nn.LayerNorm(c["embed_dim"] // c["num_heads"], eps=1e-6, bias=False)
-    if pos_embed == "sincos":
-        grid = image[0] // patch[0], image[1] // patch[1]
-        del model.pos_embed
-        model.register_buffer("pos_embed", _sincos_positions(*grid, c["embed_dim"]))
-    _init_trunk(model, pos_embed_std)
-
     if router is None:
         return model
     if needs_num_tokens(router, options):
@@ -190,7 +160,8 @@ def vit_moe(
         options["num_tokens"] = tokens * c["group_size"]
     setattr(model, "moe_config", {**c, **options})  # noqa: B010
     for i in moe_at:
-        blocks[i].mlp = MoEMlp(
+        block: Any = model.blocks[i]
+        block.mlp = MoEMlp(
             c["embed_dim"],
             int(c["embed_dim"] * c["mlp_ratio"]),
             act_layer=GeluTanh,
@@ -200,6 +171,45 @@ def vit_moe(
             group_size=c["group_size"],
             **options,
         )
+    return model
+
+
+def _trunk(c: dict[str, Any]) -> MoEVisionTransformer:
+    """Makes the dense model, whose values are not the initial values."""
+    width, heads, global_pool = c["embed_dim"], c["num_heads"], c["global_pool"]
+    model = MoEVisionTransformer(
+        img_size=c["img_size"],
+        patch_size=c["patch_size"],
+        in_chans=c["in_chans"],
+        num_classes=c["num_classes"],
+        embed_dim=width,
+        depth=c["depth"],
+        num_heads=heads,
+        mlp_ratio=c["mlp_ratio"],
+        global_pool=global_pool,
+        class_token=global_pool == "token",
+        fc_norm=False,  # normalise before the pooling, also for "avg"
+        no_embed_class=c["pos_embed"] == "sincos",  # only a learned table has a row for the class token
+        drop_rate=c["drop_rate"],
+        proj_drop_rate=c["proj_drop_rate"],
+        drop_path_rate=c["drop_path_rate"],
+        dynamic_img_size=c["dynamic_img_size"],
+        block_fn=MoEBlock,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        act_layer=GeluTanh,
+        weight_init="skip",
+    )
+    if c["pre_logits"]:  # timm calls fc_norm between pooling and head
+        model.fc_norm = nn.Sequential(OrderedDict(dense=nn.Linear(width, width), act=nn.Tanh()))
+    if c["qk_norm"]:
+        blocks: Any = model.blocks
+        for attention in [block.attn for block in blocks] + ([model.attn_pool] if global_pool == "map" else []):
+            attention.q_norm = nn.LayerNorm(width // heads, eps=1e-6, bias=False)
+            attention.k_norm = nn.LayerNorm(width // heads, eps=1e-6, bias=False)
+    if c["pos_embed"] == "sincos":
+        learned: Any = model.pos_embed
+        del model.pos_embed
+        model.register_buffer("pos_embed", torch.empty_like(learned))
     return model
 
 
@@ -228,6 +238,10 @@ def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"vit_moe: mlp_ratio is {c['mlp_ratio']}, wanted a hidden width of at least 1")
     check.choice("global_pool", c["global_pool"], POOLINGS)
     check.choice("pos_embed", c["pos_embed"], POSITIONS)
+    if c["pos_embed"] == "sincos" and (c["embed_dim"] % 4 or c["embed_dim"] < 8):
+        raise ValueError(
+            f'vit_moe: embed_dim is {c["embed_dim"]}, wanted a multiple of 4, at least 8, for pos_embed "sincos"'
+        )
     for name in ("qk_norm", "pre_logits", "dynamic_img_size"):
         check.flag(name, c[name])
     for name in ("pos_embed_std", "drop_rate", "proj_drop_rate", "drop_path_rate"):
@@ -268,40 +282,3 @@ def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
     if len(pair) != 2 or not whole:
         raise ValueError(f"vit_moe: {name} is {size!r}, wanted a positive int or a pair of them")
     return int(pair[0]), int(pair[1])
-
-
-def _sincos_positions(height: int, width: int, dim: int) -> Tensor:
-    """Computes the table [1, height * width, dim]: sin x, cos x, sin y, cos y, a quarter of the width each."""
-    if dim % 4 or dim < 8:
-        raise ValueError(f'vit_moe: embed_dim is {dim}, wanted a multiple of 4, at least 8, for pos_embed "sincos"')
-    frequency = 10_000.0 ** -torch.linspace(0, 1, dim // 4, dtype=torch.float64)
-    y, x = (torch.arange(n, dtype=torch.float64)[:, None] * frequency for n in (height, width))
-    y = y[:, None].expand(-1, width, -1)
-    x = x[None, :].expand(height, -1, -1)
-    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
-    return table.reshape(1, height * width, dim).to(torch.get_default_dtype())
-
-
-@torch.no_grad()
-def _init_trunk(model: Any, pos_embed_std: float) -> None:
-    """Initialises all parameters except those of LayerNorm (1 and 0) as the reference models do."""
-    fused = {"qkv": 3, "kv": 2}  # kernels that are stored as one and drawn separately
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            for kernel in module.weight.chunk(fused.get(name.rpartition(".")[2], 1)):
-                nn.init.xavier_uniform_(kernel)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    patch = model.patch_embed.proj
-    # Truncating a normal distribution at two standard deviations multiplies its standard deviation by 0.8796.
-    std = patch.weight[0].numel() ** -0.5 / 0.87962566103423978
-    nn.init.trunc_normal_(patch.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(patch.bias)
-    if isinstance(model.pos_embed, nn.Parameter):
-        nn.init.normal_(model.pos_embed, std=pos_embed_std)
-    if model.cls_token is not None:
-        nn.init.zeros_(model.cls_token)
-    if model.attn_pool is not None:
-        nn.init.xavier_uniform_(model.attn_pool.latent[0])
-    if isinstance(model.head, nn.Linear):
-        nn.init.zeros_(model.head.weight)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vmoe_routers.ops._dtypes import FLOATS
+
+
+def traced_size(value: Any) -> Any:
+    """Makes a number of a size that torch.jit.trace gives as a tensor; returns any other value."""
+    return int(value) if torch.jit.is_tracing() and isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 class Check:
@@ -72,7 +78,8 @@ class Check:
         return mask
 
     def integer(self, name: str, value: object, low: int, high: int | None = None) -> int:
-        """Checks that `value` is an integer (also numpy's), ``low <= value <= high``."""
+        """Checks that `value` is an integer (also numpy's, or a size in torch.jit.trace), ``low <= value <= high``."""
+        value = traced_size(value)
         # A SymInt is not converted: int(value) would specialise a symbolic size of torch.compile.
         if not isinstance(value, (int, torch.SymInt)) and isinstance(value, Integral):
             value = int(value)

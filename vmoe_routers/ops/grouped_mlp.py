@@ -72,7 +72,9 @@ def grouped_mlp_unchecked(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, filled: Tensor | None
 ) -> Tensor:
     """Runs `grouped_mlp` without checks."""
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
+    # A program of torch.jit.trace may run with and without gradients.
+    traced = torch.jit.is_tracing()
+    save = traced or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)))
     return call(torch.ops.vmoe_routers.grouped_mlp.default, x, w1, b1, w2, b2, filled, act, save)[0]
 
 

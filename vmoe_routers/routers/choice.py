@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._checks import Check, traced_size
 from vmoe_routers.ops.assign_slots import assign_slots_unchecked
 from vmoe_routers.ops.combine import combine_unchecked
 from vmoe_routers.ops.dispatch import dispatch_unchecked
@@ -140,7 +140,7 @@ def expert_choice(
     selecting, weighing = _check_gates(check, gates, weights, mask)
     capacity = check.integer("capacity", capacity, 1)
     check.flag("renormalize", renormalize)
-    capacity = cast(int, torch.sym_min(capacity, selecting.source.shape[1]))
+    capacity = cast(int, torch.sym_min(capacity, traced_size(selecting.source.shape[1])))
     return expert_choice_unchecked(selecting, weighing, capacity, renormalize, mask, losses or {}, loss_weights or {})
 
 

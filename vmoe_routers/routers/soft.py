@@ -142,10 +142,6 @@ class SoftRouter(nn.Module):
                 state_dict[f"{prefix}logits.{name}"] = value.reshape(1) if value.ndim == 0 else value
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names the scale, which optimizers should not decay."""
-        return {"logits.scale"}
-
     def slots(self, tokens: int) -> int:
         """Gives C, the slots per expert, which the shape of Phi fixes for any number of tokens."""
         return self.slots_per_expert

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._checks import Check, traced_size
 from vmoe_routers.ops._dtypes import compute_dtype, fill_masked, without_autocast
 from vmoe_routers.routers import losses
 from vmoe_routers.routers.affinity import Affinity, Softmax
@@ -235,7 +235,7 @@ class TokenChoiceRouter(SparseRouter):
         return super().slots(tokens * self.top_k)
 
     def _route(self, logits, noisy, noise_std, mask):
-        slots = self.slots(logits.shape[1])
+        slots = self.slots(traced_size(logits.shape[1]))
         selecting, weighing = self._gates(logits, noisy, slots, mask)
         terms = self._losses(logits, noisy, noise_std, self.top_k, mask)
         return token_choice_unchecked(
@@ -294,7 +294,7 @@ class ExpertChoiceRouter(SparseRouter):
         return cast(int, torch.sym_max(1, torch.sym_min(super().slots(tokens), tokens)))
 
     def _route(self, logits, noisy, noise_std, mask):
-        tokens = logits.shape[1]
+        tokens = traced_size(logits.shape[1])
         slots = cast(int, torch.sym_min(self.slots(tokens), tokens))
         selecting, weighing = self._gates(logits, noisy, slots, mask)
         terms = self._losses(logits, noisy, noise_std, 1, mask)

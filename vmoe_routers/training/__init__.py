@@ -2,11 +2,13 @@
 
 from vmoe_routers.training.data import Images, load
 from vmoe_routers.training.error import DataError
+from vmoe_routers.training.evaluate import evaluate
 from vmoe_routers.training.evaluation import Evaluation, evaluate_model
 from vmoe_routers.training.fewshot import few_shot_accuracy
 from vmoe_routers.training.loader import Batch, Batches, evaluation_batches, training_batches
 from vmoe_routers.training.models import load_model
 from vmoe_routers.training.optimisation import Optimisation
+from vmoe_routers.training.probes import few_shot
 from vmoe_routers.training.recipes import RECIPES
 from vmoe_routers.training.samples import Data, Pictures, Samples, Tensors
 from vmoe_routers.training.settings import TrainSettings
@@ -34,8 +36,10 @@ __all__ = [
     "TrainingError",
     "Transform",
     "default_augmentation",
+    "evaluate",
     "evaluate_model",
     "evaluation_batches",
+    "few_shot",
     "few_shot_accuracy",
     "load",
     "load_model",

@@ -29,7 +29,7 @@ class Rows:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         row = self.table[index]
         image, label = row[self.image], row[self.label]
-        if image is None or label is None:
+        if image is None or label is None or label < 0:  # -1 is a label that is not known
             raise DataError(f"{self.name}, row {index}: has no {self.image if image is None else self.label}")
         if image["bytes"] is None:
             return read_picture(image["path"]), label

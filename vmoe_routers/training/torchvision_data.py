@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.samples import Data, Tensors
@@ -68,7 +69,8 @@ def _open(kind: Any, name: str, root: Path, arguments: dict[str, Any]) -> Any:
         arguments = {**arguments, "download": True}
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return kind(root, **arguments)
+        with FileLock(root / f"{name}.lock"):  # one process downloads, and the next ones find the files
+            return kind(root, **arguments)
     except Exception as error:  # torchvision raises RuntimeError, URLError and more
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"torchvision:{name}: not in {root}, and cannot be downloaded: {reason}") from error

@@ -193,10 +193,12 @@ class Transform:
 
     def normalize(self, images: Tensor) -> Tensor:
         """The model's input: float32 [N, channels, height, width] from uint8 or from float32 in [0, 1]."""
-        images = images.float().div_(255) if images.dtype == torch.uint8 else images
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        is_new = images.dtype == torch.uint8
+        images = images.float().div_(255) if is_new else images
         if self.augmentation.normalization == "none":
             return images
-        return (images - self.mean.to(images.device)).div_(self.std.to(images.device))
+        return (images.sub_(mean) if is_new else images - mean).div_(std)
 
     def _make_pipeline(self) -> Pipeline:
         from timm.data.transforms_factory import create_transform
@@ -284,8 +286,23 @@ class _Erasing:
         self.mean, self.std = mean, std
 
     def __call__(self, image: Tensor) -> Tensor:
-        fill = self.erase(torch.full(image.shape, torch.nan))
-        return torch.where(fill.isnan(), image, ((fill * self.std + self.mean) * 255).round_().clamp_(0, 255).byte())
+        self.erase(_Canvas(image, self.mean, self.std))
+        return image
+
+
+class _Canvas:
+    """An image of uint8 pixels that timm fills with normalized ones."""
+
+    dtype = torch.float32
+
+    def __init__(self, image: Tensor, mean: Tensor, std: Tensor):
+        self.image, self.mean, self.std = image, mean, std
+
+    def size(self) -> torch.Size:
+        return self.image.size()
+
+    def __setitem__(self, where: Any, fill: Tensor) -> None:
+        self.image[where] = ((fill * self.std + self.mean) * 255).round_().clamp_(0, 255).byte()
 
 
 class Mixing:

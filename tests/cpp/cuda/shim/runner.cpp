@@ -61,7 +61,6 @@ struct Fiber {
   int groups = 0;
 
   std::unique_ptr<char, int (*)(char*)> stack{nullptr, [](char* p) { return munmap(p, kStack); }};
-  ucontext_t start;
   void* registers[5];
   void* fake_stack = nullptr;  // of ASan
 };
@@ -132,30 +131,39 @@ __attribute__((noinline, no_sanitize("address"))) void jump(void** from, void** 
 
 void to_scheduler() {
 #if defined(__SANITIZE_ADDRESS__)
-  const bool last = current->state == State::kDone;
-  __sanitizer_start_switch_fiber(
-      last ? nullptr : &current->fake_stack, scheduler_stack, scheduler_stack_size);
+  __sanitizer_start_switch_fiber(&current->fake_stack, scheduler_stack, scheduler_stack_size);
 #endif
   jump(current->registers, scheduler_registers);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(current->fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(current->fake_stack, &scheduler_stack, &scheduler_stack_size);
 #endif
 }
 
+// A fiber runs one thread after another, because starting a fiber takes two system calls.
 void run_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
-  (*body)();
-  current->state = State::kDone;
-  to_scheduler();
+  while (true) {
+    (*body)();
+    current->state = State::kDone;
+    to_scheduler();
+  }
 }
 
 __attribute__((noinline, no_sanitize("address"))) void enter(Fiber& fiber) {
   if (__builtin_setjmp(scheduler_registers) != 0) return;
   if (fiber.started) go(fiber.registers);
   fiber.started = true;
-  setcontext(&fiber.start);
+  ucontext_t start;
+  getcontext(&start);
+  // Stacks that began at the same offset in a page would share a few sets of the cache.
+  const size_t offset = (&fiber - block->fibers.data()) % 32 * 128;
+  start.uc_stack.ss_sp = fiber.stack.get();
+  start.uc_stack.ss_size = kStack - offset;
+  start.uc_link = nullptr;
+  makecontext(&start, run_fiber, 0);
+  setcontext(&start);
 }
 
 void resume(Fiber& fiber) {
@@ -245,23 +253,18 @@ void release_warp(size_t first) {
 // Completes the barrier of the block if all threads have arrived.
 void release_block() {
   std::vector<Fiber>& fibers = block->fibers;
-  const auto in = [&](State state) {
-    const auto end = fibers.begin() + static_cast<int64_t>(block_size);
-    return static_cast<size_t>(
-        std::count_if(fibers.begin(), end, [&](const Fiber& f) { return f.state == state; }));
-  };
-  const size_t at_barrier = in(State::kBlock);
-  if (at_barrier > 0 && in(State::kDone) > 0) {
-    fail("a barrier that not all threads of the block reach");
-  }
-  if (at_barrier < block_size) return;
+  size_t at_barrier = 0, done = 0;
   uint64_t sum = 0;
+  for (size_t i = 0; i < block_size; ++i) {
+    at_barrier += fibers[i].state == State::kBlock;
+    done += fibers[i].state == State::kDone;
+    sum += fibers[i].value;
+  }
+  if (at_barrier > 0 && done > 0) fail("a barrier that not all threads of the block reach");
+  if (at_barrier < block_size) return;
   for (size_t i = 0; i < block_size; ++i) {
     if (fibers[i].barrier != fibers[0].barrier)
       fail("threads of a block are at different barriers");
-    sum += fibers[i].value;
-  }
-  for (size_t i = 0; i < block_size; ++i) {
     fibers[i].state = State::kReady;
     fibers[i].result = sum;
   }
@@ -301,17 +304,11 @@ void prepare(Fiber& fiber, size_t i) {
     memcpy(fiber.stack.get(), &kCanary, sizeof(kCanary));
   }
   fiber.state = State::kReady;
-  fiber.started = false;
   fiber.changes = 0;
   fiber.copies.clear();
   fiber.groups = 0;
   const auto x = static_cast<unsigned>(i);
   fiber.index = {x % blockDim.x, x / blockDim.x % blockDim.y, x / blockDim.x / blockDim.y};
-  getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = fiber.stack.get();
-  fiber.start.uc_stack.ss_size = kStack;
-  fiber.start.uc_link = nullptr;
-  makecontext(&fiber.start, run_fiber, 0);
 }
 
 void perform(const Copy& copy) {
@@ -328,24 +325,20 @@ class Order {
   explicit Order(size_t size) : order_(size) {
     for (size_t i = 0; i < size; ++i) {
       order_[i] = schedule == Schedule::kBackward ? size - 1 - i : i;
+      if (i == 0 || order_[i] / 32 != warps_.back().front() / 32) warps_.emplace_back();
+      warps_.back().push_back(order_[i]);
     }
   }
   const std::vector<size_t>& next() {
     if (schedule == Schedule::kShuffled) std::shuffle(order_.begin(), order_.end(), random_);
     return order_;
   }
-  // The order of threads, divided into warps.
-  std::vector<std::vector<size_t>> warps() const {
-    std::vector<std::vector<size_t>> warps;
-    for (const size_t i : order_) {
-      if (warps.empty() || warps.back().front() / 32 != i / 32) warps.emplace_back();
-      warps.back().push_back(i);
-    }
-    return warps;
-  }
+  // The first order of the threads, divided into warps.
+  const std::vector<std::vector<size_t>>& warps() const { return warps_; }
 
  private:
   std::vector<size_t> order_;
+  std::vector<std::vector<size_t>> warps_;
   std::mt19937 random_{1};
 };
 

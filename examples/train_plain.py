@@ -1,0 +1,28 @@
+"""A plain training loop with `aux_loss`, on handwritten digits of 8 x 8 pixels.
+
+python examples/train_plain.py
+"""
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+import vmoe_routers as vr
+from vmoe_routers.models import vit_moe
+
+if __name__ == "__main__":
+    images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    data = TensorDataset(images[:640].float().reshape(-1, 1, 8, 8) / 8 - 1, labels[:640])
+    model = vit_moe(8, 2, 1, 10, embed_dim=48, depth=2, num_heads=4, router="softmax_token_choice", num_experts=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(2):
+        for images, labels in DataLoader(data, batch_size=32, shuffle=True):
+            loss = F.cross_entropy(model(images), labels)
+            (loss + vr.aux_loss(model)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    images, labels = data[:]
+    with torch.no_grad():
+        accuracy = (model.eval()(images).argmax(1) == labels).float().mean().item()
+    print(f"accuracy {accuracy:.2f}")

@@ -1,0 +1,77 @@
+"""Tables and files of evaluations."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vmoe_routers.files import write_whole
+from vmoe_routers.training.evaluation import Evaluation
+
+_LOWEST = 3  # classes that are named
+_LAYERS = ("utilisation", "dropped", "load_cv", "entropy", "dead_experts")
+
+
+def make_table(*columns: str) -> Table:
+    """An empty table of numbers; its first column has names."""
+    table = Table(box=None, header_style="", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def print_evaluation(found: Evaluation, classes: Sequence[str], console: Console) -> None:
+    """Prints the means, the metrics of the MoE layers, and the classes with the lowest accuracy."""
+    table = make_table("top-1", "top-5", "loss", "calibration error", "images/s")
+    table.columns[0].justify = "right"
+    means = (found.top1, found.top5, found.loss, found.calibration_error)
+    table.add_row(*(f"{value:.4f}" for value in means), f"{found.images_per_second:.0f}")
+    console.print(table)
+    if found.layers:
+        table = make_table("MoE layer", *(name.replace("_", " ") for name in _LAYERS))
+        for name, metrics in found.layers.items():
+            *shares, dead = (metrics[key] for key in _LAYERS)
+            table.add_row(name, *(f"{value:.3f}" for value in shares), str(dead))
+        console.print(table)
+    seen = [(row["top1"], name) for row, name in zip(found.classes, classes, strict=True) if row["images"]]
+    lowest = ", ".join(f"{name} {top1:.3f}" for top1, name in sorted(seen)[:_LOWEST])
+    console.print(f"lowest top-1: {lowest}", soft_wrap=True)
+
+
+def class_rows(found: Evaluation, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The table of the classes, with their names."""
+    return [{"class": name, **row} for name, row in zip(classes, found.classes, strict=True)]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes values to a file. Its folder is created if missing.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(values, indent=1, default=str) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of equal columns to a file. None becomes an empty field.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, write)

@@ -1,0 +1,165 @@
+"""Subject: a model with the data on which it is measured, and the way from images to its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from torch import nn
+
+from vmoe_routers.options import OptionError
+from vmoe_routers.training.models import load_model
+from vmoe_routers.training.samples import Data
+from vmoe_routers.training.sources import open_data
+from vmoe_routers.training.transforms import NORMALIZATIONS, Augmentation, Transform, default_augmentation
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SETTINGS = "settings.yaml"  # that `train` writes beside the folder of the model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its data.
+
+    Attributes:
+        model: the model, on its device and in its dtype, in eval mode.
+        data: the data set.
+        transform: from the data set's images to the model's input.
+        origin: what chose the normalization and the crop.
+    """
+
+    model: nn.Module
+    data: Data
+    transform: Transform
+    origin: str
+
+    def input(self) -> dict[str, Any]:
+        """The model's input, for reports."""
+        options = self.transform.augmentation
+        return {
+            "image_size": options.image_size,
+            "channels": self.transform.channels,
+            "normalization": options.normalization,
+            "crop_pct": options.crop_pct,
+            "interpolation": options.interpolation,
+            "chosen_by": self.origin,
+        }
+
+    def __str__(self) -> str:
+        """The model's input in a line."""
+        options = self.transform.augmentation
+        return (
+            f"{self.transform.channels} x {options.image_size} x {options.image_size}, "
+            f"normalization {options.normalization}, crop {options.crop_pct:g} ({self.origin})"
+        )
+
+
+def open_subject(
+    model: str,
+    data: str,
+    *,
+    data_root: str | Path | None = None,
+    image_size: int | None = None,
+    normalization: str | None = None,
+    crop_pct: float | None = None,
+    pretrained: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+) -> Subject:
+    """Loads a model as it is, with its own head, and opens a data set.
+
+    Normalization, crop and filter are those of the model's training where they are known: from settings.yaml beside
+    the folder of the model, or for weights of timm from its configuration. Otherwise `default_augmentation` chooses.
+
+    Args:
+        model, pretrained: arguments of `load_model`.
+        model_args: further arguments of `load_model`.
+        data, data_root: arguments of `open_data`.
+        image_size: height and width of the model's input. None: the model's own.
+        normalization, crop_pct: replace the known values. `Augmentation` describes them.
+        device, dtype: where the model goes.
+
+    Raises:
+        OptionError: the model does not exist, or an option does not fit it.
+        DataError: the data do not exist or cannot be read.
+    """
+    found = load(model, image_size, pretrained, model_args, device, dtype)
+    opened = open_data(data, data_root=data_root)
+    size = image_size or input_size(found, model)
+    augmentation, origin = _augmentation(model, found, pretrained, opened, size)
+    given = {"normalization": normalization, "crop_pct": crop_pct}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        augmentation, origin = replace(augmentation, **given), f"{origin}, and options"
+    return Subject(found, opened, Transform(augmentation, channels_of(found, model), training=False), origin)
+
+
+def load(
+    model: str,
+    image_size: int | None,
+    pretrained: bool,
+    model_args: Mapping[str, Any] | None,
+    device: torch.device | str,
+    dtype: str,
+) -> nn.Module:
+    """Loads the model of `open_subject`."""
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", "dtype")
+    if not model:
+        raise OptionError("model must not be empty", "model")
+    found = load_model(model, image_size=image_size, pretrained=pretrained, **(model_args or {}))
+    return found.to(device, DTYPES[dtype]).eval()
+
+
+def channels_of(model: nn.Module, name: str) -> int:
+    """The channels of the model's input: those of its first convolution."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        raise OptionError(f"model {name!r} has no convolution, which would tell the channels of its input", "model")
+    return first.in_channels
+
+
+def input_size(model: nn.Module, name: str) -> int:
+    """Height and width of the model's input.
+
+    Raises:
+        OptionError: the input is not square.
+    """
+    patches, config = getattr(model, "patch_embed", None), _config(model)
+    size = getattr(patches, "img_size", None) or config.get("input_size", (3, 224, 224))[1:]
+    if len(set(size)) != 1:
+        raise OptionError(f"model {name!r} takes images of {size[0]} x {size[1]} pixels, wanted a square", "model")
+    return int(size[0])
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """timm's configuration of the model's weights; empty for models of other packages."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    return config or {}
+
+
+def _augmentation(model: str, found: nn.Module, pretrained: bool, data: Data, size: int) -> tuple[Augmentation, str]:
+    default = default_augmentation(data, size)
+    settings = Path(model).parent / SETTINGS
+    if Path(model).is_dir() and settings.is_file():
+        values, origin = yaml.safe_load(settings.read_text()), str(settings)
+    elif pretrained and timm.is_model(model):
+        config, origin = _config(found), "timm's weights"
+        names = {value: name for name, value in NORMALIZATIONS.items()}
+        values = {**config, "normalization": names.get((tuple(config["mean"]), tuple(config["std"])))}
+        if values["normalization"] is None:
+            raise OptionError(
+                f"model {model!r} wants pixels of mean {config['mean']} and deviation {config['std']}; "
+                f"there are {', '.join(NORMALIZATIONS)}",
+                "model",
+            )
+    else:
+        return default, "default"
+    known = ("normalization", "crop_pct", "interpolation")
+    return replace(default, **{name: values[name] for name in known if name in values}), origin
