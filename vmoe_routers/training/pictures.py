@@ -6,7 +6,7 @@ import os
 import warnings
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vmoe_routers.training.error import DataError
 
@@ -56,6 +56,8 @@ def decode_picture(file: BinaryIO, name: str) -> Image.Image:
                 return _as_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
+    except UnidentifiedImageError:  # its message has the file object, not the name
+        raise DataError(f"{name}: cannot be read: cannot identify image file") from None
     except Exception as error:  # damaged files make Pillow's decoders raise errors of nearly every type
         reason = "not enough memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
         raise DataError(f"{name}: cannot be read: {reason}") from error
