@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ def test_loads_elsewhere_and_exports_the_same_file(saved, tmp_path, world, ep):
         assert files[0] == files[1]
         from_pretrained(tmp_path / name)
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != files[0]
+
+
+def logged() -> list[str]:
+    """What torch logs while experts over two axes of a mesh are gathered."""
+    logger, messages = logging.getLogger("torch.distributed.tensor._redistribute"), []
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(lambda record: messages.append(record.getMessage()))
+    whole_state_dict(parallelize(vit("soft"), Meshes.make("cpu", ep=2)))
+    assert logger.level == logging.WARNING
+    return messages
+
+
+def test_gathering_is_silent():
+    assert run(2, logged) == [[], []]
 
 
 def averages() -> list[float]:

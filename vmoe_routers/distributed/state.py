@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,8 +20,21 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         The values by name on rank 0, and nothing on every other rank.
     """
-    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with _without_advice():
+        state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     for name, value in state.items():
         # torch gives the model's own tensors where they are whole and on the CPU.
         state[name] = value.clone() if isinstance(value, Tensor) else value
     return state
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silences the advice to gather in one collective, which torch cannot do for experts over two axes of a mesh."""
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
