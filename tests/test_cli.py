@@ -99,6 +99,7 @@ def test_options_of_convert():
     ("eval --model nope", "--model 'nope' is no folder"),
     ("eval --model vit_moe --batch-size x", "--batch-size must be a whole number, got x"),
     ("eval --model vit_moe --benchmark --batch_size 0", "--batch_size must be at least 1, got 0"),
+    ("eval --model vit_moe --model_args x", "--model_args must be values by name, got x"),
     ("fewshot --model vit_moe --shots 1,0", "--shots must be at least 1, got [1, 0]"),
     ("fewshot --model vit_moe --probe knn", "--probe must be ridge or linear, got 'knn'"),
     ("teach", "teach"),

@@ -19,6 +19,7 @@ from vmoe_routers._ctrl_c import end_at_once, raising
 from vmoe_routers.options import OptionError
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_KINDS |= {"dict": "values by name"}
 _MOST_SHOWN = 2000  # longest message, in characters
 
 
@@ -206,18 +207,22 @@ def _command_name(arguments: Sequence[str]) -> str:
 def _as_typed(name: str, arguments: Sequence[str]) -> str:
     """An option as the user typed it, or else as the help shows it. Names of positional arguments do not change."""
     command = COMMANDS.get(_command_name(arguments))
-    if command is not None and command.positional:
-        parameter = signature(command.load()).parameters.get(name)
-        if parameter is not None and parameter.default is Parameter.empty:
-            return name
-    flags = (argument.partition("=")[0] for argument in arguments if len(argument) > 2 and argument.startswith("--"))
-    found = (flag for flag in flags if name.startswith(flag[2:].replace("-", "_")))
-    return next(found, "--" + name.replace("_", "-"))
+    parameters = signature(command.load()).parameters if command is not None else {}
+    is_required = name in parameters and parameters[name].default is Parameter.empty
+    if command is not None and command.positional and is_required:
+        return name
+    for argument in arguments:
+        typed = argument.partition("=")[0]
+        key = typed[2:].replace("-", "_")
+        # An option may be shortened, unless another has the short name: --model is not --model_args.
+        if typed.startswith("--") and key and (key == name or (name.startswith(key) and key not in parameters)):
+            return typed
+    return "--" + name.replace("_", "-")
 
 
 def _plain(message: str, arguments: Sequence[str]) -> str:
     """The parser's message. A message about a value's type is rewritten, with the option as the user typed it."""
-    key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(\w+)'>", message)
+    key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(?!NoneType)(\w+)'>", message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
     if not (key and kind and value):
         return message

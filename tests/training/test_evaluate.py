@@ -72,7 +72,7 @@ def test_unreadable_images_are_left_out_and_counted(tmp_path):
         run(model, str(folder), tmp_path)
     found, text = run(model, str(folder), tmp_path, bad_images="skip", batch_size=2)
     assert found.images == sum(row["images"] for row in found.classes) == 4
-    assert "4 test images of photos, 1 unreadable ones left out" in text
+    assert "4 test images of photos; unreadable images left out: 1" in text
 
 
 def test_the_input_is_that_of_the_training(model, tmp_path):

@@ -1,6 +1,7 @@
 """evaluate_model: against numpy, with padding, and on two processes."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +139,17 @@ def test_refusals():
         evaluate_model(model, [(images, torch.tensor([0, 3, -1, 2, 1, 0]))], 3)
     with pytest.raises(ValueError, match="there are no images"):
         evaluate_model(model, [(images, labels, torch.zeros(6, dtype=torch.bool))], 3)
+
+
+def test_logits_may_be_an_attribute_of_the_output():
+    class Wrapped(Linear):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    images, labels = data(6, 3)
+    model = Wrapped(3)
+    wanted = nn.functional.cross_entropy(model(images).logits, labels)
+    assert evaluate_model(model, [(images, labels)], 3).loss == pytest.approx(float(wanted.detach()))
 
 
 def test_images_take_the_dtype_of_the_model():

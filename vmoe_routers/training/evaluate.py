@@ -110,7 +110,7 @@ def evaluate(
         with batches:
             found = evaluate_model(subject.model, batches, len(classes))
         unreadable = len(samples) - found.images
-        left_out = f", {unreadable:,} unreadable ones left out" if unreadable else ""
+        left_out = f"; unreadable images left out: {unreadable:,}" if unreadable else ""
         console.print(f"{model} on {found.images:,} test images of {subject.data.name}{left_out}", soft_wrap=True)
         console.print(f"input: {subject}", soft_wrap=True)
         print_evaluation(found, classes, console)

@@ -55,7 +55,7 @@ def evaluate_model(model: nn.Module, batches: Iterable[Sequence[Tensor]], num_cl
     the images of all. No batch waits for the device.
 
     Args:
-        model: From images to logits [N, num_classes].
+        model: From images to logits [N, num_classes], or to an output with the attribute `logits`.
         batches: Images [N, ...], labels [N] int64, and, if wanted, valid [N] bool, False for images that do not count,
             such as padding. Images are moved to the device and to the dtype of the model's first parameter.
         num_classes: Number of classes.
@@ -74,8 +74,8 @@ def evaluate_model(model: nn.Module, batches: Iterable[Sequence[Tensor]], num_cl
             valid = rest[0] if rest else torch.ones_like(labels, dtype=torch.bool)
             valid = valid.to(parameter.device, non_blocking=True)
             with routing.recording(valid):
-                logits = model(images)
-            sums.add(logits, labels, valid)
+                output = model(images)
+            sums.add(getattr(output, "logits", output), labels, valid)
     return _reduced(sums, routing, start)
 
 

@@ -103,13 +103,12 @@ def _fitted(
     model: Any, name: str, classes: int | None, channels: int | None, size: int | tuple[int, int] | None
 ) -> nn.Module:
     """Fits head and positions of a loaded model to the data."""
-    expected = model.patch_embed.proj.in_channels
-    if channels not in (None, expected):
+    if channels is not None and channels != (expected := model.patch_embed.proj.in_channels):
         raise OptionError(f"model {name!r} takes images of {expected} channels, the data have {channels}", "model")
     wanted = (size, size) if isinstance(size, int) else size
     if wanted is not None and tuple(wanted) != tuple(model.patch_embed.img_size):
         with torch.no_grad():
             model.set_input_size(wanted)
-    if classes not in (None, model.num_classes):
+    if classes is not None and classes != model.num_classes:
         model.reset_classifier(classes)
     return model
