@@ -133,6 +133,7 @@ def test_benchmark(model, tmp_path):
     ({"normalization": "mean"}, "normalization must be one of"),
     ({"crop_pct": 2.0}, "crop_pct must be in (0, 1], got 2.0"),
     ({"data": "nowhere"}, "no folder 'nowhere'"),
+    ({"device": "tpu"}, "device must be 'auto', 'cpu' or 'cuda', got 'tpu'"),
 ])  # fmt: skip
 def test_refusals(model, tmp_path, options, words):
     with pytest.raises(ValueError) as caught:

@@ -18,7 +18,7 @@ import vmoe_routers.training.trainer as trainer_module
 from tests.training.made import idx_folder
 from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.options import OptionError
-from vmoe_routers.training import TrainSettings, checkpoint, train
+from vmoe_routers.training import TrainSettings, checkpoint, evaluate, train
 from vmoe_routers.training.checkpoint import TrainingCheckpointError
 from vmoe_routers.training.settings import read_settings
 
@@ -79,6 +79,15 @@ def test_files(undisturbed):
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     told = undisturbed.with_suffix(".txt").read_text()
     assert "1,437 training and 360 test images" in told and f"vmoe-routers eval --model {undisturbed}/model" in told
+
+
+def test_eval_sees_what_the_training_saw(undisturbed, tmp_path):
+    """The crop and the normalization are in the settings."""
+    silent = Console(quiet=True)
+    found = evaluate(str(undisturbed / "model"), output=tmp_path, workers=0, device="cpu", console=silent)
+    last = rows(undisturbed / "evaluations.csv")[-1]
+    assert found.top1 == pytest.approx(float(last["top1"]), rel=1e-5)
+    assert found.loss == pytest.approx(float(last["loss"]), rel=1e-5)
 
 
 class Stop(Exception):

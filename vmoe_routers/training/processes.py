@@ -63,8 +63,10 @@ def processes(device: str) -> Iterator[World]:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        OptionError: "cuda" without a CUDA device.
+        OptionError: another device, or "cuda" without a CUDA device.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}", "device")
     if device == "cuda" and not torch.cuda.is_available():
         raise OptionError("device 'cuda': torch finds no CUDA device", "device")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

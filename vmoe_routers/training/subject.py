@@ -9,17 +9,17 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from torch import nn
 
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.models import load_model
 from vmoe_routers.training.samples import Data
+from vmoe_routers.training.settings import read_settings
 from vmoe_routers.training.sources import open_data
+from vmoe_routers.training.train import SETTINGS
 from vmoe_routers.training.transforms import NORMALIZATIONS, Augmentation, Transform, default_augmentation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SETTINGS = "settings.yaml"  # that `train` writes beside the folder of the model
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _augmentation(model: str, found: nn.Module, pretrained: bool, data: Data, si
     default = default_augmentation(data, size)
     settings = Path(model).parent / SETTINGS
     if Path(model).is_dir() and settings.is_file():
-        values, origin = yaml.safe_load(settings.read_text()), str(settings)
+        values, origin = read_settings(settings), str(settings)
     elif pretrained and timm.is_model(model):
         config, origin = _config(found), "timm's weights"
         names = {value: name for name, value in NORMALIZATIONS.items()}
