@@ -63,6 +63,42 @@ def test_exports_saves_and_reloads(router, tmp_path):
 
 
 @pytest.mark.parametrize("router", vr.ROUTERS)
+def test_exports_a_layer_for_every_number_of_tokens(router, tmp_path):
+    options = {} if router == "soft" else {"capacity_factor": 0.8}
+    layer = vr.MoEMlp(16, 24, num_experts=4, router=router, **options).eval()
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("tokens", min=2, max=512)}
+    program = torch.export.export(
+        layer, (torch.randn(2, 24, 16), torch.rand(2, 24) > 0.3), dynamic_shapes={"x": sizes, "mask": sizes}
+    )
+    torch.export.save(program, tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2").module()
+    for batch, tokens in ((2, 2), (5, 7), (3, 100)):  # 1, 1 or 4, and 20 slots per expert
+        x, mask = torch.randn(batch, tokens, 16), torch.rand(batch, tokens) > 0.3
+        torch.testing.assert_close(loaded(x, mask), layer(x, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_exports_a_model_for_every_size_of_images():
+    model = model_of("softmax_expert_choice", group_size=1, dynamic_img_size=True).eval()
+    side = 2 * torch.export.Dim("side", min=2, max=32)
+    shapes = {"x": {0: torch.export.Dim("batch", min=2, max=64), 2: side, 3: side}}
+    program = torch.export.export(model, (torch.randn(2, 1, 16, 16),), dynamic_shapes=shapes).module()
+    for size in (4, 14):
+        x = torch.randn(3, 1, size, size)
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rounding", "multiple_of"), [("ceil", 4), ("round", 1), ("round", 3), ("ceil", 0)])
+def test_exports_the_capacity_as_it_is_computed(rounding, multiple_of):
+    class Capacity(nn.Module):
+        def forward(self, x):
+            return x.new_ones(vr.capacity(x.shape[0], 5, 1.1, rounding, multiple_of))
+
+    program = torch.export.export(Capacity(), (torch.ones(7),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    for tokens in (*range(2, 60), 10**6 + 1):
+        assert len(program.module()(torch.ones(tokens))) == vr.capacity(tokens, 5, 1.1, rounding, multiple_of)
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
 def test_routing_is_float32_under_autocast(router):
     model = model_of(router, noise_std=0.0).train()
     x = torch.randn(4, 1, 8, 8)

@@ -46,9 +46,26 @@ def capacity(
 
 def slots_per_expert(tokens: int, num_experts: int, factor: float, rounding: str, multiple_of: int) -> int:
     """Computes `capacity` without checks; `tokens` may be symbolic, as under torch.compile(dynamic=True)."""
+    if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting():
+        return _exported_slots(tokens, num_experts, factor, rounding, multiple_of)
     slots = tokens * factor / num_experts
     slots = cast(int, torch.sym_max(1, math.ceil(slots) if rounding == "ceil" else round(slots)))
     return slots if multiple_of < 2 else (slots + multiple_of - 1) // multiple_of * multiple_of
+
+
+def _exported_slots(tokens: torch.SymInt, num_experts: int, factor: float, rounding: str, multiple_of: int) -> int:
+    """Computes `slots_per_expert` by ops on a tensor, with the same rounding, for torch.export.
+
+    As a formula in the number of tokens, the capacity would end in guards that torch cannot prove for every number of
+    tokens (it is not 1; it does not divide the slots of all groups), and in `ceil` and `round`, which it cannot save.
+    The content of a tensor may be any number.
+    """
+    slots = torch.scalar_tensor(tokens, dtype=torch.float64, device="cpu") * factor / num_experts
+    slots = (slots.ceil() if rounding == "ceil" else slots.round()).clamp(min=1)
+    multiple = max(1, multiple_of)
+    capacity = ((slots / multiple).ceil() * multiple).to(torch.int64).item()
+    torch._check(capacity >= 1)
+    return cast(int, capacity)
 
 
 def token_choice(
