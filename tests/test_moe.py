@@ -743,11 +743,50 @@ def test_own_experts():
         ({"experts": 3}, TypeError, "experts must be a module or a sequence of modules, got int"),
         ({"router": lambda dim, num_experts: 3}, TypeError, "router must make an nn.Module, got int"),
         ({"router": lambda dim, num_experts: torch.nn.Identity()}, ValueError, "router must have dim 5"),
+        (
+            {"router": lambda dim: 3},
+            TypeError,
+            r"router must be a function \(dim, num_experts\) .* got <lambda>\(dim\)",
+        ),
+        *(
+            ({"experts": [torch.nn.Identity()] * 3, name: value}, TypeError, f"{name} must not be given with experts")
+            for name, value in [
+                ("hidden_features", 7),
+                ("out_features", 5),
+                ("act_layer", torch.nn.ReLU),
+                ("drop", 0.1),
+                ("bias", False),
+                ("same_init", True),
+                ("glu", True),
+                ("norm_layer", torch.nn.LayerNorm),
+            ]
+        ),
     ],
 )
 def test_own_parts_refused(arguments, error, words):
     with pytest.raises(error, match=words):
         vr.MoEMlp(5, num_experts=3, **arguments)
+
+
+def test_a_made_router_is_on_the_device_and_in_the_dtype_of_the_layer():
+    class Router(torch.nn.Linear):
+        def __init__(self, dim, num_experts):
+            super().__init__(dim, num_experts)
+            self.dim, self.num_experts = dim, num_experts
+
+    layer = vr.MoEMlp(5, num_experts=3, router=Router, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+
+
+def test_copies_made_within_record_record_nothing():
+    moe = vr.MoEMlp(5, num_experts=3, router="soft")
+    x = torch.randn(2, 6, 5)
+    with vr.inspect.record(moe) as trace:
+        for copied in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
+            assert torch.equal(copied(x), moe(x))
+        assert len(trace.routings[""]) == 2
+    moe(x)
+    assert len(trace.routings[""]) == 2
 
 
 def test_a_router_that_returns_no_routing():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vmoe_routers.experts import ExpertList, Experts, GeluTanh, check_drop
-from vmoe_routers.ops._checks import Check, traced_size
+from vmoe_routers.ops._checks import Check, traced_size, tracing
 from vmoe_routers.pending import PendingLosses, total_loss
 from vmoe_routers.routers import RouterFactory, Routing, create_router
 
@@ -26,9 +28,10 @@ class MoEMlp(nn.Module):
             ``forward(x, mask=None) -> Routing``; or a function ``(dim, num_experts)`` that makes a router.
         group_size: Images that are routed together. With 1, the result of an image does not depend on the rest of its
             batch.
-        experts: None: `Experts` with the arguments above; a sequence of E modules from rows [N, D] to rows [N, D']; or
-            a module with the attribute `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots
-            [E, G, C, D'], with `filled` [G, E] int32, the number of leading slots that may hold a token, or None.
+        experts: None: `Experts` with the arguments `hidden_features` to `drop` and `bias` to `norm_layer`, which only
+            these experts take; a sequence of E modules from rows [N, D] to rows [N, D']; or a module with the attribute
+            `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots [E, G, C, D'], with
+            `filled` [G, E] int32, the number of leading slots that may hold a token, or None.
         bias, same_init, glu, norm_layer: Arguments of `Experts`; ``glu=True, act_layer=nn.SiLU`` makes SwiGLU experts.
         router_options: Options of `vmoe_routers.create_router`.
 
@@ -59,6 +62,7 @@ class MoEMlp(nn.Module):
         super().__init__()
         check = Check("MoEMlp")
         in_features = check.integer("in_features", in_features, 1)
+        sizes = {"hidden_features": hidden_features is not None, "out_features": out_features is not None}
         hidden_features = in_features if hidden_features is None else hidden_features
         out_features = in_features if out_features is None else out_features
         hidden_features = check.integer("hidden_features", hidden_features, 1)
@@ -71,7 +75,7 @@ class MoEMlp(nn.Module):
             options = {"device": device, "dtype": dtype, **router_options}
             self.router = create_router(router, in_features, num_experts, **options)
         else:
-            self.router = _own_router(router, in_features, num_experts, router_options)
+            self.router = _own_router(router, in_features, num_experts, router_options, device, dtype)
         if experts is None:
             self.experts: nn.Module = Experts(
                 num_experts,
@@ -88,6 +92,11 @@ class MoEMlp(nn.Module):
                 dtype=dtype,
             )
         else:
+            unused = {"drop": drop > 0, "bias": bias is not True, "same_init": same_init, "glu": glu}
+            unused |= {"norm_layer": norm_layer is not None, "act_layer": act_layer is not GeluTanh, **sizes}
+            for name, given in unused.items():
+                if given:
+                    raise TypeError(f"MoEMlp: {name} must not be given with experts, which it would not change")
             self.experts = _own_experts(experts, num_experts)
         self.pending_losses = PendingLosses()
         self._end_compiled_losses()
@@ -159,7 +168,7 @@ class MoEMlp(nn.Module):
             Check("MoEMlp").shape("the output of the routing", y, (*x.shape[:2], y.shape[2]), "G, T, D")
         y = y.reshape(batch, tokens, y.shape[-1])
         if self.training and any(routing.loss_weights.values()):
-            if torch.jit.is_tracing():
+            if tracing():
                 raise RuntimeError(
                     "MoEMlp: torch.jit.trace keeps no auxiliary loss: call eval() before tracing, or use torch.compile"
                 )
@@ -216,18 +225,38 @@ def _reset(module: nn.Module) -> None:
         _reset(part)
 
 
-def _own_router(router: nn.Module | RouterFactory, dim: int, num_experts: int, options: dict[str, Any]) -> nn.Module:
-    """Checks the user's router, which a factory makes first if the user gave a factory."""
+def _own_router(
+    router: nn.Module | RouterFactory,
+    dim: int,
+    num_experts: int,
+    options: dict[str, Any],
+    device: Any,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """Checks the user's router. If the user gave a factory, it first makes the router on the layer's device."""
     if options:
         raise TypeError(
             f"MoEMlp: {', '.join(options)} must be given to the router itself, because router is not a name"
         )
     made = router
     if not isinstance(router, nn.Module):
+        wanted = "a function (dim, num_experts) that makes one"
         if not callable(router):
-            wanted = "a name, a router, or a function (dim, num_experts) that makes one"
-            raise TypeError(f"MoEMlp: router must be {wanted}, got {type(router).__name__}")
-        made = router(dim, num_experts)
+            raise TypeError(f"MoEMlp: router must be a name, a router, or {wanted}, got {type(router).__name__}")
+        try:
+            signature = inspect.signature(router)
+        except ValueError:  # a function of C without a signature
+            signature = None
+        if signature is not None:
+            try:
+                signature.bind(dim, num_experts)
+            except TypeError as error:
+                name = getattr(router, "__name__", type(router).__name__)
+                raise TypeError(f"MoEMlp: router must be {wanted}, got {name}{signature}: {error}") from None
+        with nullcontext() if device is None else torch.device(device):
+            made = router(dim, num_experts)
+        if isinstance(made, nn.Module) and dtype is not None:
+            made = made.to(dtype=dtype)
     if not isinstance(made, nn.Module):
         raise TypeError(f"MoEMlp: router must make an nn.Module, got {type(made).__name__}")
     got = getattr(made, "dim", None), getattr(made, "num_experts", None)

@@ -298,3 +298,12 @@ def test_fuzz(folder):
             refused += 1
         path.write_bytes(whole[path])
     assert 150 < refused < 300
+
+
+def test_names_the_argument_that_json_cannot_represent(tmp_path):
+    def make_router(dim, num_experts):
+        return vr.create_router("soft", dim, num_experts)
+
+    model = vit_moe(8, 2, embed_dim=16, depth=1, num_heads=2, num_experts=2, router=make_router)
+    with pytest.raises(CheckpointError, match=r"cannot represent router = make_router, .* save model\.state_dict\(\)"):
+        save_pretrained(model, tmp_path)

@@ -154,16 +154,22 @@ def test_vmap(router):
         assert torch.equal(torch.vmap(layer)(x), torch.stack([layer(part) for part in x]))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_functional_call_and_gradients(router):
-    """functional_call works; torch's transforms take no custom op with a gradient, and say so."""
-    model = model_of(router).eval()
+    """Also the gradients of every image; second derivatives are refused, as in autograd."""
+    model = model_of(router, group_size=1).eval()
     x = torch.randn(2, 1, 8, 8)
     parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
-    def loss(parameters):
-        return torch.func.functional_call(model, parameters, (x,)).square().mean()
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
 
-    torch.testing.assert_close(loss(parameters), model(x).square().mean())
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(loss)(parameters)
+    torch.testing.assert_close(loss(parameters, x), model(x).square().sum())
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(list(torch.func.grad(loss)(parameters, x).values()), list(wanted))
+    by_image = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x.unsqueeze(1))
+    torch.testing.assert_close([g.sum(0) for g in by_image.values()], list(wanted), rtol=1e-4, atol=1e-5)
+    layer = model.blocks[-1].mlp
+    with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
+        torch.func.grad(lambda x: torch.func.grad(lambda x: layer(x).square().sum())(x).sum())(torch.randn(1, 6, 16))

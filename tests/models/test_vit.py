@@ -318,6 +318,21 @@ def test_says_what_to_install_where_timm_does_not_import(monkeypatch, failure, a
     assert str(failure) in str(raised.value)
 
 
+def test_a_router_of_the_user_is_made_for_every_layer():
+    router = vr.create_router("soft", 16, 4)
+    dense = tiny(router=None)
+    for make in (tiny, lambda router: upcycle(dense, router=router, num_experts=4)):
+        with pytest.raises(TypeError, match=r"router must be a name, or a function .* got one SoftRouter"):
+            make(router=router)
+
+
+def test_blocks_from_an_iterator():
+    dense = upcycle(tiny(router=None), router="soft", num_experts=2, blocks=iter([0, 3]))
+    for model in (dense, tiny(moe_blocks=(i for i in (3, 0)))):
+        assert [isinstance(block.mlp, vr.MoEMlp) for block in model.blocks] == [True, False, False, True]
+        assert model.moe_config["moe_blocks"] == [0, 3]
+
+
 def test_own_experts_are_no_option():
     """Every block needs its own, and one argument would give all blocks the same."""
     experts = [torch.nn.Linear(16, 16) for _ in range(2)]

@@ -88,8 +88,11 @@ def save_pretrained(
             indent=2,
             allow_nan=False,
         )
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"save_pretrained: JSON cannot represent an argument of the model ({error})") from None
+    except (TypeError, ValueError):
+        raise CheckpointError(
+            f"save_pretrained: JSON cannot represent {_unknown_to_json(config)}, an argument of the model; save"
+            " model.state_dict(), and make the model again by code"
+        ) from None
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -363,3 +366,14 @@ def _gather(found: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         if writes:
             tensors[name] = whole.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return tensors if writes else None
+
+
+def _unknown_to_json(config: dict[str, Any]) -> str:
+    """Finds the arguments that are no plain values, such as a function that makes a router."""
+    found = []
+    for name, value in config.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            found.append(f"{name} = {getattr(value, '__name__', value)}")
+    return ", ".join(found)

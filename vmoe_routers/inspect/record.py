@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,25 @@ class Trace:
         self.routings: dict[str, list[Routing]] = {name: [] for name in names}
 
 
+class _Hook:
+    """Hook of `record`. A copy or a pickle of the model gets a hook that does nothing."""
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Callable[..., None]):
+        self.run = run
+
+    def __call__(self, *args: Any) -> None:
+        self.run(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_ignore,)
+
+
+def _ignore(*args: Any) -> None:
+    """Does nothing."""
+
+
 @contextmanager
 def record(model: nn.Module) -> Iterator[Trace]:
     """Records the routings of the forwards of `model` that this thread runs within the context.
@@ -36,7 +56,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
 
     With gradients enabled, the routings keep their graph. Contexts may be nested and record independently. Forwards
     that activation checkpointing repeats in backward are not recorded. Record the eager model: torch.compile ignores
-    hooks that are added after compilation.
+    hooks that are added after compilation. Copies and pickles of the model record nothing.
 
     Args:
         model: A module with MoE layers, or a `MoEMlp`, whose name is "".
@@ -61,14 +81,14 @@ def record(model: nn.Module) -> Iterator[Trace]:
             if recorded():
                 owner[router] = name
 
-        return note
+        return _Hook(note)
 
     def hook(router: nn.Module):
         def keep(module: nn.Module, args: object, routing: Routing) -> None:
             if recorded():
                 trace.routings[owner[router]].append(routing)
 
-        return keep
+        return _Hook(keep)
 
     handles: list[RemovableHandle] = [router.register_forward_hook(hook(router)) for router in owner]
     shared = [(name, layer) for name, layer in layers.items() if len(owner) < len(layers)]

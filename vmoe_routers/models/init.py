@@ -39,7 +39,7 @@ def init_trunk(model: Any, config: Mapping[str, Any]) -> None:
             width = config["embed_dim"]
             size = width * int(width * config["mlp_ratio"])
             for _ in range(2):
-                torch.empty(size, dtype=patch.dtype, device=patch.device).uniform_(0, 1)
+                nn.init.uniform_(torch.empty(size, dtype=patch.dtype, device=patch.device))
     # Truncating a normal distribution at two standard deviations multiplies its standard deviation by 0.8796.
     std = patch[0].numel() ** -0.5 / 0.87962566103423978
     nn.init.trunc_normal_(patch, std=std, a=-2 * std, b=2 * std)

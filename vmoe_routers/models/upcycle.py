@@ -11,10 +11,10 @@ from torch import nn
 
 from vmoe_routers.models.blocks import pass_masks
 from vmoe_routers.models.dense import find_blocks, parts_of
-from vmoe_routers.models.vit import moe_block_indices, needs_num_tokens, plain
+from vmoe_routers.models.vit import check_router, moe_block_indices, needs_num_tokens, plain
 from vmoe_routers.moe import MoEMlp, no_weight_decay
 from vmoe_routers.ops._checks import Check
-from vmoe_routers.routers import ROUTERS, RouterFactory
+from vmoe_routers.routers import RouterFactory
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,8 +72,7 @@ def upcycle(
             LayerNorm), or options that do not fit. The model is then as it was.
     """
     check = Check("upcycle")
-    if not callable(router) or isinstance(router, nn.Module):
-        check.choice("router", router, ROUTERS)
+    check_router(check, router)
     num_experts = check.integer("num_experts", num_experts, 1)
     group_size = check.integer("group_size", group_size, 1)
     noise = check.number("noise", noise, zero=True)

@@ -66,9 +66,10 @@ def moe_block_indices(depth: int, rule: str | Iterable[int]) -> tuple[int, ...]:
         else:
             chosen = range(depth - int(match[2]), depth)
     else:
-        if not isinstance(rule, Iterable) or not all(isinstance(i, Integral) and type(i) is not bool for i in rule):
+        rule = list(rule) if isinstance(rule, Iterable) else rule  # an iterator has its values once
+        if not isinstance(rule, list) or not all(isinstance(i, Integral) and type(i) is not bool for i in rule):
             raise ValueError(f"moe_block_indices: moe_blocks is {rule!r}, wanted a rule's name or a list of int")
-        chosen = sorted(int(i) for i in rule)
+        chosen = sorted(map(int, rule))
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"moe_block_indices: moe_blocks {rule!r} names the blocks {list(chosen)},"
@@ -249,8 +250,8 @@ def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         if name != "pos_embed_std" and c[name] >= 1:
             raise ValueError(f"vit_moe: {name} is {c[name]}, wanted a rate in [0, 1)")
     router = c["router"]
-    if not callable(router) or isinstance(router, nn.Module):
-        check.choice("router", router, (*ROUTERS, None))
+    if router is not None:
+        check_router(check, router)
     if router is None and options:
         raise ValueError(f"vit_moe: router is None (a dense model), but came with {sorted(options)}")
     for name in _DERIVED:
@@ -261,6 +262,17 @@ def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     if router is not None:
         c["moe_blocks"] = _plain_blocks(c["depth"], c["moe_blocks"])
     return c
+
+
+def check_router(check: Check, router: object) -> None:
+    """Checks that every MoE layer of a model can have a router of its own."""
+    if isinstance(router, nn.Module):
+        raise TypeError(
+            f"{check.where}: router must be a name, or a function (dim, num_experts) that makes a router for every MoE"
+            f" layer, got one {type(router).__name__}"
+        )
+    if not callable(router):
+        check.choice("router", router, ROUTERS)
 
 
 def plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
+
+_FUNCTIONS: dict[OpOverload, type[torch.autograd.Function]] = {}
+"""Gradients in the form that the transforms of torch.func take."""
 
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
@@ -21,6 +25,8 @@ def call(op: OpOverload, *args: object) -> Any:
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(op, args)
+    if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active() and op in _FUNCTIONS:
+        return _FUNCTIONS[op].apply(*args)
     # Our autograd formulas are written in Python: the key takes as long as the rest of a small call.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
@@ -38,6 +44,36 @@ def _refuse_tangents(op: OpOverload, args: tuple[object, ...]) -> None:
             )
 
 
+def register_gradient(op: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
+    """Registers the gradient of an op with the dispatcher, and for `torch.func`, which refuses that of the dispatcher.
+
+    Args:
+        op: Name of the op.
+        backward, setup_context: Arguments of `torch.library.register_autograd`.
+    """
+    torch.library.register_autograd(f"vmoe_routers::{op}", backward, setup_context=setup_context)
+    overload = getattr(torch.ops.vmoe_routers, op).default
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            with _below_autograd():
+                return overload(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    _FUNCTIONS[overload] = Function
+
+
 def refuse_second_derivative(op: str) -> None:
     """Registers a gradient that raises for a backward op.
 
@@ -51,4 +87,4 @@ def refuse_second_derivative(op: str) -> None:
     def backward(ctx: object, *grads: Tensor) -> None:
         raise NotImplementedError(f"vmoe_routers::{op} has no derivative: second derivatives are not supported")
 
-    torch.library.register_autograd(f"vmoe_routers::{op}", backward)
+    register_gradient(op, backward)

@@ -13,9 +13,14 @@ from torch import Tensor
 from vmoe_routers.ops._dtypes import FLOATS
 
 
+def tracing() -> bool:
+    """Tells whether torch.jit.trace runs."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 def traced_size(value: Any) -> Any:
     """Makes a number of a size that torch.jit.trace gives as a tensor; returns any other value."""
-    return int(value) if torch.jit.is_tracing() and isinstance(value, Tensor) and value.ndim == 0 else value
+    return int(value) if tracing() and isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 class Check:

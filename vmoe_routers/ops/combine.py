@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype
 from vmoe_routers.ops.dispatch import check_slots
@@ -60,11 +60,11 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     if not ctx.gated:
-        return torch.ops.vmoe_routers.dispatch.default(grad, *ctx.saved_tensors), None, None, None, None
+        return call(torch.ops.vmoe_routers.dispatch.default, grad, *ctx.saved_tensors), None, None, None, None
     y, gate, token, _, _ = ctx.saved_tensors
-    grad_y, grad_gate = torch.ops.vmoe_routers.combine_backward.default(grad, y, gate, token)
+    grad_y, grad_gate = call(torch.ops.vmoe_routers.combine_backward.default, grad, y, gate, token)
     return grad_y, grad_gate, None, None, None
 
 
-torch.library.register_autograd("vmoe_routers::combine", _backward, setup_context=_setup_context)
+register_gradient("combine", _backward, _setup_context)
 refuse_second_derivative("combine_backward")

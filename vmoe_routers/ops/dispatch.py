@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 
 check = Check("dispatch")
@@ -63,7 +63,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     # The gradient of a token is the sum over its slots: combine with gates of 1.
-    return torch.ops.vmoe_routers.combine.default(grad, None, *ctx.saved_tensors), None, None, None
+    return call(torch.ops.vmoe_routers.combine.default, grad, None, *ctx.saved_tensors), None, None, None
 
 
-torch.library.register_autograd("vmoe_routers::dispatch", _backward, setup_context=_setup_context)
+register_gradient("dispatch", _backward, _setup_context)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_routers.ops._autograd import call, refuse_second_derivative
-from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_gradient
+from vmoe_routers.ops._checks import Check, tracing
 from vmoe_routers.ops._dtypes import compute_dtype, product_dtype
 
 check = Check("grouped_mlp")
@@ -73,8 +73,9 @@ def grouped_mlp_unchecked(
 ) -> Tensor:
     """Runs `grouped_mlp` without checks."""
     # A program of torch.jit.trace may run with and without gradients.
-    traced = torch.jit.is_tracing()
-    save = traced or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2)))
+    save = tracing() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
+    )
     return call(torch.ops.vmoe_routers.grouped_mlp.default, x, w1, b1, w2, b2, filled, act, save)[0]
 
 
@@ -157,9 +158,21 @@ def _backward(ctx, grad, _):
     x, w1, b1, w2, filled, hidden = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     of_x, of_weights = wanted[0], any(wanted[1:5])
-    grads = torch.ops.vmoe_routers.grouped_mlp_backward(grad, x, w1, b1, w2, filled, hidden, ctx.act, of_x, of_weights)
+    grads = call(
+        torch.ops.vmoe_routers.grouped_mlp_backward.default,
+        grad,
+        x,
+        w1,
+        b1,
+        w2,
+        filled,
+        hidden,
+        ctx.act,
+        of_x,
+        of_weights,
+    )
     return *(value if want else None for value, want in zip(grads, wanted, strict=False)), None, None, None
 
 
-torch.library.register_autograd("vmoe_routers::grouped_mlp", _backward, setup_context=_setup_context)
+register_gradient("grouped_mlp", _backward, _setup_context)
 refuse_second_derivative("grouped_mlp_backward")

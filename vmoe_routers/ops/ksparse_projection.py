@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype
 
@@ -52,8 +52,8 @@ def _save_output(ctx, inputs, output):
 
 def _backward(ctx, grad):
     (out,) = ctx.saved_tensors
-    op = torch.ops.vmoe_routers.ksparse_projection_backward
-    return op(grad.unsqueeze(2), out.detach().unsqueeze(2)).squeeze(2), None
+    op = torch.ops.vmoe_routers.ksparse_projection_backward.default
+    return call(op, grad.unsqueeze(2), out.detach().unsqueeze(2)).squeeze(2), None
 
 
 def _save_support(ctx, inputs, output):
@@ -63,10 +63,8 @@ def _save_support(ctx, inputs, output):
 def _backward_twice(ctx, grad):
     # The first gradient is a symmetric linear map of its argument; the support is constant.
     (out,) = ctx.saved_tensors
-    return torch.ops.vmoe_routers.ksparse_projection_backward(grad, out), None
+    return call(torch.ops.vmoe_routers.ksparse_projection_backward.default, grad, out), None
 
 
-torch.library.register_autograd("vmoe_routers::ksparse_projection", _backward, setup_context=_save_output)
-torch.library.register_autograd(
-    "vmoe_routers::ksparse_projection_backward", _backward_twice, setup_context=_save_support
-)
+register_gradient("ksparse_projection", _backward, _save_output)
+register_gradient("ksparse_projection_backward", _backward_twice, _save_support)

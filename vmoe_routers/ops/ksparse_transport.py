@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
 
@@ -99,8 +99,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     # plan = b P_k((alpha + S) / (gamma b)): the two factors b cancel in the gradient.
     (plan,) = ctx.saved_tensors
-    grad_similarity = torch.ops.vmoe_routers.ksparse_projection_backward(grad, plan.detach())
+    grad_similarity = call(torch.ops.vmoe_routers.ksparse_projection_backward.default, grad, plan.detach())
     return grad_similarity / ctx.gamma, None, None, None, None, None, None
 
 
-torch.library.register_autograd("vmoe_routers::ksparse_transport", _backward, setup_context=_setup_context)
+register_gradient("ksparse_transport", _backward, _setup_context)

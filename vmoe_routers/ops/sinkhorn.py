@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
 
@@ -122,10 +122,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     ops = torch.ops.vmoe_routers
-    op = ops.sinkhorn_implicit_backward if ctx.implicit else ops.sinkhorn_backward
-    return op(grad, *ctx.saved_tensors, ctx.epsilon), None, None, None, None
+    op = (ops.sinkhorn_implicit_backward if ctx.implicit else ops.sinkhorn_backward).default
+    return call(op, grad, *ctx.saved_tensors, ctx.epsilon), None, None, None, None
 
 
-torch.library.register_autograd("vmoe_routers::sinkhorn", _backward, setup_context=_setup_context)
+register_gradient("sinkhorn", _backward, _setup_context)
 refuse_second_derivative("sinkhorn_backward")
 refuse_second_derivative("sinkhorn_implicit_backward")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, product_dtype
 
@@ -68,8 +68,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return torch.ops.vmoe_routers.soft_logits_backward(grad, *ctx.saved_tensors)
+    return call(torch.ops.vmoe_routers.soft_logits_backward.default, grad, *ctx.saved_tensors)
 
 
-torch.library.register_autograd("vmoe_routers::soft_logits", _backward, setup_context=_setup_context)
+register_gradient("soft_logits", _backward, _setup_context)
 refuse_second_derivative("soft_logits_backward")

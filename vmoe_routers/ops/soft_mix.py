@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe_routers.ops._autograd import call, refuse_second_derivative
+from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, product_dtype
 
@@ -95,9 +95,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     logits, values = ctx.saved_tensors
-    grads = torch.ops.vmoe_routers.soft_mix_backward(grad, logits, values, ctx.dim, ctx.num_experts)
+    grads = call(torch.ops.vmoe_routers.soft_mix_backward.default, grad, logits, values, ctx.dim, ctx.num_experts)
     return *grads, None, None
 
 
-torch.library.register_autograd("vmoe_routers::soft_mix", _backward, setup_context=_setup_context)
+register_gradient("soft_mix", _backward, _setup_context)
 refuse_second_derivative("soft_mix_backward")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
 
@@ -62,7 +62,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    return torch.ops.vmoe_routers.softmax_gather_backward(grad, *ctx.saved_tensors, ctx.dim), None, None
+    return call(torch.ops.vmoe_routers.softmax_gather_backward.default, grad, *ctx.saved_tensors, ctx.dim), None, None
 
 
-torch.library.register_autograd("vmoe_routers::softmax_topk", _backward, setup_context=_setup_context)
+register_gradient("softmax_topk", _backward, _setup_context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmoe_routers.ops._autograd import call
+from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype
 
@@ -61,4 +61,4 @@ def _backward(ctx, grad, _):
     return grad_x.movedim(-1, ctx.dim), None, None
 
 
-torch.library.register_autograd("vmoe_routers::topk", _backward, setup_context=_setup_context)
+register_gradient("topk", _backward, _setup_context)
