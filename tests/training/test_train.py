@@ -18,7 +18,7 @@ import vmoe_routers.training.trainer as trainer_module
 from tests.training.made import idx_folder
 from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.options import OptionError
-from vmoe_routers.training import TrainSettings, checkpoint, evaluate, train
+from vmoe_routers.training import RECIPES, TrainSettings, checkpoint, evaluate, train
 from vmoe_routers.training.checkpoint import TrainingCheckpointError
 from vmoe_routers.training.settings import read_settings
 
@@ -88,6 +88,13 @@ def test_eval_sees_what_the_training_saw(undisturbed, tmp_path):
     last = rows(undisturbed / "evaluations.csv")[-1]
     assert found.top1 == pytest.approx(float(last["top1"]), rel=1e-5)
     assert found.loss == pytest.approx(float(last["loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_evaluate_images_at_the_size_of_the_training(recipe):
+    """A random crop enlarges what is in an image, and the central crop of evaluation does too; a shift does not."""
+    settings = RECIPES[recipe]()
+    assert (settings.scale is None) == (settings.crop_pct == 1)
 
 
 class Stop(Exception):

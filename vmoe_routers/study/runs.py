@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
@@ -18,6 +17,7 @@ from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Evaluation, Images, Trainer, evaluate_model, few_shot_accuracy
 from vmoe_routers.training.loader import Batches, training_batches
+from vmoe_routers.training.probes import features_of
 from vmoe_routers.training.samples import Tensors
 from vmoe_routers.training.transforms import Augmentation, Transform
 
@@ -83,17 +83,10 @@ def _layers(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [{"block": int(name.split(".")[1]), **metrics} for name, metrics in evaluation.layers.items()]
 
 
-@torch.no_grad()
 def _transfer(model: VisionTransformer, data: Images, batch: int, seed: int) -> dict[str, Any]:
     """10-shot accuracy of a probe on the features before the head."""
-    model.eval()
-    device = next(model.parameters()).device
-
-    def features(images: Tensor) -> Tensor:
-        parts = [model.forward_head(model.forward_features(x.to(device)), pre_logits=True) for x in images.split(batch)]
-        return torch.cat(parts).cpu()
-
-    accuracy = few_shot_accuracy(
-        features(data.train_images), data.train_labels, features(data.test_images), data.test_labels, seed=seed
+    parts = ((data.train_images, data.train_labels), (data.test_images, data.test_labels))
+    train, test = (
+        features_of(model, zip(images.split(batch), labels.split(batch), strict=True)) for images, labels in parts
     )
-    return {"data": data.name, "accuracy": accuracy}
+    return {"data": data.name, "accuracy": few_shot_accuracy(*train, *test, seed=seed)}

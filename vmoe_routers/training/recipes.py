@@ -23,6 +23,7 @@ def digits() -> TrainSettings:
         scale=None,
         hflip=0.0,
         shift=1,
+        crop_pct=1.0,
         normalization="none",
         learning_rate=2e-3,
     )
@@ -38,6 +39,7 @@ def small() -> TrainSettings:
         scale=None,
         hflip=0.0,
         shift=2,
+        crop_pct=1.0,
         normalization="none",
         epochs=20,
     )
