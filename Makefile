@@ -7,8 +7,9 @@ VMOE_CUDA ?= AUTO
 export VMOE_CUDA
 bin := .venv/bin
 build := build/venv
-# Run at most eight processes: each imports torch, which takes a gigabyte of memory.
-pytest := $(bin)/pytest -n logical --maxprocesses=8 --dist=worksteal
+# Run at most eight processes: each imports torch, which takes a gigabyte of memory. Threads that wait must not
+# spin, because the processes share the cores.
+pytest := OMP_WAIT_POLICY=passive $(bin)/pytest -n logical --maxprocesses=8 --dist=worksteal
 MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')

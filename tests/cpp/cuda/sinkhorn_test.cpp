@@ -188,7 +188,7 @@ TYPED_TEST(CudaSinkhorn, OnSmallDevices) {
         const int64_t t = i / shape.E % shape.T;
         if (t % 3 == 1 || t < shape.T / 4) some_absent[i] = -kInf<T>;
       }
-      this->expect_as_on_cpu(shape, some_absent, {5, 0.5, 1e-2});
+      this->expect_as_on_cpu(shape, some_absent, {3, 0.5, 1e-2});
       const Shape one{1, shape.T, shape.E};
       this->expect_as_on_cpu(one, uniform<T>(one.size(), 13, -300, 300), {2, 1, 0});
     }
@@ -366,7 +366,7 @@ TYPED_TEST(CudaSinkhorn, ImplicitBackward) {
         {2, 196, 32},
         {1, 1300, 33},
         {1, 100, 170},
-        {2, 10, 200}}) {
+        {2, 10, 170}}) {
     SCOPED_TRACE(::testing::Message() << "T " << shape.T << " E " << shape.E);
     auto logits = uniform<T>(shape.size(), 11, -1, 1);
     const auto plan = this->on_cpu(shape, logits, {50, 1, 0}).plan;
