@@ -1,5 +1,5 @@
-# make study | test | compat | bench | gpu-check | lint | format. The first run creates .venv with the dependencies of the
-# target; later runs compile only changed files. ARGS is passed on: make study ARGS="--seeds 1", make test
+# make study | test | compat | bench | gpu-check | lint | format. The first run creates .venv with the dependencies of
+# the target; later runs compile only changed files. ARGS is passed on: make study ARGS="--seeds 1", make test
 # ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine, ON
 # for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
 PYTHON ?= python3

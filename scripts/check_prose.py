@@ -17,18 +17,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CPP = (".h", ".cpp", ".cu")
+CPP = (".h", ".cuh", ".cpp", ".cu")
+HASH = (".sh", ".cmake", ".toml", ".yml")  # files whose comments begin with #
+HASH_NAMES = ("CMakeLists.txt", "Makefile", ".ci/run")
 PROSE = (".md", ".cff")
-COLUMNS = 100  # the most in a C++ line with a comment; ruff checks the lines of Python
+# The most columns of a line with a comment, in C++ and in other files. ruff checks the lines of Python.
+CPP_COLUMNS, COLUMNS = 100, 120
 # Only words that no comment of this repository needs: a rule here has no exceptions.
 RULES = {
     r"^Of\b(?! course)": 'begins with "Of": begin with the noun or the verb',
     r"\b(?:no|some)body\b": "name who or what it is",
     r"\bstands? (?:in )?for\b": 'say "means", "replaces" or "is"',
+    r"\bone behind\b|\bbehind (?:one another|each other)\b": 'say "contiguous", "one after another" or "after"',
+    r"\b(?:is|are|was|were) not there\b": "use the field's word: absent, masked, missing",
+    r"\bto and fro\b|\bby and by\b": 'say "oscillate" or "gradually"',
     r"\b(?:a|one) (?:warp|block|thread) an? (?:token|row|group|warp|expert|slot)\b": 'write "one warp per token"',
     r"\bcome by\b|\brubbish\b|\bvouch": "use the field's word: get, garbage, untrusted",
     r"\b(?:AMD|Intel|NVIDIA)'s\b": 'write "on AMD CPUs", without a possessive',
 }
+
+
+def is_hash_file(path: Path) -> bool:
+    """Tells whether comments of the file begin with #, Python aside."""
+    return path.suffix in HASH or path.as_posix().endswith(HASH_NAMES)
 
 
 def comments(path: Path) -> Iterator[tuple[int, str]]:
@@ -47,6 +58,11 @@ def comments(path: Path) -> Iterator[tuple[int, str]]:
     elif path.suffix in CPP:
         for number, line in enumerate(text.splitlines(), 1):
             match = re.search(r"(?:^|\s)//+\s?(.*)", line)
+            if match:
+                yield number, match[1]
+    elif is_hash_file(path):
+        for number, line in enumerate(text.splitlines(), 1):
+            match = re.match(r"\s*#+(?!!)\s?(.*)", line)  # whole lines only: a # within a line may be code
             if match:
                 yield number, match[1]
     else:
@@ -68,10 +84,11 @@ def violations(path: Path) -> Iterator[tuple[int, str]]:
             if (begins or not pattern.startswith("^")) and re.search(pattern, text):
                 yield number, message
         sentence_ended, last = not text or text.rstrip().endswith((".", ":", ";")), number
-    if path.suffix in CPP:
+    if path.suffix in CPP or is_hash_file(path):
+        columns, mark = (CPP_COLUMNS, r"(?:^|\s)//") if path.suffix in CPP else (COLUMNS, r"^\s*#")
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            if len(line) > COLUMNS and re.search(r"(?:^|\s)//", line):
-                yield number, f"a line with a comment has {len(line)} columns, {COLUMNS} are the most"
+            if len(line) > columns and re.search(mark, line):
+                yield number, f"a line with a comment has {len(line)} columns, {columns} are the most"
 
 
 def main(arguments: list[str]) -> int:
@@ -85,7 +102,8 @@ def main(arguments: list[str]) -> int:
     skipped = (Path(__file__).resolve(), ROOT / "CONTRIBUTING.md")
     found = 0
     for path in paths:
-        if path.suffix in (".py", *CPP, *PROSE) and path.resolve() not in skipped and path.exists():
+        checked = path.suffix in (".py", *CPP, *PROSE) or is_hash_file(path)
+        if checked and path.resolve() not in skipped and path.exists():
             for number, message in violations(path):
                 found += 1
                 print(f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{number}: {message}")

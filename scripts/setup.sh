@@ -2,8 +2,8 @@
 # setup.sh [PYTHON [EXTRA]] -- creates .venv with torch, the build tools, this package (editable) and the dependencies
 # of EXTRA of pyproject.toml (study by default, test, bench, lint). The Makefile runs it; running it again is safe.
 # VMOE_CUDA in the environment chooses the architectures for which the CUDA kernels are compiled: AUTO (the default) for
-# the GPUs of this machine, or none without a GPU; ON for all architectures of cmake/modules.cmake; OFF for none; numbers
-# as "80" or "80;90" for these architectures.
+# the GPUs of this machine, or none without a GPU; ON for all architectures of cmake/modules.cmake; OFF for none; or
+# numbers, as "80" or "80;90".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3} extra=${2:-study} cuda=${VMOE_CUDA:-AUTO}

@@ -18,11 +18,15 @@ FAULTS = {
         "# on a CPU of AMD's",
     ],
     "fault.cu": ["// Of a group.", "int x;  // a warp a token", "// " + "x" * 98, "int y;  // one block a row"],
+    "fault.cuh": ["// Rows that are one behind another"],
+    "fault.sh": ["#!/bin/sh\n# Of a file", "# The tokens are not there"],
+    "CMakeLists.txt": ["set(a b)\n  # It goes to and fro.", "# " + "x" * 119],
     "fault.md": ["- Of the rows", "Lengths of nobody."],
 }
 FINE = {
     "fine.py": ["# Takes the rows\n# Of them, this line goes on with the sentence.", 'x = "nobody"', "# of the rows"],
     "fine.cpp": ['const char* url = "https://Of.nobody";', "int x;  // one warp per token", "// " + "x" * 97],
+    "fine.sh": ['echo "a # Of b"', "x" * 130, "# " + "x" * 118],
     "fine.md": ["```\n# Of code\n```", "Of course."],
 }
 
