@@ -187,6 +187,34 @@ def test_the_optimizer_of_timm_decays_weights_alone(kind, layer_decay):
     assert own <= made.no_weight_decay()
 
 
+FAMILIES = {
+    "beit_base_patch16_224": {"img_size": 32, **SIZES},
+    "cait_xxs24_224": {"img_size": 32, "depth": 2},
+    "deit3_small_patch16_224": {"img_size": 32, **SIZES},
+    "hiera_tiny_224": {"img_size": (64, 64), "embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1)},
+    "samvit_base_patch16": {"img_size": 32, **SIZES},
+    "vit_base_patch16_siglip_224": {"img_size": 32, **SIZES},
+    "vit_relpos_small_patch16_224": {"img_size": 32, **SIZES},
+    "vit_srelpos_small_patch16_224": {"img_size": 32, **SIZES},
+    "xcit_nano_12_p16_224": {"img_size": 32, "depth": 2},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_start_where_they_were(name):
+    dense = drawn(timm.create_model(name, num_classes=5, **FAMILIES[name]))
+    whole = {"num_experts": 2, "capacity_factor": 2.0, "renormalize": True, "blocks": "last_1"}
+    model = upcycle(copy.deepcopy(dense), router="softmax_expert_choice", **whole)
+    side = 64 if "hiera" in name else 32
+    x = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1)
+    (plain,) = (group["params"] for group in optimizer.param_groups if group["weight_decay"] == 0)
+    experts = next(module for module in model.modules() if isinstance(module, vr.Experts))
+    assert any(parameter is experts.b1 for parameter in plain)
+
+
 @pytest.mark.parametrize("router", [None, *vr.ROUTERS])
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
 def test_feature_extractor_of_torchvision(router, global_pool):

@@ -370,6 +370,13 @@ def test_rows_of_large_ties_sum_to_one(device, dtype, size):
     assert (error[:2] <= 1e-6).all()  # the third group's potentials have the rounding error of its large logits
 
 
+def test_logits_that_overflow_are_nan(device):
+    logits = torch.tensor([[[1e308, 0.0]], [[1.0, 0.0]]], dtype=torch.float64, device=device)
+    plan = sinkhorn(logits, epsilon=0.01)
+    assert plan[0].isnan().all()
+    assert plan[1].isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [1.0, 50.0, 1e3])
 def test_steps_of_any_value(device, scale):
     """The raw gradient clamps a caller's steps to the number of iterations."""

@@ -36,8 +36,7 @@ def init_trunk(model: Any, config: Mapping[str, Any]) -> None:
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, MoEMlp):  # draw the kernels of the MLP that the layer replaces
-            width = config["embed_dim"]
-            size = width * int(width * config["mlp_ratio"])
+            size = config["embed_dim"] * int(config["embed_dim"] * config["mlp_ratio"])
             for _ in range(2):
                 nn.init.uniform_(torch.empty(size, dtype=patch.dtype, device=patch.device))
     # Truncating a normal distribution at two standard deviations multiplies its standard deviation by 0.8796.
@@ -45,7 +44,8 @@ def init_trunk(model: Any, config: Mapping[str, Any]) -> None:
     nn.init.trunc_normal_(patch, std=std, a=-2 * std, b=2 * std)
     nn.init.zeros_(model.patch_embed.proj.bias)
     if config["pos_embed"] == "sincos":
-        model.pos_embed.copy_(sincos_positions(*model.patch_embed.grid_size, config["embed_dim"]))
+        height, width = model.patch_embed.grid_size
+        model.pos_embed.copy_(sincos_positions(height, width, config["embed_dim"]))
     else:
         nn.init.normal_(model.pos_embed, std=config["pos_embed_std"])
     if model.cls_token is not None:

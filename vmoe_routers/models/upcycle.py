@@ -89,9 +89,9 @@ def upcycle(
         pass_masks(found[i])
         if type(found[i]).__module__.startswith("transformers."):
             found[i].register_forward_pre_hook(_refuse_mask, with_kwargs=True)
-    given: Any = getattr(model, "no_weight_decay", set)  # timm's optimizer factory asks for these names
-    if not no_weight_decay(model) <= set(given()):
-        setattr(model, "no_weight_decay", partial(set, given() | no_weight_decay(model)))  # noqa: B010
+    named = set(getattr(model, "no_weight_decay", set)())  # timm's optimizer factory asks for these names
+    if not no_weight_decay(model) <= named:
+        setattr(model, "no_weight_decay", partial(set, named | no_weight_decay(model)))  # noqa: B010
     # Describe the upcycled model, for save_pretrained.
     options = {"router": router, "num_experts": num_experts, "group_size": group_size, **router_options}
     config: Any = getattr(model, "moe_config", None)
