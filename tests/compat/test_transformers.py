@@ -1,6 +1,7 @@
 """Vision transformers of Hugging Face transformers, upcycled: outputs, masks, gradients, their own save and load."""
 
 import copy
+import inspect
 import json
 
 import pytest
@@ -137,6 +138,8 @@ def test_towers(tmp_path):
 @pytest.mark.parametrize("kind", ["vit", "vit, eager", "dinov2"])
 def test_refuses_a_mask_that_does_not_reach_the_layer(kind):
     model, images = upcycle(make(kind), **WHOLE), torch.randn(2, 3, 12, 12)
+    if "attention_mask" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this version of the model takes no mask")
     everything = torch.ones(2, 10, dtype=torch.bool)
     model(images, attention_mask=None)
     with pytest.raises(ValueError, match="attention_mask must be None after upcycle"):

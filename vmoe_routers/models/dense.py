@@ -15,14 +15,14 @@ class _Layout(NamedTuple):
     """Names of the children of an MLP."""
 
     first: tuple[str, ...]  # one linear layer; or gate and value
-    act: str
+    act: str | None  # None: SiLU, called as a function
     second: str
     drops: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
 
     @property
     def names(self) -> set[str]:
-        return {*self.first, self.act, self.second, *self.drops, *self.norm}
+        return {*self.first, *([self.act] if self.act else ()), self.second, *self.drops, *self.norm}
 
 
 _LAYOUTS = (
@@ -32,6 +32,8 @@ _LAYOUTS = (
     _Layout(("fc1",), "activation_fn", "fc2"),  # transformers: ViT, DeiT, DINOv2, SigLIP, CLIP
     _Layout(("up_proj",), "act_fn", "down_proj"),  # transformers: DINOv3
     _Layout(("gate_proj", "up_proj"), "act_fn", "down_proj"),  # transformers: DINOv2 and DINOv3 with SwiGLU
+    _Layout(("fc1",), "activation", "fc2"),  # transformers 5.10: DINOv2
+    _Layout(("weights_in",), None, "weights_out"),  # transformers 5.10: DINOv2 with SwiGLU, gate and value in one
 )
 
 
@@ -125,7 +127,8 @@ def parts_of(mlp: Any, where: str) -> DenseMlp:
     if len({bias is None for bias in biases}) > 1:
         names = " and ".join(layout.first)
         raise ValueError(f"upcycle: {where}.mlp has a bias in one of {names}, wanted in both or none")
-    parts = DenseMlp(weights, biases, children[layout.act], second, rates[0], norms[0] if norms else None)
+    act = nn.SiLU() if layout.act is None else children[layout.act]
+    parts = DenseMlp(weights, biases, act, second, rates[0], norms[0] if norms else None)
     if not second.weight.is_meta and not _same(mlp, parts):
         raise TypeError(f"upcycle: {where}.mlp ({type(mlp).__name__}) computes something else than its layers in order")
     return parts
