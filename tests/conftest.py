@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cpu_kernels: of what the CPU's own kernels do, whatever others do")
+    config.addinivalue_line("markers", "cpu_kernels: tests of the CPU kernels, skipped with --cuda-on-host")
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     if workers:
         # Divide the cores among the processes of pytest-xdist, and among the processes that a test starts.
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--cuda-on-host"):
         for item in items:
             if item.get_closest_marker("cpu_kernels"):
-                item.add_marker(pytest.mark.skip(reason="the CPU's own kernels are not there"))
+                item.add_marker(pytest.mark.skip(reason="the CUDA kernels replace the CPU kernels"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,7 +63,7 @@ def seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Run the test on one thread; for models so small that threads mostly wait for each other."""
+    """Run the test on one thread, because the threads of small models mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

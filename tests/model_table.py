@@ -52,7 +52,7 @@ def row(label: str, create: Callable[..., MoEVisionTransformer], *arguments: str
 
 
 def page() -> str:
-    """The page: what is written by hand up to the mark, and the tables."""
+    """The page: the text before the mark, which is written by hand, and the tables."""
     parts = [PAGE.read_text().split(MARK)[0] + HEAD]
     for (size, patches), letters in zip(PATCHES.items(), SIZES, strict=True):
         for patch in patches:

@@ -72,7 +72,7 @@ LOSSES = {"importance": "metric_importance_loss", "load": "metric_load_loss", "b
 
 
 class Deviation(NamedTuple):
-    """How far a quantity of ours is from the reference's, at most."""
+    """The largest deviation of one of our quantities from the reference."""
 
     router: str
     file: str

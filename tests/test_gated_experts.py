@@ -21,7 +21,7 @@ NORM = partial(nn.LayerNorm, eps=1e-3)
 
 
 def made(dtype=torch.float64, **options):
-    """Experts whose biases and norms are not what they start as, and slots."""
+    """Experts with biases and norms that differ from their initial values, and slots."""
     torch.manual_seed(0)
     experts = Experts(E, D, HIDDEN, OUT, dtype=dtype, **options)
     with torch.no_grad():

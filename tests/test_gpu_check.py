@@ -138,7 +138,7 @@ case "$*" in
 esac
 """,
     )
-    # Only the test that hangs runs out of its time.
+    # Only the test that hangs reaches its time limit.
     real = shutil.which("timeout")
     hurry = f'#!/bin/bash\ncase "$*" in *=-*) set -- "$1" "$2" 3 "${{@:4}}" ;; esac\nexec {real} "$@"\n'
     write_program(check.folder / "timeout", hurry)

@@ -34,7 +34,7 @@ CASES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Everything here is small: threads would only wait for each other."""
+    """Everything is small: threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -244,7 +244,7 @@ def test_small_batches(router, options, training, shape):
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize(("router", "options"), CASES)
 def test_padding(router, options, group_size):
-    """Zeros out where the mask is False, and the others as without padding at equal capacity."""
+    """Masked tokens come out as zeros, and real tokens as without padding at equal capacity."""
     real, padded = 6, 9
     factor = options.get("capacity_factor", 1.0)
     more = {} if router == "soft" else {"capacity_factor": factor * real / padded}
@@ -310,7 +310,7 @@ def test_aux_loss_sums_the_layers():
 
 
 def test_aux_loss_of_a_smaller_last_group():
-    """The mean over the groups, which are three here and not two."""
+    """The mean over the groups: three groups in this test, not two."""
     moe = layer("softmax_token_choice", 2, importance_loss_weight=1.0).eval()
     x = torch.randn(5, 6, 5).double()
     moe(x)
@@ -566,7 +566,7 @@ def test_in_place_of_timms_mlp(router):
     block.mlp.register_forward_hook(lambda module, args, out: inner.append((args[0], out)))
     _, (routing,) = recorded(block, x)
     ((tokens, mixed),) = inner
-    # timm's blocks hand their own activation over, GELU in its exact form.
+    # timm's blocks pass their own activation, GELU in its exact form.
     wanted = einsum_form(block.mlp, routing, tokens, F.gelu)
     torch.testing.assert_close(mixed, wanted)
 
@@ -801,7 +801,7 @@ def test_a_router_that_returns_no_routing():
 
 
 class DenseRouting(vr.Routing):
-    """Every expert sees every token; the four methods alone."""
+    """A routing with only the four abstract methods, in which every expert sees every token."""
 
     def __init__(self, x, num_experts):
         self.num_groups, self.num_tokens, _ = x.shape

@@ -1,4 +1,4 @@
-"""Python in README and in docs/ runs as it stands, top to bottom of each page."""
+"""The Python blocks of README and docs/ run unchanged, from top to bottom of each page."""
 
 import re
 import runpy

@@ -21,7 +21,7 @@ CEILINGS = ceilings.Ceilings(1e12, 1e12, RATES, RATES, 1e12, {"L2": 1 << 20, "DR
 
 
 class OnTheCpu(TorchFunctionMode):
-    """What is made on "cuda" is made here."""
+    """Tensors for "cuda" are made on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -31,7 +31,7 @@ class OnTheCpu(TorchFunctionMode):
 
 
 class Event:
-    """One that took place as soon as it was recorded, or with `slow` has not when asked."""
+    """An event that is complete once recorded or, with `slow`, not yet complete when queried."""
 
     slow = True
 
@@ -97,7 +97,7 @@ def test_the_ceilings_of_a_gpu_are_of_its_memory_and_of_bfloat16_too(gpu):
 
 @pytest.mark.filterwarnings("ignore")  # the peers' own
 def test_a_quick_run_has_all_targets_and_its_page_says_where_it_ran(gpu, tmp_path, monkeypatch, capsys):
-    # Every case that a quick run has, at a tiny size in its place and named by its own.
+    # Every case of a quick run, at a tiny size under the name of its real size.
     small = []
     for entry in entries(device="cuda"):
         if entry.cuda_quick:

@@ -122,7 +122,7 @@ def test_refuses_empty_paths(source, folder, message):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_fuzz_of_an_npz_file(tmp_path, save):
-    """A mutated file is converted or refused, in a folder that is written whole or not at all."""
+    """A mutated file is converted or refused, and the folder is written completely or not at all."""
     dense = flax_model(router=None, pre_logits=True)
     buffer = io.BytesIO()
     save(buffer, **{path: array.numpy() for path, array in flax_params(dense).items()})
@@ -137,7 +137,7 @@ def test_fuzz_of_a_checkpoint(tmp_path, name, turns):
 
 
 def check_fuzz(folder, path, whole, source, turns, begin=b""):
-    """Mutates bytes, in every second turn only from `begin` on, and cuts in every fifth turn."""
+    """Changes some bytes (every second time only bytes from `begin` on), and truncates every fifth time."""
     draw, refused = random.Random(0), 0
     start = whole.index(begin)
     for turn in range(turns):

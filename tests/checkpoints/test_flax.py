@@ -55,7 +55,7 @@ def test_layer():
     parameters = dict(module.named_parameters())
     assert load_flax(module, arrays()) is module
     check_loaded(module, arrays())
-    for name, parameter in module.named_parameters():  # in place, and still to be trained
+    for name, parameter in module.named_parameters():  # in place, and it still requires a gradient
         assert parameter is parameters[name] and parameter.requires_grad and parameter.is_leaf
 
 
@@ -233,7 +233,7 @@ def test_refuses_a_model_of_another_form(options, message):
 
 
 def test_attention_pooling_fills_every_parameter():
-    """No golden file has it: every path of the name map, by shape, and the head's layout by its values."""
+    """Every path of the name map by shape, and the head's layout by its values; no golden file covers them."""
     module = model(global_pool="map", qk_norm=True)
     params = {path: array for path, array in parity.Golden("vit_tiny_token_tc").params().items() if path != "cls"}
     draw = torch.Generator().manual_seed(0)
@@ -287,7 +287,7 @@ def _map_head(x, params):
 
 
 def test_pre_logits_and_the_names_of_dense_vits():
-    """The names of the code that wrote the dense ViTs, and pre_logits: loaded as under the reference's names."""
+    """The names in files of dense ViTs, and pre_logits, load like the names of the reference."""
     source = model(router=None, pre_logits=True)
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter)
@@ -305,7 +305,7 @@ def test_pre_logits_and_the_names_of_dense_vits():
 
 
 def flax_params(dense):
-    """The name map the other way, for a dense model with a class token."""
+    """The inverse of the name map, for a dense model with a class token."""
     state, heads = dense.state_dict(), 4
 
     def linear(path, name, rows=slice(None)):
@@ -347,7 +347,7 @@ def test_position_embeddings_of_another_grid(old, new, token):
 
 
 def _missing(module):
-    """Paths and shapes of what a module wants, as the error lists them."""
+    """Paths and shapes of the arrays that a module requires, as the error lists them."""
     with pytest.raises(ValueError) as error:
         load_flax(module, {})
     lines = str(error.value).splitlines()[1:]

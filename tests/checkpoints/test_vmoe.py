@@ -179,7 +179,7 @@ def test_hostile_bytes(tmp_path, data, message):
 
 
 def test_more_than_a_checkpoint_has(tmp_path, monkeypatch):
-    """What is remembered of the files is bounded, however long they are."""
+    """The memory for the description of the files is bounded, however long they are."""
     nothing = chunk((0,), "float32", b"")
     padded = [[nothing, nothing, chunk((4,), "float32", RAW)], Ext(6, slice_nd(WHOLE))]
     prefix = vmoe_writer.write(tmp_path, index(), [shard(padded)])
@@ -200,7 +200,7 @@ def test_other_things_of_that_name(tmp_path):
     for path in ("a\0b", "a" * 5000):
         with pytest.raises(CheckpointError, match="cannot be opened"):
             read_vmoe(path)
-    os.mkfifo(tmp_path / "pipe.index")  # opening it would wait for ever
+    os.mkfifo(tmp_path / "pipe.index")  # opening it would block
     with pytest.raises(CheckpointError, match="not a regular file"):
         read_vmoe(tmp_path / "pipe")
 

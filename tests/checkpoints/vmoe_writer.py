@@ -57,20 +57,23 @@ def name(tensor):
 
 
 def cut(tensor, pieces):
-    """The parts of a grid of so many pieces an axis, uneven where they must be."""
+    """The parts of a grid with this number of pieces per axis, of uneven size if the axis does not divide."""
     axes = [[(n * i // k, n * (i + 1) // k) for i in range(k)] for n, k in zip(tensor.shape, pieces)]
     return list(product(*axes))
 
 
 def content(tree, pieces=None, shard_count=2, chunk_elements=7):
-    """The index and the shards, as objects to be packed: `tree` holds maps and tensors, pieces path -> cuts an axis."""
+    """The index and the shards, as objects to be packed.
+
+    `tree` holds maps and tensors. `pieces` maps a path to the number of cuts per axis.
+    """
     shards, count = [{MARK: True} for _ in range(shard_count)], 0
 
     def walk(node, path):
         nonlocal count
         if isinstance(node, dict):
             found = {key: walk(node[key], f"{path}/{key}") for key in sorted(node)}
-            return dict(reversed(found.items()))  # the order in the file is of no meaning
+            return dict(reversed(found.items()))  # the order in the file has no meaning
         parts = cut(node, (pieces or {}).get(path[1:], (1,) * node.ndim))
         places = [(count + i) % shard_count for i in range(len(parts))]
         for part, place in zip(parts, places):

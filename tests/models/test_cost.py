@@ -133,7 +133,7 @@ def test_refuses_other_models(name):
 
 
 class Uncounted(nn.Module):
-    """A router that does not say how many slots it makes."""
+    """A router without the method `slots`."""
 
     def __init__(self, dim, num_experts):
         super().__init__()
@@ -158,7 +158,7 @@ def test_of_an_upcycled_model():
     sparse = cost(upcycle(model, **options, capacity_factor=1.0))
     assert dense["tokens"] == 197 and sparse["slots"] == 4 * 49
     router = 2 * 197 * 16 * 4
-    assert sparse["flops"] == dense["flops"] + router - 2 * (2 * 16 * 64)  # a slot less than tokens
+    assert sparse["flops"] == dense["flops"] + router - 2 * (2 * 16 * 64)  # one slot fewer than tokens
     assert sparse["active_parameters"] < sparse["parameters"]
 
 

@@ -24,7 +24,7 @@ def make(**options):
 
 
 def emptied(model):
-    """Gives a model the values that the memory may have after to_empty."""
+    """Fills a model with values that uninitialised memory may have after to_empty."""
     model.to_empty(device="cpu")
     for value in model.state_dict().values():
         value.fill_(math.nan)
@@ -83,7 +83,7 @@ def test_a_layer_is_as_made(router):
 
 
 class Own(nn.Module):
-    """A router with parameters that nothing can draw again."""
+    """A router whose parameters cannot be drawn again."""
 
     def __init__(self, dim, num_experts):
         super().__init__()

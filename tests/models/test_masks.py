@@ -20,7 +20,7 @@ def model_of(router, **options):
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
 @pytest.mark.parametrize("router", [None, *vr.ROUTERS])
 def test_masked_patches_are_not_there(router, global_pool):
-    """Whatever is in them, nothing changes; and no real patch stops to count."""
+    """The contents of masked patches change nothing, and every real patch still counts."""
     model = model_of(router, global_pool=global_pool)
     x = torch.randn(3, 1, 8, 8)
     mask = torch.ones(3, 16, dtype=torch.bool)
@@ -38,7 +38,7 @@ def test_masked_patches_are_not_there(router, global_pool):
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
 @pytest.mark.parametrize("router", [None, *vr.ROUTERS])
 def test_padding_is_as_no_padding(router, global_pool):
-    """Where there are slots for all, a larger image whose rest is padding gives what the image alone does."""
+    """If there are slots for all tokens, an image padded to a larger size gives the output of the image alone."""
     room = {} if router in (None, "soft") else {"capacity_factor": 8.0}
     options = {"global_pool": global_pool, "pos_embed_std": 0.0, **room}
     x = torch.randn(3, 1, 8, 8)

@@ -12,7 +12,7 @@ from vmoe_routers.models import vit_moe
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
-# Some of the options beside; few iterations, since they are unrolled and take time to export.
+# With some options that are not defaults. Few iterations, because they are unrolled and take time to export.
 OPTIONS = {
     "softmax_token_choice": {"top_k": 2, "batch_priority": True, "capacity_factor": 0.6},
     "sinkhorn_token_choice": {"iterations": 2, "renormalize": True},
@@ -33,7 +33,7 @@ def model_of(router):
 
 
 class EachRouter(nn.Module):
-    """All models in one: what an export costs however small, it costs once."""
+    """All models in one module, because every export has a fixed cost."""
 
     def __init__(self):
         super().__init__()

@@ -23,7 +23,7 @@ MIXTURE = {"num_experts": 4, "blocks": [0, 1]}
 
 
 def drawn(model):
-    """Draws all parameters, so that heads, layer scales and biases are not what they start as."""
+    """Draws all parameters, so that heads, layer scales and biases do not have their initial values."""
     for parameter in model.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     return model.eval()

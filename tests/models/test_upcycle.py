@@ -44,7 +44,7 @@ def test_starts_where_the_dense_model_was(router, kind):
         wanted = model(x)
         sparse = upcycle(copy.deepcopy(model), blocks="every_2", **whole(router)).eval()
         torch.testing.assert_close(sparse(x), wanted, rtol=1e-4, atol=1e-5)
-        # Without the promise's conditions the outputs are others.
+        # Without the promise's conditions the outputs differ.
         less = {"capacity_factor": 1.0} | ({"renormalize": False} if router.endswith("token_choice") else {})
         other = upcycle(copy.deepcopy(model), blocks="every_2", **whole(router) | less).eval()
         assert not torch.allclose(other(x), wanted, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_only_the_mlps_of_the_blocks_change(router):
     if router == "soft":
         assert model.blocks[0].mlp.router.slots_per_expert == round((16 + 5) / 3)
     model(torch.randn(2, 1, 8, 8)).sum().backward()
-    # The experts' own memory: training one leaves the others.
+    # Experts do not share memory: training one does not change another.
     experts.w1.data[0] = 0
     assert torch.equal(experts.w1[1], old.mlp.fc1.weight.T)
 

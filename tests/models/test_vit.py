@@ -33,7 +33,7 @@ def images(n=4, size=8, channels=1):
 
 
 def with_a_head(model):
-    """A head that is not 0, so that what comes before it shows."""
+    """A head with weights other than 0, so that the output depends on the layers before it."""
     nn.init.normal_(model.head.weight)
     return model
 
@@ -295,7 +295,7 @@ def test_refuses(error, names, options):
     ("failure", "advice"),
     [
         (ModuleNotFoundError("No module named 'timm'"), "pip install timm"),
-        # a torchvision that was built for another torch, at its first import and at the next
+        # a torchvision built for another torch, at its first import and at the next import
         (RuntimeError("operator torchvision::nms does not exist"), "install --force-reinstall --no-deps torchvision"),
         (
             AttributeError("partially initialized module 'torchvision'"),

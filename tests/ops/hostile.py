@@ -32,7 +32,7 @@ INTS = [-(2**63), -(2**31), -1, 0, 1, 2, 7, 100, 10**6, 2**31 - 1, 2**31, 2**33 
 INT32 = [-(2**31), -(10**6), -1, 0, 1, 2, 11, 12, 13, 100, 10**6, 2**31 - 1]
 FLOATS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-30, 1e30]
 DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64, torch.cfloat]
-# The most iterations that are run: more are valid, and take longer.
+# The most iterations that are run. More are valid, but take longer.
 LONG = {"iterations": 10**3}
 CPU_SECONDS = 5
 MEMORY = 2 << 30
@@ -128,7 +128,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
 
 
 def hostile(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """What to pass in place of `value`, each with a few words."""
+    """Hostile values to pass instead of `value`, each with a description."""
     if isinstance(value, bool):
         yield "not", not value
     elif isinstance(value, int):
@@ -163,7 +163,7 @@ def shapes(value: Tensor) -> Iterator[tuple[str, Tensor]]:
                 sizes = [*value.shape]
                 sizes[axis], sizes[other] = huge, 0
                 with contextlib.suppress(RuntimeError):  # torch refuses some of these sizes itself
-                    strides = [1] * value.ndim  # a packed tensor's would overflow
+                    strides = [1] * value.ndim  # the size of a packed tensor would overflow
                     bad = torch.empty_strided(sizes, strides, dtype=value.dtype)
                     yield f"{huge} along {axis}, empty along {other}", bad
         yield f"expanded along {axis}", value.narrow(axis, 0, 1).expand_as(value)
@@ -219,7 +219,7 @@ def cases(name: str) -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
         for key, value in keywords.items():
             for words, bad in hostile(value, key):
                 yield f"{row}: {key} {words}", arguments, {**keywords, key: bad}
-        # Lists that contradict one another.
+        # Lists that contradict each other.
         for seed in range(8):
             generator = torch.Generator().manual_seed(seed)
 
@@ -236,7 +236,7 @@ def parameter_names(name: str) -> list[str]:
 
 
 def call(name: str, arguments: list[Any], keywords: dict[str, Any]) -> None:
-    """The op and, where it has one, its backward. Exceptions are answers."""
+    """The op and, where it has one, its backward. An exception is a correct result."""
     space, op = name.split(".")
     function = getattr(raw, op).default if space == "raw" else getattr(ops, op)
     for at_end in (True, False):
@@ -284,7 +284,7 @@ def main(library: str | None, names: list[str]) -> None:
     torch.set_num_threads(1)  # the children of a fork have no other threads
     if library:
         torch.ops.load_library(library)
-    call("raw.topk", [torch.empty(1, 1, device="meta"), 1, 0], {})  # imports once what every child would
+    call("raw.topk", [torch.empty(1, 1, device="meta"), 1, 0], {})  # imports modules before the children need them
     json.dump({name: run(name) for name in names or ROWS}, sys.stdout)
 
 

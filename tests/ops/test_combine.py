@@ -59,7 +59,7 @@ def test_without_a_gate(device, dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gates_of_float32_with_experts_in_half(device, dtype):
-    """As under autocast: the gate is not rounded, and each gradient has the dtype of its tensor."""
+    """The dtypes of autocast: the gate is not rounded, and each gradient has the dtype of its tensor."""
     y, gate, token, offsets, slots = (a.to(device) for a in arguments(2, 7, 16, 3, 4))
     y, gate = y.to(dtype).requires_grad_(), gate.float().requires_grad_()
     y64, gate64 = y.detach().double().requires_grad_(), gate.detach().double().requires_grad_()

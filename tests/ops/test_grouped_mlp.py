@@ -62,7 +62,7 @@ def arguments(E: int, N: int, D: int, H: int, out: int, *, bias: bool = True) ->
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference(device, dtype, shape, bias):
-    # A matmul in half rounds the hidden layer too: two roundings more, on sums of some terms.
+    # A matmul in 16 bits also rounds the hidden layer: two more roundings, of short sums.
     slack = 8 if dtype in (torch.bfloat16, torch.float16) else 2
     if not served(device, dtype):
         return
@@ -155,7 +155,7 @@ def test_dispatcher(device, act, bias):
     inputs = [None if a is None else a.to(device).requires_grad_() for a in arguments(2, 6, 2, 3, 2, bias=bias)]
     everything = torch.full((2, 2), 3, dtype=torch.int32, device=device)
     check_dispatcher(op, [*inputs, None, act, True])
-    check_dispatcher(op, [*inputs, everything, act, True])  # nothing is written of what is not filled
+    check_dispatcher(op, [*inputs, everything, act, True])  # rows that are not filled are not written
     some = torch.tensor([[1, 3], [0, 2]], dtype=torch.int32, device=device)
     check_dispatcher(op, [*inputs, some, act, False])
 
@@ -240,7 +240,7 @@ def test_repeats_bit_by_bit(device, experts):
         out = grouped_mlp(*inputs)
         return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
 
-    results()  # torch's product may round otherwise in the call that starts its threads
+    results()  # torch's product may round differently in the call that starts its threads
     wanted = results()
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True))

@@ -1,4 +1,4 @@
-"""Large results are in huge pages if Linux gives them on request (csrc/torch/huge_pages.h)."""
+"""Large results are in huge pages if Linux provides them on request (csrc/torch/huge_pages.h)."""
 
 from pathlib import Path
 

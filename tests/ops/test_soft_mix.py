@@ -96,7 +96,7 @@ def test_reference(device, dtype, dim, shape):
 @pytest.mark.parametrize("dtype", HALVES)
 @each_dim
 def test_logits_of_float32_with_values_in_half(device, dtype, dim):
-    """As under autocast: the logits are not rounded, and each gradient has the dtype of its tensor."""
+    """The dtypes of autocast: the logits are not rounded, and each gradient has the dtype of its tensor."""
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     if multiplied_in_half(device, dtype):
         return check_in_half(logits.to(device).float(), values.to(device, dtype), dim)

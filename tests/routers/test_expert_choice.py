@@ -32,7 +32,7 @@ def fill(select, slots, mask=None):
 
 
 def sinkhorn(logits, iterations=20):
-    """Columns, then rows, from zero, with numbers that are not logarithms."""
+    """Sinkhorn on plain numbers instead of logarithms: scales columns, then rows, from potentials of 0."""
     plan = logits.double().exp()
     T, E = plan.shape[-2:]
     for _ in range(iterations):
@@ -138,7 +138,7 @@ def test_routers(name, combine, factor, training):
 
 
 def test_the_sparse_plan_is_filled_up_with_zero_plan_tokens():
-    # Far apart similarities: a column of the plan has fewer non-zeros than slots.
+    # Similarities that are far apart: a column of the plan has fewer non-zeros than slots.
     router = vr.create_router(
         "sparsity_constrained_expert_choice", 6, 6, capacity_factor=4.0, dtype=torch.float64
     ).eval()
@@ -272,7 +272,7 @@ def test_gradient_of_the_gates(name, combine):
     logits = torch.einsum("gtd,ed->gte", x, weight)
     gates = logits.softmax(-1)
     if combine == "plan" and name == "sinkhorn_expert_choice":
-        gates = sinkhorn(logits)  # through all iterations
+        gates = sinkhorn(logits)  # the gradient goes through all iterations
     elif combine == "plan":
         # On the support s of a column dT = dS - mean_s(dS): alpha is a constant.
         plan = torch.stack([ksparse_plan(group.detach(), 2) for group in gates])

@@ -10,7 +10,7 @@ ROUTERS = [name for name in vr.ROUTERS if name != "soft"]
 
 
 class Dense:
-    """An affinity of a user, in two plain tensors: those of another one, written out."""
+    """An affinity that a user could write: it returns the gates of another affinity as two plain tensors."""
 
     def __init__(self, affinity):
         self.affinity = affinity

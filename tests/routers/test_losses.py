@@ -81,7 +81,7 @@ def test_formula(name, top_k, masked):
 
 @pytest.mark.parametrize("name", ["importance", "load", "balance", "z"])
 def test_gradient(name):
-    """By central differences of the formula; the logits carry the noisy ones with them."""
+    """The gradient by central differences of the formula. A change of the logits changes the noisy logits equally."""
     logits, noisy, std = inputs(2, 4, 3)
     noise = noisy - logits
     mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]).bool()

@@ -20,7 +20,7 @@ def test_every_router_is_compared_up_to_its_layer_and_gradients():
 
 
 def test_the_table_is_of_this_comparison():
-    """The written table has the lines of today's comparison; the numbers may be another machine's."""
+    """docs/parity.md has the rows of the current comparison; its numbers may come from another machine."""
 
     def without_numbers(lines):
         return [line.split("|")[1:4] + line.split("|")[5:] for line in lines if line.startswith("| ")]

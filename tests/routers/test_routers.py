@@ -10,7 +10,7 @@ import torch
 import vmoe_routers as vr
 
 SPARSE = vr.ROUTERS[:-1]
-# Every router, and those with a plan also with plan-valued gates.
+# Every router, and each router with a plan also with plan-valued gates.
 CASES = [(name, {}) for name in vr.ROUTERS] + [
     (name, {"combine": "plan"}) for name in vr.ROUTERS if name.startswith(("sinkhorn", "sparsity"))
 ]
@@ -132,7 +132,7 @@ def test_noise_is_divided_by_the_experts():
         router = vr.create_router("softmax_token_choice", 4, E, noise_std=noise_std)
         torch.nn.init.zeros_(router.weight)
         noisy = router(torch.randn(2, 20000, 4)).weights.detach().log()
-        # Up to the logsumexp of its token the log of the gate is the noise.
+        # The log of a gate is the noise, up to the logsumexp of its token.
         noise = noisy - noisy.mean(-1, keepdim=True)
         std = noise.std() / math.sqrt(1 - 1 / E)
         assert std.item() == pytest.approx(noise_std / E, rel=0.01)
@@ -209,7 +209,7 @@ def test_copies(name, options):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_padding_changes_nothing_for_the_others(name, options):
-    """At equal capacity, which counts the padded tokens too."""
+    """At equal capacity: capacity counts padded tokens, too."""
     real, padded, E = 10, 16, 4
     slots = 3
     order = torch.randperm(padded)
@@ -334,7 +334,7 @@ def test_all_logits_equal(name, options):
         for c in range(routing.capacity):
             wanted[:, c, :, c] = 1
     assert torch.equal(D, wanted)
-    # A sparse plan hands the n/E of a column to its C tokens, here 2 to 2.
+    # A sparse plan divides the mass n/E of a column among its C tokens, here 2 among 2.
     sparse_plan = name.startswith("sparsity") and options
     torch.testing.assert_close(B, D * (1.0 if sparse_plan else 0.25))
 
@@ -385,7 +385,7 @@ def test_what_a_routing_tells_compiles(name):
 
 @pytest.mark.parametrize(("name", "options"), CASES[:5] + CASES[6:])
 def test_no_tensor_of_tokens_times_slots(name, options):
-    """Neither kept for the gradient nor, by the shapes of all results, made on the way."""
+    """No tensor of this shape is kept for the gradient, nor made on the way."""
     G, T, D, E = 1, 256, 8, 16
     router = vr.create_router(name, D, E, capacity_factor=4.0, **options)
     x = torch.randn(G, T, D, requires_grad=True)

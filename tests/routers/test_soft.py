@@ -103,7 +103,7 @@ def test_noise_in_training_is_not_divided_by_experts():
     assert noise.numel() == 4 * 200 * 8 * 16
     assert abs(noise.std() - 0.5) < 0.01
     assert abs(noise.mean()) < 0.01
-    # Every slot, token and group has its own.
+    # Every slot, token and group has its own noise.
     assert noise.flatten().unique().numel() > 0.5 * noise.numel()
     quiet = vr.create_router("soft", 6, 8)
     assert torch.equal(quiet.train()(x).logits, quiet.eval()(x).logits), "off by default"
@@ -116,7 +116,7 @@ def test_phi_at_the_start():
     assert router.scale == 1
     assert {name for name, _ in router.named_parameters()} == {"logits.phi", "logits.scale"}
     assert router.phi.abs().max() <= 2 / 8
-    # A normal of std 1/8 cut at two of them has 0.8796 of it.
+    # A normal distribution truncated at two standard deviations has 0.8796 of its standard deviation.
     assert abs(router.phi.std() * 8 - 0.8796) < 0.03
     assert vr.create_router("soft", 8, 4, scale_init=16.0).scale == 16
 
@@ -225,7 +225,7 @@ def test_tokens_of_any_length_at_any_scale(dtype, scale):
         routing = router(x, keep)
         exact = naive_logits(router, x.detach().double()).flatten(2)
         real = torch.ones(3, 6, dtype=torch.bool) if keep is None else keep
-        # A product of such tokens rounds by an epsilon of the scale.
+        # A product of 16-bit tokens has a rounding error of an epsilon of the scale.
         atol = 20 * scale * torch.finfo(dtype).eps
         torch.testing.assert_close(routing.logits.detach().double()[real], exact[real], atol=atol, rtol=0)
         out = routing.combine(routing.dispatch(x).tanh())
@@ -262,7 +262,7 @@ def test_backward_keeps_one_matrix_of_tokens_by_slots():
         slots = routing.dispatch(x)
         routing.combine(slots)
     sizes = sorted(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values())
-    # The logits, the tokens and the slots; all else has the size of Phi at most.
+    # The large tensors are the logits, the tokens and the slots; all others are at most as large as Phi.
     assert [size for size in sizes if size > D * E * C] == sorted([G * T * E * C, G * T * D, G * E * C * D])
     assert {x.data_ptr(), slots.data_ptr(), routing.logits.data_ptr()} <= kept.keys()
 

@@ -32,7 +32,7 @@ def fill(select, top_k, slots, *, batch_priority=False, mask=None):
 
 
 def sinkhorn(logits, iterations=20, epsilon=1.0):
-    """Columns, then rows, from zero, with numbers that are not logarithms."""
+    """Sinkhorn on plain numbers instead of logarithms: scales columns, then rows, from potentials of 0."""
     plan = (logits.double() / epsilon).exp()
     T, E = plan.shape[-2:]
     for _ in range(iterations):
@@ -80,7 +80,7 @@ def test_never_more_than_capacity_and_top_k(slots, top_k, batch_priority):
     assert D.sum((1, 3)).max() <= slots
     assert D.sum((2, 3)).max() <= top_k
     assert D.sum(3).max() <= 1, "a token is at most once in an expert"
-    # A place is refused only where the buffer is full.
+    # A request is dropped only if the buffer is full.
     asked = torch.zeros_like(gates).scatter(2, gates.topk(top_k).indices, 1)
     assert torch.equal(D.sum((1, 3)), asked.sum(1).clamp(max=slots))
 
@@ -106,7 +106,7 @@ def test_first_choices_go_before_second_ones():
     gates = torch.tensor([[[0.4, 0.6], [0.9, 0.1]]])
     D = vr.token_choice(gates, 2, 1).dispatch_tensor()[0, :, :, 0]
     assert D.tolist() == [[0, 1], [1, 0]]
-    # Also where the other one has the priority.
+    # Also if the other token has the higher priority.
     gates = torch.tensor([[[0.1, 0.9], [0.6, 0.4]]])
     D = vr.token_choice(gates, 2, 1, batch_priority=True).dispatch_tensor()[0, :, :, 0]
     assert D.tolist() == [[0, 1], [1, 0]]

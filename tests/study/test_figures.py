@@ -98,7 +98,7 @@ def test_figure_load_draws_its_data():
     soft = [point for point in data if point["name"] == "soft-c1" and point["block"] == 3]
     assert drawn(figure.axes[-1], "soft-c1 3") == (list(range(1, 9)), [p["relative_load"] for p in soft])
     assert sum(point["relative_load"] for point in soft) == pytest.approx(8)
-    # Every column has its ranks under its lowest panel, where the last row is not full too.
+    # Every column shows its ranks under its lowest panel, even if the last row is not full.
     assert [ax.xaxis.get_tick_params()["labelbottom"] for ax in figure.axes] == 6 * [False] + 4 * [True]
     assert figures.figure_load([run(variant(None))]) is None
 

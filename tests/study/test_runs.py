@@ -20,7 +20,7 @@ EXPERT_CHOICE = Variant("softmax_expert_choice", 1.0)
 
 
 def made_up(train=16, test=10, seed=0):
-    """Images like the digits, of noise."""
+    """Images of the size of the digits, filled with noise."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(train + test, 1, 8, 8, generator=generator)
     labels = torch.arange(train + test) % 10
@@ -93,7 +93,7 @@ def test_a_run_can_be_repeated():
 
 def test_transfer():
     other = made_up(train=120, test=40, seed=1)
-    # The label can be seen in the pixels.
+    # The pixels show the label.
     for images, labels in ((other.train_images, other.train_labels), (other.test_images, other.test_labels)):
         images.zero_()[torch.arange(len(labels)), 0, labels // 2, labels % 2 * 4] = 1
     record = run(TINY, SOFT, 0, made_up(), replace(other, name="others"))

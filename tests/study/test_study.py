@@ -26,7 +26,7 @@ TINY = Settings(
 
 
 class Stop:
-    """Runs in this process, one after the other; Ctrl-C after so many."""
+    """Runs in this process, one after another; raises KeyboardInterrupt after a given number."""
 
     def __init__(self):
         self.done, self.after = [], None
@@ -63,7 +63,7 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     assert here.done == jobs[:6]  # seed by seed
     assert len(list((settings.output / "runs").iterdir())) == 6
 
-    # The same again, but for one record that is broken.
+    # The same study again, with one broken record.
     (broken,) = settings.output.glob(f"runs/{jobs[2][0].name}-seed0-*.json")
     broken.write_text("[]")
     here.done, here.after = [], None
@@ -87,7 +87,7 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     for name in ("figure_1.png", "figure_1.csv", "figure_load.png"):
         assert (settings.output / name).stat().st_size
 
-    # Fewer routers and seeds: all of it is there.
+    # A study with fewer routers and seeds finds all its records.
     here.done = []
     run_study(replace(settings, routers=["soft"], seeds=1), silent())
     assert here.done == []
