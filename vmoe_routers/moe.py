@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -196,6 +197,11 @@ class MoEMlp(nn.Module):
         if parameter is not None:
             self.pending_losses.move(parameter.device)
         self._end_compiled_losses()
+
+    @property
+    def fc2(self) -> SimpleNamespace:
+        """Second layer under the name of timm's `Mlp`; `init_weights` of timm's models scales its `weight`."""
+        return SimpleNamespace(weight=self.experts.w2)
 
     def no_weight_decay(self) -> set[str]:
         """Names the parameters that optimizers should not decay: biases and norms of the experts."""

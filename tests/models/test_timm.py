@@ -187,6 +187,23 @@ def test_the_optimizer_of_timm_decays_weights_alone(kind, layer_decay):
     assert own <= made.no_weight_decay()
 
 
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_224"])
+def test_upcycled_models_are_drawn_after_the_meta_device(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=28 if "14" in name else 32, num_classes=5, **SIZES)
+        upcycle(model, router="soft", num_experts=2, blocks=[0, 1])
+    if "needs_reset" not in inspect.signature(getattr(model, "init_weights", len)).parameters:
+        pytest.skip("this timm does not draw the whole model")
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    model.init_weights()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    first, second = (block.mlp.experts.w2.std().item() for block in model.blocks)
+    scaled = 1 if "siglip" in name else 2**0.5  # BEiT and EVA divide by the root of twice the depth
+    assert first / second == pytest.approx(scaled, rel=0.1)
+
+
 FAMILIES = {
     "beit_base_patch16_224": {"img_size": 32, **SIZES},
     "cait_xxs24_224": {"img_size": 32, "depth": 2},
