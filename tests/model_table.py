@@ -59,7 +59,7 @@ def page() -> str:
             rows = [
                 f"### {letters}/{patch}",
                 "",
-                "| | slots an image | parameters, M | active, M | GFLOPs an image |",
+                "| | slots per image | parameters, M | active, M | GFLOPs per image |",
                 "|---|---:|---:|---:|---:|",
                 row("dense", vit_moe, patch_size=patch, **SIZES[letters], router=None),
             ]

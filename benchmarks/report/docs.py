@@ -18,7 +18,7 @@ from benchmarks.scaling import GAIN, SLACK, is_compute_bound, read_scaling
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKS = ("<!-- benchmarks: written by python -m benchmarks.report.docs -->", "<!-- end of benchmarks -->")
-NO_GPU = "No run on a GPU is kept here: how fast the CUDA kernels are is not known."
+NO_GPU = "No run on a GPU is kept here: the speed of the CUDA kernels is unknown."
 NONE = "No run is kept here yet; `make bench` measures on your machine."
 README_CASES = (
     "softmax + top-k",
@@ -30,21 +30,21 @@ README_CASES = (
 )
 HEAD = """# Benchmarks
 
-How fast the ops and layers are beside other ways to compute the same. Every case has several variants: forms that
-people write in torch, `torch.compile` of those, installed packages, a dense MLP of the same FLOPs. Variants run in one
-process, in shuffled rounds. Before timing, results are asserted equal to ours, or the variant says that it is another
-function and is left out of the table.
+The speed of our ops and layers, compared with other ways to compute the same results. Every case has several variants:
+common torch code, that code under `torch.compile`, installed packages, a dense MLP of the same FLOPs. Variants run in
+one process, in shuffled rounds. Before timing, a variant's results are checked against ours. A variant that computes a
+different function by design is marked so, and is left out of the table.
 
-- **Ratios** are medians of paired ratios: time of the variant / time of ours. Above 1x ours is faster.
+- **Ratios** are medians of paired ratios: time of the variant / time of ours. Above 1x, our code is faster.
 - **The floor** is the time that the case's flops, bytes and exponentials take at the machine's ceilings, measured in
   the same run.
-- **UNSTABLE**: the same code measured twice came out more than 10 % apart, or may have come out 30 % apart.
-- **Memory**: where freed memory is kept, the C library was told to use it again, for every variant alike. Otherwise the
-  system hands out large results page by page in every call, which can take longer than writing them.
-- **Processors**: on a CPU the products of experts and of Soft MoE are our own. torch's `mm` and `bmm`, from MKL, run
-  AVX2 code on AMD CPUs, at half the speed of the AVX-512 units; on Intel CPUs they do not, and rows that are mostly
-  products will show a smaller lead. No run on an Intel CPU is kept here. "Packed for oneDNN" has no such loss: it uses
-  torch ops that are not public and have no gradient, on weights packed ahead of time.
+- **UNSTABLE**: two measurements of the same code differ by more than 10 %, or may differ by 30 %.
+- **Memory**: if "freed memory is kept", the C library was told to reuse freed memory, for all variants.
+  Otherwise the system maps large results page by page in every call, which can take longer than writing them.
+- **Processors**: on CPUs, the products of experts and of Soft MoE are our own. torch's `mm` and `bmm`, from MKL, run
+  AVX2 code on AMD CPUs, at half the speed of the AVX-512 units, but not on Intel CPUs: rows that are mostly products
+  will show a smaller lead there. No run on an Intel CPU is kept here. "Packed for oneDNN" avoids MKL: it uses torch ops
+  that are not public and have no gradient, on weights packed ahead of time.
 """
 TAIL = """## Measure again
 
