@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import apart, batch, gradients, loss_of, mine, vit
 from ranks import run
+from small_models import apart, batch, gradients, loss_of, mine, vit
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common

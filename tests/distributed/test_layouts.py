@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import ROUTERS, apart, batch, gradients, loss_of, mine, vit, whole
 from ranks import run
+from small_models import ROUTERS, apart, batch, gradients, loss_of, mine, vit, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import apart, batch, gradients, loss_of, mine, vit
 from ranks import run
+from small_models import apart, batch, gradients, loss_of, mine, vit
 
 from vmoe_routers.checkpoints import from_pretrained
 

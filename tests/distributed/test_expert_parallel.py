@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import ROUTERS, apart, mine, same_noise, whole
 from ranks import run
+from small_models import ROUTERS, apart, mine, same_noise, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
@@ -113,9 +113,9 @@ def messages() -> dict[str, str]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     found = {}
     for case in REFUSED:
-        own = {"num_experts": 2, "experts": [nn.Linear(24, 24) for _ in range(2)]}
-        options = {"experts": {"num_experts": 3}, "own experts": own}.get(case, {})
-        made = layer(torch.float64, **options)
+        made = layer(torch.float64, num_experts=3 if case == "experts" else 8)
+        if case == "own experts":
+            made = vr.MoEMlp(24, num_experts=2, experts=[nn.Linear(24, 24) for _ in range(2)])
         wrapped = DistributedDataParallel(made) if case == "within DDP" else made
         with pytest.raises(Exception) as caught:
             parallelize_module(made, mesh, {"experts": ExpertParallel()})

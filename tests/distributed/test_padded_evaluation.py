@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import vit
 from ranks import run
+from small_models import vit
 
 from vmoe_routers.distributed import Meshes, padded_batches, parallelize, sum_over_ranks
 from vmoe_routers.training import evaluate_model
