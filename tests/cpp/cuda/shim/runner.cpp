@@ -45,23 +45,25 @@ struct Copy {
   int group;
 };
 
-struct Fiber {
+// The fields that every switch reads come first.
+struct alignas(64) Fiber {
   State state = State::kReady;
   bool started = false;
+  int lane = 0;
   uint3 index{};
+  void* registers[5]{};  // of __builtin_setjmp; [2] is the stack pointer
   // The barrier or warp operation in which the fiber waits.
-  const char* barrier = "";
   WarpOp op{};
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
   int source = 0;
+  const char* barrier = "";
   uint64_t changes = 0;  // the global counter `changes` when the fiber last read an atomic
   // Asynchronous copies that have not been performed yet, oldest first.
   std::deque<Copy> copies;
   int groups = 0;
 
   std::unique_ptr<char, int (*)(char*)> stack{nullptr, [](char* p) { return munmap(p, kStack); }};
-  void* registers[5];
   void* fake_stack = nullptr;  // of ASan
 };
 
@@ -307,6 +309,7 @@ void prepare(Fiber& fiber, size_t i) {
   fiber.changes = 0;
   fiber.copies.clear();
   fiber.groups = 0;
+  fiber.lane = static_cast<int>(i % 32);
   const auto x = static_cast<unsigned>(i);
   fiber.index = {x % blockDim.x, x / blockDim.x % blockDim.y, x / blockDim.x / blockDim.y};
 }
@@ -367,10 +370,15 @@ bool run_block(Order& order) {
   };
   const auto resume_all = [&](const std::vector<size_t>& order) {
     bool any = false;
-    for (const size_t i : order) {
-      if (!may_go_on(fibers[i])) continue;
+    for (auto i = order.begin(); i != order.end(); ++i) {
+      if (i + 1 != order.end()) {  // fetch the stack of the next fiber, which no cache predicts
+        const char* next = static_cast<const char*>(fibers[i[1]].registers[2]);
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + 64);
+      }
+      if (!may_go_on(fibers[*i])) continue;
       any = true;
-      resume(fibers[i]);
+      resume(fibers[*i]);
     }
     return any;
   };
@@ -453,7 +461,7 @@ void run(
 
 void* dynamic_shared() { return block->dynamic->bytes; }
 
-int lane() { return static_cast<int>((current - block->fibers.data()) % 32); }
+int lane() { return current->lane; }
 
 void before_atomic_read() {
   if (current->changes == changes) {
