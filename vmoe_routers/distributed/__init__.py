@@ -6,7 +6,7 @@ one process, too, and under every layout.
 
 from vmoe_routers.distributed.clip import clip_grad_norm_
 from vmoe_routers.distributed.ema import Ema
-from vmoe_routers.distributed.evaluation import padded_batches, sum_over_ranks
+from vmoe_routers.distributed.evaluation import padded_batches
 from vmoe_routers.distributed.expert_parallel import ExpertParallel
 from vmoe_routers.distributed.meshes import Meshes
 from vmoe_routers.distributed.parallelize import parallelize
@@ -19,6 +19,5 @@ __all__ = [
     "clip_grad_norm_",
     "padded_batches",
     "parallelize",
-    "sum_over_ranks",
     "whole_state_dict",
 ]

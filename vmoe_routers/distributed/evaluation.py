@@ -33,11 +33,3 @@ def padded_batches(images: int, batch_size: int) -> Iterator[tuple[Tensor, Tenso
     share = -(-images // world)
     for indices in torch.arange(rank * share, (rank + 1) * share).split(batch_size):
         yield indices.clamp(max=images - 1), indices < images
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sums a tensor over all ranks of the default process group, if there is one; gives the sum to every rank."""
-    if dist.is_available() and dist.is_initialized():
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
