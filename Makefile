@@ -7,6 +7,7 @@ VMOE_CUDA ?= AUTO
 export VMOE_CUDA
 bin := .venv/bin
 build := build/venv
+cuda_choice := build/cuda-$(subst ;,-,$(VMOE_CUDA))
 # Run at most eight processes: each imports torch, which takes a gigabyte of memory. Threads that wait must not
 # spin, because the processes share the cores.
 pytest := OMP_WAIT_POLICY=passive $(bin)/pytest -n logical --maxprocesses=8 --dist=worksteal
@@ -48,10 +49,10 @@ format: .venv/lint
 	$(bin)/clang-format -i $(cpp_files)
 
 # Installs this package with the dependencies of one extra of pyproject.toml.
-.venv/%: scripts/setup.sh $(compiled) build/cuda-$(VMOE_CUDA)
+.venv/%: scripts/setup.sh $(compiled) $(cuda_choice)
 	scripts/setup.sh $(PYTHON) $*
 	touch $@
 
 # Rebuild if VMOE_CUDA differs from the last build.
-build/cuda-$(VMOE_CUDA):
+$(cuda_choice):
 	mkdir -p build && rm -f build/cuda-* && touch $@
