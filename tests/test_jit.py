@@ -57,6 +57,15 @@ def model():
     return vit_moe(8, 2, 1, 5, embed_dim=16, depth=2, num_heads=2, num_experts=3, router="softmax_expert_choice")
 
 
+def test_a_whole_model_with_a_mask():
+    made = model().eval()
+    nn.init.normal_(made.head.weight)
+    inputs = {"x": torch.randn(2, 1, 8, 8), "mask": torch.rand(2, 16) > 0.3}
+    traced = torch.jit.trace(made, example_kwarg_inputs=inputs)
+    for masked in (inputs["mask"], torch.rand(2, 16) > 0.6):
+        torch.testing.assert_close(traced(x=inputs["x"], mask=masked), made(inputs["x"], mask=masked))
+
+
 def test_graph_of_tensorboard(tmp_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     with tensorboard.SummaryWriter(tmp_path) as writer:

@@ -25,7 +25,7 @@ class MoEVisionTransformer(VisionTransformer):
     routing and pooling, even if they contain NaN or inf. Their own features are finite and have no meaning.
     """
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Maps images [N, channels, height, width] to logits [N, num_classes].
 
         Args:
