@@ -11,6 +11,7 @@ import torch
 from timm.models import group_parameters
 from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from vmoe_routers.moe import MoEMlp
@@ -216,7 +217,9 @@ def make_optimizer(model: nn.Module, o: Optimisation) -> torch.optim.Optimizer:
         if o.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=o.learning_rate, **{"fused": True, **o.optimizer_args})
         if o.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=o.learning_rate, **{"momentum": 0.9, "fused": True, **o.optimizer_args})
+            # torch's fused SGD takes no sharded parameters.
+            fused = not any(isinstance(p, DTensor) for group in groups for p in group["params"])
+            return torch.optim.SGD(groups, lr=o.learning_rate, **{"momentum": 0.9, "fused": fused, **o.optimizer_args})
         return create_optimizer_v2(groups, o.optimizer, lr=o.learning_rate, **o.optimizer_args)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OptionError(f"optimizer {o.optimizer!r} with {o.optimizer_args}: {error}", "optimizer_args") from error

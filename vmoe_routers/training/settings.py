@@ -14,6 +14,9 @@ from vmoe_routers.options import OptionError
 from vmoe_routers.training.optimisation import Optimisation, at_least, only
 from vmoe_routers.training.transforms import Augmentation
 
+SETTINGS = "settings.yaml"
+"""The file of the settings in the output folder of a training."""
+
 KEEP = ("last", "best", "every")
 BAD_IMAGES = ("stop", "skip")
 CHECKPOINTING = ("none", "exchange_saved", "full")

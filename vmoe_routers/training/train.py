@@ -23,12 +23,12 @@ from vmoe_routers.training.log import EVALUATIONS, Outputs, read_table
 from vmoe_routers.training.meter import Meter
 from vmoe_routers.training.processes import World, processes
 from vmoe_routers.training.samples import Data
-from vmoe_routers.training.settings import MAY_CHANGE, TrainSettings, read_settings
+from vmoe_routers.training.settings import MAY_CHANGE, SETTINGS, TrainSettings, read_settings
 from vmoe_routers.training.sources import open_data
 from vmoe_routers.training.trainer import Trainer
 from vmoe_routers.training.transforms import Mixing, Transform
 
-SETTINGS, CHECKPOINTS, MODEL = "settings.yaml", "checkpoints", "model"
+CHECKPOINTS, MODEL = "checkpoints", "model"
 
 
 def train(
