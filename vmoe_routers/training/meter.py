@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vmoe_routers import inspect
-from vmoe_routers.moe import MoEMlp
+from vmoe_routers.inspect import RoutingStatistics
 from vmoe_routers.training.loader import Batches
 from vmoe_routers.training.processes import World
 from vmoe_routers.training.trainer import StepReport, Trainer
 
 ROUTING = ("load_cv", "dropped", "utilisation")
-"""Metrics of `Routing.metrics` in the log: means over the MoE layers."""
+"""Metrics in the log: means over the MoE layers, of the images of all processes in the last step."""
 
 
 class Meter:
@@ -25,32 +25,28 @@ class Meter:
     Args:
         trainer: The training.
         batches: Its batches, which count the time spent waiting for data.
-        world: The processes. Losses and metrics are means over them.
+        world: The processes. Losses and metrics are those of the images of all of them.
     """
 
     def __init__(self, trainer: Trainer, batches: Batches, world: World):
         self.trainer, self.batches, self.world = trainer, batches, world
-        self.has_layers = any(isinstance(module, MoEMlp) for module in trainer.plain.modules())
         self.restart()
 
     def restart(self) -> None:
         """Begins a new row, without the time of an evaluation."""
         self.images, self.waited, self.begin = 0, self.batches.waited, time.perf_counter()
         self.reports: list[StepReport] = []
-        self.metrics: dict[str, torch.Tensor] = {}
+        self.statistics: RoutingStatistics | None = None
 
     @contextmanager
-    def recording(self, wanted: bool) -> Iterator[None]:
-        """Records the routing metrics of a step, if wanted and if the model has MoE layers."""
-        if not (wanted and self.has_layers):
+    def recording(self, wanted: bool, valid: Tensor) -> Iterator[None]:
+        """Records the routing of a step, if wanted; valid [N] bool as in `Batch`."""
+        if not wanted:
             yield
             return
-        with inspect.record(self.trainer.plain) as trace:
+        self.statistics = RoutingStatistics(self.trainer.plain, self.trainer.device)
+        with self.statistics.recording(valid):
             yield
-        routings = [routing for layer in trace.routings.values() for routing in layer]
-        if routings:
-            metrics = [routing.metrics for routing in routings]
-            self.metrics = {name: torch.stack([m[name].detach().float() for m in metrics]).mean() for name in ROUTING}
 
     def add(self, report: StepReport, images: int) -> None:
         """Adds a step of `images` images on this process."""
@@ -61,22 +57,30 @@ class Meter:
         """The values since the last row. Every process must call it."""
         trainer = self.trainer
         losses = torch.stack([torch.stack([r.loss.float(), r.aux_loss.float()]) for r in self.reports]).mean(0)
-        values = torch.cat([losses, *(self.metrics[name].view(1) for name in self.metrics)])
-        means = dict(zip(("loss", "aux_loss", *self.metrics), self.world.mean(values).tolist(), strict=True))
+        loss, auxiliary = self.world.mean(losses).tolist()
         norm = float(self.reports[-1].grad_norm)  # waits for the device, so the time below is that of finished steps
-        now = time.perf_counter()
+        seconds = time.perf_counter() - self.begin
         row = {
             "step": trainer.step,
             "epoch": trainer.step / steps_per_epoch,
-            "loss": means["loss"],
-            "aux_loss": means["aux_loss"],
+            "loss": loss,
+            "aux_loss": auxiliary,
             "grad_norm": norm,
             "learning_rate": self.reports[-1].learning_rate,
-            "images_per_second": self.images / (now - self.begin),
-            "data_wait": (self.batches.waited - self.waited) / (now - self.begin),
-            **{name: means.get(name, "") for name in ROUTING},
+            "images_per_second": self.images / seconds,
+            "data_wait": (self.batches.waited - self.waited) / seconds,
+            **self._routing(),
             "skipped_steps": trainer.skipped,
             "bad_images": self.batches.skipped,
         }
         self.restart()
         return row
+
+    def _routing(self) -> dict[str, Any]:
+        """The routing metrics of the recorded step; empty where none was recorded."""
+        if self.statistics is None:
+            return dict.fromkeys(ROUTING, "")
+        # The metrics follow from sums over images; their means over the processes do as well.
+        self.statistics.sums = self.world.mean(self.statistics.sums)
+        layers = self.statistics.layers().values()
+        return {name: sum(layer[name] for layer in layers) / len(layers) if layers else "" for name in ROUTING}

@@ -129,7 +129,7 @@ def _train(settings: TrainSettings, world: World, console: Console) -> Path:
         autocast=settings.parallel == "ddp" or world.size == 1,
     )
     best = _restore(settings.output, trainer, console)
-    console.print(describe(settings, data, plan, model, world))
+    console.print(describe(settings, data, plan, model, world), soft_wrap=True)
     augmentation = settings.augmentation(plan.image_size)
     mix = None
     if augmentation.mixup or augmentation.cutmix:
@@ -146,7 +146,7 @@ def _train(settings: TrainSettings, world: World, console: Console) -> Path:
             images, targets = batch.images, batch.labels
             if mix is not None:
                 images, targets = mix(images, targets, trainer.step)
-            with meter.recording(is_logged and not settings.compile):
+            with meter.recording(is_logged and not settings.compile, batch.valid):
                 report = trainer(images, targets)
             meter.add(report, len(images))
             outputs.advance()
@@ -165,8 +165,12 @@ def _train(settings: TrainSettings, world: World, console: Console) -> Path:
                 checkpoint.tidy(settings.output / CHECKPOINTS, settings.keep, best["step"] if best else None)
                 meter.restart()
             if is_stopped and not is_last:
-                console.print(f"interrupted; saved at step {step}, and the same command continues from there")
+                console.print(
+                    f"interrupted; saved at step {step}, and the same command continues from there", soft_wrap=True
+                )
                 raise KeyboardInterrupt
+    for error in batches.bad_images:
+        console.print(f"skipped: {error}", soft_wrap=True)
     return _export(settings, plan, trainer, world, console)
 
 
@@ -175,8 +179,8 @@ def _dry_run(settings: TrainSettings, world: World, console: Console) -> Path:
     data = open_data(settings.data, data_root=settings.data_root)
     plan = Plan.make(settings, data, world)
     model = make_model(settings, data, plan.image_size)
-    console.print(describe(settings, data, plan, model, world))
-    console.print(memory_estimate(model, settings, data, plan.image_size, world))
+    console.print(describe(settings, data, plan, model, world), soft_wrap=True)
+    console.print(memory_estimate(model, settings, data, plan.image_size, world), soft_wrap=True)
     settings.output.mkdir(parents=True, exist_ok=True)
     path = settings.output / "first_batch.png"
     with _training_batches(settings, data, plan, 0, world) as batches:
@@ -215,10 +219,10 @@ def _claim(settings: TrainSettings, world: World) -> None:
 
 def _restore(output: Path, trainer: Trainer, console: Console) -> dict[str, Any] | None:
     """Continues from the newest checkpoint, if there is one. Returns the best evaluation before it."""
-    info = checkpoint.restore(output / CHECKPOINTS, trainer, console.print)
+    info = checkpoint.restore(output / CHECKPOINTS, trainer, lambda line: console.print(line, soft_wrap=True))
     if info is None:
         return None
-    console.print(f"{output}: continues from step {trainer.step} of {trainer.steps}")
+    console.print(f"{output}: continues from step {trainer.step} of {trainer.steps}", soft_wrap=True)
     return info["best"]
 
 

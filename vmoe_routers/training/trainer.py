@@ -21,6 +21,9 @@ from vmoe_routers.training.seeding import seed_of
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+_FORMS = ("fused", "foreach", "capturable", "differentiable")  # options of torch's optimizers
+
+
 class TrainingError(FloatingPointError):
     """A training that cannot go on. The message says why."""
 
@@ -197,7 +200,11 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state."""
+        # The form of the optimizer's kernels fits this layout, not that of the training that wrote the state.
+        forms = [{name: g[name] for name in _FORMS if name in g} for g in self.optimizer.param_groups]
         set_state_dict(self.plain, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for group, form in zip(self.optimizer.param_groups, forms, strict=True):
+            group.update(form)
         self.step = int(state["step"])
         self._skipped.copy_(state["skipped"])
         if self.ema is not None:
