@@ -144,3 +144,13 @@ def test_refuses_a_mask_that_does_not_reach_the_layer(kind):
     model(images, attention_mask=None)
     with pytest.raises(ValueError, match="attention_mask must be None after upcycle"):
         model(images, attention_mask=everything.index_fill(1, torch.tensor([9]), False))
+    inner = model.base_model.encoder if kind == "dinov2" else model.base_model
+    with pytest.raises(ValueError, match="Layer: attention_mask must be None after upcycle"):
+        inner.get_submodule("layer" if kind == "dinov2" else "layers")[1](torch.randn(2, 10, 24), everything)
+
+
+def test_exports():
+    model, images = upcycle(make("vit"), **WHOLE), torch.randn(2, 3, 12, 12)
+    wanted = output(model, images)
+    program = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(program(images).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -88,7 +88,9 @@ def upcycle(
         found[i].mlp = layer
         pass_masks(found[i])
         if type(found[i]).__module__.startswith("transformers."):
-            found[i].register_forward_pre_hook(_refuse_mask, with_kwargs=True)
+            found[i].register_forward_pre_hook(_refuse_mask_of_block, with_kwargs=True)
+    if type(model).__module__.startswith("transformers."):
+        model.register_forward_pre_hook(_refuse_mask, with_kwargs=True)
     named = set(getattr(model, "no_weight_decay", set)())  # timm's optimizer factory asks for these names
     if not no_weight_decay(model) <= named:
         setattr(model, "no_weight_decay", partial(set, named | no_weight_decay(model)))  # noqa: B010
@@ -102,12 +104,18 @@ def upcycle(
     return model
 
 
-def _refuse_mask(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses the padding mask of a block of transformers, which does not reach the block's MLP."""
-    if kwargs.get("attention_mask") is not None or (len(args) > 1 and args[1] is not None):
+def _refuse_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses the padding mask of a model or block of transformers, which does not reach the MLPs."""
+    if kwargs.get("attention_mask") is not None:
         raise ValueError(
-            f"{type(block).__name__}: attention_mask must be None after upcycle: the MoE layer would route padding"
+            f"{type(module).__name__}: attention_mask must be None after upcycle: the MoE layers would route padding"
         )
+
+
+def _refuse_mask_of_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # While it is exported, a model gives its blocks a mask that hides nothing if it gets none itself.
+    if not torch.compiler.is_exporting():
+        _refuse_mask(block, args, {"attention_mask": args[1]} if len(args) > 1 else kwargs)
 
 
 def _tokens(model: nn.Module) -> int:
