@@ -14,7 +14,8 @@ def draw_curve(folder: Path) -> Path:
     log, evaluations = read_table(folder / LOG), read_table(folder / EVALUATIONS)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
-    losses.plot(*_column(log, "loss"), color="0.6", linewidth=1, label="training")
+    dot = "o" if len(log) < 30 else ""  # a line through one point is invisible
+    losses.plot(*_column(log, "loss"), color="0.6", linewidth=1, marker=dot, markersize=3, label="training")
     losses.plot(*_column(evaluations, "loss"), marker="o", markersize=3, label="test")
     losses.set(xlabel="step", ylabel="loss", title="Loss")
     losses.legend(frameon=False)

@@ -27,16 +27,21 @@ def describe(settings: TrainSettings, data: Data, plan: Plan, model: nn.Module, 
     routers = sorted({type(m.router).__name__ for m in model.modules() if isinstance(m, MoEMlp)})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
-    moe = f", {layers} MoE layers ({', '.join(routers)})" if layers else ", dense"
+    moe = f", {_counted(layers, 'MoE layer')} ({', '.join(routers)})" if layers else ", dense"
     only = f", {trained:,} of them trained" if trained < parameters else ""
-    where = f"{world.size} processes" if world.size > 1 else "1 process"
     return (
         f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images{size}, "
         f"{data.num_classes} classes\n"
         f"{settings.model}: {parameters:,} parameters{only}{moe}{_operations(model)}\n"
-        f"{settings.epochs} epochs of {plan.steps_per_epoch} steps with {settings.batch_size} images of "
-        f"{plan.image_size} x {plan.image_size} pixels, {where} on {world.device.type}, {settings.precision}"
+        f"{_counted(settings.epochs, 'epoch')} of {_counted(plan.steps_per_epoch, 'step')} with "
+        f"{_counted(settings.batch_size, 'image')} of "
+        f"{plan.image_size} x {plan.image_size} pixels, "
+        f"{_counted(world.size, 'process', 'es')} on {world.device.type}, {settings.precision}"
     )
+
+
+def _counted(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def _operations(model: Any) -> str:
