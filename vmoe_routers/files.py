@@ -6,6 +6,22 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from vmoe_routers.options import OptionError
+
+
+def make_output(folder: Path) -> None:
+    """Makes the folder of the option ``output``, before anything is computed for it.
+
+    Raises:
+        OptionError: The folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"output {str(folder)!r} cannot be made: {error.strerror}", "output") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OptionError(f"output {str(folder)!r} cannot be written", "output")
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a temporary name, then renames it: a failure leaves the old file and no part of the new.

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
+import vmoe_routers as vr
 import vmoe_routers.training.trainer as trainer_module
 from tests.training.made import idx_folder
 from vmoe_routers.checkpoints import from_pretrained
@@ -306,3 +308,45 @@ def test_an_upcycled_timm_model(tmp_path):
     )
     model = from_pretrained(folder)
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def made_router(dim, num_experts):
+    return vr.create_router("softmax_token_choice", dim, num_experts)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"router": f"{__name__}:made_router"}, "JSON cannot represent router"),
+    ({"model": "test_vit", "model_args": {"patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},
+      "router": None, "num_experts": None, "group_size": None}, "has no moe_config"),
+])  # fmt: skip
+def test_models_that_cannot_be_described_keep_their_parameters(changes, words, tmp_path):
+    with open(tmp_path / "told.txt", "w") as file:
+        folder = run(tmp_path / "out", Console(file=file, width=400), **{"batch_size": 1436, "epochs": 1, **changes})
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    assert "head.weight" in load_file(folder / "model.safetensors") and (tmp_path / "out/curve.png").is_file()
+    told = (tmp_path / "told.txt").read_text()
+    assert "has the parameters alone" in told and words in told and "vmoe-routers eval" not in told
+
+
+def test_an_upcycled_model_with_drop_path_is_saved(tmp_path):
+    arguments = {"depth": 2, "embed_dim": 8, "num_heads": 2, "patch_size": 4, "drop_path_rate": 0.2}
+    folder = run(
+        tmp_path,
+        model="vit_tiny_patch16_224",
+        model_args=arguments,
+        router=None,
+        upcycle="softmax_expert_choice",
+        batch_size=1436,
+        epochs=1,
+    )
+    assert from_pretrained(folder).blocks[1].drop_path1.drop_prob == pytest.approx(0.2)
+
+
+def test_the_output_folder_is_not_the_model(undisturbed, tmp_path):
+    with pytest.raises(OptionError, match=r"is the output folder of a training; its model is '.*out/model'"):
+        evaluate(str(undisturbed), "digits", output=tmp_path)
+    with pytest.raises(OptionError, match="image_size 10 is not a multiple of the patch size, 4 x 4"):
+        evaluate(str(undisturbed / "model"), "digits", image_size=10, output=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match=r"output '.*file' cannot be made: File exists"):
+        evaluate(str(undisturbed / "model"), "digits", output=tmp_path / "file")

@@ -327,7 +327,7 @@ def _compare(model: nn.Module, found: Mapping[str, Any], problem: str) -> None:
         if wanted.get(name) != shapes.get(name)
     ]
     if differences:
-        raise CheckpointError("\n  ".join([f"{problem}, {len(differences)} differences:", *differences]))
+        raise CheckpointError("\n  ".join([f"{problem}, differences ({len(differences)}):", *differences]))
 
 
 def _changed_since(model: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.layers.config import set_fused_attn
 
+from vmoe_routers.files import make_output
 from vmoe_routers.models.cost import cost
 from vmoe_routers.options import OptionError
 from vmoe_routers.study.columns import print_table, write_csv
@@ -99,7 +100,7 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
     workers = check_memory(settings, found, data.size, data.channels, data.num_classes, images)
     for variant in found:
         _check_model(variant, settings, data)
-    settings.output.mkdir(parents=True, exist_ok=True)  # before the runs, so that a failure comes early
+    make_output(settings.output)  # before the runs, so that a failure comes early
     inputs = fingerprint(data, transfer)
     # Seed by seed, so that an interrupted study has runs of every variant to compare.
     sources = {variant: [source_digest(variant.router)] for variant in found if is_own(variant.router)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vmoe_routers.files import make_output
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.evaluation import Evaluation, evaluate_model
@@ -64,7 +65,7 @@ def evaluate(
 
     Raises:
         ValueError: options, model or data that do not fit. The message is for the user.
-        OSError: the output folder cannot be written.
+        OSError: a file cannot be written.
     """
     console = console or Console(markup=False, emoji=False, highlight=False)
     if batch_size < 1:
@@ -72,6 +73,8 @@ def evaluate(
     with processes(device) as world:
         console = console if world.first else Console(quiet=True)
         if benchmark:
+            if world.first:
+                make_output(output)
             loaded = load(model, image_size, pretrained, model_args, world.device, dtype)
             size = image_size or input_size(loaded, model)
             throughput = measure_throughput(loaded, (channels_of(loaded, model), size, size), batch_size)
@@ -97,6 +100,8 @@ def evaluate(
             raise OptionError(
                 f"model {model!r} has {outputs} classes, data {data!r} have {len(classes)}", "model", "data"
             )
+        if world.first:
+            make_output(output)
         batches = evaluation_batches(
             samples,
             subject.transform,

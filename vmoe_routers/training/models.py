@@ -87,6 +87,9 @@ def _load(
 def _from_folder(folder: str, arguments: Mapping[str, Any]) -> nn.Module:
     from vmoe_routers.checkpoints import from_pretrained
 
+    inner = Path(folder) / "model"
+    if (inner / "config.json").is_file() and not (Path(folder) / "config.json").exists():
+        raise OptionError(f"model {folder!r} is the output folder of a training; its model is {str(inner)!r}", "model")
     return from_pretrained(folder, **arguments)
 
 
@@ -107,6 +110,11 @@ def _fitted(
         raise OptionError(f"model {name!r} takes images of {expected} channels, the data have {channels}", "model")
     wanted = (size, size) if isinstance(size, int) else size
     if wanted is not None and tuple(wanted) != tuple(model.patch_embed.img_size):
+        patch = tuple(model.patch_embed.patch_size)
+        if any(side % part for side, part in zip(wanted, patch, strict=True)):
+            raise OptionError(
+                f"image_size {size} is not a multiple of the patch size, {patch[0]} x {patch[1]}", "image_size"
+            )
         with torch.no_grad():
             model.set_input_size(wanted)
     if classes is not None and classes != model.num_classes:

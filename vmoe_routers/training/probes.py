@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from vmoe_routers.files import make_output
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.evaluation import eval_mode
@@ -93,7 +94,7 @@ def few_shot(
 
     Raises:
         ValueError: options, model or data that do not fit. The message is for the user.
-        OSError: the output folder cannot be written.
+        OSError: the file cannot be written.
     """
     console = console or Console(markup=False, emoji=False, highlight=False)
     _check(probe, shots, seeds, batch_size)
@@ -113,6 +114,9 @@ def few_shot(
         )
         if not (hasattr(subject.model, "forward_features") and hasattr(subject.model, "forward_head")):
             raise OptionError(f"model {model!r} has no features before its head, as models of timm have", "model")
+        train = subject.data.train
+        draws = {} if probe == "linear" else _draw(train, shots, seeds)
+        make_output(output)
 
         def features(samples: Samples) -> Examples:
             batches = evaluation_batches(
@@ -121,11 +125,11 @@ def few_shot(
             with batches:
                 return features_of(subject.model, batches)
 
-        train, test = subject.data.train, features(subject.data.test)
+        test = features(subject.data.test)
         if probe == "linear":
             results = [ProbeResult(None, None, *linear_probe(features(train), test))]
         else:
-            results = _ridge_probes(train, test, features, shots, seeds)
+            results = _ridge_probes(train, test, features, draws)
     console.print(f"{model} on {subject.data.name}, {len(test.labels):,} test images; {probe} probe", soft_wrap=True)
     console.print(f"input: {subject}", soft_wrap=True)
     console.print(_table(results))
@@ -144,18 +148,21 @@ def _check(probe: str, shots: Sequence[int], seeds: Sequence[int], batch_size: i
             raise OptionError(f"{name} must be at least {least}, got {got}", name)
 
 
+def _draw(train: Samples, shots: Sequence[int], seeds: Sequence[int]) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+    """The images of every number of shots and every seed: indices of the shots, and of the held-out images."""
+    labels = labels_of(train)
+    try:
+        return {(k, seed): draw_shots(labels, k, probe_seed(0, seed)) for k in shots for seed in seeds}
+    except ValueError as error:
+        raise OptionError(f"shots: {error}", "shots") from None
+
+
 def _ridge_probes(
     train: Samples,
     test: Examples,
     features: Callable[[Samples], Examples],
-    shots: Sequence[int],
-    seeds: Sequence[int],
+    draws: Mapping[tuple[int, int], tuple[Tensor, Tensor]],
 ) -> list[ProbeResult]:
-    labels = labels_of(train)
-    try:
-        draws = {(k, seed): draw_shots(labels, k, probe_seed(0, seed)) for k in shots for seed in seeds}
-    except ValueError as error:
-        raise OptionError(f"shots: {error}", "shots") from None
     # Only the images of a draw are read.
     needed = torch.cat([indices for draw in draws.values() for indices in draw]).unique()
     found, results = features(part_of(train, needed)), []

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import yaml
 from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from vmoe_routers.checkpoints import save_pretrained
+from vmoe_routers.checkpoints import CheckpointError, save_pretrained
+from vmoe_routers.checkpoints.pretrained import CONFIG, WEIGHTS
 from vmoe_routers.distributed import whole_state_dict
-from vmoe_routers.files import write_whole
+from vmoe_routers.files import make_output, write_whole
 from vmoe_routers.options import OptionError
 from vmoe_routers.training import checkpoint
 from vmoe_routers.training.curve import draw_curve
@@ -55,7 +60,7 @@ def train(
 
     Raises:
         ValueError: settings, data or checkpoints that do not fit. The message is for the user.
-        OSError: an output folder that cannot be written.
+        OSError: a file that cannot be written.
         TrainingError: loss or gradient was not finite for many steps.
         KeyboardInterrupt: the training was interrupted. After the first interrupt it was saved.
     """
@@ -181,7 +186,7 @@ def _dry_run(settings: TrainSettings, world: World, console: Console) -> Path:
     model = make_model(settings, data, plan.image_size)
     console.print(describe(settings, data, plan, model, world), soft_wrap=True)
     console.print(memory_estimate(model, settings, data, plan.image_size, world), soft_wrap=True)
-    settings.output.mkdir(parents=True, exist_ok=True)
+    make_output(settings.output)
     path = settings.output / "first_batch.png"
     with _training_batches(settings, data, plan, 0, world) as batches:
         images = next(batches).images
@@ -195,8 +200,7 @@ def _claim(settings: TrainSettings, world: World) -> None:
     """Writes the settings to the output folder, or checks that the training in it has the same.
 
     Raises:
-        OptionError: the folder has a training with other settings.
-        OSError: the folder cannot be written.
+        OptionError: the folder has a training with other settings, or cannot be written.
     """
     path, wanted = settings.output / SETTINGS, settings.to_dict()
     if checkpoint.saved(settings.output / CHECKPOINTS):
@@ -213,7 +217,7 @@ def _claim(settings: TrainSettings, world: World) -> None:
                 "output",
             )
     if world.first:
-        settings.output.mkdir(parents=True, exist_ok=True)
+        make_output(settings.output)
         write_whole(path, lambda partial: partial.write_text(yaml.safe_dump(wanted, sort_keys=False)))
 
 
@@ -260,19 +264,40 @@ def _evaluate(settings: TrainSettings, data: Data, plan: Plan, trainer: Trainer,
 
 
 def _export(settings: TrainSettings, plan: Plan, trainer: Trainer, world: World, console: Console) -> Path:
-    """Writes the model and the curve, and says what to do next. Returns the model's folder."""
+    """Writes the model and the curve, and says what to do next. Returns the model's folder.
+
+    The parameters alone are written for a model that save_pretrained cannot describe: one with a router of the user's
+    own, or without MoE layers.
+    """
     folder = settings.output / MODEL
     with trainer.averaged():
         state = whole_state_dict(trainer.plain)
     if world.first:
-        save_pretrained(trainer.plain, folder, state_dict=state)
+        problem = _save_model(settings, trainer.plain, folder, state)
         curve = draw_curve(settings.output)
         last = read_table(settings.output / EVALUATIONS)[-1]
         console.print(
             f"accuracy {float(last['top1']):.4f}, loss {float(last['loss']):.4f} after {plan.steps} steps\n"
-            f"model: {folder}\ncurve: {curve}\n"
-            f"next: vmoe-routers eval --model {folder} --data {settings.data}",
+            f"model: {folder}\ncurve: {curve}",
             soft_wrap=True,
         )
+        follow_up = f"next: vmoe-routers eval --model {folder} --data {settings.data}"
+        console.print(f"{WEIGHTS} has the parameters alone: {problem}" if problem else follow_up, soft_wrap=True)
     world.barrier()
     return folder
+
+
+def _save_model(settings: TrainSettings, model: nn.Module, folder: Path, state: dict[str, Tensor]) -> str:
+    """Writes the model, or else its parameters alone. Returns why from_pretrained cannot make it, or ""."""
+    is_upcycled = settings.upcycle is not None and timm.is_model(settings.model)
+    try:
+        save_pretrained(model, folder, state_dict=state, model_args=settings.model_args if is_upcycled else None)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, (OSError, SafetensorError)):  # the folder cannot be written
+            raise
+        make_output(folder)
+        (folder / CONFIG).unlink(missing_ok=True)
+        tensors = {name: tensor.clone() for name, tensor in state.items()}  # safetensors refuses shared tensors
+        write_whole(folder / WEIGHTS, lambda path: path.write_bytes(save(tensors)))
+        return str(error)
+    return ""
