@@ -162,7 +162,13 @@ def test_recipes_can_be_given_back(monkeypatch, recipe):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--recipe", "cake"], "--recipe 'cake' does not exist; there are digits"),
-    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--config", "nowhere.yaml"], "--config 'nowhere.yaml': No such file"),
+    (["--conf", "own.yaml"], "unrecognized arguments: --conf own.yaml"),
+    (["--rec=small"], "unrecognized arguments: --rec=small"),
+    (["--scale", "0.5"], "--scale must be values with commas between them, got [0.5]"),
+    (["--router", "nowhere:factory"], "--router: 'nowhere:factory' cannot be imported"),
+    (["--data", "hf:"], "hf:: wanted the name of a data set"),
+    (["--output", "/dev/null/x"], "--output '/dev/null/x' cannot be made"),
     (["--epochs", "many"], "--epochs must be a whole number, got many"),
     (["--epochs", "0"], "--epochs must be at least 1"),
     (["--mixup=-1"], "--mixup must be at least 0"),
@@ -181,6 +187,8 @@ def test_train_refuses_files_with_other_options(capsys, tmp_path):
     check_refused(["train", "--config", str(file)], "no option 'epoch'", capsys)
     file.write_text("- 7\n")
     check_refused(["train", "--config", str(file)], "wanted options by name, got list", capsys)
+    file.write_text("")
+    check_refused(["train", "--config", str(file)], "wanted options by name, got nothing", capsys)
 
 
 def check_refused(arguments, words, capsys):

@@ -19,7 +19,7 @@ from vmoe_routers._ctrl_c import end_at_once, raising
 from vmoe_routers.options import OptionError
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-_KINDS |= {"dict": "values by name"}
+_KINDS |= {"dict": "values by name", "list": "values with commas between them"}
 _MOST_SHOWN = 2000  # longest message, in characters
 
 
@@ -71,7 +71,10 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
     parser.add_argument("--dry_run", type=bool, default=False, help="describe the training and draw its first batch")
     given = dict(pairwise(arguments))
     given |= {name: value for name, _, value in (a.partition("=") for a in arguments) if value}
-    config = read_settings(Path(given["--config"])) if "--config" in given else {}
+    try:
+        config = read_settings(Path(given["--config"])) if "--config" in given else {}
+    except OSError as error:
+        raise OptionError(f"config {given['--config']!r}: {error.strerror}", "config") from error
     data = given.get("--data") or config.get("data", "digits")
     recipe = given.get("--recipe", config.pop("recipe", recipe_for(data)))
     if recipe not in RECIPES:
@@ -214,8 +217,7 @@ def _as_typed(name: str, arguments: Sequence[str]) -> str:
     for argument in arguments:
         typed = argument.partition("=")[0]
         key = typed[2:].replace("-", "_")
-        # An option may be shortened, unless another has the short name: --model is not --model_args.
-        if typed.startswith("--") and key and (key == name or (name.startswith(key) and key not in parameters)):
+        if typed.startswith("--") and key == name:
             return typed
     return "--" + name.replace("_", "-")
 
@@ -239,6 +241,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
         version=__version__,
         description="Routers in vision mixtures of experts.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(required=True)
     chosen, target = _command_name(arguments), None
@@ -246,7 +249,10 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
     flags: set[str] = set()
     for name, command in COMMANDS.items():
         options = ArgumentParser(
-            description=command.description, epilog=f"Example: {command.example}", exit_on_error=False
+            description=command.description,
+            epilog=f"Example: {command.example}",
+            exit_on_error=False,
+            allow_abbrev=False,  # _add_recipes reads options by their whole names
         )
         if name == chosen:
             target = command.load()
@@ -269,7 +275,8 @@ def _document(parser: Any, target: Any) -> None:
     from docstring_parser import parse
 
     for base in getattr(target, "__mro__", ())[1:-1]:
-        texts = {found.arg_name: found.description for found in parse(base.__doc__ or "").params}
+        found = parse(base.__doc__ or "").params
+        texts = {name: text.description for text in found for name in text.arg_name.split(", ")}
         for action in parser._actions:
             if not action.help and action.dest in texts:
                 action.help = texts[action.dest]

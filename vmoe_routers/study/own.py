@@ -21,8 +21,12 @@ def is_own(router: str | None) -> TypeGuard[str]:
     return router is not None and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", router) is not None
 
 
-def load_factory(router: str) -> RouterFactory:
+def load_factory(router: str, option: str = "routers") -> RouterFactory:
     """The factory named ``package.module:factory``.
+
+    Args:
+        router: the name.
+        option: the option that has the name, for errors.
 
     Raises:
         OptionError: The module cannot be imported, or has no such function or class.
@@ -32,12 +36,12 @@ def load_factory(router: str) -> RouterFactory:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code may raise anything
         reason = f"{type(error).__name__}: {error}"
-        raise OptionError(f"routers: {router!r} cannot be imported: {reason}", "routers") from error
+        raise OptionError(f"{option}: {router!r} cannot be imported: {reason}", option) from error
     factory = getattr(module, name, None)
     if not callable(factory) or isinstance(factory, nn.Module):
         got = type(factory).__name__ if hasattr(module, name) else f"no {name} in the module"
         wanted = "a function or class, called with dim and num_experts, that makes a router"
-        raise OptionError(f"routers: {router!r} must be {wanted}, got {got}", "routers")
+        raise OptionError(f"{option}: {router!r} must be {wanted}, got {got}", option)
     return cast(RouterFactory, factory)
 
 

@@ -44,6 +44,8 @@ def open_name(name: str) -> Data:
         DataError: the package `datasets` is missing, there is no such data set, or it has no images and labels.
     """
     repository, _, configuration = name.partition(":")
+    if not repository:
+        raise DataError(f"hf:{name}: wanted the name of a data set, such as hf:cifar10")
     datasets = _import()
     try:
         found = datasets.load_dataset(repository, configuration or None)

@@ -60,7 +60,7 @@ def _router(router: str, option: str) -> Any:
     from vmoe_routers.study.own import is_own, load_factory
 
     if is_own(router):
-        return load_factory(router)
+        return load_factory(router, option)
     if router not in ROUTERS:
         raise OptionError(
             f"{option} {router!r} does not exist; there are {', '.join(ROUTERS)}, and package.module:factory", option

@@ -147,5 +147,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: wanted options by name, got {type(found).__name__}")
+        kind = "nothing" if found is None else type(found).__name__
+        raise ValueError(f"{path}: wanted options by name, got {kind}")
     return found
