@@ -1,4 +1,4 @@
-"""The cases, by op: `ENTRIES` of each module, as data."""
+"""The cases of the benchmark: every module has a list `ENTRIES`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ OPS = tuple(dict.fromkeys(entry.op for module in MODULES for entry in module.ENT
 
 
 def entries(op: str | None = None, device: str = "cpu") -> list[Entry]:
-    """All entries that are measured on the device, or those of one op."""
+    """Returns the entries that are measured on the device, of all ops or of one."""
     every = [entry for module in MODULES for entry in module.ENTRIES if op in (None, entry.op)]
     return [entry for entry in every if device == "cuda" or not entry.only_cuda]

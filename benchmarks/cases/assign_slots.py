@@ -1,4 +1,4 @@
-"""Places in the experts' buffers: with batch priority per image, and of the whole batch as one group; without."""
+"""Cases of assign_slots: with batch priority, per image and one group; on a GPU also without batch priority."""
 
 from __future__ import annotations
 

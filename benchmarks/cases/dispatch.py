@@ -1,6 +1,6 @@
-"""Dispatch and combine of a Token Choice routing; the slots between them come out too, as experts would want them.
+"""Cases of dispatch and combine of a Token Choice routing; on a GPU also each op alone.
 
-On a GPU each alone as well.
+The outputs contain the slots between both ops, in the layout that experts need.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ from vmoe_routers import capacity, ops
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens x [G, T, D], and the token and the gate of every slot, [G, E, C].
+    """Inputs of the variants.
 
-    The other forms have indices of their own: `rows` [G * E * C] of the batch, n for an empty slot, and `places`
-    [G * T, K] of a token's slots among all, -1 for dropped.
+    Attributes:
+        x: Tokens [G, T, D].
+        token: Token of every slot [G, E, C], for our ops.
+        gate: Gate of every slot [G, E, C].
+        rows: Row in the batch of every slot [G * E * C], G * T for an empty slot; for the other variants.
+        places: Slots of every token [G * T, K], numbered over all groups, -1 for a dropped request; for the other
+            variants.
     """
 
     x: Tensor
@@ -83,7 +88,7 @@ def build(size: Size, device: str, *, one_group: bool = False) -> Case:
     skipped: list[str] = []
     if packages.runs_triton(device):
         packages.add(variants, skipped, packages.triton_rows, x, token.shape, gate, rows, places)
-    # Tokens read, slots written; slots read, tokens written.
+    # Dispatch reads tokens and writes slots; combine reads slots and writes tokens.
     moved = size.itemsize * D * (2 * G * T + 2 * G * E * C)
     return Case(
         op="dispatch",
@@ -135,7 +140,7 @@ def build_combine(size: Size, device: str) -> Case:
     (G, T, D), (_, E, C) = drawn.x.shape, token.shape
     offsets, slots, _ = ops.invert_slots(token, T)
     y = torch.randn(E, G, C, D, device=device).to(size.torch_dtype).requires_grad_()
-    flat = y.transpose(0, 1).reshape(G * E * C, D)  # one group: the same memory
+    flat = y.transpose(0, 1).reshape(G * E * C, D)  # a view, because G is 1
     variant = partial(Variant, leaves=(y, gate))
     variants = [
         variant("ours", "ours", lambda: [ops.combine(y, gate, token, offsets, slots)]),
@@ -147,7 +152,7 @@ def build_combine(size: Size, device: str) -> Case:
         packages.add(variants, skipped, packages.triton_sum_slots, flat, gate, places, (G, T, D))
     filled = int((token >= 0).sum())
     moved = size.itemsize * D * (filled + G * T)
-    # Both y and its gradient are by slot, and the gradient of a gate is of y's row and its token's.
+    # Backward reads y and the gradient of its token for every filled slot, and writes the gradient of y.
     back = size.itemsize * D * (2 * filled + G * E * C)
     return Case(
         op="dispatch",
@@ -163,7 +168,7 @@ def build_combine(size: Size, device: str) -> Case:
 cuda = (VIT_B, VIT_B_BFLOAT16)
 ENTRIES = (
     Entry("dispatch", build, quick=Size(images=16), sweep=("experts", "width"), cuda=cuda),
-    # Half the tokens: the one-hot tensor grows with their square, 300 MiB here.
+    # Half the images: the one-hot tensor grows with the square of the tokens; it has 300 MiB here.
     Entry("dispatch", partial(build, one_group=True), Size(images=32), Size(images=8), weight=3, cuda=cuda),
     Entry("dispatch", build_dispatch, only_cuda=True, cuda=cuda, cuda_quick=(VIT_B_BFLOAT16,)),
     Entry("dispatch", build_combine, only_cuda=True, cuda=cuda, cuda_quick=(VIT_B_BFLOAT16,)),

@@ -1,4 +1,4 @@
-"""Softmax over the experts, and every expert's top-C tokens: per image, and of the whole batch as one group."""
+"""Cases of softmax over the experts and the top-C tokens of every expert: per image and one group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
     logits = torch.randn(G, T, E, device=device).to(size.torch_dtype).requires_grad_()
 
     def by_expert(results):
-        # torch leaves the chosen axis where it was: [G, C, E].
+        # torch's results are [G, C, E].
         return [result.transpose(1, 2) for result in results]
 
     def sort():
@@ -44,7 +44,7 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
             BACKWARD: Floor(bytes=size.itemsize * G * E * (3 * T + 2 * C) + 8 * G * E * C, exps=2 * G * T * E),
         },
         tolerance=size.tolerance(1e-5),
-        # Equal probabilities: ours takes the lower index, torch.topk either.
+        # Among equal probabilities, ours takes the lower index and torch.topk any.
         allowed=5e-3,
     )
 

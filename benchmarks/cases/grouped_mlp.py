@@ -1,4 +1,4 @@
-"""The experts alone, on buffers that a Token Choice routing filled: ours, and torch's products over them."""
+"""Cases of the experts alone, on the buffers of a Token Choice routing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
 
     def loop():
         inputs = x.flatten(0, 1)[rows].split(counts)
-        # Unbound once: w1[e] under autograd would make a gradient of all experts' size for each.
+        # Unbind once: under autograd, every w1[e] would allocate a gradient of the size of w1.
         parameters = zip(inputs, w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind(), strict=True)
         return spread(torch.cat([torch.addmm(d, act(torch.addmm(b, i, a)), c) for i, a, b, c, d in parameters]))
 
@@ -80,7 +80,7 @@ def build(size: Size, device: str, *, one_group: bool = True) -> Case:
     )
 
 
-# Rows enough for an expert, 98 for each of a token's K, and few enough for all forms in a minute.
+# 98 K rows per expert; few enough to measure all variants in a minute.
 DEFAULT = Size(images=16)
 QUICK = Size(images=4, experts=8, width=192)
 NARROW_BFLOAT16 = replace(VIT_B_BFLOAT16, width=384)

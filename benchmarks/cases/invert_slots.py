@@ -1,4 +1,4 @@
-"""From the token of a slot to the slots of a token: per image, and of the whole batch as one group."""
+"""Cases of invert_slots, from the token of every slot to the slots of every token: per image and one group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.case import FORWARD, Case, Entry, Floor, Size, Variant
 from benchmarks.peers import forms
 from vmoe_routers import capacity, ops
 
-MASK_BYTES = 256 << 20  # a mask larger than this is not built
+MASK_BYTES = 256 << 20  # the largest mask that is built
 
 
 def build(size: Size, device: str, *, one_group: bool) -> Case:

@@ -1,4 +1,4 @@
-"""Projection onto the simplex with at most k non-zeros, of every expert's column of scores."""
+"""Cases of the k-sparse projection onto the simplex, of the scores of every expert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmoe_routers.ops import reference
 def build(size: Size, device: str, *, one_group: bool) -> Case:
     G, T, E = (1, size.rows, size.experts) if one_group else (size.images, size.tokens, size.experts)
     k = capacity(T, E, 1.0, "round", 1)
-    # So near to each other that all k stay: it is k that binds, as in the transport.
+    # Scores are so close to each other that the projection has k non-zeros, as in the transport.
     x = (torch.randn(G, E, T, device=device) / (4 * k)).requires_grad_()
     variant = partial(Variant, leaves=(x,))
     variants = [

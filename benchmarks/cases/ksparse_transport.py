@@ -1,4 +1,4 @@
-"""The whole 20-step Adam solve of sparsity-constrained transport, and POT's solver beside our L-BFGS."""
+"""Cases of sparsity-constrained transport: 20 steps of Adam, and L-BFGS against POT's solver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ITERATIONS = 20
 
 
 def floors(G: int, T: int, E: int) -> dict[str, Floor]:
-    # An add and a compare of every score a step; the scores from memory once.
+    # A step adds and compares every score. Scores are read from memory once.
     forward = Floor(flops=2 * ITERATIONS * G * T * E, bytes=8 * G * T * E)
     return {FORWARD: forward, BACKWARD: forward + Floor(bytes=12 * G * T * E)}
 
@@ -35,7 +35,7 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
             variant("torch topk, batched", "index", lambda: [forms.ksparse_transport(similarity, k, ITERATIONS)]),
         ),
         floors=floors(G, T, E),
-        # A token at the k-th place of a column may be in or out by a rounding.
+        # Rounding decides whether the token at the k-th place of a column is chosen.
         tolerance=1e-3,
         allowed=1e-2,
     )

@@ -1,4 +1,4 @@
-"""The whole layer of each router, against torch's forms, packages, and the dense MLP of the same FLOPs."""
+"""Cases of whole layers: each router against torch code, packages, and the dense MLP of the same FLOPs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from benchmarks.case import BACKWARD, FORWARD, VIT_B, VIT_B_BFLOAT16, Case, Entr
 from benchmarks.peers import layers, packages
 from vmoe_routers import MoEMlp
 
-EINSUM_BYTES = 256 << 20  # a dispatch tensor larger than this is not built
+EINSUM_BYTES = 256 << 20  # the largest dispatch tensor that is built
 
 
 def make(size: Size, device: str, **options: Any) -> MoEMlp:
-    """Our layer, its experts 4 times as wide within."""
+    """Makes our layer, in eval mode; the hidden width of its experts is 4 D."""
     same = {"num_experts": size.experts, "device": device, "dtype": size.torch_dtype}
     return MoEMlp(size.width, 4 * size.width, **same, **options).eval()
 
 
 def floors(rows: int, size: Size, extra: int = 0) -> dict[str, Floor]:
-    """Two products over `rows` rows, and three times that with gradients; weights and rows moved once a product."""
+    """Counts two products over `rows` rows, each reading its weights and rows once; with gradients three times that."""
     D, E = size.width, size.experts
     flops = 2 * 2 * rows * D * 4 * D + extra
     moved = size.itemsize * (2 * size.rows * D + 8 * E * D * D)
@@ -72,7 +72,7 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
         size=size,
         variants=tuple(variants),
         floors=floors(size.rows * top_k, size),
-        # A choice between experts a rounding apart may fall otherwise, and moves a token.
+        # If the gates of two experts differ by a rounding, a variant may send a token to the other expert.
         tolerance=size.tolerance(1e-3),
         allowed=1e-2,
         skipped=tuple(skipped),
@@ -82,11 +82,11 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
 def soft(size: Size, device: str) -> Case:
     slots = max(1, round(size.tokens / size.experts))
     layer = make(size, device, router="soft", slots_per_expert=slots, act_layer=nn.GELU)
-    # Tokens of length sqrt(D): for these soft-moe-pytorch is the same function.
+    # For tokens of length sqrt(D), soft-moe-pytorch computes the same function.
     x = F.normalize(torch.randn(size.images, size.tokens, size.width, device=device), dim=-1) * size.width**0.5
     x = x.to(size.torch_dtype).requires_grad_()
     experts = layer.experts
-    # In 16 bits little is left of the scale's gradient, one sum over everything that nearly cancels.
+    # In 16 bits the gradient of the scale is left out: it is one sum over all entries, whose terms nearly cancel.
     scale = (layer.router.scale,) if size.dtype == "float32" else ()
     leaves = (x, layer.router.phi, *scale, experts.w1, experts.b1, experts.w2, experts.b2)
     variant = partial(Variant, leaves=leaves)
@@ -111,7 +111,7 @@ def soft(size: Size, device: str) -> Case:
     )
 
 
-# 98 rows an expert at K = 1, the least that the targets are for.
+# 98 rows per expert at K = 1, the fewest for which targets hold.
 DEFAULT = Size(images=16)
 QUICK = Size(images=4, experts=8, width=192)
 NAMES = (

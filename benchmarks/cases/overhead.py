@@ -1,4 +1,4 @@
-"""Call overhead: ops and whole layers on input so small that the calls take the time, not the arithmetic."""
+"""Cases of call overhead: ops and layers on input so small that the calls take the time, not the arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY_LAYER = Size(images=1, tokens=16, experts=4, width=8, top_k=1)
 
 
 def calls(size: Size, device: str) -> dict[str, tuple[Callable[[], Sequence[Tensor]], tuple[Tensor, ...]]]:
-    """Every op on one tiny group, and what its gradient is taken of."""
+    """Returns a call of every op on one tiny group, and the tensors whose gradients it computes."""
     T, E, D = size.tokens, size.experts, size.width
     scores = torch.randn(1, T, E, device=device, requires_grad=True)
     x = torch.randn(1, T, D, device=device, requires_grad=True)
@@ -66,7 +66,7 @@ def build(size: Size, device: str, *, name: str) -> Case:
 
 
 def tiny_layers(size: Size, device: str, router: str) -> tuple[MoEMlp, nn.Module, Tensor]:
-    """A layer of the router, a dense MLP as wide, and tokens. Only the layer's public constructor is relied on."""
+    """Makes a layer with the router, a dense MLP of the same widths, and tokens."""
     D = size.width
     layer = MoEMlp(D, 2 * D, num_experts=size.experts, router=router).to(device)
     dense = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D)).to(device)
@@ -74,7 +74,7 @@ def tiny_layers(size: Size, device: str, router: str) -> tuple[MoEMlp, nn.Module
 
 
 def build_layer(size: Size, device: str, *, router: str) -> Case:
-    """A whole layer in eval mode, where routing has no noise and results can be compared."""
+    """Builds the case of a layer in eval mode, in which routing has no noise."""
     layer, dense, x = tiny_layers(size, device, router)
     layer.eval()
     leaves = {module: (x, *module.parameters()) for module in (layer, dense)}

@@ -1,4 +1,4 @@
-"""The layers of installed packages, each against ours set to the same function: no biases, exact GELU."""
+"""Cases of the layers of installed packages, against our layer with the same function: no biases, exact GELU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from vmoe_routers import MoEMlp
 
 
 def build(size: Size, device: str, title: str, torch_forms: Sequence[tuple[str, Callable]], **options: Any):
-    """Our layer, its input, and the variants of ours and of torch: packages are added to them."""
+    """Makes our layer and the parts of its case.
+
+    Returns:
+        The layer; its input; the variants of ours and of torch, to which packages are added; the lines of skipped
+        packages; and a function that makes the case.
+    """
     layer = make(size, device, router="softmax_token_choice", act_layer=nn.GELU, bias=False, **options)
     x = torch.randn(size.images, size.tokens, size.width, device=device, requires_grad=True)
     leaves = (x, layer.router.weight, layer.experts.w1, layer.experts.w2)
@@ -40,7 +45,7 @@ def build(size: Size, device: str, title: str, torch_forms: Sequence[tuple[str, 
             size=size,
             variants=(*variants, layers.dense(x, rows)),
             floors=floors(rows, size),
-            # A choice between experts a rounding apart may fall otherwise, and moves a token.
+            # If the gates of two experts differ by a rounding, a variant may send a token to the other expert.
             tolerance=1e-3,
             allowed=1e-2,
             skipped=tuple(skipped),
@@ -54,7 +59,7 @@ ROUND = {"capacity_rounding": "round", "capacity_multiple_of": 1}
 
 
 def top2(size: Size, device: str) -> Case:
-    """lucidrains' packages: top-2, renormalised, buffers per image."""
+    """Builds the case of lucidrains' packages: top-2, renormalised, buffers per image."""
     title = "layer of lucidrains' packages, top-2 renormalised, per image"
     layer, x, variants, skipped, case = build(size, device, title, [BUFFERS], top_k=2, renormalize=True, **ROUND)
     for peer in (packages.mixture_of_experts, packages.st_moe_pytorch):
@@ -63,7 +68,7 @@ def top2(size: Size, device: str) -> Case:
 
 
 def top1(size: Size, device: str) -> Case:
-    """Switch Transformers': top-1, buffers per image."""
+    """Builds the case of Switch Transformers: top-1, buffers per image."""
     size = replace(size, top_k=1)
     title = "layer of Switch Transformers, top-1, per image"
     layer, x, variants, skipped, case = build(size, device, title, [BUFFERS], top_k=1, **ROUND)
@@ -72,7 +77,10 @@ def top1(size: Size, device: str) -> Case:
 
 
 def dropless(size: Size, device: str) -> Case:
-    """transformers' MoE blocks: top-2, renormalised, no buffers; ours gets buffers that the fullest expert fills."""
+    """Builds the case of transformers' MoE blocks: top-2, renormalised, without a capacity.
+
+    Our layer gets the smallest capacity that drops nothing.
+    """
     forms = [BUFFERS, ("grouped_mm", layers.grouped)]
     options = {"top_k": 2, "renormalize": True, "group_size": size.images}
     title = "layer of transformers, top-2 renormalised, nothing dropped, one group"
@@ -85,7 +93,7 @@ def dropless(size: Size, device: str) -> Case:
 
 
 def fullest(layer: MoEMlp, x: Tensor) -> int:
-    """Requests of the most wanted expert."""
+    """Returns the number of requests of the expert that gets the most."""
     chosen = F.linear(x.detach().flatten(0, 1), layer.router.weight).topk(layer.router.top_k).indices
     return math.ceil(chosen.flatten().bincount().max().item())
 

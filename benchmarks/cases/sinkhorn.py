@@ -1,4 +1,4 @@
-"""Sinkhorn, 20 iterations: the whole batch as one group, and per image."""
+"""Cases of Sinkhorn with 20 iterations: one group and per image."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def build(size: Size, device: str, *, one_group: bool, sigma: int = 1) -> Case:
             )
         )
         packages.add(variants, skipped, packages.pot_sinkhorn, logits, ITERATIONS)
-    # K is read once at least in every iteration that moves something, from memory where it does not fit a cache;
-    # backward goes the same way.
+    # Every iteration before convergence reads K at least once, from memory if K exceeds the caches. Backward takes as
+    # many iterations.
     once = 4 * G * T * E
     _, history, _, _ = torch.ops.vmoe_routers.sinkhorn(logits.detach(), 1.0, ITERATIONS, 0.0, False)
     moving = 1 + int(history.diff(dim=1).any(-1).sum(1).max())
@@ -56,8 +56,8 @@ def build(size: Size, device: str, *, one_group: bool, sigma: int = 1) -> Case:
     )
 
 
-# With standard normal logits, as a fresh router has, the iteration converges to rounding and the CPU skips the rest; at
-# 4 sigma it does not converge, and all iterations run.
+# An untrained router has about standard normal logits: the iteration converges to rounding, and the CPU kernel skips
+# the rest. At 4 sigma it does not converge, and all iterations run.
 ENTRIES = (
     Entry("sinkhorn", partial(build, one_group=True), quick=Size(), sweep=("experts",), cuda_quick=(VIT_B,)),
     Entry("sinkhorn", partial(build, one_group=True, sigma=4), quick=Size()),

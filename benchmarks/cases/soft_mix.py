@@ -1,4 +1,4 @@
-"""Soft MoE's mixing: logits, dispatch and combine, with nothing between them."""
+"""Case of the mixing of Soft MoE: logits, dispatch and combine, without experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build(size: Size, device: str) -> Case:
     G, T, E, D = size.images, size.tokens, size.experts, size.width
     S = E * max(1, round(T / E))
     x = torch.randn(G, T, D, device=device).to(size.torch_dtype).requires_grad_()
-    # As the router makes them, at a scale where the logits are of order 1.
+    # Phi as the router makes it, at a scale where logits are about 1.
     phi = (D**0.5 * F.normalize(torch.randn(D, S, device=device), dim=0)).to(size.torch_dtype).requires_grad_()
     variant = partial(Variant, leaves=(x, phi))
 

@@ -1,1 +1,1 @@
-"""What is measured beside ours: forms in torch and Triton, and installed packages."""
+"""Variants that are measured against ours: code in torch and Triton, and installed packages."""

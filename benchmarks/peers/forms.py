@@ -1,7 +1,7 @@
-"""The ops as people write them in torch: the naive forms (one-hot, log-domain) and well-written index forms.
+"""Our ops in torch code: naive forms (one-hot, log domain) and well-written index forms.
 
-Each computes what the op of the same name computes, at no more cost than torch needs; torch.compile takes the
-index forms. In 16 bits too the routing is float32, as everywhere.
+A function computes the same results as the op of its name. torch.compile is applied to index forms. Routing is in
+float32 for 16-bit inputs, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def topk_one_hot(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """k times argmax, and the winner masked out: the form of the early MoE codes."""
+    """Takes k times the argmax and masks it out, as early MoE code does."""
     gates = softmax(logits)
     left, values, indices = gates, [], []
     for _ in range(k):
@@ -36,13 +36,13 @@ def topk(logits: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
 
 
 def topk_then_normalize(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The softmax of the chosen alone: no [n, E] of probabilities is written."""
+    """Computes the softmax of the chosen entries alone, without a tensor of probabilities [n, E]."""
     best, index = logits.topk(k)
     return (best - logits.float().logsumexp(-1, keepdim=True)).exp().to(logits.dtype), index
 
 
 def slots_one_hot(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Position in the buffer by a cumulative sum of one-hot requests, [G, K * T, E]."""
+    """Finds positions in the buffers by a cumulative sum of one-hot requests [G, K * T, E]."""
     G, T, K = expert.shape
     served, order = _in_order(expert, priority)
     one_hot = F.one_hot(served, E)
@@ -51,7 +51,7 @@ def slots_one_hot(expert: Tensor, E: int, C: int, priority: Tensor | None = None
 
 
 def slots(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The same by one stable sort of the requests by expert."""
+    """Finds positions in the buffers by one stable sort of the requests by expert."""
     G, T, K = expert.shape
     served, order = _in_order(expert, priority)
     by_expert, request = served.sort(dim=1, stable=True)
@@ -63,7 +63,7 @@ def slots(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tup
 
 
 def _in_order(expert: Tensor, priority: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The experts of all requests as they are served, [G, K * T], and the tokens in that order."""
+    """Returns the experts of all requests [G, K * T] in the order of service, and the tokens in that order."""
     G, T, K = expert.shape
     if priority is None:
         return expert.long().transpose(1, 2).reshape(G, K * T), torch.arange(T, device=expert.device).expand(G, T)
@@ -83,7 +83,7 @@ def _write_slots(served: Tensor, position: Tensor, order: Tensor, shape: tuple[i
 
 
 def invert_slots_mask(token: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """Slots of every token from a mask [G, T, S] of who is where."""
+    """Finds the slots of every token by a mask [G, T, S] of the token in every slot."""
     G, S = token.shape[0], token[0].numel()
     is_source = token.view(G, 1, S) == torch.arange(T, device=token.device).view(T, 1)
     group, _, slot = is_source.nonzero().unbind(1)
@@ -91,7 +91,7 @@ def invert_slots_mask(token: Tensor, T: int) -> tuple[Tensor, Tensor]:
 
 
 def invert_slots(token: Tensor, T: int) -> tuple[Tensor, Tensor]:
-    """The same by one stable sort of the slots by token, empty slots last."""
+    """Finds the slots of every token by one stable sort of the slots by token, with empty slots last."""
     G, S = token.shape[0], token[0].numel()
     owner = torch.where((token < 0) | (token >= T), T, token).view(G, S)
     ordered, slot = owner.sort(dim=1, stable=True)
@@ -108,7 +108,7 @@ def _by_token(count: Tensor, group: Tensor, slot: Tensor, S: int) -> tuple[Tenso
 
 
 def sinkhorn_log(logits: Tensor, iterations: int = 20) -> Tensor:
-    """Log domain: two logsumexp an iteration."""
+    """Runs Sinkhorn in the log domain: two logsumexp per iteration."""
     n, E = logits.shape[1:]
     f = logits.new_zeros(logits.shape[0], n, 1)
     h = f
@@ -120,9 +120,9 @@ def sinkhorn_log(logits: Tensor, iterations: int = 20) -> Tensor:
 
 
 def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
-    """Scaling: one exp, then two matrix-vector products an iteration."""
+    """Runs Sinkhorn on scaling vectors: one exp in all, and two matrix-vector products per iteration."""
     n, E = logits.shape[1:]
-    # A shift of the rows changes no plan, only the scale of u, which begins as without a shift.
+    # A shift of the rows leaves the plan unchanged and scales u. Start from the u of the unshifted logits.
     shift = logits.detach().amax(2, keepdim=True)
     K = (logits - shift).exp()
     u = shift.exp().transpose(1, 2)  # [G, 1, n]
@@ -134,7 +134,7 @@ def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
 
 
 def sinkhorn_megatron(logits: Tensor, iterations: int = 20) -> Tensor:
-    """The loop of Megatron-LM's router, with a fixed number of iterations instead of its tolerance."""
+    """Runs the loop of Megatron-LM's router, with a fixed number of iterations instead of its tolerance."""
     cost = logits[0].exp()
     d0, d1 = torch.ones_like(cost[:, 0]), torch.ones_like(cost[0])
     for _ in range(iterations):
@@ -144,7 +144,7 @@ def sinkhorn_megatron(logits: Tensor, iterations: int = 20) -> Tensor:
 
 
 def ksparse_projection(x: Tensor, k: int) -> Tensor:
-    """The k largest of the last axis, projected onto the simplex, written back."""
+    """Projects the k largest entries of the last axis onto the simplex; all other entries become 0."""
     best, index = x.topk(k)
     total = best.cumsum(-1)
     r = torch.arange(1, k + 1, device=x.device, dtype=x.dtype)
@@ -154,14 +154,14 @@ def ksparse_projection(x: Tensor, k: int) -> Tensor:
 
 
 def ksparse_plan(alpha: Tensor, S: Tensor, k: int, b: float) -> Tensor:
-    """b P_k((alpha + S) / b) of every column."""
+    """Computes b P_k((alpha + S) / b) of every column, with P_k the projection."""
     return b * ksparse_projection(((alpha[..., None] + S) / b).transpose(1, 2), k).transpose(1, 2)
 
 
 def ksparse_transport(
     S: Tensor, k: int, iterations: int = 20, learning_rate: float = 0.01, tolerance: float = 1e-3
 ) -> Tensor:
-    """Adam on the semi-dual of all groups at once, one batched top-k an iteration; the gradient is the projection's."""
+    """Runs Adam on the semi-dual of all groups, one batched top-k per iteration; backward sees the last projection."""
     b = S.shape[1] / S.shape[2]
     with torch.no_grad():
         alpha = torch.zeros_like(S[..., 0])
@@ -178,17 +178,17 @@ def ksparse_transport(
 
 
 def gather_rows(x: Tensor, token: Tensor) -> Tensor:
-    """Rows of x [n, D] by slot; `token` [S] has n where a slot is empty."""
+    """Gathers a row of x [n, D] per slot; `token` [S] is n for an empty slot."""
     return F.pad(x, (0, 0, 0, 1)).index_select(0, token)
 
 
 def add_rows(y: Tensor, gate: Tensor, token: Tensor, n: int) -> Tensor:
-    """The weighted rows y [S, D] added into their tokens."""
+    """Weights the rows of y [S, D] by their gates and adds them to their tokens."""
     return y.new_zeros(n + 1, y.shape[1]).index_add(0, token, y * gate[:, None].to(y.dtype))[:n]
 
 
 def sum_slots(y: Tensor, gate: Tensor, slot: Tensor) -> Tensor:
-    """The same from the token's side: slot [n, K] with -1 for dropped, gate by slot; no scattered sum."""
+    """Sums the weighted rows of every token's slots, slot [n, K] with -1 for dropped requests, without index_add."""
     is_kept = slot >= 0
     where = slot.clamp(min=0)
     weight = (gate[where] * is_kept).to(y.dtype)
@@ -200,14 +200,14 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
 
 
 def soft_mix(x: Tensor, phi: Tensor) -> Tensor:
-    """Dispatch and combine of Soft MoE with nothing between: two softmaxes, two batched products."""
+    """Computes dispatch and combine of Soft MoE without experts: two softmaxes, two batched products."""
     logits = soft_logits(x, phi)
     slots = logits.softmax(1).transpose(1, 2) @ x
     return logits.softmax(2) @ slots
 
 
 def soft_mix_one_exp(x: Tensor, phi: Tensor) -> Tensor:
-    """One exp for both softmaxes, the normalisers applied to the outputs."""
+    """Computes one exp for both softmaxes, and divides the outputs by the sums."""
     logits = soft_logits(x, phi)
     e = (logits - logits.detach().amax((1, 2), keepdim=True)).exp()
     slots = (e.transpose(1, 2) @ x) / e.sum(1)[..., None]
@@ -215,14 +215,14 @@ def soft_mix_one_exp(x: Tensor, phi: Tensor) -> Tensor:
 
 
 def soft_mix_attention(x: Tensor, phi: Tensor) -> Tensor:
-    """Two attentions: slots attend to tokens, then tokens to slots. No logits are kept."""
+    """Runs two attentions: slots attend to tokens, then tokens to slots. It keeps no logits."""
     tokens, slots = F.normalize(x, dim=-1)[:, None], phi.t().expand(x.shape[0], 1, -1, -1)
     mixed = F.scaled_dot_product_attention(slots, tokens, x[:, None], scale=1.0)
     return F.scaled_dot_product_attention(tokens, slots, mixed, scale=1.0)[:, 0]
 
 
 def soft_mix_einsum(x: Tensor, phi: Tensor, E: int) -> Tensor:
-    """As the packages write it: [g, t, e, c] tensors and einsum."""
+    """Computes einsums over [g, t, e, c] tensors, as the packages do."""
     logits = torch.einsum("gtd,dec->gtec", F.normalize(x, dim=-1), phi.unflatten(1, (E, -1)))
     slots = torch.einsum("gtd,gtec->gecd", x, logits.softmax(1))
     combine = logits.flatten(2).softmax(-1).view_as(logits)

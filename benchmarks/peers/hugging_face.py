@@ -1,4 +1,4 @@
-"""transformers' MoE blocks beside ours, with our weights put in: Switch's whole layer, and its experts' interface."""
+"""MoE blocks of transformers with our weights: the layer of Switch Transformers, and its interface for experts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.case import Variant
 from benchmarks.peers.packages import NotComparable, stacked
 from vmoe_routers import MoEMlp
 
-GATHERED_BYTES = 256 << 20  # more than this of weights, copied for every token, is not built
+GATHERED_BYTES = 256 << 20  # the largest copy of weights, one expert per token, that is built
 
 
 def transformers_switch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
-    """Switch Transformers' layer: top-1, the same capacity per sequence, experts without biases."""
+    """Makes the layer of Switch Transformers: top-1, the same capacity per sequence, experts without biases."""
     from transformers import SwitchTransformersConfig
     from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
@@ -43,7 +43,7 @@ def transformers_switch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
 
 
 def transformers_experts(layer: MoEMlp, x: Tensor, implementation: str) -> Variant:
-    """Mixtral's router and Nemotron-H's experts, the ones without a third matrix; nothing is dropped."""
+    """Makes Mixtral's router with Nemotron-H's experts, which are not gated; nothing is dropped."""
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
@@ -51,7 +51,7 @@ def transformers_experts(layer: MoEMlp, x: Tensor, implementation: str) -> Varia
     E, D, F = ours.w1.shape
     gathered = 4 * x.shape[0] * x.shape[1] * K * D * F
     if implementation == "batched_mm" and gathered > GATHERED_BYTES:
-        raise NotComparable(f"batched_mm copies its expert's weights for every token, {gathered >> 20} MiB here")
+        raise NotComparable(f"batched_mm copies the weights of its expert for every token, {gathered >> 20} MiB here")
     config = SimpleNamespace(
         num_experts_per_tok=K,
         num_local_experts=E,
@@ -77,14 +77,14 @@ def transformers_experts(layer: MoEMlp, x: Tensor, implementation: str) -> Varia
 
 
 def transformers_mixtral(layer: MoEMlp, x: Tensor) -> Variant:
-    """Mixtral's block in its fastest form: three matrices of two thirds of the width, so the same FLOPs."""
+    """Makes Mixtral's block in its fastest form: three matrices of 2/3 of the width have the same FLOPs."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     E, D, F = layer.experts.w1.shape
     config = MixtralConfig(
         hidden_size=D,
-        intermediate_size=2 * F // 3 // 4 * 4,  # grouped_mm wants rows of a multiple of 16 bytes
+        intermediate_size=2 * F // 3 // 4 * 4,  # grouped_mm requires rows of a multiple of 16 bytes
         num_local_experts=E,
         num_experts_per_tok=layer.router.top_k,
         experts_implementation="grouped_mm",

@@ -1,4 +1,4 @@
-"""The whole layer as people write it in torch, on the weights of one of ours and computing the same function."""
+"""Our layers in torch code, with the weights of one of our layers and the same results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmoe_routers.routers.affinity import Sinkhorn, Softmax, SparsityConstrained
 
 
 def dense(x: Tensor, rows: int) -> Variant:
-    """An MLP over `rows` rows, 4 times as wide within: what the experts' products cost without routing."""
+    """Makes an MLP of hidden width 4 D over `rows` rows: the products of the experts without routing."""
     D = x.shape[2]
     first, second = nn.Linear(D, 4 * D).to(x), nn.Linear(4 * D, D).to(x)
     xs = torch.randn(rows, D, device=x.device).to(x.dtype).requires_grad_()
@@ -30,7 +30,7 @@ def dense(x: Tensor, rows: int) -> Variant:
 
 
 def _affinity(affinity: object, logits: Tensor, C: int) -> tuple[Tensor, Tensor]:
-    """What selects and what weighs."""
+    """Returns the gates that select and the gates that weigh."""
     gates = logits.softmax(-1)
     if isinstance(affinity, Softmax):
         return gates.detach(), gates
@@ -39,13 +39,13 @@ def _affinity(affinity: object, logits: Tensor, C: int) -> tuple[Tensor, Tensor]
             return forms.sinkhorn(logits, affinity.iterations), gates
         assert isinstance(affinity, SparsityConstrained)
         plan = forms.ksparse_transport(gates, C, affinity.iterations, affinity.learning_rate, affinity.tolerance)
-        # Among the zeros the lower index goes first, as in ours: torch.topk promises no order of equals.
+        # Among zeros, select the lower index, as our op does: torch.topk promises no order of equal values.
         index = torch.arange(plan.shape[1], device=plan.device, dtype=plan.dtype).view(1, -1, 1)
         return torch.where(plan > 0, plan, -index), gates
 
 
 def route(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens x [G, T, D] to the row of every slot, [E, G, C] in [0, G * T] (G * T: empty), and its gate."""
+    """Routes tokens x [G, T, D]; returns the row of every slot [E, G, C], G * T for an empty slot, and its gate."""
     router = layer.router
     G, T, _ = x.shape
     logits = F.linear(x.float(), router.weight.float())
@@ -71,7 +71,7 @@ def route(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mlp(layer: MoEMlp, x: Tensor) -> Tensor:
-    """The experts on x [E, N, D], as two batched products."""
+    """Computes the experts on x [E, N, D] by two batched products."""
     e = layer.experts
     if e.b1 is None or e.b2 is None:
         return torch.bmm(e.act(torch.bmm(x, e.w1)), e.w2)
@@ -79,7 +79,7 @@ def mlp(layer: MoEMlp, x: Tensor) -> Tensor:
 
 
 def gather_bmm(layer: MoEMlp, x: Tensor) -> Tensor:
-    """Gather into buffers, batched products, index_add: the well-written form with a capacity."""
+    """Computes the layer by a gather into buffers, batched products and index_add."""
     rows, gate = route(layer, x)
     flat, rows = x.flatten(0, 1), rows.reshape(rows.shape[0], -1)
     y = mlp(layer, forms.gather_rows(flat, rows.flatten()).view(*rows.shape, -1))
@@ -95,9 +95,9 @@ def _unbind(parameter: Tensor | None) -> Iterable[Tensor | None]:
 
 
 def mlps(layer: MoEMlp) -> Iterable[Callable[[Tensor], Tensor]]:
-    """Every expert as a function of its rows.
+    """Yields every expert as a function of its rows.
 
-    The weights are unbound once: `w1[e]` under autograd would make a gradient of all experts' size for each.
+    Unbinds the weights once: under autograd, every `w1[e]` would allocate a gradient of the size of `w1`.
     """
     e = layer.experts
     for w1, b1, w2, b2 in zip(*(_unbind(p) for p in (e.w1, e.b1, e.w2, e.b2)), strict=False):
@@ -105,7 +105,7 @@ def mlps(layer: MoEMlp) -> Iterable[Callable[[Tensor], Tensor]]:
 
 
 def loop(layer: MoEMlp, x: Tensor, experts: Iterable[Callable[[Tensor], Tensor]] | None = None) -> Tensor:
-    """A loop over the experts' own rows, index_add into the result: transformers' eager form."""
+    """Computes the layer by a loop over the experts, as transformers does in eager mode."""
     rows, gate = route(layer, x)
     flat = x.flatten(0, 1)
     n = flat.shape[0]
@@ -118,8 +118,12 @@ def loop(layer: MoEMlp, x: Tensor, experts: Iterable[Callable[[Tensor], Tensor]]
 
 
 def packed_mlps(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: int) -> list[Callable[[Tensor], Tensor]]:
-    """Every expert in oneDNN, of weights that were packed for about so many rows: what torch's compiler makes of frozen
-    weights. The ops are torch's own and not public; they have no gradient. None where torch lacks them.
+    """Makes every expert a function in oneDNN, with weights packed for about `rows` rows.
+
+    torch.compile makes the same calls for frozen weights. The ops of torch are not public and have no gradient.
+
+    Returns:
+        A function per expert; an empty list if torch or the device lacks the ops.
     """
     if w1.device.type != "cpu" or w1.dtype != torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return []
@@ -137,7 +141,7 @@ def packed_mlps(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, rows: int) -> li
 
 
 def grouped(layer: MoEMlp, x: Tensor) -> Tensor:
-    """Ragged rows through torch's grouped_mm: transformers' grouped_mm form."""
+    """Computes the layer by torch's grouped_mm over the filled rows, as transformers does."""
     rows, gate = route(layer, x)
     flat, e = x.flatten(0, 1), layer.experts
     n = flat.shape[0]
@@ -155,7 +159,7 @@ def grouped(layer: MoEMlp, x: Tensor) -> Tensor:
 
 
 def einsum(layer: MoEMlp, x: Tensor) -> Tensor:
-    """One-hot dispatch and combine tensors [G, T, E, C]: the form of V-MoE and GShard."""
+    """Computes the layer with one-hot dispatch and combine tensors [G, T, E, C], as V-MoE and GShard do."""
     rows, gate = route(layer, x)
     G, T, _ = x.shape
     all_rows = torch.arange(G * T, device=x.device).view(G, T, 1, 1)
@@ -171,7 +175,7 @@ def soft_logits(layer: MoEMlp, x: Tensor) -> Tensor:
 
 
 def soft(layer: MoEMlp, x: Tensor) -> Tensor:
-    """Soft MoE with two softmaxes and batched products."""
+    """Computes Soft MoE with two softmaxes and batched products."""
     logits = soft_logits(layer, x)
     G, E = x.shape[0], layer.router.num_experts
     slots = (logits.softmax(1).transpose(1, 2) @ x).view(G, E, -1, x.shape[2])
@@ -180,7 +184,7 @@ def soft(layer: MoEMlp, x: Tensor) -> Tensor:
 
 
 def soft_einsum(layer: MoEMlp, x: Tensor) -> Tensor:
-    """Soft MoE as bwconrad's soft-moe writes it: einsum over [b, m, n, p] and a list of experts."""
+    """Computes Soft MoE as bwconrad's soft-moe does: einsum over [b, m, n, p] and a list of experts."""
     router, e = layer.router, layer.experts
     phi = router.scale * F.normalize(router.phi, dim=0)
     logits = torch.einsum("bmd,dnp->bmnp", F.normalize(x, dim=2), phi)

@@ -1,5 +1,7 @@
-"""Installed packages beside ours, with our weights put in. One that is not installed is skipped, which the output
-says: `pip install -e '.[bench]'` before a run to keep. transformers' blocks are in `benchmarks.peers.hugging_face`.
+"""Layers and ops of installed packages, with our weights.
+
+The output names packages that are not installed; `pip install -e '.[bench]'` installs all. Blocks of transformers are
+in `benchmarks.peers.hugging_face`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from vmoe_routers import MoEMlp
 
 
 class NotComparable(Exception):
-    """The package cannot be brought to compute what ours does at this size."""
+    """The package cannot compute our function at this size."""
 
 
 def add(variants: list[Variant], skipped: list[str], make: Callable[..., Variant], *args: object) -> None:
-    """Adds the peer's variant, or a line that says why it is skipped."""
+    """Adds the variant that `make` makes, or a line with the reason why it is skipped."""
     try:
         variants.append(make(*args))
     except ImportError as error:
@@ -30,12 +32,12 @@ def add(variants: list[Variant], skipped: list[str], make: Callable[..., Variant
 
 
 def _silent() -> contextlib.AbstractContextManager[object]:
-    """POT 0.9.7 prints a shape in every k-sparse projection."""
+    """Suppresses the output of POT 0.9.7, which prints a shape in every k-sparse projection."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 def pot_sinkhorn(logits: Tensor, iterations: int) -> Variant:
-    """POT's Sinkhorn-Knopp on torch tensors: the same iterations in the same order."""
+    """Makes POT's Sinkhorn on torch tensors, with the same iterations in the same order."""
     import ot
 
     rows = logits.new_ones(logits.shape[1])
@@ -48,7 +50,7 @@ def pot_sinkhorn(logits: Tensor, iterations: int) -> Variant:
 
 
 def pot_ksparse(similarity: Tensor, k: int, iterations: int) -> Variant:
-    """POT's sparsity-constrained semi-dual, solved by SciPy's L-BFGS-B in float64."""
+    """Makes POT's sparsity-constrained semi-dual, which SciPy's L-BFGS-B solves in float64."""
     from ot.smooth import smooth_ot_semi_dual
 
     T, E = similarity.shape[1:]
@@ -70,7 +72,7 @@ def pot_ksparse(similarity: Tensor, k: int, iterations: int) -> Variant:
 
 
 def pot_projection(x: Tensor, k: int) -> Variant:
-    """POT's projection of the rows of a matrix, in NumPy."""
+    """Makes POT's projection of the rows of a matrix, in NumPy."""
     from ot.utils import projection_sparse_simplex
 
     if x.device.type != "cpu":
@@ -91,26 +93,26 @@ def runs_triton(device: str) -> bool:
 def triton_topk(logits: Tensor, k: int) -> Variant:
     from benchmarks.peers import triton
 
-    # Without leaves: no gradient was written.
+    # No leaves: this form has no backward.
     return Variant("triton", "peer", lambda: triton.softmax_topk(logits, k))
 
 
 def triton_gather(x: Tensor, slots: Sequence[int], rows: Tensor) -> Variant:
-    """Dispatch: `slots` are [G, E, C], `rows` the batch's, n for an empty slot."""
+    """Makes dispatch: `slots` is [G, E, C]; `rows` has the row of every slot, n for an empty slot."""
     from benchmarks.peers import triton
 
     return Variant("triton", "peer", lambda: [triton.gather_rows(x.flatten(0, 1), rows).view(*slots, -1)])
 
 
 def triton_sum_slots(y: Tensor, gate: Tensor, places: Tensor, shape: Sequence[int]) -> Variant:
-    """Combine: y [S, D] by slot, `places` [n, K] of a token's slots, -1 for dropped; tokens of `shape`."""
+    """Makes combine to tokens of `shape`: y [S, D]; slots of every token `places` [n, K], -1 for dropped requests."""
     from benchmarks.peers import triton
 
     return Variant("triton", "peer", lambda: [triton.sum_slots(y, gate.flatten(), places).view(shape)])
 
 
 def triton_rows(x: Tensor, slots: Sequence[int], gate: Tensor, rows: Tensor, places: Tensor) -> Variant:
-    """Dispatch and combine, as `triton_gather` and `triton_sum_slots`."""
+    """Makes dispatch and combine, from `triton_gather` and `triton_sum_slots`."""
     from benchmarks.peers import triton
 
     def call():
@@ -121,17 +123,17 @@ def triton_rows(x: Tensor, slots: Sequence[int], gate: Tensor, rows: Tensor, pla
 
 
 def soft_moe_pytorch(layer: MoEMlp, x: Tensor) -> Variant:
-    """lucidrains' SoftMoE, whose RMS norm changes nothing for tokens of length sqrt(D)."""
+    """Makes lucidrains' SoftMoE, whose RMS norm changes nothing for tokens of length sqrt(D)."""
     from soft_moe_pytorch import SoftMoE
 
     router, experts = layer.router, layer.experts
     D, E, C = router.phi.shape
     F = experts.w1.shape[2]
     if F % D:
-        raise NotComparable("its hidden width is a multiple of the width")
+        raise NotComparable("its hidden width must be a multiple of the width")
     peer = SoftMoE(D, num_experts=E, num_slots=C, expert_mult=F // D, offload_unused_experts_to_cpu=False).to(x)
     with torch.no_grad():
-        peer.slot_norm.gamma.fill_(router.scale.item() / D)  # both of its norms multiply by sqrt(D)
+        peer.slot_norm.gamma.fill_(router.scale.item() / D)  # both norms of the package multiply by sqrt(D)
         peer.slot_embeds.copy_(router.phi.permute(1, 2, 0))
         for i, expert in enumerate(peer.experts.experts):
             for linear, weight, bias in ((expert[0], experts.w1, experts.b1), (expert[3], experts.w2, experts.b2)):
@@ -147,7 +149,7 @@ def soft_moe_pytorch(layer: MoEMlp, x: Tensor) -> Variant:
 
 
 def mixture_of_experts(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
-    """lucidrains' MoE with top-2 gating, second choices always taken, and our capacity."""
+    """Makes lucidrains' MoE with top-2 gating, which always takes second choices, and our capacity."""
     from mixture_of_experts import MoE
 
     T, E = x.shape[1], layer.router.num_experts
@@ -177,7 +179,7 @@ def mixture_of_experts(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
 
 
 def st_moe_pytorch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
-    """lucidrains' ST-MoE with top-2 gating, second choices always taken, and experts like ours in their place."""
+    """Makes lucidrains' ST-MoE with top-2 gating, which always takes second choices, and with experts like ours."""
     from st_moe_pytorch import MoE
 
     T, D = x.shape[1:]
@@ -192,7 +194,7 @@ def st_moe_pytorch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
         threshold_eval=0.0,
         capacity_factor_eval=factor,
         experts=nn.ModuleList(mlps),
-        straight_through_dispatch_tensor=False,  # it would be another gradient, and more work
+        straight_through_dispatch_tensor=False,  # True would change the gradient and add work
     )
     peer = peer.to(x.device).eval()
     with torch.no_grad():
@@ -210,6 +212,6 @@ def st_moe_pytorch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
 
 
 def stacked(grads: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of E first and E second linears' weights, as ours has them: [E, D, F] and [E, F, D]."""
+    """Stacks the weight gradients of E first and E second Linear layers to our layouts, [E, D, F] and [E, F, D]."""
     E = len(grads) // 2
     return [torch.stack([g.T for g in grads[:E]]), torch.stack([g.T for g in grads[E:]])]

@@ -1,4 +1,4 @@
-"""The ops as a user of Triton writes them, forward alone: a block of rows a program, masked loads, sums in float32."""
+"""Forwards of our ops in Triton: one program per block of rows, masked loads, sums in float32."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # of softmax_topk in a program
-COLUMNS = 256  # of a token in a program: 16 bytes a thread and load in 16 bits
-TOKENS = 8
+ROWS = 32  # rows per program in softmax_topk
+COLUMNS = 256  # columns per program in the other kernels; a thread loads 16 bytes of 16-bit values at once
+TOKENS = 8  # tokens or slots per program in the other kernels
 
 
 @triton.jit
 def _softmax_topk(logits, values, indices, n, E, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < n
-    # Rows past the end read the last row again: a row of nothing but -inf has no softmax.
+    # Rows past the end read the last row again: a row of -inf alone has no softmax.
     source = tl.minimum(row, n - 1).to(tl.int64) * E
     column = tl.arange(0, BLOCK_E)[None, :]
     x = tl.load(logits + source[:, None] + column, mask=column < E, other=float("-inf")).to(tl.float32)
@@ -31,7 +31,7 @@ def _softmax_topk(logits, values, indices, n, E, K: tl.constexpr, BLOCK_N: tl.co
 
 
 def softmax_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest gates of every row of logits [..., E], and their experts, int32."""
+    """Returns the k largest gates of every row of logits [..., E], and their experts as int32."""
     E = logits.shape[-1]
     n = logits.numel() // E
     values = logits.new_empty(*logits.shape[:-1], k)
@@ -52,7 +52,7 @@ def _gather_rows(x, rows, out, n, S, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.const
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of x [n, D] by slot; `rows` [S] int64 has n where a slot is empty: zeros."""
+    """Gathers a row of x [n, D] per slot; `rows` [S] int64 is n for an empty slot, which gets zeros."""
     (n, D), S = x.shape, rows.shape[0]
     out = x.new_empty(S, D)
     grid = (triton.cdiv(S, TOKENS), triton.cdiv(D, COLUMNS))
@@ -74,7 +74,7 @@ def _sum_slots(y, gate, places, out, n, D, K: tl.constexpr, BLOCK_T: tl.constexp
 
 
 def sum_slots(y: Tensor, gate: Tensor, places: Tensor) -> Tensor:
-    """The weighted rows y [S, D] of a token's slots; `places` [n, K] int64 with -1 for dropped, gate [S]."""
+    """Sums the rows of y [S, D], weighted by gate [S], per token; `places` [n, K] int64 is -1 for dropped requests."""
     (n, K), D = places.shape, y.shape[1]
     out = y.new_empty(n, D)
     grid = (triton.cdiv(n, TOKENS), triton.cdiv(D, COLUMNS))

@@ -1,1 +1,1 @@
-"""What is made of results: tables, targets, figures and pages."""
+"""Reports of results: tables, targets, figures and pages."""

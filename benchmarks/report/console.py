@@ -1,4 +1,4 @@
-"""What a run prints."""
+"""Output of a run on the console."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPU_TIMES = (
 
 
 class TimeLeft:
-    """How far a run is: a bar on a terminal, elsewhere a line after every case."""
+    """Progress of a run: a bar on a terminal, otherwise a line after every case."""
 
     def __init__(self, console: Console, weights: Sequence[float]):
         self._weights, self._number = weights, 0
@@ -40,7 +40,7 @@ class TimeLeft:
         self._bar.stop()
 
     def done(self) -> None:
-        """Counts one more case; the time left is estimated by the weights of the cases."""
+        """Counts one more case, and estimates the time left from the weights of the cases."""
         self._number += 1
         took = (time.perf_counter() - self._start) / sum(self._weights[: self._number])
         left = f"{took * sum(self._weights[self._number :]) / 60:.1f} min"
@@ -50,7 +50,7 @@ class TimeLeft:
 
 
 def seconds(value: float) -> str:
-    """Three digits and a unit."""
+    """Formats seconds with three digits and a unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
@@ -62,7 +62,7 @@ def mebibytes(value: int | None) -> str:
 
 
 def memory_of_results(machine: dict) -> str:
-    """Where a run's results were stored."""
+    """Describes whether freed memory was reused."""
     return "freed memory is kept" if machine["memory_kept"] else "large results are new memory"
 
 
@@ -86,9 +86,9 @@ def print_machine(console: Console, machine: dict, ceilings: list[dict]) -> None
 
 
 def print_result(console: Console, result: dict) -> None:
-    """The table of one case in one direction."""
+    """Prints the table of one case in one direction."""
     floor = result["floor"]
-    # Not in brackets, which the console would take for markup.
+    # No brackets: rich reads them as markup.
     head = f"{result['title']}, {result['direction']}  ({result['size']}, {result['threads']} thread(s))"
     again = result["again"]
     mark = "  [bold red]UNSTABLE[/]" if result["unstable"] else ""

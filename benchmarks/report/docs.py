@@ -1,7 +1,7 @@
-"""docs/benchmarks.md, its pictures and README's lines from the kept results: `python -m benchmarks.report.docs`.
+"""Writes docs/benchmarks.md, its pictures and the lines in README: `python -m benchmarks.report.docs`.
 
-Results are kept in `benchmarks/results`: `<name>.csv` of `benchmarks.run`, `<name>-scaling.csv` of
-`benchmarks.scaling`. No figure is written by hand; a test holds the pages to the results.
+Reads the results in `benchmarks/results`: `<name>.csv` of `benchmarks.run` and `<name>-scaling.csv` of
+`benchmarks.scaling`. No number is written by hand; a test compares the pages with the results.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ with their bootstrap 95 % interval, floors, memory kept for backward, and peak m
 
 
 def table(head: list[str], rows: list[list[str]], numbers: int = 1) -> str:
-    """A Markdown table; columns from `numbers` on are aligned right."""
+    """Makes a Markdown table; columns from `numbers` on are aligned right."""
     align = ["---"] * numbers + ["---:"] * (len(head) - numbers)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, align, *rows])
 
@@ -73,17 +73,17 @@ def on_gpu(run: dict) -> bool:
 
 
 def shown(run: dict) -> list[dict]:
-    """Results for the table: one thread, default sizes, no call overheads."""
+    """Selects the results for the table: one thread, default sizes, no call overheads."""
     return [r for r in run["results"] if r["threads"] == 1 and (r["default"] or run["quick"]) and r["op"] != "overhead"]
 
 
 def best(result: dict) -> dict | None:
-    """The fastest variant beside ours that computes the same."""
+    """Returns the fastest variant other than ours that computes the same function."""
     return next((v for v in result["variants"] if v["name"] == best_peer(result)), None)
 
 
 def lead(result: dict) -> str:
-    """How many times ours is faster than the best other form."""
+    """Formats how many times faster ours is than the best other form."""
     found = best(result)
     if found is None:
         return "-"
@@ -96,7 +96,7 @@ def unstable(row: dict) -> str:
 
 
 def ratios(run: dict, others: list[dict], only: tuple[str, ...] | None = None) -> str:
-    """The table of ratios, a row per case and size; a column for every other run on a CPU."""
+    """Makes the table of ratios: a row per case and size, a column for every other run on a CPU."""
     results = {(r["title"], r["size"], r["direction"]): r for r in shown(run)}
     cases = [(title, size) for title, size, way in results if way == FORWARD and (only is None or title in only)]
     common = set.intersection(*(set(size.split()) for _, size in cases)) if cases else set()
@@ -128,7 +128,7 @@ def ratios(run: dict, others: list[dict], only: tuple[str, ...] | None = None) -
 
 
 def where(run: dict) -> str:
-    """Machine, versions, ceilings."""
+    """Describes machine, versions and ceilings."""
     machine = run["machine"]
     on_cpu = "" if on_gpu(run) else f"{machine['cores']} cores, ISA {machine['isa']}, {memory_of_results(machine)}. "
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -143,12 +143,12 @@ def where(run: dict) -> str:
 
 
 def due(run: dict) -> list[dict]:
-    """Verdicts on the targets: they are for one thread and the default sizes."""
+    """Selects the verdicts for one thread and the default sizes."""
     return [v for v in verdicts(run) if v["default"] and v["threads"] == 1]
 
 
 def targets(run: dict) -> list[str]:
-    """How many are met, and the missed ones with the reason where it is known."""
+    """Counts the met targets, and lists the missed ones with the reason if it is known."""
     found = due(run)
     missed = sorted((v for v in found if v["factor"] < 1), key=lambda v: v["factor"])
     if not found:
@@ -171,7 +171,7 @@ def targets(run: dict) -> list[str]:
 
 
 def overhead(run: dict) -> list[str]:
-    """The range of the ops' call times on tiny input."""
+    """Describes the range of the call times of the ops on tiny input."""
     parts = []
     for direction in (FORWARD, RECORDED, BACKWARD):
         found = [r for r in run["results"] if r["op"] == "overhead" and r["direction"] == direction]
@@ -189,14 +189,14 @@ def overhead(run: dict) -> list[str]:
 
 
 def slope(curve: dict) -> str:
-    """One thread's, and the algorithm's."""
+    """Formats the slope with one thread and the exponent of the algorithm."""
     text = f"{curve['slope']['1']:.2f} ({curve['expected']:g})"
     steep = curve["slope"]["1"] > curve["expected"] + SLACK
     return (f"**{text}**" if steep else text) + unstable(curve)
 
 
 def growth(scaling: dict, picture: str) -> list[str]:
-    """Slopes of time, and the gain of a second thread, a row per op."""
+    """Makes the table of slopes and of speedups by a second thread, a row per op."""
     slopes = {(c["op"], c["axis"]): c for c in scaling["curves"]}
     axes = list(dict.fromkeys(axis for _, axis in slopes))
     rows = []
@@ -221,7 +221,7 @@ def growth(scaling: dict, picture: str) -> list[str]:
 
 
 def section(name: str, run: dict, others: list[dict], scaling: dict | None) -> str:
-    """One device."""
+    """Makes the section of one device."""
     form = "" if on_gpu(run) else f", ISA {run['machine']['isa']}, one thread, float32"
     parts = ["## " + run["machine"]["name"] + form, where(run)]
     if on_gpu(run):
@@ -236,7 +236,13 @@ def section(name: str, run: dict, others: list[dict], scaling: dict | None) -> s
 
 
 class Kept:
-    """The kept runs: `main` have sections, a CPU's full run first; `others` are more runs on a CPU."""
+    """The kept runs.
+
+    Attributes:
+        main: Runs with a section, by name: a full run on a CPU first, then runs on GPUs.
+        others: Further runs on a CPU, which get a column in the table of ratios.
+        scaling: Results of `benchmarks.scaling`, by name.
+    """
 
     def __init__(self, results: Path):
         paths = [path for path in sorted(results.glob("*.csv")) if not path.stem.endswith("-scaling")]
@@ -252,7 +258,7 @@ class Kept:
 
 
 def document(kept: Kept) -> str:
-    """The page."""
+    """Makes the page."""
     parts = [HEAD.strip()]
     if not any(map(on_gpu, kept.main.values())):
         parts.append(NO_GPU if kept.main else NONE)
@@ -261,7 +267,7 @@ def document(kept: Kept) -> str:
 
 
 def summary(run: dict) -> str:
-    """README's lines on a device."""
+    """Makes the lines of README on one device."""
     machine, found = run["machine"], due(run)
     what = f"{machine['name']} ({machine['date']}, torch {machine['versions']['torch']})"
     if not on_gpu(run):
@@ -274,14 +280,14 @@ def summary(run: dict) -> str:
 
 
 def with_summary(readme: str, kept: Kept) -> str:
-    """README with new lines between the marks."""
+    """Replaces the lines of README between the marks."""
     before, rest = readme.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     return f"{before}{MARKS[0]}\n{chr(10).join(map(summary, kept.main.values())) or NONE}\n{MARKS[1]}{after}"
 
 
 def pages(root: Path, kept: Kept) -> dict[Path, str]:
-    """Every text that is written, and what it is to hold."""
+    """Makes the new content of every file that is written."""
     readme = root / "README.md"
     return {root / "docs" / "benchmarks.md": document(kept), readme: with_summary(readme.read_text(), kept)}
 

@@ -1,4 +1,4 @@
-"""Figures of kept results: the ratios to ours, and how times grow."""
+"""Figures of kept results: ratios to ours, and times over sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-# Okabe and Ito's palette: told apart by colour-blind readers too; the markers say the same.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; every role also has its own marker.
 LOOKS = {
     "ours": ("#000000", "o"),
     "naive": ("#E69F00", "v"),
@@ -30,7 +30,7 @@ def _legend(parent, roles: set[str], lines=(), **where) -> None:
 
 
 def ratio_figure(results: list[dict], title: str) -> Figure:
-    """Time of every variant over ours, with its interval: a row a case, a column a direction."""
+    """Plots the ratio of every variant to ours, with its interval: one row per case, one column per direction."""
     rows = list(dict.fromkeys((r["title"], r["size"]) for r in results))
     directions = list(dict.fromkeys(r["direction"] for r in results))
     inches = (5 + 4 * len(directions), 1.4 + 0.22 * len(rows))
@@ -56,7 +56,7 @@ def ratio_figure(results: list[dict], title: str) -> Figure:
         axes.set_title(direction, fontsize=9)
         axes.grid(axis="x", color="0.92", linewidth=0.6)
         axes.set_axisbelow(True)
-    several = len(rows) > len({case for case, _ in rows})  # sizes of a case
+    several = len(rows) > len({case for case, _ in rows})  # whether a case has several sizes
     panels[0].set_yticks(range(len(rows)), [f"{c} ({size})" if several else c for c, size in rows], fontsize=7)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.supxlabel(f"time / time of ours (hollow: a different function; faint: UNSTABLE), {title}", fontsize=9)
@@ -79,7 +79,7 @@ OP_COLOURS = (
 
 
 def scaling_figure(curves: list[dict]) -> Figure:
-    """Time against tokens, experts and groups; one thread solid, two dashed."""
+    """Plots time over tokens, experts and groups; one thread solid, two dashed."""
     axes_names = list(dict.fromkeys(curve["axis"] for curve in curves))
     colours = dict(zip(dict.fromkeys(curve["op"] for curve in curves), OP_COLOURS, strict=False))
     figure = Figure(figsize=(5.2 * len(axes_names), 5.6), layout="constrained")
@@ -111,7 +111,7 @@ def scaling_figure(curves: list[dict]) -> Figure:
 
 
 def save_figures(run: dict, scaling: dict | None, stem: Path) -> None:
-    """`<stem>-ratios.png` of the first number of threads, and `<stem>-scaling.png`."""
+    """Writes `<stem>-ratios.png`, for the first number of threads, and `<stem>-scaling.png`."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     first = run["ceilings"][0]["threads"]
     shown = [r for r in run["results"] if r["threads"] == first and r["op"] != "overhead"] or run["results"]

@@ -1,5 +1,6 @@
-"""What is to be reached, as data, and a run's verdict on it: on one thread of a CPU, float32, the default sizes; on a
-GPU, the sizes that are named.
+"""Targets, and the verdicts of a run on them.
+
+CPU targets are for one thread, float32 and the default sizes. GPU targets name their sizes.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from benchmarks.cases.grouped_mlp import NARROW_BFLOAT16
 from benchmarks.cases.soft_mix import SQUARE_BFLOAT16
 from benchmarks.cases.topk import MILLION
 
-BEST = "best peer"  # the fastest of all that is not ours and not the dense MLP, and computes the same
+BEST = "best peer"  # the fastest variant that computes the same function, other than ours
 
 
 @dataclass(frozen=True)
 class Aim(ABC):
-    """About which results a target is: `title` begins a case's title, `size` None is any.
+    """Results to which a target applies.
 
-    `cards` are the GPUs that it holds for, which the verdict says; with none, it holds for every one.
+    Attributes:
+        title: Beginning of the title of the case.
+        direction: Direction of the result.
+        device: "cpu" or "cuda".
+        size: Size of the case; None for any size.
+        cards: Names of the GPUs; empty for any GPU.
     """
 
     title: str
@@ -41,16 +47,27 @@ class Aim(ABC):
     @property
     @abstractmethod
     def against(self) -> str:
-        """What it is held against."""
+        """Name of the variant or quantity to compare with."""
 
     @abstractmethod
     def reached(self, result: dict, report: dict) -> tuple[str, float, float, float] | None:
-        """What it was held against, the wanted and the reached value, and the factor, met from 1 on; or None."""
+        """Compares a result with the target.
+
+        Returns:
+            The name of the variant or quantity, the wanted value, the reached value, and a factor that is at least 1 if
+            the target is met. None if the report lacks the numbers.
+        """
 
 
 @dataclass(frozen=True)
 class Target(Aim):
-    """The time of `versus` (a variant's name or `BEST`) over ours must be >= `ratio`; with `memory` its peak memory."""
+    """Wanted speedup.
+
+    Attributes:
+        versus: Name of a variant, or `BEST`.
+        ratio: The least time of the variant over ours.
+        memory: Compares peak memory instead of time.
+    """
 
     versus: str
     ratio: float
@@ -74,7 +91,12 @@ class Target(Aim):
 
 @dataclass(frozen=True)
 class Limit(Aim):
-    """Seconds that ours may take at most; with `beyond`, more than in that direction."""
+    """Longest time.
+
+    Attributes:
+        seconds: The most seconds of ours.
+        beyond: Direction whose time is subtracted first, if not empty.
+    """
 
     seconds: float
     beyond: str = ""
@@ -94,14 +116,18 @@ class Limit(Aim):
             if other is None:
                 return None
             took -= other["variants"][0]["seconds"]
-        # The difference of two small times may be nothing.
+        # The difference of two small times may be 0 or negative.
         took, most = max(1e6 * took, 1e-3), 1e6 * self.seconds
         return self.against, most, took, most / took
 
 
 @dataclass(frozen=True)
 class Share(Aim):
-    """Share of the copy bandwidth of the memory at which ours must move what the case has to move."""
+    """Wanted bandwidth.
+
+    Attributes:
+        share: The least share of the copy bandwidth of memory, for the bytes of the floor.
+    """
 
     share: float
     against = "of copy bandwidth"
@@ -131,7 +157,7 @@ CPU = (
     Target("dispatch + combine", FORWARD, "torch gather, both ways", 4),
     Target("dispatch + combine, one group", FORWARD, "one-hot einsum", 60),
     Target("dispatch + combine", BACKWARD, "torch gather, both ways", 3),
-    # ours <= 0.95 and 1.1 of the dense MLP
+    # Our layer takes at most 0.95 times as long as the dense MLP, with gradients 1.1 times.
     Target("layer, softmax_", FORWARD, "dense MLP, same FLOPs", 1 / 0.95),
     Target("layer, softmax_", BACKWARD, "dense MLP, same FLOPs", 1 / 1.1),
     Target("layer, softmax_token_choice", FORWARD, BEST, 1.2),
@@ -156,18 +182,18 @@ CUDA = (
     Limit("expert choice, per image", FORWARD, 8e-6, **hopper),
     Limit("Sinkhorn, one group", FORWARD, 60e-6, **hopper),
     Limit("Sinkhorn, per image", FORWARD, 25e-6, **hopper),
-    # 20 iterations of 3 us: the 256 images are one wave, several to a multiprocessor.
+    # 20 iterations of 3 us: all 256 images run at once, several per multiprocessor.
     Limit("k-sparse transport, Adam, per image", FORWARD, 60e-6, **hopper),
     Share("dispatch, one group", FORWARD, 0.8, device="cuda", size=VIT_B_BFLOAT16),
     Share("combine, one group", FORWARD, 0.8, device="cuda", size=VIT_B_BFLOAT16),
     Target("expert MLPs, one group", FORWARD, "dense MLP, same FLOPs", 0.7, device="cuda", size=VIT_B_BFLOAT16),
     Target("expert MLPs, one group", FORWARD, "dense MLP, same FLOPs", 0.55, device="cuda", size=NARROW_BFLOAT16),
-    # Twice the least that an H200's memory takes, which an H100's is slower than.
+    # Twice the lower bound by the memory bandwidth of an H200; an H100 is slower.
     Limit("Soft MoE mixing", FORWARD, 150e-6, device="cuda", size=SQUARE_BFLOAT16, cards=("H200",)),
     Target("Soft MoE mixing", FORWARD, "torch softmax + bmm", 1.5, device="cuda", size=SQUARE_BFLOAT16),
 )
 AIMS = (*CPU, *CUDA)
-EXACT = {"layer, soft"}  # titles that also begin others
+EXACT = {"layer, soft"}  # titles that are also beginnings of other titles
 
 RANDOM_ROWS = (
     "rows of 1.5 KiB in random order are read at half the rate of a copy, although each is prefetched two slots ahead"
@@ -176,8 +202,8 @@ THREE_TENSORS = "slots, expert outputs and the result are three tensors of the t
 WEIGHT_GRADIENTS = "the gradients of the expert weights, 144 MiB, are more than a third of that form's peak"
 NOT_CONVERGED = "the plan does not converge within 20 iterations, so all of them run"
 
-# Why a target is missed, in a sentence, by the beginning of the case's title (the longest counts), the direction, and
-# what it was held against, for the best peer `BEST`.
+# Reason why a target is missed, by the beginning of the title (the longest match counts), the direction, and `against`
+# (`BEST` for any best peer).
 WHY: dict[tuple[str, str, str], str] = {
     ("dispatch + combine", FORWARD, "torch gather, both ways"): RANDOM_ROWS,
     ("dispatch + combine", BACKWARD, "torch gather, both ways"): RANDOM_ROWS,
@@ -206,13 +232,13 @@ WHY: dict[tuple[str, str, str], str] = {
 
 
 def best_peer(result: dict) -> str | None:
-    """The fastest variant beside ours that computes the same function."""
+    """Returns the name of the fastest variant that computes the same function, other than ours."""
     peers = [v for v in result["variants"] if v["role"] not in ("ours", "dense", "yardstick") and not v["different"]]
     return min(peers, key=lambda v: v["ratio"]["median"])["name"] if peers else None
 
 
 def verdicts(report: dict) -> list[dict]:
-    """For every target and every result of a run that it is about: what was reached."""
+    """Compares every result of a run with every target that applies to it."""
     found = []
     for aim in AIMS:
         for result in report["results"]:
@@ -227,7 +253,7 @@ def verdicts(report: dict) -> list[dict]:
 
 
 def reason(verdict: dict) -> str:
-    """Why a target is missed, where it is known."""
+    """Returns the reason why a target is missed; empty if it is met or the reason is unknown."""
     held = verdict["direction"], BEST if verdict["against"].startswith(BEST) else verdict["against"]
     keys = [key for key in WHY if verdict["title"].startswith(key[0]) and key[1:] == held]
     return WHY[max(keys, key=lambda key: len(key[0]))] if keys and verdict["factor"] < 1 else ""
