@@ -1,1 +1,1 @@
-"""Benchmarks: ours against what people write and install, as ratios taken in one run. See `benchmarks.run`."""
+"""Benchmarks of our ops and layers against common torch code and installed packages. Start at `benchmarks.run`."""

@@ -1,4 +1,4 @@
-"""What is measured: a case is data, made of variants that compute the same thing."""
+"""Data classes of the benchmark: a case has a size and variants that compute the same results."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ import torch
 from torch import Tensor
 
 FORWARD = "forward"
-RECORDED = "forward with a graph"  # what a call costs when its gradient may be asked for later
+RECORDED = "forward with a graph"  # a forward that records the graph for backward
 BACKWARD = "forward + backward"
 OURS = "ours"
 
-# "ours"; "naive": what a user writes first; "index": well-written torch; "compiled": torch.compile of that;
-# "peer": an installed package; "dense": the dense MLP of the same FLOPs; "yardstick": torch.add beside a tiny call.
+# "ours": this package. "naive": the first code that a user would write. "index": well-written torch code. "compiled":
+# torch.compile of the index form. "peer": an installed package. "dense": the dense MLP of the same FLOPs. "yardstick":
+# torch.add or a dense MLP, beside the call overhead of ours.
 ROLES = ("ours", "naive", "index", "compiled", "peer", "dense", "yardstick")
 
 
 @dataclass(frozen=True)
 class Size:
-    """T tokens in each of `images` images, E experts, width D, K experts a token; `dtype` of tokens and logits."""
+    """Sizes of a case.
+
+    Attributes:
+        images: Number of images.
+        tokens: T, the tokens of one image.
+        experts: E.
+        width: D.
+        top_k: K, the experts per token.
+        dtype: Dtype of tokens and logits.
+    """
 
     images: int = 64
     tokens: int = 196
@@ -42,7 +52,10 @@ class Size:
         return self.torch_dtype.itemsize
 
     def tolerance(self, of_float32: float) -> float:
-        """How far results may be apart: in 16 bits by ten roundings of bfloat16, which forms have at other places."""
+        """Returns the tolerance of results: `of_float32`, or ten roundings of bfloat16 for 16-bit dtypes.
+
+        Variants round to 16 bits at different places.
+        """
         return of_float32 if self.dtype == "float32" else 10 * torch.finfo(torch.bfloat16).eps / 2
 
     def __str__(self) -> str:
@@ -56,9 +69,13 @@ VIT_B_BFLOAT16 = replace(VIT_B, dtype="bfloat16")
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that the case has to do: multiply-adds as 2 flops, bytes moved to and from memory, exponentials.
+    """Lower bound of the work of a case.
 
-    `dtype` is what the products are of.
+    Attributes:
+        flops: Floating-point operations; a multiply-add counts as 2.
+        bytes: Bytes moved to and from memory.
+        exps: Exponentials.
+        dtype: Dtype of the matrix products.
     """
 
     flops: float = 0
@@ -76,9 +93,15 @@ class Floor:
 class Variant:
     """One way to compute the case.
 
-    `call` gives the outputs, those with a gradient first. `leaves` are what the gradient is taken of; `canonical`
-    and `canonical_gradients` bring results into the shape of ours. `different` says why it is another function, or
-    nothing: then its results are asserted equal to ours. `different_gradient` says so of the gradients alone.
+    Attributes:
+        name: Name in tables.
+        role: One of `ROLES`.
+        call: Computes the outputs; outputs with a gradient come first.
+        leaves: Tensors whose gradients are computed; empty for a variant without gradients.
+        canonical: Brings the outputs into the layout of our outputs.
+        canonical_gradients: Brings the gradients into the layout of our gradients.
+        different: Reason why the variant computes a different function. If empty, its results must equal ours.
+        different_gradient: The same for the gradients alone.
     """
 
     name: str
@@ -93,10 +116,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """Variants of one op at one size; the first is ours.
+    """Variants of one op at one size.
 
-    `allowed` is the share of an output's entries that may differ by more than `tolerance` (of its largest entry):
-    where a choice between nearly equal values is part of the function, and nowhere else.
+    Attributes:
+        op: Name of the op.
+        title: Name in tables.
+        size: Sizes of the inputs.
+        variants: The variants; the first is ours.
+        floors: Lower bound of the work, per direction.
+        tolerance: Largest difference between results, relative to the largest entry of our result.
+        allowed: Share of the entries that may differ by more. It is above 0 only if the function chooses between nearly
+            equal values.
+        skipped: Lines "name: reason" for variants that are not measured.
     """
 
     op: str
@@ -111,11 +142,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Entry:
-    """A case to be built: `build(size, device)`.
+    """Recipe of a case.
 
-    `sweep` names the parts of the size that are worth changing; `weight` is about how long the case takes beside the
-    others, for the time left. A GPU has sizes of its own, `cuda`, and of a quick run `cuda_quick`, those that targets
-    are for; an entry with `only_cuda` is not measured on a CPU.
+    Attributes:
+        op: Name of the op.
+        build: Builds the case from a size and a device.
+        default: Size on a CPU.
+        quick: Size of a quick run on a CPU.
+        sweep: Attributes of the size that `--sweep` changes.
+        weight: Relative duration of the case, for the estimate of the time left.
+        cuda: Sizes on a GPU.
+        cuda_quick: Sizes of a quick run on a GPU: the sizes that have targets.
+        only_cuda: Leaves the case out on a CPU.
     """
 
     op: str

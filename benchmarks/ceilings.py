@@ -1,4 +1,4 @@
-"""The machine's ceilings, measured in every run, and the floors of the cases under them."""
+"""Ceilings of the machine, measured in every run, and the floors of cases: the least time that they take there."""
 
 from __future__ import annotations
 
@@ -14,13 +14,23 @@ from benchmarks.case import VIT_B, Floor, Size
 from benchmarks.timer import Queued, once, repeats_for
 from vmoe_routers import ops
 
-GPU_MEMORY = 1 << 30  # bytes, of which its L2 holds next to nothing
-GPU_PRODUCT = 8192  # one of 2048^3 does not fill it in bfloat16
+GPU_MEMORY = 1 << 30  # bytes: far more than L2 holds
+GPU_PRODUCT = 8192  # rows and columns; 2048 do not fill a GPU in bfloat16
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates: flop/s, bytes/s by level (read; copy counts both ways), exp/s. `sizes` are the working sets in bytes."""
+    """Highest measured rates.
+
+    Attributes:
+        gemm: flop/s of a large float32 product.
+        gemm_layer: flop/s of a float32 product with the shape of a layer.
+        read: Bytes/s of reading, per memory level.
+        copy: Bytes/s of copying, per memory level; counts bytes read and bytes written.
+        exp: Exponentials/s.
+        sizes: Bytes of the working set that was measured, per memory level.
+        gemm_bfloat16: flop/s of a large bfloat16 product on a GPU; 0 on a CPU.
+    """
 
     gemm: float
     gemm_layer: float
@@ -28,19 +38,22 @@ class Ceilings:
     copy: dict[str, float]
     exp: float
     sizes: dict[str, int]
-    gemm_bfloat16: float = 0.0  # of a GPU
+    gemm_bfloat16: float = 0.0
 
     @property
     def fastest_gemm(self) -> float:
-        """In float32."""
+        """The higher of both float32 rates."""
         return max(self.gemm, self.gemm_layer)
 
     def level(self, working_set: float) -> str:
-        """The smallest level that holds the working set: a level counts for twice the size that was measured in it."""
+        """Returns the smallest level that holds the working set.
+
+        A level holds twice the size that was measured in it.
+        """
         return next((name for name, size in self.sizes.items() if working_set <= 2 * size), list(self.sizes)[-1])
 
     def seconds(self, floor: Floor) -> dict[str, float]:
-        """What each resource alone would take; the floor is the largest."""
+        """Returns the seconds that each resource alone would take; the largest is the floor."""
         level = self.level(floor.bytes)
         gemm = self.gemm_bfloat16 if floor.dtype == "bfloat16" and self.gemm_bfloat16 else self.fastest_gemm
         return {
@@ -50,7 +63,7 @@ class Ceilings:
         }
 
     def at_least(self, other: Ceilings) -> Ceilings:
-        """The higher of two measurements, rate by rate: a slower one was disturbed by other processes."""
+        """Returns the higher of two measurements of every rate: other processes disturbed the lower one."""
 
         def levels(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
             return {level: max(a[level], b[level]) for level in a}
@@ -66,7 +79,7 @@ class Ceilings:
         )
 
     def floor(self, floor: Floor) -> dict:
-        """The floor as results keep it: seconds, what sets them, and what was counted."""
+        """Returns the entry of a result: seconds, the resource that sets them, and the counts of `floor`."""
         by_resource = self.seconds(floor)
         by = max(by_resource, key=lambda name: by_resource[name])
         return {"seconds": by_resource[by], "by": by, **asdict(floor)}
@@ -76,7 +89,7 @@ class Ceilings:
 
 
 def cache_sizes() -> dict[str, int]:
-    """Bytes of L2 and L3, of the first core; common sizes where the system does not say."""
+    """Returns the bytes of L2 and L3 of the first core; common sizes if the system does not tell."""
     sizes = {"L2": 1 << 20, "L3": 32 << 20}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind = ((index / name).read_text().strip() for name in ("level", "type"))
@@ -87,7 +100,7 @@ def cache_sizes() -> dict[str, int]:
 
 
 def measure_ceilings(device: str, *, quick: bool = False) -> Ceilings:
-    """The best of several measurements each: a ceiling that noise lowers is none."""
+    """Measures every rate several times and keeps the highest."""
     enough = 0.3 if quick else 1.0
     if device == "cuda":
         levels = {"L2": torch.cuda.get_device_properties().L2_cache_size // 2, "DRAM": GPU_MEMORY}
@@ -107,7 +120,7 @@ def measure_ceilings(device: str, *, quick: bool = False) -> Ceilings:
         out = torch.empty(m, n, device=device, dtype=dtype)
         rate = 2 * m * k * n / best(lambda: torch.mm(a, b, out=out))
         if device == "cpu":
-            # torch's product does not reach the peak of every CPU. Ours runs in soft_logits, which adds little to it.
+            # torch's product does not reach the peak of every CPU. soft_logits calls our product and adds little work.
             each = torch.randn(torch.get_num_threads(), m, k)
             rate = max(rate, 2 * each.numel() * n / best(lambda: ops.soft_logits(each, b)))
         return rate
@@ -115,7 +128,7 @@ def measure_ceilings(device: str, *, quick: bool = False) -> Ceilings:
     read, copy = {}, {}
     for name, nbytes in levels.items():
         x = torch.ones(nbytes // 4, device=device)
-        # Whichever of torch's reductions reads fastest here.
+        # Take the reduction of torch that reads fastest on this machine.
         read[name] = nbytes / min(best(x.sum), best(x.amax), best(lambda x=x: torch.dot(x, x)))
         half = nbytes // 8
         source, target = x[:half], x[half : 2 * half]
@@ -123,7 +136,7 @@ def measure_ceilings(device: str, *, quick: bool = False) -> Ceilings:
     x = torch.randn(levels["L2"] // 8, device=device)
     out = torch.empty_like(x)
     square = x[: x.numel() // 512 * 512].view(-1, 512)
-    # torch's softmax has a faster exp than its exp, at times.
+    # The exponential within torch's softmax is sometimes faster than torch.exp.
     exp = x.numel() / min(best(lambda: torch.exp(x, out=out)), best(lambda: torch.softmax(square, 1)))
     size = VIT_B if device == "cuda" else Size()
     rows = math.ceil(size.rows / size.experts)

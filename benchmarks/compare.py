@@ -1,4 +1,4 @@
-"""Correctness before timing: every variant's outputs and gradients against ours."""
+"""Compares outputs and gradients of every variant with ours, before anything is timed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.case import BACKWARD, FORWARD, RECORDED, Case, Variant
 
 
 def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """One fixed direction for every output that has a gradient; not from the seed that cases draw their inputs by."""
+    """Draws a fixed gradient for every output, from seeds of its own: the inputs of cases use the global seed."""
     made = []
     for output in outputs:
         generator = torch.Generator(output.device).manual_seed(1 + len(made))
@@ -24,20 +24,20 @@ def differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def applies(variant: Variant, direction: str) -> bool:
-    """Whether it goes that way: a variant without leaves has no gradient."""
+    """Tells whether the variant has this direction; without leaves it has no gradient."""
     return direction == FORWARD or bool(variant.leaves)
 
 
 def recording(direction: str) -> torch.set_grad_enabled:
-    """The grad mode of a direction; entered around the timed loop, since entering takes as long as a small call."""
+    """Returns the grad mode of a direction. Enter it around the timed loop: entering takes as long as a small call."""
     return torch.set_grad_enabled(direction != FORWARD)
 
 
 def runner(variant: Variant, direction: str) -> Callable[[], Sequence[Tensor]]:
-    """What is timed, while `recording`: the call, or the call and its gradients."""
+    """Returns the function that is timed within `recording`: the call, or the call and its gradients."""
     if direction in (FORWARD, RECORDED):
         return variant.call
-    # The cotangent is drawn in the shape of ours, and given to each variant in its own.
+    # Each variant gets gradients in the shape of its own outputs.
     grad = cotangents(differentiable(variant.call()))
 
     def both():
@@ -47,7 +47,7 @@ def runner(variant: Variant, direction: str) -> Callable[[], Sequence[Tensor]]:
 
 
 def mismatch(a: Tensor, b: Tensor, tolerance: float) -> float:
-    """The share of entries that differ: integers by any amount, floats by more than tolerance * max |b|."""
+    """Returns the share of entries that differ: integers by any amount, floats by more than tolerance * max |b|."""
     if a.shape != b.shape:
         raise AssertionError(f"shape {list(a.shape)}, ours has {list(b.shape)}")
     if not b.is_floating_point():
@@ -57,7 +57,11 @@ def mismatch(a: Tensor, b: Tensor, tolerance: float) -> float:
 
 
 def check(case: Case, variant: Variant, direction: str) -> None:
-    """Raises AssertionError where `variant` gives something else than ours, and does not say so."""
+    """Compares the results of `variant` with ours, unless it is marked as different.
+
+    Raises:
+        AssertionError: More than `case.allowed` of the entries of a result differ.
+    """
     if variant.different or (direction == BACKWARD and variant.different_gradient):
         return
     results = []

@@ -1,4 +1,7 @@
-"""Results as CSV files: what was run where in lines of `# key: JSON`, then a row per case, direction and variant."""
+"""Results as CSV files.
+
+Lines `# key: JSON` describe the machine and the run. Then come a row per case, direction and variant.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ CASE = ("op", "title", "size", "default", "threads", "direction")
 VARIANT = ("name", "role", "seconds", "called_seconds", "waits", "saved_bytes", "peak_bytes", "different")
 RATIO = ("median", "low", "high")
 FLOOR = ("seconds", "by", "flops", "bytes", "exps")
-# A row's columns: ratio_* are of the variant, floor_* and again (the median of the A/A ratios) of its case.
+# Columns of a row. ratio_* belong to the variant; floor_* and again (the median of the A/A ratios) to its case.
 COLUMNS = (
     *CASE,
     *VARIANT,
@@ -22,11 +25,11 @@ COLUMNS = (
     "again",
     "unstable",
 )
-SKIPPED = "skipped"  # the role of a variant that was not measured; `different` says why
+SKIPPED = "skipped"  # role of a variant that was not measured; the column `different` has the reason
 
 
 def write_table(path: Path, about: dict[str, Any], columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Writes rows; floats keep six digits, True is yes, False and None are empty."""
+    """Writes rows: floats with six digits, True as "yes", False and None as empty cells."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         for key, value in about.items():
@@ -37,7 +40,7 @@ def write_table(path: Path, about: dict[str, Any], columns: Iterable[str], rows:
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `write_table` wrote, numbers as numbers; an empty cell is None."""
+    """Reads a file of `write_table`; an empty cell is None."""
     with path.open(newline="") as file:
         lines = file.readlines()
     head = [line for line in lines if line.startswith("# ")]
@@ -90,7 +93,7 @@ def _rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The report that `write_run` wrote, with all that pages, figures and targets need."""
+    """Reads a file of `write_run` into the report that pages, figures and targets need."""
     about, rows = read_table(path)
     results = [_result(list(group)) for _, group in groupby(rows, lambda row: tuple(row[name] for name in CASE))]
     return {**about, "results": results}

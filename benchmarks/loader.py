@@ -1,7 +1,7 @@
-"""Speed of the loader on JPEG files of 224 pixels: `python -m benchmarks.loader [--workers N] [--batch-size N]`.
+"""Measures the loader on JPEG files of 224 pixels: `python -m benchmarks.loader [--workers N] [--batch-size N]`.
 
-Writes a folder of pictures, and prints images per second without a model, and the share of time that training steps of
-a ViT-Ti/16 wait for data; also how fast shards are opened.
+Writes a folder of pictures. Prints images per second without a model, the share of time that training steps of a
+ViT-Ti/16 wait for data, and images per second of opening shards.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MEMBERS = 5000
 
 
 def write_pictures(folder: Path) -> int:
-    """A folder of JPEG files. Returns their mean size in bytes."""
+    """Writes JPEG files; returns their mean size in bytes."""
     rng = np.random.default_rng(0)
     sizes = []
     for part, count in (("train", IMAGES), ("val", CLASSES)):
         for number in range(count):
             path = folder / part / str(number % CLASSES) / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Coarse and fine noise: as many bytes as a photograph has.
+            # Coarse and fine noise compress to about as many bytes as a photograph.
             coarse = Image.fromarray(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8)).resize((SIZE, SIZE))
             pixels = np.asarray(coarse, dtype=float) + rng.normal(0, 6, (SIZE, SIZE, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
@@ -48,7 +48,7 @@ def write_pictures(folder: Path) -> int:
 
 
 def indexed(path: Path) -> float:
-    """Images per second of opening a shard, which reads the headers of all members."""
+    """Returns images per second of opening a shard, which reads the headers of all members."""
     with tarfile.open(path, "w") as tar:
         for number in range(MEMBERS):
             for name, raw in ((f"{number:06}.jpg", bytes(2000)), (f"{number:06}.cls", b"1")):
@@ -60,7 +60,7 @@ def indexed(path: Path) -> float:
 
 
 def alone(batches: Batches, steps: int) -> float:
-    """Images per second of the loader without a model, after the first batches."""
+    """Returns images per second of the loader without a model, after four batches."""
     for _ in range(4):
         next(batches)
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def alone(batches: Batches, steps: int) -> float:
 
 
 def trained(batches: Batches, device: torch.device) -> tuple[float, float]:
-    """Milliseconds per training step of a ViT-Ti/16, and the share of time that it waits for data."""
+    """Returns milliseconds per training step of a ViT-Ti/16, and the share of time that it waits for data."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     steps = len(batches) - 1

@@ -1,4 +1,4 @@
-"""Where and with what a run was made: what `vmoe_routers.machine` says, ISA level and kept memory."""
+"""Description of the machine and the software of a run."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def versions() -> dict[str, str]:
 
 
 def keep_memory() -> bool:
-    """Whether the C library now keeps all freed memory for the next call, which glibc's does when asked.
+    """Asks the C library to keep freed memory for later calls; returns whether it does (glibc).
 
-    As it comes, it gives a large tensor back to the system, and the next one arrives page by page. How long that
-    takes says more about the system, and about what ran before, than about the code that writes the tensor.
+    By default glibc returns the memory of a large tensor to the system, and the system maps the next tensor page by
+    page. The time of this mapping depends on the system and on earlier calls, not on the code that writes the tensor.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -45,7 +45,7 @@ def keep_memory() -> bool:
 
 
 def machine(device: str, *, memory_kept: bool = False) -> dict:
-    """Device, versions, date and ISA level, for the table's head and the JSON."""
+    """Returns device, versions, date and ISA level."""
     name, found = cpu_model(), versions()
     if device == "cuda":
         name, found["CUDA"] = torch.cuda.get_device_name(), torch.version.cuda or ""

@@ -1,4 +1,4 @@
-"""One case, in every direction: correctness, times, floors, memory."""
+"""Measures one case in every direction: correctness, times, floors, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.timer import Queued, is_unstable, measure, paired
 
 
 def with_compiled(case: Case) -> Case:
-    """The case with torch.compile of its first index form."""
+    """Adds torch.compile of the first index form to the case."""
     torch.compiler.reset()
     form = next((v for v in case.variants if v.role == "index"), None)
     if form is None:
@@ -27,7 +27,7 @@ def with_compiled(case: Case) -> Case:
 
 
 def without_naive(case: Case) -> Case:
-    """The case without the naive forms, which says so."""
+    """Removes the naive forms from the case, and lists them as skipped."""
     naive = [v.name for v in case.variants if v.role == "naive"]
     lines = [f"{name}: measured with the first number of threads and the first size" for name in naive]
     kept = tuple(v for v in case.variants if v.role != "naive")
@@ -35,9 +35,13 @@ def without_naive(case: Case) -> Case:
 
 
 def usable(case: Case, direction: str, skipped: list[str], device: str) -> list[Variant]:
-    """The variants that compute what they should. A wrong one of ours or of torch's forms is an error of the run.
+    """Returns the variants that run and compute correct results; adds the rest to `skipped`.
 
-    On a GPU another form may have no kernel, or need more memory than the GPU has: it is skipped.
+    On a CPU every variant but a compiled one must run. On a GPU only ours must: other variants may lack a kernel or
+    memory.
+
+    Raises:
+        AssertionError: The results of a variant that is not compiled differ from ours.
     """
     kept = []
     for variant in case.variants:
@@ -58,7 +62,7 @@ def usable(case: Case, direction: str, skipped: list[str], device: str) -> list[
 
 
 def measure_job(job: Job, options: argparse.Namespace, ceilings: Ceilings) -> list[dict]:
-    """Rows of results, one a direction."""
+    """Measures a job; returns one result per direction."""
     torch.manual_seed(0)
     case = job.entry.build(job.size, options.device)
     if not job.whole:
@@ -77,7 +81,7 @@ def measure_job(job: Job, options: argparse.Namespace, ceilings: Ceilings) -> li
 def measure_case(
     case: Case, direction: str, job: Job, options: argparse.Namespace, ceilings: Ceilings, peak: dict[str, int]
 ) -> dict:
-    """Times, ratios, fractions of the floor, memory. On a GPU by its clock, and per call from Python too."""
+    """Measures times, ratios, floor and memory. On a GPU: by the GPU's clock, and per call from Python, too."""
     skipped = list(case.skipped)
     variants = usable(case, direction, skipped, options.device)
     calls = {variant.name: runner(variant, direction) for variant in variants}

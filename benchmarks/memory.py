@@ -1,4 +1,4 @@
-"""Memory: bytes that autograd keeps for the backward, and the peak of a process that runs a variant once."""
+"""Measures memory: bytes that autograd saves for backward, and the peak of a process that runs a variant once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from benchmarks.compare import applies, recording, runner
 
 
 def saved_bytes(variant: Variant) -> int:
-    """Bytes of the storages saved for backward, each counted once, without the leaves."""
+    """Returns the bytes of the storages saved for backward, without the leaves. Each storage counts once."""
     own = {leaf.untyped_storage().data_ptr() for leaf in variant.leaves}
     storages: dict[int, torch.Tensor] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         pointer = x.untyped_storage().data_ptr()
         if pointer not in own:
-            storages[pointer] = x  # kept alive: a freed address would be taken for an old one
+            storages[pointer] = x  # keeps the storage alive: a new one could get the address of a freed one
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -43,9 +43,9 @@ def _status(key: str) -> int:
 
 
 def peak_bytes(run) -> int:
-    """Growth of the resident peak of this process while `run` runs (Linux with glibc)."""
+    """Returns how much the peak of resident memory grows while `run` runs (Linux with glibc)."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is kept would be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise `run` reuses freed memory, and the peak does not grow
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run()
@@ -53,7 +53,7 @@ def peak_bytes(run) -> int:
 
 
 def peaks(op: str, index: int, size: Size, threads: int) -> dict[str, int]:
-    """`peak_bytes` of every variant and direction of a case, "name, direction"; empty where it cannot be told."""
+    """Returns `peak_bytes` by "name, direction" of a case, measured in a new process; empty if it fails."""
     request = {"op": op, "index": index, "size": asdict(size), "threads": threads}
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(request)]
     root = Path(__file__).resolve().parent.parent
@@ -62,20 +62,20 @@ def peaks(op: str, index: int, size: Size, threads: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Forks before any thread is started, once per variant and direction, so that none finds another's memory."""
+    """Forks once per variant and direction, before any thread starts, so that no variant reuses memory of another."""
     from benchmarks.cases import entries
 
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     entry, size = entries(request["op"])[request["index"]], Size(**request["size"])
-    entry.build(replace(size, images=1), "cpu")  # imports the packages, once for all forks
+    entry.build(replace(size, images=1), "cpu")  # imports packages once, for all forks
     number = 0
     while _in_child(lambda: _print_peak(entry, size, number)):  # noqa: B023
         number += 1
 
 
 def _in_child(work: Callable[[], bool]) -> bool:
-    """What `work` returns in a fork of this process."""
+    """Runs `work` in a fork of this process; returns its result, False after an exception."""
     child = os.fork()
     if not child:
         code = 1
@@ -87,7 +87,7 @@ def _in_child(work: Callable[[], bool]) -> bool:
 
 
 def _print_peak(entry: Entry, size: Size, number: int) -> bool:
-    """Runs and prints the peak of one variant in one direction, the `number`-th; False after the last."""
+    """Prints the peak of the `number`-th pair of variant and direction; returns False if there are fewer pairs."""
 
     def prepare(size: Size):
         torch.manual_seed(0)
@@ -97,7 +97,7 @@ def _print_peak(entry: Entry, size: Size, number: int) -> bool:
 
     for small in prepare(replace(size, images=1)):
         with recording(small[1]):
-            runner(*small)()  # the libraries' own buffers and threads
+            runner(*small)()  # allocates buffers and threads of the libraries
     for variant, direction in prepare(size):
         call = runner(variant, direction)
         with recording(direction):

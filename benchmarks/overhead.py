@@ -1,8 +1,8 @@
 """Call overhead of a whole tiny layer of every router: `python -m benchmarks.overhead [--rounds N]`.
 
-Tensors are so small that calls take the time, not arithmetic. Prints microseconds of CPU time per call (on a quiet
-machine the time that passes; other processes change it little), their ratio to a dense MLP measured in the same rounds,
-and how many Python functions of the package a call runs, checks of arguments among them.
+Tensors are so small that the calls take the time, not the arithmetic. Prints microseconds of CPU time per call, the
+ratio to a dense MLP measured in the same rounds, and the number of Python functions of the package that a call runs,
+with the number of argument checks among them. CPU time depends little on other processes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from benchmarks.cases.overhead import TINY_LAYER, tiny_layers
 from benchmarks.timer import paired
 
 PACKAGE = str(Path(vmoe_routers.__file__).parent)
-REPEATS = 20  # calls of a measurement, which is then shorter than the time slice of a process
+REPEATS = 20  # calls per measurement: a measurement must be shorter than the time slice of a process
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
-    """CPU time of one call, from `REPEATS` of them."""
+    """Returns the CPU time of one call: the mean of `REPEATS` calls."""
     start = time.process_time()
     for _ in range(REPEATS):
         call()
@@ -36,7 +36,7 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 
 def python_calls(call: Callable[[], object]) -> tuple[int, int]:
-    """Python functions of the package that one call runs: all of them, and the checks.
+    """Counts the Python functions of the package that one call runs: all functions, and checks alone.
 
     A check is a function named `check...` or `_check...`, or a method of a class `Check`.
     """
@@ -59,23 +59,23 @@ def python_calls(call: Callable[[], object]) -> tuple[int, int]:
 
 
 def forward(module: nn.Module, x: Tensor) -> None:
-    """What inference runs."""
+    """Runs a forward without a graph."""
     with torch.no_grad():
         module(x)
 
 
 def forward_backward(module: nn.Module, x: Tensor) -> None:
-    """An output and its gradients."""
+    """Runs a forward, and a backward of the output."""
     torch.autograd.grad(module(x).sum(), (x, *module.parameters()))
 
 
 def training_step(module: nn.Module, x: Tensor) -> None:
-    """What training runs: noise, the output, the auxiliary loss, and the gradients of both."""
+    """Runs a forward, and a backward of the output and of the auxiliary loss."""
     loss = module(x).sum() + vmoe_routers.aux_loss(module)
     torch.autograd.grad(loss, (x, *module.parameters()))
 
 
-# Whether in training mode, and the call, by name.
+# Training mode and function, by name of the call.
 CALLS = {
     "forward": (False, forward),
     "forward + backward": (False, forward_backward),
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         layer, dense, x = tiny_layers(TINY_LAYER, "cpu", router)
         for name, (training, call) in CALLS.items():
             layer.train(training)
-            # The dense MLP first: what comes first is the base of the ratios.
+            # The first call is the base of the ratios.
             calls = {"dense": partial(call, dense, x), "layer": partial(call, layer, x)}
             for once in calls.values():
                 cpu_seconds(once)  # warms up

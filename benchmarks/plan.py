@@ -1,4 +1,4 @@
-"""What a run measures: its options, and the jobs that follow from them."""
+"""Options of a run, and its list of jobs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from vmoe_routers import _C
 
 ROUNDS = 15
 SWEEP = {"experts": (8, 128), "tokens": (49, 256), "width": (192, 768)}
-COMPILING = 90.0  # seconds into a quick run on a GPU after which nothing more is compiled
+COMPILING = 90.0  # seconds after the start of a quick run on a GPU; cases that start later are not compiled
 
 
 @dataclass(frozen=True)
 class Job:
-    """One case to be built and measured; `index` is the entry's among those of its op; `default`: of a size that
-    targets may be for; `whole`: with all its variants and memory.
+    """One case to build and measure.
+
+    Attributes:
+        entry: Recipe of the case.
+        index: Place of the entry among the entries of its op.
+        size: Sizes of the inputs.
+        threads: Number of threads.
+        default: Whether targets may apply to the size.
+        whole: Whether to measure all variants, torch.compile and memory.
     """
 
     entry: Entry
@@ -37,20 +44,18 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=description)
     form = parser.add_mutually_exclusive_group()
     form.add_argument(
-        "--quick", action="store_true", help="small layers, nothing compiled; on a GPU the targets' cases"
+        "--quick", action="store_true", help="small sizes, without torch.compile; on a GPU, the cases that have targets"
     )
-    form.add_argument("--full", action="store_true", help="--memory --sweep")
-    parser.add_argument("--sweep", action="store_true", help=f"{SWEEP} too, one at a time, where it says something")
+    form.add_argument("--full", action="store_true", help="means --memory --sweep")
+    parser.add_argument("--sweep", action="store_true", help=f"also other sizes, one change at a time: {SWEEP}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--isa", help="the CPU kernels of a lower level: v2, v3 or v4 on x86-64; by default the best")
-    parser.add_argument("--threads", type=_threads, help="thread counts, such as 1,2; by default 1")
+    parser.add_argument("--isa", help="ISA level of the CPU kernels: v2, v3 or v4 on x86-64; by default the best")
+    parser.add_argument("--threads", type=_threads, help="thread counts, for example 1,2; by default 1")
     parser.add_argument("--only", choices=OPS, help="one op")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds of a case, at least {ROUNDS}")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument(
-        "--new-memory", action="store_true", help="large results from the system in every call, not from the last one's"
-    )
-    parser.add_argument("--memory", action="store_true", help="peak memory too, in processes of their own (Linux)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"rounds per case, at least {ROUNDS}")
+    parser.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
+    parser.add_argument("--new-memory", action="store_true", help="do not reuse freed memory for large results")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory, in separate processes (Linux)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results")
     options = parser.parse_args(arguments)
     if options.rounds < ROUNDS:
@@ -63,7 +68,7 @@ def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
 
 
 def _compile_until(options: argparse.Namespace) -> float | None:
-    """When torch.compile has had its time; None: it gets none."""
+    """Returns the time until which cases are compiled; None if no case is compiled."""
     if options.no_compile or (options.quick and options.device == "cpu"):
         return None
     return time.perf_counter() + COMPILING if options.quick else math.inf
@@ -77,18 +82,20 @@ def _threads(text: str) -> list[int]:
 
 
 def use_isa(parser: argparse.ArgumentParser, isa: str | None) -> None:
-    """Changes to the kernels that were asked for, or ends with a message."""
+    """Switches to the kernels of an ISA level; an unknown level ends the program with a message."""
     if isa is None:
         return
     try:
         _C.use_isa(isa)
     except ValueError:
-        parser.error(f"--isa: this CPU, or this build, has no level {isa!r}; the best that it has is {_C.isa()}")
+        parser.error(f"--isa: this CPU, or this build, has no level {isa!r}; its best level is {_C.isa()}")
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """All cases. The first thread count and the first size have every measurement; a second count and other
-    sizes go without the naive forms, torch.compile and memory, so that a full run stays short.
+    """Lists all jobs of a run.
+
+    The first thread count and the first size get every measurement. Other thread counts and sizes omit the naive forms,
+    torch.compile and memory, so that a full run stays short.
     """
     seen: dict[str, int] = {}
     for entry in entries(options.only, options.device):

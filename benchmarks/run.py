@@ -1,8 +1,8 @@
 """The benchmark: `python -m benchmarks.run [--quick | --full] [--device cpu] [--isa v3] [--threads 1,2] [--only OP]
 [--csv FILE]`.
 
-Measures the machine's ceilings, then every case: correctness first, then all variants of the case in one process and
-in shuffled rounds, as ratios to ours. Prints tables, and writes a CSV file where asked.
+Measures the ceilings of the machine, then every case. Checks the results of all variants of a case, then times them in
+one process, in shuffled rounds, as ratios to ours. Prints tables, and writes a CSV file if asked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.report.targets import verdicts
 
 
 def run(options: argparse.Namespace, console: Console) -> dict:
-    """Everything that the options ask for, printed when measured. Other cases run on after one that fails."""
+    """Measures all jobs, prints each result, and returns the report. A failed case does not stop later cases."""
     kept = not options.new_memory and keep_memory()
     about = machine(options.device, memory_kept=kept)
     report = {"machine": about, "quick": options.quick, "ceilings": [], "results": [], "failed": []}
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, console: Console) -> dict:
             except Exception as error:
                 traceback.print_exc()
                 report["failed"].append({"op": job.entry.op, "size": str(job.size), "error": repr(error)})
-            write(report, options)  # a run that is cut off leaves what it has
+            write(report, options)  # keeps the results of an interrupted run
             gc.collect()
             left.done()
     again(report, found, options, console)
@@ -60,14 +60,15 @@ def run(options: argparse.Namespace, console: Console) -> dict:
 
 
 def write(report: dict, options: argparse.Namespace) -> None:
-    """The CSV file, if one was asked for."""
+    """Writes the CSV file, if the options name one."""
     if options.csv:
         write_run(report, options.csv)
 
 
 def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace, console: Console) -> None:
-    """Measures the ceilings again: had another process slowed the first measurement, times would look closer to the
-    floor than they are.
+    """Measures the ceilings again and keeps the higher ones.
+
+    Another process may have slowed the first measurement; then times would look too close to the floor.
     """
     for entry in report["ceilings"]:
         threads = entry["threads"]
@@ -82,7 +83,7 @@ def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace,
         raised.append(floor["seconds"] / result["floor"]["seconds"])
     if raised and max(raised) > 1.1:
         console.print(
-            f"\nThe ceilings were higher at the end of the run: fractions of the floor above are up to "
+            f"\nThe ceilings were higher at the end of the run: the fractions of the floor printed above are up to "
             f"{max(raised):.2f} times too high. The CSV file has the higher ceilings:"
         )
         print_machine(console, report["machine"], report["ceilings"])
@@ -90,7 +91,7 @@ def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace,
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments, (__doc__ or "").split(":")[0])
-    # A table that is piped into a file is not cut at 80 columns.
+    # Without a terminal, rich would cut tables at 80 columns.
     console = Console() if Console().is_terminal else Console(width=160)
     start = time.perf_counter()
     report = run(options, console)

@@ -1,7 +1,7 @@
-"""How the cost of each op grows: `python -m benchmarks.scaling [--csv FILE] [--isa v3] [--only OP]`.
+"""Growth of the time of each op: `python -m benchmarks.scaling [--csv FILE] [--isa v3] [--only OP]`.
 
-Time against tokens, experts and groups, with one and with two threads alternating in one process; the slope of the
-log-log line through the larger half of the points, beside the slope that the algorithm has.
+Measures the time over tokens, experts and groups, with one and two threads in turns, in one process. Fits a log-log
+line through the larger half of the points, and compares its slope with the exponent of the algorithm.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from benchmarks.timer import is_unstable, measure, once
 THREADS = (1, 2)
 BYTES, FLOPS = 1 << 30, 1e11  # a point that moves or computes more than this is left out
 SLACK = 0.15  # a slope this far above the algorithm's is too steep
-GAIN = 1.7  # of two threads over one, where the arithmetic and not the memory sets the floor
-LONG = 0.25  # seconds of a call that gets fewer rounds
+GAIN = 1.7  # wanted speedup of two threads over one, if arithmetic sets the floor and not memory
+LONG = 0.25  # a call of more seconds gets fewer rounds
 LEAVE_OUT = ("layer", "overhead")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Sizes by the number that grows, and whether they are one group or many."""
+    """A number that grows: its name, its values, and the size for each value."""
 
     name: str
     values: tuple[int, ...]
@@ -53,16 +53,16 @@ AXES = (
 
 
 def expected(op: str, axis: str) -> float:
-    """The algorithm's own exponent."""
+    """Returns the exponent of the algorithm along an axis."""
     if op == "soft_mix":  # as many slots as tokens
         return {"tokens": 2.0, "experts": 0.0, "groups": 1.0}[axis]
     if axis == "experts" and op in ("assign_slots", "invert_slots", "dispatch"):
-        return 0.0  # the slots stay as many
+        return 0.0  # the number of slots does not change
     return 1.0
 
 
 def chosen(axis: Axis, only: str | None) -> list[Entry]:
-    """One entry per op: of two, the one per image for many groups, else the one for a single group."""
+    """Returns one entry per op: for the axis "groups" the entry per image, otherwise the entry of one group."""
     found: dict[str, Entry] = {}
     for entry in entries(only):
         if entry.op in LEAVE_OUT:
@@ -74,7 +74,7 @@ def chosen(axis: Axis, only: str | None) -> list[Entry]:
 
 
 def by_threads(case: Case) -> dict[str, Callable[[], object]]:
-    """Ours, forward, with each number of threads."""
+    """Returns the forward of our variant for each number of threads."""
     call = runner(case.variants[0], FORWARD)
 
     def with_threads(threads: int):
@@ -88,7 +88,7 @@ def by_threads(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def point(entry: Entry, size: Size, rounds: int) -> dict | None:
-    """Seconds with each number of threads, and the gain of the last over the first; None where it is too large."""
+    """Measures seconds with each number of threads and the speedup; returns None if the case is too large."""
     torch.manual_seed(0)
     case = entry.build(size, "cpu")
     if case.floors[FORWARD].bytes > BYTES or case.floors[FORWARD].flops > FLOPS:
@@ -96,7 +96,7 @@ def point(entry: Entry, size: Size, rounds: int) -> dict | None:
     calls = by_threads(case)
     with recording(FORWARD):
         if once(calls[str(THREADS[0])], 1, "cpu") > LONG:
-            rounds = min(rounds, 5)  # these are steady, and would take minutes
+            rounds = min(rounds, 5)  # long calls vary little, and more rounds would take minutes
         timings, again = measure(calls, rounds=rounds)
     ratio = timings[str(THREADS[-1])].ratio
     return {
@@ -108,13 +108,13 @@ def point(entry: Entry, size: Size, rounds: int) -> dict | None:
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Slope of the log-log line through the larger half of the points."""
+    """Returns the slope of the log-log line through the larger half of the points."""
     half = len(xs) // 2 if len(xs) > 3 else 0
     return float(np.polyfit(np.log(xs[half:]), np.log(ys[half:]), 1)[0])
 
 
 def curve(op: str, axis: str, points: list[dict]) -> dict:
-    """Points of one op along an axis, and the slope of its time with each number of threads."""
+    """Returns the points of one op along an axis, with the slope of its time for each number of threads."""
     xs = [p["x"] for p in points]
     return {
         "op": op,
@@ -133,7 +133,7 @@ def measure_curve(entry: Entry, axis: Axis, rounds: int) -> dict:
 
 
 def gains(found: Ceilings, only: str | None, rounds: int) -> list[dict]:
-    """Two threads over one at the default sizes; to be held against `GAIN` where arithmetic sets the floor."""
+    """Measures the speedup of two threads over one for every case at its default size."""
     rows = []
     for entry in entries(only):
         if entry.op == "overhead":
@@ -159,7 +159,7 @@ def gains(found: Ceilings, only: str | None, rounds: int) -> list[dict]:
 
 
 def is_compute_bound(gain: dict) -> bool:
-    """Whether arithmetic sets the floor, so that two threads should bring `GAIN`."""
+    """Tells whether arithmetic sets the floor; then two threads should bring `GAIN`."""
     return "bandwidth" not in gain["by"]
 
 
@@ -167,7 +167,7 @@ COLUMNS = ("op", "title", "axis", "x", "size", "by", "seconds_1", "seconds_2", "
 
 
 def write_scaling(report: dict, path: Path) -> None:
-    """Writes a row per point of a curve, and per case at its default size, where the axis is empty."""
+    """Writes a row per point of a curve, and a row without an axis per case at its default size."""
 
     def row(found: dict, **more: object) -> dict:
         seconds = {f"seconds_{n}": time for n, time in found["seconds"].items()}
@@ -181,7 +181,7 @@ def write_scaling(report: dict, path: Path) -> None:
 
 
 def read_scaling(path: Path) -> dict:
-    """The report that `write_scaling` wrote."""
+    """Reads a file of `write_scaling`."""
     about, rows = read_table(path)
     found = [
         {
@@ -223,9 +223,9 @@ def print_curves(console: Console, report: dict) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--isa", help="the CPU kernels of a lower level: v2, v3 or v4 on x86-64; by default the best")
+    parser.add_argument("--isa", help="ISA level of the CPU kernels: v2, v3 or v4 on x86-64; by default the best")
     parser.add_argument("--only", choices=[op for op in OPS if op not in LEAVE_OUT], help="one op")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of a point")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds per point")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results")
     options = parser.parse_args(arguments)
     if options.rounds < 1:

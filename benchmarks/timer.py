@@ -1,4 +1,4 @@
-"""The one timer: all variants in one process, shuffled per round, paired ratios."""
+"""The timer of all benchmarks: paired ratios of calls that run in one process, in shuffled rounds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from functools import partial
 import torch
 
 AGAIN = "ours (again)"
-UNSTABLE = 0.10
-WIDE = 0.30
+UNSTABLE = 0.10  # largest deviation of the median A/A ratio from 1
+WIDE = 0.30  # largest deviation of the ends of its interval from 1
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and least seconds, and the ratio of the variant's time to the base's: above 1 the base is faster."""
+    """Median and least seconds, and the ratio to the time of the base: above 1 the base is faster."""
 
     seconds: float
     fastest: float
@@ -35,14 +35,14 @@ class Timing:
 
 
 def bootstrap(values: list[float], draws: int = 1000, seed: int = 0) -> Ratio:
-    """The median of `values` with its percentile interval."""
+    """Returns the median of `values` with its bootstrap percentile interval."""
     rng = random.Random(seed)
     medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(draws))
     return Ratio(statistics.median(values), medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1])
 
 
 def once(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds a call, over `repeats` of them: on a GPU by its clock, as fast as Python asks for them."""
+    """Returns the mean seconds per call of `repeats` calls; on a GPU by its clock, with the launches of Python."""
     if device == "cuda":
         torch.cuda.synchronize()
         return _between_events(call, repeats)[0]
@@ -53,7 +53,7 @@ def once(call: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def _between_events(call: Callable[[], object], repeats: int) -> tuple[float, bool]:
-    """Seconds a call by the GPU's clock, and whether all were asked for before the first of them began."""
+    """Returns the seconds per call by the GPU's clock, and whether Python launched all calls before the first began."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
@@ -65,14 +65,14 @@ def _between_events(call: Callable[[], object], repeats: int) -> tuple[float, bo
 
 
 class Queued:
-    """Seconds a call that the GPU takes, whatever Python takes to ask for it.
+    """Measures the seconds of a call on the GPU, without the time that Python needs to launch it.
 
-    The GPU is kept waiting until enough calls are in its queue, and then runs them one after another.
+    The GPU sleeps until enough calls are in its queue, and then runs them one after another.
     """
 
-    LEAST = 1e-3  # seconds of asking: some hundred kernels, of which a queue holds a thousand
-    LONGEST = 0.05  # seconds of asking that are waited for
-    CYCLES = 2e9  # a second, of the fastest GPU
+    LEAST = 1e-3  # the least seconds of a measurement: some hundred kernels; a queue holds a thousand
+    LONGEST = 0.05  # the most seconds of launches for which the GPU sleeps
+    CYCLES = 2e9  # per second, of the fastest GPU
 
     def __init__(self, call: Callable[[], object]):
         self._call, self._repeats = call, repeats_for(call, "cuda", self.LEAST)
@@ -93,14 +93,14 @@ class Queued:
 
     @property
     def waits(self) -> bool:
-        """Whether Python is part of the time all the same: the call waits for the GPU, or is of too many kernels."""
+        """Whether the time includes Python: the call synchronises with the GPU, or has too many kernels to queue."""
         return 2 * sum(self._ahead) < len(self._ahead)
 
 
 def repeats_for(call: Callable[[], object], device: str, least: float) -> int:
-    """How many calls make a measurement of at least `least` seconds; warms up as well."""
+    """Warms up, and returns the number of calls that take at least `least` seconds."""
     once(call, 1, device)
-    # The faster of two: a disturbance here would make every measurement too short.
+    # Take the faster of two: a disturbed estimate would make every measurement too short.
     seconds, repeats = min(once(call, 1, device) for _ in range(2)), 1
     while seconds * repeats < least and repeats < 1 << 16:
         repeats = max(repeats * 2, min(1 << 16, int(least / max(seconds, 1e-9)) + 1))
@@ -111,7 +111,7 @@ def repeats_for(call: Callable[[], object], device: str, least: float) -> int:
 def measure(
     calls: dict[str, Callable[[], object]], *, rounds: int = 15, least: float = 2e-3, device: str = "cpu"
 ) -> tuple[dict[str, Timing], Ratio]:
-    """`paired` times of `calls`, each repeated within a measurement so often that this lasts `least` seconds."""
+    """Measures `calls` with `paired`; a measurement repeats a call until `least` seconds have passed."""
     repeats = {name: repeats_for(call, device, least) for name, call in calls.items()}
     return paired({name: partial(once, call, repeats[name], device) for name, call in calls.items()}, rounds=rounds)
 
@@ -119,7 +119,12 @@ def measure(
 def paired(
     measurements: dict[str, Callable[[], float]], *, rounds: int = 15, seed: int = 0
 ) -> tuple[dict[str, Timing], Ratio]:
-    """Medians of `measurements`, and the A/A ratio: the first is the base, and is measured twice in a round."""
+    """Runs the measurements in shuffled rounds.
+
+    Returns:
+        The timing of every measurement, with the first as the base of the ratios; and the A/A ratio, of a second
+        measurement of the base in every round.
+    """
     base = next(iter(measurements))
     measurements = {**measurements, AGAIN: measurements[base]}
     rng, names = random.Random(seed), list(measurements)
@@ -142,5 +147,5 @@ def paired(
 
 
 def is_unstable(again: Ratio) -> bool:
-    """Whether the same code measured twice came out more than 10 % apart, or might have come out 30 % apart."""
+    """Tells whether two measurements of the same code differ by more than 10 %, or may differ by more than 30 %."""
     return abs(again.median - 1) > UNSTABLE or again.low < 1 - WIDE or again.high > 1 + WIDE

@@ -1,9 +1,9 @@
-"""What the training loop adds to a step, and whether its memory stays flat.
+"""Measures the time that the training loop adds to a step, and the growth of its memory.
 
     python -m benchmarks.trainer
 
 A step of `vmoe_routers.training.Trainer` is compared with the bare step: forward, cross-entropy and auxiliary loss,
-backward, clipping by torch, fused AdamW. Both train the same model on the same batch, in turns.
+backward, clipping by torch, fused AdamW. Both train equal models on the same batch, in turns.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ROUNDS = 30
 
 
 def make_model() -> nn.Module:
-    """A ViT-MoE of width 192 for 32 x 32 pixels."""
+    """Makes a ViT-MoE of width 192 for 32 x 32 pixels."""
     torch.manual_seed(0)
     return vit_moe(32, 4, 3, 10, 192, 4, 3, router="softmax_token_choice", num_experts=8, group_size=8).train()
 
 
 def bare_step(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The step that one would write by hand."""
+    """Makes the step as a user would write it by hand."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -46,13 +46,13 @@ def bare_step(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM (Linux)."""
+    """Returns the resident memory of this process (Linux)."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 
 
 def main() -> None:
-    """Prints the overhead of the loop and the growth of memory."""
+    """Prints the overhead of the loop and the growth of its memory."""
     images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
     steps = {"bare": bare_step(make_model()), "Trainer": Trainer(make_model(), Optimisation(), 10_000)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
