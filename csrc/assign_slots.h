@@ -8,7 +8,7 @@
 //
 // Choice 0 of all tokens is served before choice 1 of any token (V-MoE, arXiv 2106.05974,
 // algorithms 1 and 2). A request for an expert with a full buffer is dropped. The result is
-// deterministic. A group takes O(T * K), and with a priority also a sort of T tokens.
+// deterministic. The cost per group is O(T * K), plus a sort of T tokens if there are priorities.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +41,7 @@ VMOE_BY_ISA(assign_slots)
 
 namespace vmoe::cuda {
 
-// The most experts for which a block has counters; more are refused.
+// The largest number of experts: a block has counters for all of them in shared memory.
 int64_t assign_slots_most_experts();
 
 // Bytes of workspace that assign_slots needs.

@@ -12,8 +12,8 @@
 // Y = B Y~ in the paper's formulation, with B = D * gate. A token without a slot gets zeros. Slots
 // are added in ascending order, so the sum is deterministic. A 16-bit result is rounded once.
 //
-// Gradient: grad_y[s] = gate[s] grad_out[token[s]], grad_gate[s] = <grad_out[token[s]], y[s]>, both
-// zero for an empty slot.
+// Gradient, with the tokens [G, E, C] of dispatch.h: grad_y[s] = gate[s] grad_out[token[s]],
+// grad_gate[s] = <grad_out[token[s]], y[s]>, both zero for an empty slot.
 #pragma once
 
 #include <cstdint>

@@ -2,9 +2,9 @@
 //
 //   x       [E, N, D]   float32 | float64 (CUDA: | bfloat16 | float16)
 //                                 N rows per expert: G segments of C = N / G rows
-//   w1, b1  [E, D, F], [E, F]     same dtype; b1 may be missing
-//   w2, b2  [E, F, D'], [E, D']   same dtype; b2 may be missing
-//   filled  [E, G]      int32     number of filled rows at the front of every segment; missing: all
+//   w1, b1  [E, D, F], [E, F]     same dtype; b1 is optional
+//   w2, b2  [E, F, D'], [E, D']   same dtype; b2 is optional
+//   filled  [E, G]      int32     number of filled rows, the first of each segment; null: all
 //   y       [E, N, D']            gelu(x w1 + b1) w2 + b2; zeros if a row is not filled
 //   hidden  [E, N, F]             x w1 without b1, kept for the gradient. On a CPU the filled rows
 //                                 of an expert are contiguous, and the remaining rows undefined. On
@@ -17,8 +17,8 @@
 //   grad_a = (grad_y w2^T) gelu'(a)    grad_w1 = x^T grad_a    grad_b1 = sum of grad_a
 //   grad_x = grad_a w1^T               grad_w2 = h^T grad_y    grad_b2 = sum of grad_y
 //
-// torch/{cpu,cuda}/grouped_mlp.h compute the op. The matrix products are cpu/product.cpp on a CPU,
-// and torch's on CUDA. The kernels here are the element-wise steps between the products.
+// torch/{cpu,cuda}/grouped_mlp.h compute the op: matrix products by cpu/product.cpp on a CPU and by
+// torch on CUDA, and the kernels below, which are the element-wise steps between the products.
 #pragma once
 
 #include <cstddef>

@@ -6,8 +6,8 @@
 //   filled   [G, E]      int32   1 + the position of an expert's last slot that is not empty, or 0
 //
 // With the maps in both directions, the forward and backward of dispatch and combine are gathers.
-// They need no atomics and no zero fill, and sum in a fixed order. The result is deterministic. A
-// group takes O(E * C + T).
+// They need no atomics and no zero fill, and sum in a fixed order. The result is deterministic. The
+// cost per group is O(E * C + T).
 #pragma once
 
 #include <cstddef>

@@ -7,8 +7,8 @@
 // section 3; Kyrillidis et al., arXiv 1206.1529). With the k largest entries u_1 >= ... >= u_k,
 //   rho = max{r : 1 + r u_r > u_1 + ... + u_r},  tau = (u_1 + ... + u_rho - 1) / rho,
 //   p_i = max(u_i - tau, 0) for these k entries, 0 for all other entries.
-// Ties are resolved as in order.h. An entry of -inf is 0 in p. A row with NaN or +inf, or of -inf
-// alone, gets NaN.
+// Ties are resolved as in order.h. An entry of -inf is 0 in p. A row that contains NaN or +inf, or
+// only -inf, gives NaN.
 //
 // Backward of projections along the middle axis:
 //   grad, out  [A, n, B]  gradient of the projections, and the projections

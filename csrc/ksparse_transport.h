@@ -4,8 +4,8 @@
 //   plan        [G, T, E]  same dtype
 //
 // Maximises the semi-dual of the sparsity-constrained problem (Liu et al., arXiv 2209.15466,
-// section 4) with row sums 1 and column sums b = n/E. It starts at alpha = 0, in R^n; n is the
-// number of present tokens, and P_k the projection of ksparse_projection.h.
+// section 4) with row sums 1 and column sums b = n/E. The variable is alpha in R^n, which is 0 at
+// first. n is the number of present tokens. P_k is the projection of ksparse_projection.h.
 //
 //   objective  <alpha, 1> - sum_e b max_{p in simplex, |p|_0 <= k}
 //                                     (<alpha + S[:, e], p> - gamma b/2 |p|^2)
@@ -22,8 +22,8 @@
 // |gradient|_2 <= tolerance. It also stops if no step improves the objective, which may happen at a
 // kink of the objective.
 //
-// A row of -inf alone is an absent token, whose plan is 0. A column of -inf alone gets a plan of 0.
-// A group with NaN or +inf gets a plan of NaN.
+// A token whose similarities are all -inf is absent: its plan is 0. An expert whose similarities
+// are all -inf gets a plan of 0. If a group contains NaN or +inf, its whole plan is NaN.
 #pragma once
 
 #include <cstddef>

@@ -2,7 +2,7 @@
 //
 //   logits   [G, T, E]  float32 | float64
 //   plan     [G, T, E]  same dtype
-//   history  [G, I, E]  float64   h after each of the I iterations; zeros after the last one done
+//   history  [G, I, E]  float64   h after each iteration; zeros for iterations that were not done
 //   error    [G]        float64   max_e |sum_t plan[t, e] - n/E| / (n/E)
 //   steps    [G]        int32     number of iterations done
 //
@@ -16,8 +16,8 @@
 // (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so rows sum to 1 up
 // to one rounding, however large the logits are. Column sums have an error of about 2^-52 max |M|.
 //
-// A row of -inf alone is an absent token, whose plan is 0. A group with NaN or +inf among its
-// logits gets a plan and a gradient of NaN.
+// A token whose logits are all -inf is absent: its plan is 0. If a group contains NaN or +inf, its
+// whole plan and its whole gradient are NaN.
 //
 // With tolerance > 0 a group stops when error <= tolerance. On the CPU a group also stops when an
 // iteration changes h by no more than rounding; the remaining iterations count as done.
@@ -26,13 +26,14 @@
 // has a logit of -inf, and (max - min) / epsilon of its logits is at most
 //   40   in float32, for float32 logits and a tolerance of 0 or at least 1e-4
 //   200  in float64, for float64 logits and, on the CPU, for float32 logits
-// and else on logarithms in float64, with one exp per entry and update. `error` is exact to about
-// 1e-7 if computed in float32.
+// All other groups iterate on logarithms in float64, with one exp per entry and update. `error` is
+// exact to about 1e-7 if computed in float32.
 //
-// There are two gradients. The unrolled gradient differentiates the iterations done; it needs the
-// logits and `history`, and computes each f from h. On the CPU it leaves out early iterations whose
-// terms are below rounding. The implicit gradient is that of the fixed point, by the implicit
-// function theorem at the plan reached. Values of `steps` outside [0, I] are clamped.
+// There are two gradients. sinkhorn_backward, the unrolled gradient, differentiates the iterations
+// that were done. It needs the logits and `history`, and computes each f from h. On the CPU it
+// skips early iterations whose terms are smaller than the rounding error.
+// sinkhorn_implicit_backward is the gradient of the fixed point, by the implicit function theorem
+// at the plan that was reached. Values of `steps` outside [0, I] are clamped.
 #pragma once
 
 #include <cstddef>

@@ -6,9 +6,9 @@
 //   logits  [G, T, S]  phi's dtype   r[g, t] <x[g, t], phi[:, s]>,  r = 1 / sqrt(|x|^2 + 1e-6)
 //
 // (Puigcerver et al., arXiv 2308.00951, section 2.3.) The rows of the product x phi are scaled by r
-// instead of the tokens, so no normalised copy of the tokens is needed, here and in the backward.
-// The product is cpu/product.cpp on a CPU, and torch's on CUDA. |x|^2 is summed in float64, so that
-// it does not overflow if the entries of x are large.
+// instead of the tokens, so neither the forward nor the backward needs a normalised copy of the
+// tokens. The product is computed by cpu/product.cpp on a CPU, and by torch on CUDA. |x|^2 is
+// summed in float64, so that it does not overflow if the entries of x are large.
 //
 // Gradient: with P = r * grad,  grad_phi = sum_g x^T P,  U = P phi^T,
 // grad_x = U - x r^2 <x, U>.
@@ -67,8 +67,8 @@ void soft_logits_parts(
     int64_t S,
     CUstream_st* stream);
 
-// logits = r * products, row by row. For 16-bit x, there are two products, with the parts of phi,
-// which are added.
+// logits = r * products, row by row. For 16-bit x there are two products, one per part of phi.
+// Their sum is scaled.
 template <typename Row>
 void soft_logits(
     const Row* x,                  // [rows, D]

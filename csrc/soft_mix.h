@@ -5,22 +5,22 @@
 //                                           tensor) or over the slots (the combine tensor)
 //   values              the logits' dtype; on CUDA also bfloat16 | float16, with float32 logits
 //
-// out = softmax_t(logits)^T values  [E, G, C, D], S = E * C, or softmax_s(logits) values [G, T, D]
-// (Puigcerver et al., arXiv 2308.00951, equations 1 and 2). A logit of -inf is masked. A softmax
-// over -inf alone gives zeros, not NaN: a masked token neither contributes to slots nor receives
-// from them.
+// The means over the tokens are softmax_t(logits)^T values, [E, G, C, D] with S = E * C. The means
+// over the slots are softmax_s(logits) values, [G, T, D] (Puigcerver et al., arXiv 2308.00951,
+// equations 1 and 2). A logit of -inf is masked. If all logits of a softmax are -inf, its weights
+// are 0, not NaN: a masked token neither contributes to slots nor receives from them.
 //
-// On a CPU products take one group at a time (cpu/product.h), so that no tensor holds the weights
-// of all groups. On CUDA a product takes all groups, in one kernel with the softmax
-// (soft_mix_product) or by torch.
+// On a CPU each group has its own product (cpu/product.h), so that no tensor holds the weights of
+// all groups. On CUDA one product covers all groups: in the same kernel as the softmax
+// (soft_mix_product), or by torch.
 //
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
 //
 // 16-bit values are multiplied in 16 bits, with sums in float32. The softmaxes are computed in
 // float32, and each weight is rounded to the dtype of the values, as in torch's own softmax and
-// bmm. The error of a result is at most epsilon * sum |weight * value|. (float16 weights that torch
-// multiplies also have an absolute error of up to 3e-8.) The gradient of the logits is computed
-// from unrounded weights and a float32 gradient of the weights.
+// bmm. The error of a result is at most epsilon * sum |weight * value|. If torch computes the
+// product, small float16 weights are subnormal numbers, with an absolute error of up to 3e-8. The
+// gradient of the logits is computed from unrounded weights and a float32 gradient of the weights.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +74,7 @@ void soft_mix(
     bool over_tokens,
     CUstream_st* stream);
 
-// Computes the weights again, and the gradient.
+// Recomputes the weights, and computes the gradient of the logits.
 template <typename Row>
 void soft_mix_backward(
     const Compute<Row>* logits,  // [G, T, S]
@@ -86,8 +86,9 @@ void soft_mix_backward(
     bool over_tokens,
     CUstream_st* stream);
 
-// out = the mean of 16-bit values, weighted by the softmax of the logits, in one kernel. It serves
-// rows whose size is a multiple of 16 bytes, and means over 1 to 256 values. Else it returns false,
+// out = the mean of 16-bit values, weighted by the softmax of the logits, in one kernel. The kernel
+// takes rows that are aligned to 16 bytes and a multiple of 16 bytes long, means over 1 to 256
+// values, and only shapes that fit in shared memory. For all other arguments it returns false,
 // without a launch.
 template <typename Row>
 bool soft_mix_product(

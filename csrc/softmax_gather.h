@@ -10,10 +10,10 @@
 //   gate[t, e] = exp(logits[t, e] - norms[0, t]) * norms[1, t]
 //
 // An index outside of the axis has the value 0 and no gradient. A token whose logits are all -inf
-// is absent: its norms and gates are 0. A token with NaN or +inf has NaN gates. The gates of a
-// token depend on its own logits alone, to the bit, and are the same in softmax_topk.
+// is absent: its norms and gates are 0. A token with NaN or +inf has NaN gates. The bits of a
+// token's gates depend only on its own logits. softmax_topk computes the same bits.
 //
-// Gradient, with d[t, e] the gradient of the value of gate[t, e] (0 if not chosen):
+// Gradient, where d[t, e] is the sum of the gradients of the values gathered from gate[t, e]:
 // grad_logits = gate (d - sum_e gate d). The gates are computed again from logits and norms.
 #pragma once
 

@@ -11,7 +11,8 @@
 // lower index. NaN gates rank first.
 //
 // A token whose logits are all -inf is absent: its picks have index -1 and value 0, and no expert
-// chooses it. An expert with fewer tokens than picks gets index -1 and value 0 for the rest.
+// chooses it. An expert with fewer present tokens than picks gets index -1 and value 0 for the
+// remaining picks.
 //
 // Gradient: the gradient of softmax_gather at the indices.
 #pragma once
@@ -38,7 +39,8 @@ VMOE_EACH_ISA(
         int64_t begin,  // tokens [begin, end)
         int64_t end);
 
-    // All gates, for a choice along the tokens; the gates of an absent token are -inf.
+    // Writes all gates, among which softmax_choose picks tokens. The gates of an absent token are
+    // -inf.
     template <typename T>
     void softmax_gates(
         const T* logits,  // [G, T, E]

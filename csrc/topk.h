@@ -1,8 +1,8 @@
 // topk -- the k largest entries along one axis, in the order of order.h.
 //
 //   x        [N, n, M]  float32 | float64   N rows before the axis, M after it
-//   values   [N, M, k]  same dtype           largest first; the chosen axis is moved last
-//   indices  [N, M, k]  int32                positions on the axis, in [0, n), each once
+//   values   [N, M, k]  same dtype           largest first; the axis of the picks is last
+//   indices  [N, M, k]  int32                distinct positions on the axis, in [0, n)
 //
 // 0 <= k <= n. NaN counts as the largest value, so indices are unique and in range for any input.
 // The result is deterministic. There are N * M rows, one per pair of indices before and after the

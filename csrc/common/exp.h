@@ -13,7 +13,7 @@ struct ExpOf;
 template <>
 struct ExpOf<float> {
   static constexpr float low = -87.33654f, high = 88.72284f;
-  static constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  static constexpr float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float log2_e = 1.44269504f, ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;
   static constexpr int mantissa = 23, bias = 127;
 

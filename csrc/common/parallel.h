@@ -13,8 +13,8 @@ namespace vmoe {
 struct Parallel {
   using Body = void (*)(int64_t begin, int64_t end, const void* context);
 
-  // Calls body(begin, end, context) for ranges that partition [0, count). Null: operator() runs on
-  // the calling thread alone.
+  // Calls body(begin, end, context) for ranges that partition [0, count). If it is null, operator()
+  // runs on the calling thread alone.
   void (*loop)(int64_t count, Body body, const void* context) = nullptr;
 
   // Calls f(begin, end) for ranges that partition [0, count) and begin at multiples of `grain`.

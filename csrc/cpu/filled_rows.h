@@ -25,7 +25,8 @@ class FilledRows {
 
   int64_t count(int64_t expert) const { return start_[(expert + 1) * (G_ + 1) - 1]; }
 
-  // First row of the filled rows [begin, end) if these are contiguous, else -1; begin < end.
+  // First row of the filled rows [begin, end), which must not be empty, if they are contiguous,
+  // else -1.
   int64_t joined(int64_t expert, int64_t begin, int64_t end) const {
     const int64_t first = row(expert, begin);
     return row(expert, end - 1) - first == end - 1 - begin ? first : -1;

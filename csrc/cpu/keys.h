@@ -47,16 +47,17 @@ inline int64_t count_from(Key key, const Key* keys, int64_t n) {
   return sum<Key>(count);
 }
 
-// The cut of n keys, all in [low, high], for 1 <= k <= n picks. Bisects [low, high] by counting
-// keys. Once at most half of the keys are candidates, moves the candidates to `kept`. Both arrays
-// have room for n rounded up to whole vectors and one more vector; `keys` is padded with kNoKey.
+// Returns the cut of n keys, all in [low, high], for 1 <= k <= n picks. Bisects [low, high] by
+// counting keys. Once at most half of the keys are candidates, moves the candidates to `kept`. Both
+// arrays have room for n rounded up to whole vectors and one more vector; `keys` is padded with
+// kNoKey.
 template <typename Key>
 Cut<Key> find_cut(const Key* keys, int64_t n, int64_t k, Key low, Key high, Key* kept) {
   using Unsigned = std::make_unsigned_t<Key>;
-  constexpr int64_t kFew =
-      8 * kWidth<Key>;                   // with this few candidates left, moving them saves nothing
-  int64_t from_low = n, above_high = 0;  // the numbers of keys >= low and of keys > high
-  int64_t gone_above = 0;                // the keys > high that are no longer in `keys`
+  // With so few candidates, moving them saves nothing.
+  constexpr int64_t kFew = 8 * kWidth<Key>;
+  int64_t from_low = n, above_high = 0;  // number of keys >= low, number of keys > high
+  int64_t gone_above = 0;                // number of keys > high that are no longer in `keys`
   while (from_low > k && low < high) {
     const Unsigned half = (static_cast<Unsigned>(high) - static_cast<Unsigned>(low) + 1) / 2;
     const Key middle = static_cast<Key>(static_cast<Unsigned>(low) + half);

@@ -11,9 +11,9 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The threshold tau of the simplex projection of `values` (descending), relative to values[0]: if
-// all values are large, differences from the first lose nothing to cancellation. Computed in
-// float64. NaN if the first value is not finite.
+// Returns tau - values[0], where tau is the threshold of the simplex projection of the descending
+// `values`. Differences from values[0] avoid cancellation if all values are large. The result is
+// computed in float64. It is NaN if values[0] is not finite.
 template <typename T>
 double simplex_threshold(const T* values, int64_t k) {
   const double largest = values[0];
@@ -34,8 +34,8 @@ double simplex_threshold(const T* values, int64_t k) {
 template <typename T>
 void ksparse_projection(
     const T* x, T* out, int64_t n, int64_t k, int64_t row_begin, int64_t row_end) {
-  constexpr int64_t kRows =
-      64;  // rows per call of topk, which selects from short rows side by side
+  // Rows per call of topk, which computes several short rows at the same time.
+  constexpr int64_t kRows = 64;
   std::fill(out + row_begin * n, out + row_end * n, T{0});
   if (k == 0 || row_begin >= row_end) return;
   const int64_t together = std::min(kRows, row_end - row_begin);

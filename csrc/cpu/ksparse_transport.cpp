@@ -13,8 +13,8 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// One step of Adam with betas 0.9 and 0.999. mean_share and square_share correct the bias of the
-// moments at the start. Returns the sum of the squared gradient entries.
+// One step of Adam with betas 0.9 and 0.999. mean_share and square_share are the bias corrections
+// of the two moments. Returns the sum of the squared gradient entries.
 double adam_step(
     int64_t size, double rate, double mean_share, double square_share, const double* gradient,
     double* mean, double* square, double* alpha) {
@@ -36,9 +36,8 @@ template <typename T>
 void adam(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   constexpr int64_t kPiece = SemiDual<T>::kPiece;
   Vector gradient(alpha.size()), mean(alpha.size(), 0), square(alpha.size(), 0);
-  Vector squares(
-      alpha.size() / kPiece +
-      1);  // one sum per piece, so that the total does not depend on the threads
+  // One sum per piece, so that the total does not depend on the number of threads.
+  Vector squares(alpha.size() / kPiece + 1);
   double decay1 = 1, decay2 = 1;
   for (int64_t i = 0; i < options.iterations; ++i) {
     decay1 *= 0.9;
@@ -118,7 +117,7 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   }
 }
 
-// Returns the plan's value at absent tokens.
+// Solves a group without absent tokens. Returns the value of the plan at absent tokens.
 template <typename T>
 T solve(
     const T* similarity, T* plan, int64_t tokens, int64_t E, const TransportOptions& options,

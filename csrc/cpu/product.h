@@ -1,9 +1,9 @@
 // product -- C = A B and C += A B, on the calling thread.
 //
-// Meant for loops over experts and groups whose operands fit a cache, and whose next step reads the
-// result. Every entry is one chain of multiply-adds over k, cut at multiples of kDepth, whose parts
-// are added in order. Its bits depend only on its row of A and its column of B, not on addresses,
-// on other rows or on the number of threads.
+// It is for loops over experts or groups: the operands fit in a cache, and the next step reads the
+// result from the cache. An entry is summed over k by multiply-adds, in parts of kDepth terms,
+// which are added in order. So its bits depend only on its row of A and its column of B, not on
+// addresses, other rows or the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,4 @@
-// select -- sorted picks of one row by scalar code. leaders.h and keys.h take several rows at a
-// time.
+// select -- sorted picks of one row by scalar code. leaders.h and keys.h select with vectors.
 #pragma once
 
 #include <algorithm>

@@ -251,8 +251,8 @@ inline T sum(Vec<T> v) {
   }
 }
 
-// fma for common/exp.h. A type in the namespace of this ISA level, so that templates instantiated
-// with it differ between levels.
+// fma as an argument for the functions of common/. It is a type in the namespace of this ISA level,
+// so that instances of templates differ between levels.
 struct Fused {
   template <typename V>
   V operator()(V a, V b, V c) const {
@@ -282,7 +282,7 @@ inline V exp(V x) {
   return x > high ? splat(std::numeric_limits<T>::infinity()) : from_low;
 }
 
-// e^x for x <= 0 or NaN, the arguments of a softmax, in two thirds of the instructions of exp.
+// e^x for x <= 0 or NaN, the arguments of a softmax, with two thirds of the instructions of exp.
 template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
 inline V exp_negative(V x) {
   return vmoe::exp_negative<T>(

@@ -110,7 +110,7 @@ void sinkhorn(
     const T* logits, T* plan, double* history, double* error, int32_t* steps, int64_t tokens,
     int64_t E, int64_t iterations, double epsilon, double tolerance, int64_t group_begin,
     int64_t group_end, const Parallel& parallel) {
-  // float32 sums have a rounding error of about 1e-7: a tolerance near it needs float64.
+  // Sums in float32 have a rounding error of about 1e-7, so a tolerance near 1e-7 needs float64.
   const bool narrow_will_do = !(tolerance > 0 && tolerance < 1e-4);
   ScalingDomain<T, T> scaling;
   ScalingDomain<T, double> wide;
@@ -146,7 +146,7 @@ void sinkhorn_backward(
     const int64_t at = g * tokens * E;
     const Group<T> group(logits + at, tokens, E, epsilon, parallel);
     const double* kept = history + g * iterations * E;
-    // `steps` is the caller's: it may have any value.
+    // `steps` is untrusted: clamp it.
     const int64_t done = std::clamp<int64_t>(steps[g], 0, iterations);
     if (done > 0 && group.template fits_scaling<T>()) {
       scaling.reset(group, grad_logits + at);
@@ -193,7 +193,7 @@ void sinkhorn_implicit_backward(
       }
     }
     // Cholesky factorisation of a semi-definite matrix. Adding a constant to v and subtracting it
-    // from u changes nothing, so at least one pivot vanishes; its v is set to 0.
+    // from u changes nothing, so at least one pivot is 0, and v is set to 0 there.
     for (int64_t j = 0; j < E; ++j) {
       double pivot = L[j * E + j];
       for (int64_t i = 0; i < j; ++i) pivot -= L[j * E + i] * L[j * E + i];

@@ -16,7 +16,7 @@ struct Rows {
   static constexpr int64_t W = kWidth<T>;
   int64_t tokens, S;
 
-  // Row accumulators have room for whole vectors.
+  // Size of an accumulator with one entry per slot: S rounded up to whole vectors.
   int64_t padded() const { return (S + W - 1) / W * W; }
 
   // Calls body(s, count) for slots [s, s + count), count <= width.

@@ -10,10 +10,13 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// Shift: the value subtracted before exp, the row maximum, or 0 for a row of -inf (exp then gives
-// 0, not NaN). Scale: the factor of the exponentials, 1 over their sum, or 0 for a row of -inf;
-// other sums are at least 1. The maximum may ignore a NaN; the sum does not, and makes the row
-// NaN.
+// softmax_shift: the value that is subtracted before exp. It is the row's maximum, or 0 if the
+// whole row is -inf: exp then gives 0, not NaN.
+//
+// softmax_scale: the factor of the exponentials. It is 1 over their sum, or 0 if the whole row is
+// -inf. Other sums are at least 1.
+//
+// The maximum may ignore a NaN. The sum does not, so the whole row becomes NaN.
 template <typename T>
 Vec<T> softmax_shift(Vec<T> high) {
   return high == splat(-std::numeric_limits<T>::infinity()) ? Vec<T>{} : high;

@@ -23,8 +23,8 @@ void few(const RowSoftmax<T>& softmax, const Chosen<T>& out, int64_t row, int64_
   if constexpr (K < kFew) {
     if (out.k > K) return few<T, K + 1>(softmax, out, row, count);
   }
-  // Gates are not negative, so their bits are their keys. The gates of a row of NaN tie with the
-  // key -1, whose bits are a NaN.
+  // Gates are not negative, so their bits are their keys. In a row of NaN, all gates get the key
+  // -1, so they tie. The bits of -1 are a NaN.
   using Keys = Vec<SignedKey<T>>;
   const Keys undefined = softmax.undefined();
   Leaders<T, K> leaders;
@@ -36,7 +36,7 @@ void few(const RowSoftmax<T>& softmax, const Chosen<T>& out, int64_t row, int64_
     T value[kWidth<T>];
     SignedKey<T> place[kWidth<T>];
     store(value, (Vec<T>)leaders.key(j));
-    store(place, leaders.place(j) | absent);  // -1
+    store(place, leaders.place(j) | absent);  // -1 if absent
     for (int64_t i = 0; i < count; ++i) {
       out.values[(row + i) * K + j] = value[i];
       out.indices[(row + i) * K + j] = static_cast<int32_t>(place[i]);

@@ -17,8 +17,8 @@ struct Axis {
   T* values;         // [N, M, k]
   int32_t* indices;  // [N, M, k]
   int64_t n, M, k;
-  const T*
-      end;  // end of the readable memory: of the last matrix [n, M] that contains one of the rows
+  // The end of the last matrix [n, M] that contains a row of this call. Loads do not pass it.
+  const T* end;
 
   const T* column(int64_t row) const { return x + (row / M) * n * M + row % M; }
 
@@ -52,7 +52,7 @@ void few_of_rows(const Axis<T>& axis, int64_t row, int64_t count) {
   for (int64_t i = 0; i < axis.n; i += W) {
     Vec<T> block[W];
     for (int64_t r = 0; r < W; ++r) {
-      // Lanes without a row of their own repeat the last one.
+      // Lanes without a row repeat the last row.
       block[r] = load_within(axis.x + (row + std::min(r, count - 1)) * axis.n + i, axis.end);
     }
     transpose<T>(block);
@@ -219,9 +219,9 @@ class Many {
     k <= kRanking ? rank(row) : sort(row);
   }
 
-  // Writes the picks in order, for few picks. A pick's position is the number of picks before it:
-  // those with a larger key, and those with an equal key and a lower index. Picks of a lower index
-  // are compared with the key minus 1, so that equal keys count, without a branch.
+  // Writes the picks in order, for few picks. The position of a pick is the number of picks before
+  // it: picks with a larger key, and picks with an equal key and a lower index. A pick with a lower
+  // index is compared with the key minus 1, which counts equal keys without a branch.
   void rank(int64_t row) {
     Key* chosen = kept_.get();
     store(chosen + axis_.k, splat(kNoKey<T>));

@@ -70,7 +70,7 @@ struct Serving {
   const T* priority;        // [T]
   int64_t K;
 
-  // Whether a key of 64 bits can hold a choice beside the priority.
+  // Whether a key of 64 bits has room for a choice and a priority.
   static bool has_room(int64_t K) { return K == 1 || sizeof(T) == sizeof(float); }
   __device__ uint64_t key(int64_t i) const {
     const int32_t id = requests[i];

@@ -1,6 +1,6 @@
-// A block has kTileRows rows of an expert, and kColumns columns, which are one piece per lane. Each
-// of its warps takes every kWarps-th row. A thread keeps the bias and the sums of its columns in
-// registers.
+// A block computes kTileRows rows and kColumns columns of an expert. Each lane has one piece of the
+// columns. Each warp takes every kWarps-th row. A thread keeps the bias and the sums of its columns
+// in registers.
 #include <type_traits>
 
 #include "../common/gelu.h"
@@ -165,8 +165,7 @@ __global__ void __launch_bounds__(kRowThreads) sum_rows_kernel(
   tile.write_sums(sums, parts);
 }
 
-// Adds up the parts. A block has 32 columns of an expert, and each of its warps every kWarps-th
-// part.
+// Adds up the parts. A block computes 32 columns of an expert. Each warp adds every kWarps-th part.
 template <typename Row>
 __global__ void __launch_bounds__(kRowThreads) sum_parts_kernel(
     const Compute<Row>* __restrict__ parts,  // [E, tiles, columns]

@@ -3,8 +3,8 @@
 //
 // Groups that fit in a block's shared memory take one launch, with one block per group for all
 // steps. Larger groups are in device memory. Adam then takes two launches per step: one block per
-// column projects, and one block per kPieceThreads tokens updates. L-BFGS takes one block per group
-// also then, because its steps need many sums over all tokens one after another.
+// column projects, and one block per kPieceThreads tokens updates. L-BFGS still takes one block per
+// group, because its steps need many sums over all tokens, one after another.
 //
 // Projections are stored in compact form (simplex.h); their entries are computed when needed.
 #include <algorithm>
@@ -463,8 +463,9 @@ __global__ void __launch_bounds__(kPieceThreads) plan_kernel(Task<T> task) {
       [](int64_t t) { return t; });
 }
 
-// The task of a call without its tensors, and its workspace. ksparse_transport_workspace and
-// ksparse_transport both use it, so that they agree on the size of the workspace.
+// The task and the workspace of a call; ksparse_transport adds the tensors.
+// ksparse_transport_workspace and ksparse_transport both use it, so that they agree on the size of
+// the workspace.
 template <typename T>
 struct Layout {
   Layout(int64_t G, int64_t tokens, int64_t E, const TransportOptions& options, void* memory) {

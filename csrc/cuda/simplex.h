@@ -7,9 +7,9 @@
 
 namespace vmoe::cuda {
 
-// A projection in compact form: the entries with their shares are not stored. The k picks are the
-// entries with a key above `cut`, and the entries with key `cut` up to index `last`. tau is NaN if
-// there is no projection.
+// A projection in compact form, from which share() computes any entry. The k picks are the entries
+// with a key above `cut`, and the entries with key `cut` up to index `last`. tau is NaN if there is
+// no projection.
 template <typename Key>
 struct Projection {
   double largest, tau;
@@ -28,7 +28,8 @@ struct Projection {
 };
 
 // Projects the n entries value_at(i) / scale, 1 <= k <= n. Bisection between the smallest and the
-// largest key finds the cut that has k keys on or above it. A step counts all keys above a middle.
+// largest key finds the cut: the key with k keys at or above it. Each step counts the keys at or
+// above the middle.
 template <typename Team, typename ValueAt>
 __device__ auto project(const Team& team, int64_t n, int64_t k, double scale, ValueAt&& value_at) {
   using T = decltype(value_at(0));

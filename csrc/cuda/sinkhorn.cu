@@ -358,7 +358,8 @@ Launch prepare(Task<T>& task, int row_vectors, int matrices, Workspace& workspac
         shared_of_piece<T>(task.piece_tokens, E, task.stride, threads, row_vectors, matrices);
     launch.in_shared = launch.shared <= limit;
   };
-  // At most `most` crews, and only as many as the fewest rounds take: fewer crews have more blocks.
+  // Forms at most `most` crews. It takes the smallest number of crews that needs no more rounds,
+  // because fewer crews have more blocks each.
   const auto form_crews = [&](int64_t most) {
     constexpr int64_t kLeastPiece = 64;
     const int64_t crews = ceil_div(G, ceil_div(G, most));

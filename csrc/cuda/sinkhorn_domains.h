@@ -377,9 +377,9 @@ class LogDomain {
 
   __device__ void start_gradient(const T*, int64_t) const {}
 
-  // Starts at the potentials `from`, or null if no iteration was done, with grad in `rest`. Writes
-  // -sum_t (grad - df) * plan over this piece to `sums`. From then on `rest` is the gradient of M
-  // that remains.
+  // Starts at the column potentials `from`, which is null if no iteration was done, with grad in
+  // `rest`. Writes -sum_t (grad - df) * plan over this piece to `sums`. From then on `rest` is the
+  // gradient of M that remains.
   __device__ void begin_gradient(
       const double* from, T* rest, int64_t rest_stride, double* sums) const {
     set(h(), from);

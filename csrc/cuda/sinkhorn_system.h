@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(kSystemThreads) solve_kernel(System<T> system)
   }
 }
 
-// A system that is too large for shared memory is solved in device memory, in the memory of the
-// products, by system_columns_kernel, system_entries_kernel, one eliminate_kernel per column, and
+// A system that is too large for shared memory overwrites the products in device memory. It is
+// solved by system_columns_kernel, system_entries_kernel, one eliminate_kernel per column, and
 // substitute_kernel.
 template <typename T>
 __device__ Triangle triangle_of(const System<T>& system, int64_t g) {
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kSystemThreads) system_apply_kernel(System<T> 
   });
 }
 
-// The system of a call without its tensors, and its workspace. Both
+// The sizes and the workspace of a call; run_system adds the tensors. Both
 // sinkhorn_implicit_backward_workspace and run_system use it, so that they agree on the size.
 template <typename T>
 struct SystemLayout {

@@ -1,9 +1,9 @@
 // The softmax over the slots is a softmax of contiguous rows (softmax.h).
 //
-// In the softmax over the tokens, a block computes 32 adjacent slots of a group. A thread has one
-// slot, or the adjacent slots of 16 bytes if the rows allow it, and every kDown-th token. Threads
-// with few tokens keep the logits in registers. Else each of the passes reads them from memory
-// again.
+// In the softmax over the tokens, a block computes 32 adjacent slots of a group. A thread computes
+// every kDown-th token of one slot or, if the rows allow it, of as many adjacent slots as 16 bytes
+// hold. A thread with few tokens keeps their logits in registers. Otherwise each pass reads them
+// from memory again.
 //
 // The same kernels compute forward and backward. The backward computes the weights again, and then
 // the gradient.

@@ -1,5 +1,5 @@
-// sort -- sorts whole rows by CUB, in the order of common/order.h. For rows of which more entries
-// are wanted than a block can sort.
+// sort -- sorts whole rows by CUB, in the order of common/order.h. It serves rows from which more
+// entries are wanted than a block can sort.
 #pragma once
 
 #include <algorithm>

@@ -101,7 +101,8 @@ Tensor softmax_gather_backward(
           shape.tokens, shape.E, shape.K, shape.by_expert, begin, end);
     };
     if (shape.by_expert) {
-      // The picks of an expert may be any tokens, so each step waits for the end of the one before.
+      // The picks of an expert may be any tokens, so each step waits for the end of the previous
+      // step.
       parallel(shape.G, shape.E * shape.K, [&](int64_t begin, int64_t end) {
         dot(begin * shape.E, end * shape.E);
       });

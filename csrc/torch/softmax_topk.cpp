@@ -11,7 +11,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk(const Tensor& logits_, int64_t k
   const int64_t n = logits_.size(dim), rows = logits_.size(3 - dim);
   STD_TORCH_CHECK(
       k >= 0 && k <= n, "softmax_topk: k = ", k, ", wanted 0 to the length of the axis, ", n);
-  STD_TORCH_CHECK(n <= INT32_MAX, "softmax_topk: an axis of ", n, " does not fit int32 indices");
+  STD_TORCH_CHECK(
+      n <= INT32_MAX, "softmax_topk: an axis of ", n, " entries does not fit int32 indices");
   const int64_t G = logits_.size(0), tokens = logits_.size(1), E = logits_.size(2);
   const Tensor logits = packed(logits_);
   Tensor values = empty({G, rows, k}, logits);

@@ -30,7 +30,8 @@
 #define VMOE_DEVICE CPU
 #endif
 
-// torch 2.11 has only the second name. In later versions the first one keeps the error message.
+// torch 2.11 has only TORCH_ERROR_CODE_CHECK. In later versions, STABLE_TORCH_ERROR_CODE_CHECK
+// keeps the error message.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -117,7 +118,7 @@ T* write(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Calls body(float{}) or body(double{}), the dtype of the tensor.
+// Calls body(float{}) or body(double{}), by the dtype of the tensor.
 template <typename Body>
 void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
   switch (tensor.scalar_type()) {
@@ -201,9 +202,9 @@ inline Tensor workspace(const Tensor& like, size_t bytes) {
 
 namespace device = cuda;
 
-// Calls body(where...), where `where` is the last arguments of a kernel for rows. On CUDA it is the
-// stream, in one call. On a CPU it is a range [begin, end) of the rows, in parallel calls;
-// `elements_each` is the work per row. Throws if the tensors are not on one CUDA device.
+// Calls body(where...) with the last arguments of a kernel that computes rows. On CUDA there is one
+// call, with the stream. On a CPU there are parallel calls, each with a range [begin, end) of the
+// rows; `elements_each` is the work per row. Throws if the tensors are not on one CUDA device.
 template <typename Body>
 void each_row(
     const char* op, int64_t, int64_t, std::initializer_list<Tensor> tensors, Body&& body) {

@@ -88,8 +88,8 @@ class Columns {
   }
 
   int64_t tokens_, E_, size_, stride_;
-  Buffer<T>
-      entries_;  // [E, stride]  with a stride of a power of two, columns would share cache sets
+  // [E, stride]. If the stride were a power of two, columns would share cache sets.
+  Buffer<T> entries_;
   bool bad_ = false;
   double largest_ = 0;
 };

@@ -80,9 +80,10 @@ class Projection {
     return *std::min_element(value, value + kept_);
   }
 
-  // Returns the threshold of the simplex projection of the kept values divided by `scale`, in units
-  // of the values. Starts with all entries as the support, and drops entries at or below the
-  // threshold until none is left to drop. Most often nothing is dropped; no sorting is needed.
+  // Projects the kept values, divided by `scale`, onto the simplex. Returns the threshold: a value
+  // above it gets a share. The support has all entries at first. Entries at or below the threshold
+  // are dropped until none is left to drop; most often none is dropped at all. No sorting is
+  // needed.
   double threshold(double scale) {
     tau_ = kUndefined;
     if (kept_ == 0) return -kInfinity;
@@ -116,7 +117,7 @@ class Projection {
 
   int64_t kept() const { return kept_; }
   int32_t kept_token(int64_t i) const { return token_[i]; }
-  // Valid after threshold(). A share that is not positive means none.
+  // Valid after threshold(). If it is not positive, the entry is not in the support.
   double kept_share(int64_t i) const { return share_[i] - tau_; }
   Key key(int64_t i) const { return key_[i]; }
 

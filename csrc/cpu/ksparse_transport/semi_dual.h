@@ -76,7 +76,8 @@ class SemiDual {
     });
   }
 
-  // The negated objective at `alpha`, which the last call of differentiate() got.
+  // The negated objective at `alpha`. The last call of differentiate() must have had the same
+  // alpha.
   double value(const Vector& alpha) const {
     double sum = -dot(alpha, present_);
     each_share(0, size(), [&](int64_t t, int64_t e, double p) {
@@ -107,8 +108,8 @@ class SemiDual {
 
   int64_t E() const { return columns_.E(); }
 
-  // The fewest columns per range: some microseconds of work, and not too many ranges, because each
-  // needs scratch memory.
+  // The smallest number of columns per range. A range has some microseconds of work. There are at
+  // most 64 ranges, because each needs scratch memory.
   int64_t grain() const { return std::max({int64_t{1}, 16384 / (size() + 1), (E() + 63) / 64}); }
 
   // Calls body(begin, end) for ranges of tokens. Results must not depend on the number of ranges.
@@ -157,7 +158,8 @@ class SemiDual {
     }
   }
 
-  // Computes the non-zeros of P_k(u / (gamma b)) of every column, by t, where u = alpha + S[:, e].
+  // Computes the non-zeros of P_k(u / (gamma b)) of every column, in order of t, where u = alpha +
+  // S[:, e].
   void project(const Vector& alpha) {
     if (k_ <= 0) return;
     move_to(alpha);
@@ -168,11 +170,10 @@ class SemiDual {
     });
   }
 
-  // Only entries at or above a floor are candidates. The k first entries of the last step have
-  // fallen by at most the largest decrease of alpha, so at least k entries reach the last floor
-  // minus that decrease. The result shows whether the floor was low enough: the k-th entry, or the
-  // threshold below which an entry gets no share, is not below it. Otherwise all entries become
-  // candidates.
+  // Only entries at or above a floor are candidates. Since the last step, no entry has decreased by
+  // more than the largest decrease of alpha. So at least k entries are at or above the last floor
+  // minus that decrease. The new floor is low enough if the k-th entry, or the threshold of the
+  // shares, is not below it. Otherwise a second pass takes all entries as candidates.
   void project(const Vector& alpha, int64_t e, Projection& projection) {
     // Bounds the error of u in type T: its own rounding and alpha's.
     const double slack = 2 * static_cast<double>(std::numeric_limits<T>::epsilon()) *

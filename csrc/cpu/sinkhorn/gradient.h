@@ -125,7 +125,8 @@ class ScalingGradient {
     return norm;
   }
 
-  // Collects v and c of a step. `before` is h of the step before, null in the first step.
+  // Collects v and c of a step. `before` is h of the preceding iteration, or null for the first
+  // iteration.
   void collect_columns(int64_t s, const double* before, bool done) {
     const double log_before = before ? log_scale(before) : -group().high * group().inverse_epsilon;
     const double factor = done ? 0 : std::exp(log_scale_ - log_before - group().log_marginal);
@@ -134,7 +135,7 @@ class ScalingGradient {
     }
   }
 
-  // Computes u and a of the step before, and the column sums of K a.
+  // Computes u and a of the preceding iteration, and the column sums of K a.
   void take_step(int64_t s) {
     matrix_.sum_columns(0, [&](auto count, int64_t b, C* sums, C*) {
       Vec<C> rows[count], dots[count], da[count];
@@ -213,8 +214,8 @@ class ScalingGradient {
   double log_scale_ = 0;
   Buffer<C> u_;      // [blocks, W]  of the last row update
   Buffer<C> taken_;  // [blocks, E, W]
-  Buffer<C>
-      collected_;  // [slots, blocks or one more, 2, W]  the system allocates only touched pages
+  // [slots, blocks or one more, 2, W]. The system allocates only the pages that are touched.
+  Buffer<C> collected_;
   std::vector<OfColumn> of_column_;  // [slots, E]
   std::vector<C> v_, last_v_;        // [E]
   std::vector<double> dh_;           // [E]

@@ -78,8 +78,8 @@ struct Group {
   // are shifted by max M, so they are in [exp(-S), 1]. So is v / max v, because the column sums for
   // one u differ by no more than the entries of a row do. Products of both are in [exp(-2 S), 1],
   // and u is in [1/E, exp(S)]. The smallest normal number is exp(-87) in float32 and exp(-708) in
-  // float64. Groups with forbidden pairs do not qualify: they may have no plan, and then the
-  // potentials grow with the iterations.
+  // float64. Groups in which a present token has a logit of -inf do not qualify: they may have no
+  // plan, and then the potentials grow with the iterations.
   template <typename C>
   bool fits_scaling() const {
     constexpr double spread = sizeof(C) == sizeof(float) ? 40 : 200;

@@ -6,13 +6,13 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The iteration on the logarithms of the potentials: right for any logits, with one exp per entry
-// and update.
+// The iteration on the logarithms of the potentials. It is correct for any logits, and takes one
+// exp per entry and update.
 //
 // f_t is stored as two numbers, -top_t - log_sum_t: top_t is the largest M[t, e] + h_e, and
-// log_sum_t the logarithm of the sum relative to it. If top_t is so large that adding log_sum_t
-// would lose it, the rows of the plan still sum to 1. A column update moves h_e by the logarithm of
-// what the plan's column sum lacks.
+// log_sum_t the logarithm of sum_e exp(M[t, e] + h_e - top_t). If top_t is so large that the sum of
+// the two would round log_sum_t away, the rows of the plan still sum to 1. A column update adds
+// log(n/E) minus the logarithm of the plan's column sum to h_e.
 template <typename T>
 class LogDomain {
  public:
@@ -26,7 +26,8 @@ class LogDomain {
         total_(group.E),
         partial_(group.pieces * group.E) {}
 
-  // The updates of the iteration; each row update leaves the columns' sums for the next step.
+  // The updates of an iteration. A row update also computes the column sums for the next column
+  // update.
   void start() { sum_columns(); }
   bool step_columns() {
     bool moved = false;

@@ -74,8 +74,8 @@ class ScalingMatrix {
     }
     return own_.get() + (b - in_place_) * E_ * W;
   }
-  // Loads from K in a pass that reads it first, and prefetches. K barely fits the second-level
-  // cache, if at all; waiting for it would take half of the pass.
+  // Loads from K and prefetches, for the first read of K in a pass. K barely fits in the
+  // second-level cache, if at all, and waiting for K would take half of the pass.
   Vec<C> load_ahead(const C* p) const {
     __builtin_prefetch(p + ahead_);
     return load(p);
@@ -196,6 +196,7 @@ class ScalingMatrix {
     const int64_t stride = padded_columns();
     const int64_t room = (E_ + scratch_vectors) * W;
     room_.make((group_->pieces / grain(E_) + 1) * room);
+    // Every other pass takes the pieces in reverse: the last pieces are still in the cache.
     turned_ = !turned_;
     group_->parallel(group_->pieces, grain(E_), [&](int64_t first, int64_t last) {
       // Each range has its own memory: no two ranges begin between the same multiples of the grain.

@@ -14,7 +14,7 @@ cuda::ExpertRows rows_of(const ExpertMlps& mlp) {
   return {read_or_null<int32_t>(mlp.filled), mlp.E, mlp.N, mlp.G};
 }
 
-// If `hidden` has no rows it is not kept: the activations then overwrite it.
+// If `hidden` has no rows, x w1 is not kept: the activations overwrite it.
 void run_forward(
     const ExpertMlps& mlp, const std::optional<Tensor>& b2, const Tensor& y, const Tensor& hidden) {
   const Tensor& x = mlp.x;
