@@ -71,7 +71,7 @@ TYPED_TEST(AssignSlots, PriorityDecidesWhoIsDropped) {
   EXPECT_EQ(slot, (std::vector<int32_t>{2, 3, -1, 1, 0, -1}));
 }
 
-TYPED_TEST(AssignSlots, ManyTokensOfSpecialPriority) {
+TYPED_TEST(AssignSlots, ExtremePriorities) {
   using T = TypeParam;
   const std::vector<T> strange{0, -T{0}, -kInf<T>, kInf<T>, kNaN<T>, -kNaN<T>, T{1e-30}, -T{1e30}};
   std::mt19937_64 random(9);

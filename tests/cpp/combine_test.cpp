@@ -124,7 +124,7 @@ TYPED_TEST(Combine, TokenOutOfRangeIsAnEmptySlot) {
   this->expect_sums(shape, {4, 0, -1, 3, INT32_MAX, INT32_MIN, 1, 5, 2, -2, 3, 8});
 }
 
-// Offsets are clamped to [0, S], slots outside [0, S) are skipped.
+// Offsets are clamped to [0, S]. Slots outside [0, S) are skipped.
 TYPED_TEST(Combine, ListsOutOfRange) {
   using T = TypeParam;
   const Shape shape{1, 3, 2, 2, 1};
@@ -134,7 +134,7 @@ TYPED_TEST(Combine, ListsOutOfRange) {
   cpu::combine(y.data(), gate.data(), offsets.data(), slots.data(), out.data(), shape, 1, 0, 3);
   EXPECT_TRUE(out.fences_stand());
   EXPECT_EQ(out.values(), (std::vector<T>{32, 0, 44}));
-  // Any lists: a sanitizer reports reads out of bounds.
+  // Random invalid lists: a sanitizer reports reads out of bounds.
   const std::vector<int32_t> strange{INT32_MIN, -1, 0, 1, 3, 4, 5, 1000000, INT32_MAX};
   std::mt19937_64 random(3);
   for (int round = 0; round < 100; ++round) {
@@ -168,7 +168,7 @@ TYPED_TEST(Combine, AddsInAscendingOrderOfSlots) {
   EXPECT_EQ(combine<T>(shape, {big, -big, 1, 1}, nullptr, token), (std::vector<T>{2}));
 }
 
-TYPED_TEST(Combine, NoGateIsAGateOfOnes) {
+TYPED_TEST(Combine, WithoutGateAllGatesAreOne) {
   using T = TypeParam;
   const Shape shape{2, 4, 3, 2, 5};
   const auto y = uniform<T>(shape.all() * shape.D, 5);

@@ -81,7 +81,7 @@ TYPED_TEST(GroupedMlp, GeluOfInfinityAndNaN) {
   }
 }
 
-TYPED_TEST(GroupedMlp, GeluAddsTheBiasAndStaysInItsRows) {
+TYPED_TEST(GroupedMlp, GeluAddsTheBiasAndWritesOnlyItsRows) {
   using T = TypeParam;
   this->each_shape([&](int64_t rows, int64_t columns, bool tanh) {
     const int64_t stride = columns + 3;
@@ -186,7 +186,7 @@ TEST(FilledRows, NumbersTheFilledRowsOfEverySegment) {
   EXPECT_EQ(rows.joined(2, 9, 11), -1);
 }
 
-TEST(FilledRows, KnowsTheGaps) {
+TEST(FilledRows, FindsTheGaps) {
   const std::vector<int32_t> filled = {3, 0, 5};
   std::vector<std::pair<int64_t, int64_t>> gaps;
   FilledRows(filled.data(), 1, 3, 5).each_gap(0, [&](int64_t row, int64_t count) {
@@ -195,7 +195,7 @@ TEST(FilledRows, KnowsTheGaps) {
   EXPECT_EQ(gaps, (std::vector<std::pair<int64_t, int64_t>>{{3, 2}, {5, 5}}));
 }
 
-TEST(FilledRows, WithoutCountsAllAreFilled) {
+TEST(FilledRows, WithoutCountsAllRowsAreFilled) {
   const FilledRows rows(nullptr, 2, 3, 4);
   EXPECT_EQ(rows.count(1), 12);
   EXPECT_EQ(runs(rows, 1, 2, 11), (std::vector<Piece>{{2, 2, 9}}));

@@ -93,7 +93,7 @@ TYPED_TEST(Halves, EveryValueIsWidenedExactly) {
   }
 }
 
-TYPED_TEST(Halves, EveryValueComesBack) {
+TYPED_TEST(Halves, EveryValueSurvivesTheRoundTrip) {
   const auto half = this->all();
   const auto back = this->narrow(this->widen(half));
   for (size_t i = 0; i < half.size(); ++i) {

@@ -5,7 +5,7 @@
 namespace vmoe {
 namespace {
 
-// By definition: token by token, its slots in order, then -1.
+// Expects the lists by definition: the slots of each token in ascending order, then -1.
 void expect_lists(const std::vector<int32_t>& token, const Slots& shape) {
   const int64_t G = shape.G, tokens = shape.tokens, S = shape.of_group();
   SCOPED_TRACE(

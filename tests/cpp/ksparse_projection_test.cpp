@@ -51,7 +51,7 @@ std::vector<double> best_of_supports(const std::vector<T>& x, int64_t k) {
   return best;
 }
 
-// Non-negative, sums to 1, at most k non-zeros.
+// Expects non-negative entries with a sum of 1, and at most k non-zeros.
 template <typename T>
 void expect_feasible(const std::vector<T>& p, int64_t k) {
   double sum = 0;
@@ -69,7 +69,7 @@ template <typename T>
 class KsparseProjection : public ::testing::Test {};
 TYPED_TEST_SUITE(KsparseProjection, Floats);
 
-TYPED_TEST(KsparseProjection, BeatsEverySupport) {
+TYPED_TEST(KsparseProjection, IsTheNearestPointOverAllSupports) {
   using T = TypeParam;
   for (const int64_t n : {1, 2, 3, 5, 9, 10}) {
     for (int64_t k = 1; k <= n; ++k) {
@@ -102,7 +102,7 @@ TYPED_TEST(KsparseProjection, KeepsTheLowerIndexOfATie) {
   EXPECT_EQ(project<T>({0, 2, 1, 2, 2}, 1, 2), (std::vector<T>{0, T{1} / 2, 0, T{1} / 2, 0}));
 }
 
-TYPED_TEST(KsparseProjection, OneIsTheArgmaxAndAllIsTheSimplex) {
+TYPED_TEST(KsparseProjection, KOfOneIsTheArgmaxAndKOfNTheSimplexProjection) {
   using T = TypeParam;
   const int64_t n = 300;
   const auto x = uniform<T>(n, 1, -1, 1);
@@ -124,7 +124,7 @@ TYPED_TEST(KsparseProjection, OneIsTheArgmaxAndAllIsTheSimplex) {
 
 TYPED_TEST(KsparseProjection, LongRows) {
   using T = TypeParam;
-  // Values within less than 1 / k of each other: all k picks stay in the support.
+  // The values differ by less than 1 / k, so all k picks stay in the support.
   const int64_t n = 1000, k = 40;
   const auto x = uniform<T>(n, 2, 0, 1e-2);
   const auto p = project(x, 1, k);
@@ -150,7 +150,7 @@ TYPED_TEST(KsparseProjection, ShiftOfARowChangesNothing) {
   }
 }
 
-TYPED_TEST(KsparseProjection, TakesExtremes) {
+TYPED_TEST(KsparseProjection, ExtremeValues) {
   using T = TypeParam;
   using Limits = std::numeric_limits<T>;
   const std::vector<T> first{1, 0, 0}, halves{T{1} / 2, T{1} / 2, 0};
@@ -199,7 +199,7 @@ TYPED_TEST(KsparseProjection, EmptyShapes) {
   EXPECT_EQ(project<T>({1, 2, 3}, 1, 0), (std::vector<T>{0, 0, 0}));  // no non-zero allowed
 }
 
-// By hand, in float64. Column (a, b) is [a, :, b].
+// The gradient by its definition, in float64. Column (a, b) is [a, :, b].
 template <typename T>
 std::vector<double> centred(
     const std::vector<T>& grad, const std::vector<T>& out, int64_t A, int64_t n, int64_t B) {
@@ -240,7 +240,7 @@ TYPED_TEST(KsparseProjection, BackwardIsCentredOnTheSupport) {
   }
 }
 
-TYPED_TEST(KsparseProjection, BackwardTakesNothingFromOutsideTheSupport) {
+TYPED_TEST(KsparseProjection, BackwardIgnoresEntriesOutsideTheSupport) {
   using T = TypeParam;
   const std::vector<T> out{T{1} / 2, 0, T{1} / 2, 0}, grad{1, kNaN<T>, 3, kInf<T>};
   std::vector<T> grad_x(4);

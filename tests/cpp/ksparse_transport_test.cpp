@@ -43,7 +43,8 @@ struct SemiDual {
 
   double b() const { return static_cast<double>(n) / static_cast<double>(E); }
 
-  // P_k by sorting, with the threshold by trying every length of the support.
+  // P_k by its definition: sorts the entries, and tries every size of the support for the
+  // threshold.
   std::vector<double> project(const std::vector<double>& x) const {
     std::vector<int64_t> order(n);
     std::iota(order.begin(), order.end(), 0);
@@ -71,7 +72,7 @@ struct SemiDual {
     return out;
   }
 
-  // a - sum of the plan's columns.
+  // 1 - the row sums of the plan.
   std::vector<double> gradient(const std::vector<double>& alpha) const {
     std::vector<double> out(n, 1);
     const auto moved = plan(alpha);
@@ -79,7 +80,8 @@ struct SemiDual {
     return out;
   }
 
-  // The objective for given columns `moved`; the semi-dual if these are the maximising b p.
+  // The objective for the plan `moved`. It is the semi-dual if the columns of the plan are the
+  // maximisers b p.
   double value(const std::vector<double>& alpha, const std::vector<double>& moved) const {
     double sum = 0;
     for (int64_t t = 0; t < n; ++t) sum += alpha[t];
@@ -90,7 +92,7 @@ struct SemiDual {
   }
   double value(const std::vector<double>& alpha) const { return value(alpha, plan(alpha)); }
 
-  // Kingma and Ba, algorithm 1.
+  // Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1).
   std::vector<double> adam(int64_t iterations, double rate, double tolerance) const {
     std::vector<double> alpha(n, 0), m(n, 0), v(n, 0);
     for (int64_t i = 1; i <= iterations; ++i) {
@@ -106,9 +108,9 @@ struct SemiDual {
     return alpha;
   }
 
-  // alpha up to the constant that changes nothing, from a plan: at positive entries, alpha[t] +
-  // S[t, e] - gamma plan[t, e] is the same number within a column. Empty if the plan falls into
-  // separate parts.
+  // Computes alpha from the plan `moved`, up to a constant, which changes no plan. Within a column,
+  // alpha[t] + S[t, e] - gamma plan[t, e] is the same number at all positive entries. Returns an
+  // empty vector if the plan consists of separate blocks.
   std::vector<double> alpha_of(const std::vector<double>& moved) const {
     std::vector<double> alpha(n, kNaN<double>), column(E, kNaN<double>);
     alpha[0] = 0;
@@ -132,7 +134,7 @@ SemiDual semi_dual(const Shape& shape, const std::vector<double>& similarity, in
   return {shape.T, shape.E, k, 1.0, similarity};
 }
 
-// Column sums n/E, at most k non-zeros a column, nothing negative.
+// Expects column sums of n/E, at most k non-zeros per column, and no negative entry.
 template <typename T>
 void expect_columns(const Shape& shape, const std::vector<T>& plan, int64_t k, double n) {
   for (int64_t g = 0; g < shape.G; ++g) {
@@ -290,7 +292,7 @@ TYPED_TEST(KsparseTransport, OnlyTheBadGroupIsNaN) {
   }
 }
 
-TYPED_TEST(KsparseTransport, TakesExtremes) {
+TYPED_TEST(KsparseTransport, ExtremeValues) {
   using T = TypeParam;
   const Shape shape{1, 6, 2};
   for (const double scale : {1e4, 1e-4, 0.0}) {
@@ -375,7 +377,7 @@ TEST(KsparseTransportLbfgs, ConvergesWhereTheSemiDualIsSmooth) {
   }
 }
 
-TEST(KsparseTransportLbfgs, IsAsGoodAsLongAdam) {
+TEST(KsparseTransportLbfgs, IsAsGoodAsManyStepsOfAdam) {
   const Shape shape{1, 16, 4};
   int compared = 0;
   for (uint64_t seed = 0; seed < 5; ++seed) {

@@ -97,7 +97,7 @@ TYPED_TEST(Product, EmptyShapes) {
   EXPECT_EQ(product(a.matrix, b.matrix, &before), before);
 }
 
-// An entry has the same bits in a product of 200 rows or of one row, and in left or right columns.
+// An entry has the same bits in a product of 200 rows and of one row, and in any column.
 TYPED_TEST(Product, BitsDoNotDependOnPosition) {
   using T = TypeParam;
   const int64_t M = 200, K = 700, N = 61;
@@ -117,7 +117,7 @@ TYPED_TEST(Product, BitsDoNotDependOnPosition) {
   }
 }
 
-TYPED_TEST(Product, BadNumbersStayInTheirRowAndColumn) {
+TYPED_TEST(Product, HugeAndNonFiniteNumbersStayInTheirRowAndColumn) {
   using T = TypeParam;
   const int64_t M = 20, K = 9, N = 40;
   for (const T bad : {kNaN<T>, kInf<T>, std::numeric_limits<T>::max()}) {

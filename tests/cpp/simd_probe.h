@@ -26,8 +26,9 @@ VMOE_EACH_ISA(
     // [width, width]
     template <typename T> void transpose_block(const T* x, T* out);
 
-    // For one vector: the entries set in `chosen` (0 or 1), their indices plus `first`, and `bits`
-    // with bit i for entry i. `entries` and `places` have room for a whole vector.
+    // Compresses one vector: writes the entries that `chosen` (0 or 1) selects to `entries`, their
+    // indices plus `first` to `places`, and `chosen` as `bits`. `entries` and `places` have room
+    // for a whole vector.
     template <typename T> void compress_vector(
         const T* x, const int32_t* chosen, int32_t first, T* entries, int32_t* places,
         uint32_t* bits);

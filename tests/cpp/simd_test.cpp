@@ -155,8 +155,8 @@ TYPED_TEST(Simd, CopiesTheFirstEntries) {
   using T = TypeParam;
   const int64_t W = this->width();
   for (int64_t count = 1; count < W; ++count) {
-    const auto x =
-        uniform<T>(count, 6);  // allocated to size, so that a sanitizer finds a longer load
+    // Allocated with exactly its size, so that a sanitizer finds a load past its end.
+    const auto x = uniform<T>(count, 6);
     Guarded<T> all(W), out(count);
     cpu::copy_some(x.data(), count, T{7}, all.data(), out.data());
     EXPECT_TRUE(out.fences_stand());

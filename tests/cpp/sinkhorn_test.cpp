@@ -107,7 +107,7 @@ template <typename T>
 class Sinkhorn : public ::testing::Test {};
 TYPED_TEST_SUITE(Sinkhorn, Floats);
 
-TYPED_TEST(Sinkhorn, ScalesTheKernel) {
+TYPED_TEST(Sinkhorn, MatchesTheScalingOfExpM) {
   using T = TypeParam;
   for (const Shape& shape :
        {Shape{1, 1, 1}, {2, 7, 3}, {3, 4, 8}, {1, 1, 5}, {1, 6, 1}, {2, 33, 16}}) {
@@ -150,7 +150,7 @@ TYPED_TEST(Sinkhorn, PlanIsASoftmaxWithTheLastPotential) {
   using T = TypeParam;
   const Shape shape{2, 6, 4};
   const auto logits = uniform<T>(shape.size(), 3);
-  for (const int64_t iterations : {7, 1000}) {  // 1000: until nothing changes, and beyond
+  for (const int64_t iterations : {7, 1000}) {  // 1000: more than until convergence
     const auto result = sinkhorn(shape, logits, {iterations, 0.7, 0});
     std::vector<double> wanted;
     for (int64_t i = 0; i < shape.G * shape.T; ++i) {
@@ -386,7 +386,7 @@ TYPED_TEST(Sinkhorn, OnlyTheGradientOfTheBadGroupIsNaN) {
 }
 
 // A row of equal logits of any size keeps its sum, on exponentials and on logarithms.
-TYPED_TEST(Sinkhorn, RowsOfLargeTiesSumToOne) {
+TYPED_TEST(Sinkhorn, RowsOfLargeEqualLogitsSumToOne) {
   using T = TypeParam;
   const Shape shape{1, 6, 3};
   for (const double size : {1e10, 1e15, 1e16, 1e30}) {
@@ -405,8 +405,7 @@ TYPED_TEST(Sinkhorn, RowsOfLargeTiesSumToOne) {
           for (int64_t e = 0; e < shape.E; ++e) sum += result.plan[t * shape.E + e];
           EXPECT_NEAR(sum, 1, kRounding<T>);
         }
-        // The row sums do not determine the columns' potentials, whose precision is relative to
-        // their size.
+        // With by_column, the potentials of the columns are large, and so is their rounding error.
         EXPECT_TRUE(by_column || result.error[0] <= kRounding<T>) << result.error[0];
         EXPECT_NEAR(result.error[0], column_error(shape, result.plan, 0, 6.0), 4 * kRounding<T>);
       }
@@ -479,7 +478,7 @@ TYPED_TEST(Sinkhorn, GradientsMatchFloat64) {
 
 // Without iterations, the gradient is that of exp(M). No value of `steps` leads to a read out of
 // bounds.
-TYPED_TEST(Sinkhorn, BackwardOfAnySteps) {
+TYPED_TEST(Sinkhorn, BackwardClampsSteps) {
   using T = TypeParam;
   const Shape shape{2, 6, 3};
   const auto grad = uniform<T>(shape.size(), 32);
@@ -487,8 +486,8 @@ TYPED_TEST(Sinkhorn, BackwardOfAnySteps) {
     const auto logits = uniform<T>(shape.size(), 33, -spread, spread);
     const auto forward = sinkhorn(shape, logits, {4, 1, 0});
     const auto with = [&](int32_t a, int32_t b) {
-      const std::vector<double> history(
-          forward.history);  // allocated to size, so that ASan finds reads beyond it
+      // Allocated with exactly its size, so that ASan finds reads past its end.
+      const std::vector<double> history(forward.history);
       const std::vector<int32_t> steps{a, b};
       std::vector<T> out(shape.size());
       cpu::sinkhorn_backward(
@@ -519,7 +518,7 @@ TEST(SinkhornBackward, IsTheGradientOfTheIterationsDone) {
   }
 }
 
-TEST(SinkhornBackward, DoesNotDependOnAnExpertsShift) {
+TEST(SinkhornBackward, DoesNotChangeWithAConstantPerExpert) {
   const Shape shape{1, 6, 3};
   const auto logits = uniform<double>(shape.size(), 28);
   const auto grad = uniform<double>(shape.size(), 29);
@@ -563,9 +562,9 @@ TEST(SinkhornImplicitBackward, IsTheGradientOfTheFixedPoint) {
   }
 }
 
-TEST(SinkhornImplicitBackward, PlanInSeparateBlocks) {
-  // Tokens 0 to 3 reach only experts 0 and 1, tokens 4 to 7 only experts 2 and 3. A constant may be
-  // added to the potentials of each block without any change, so two pivots vanish.
+TEST(SinkhornImplicitBackward, BlockDiagonalPlan) {
+  // Tokens 0 to 3 reach only experts 0 and 1, tokens 4 to 7 only experts 2 and 3. Adding a constant
+  // to the potentials of a block changes nothing, so two pivots are 0.
   const Shape shape{1, 8, 4};
   auto logits = uniform<double>(shape.size(), 21, -1, 1);
   for (int64_t i = 0; i < shape.size(); ++i) {
@@ -597,13 +596,13 @@ TEST(SinkhornImplicitBackward, PlanInSeparateBlocks) {
     }
     expect_near(implicit(shape, grad, blocks), wanted, 1e-9);
   }
-  // A hard plan has a gradient of 0.
+  // The gradient of a plan of zeros and ones is 0.
   std::vector<double> hard(shape.size(), 0);
   for (int64_t t = 0; t < 8; ++t) hard[t * 4 + t % 4] = 1;
   expect_near(implicit(shape, grad, hard), std::vector<double>(shape.size(), 0), 1e-12);
 }
 
-TEST(SinkhornImplicitBackward, KeepsTheMarginalsOfAnyPlan) {
+TEST(SinkhornImplicitBackward, RowsAndColumnsOfTheGradientSumToZero) {
   // Adding a constant to the logits of a token or an expert changes no converged plan, so rows and
   // columns of the gradient sum to 0, even if the plan has not converged.
   const Shape shape{1, 9, 4};

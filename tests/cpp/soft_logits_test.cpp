@@ -18,7 +18,7 @@ template <typename T>
 class SoftLogits : public ::testing::TestWithParam<bool> {};
 TYPED_TEST_SUITE(SoftLogits, Floats);
 
-TYPED_TEST(SoftLogits, DividesByTheLengthOfTheToken) {
+TYPED_TEST(SoftLogits, DividesByTheNormOfTheToken) {
   using T = TypeParam;
   for (const int64_t D : {1, 5, 15, 16, 17, 33, 192}) {
     for (const int64_t S : {1, 4, 37}) {
@@ -47,7 +47,7 @@ TYPED_TEST(SoftLogits, EmptyShapes) {
   expect_near(soft_logits<T>({}, {1, 2}, 2, 0, 1), std::vector<double>{1e3, 2e3}, kRounding<T>);
 }
 
-TEST(SoftLogits, TokensOfAnyLength) {
+TEST(SoftLogits, TokensOfAnyNorm) {
   for (const float length : {1e30f, 1e-30f}) {
     const std::vector<float> x(8, length);
     const double wanted = length > 1 ? std::sqrt(1 / 8.0) : 1e-27;
@@ -55,7 +55,7 @@ TEST(SoftLogits, TokensOfAnyLength) {
   }
 }
 
-TYPED_TEST(SoftLogits, BadTokensAreNotHidden) {
+TYPED_TEST(SoftLogits, NonFiniteTokensGiveNaN) {
   using T = TypeParam;
   for (const T bad : {kNaN<T>, kInf<T>, -kInf<T>}) {
     const std::vector<T> x{1, bad, 2, 1, 1, 1};
@@ -111,7 +111,7 @@ TEST(SoftLogitsBackward, IsTheGradient) {
     }
   }
   cpu::soft_logits_backward(x.data(), grad.data(), D, int64_t{0}, rows);
-  // At the zero token the second derivative is of order 1e6, which needs a smaller step.
+  // The second derivative at the zero token is about 1e6, so the step must be small.
   expect_gradient(grad, x, loss, 1e-5, 1e-7);
 }
 

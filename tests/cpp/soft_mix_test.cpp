@@ -92,7 +92,7 @@ TYPED_TEST(SoftMix, EmptyShapes) {
   }
 }
 
-TYPED_TEST(SoftMix, TakesExtremes) {
+TYPED_TEST(SoftMix, ExtremeValues) {
   using T = TypeParam;
   using Limits = std::numeric_limits<T>;
   for (const bool over_tokens : {false, true}) {

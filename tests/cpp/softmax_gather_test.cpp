@@ -13,7 +13,8 @@ struct Shape {
   int64_t rows() const { return G * (by_expert ? E : tokens); }
   int64_t places() const { return by_expert ? tokens : E; }
 
-  // The position in [G, T, E] of the gate of index i of the indices, or -1.
+  // The position in [G, T, E] of the gate that indices[i] = `index` chooses, or -1 if it is
+  // invalid.
   int64_t place(int64_t i, int32_t index) const {
     if (index < 0 || index >= places()) return -1;
     const int64_t row = i / K;
@@ -97,7 +98,7 @@ TYPED_TEST(SoftmaxGather, IsTheSoftmaxAtTheIndices) {
   }
 }
 
-TYPED_TEST(SoftmaxGather, OddRows) {
+TYPED_TEST(SoftmaxGather, AbsentTokensNaNAndInfinity) {
   using T = TypeParam;
   const Shape shape{1, 4, 3, 3, false};
   const std::vector<T> logits{-kInf<T>, -kInf<T>, -kInf<T>, 1, kNaN<T>, 2,

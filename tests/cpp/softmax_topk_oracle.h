@@ -60,8 +60,8 @@ Chosen<T> chosen_by_definition(const Choice& choice, const std::vector<T>& gates
   return out;
 }
 
-// Two groups of logits. Every step-th token is absent; present tokens contain NaN and infinity,
-// too.
+// Two groups of logits. Every step-th token is absent. If some are present, NaN and infinity also
+// occur.
 template <typename T>
 std::vector<T> strange_logits(int64_t tokens, int64_t E, int64_t step) {
   auto logits = uniform<T>(2 * tokens * E, 7);

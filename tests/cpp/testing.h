@@ -42,7 +42,8 @@ std::vector<T> uniform(int64_t size, uint64_t seed, double low = -2, double high
   return out;
 }
 
-// Values that comparisons easily get wrong.
+// Values that a comparison may get wrong: zeros, infinities, NaN, and the smallest and largest
+// numbers.
 template <typename T>
 std::vector<T> extremes() {
   using Limits = std::numeric_limits<T>;
@@ -101,8 +102,8 @@ bool all_nan(const std::vector<T>& values) {
   return std::all_of(values.begin(), values.end(), [](T value) { return std::isnan(value); });
 }
 
-// A buffer between two fences (guard areas). It is filled with a byte that no kernel writes by
-// chance, so that unwritten elements are recognised.
+// A buffer between two guard areas (fences). Buffer and fences are filled with a byte that kernels
+// are unlikely to write, so that a test recognises elements that were not written.
 template <typename T>
 class Guarded {
  public:
@@ -136,9 +137,9 @@ class Guarded {
   std::vector<T> memory_;
 };
 
-// Calls run(begin, end, out) for all `rows` rows and for pieces [begin, end) of them. out[i]
-// belongs to row row_of(i). The whole must write every element. A piece must write the same bits
-// to its own elements and nothing else.
+// Calls run(begin, end, out) for all `rows` rows, and for pieces [begin, end) of the rows. out[i]
+// belongs to row row_of(i). The call for all rows must write every element. The call for a piece
+// must write the same bits to the elements of the piece, and nothing else.
 template <typename T, typename Run, typename RowOf>
 void expect_pieces(int64_t size, int64_t rows, Run&& run, RowOf&& row_of) {
   Guarded<T> whole(size);

@@ -5,7 +5,7 @@
 namespace vmoe {
 namespace {
 
-// By definition: the whole axis, stably sorted.
+// The indices of the whole axis by definition: a stable sort.
 template <typename T>
 std::vector<int32_t> sorted_axis(const T* x, int64_t n, int64_t stride) {
   std::vector<int32_t> index(n);
@@ -56,8 +56,8 @@ TYPED_TEST(Topk, IsAStableSort) {
   }
 }
 
-// Numbers around the vector width, where rows are padded and blocks end.
-TYPED_TEST(Topk, RowsAndColumnsOfAnyNumber) {
+// Numbers of rows and of columns around the vector width, where rows are padded and blocks end.
+TYPED_TEST(Topk, AnyNumberOfRowsAndColumns) {
   using T = TypeParam;
   for (const int64_t count : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33}) {
     for (const int64_t n : {1, 3, 8, 15, 16, 17, 31, 40}) {
@@ -72,7 +72,8 @@ TYPED_TEST(Topk, RowsAndColumnsOfAnyNumber) {
   }
 }
 
-// Numbers around the limits between sorting methods, and between cuts that move candidates or not.
+// Numbers of picks around the limits between the sorting methods. The inputs are such that find_cut
+// moves its candidates, or does not.
 TYPED_TEST(Topk, ManyPicks) {
   using T = TypeParam;
   for (const int64_t M : {1, 2, 17}) {
@@ -101,7 +102,7 @@ TYPED_TEST(Topk, ManyPicksOfAWideRange) {
   for (const int64_t k : {9, 40, 301, 599}) this->expect_sorted(x, 1, 600, 1, k);
 }
 
-TYPED_TEST(Topk, TakesExtremes) {
+TYPED_TEST(Topk, ExtremeValues) {
   using T = TypeParam;
   const std::vector<T> special = extremes<T>();
   std::mt19937_64 random(2);

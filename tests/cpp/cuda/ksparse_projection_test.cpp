@@ -40,7 +40,7 @@ TYPED_TEST(CudaKsparseProjection, RowsOfAnyLength) {
   this->expect_as_on_cpu(std::vector<T>(2 * 1500, T{-1}), 2, 1500, 300);
 }
 
-TYPED_TEST(CudaKsparseProjection, TakesExtremes) {
+TYPED_TEST(CudaKsparseProjection, ExtremeValues) {
   using T = TypeParam;
   using Limits = std::numeric_limits<T>;
   const T inf = kInf<T>, nan = kNaN<T>;
@@ -83,7 +83,7 @@ TYPED_TEST(CudaKsparseProjection, BackwardAsOnCpu) {
         auto grad = uniform<T>(A * n * B, n, -1, 1);
         auto out = tied<T>(A * n * B, B);
         if (n > 1 && A > 0) {
-          out[0] = 0, grad[0] = kInf<T>;  // is not in the support
+          out[0] = 0, grad[0] = kInf<T>;  // not in the support
           out[B] = kNaN<T>;
         }
         std::vector<T> wanted(A * n * B);

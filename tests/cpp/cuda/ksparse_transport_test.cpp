@@ -163,7 +163,7 @@ TYPED_TEST(CudaKsparseTransport, OnlyBadGroupsAreNaN) {
   }
 }
 
-TYPED_TEST(CudaKsparseTransport, TakesExtremes) {
+TYPED_TEST(CudaKsparseTransport, ExtremeValues) {
   using T = TypeParam;
   const Shape shape{1, 6, 2};
   for (const double scale : {1e4, 1e-4, 0.0}) {

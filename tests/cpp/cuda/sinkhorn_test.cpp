@@ -172,15 +172,17 @@ class SmallDevice {
   size_t shared_limit_before_ = shim::shared_limit;
 };
 
-// With little shared memory and few multiprocessors, small shapes cover: one and several blocks per
-// group; matrices, and column vectors, in shared and in device memory; one and several groups per
-// crew; more blocks than are needed.
+// Little shared memory and few multiprocessors, so that small shapes cover: one and several blocks
+// per group; matrices and column vectors in shared memory and in device memory; one and several
+// groups per crew; and more blocks than are needed.
 TYPED_TEST(CudaSinkhorn, OnSmallDevices) {
   using T = TypeParam;
   for (const auto& [multiprocessors, shared_kib] : {std::pair{2, 25}, {5, 32}, {7, 48}}) {
     const SmallDevice device(multiprocessors, size_t(shared_kib) << 10);
     for (const Shape& shape : {Shape{1, 700, 9}, {3, 300, 33}, {5, 260, 17}, {2, 70, 520}}) {
-      SCOPED_TRACE(::testing::Message() << multiprocessors << " of " << shared_kib << " KiB");
+      SCOPED_TRACE(
+          ::testing::Message() << multiprocessors << " multiprocessors with " << shared_kib
+                               << " KiB");
       const auto logits = uniform<T>(shape.size(), 12);
       this->expect_as_on_cpu(shape, logits, {2, 1, 0});
       auto some_absent = logits;
@@ -315,7 +317,7 @@ TYPED_TEST(CudaSinkhorn, GradientOfABadGroupIsNaN) {
 
 // The rows of the plan sum to 1 even if logits are so large that adding log_sum to them rounds it
 // away.
-TYPED_TEST(CudaSinkhorn, RowsOfLargeTiesSumToOne) {
+TYPED_TEST(CudaSinkhorn, RowsOfLargeEqualLogitsSumToOne) {
   using T = TypeParam;
   const Shape shape{1, 6, 3};
   for (const double size : {1e10, 1e15, 1e16, 1e30}) {

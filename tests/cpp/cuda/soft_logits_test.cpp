@@ -74,7 +74,7 @@ TYPED_TEST(CudaSoftLogits, MatchesTheCpu) {
   }
 }
 
-TYPED_TEST(CudaSoftLogits, TakesExtremes) {
+TYPED_TEST(CudaSoftLogits, ExtremeValues) {
   using Row = TypeParam;
   const std::vector<Row> no_grad(2 * 8, Row{});
   const bool small = std::is_same_v<Row, Float16>;

@@ -133,7 +133,7 @@ TYPED_TEST(CudaSoftMixProduct, Means) {
   }
 }
 
-TYPED_TEST(CudaSoftMixProduct, TakesExtremes) {
+TYPED_TEST(CudaSoftMixProduct, ExtremeValues) {
   using Row = TypeParam;
   for (const Shape& shape : {Shape{2, 21, 6, 3, 16, true}, Shape{2, 21, 5, 4, 16, false}}) {
     auto logits = uniform<float>(shape.G * shape.tokens * shape.S(), 4, -90, 90);
@@ -200,7 +200,7 @@ TYPED_TEST(CudaSoftMixProduct, BitsDoNotDependOnThePosition) {
   }
 }
 
-TYPED_TEST(CudaSoftMixProduct, ServesOnlySomeShapes) {
+TYPED_TEST(CudaSoftMixProduct, RefusesUnsupportedShapes) {
   for (const bool over_tokens : {false, true}) {
     const auto of = [&](int64_t count, int64_t lines, int64_t D) {
       return over_tokens ? Shape{1, count, lines, 1, D, true} : Shape{1, lines, count, 1, D, false};

@@ -65,7 +65,7 @@ TYPED_TEST(CudaSoftMix, Weights) {
       uniform<T>(2 * 300 * 44, 1, -9, 9), 2, 300, 44);  // more tokens than registers hold
 }
 
-TYPED_TEST(CudaSoftMix, TakesExtremes) {
+TYPED_TEST(CudaSoftMix, ExtremeValues) {
   using T = Compute<TypeParam>;
   using Limits = std::numeric_limits<T>;
   const std::vector<T> special{0,      -T{0},         kInf<T>,          -kInf<T>,

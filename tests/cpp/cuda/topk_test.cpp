@@ -113,7 +113,7 @@ TYPED_TEST(CudaTopk, MisalignedRows) {
   }
 }
 
-TYPED_TEST(CudaTopk, TakesExtremes) {
+TYPED_TEST(CudaTopk, ExtremeValues) {
   using T = TypeParam;
   const std::vector<T> special = extremes<T>();
   std::mt19937_64 random(2);
