@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
+from inspect import signature
 from numbers import Integral, Number
 from typing import Any, cast
 
@@ -146,6 +148,7 @@ def vit_moe(
     given = dict(locals())
     options = {name: plain(value) for name, value in given.pop("router_options").items()}
     c = _checked(given, options)
+    _check_names(options, given, router)
     moe_at = () if router is None else moe_block_indices(c["depth"], c["moe_blocks"])
     device = torch.get_default_device()
     with torch.device("meta"):  # without values, so that only `init_trunk` draws, here and in `model.init_weights`
@@ -218,6 +221,18 @@ def needs_num_tokens(router: str | RouterFactory, options: Mapping[str, Any]) ->
     """Tells whether the router needs the tokens of a group, because its capacity factor fixes a shape."""
     takes = "num_tokens" in router_options(router)
     return takes and options.get("capacity_factor") is not None and "num_tokens" not in options
+
+
+def _check_names(options: Iterable[str], given: Iterable[str], router: str | RouterFactory | None) -> None:
+    """Refuses options that no router and no layer has. The router refuses those that it alone does not have."""
+    if router not in ROUTERS:
+        return
+    known = {*signature(MoEMlp.__init__).parameters}.union(*map(router_options, ROUTERS))
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, [*given, *sorted(known)], 1)
+            meant = f"; the nearest is {near[0]!r}" if near else ""
+            raise TypeError(f"vit_moe: no argument and no option of a router is named {name!r}{meant}")
 
 
 def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
