@@ -1,4 +1,4 @@
-"""The columns of the study's table, and the table as CSV and in the terminal. `tables` makes the HTML table."""
+"""Columns of the study's table. Writes the table as CSV and prints it; `tables` makes it in HTML."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Column:
     in_terminal: bool = True
 
     def text(self, row: Row) -> str:
-        """The cell's text: "97.2±0.1". An error that one seed cannot give is "±-", a missing value is "-"."""
+        """Formats the cell, as "97.2±0.1"; "±-" if one seed gives no standard error, "-" if the value is missing."""
         value = getattr(row, self.key)
         if value is None:
             return "-"
@@ -76,7 +76,7 @@ _VARIANT = ("name", "label", "router", "top_k", "combine", "capacity_factor")
 
 
 def shown_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns in which at least one row has a value. Seeds are shown only where rows differ in their number."""
+    """Returns the columns with a value in at least one row. Seeds are shown only if their number differs."""
     found = [column for column in COLUMNS if any(getattr(row, column.key) is not None for row in rows)]
     return [column for column in found if column.key != "seeds" or len({row.seeds for row in rows}) > 1]
 
@@ -105,9 +105,9 @@ def write_csv(rows: Sequence[Row], path: Path | str) -> None:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Prints the columns marked `in_terminal`, or as many of them as the terminal has room for.
+    """Prints the columns marked `in_terminal`, as many as fit into the terminal; all fit into 120 characters.
 
-    All of them need at most 120 characters. The report and the CSV file have all columns.
+    The report and the CSV file have all columns.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.caption = Text(

@@ -40,7 +40,7 @@ class Drawing:
 
 
 def draw(runs: Sequence[Run]) -> list[Drawing]:
-    """Draws every figure that the runs have numbers for, in the order of the report."""
+    """Draws every figure for which the runs have numbers, in the order of the report."""
     found = []
     for name, title, caption, collect, paint in _FIGURES:
         data = collect(runs)
@@ -67,7 +67,7 @@ def save(folder: Path | str, name: str, figure: Figure, data: Data) -> Path:
 
 
 def save_all(folder: Path | str, runs: Sequence[Run]) -> list[Path]:
-    """Draws and saves every figure that the runs have numbers for. Returns the paths of the pictures."""
+    """Draws and saves every figure for which the runs have numbers. Returns the paths of the pictures."""
     return [save(folder, drawing.name, drawing.figure, drawing.data) for drawing in draw(runs)]
 
 
@@ -103,7 +103,7 @@ def figure_1_data(runs: Iterable[Run]) -> Data:
 
 
 def figure_2_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant with a transfer: training time in seconds and transfer accuracy, with standard errors."""
+    """One dict per variant that measured the transfer: training time in seconds and accuracy, with standard errors."""
     runs = [run for run in runs if run["transfer"]]
     names = {run["variant"]["name"]: run["transfer"]["data"] for run in runs}
     return [
@@ -130,7 +130,7 @@ def figure_3_data(runs: Iterable[Run]) -> Data:
         variant = group[0]["variant"]
         if variant["combine"] is None:
             continue
-        # The curve ends where the shortest run ends: a mean over fewer seeds would make a step in it.
+        # The curve ends with the shortest run: a mean over fewer seeds would show as a step.
         for epochs in zip(*(run["epochs"] for run in group), strict=False):
             keys = ("name", "label", "top_k", "combine", "capacity_factor")
             point = {key: variant[key] for key in keys} | {"seeds": len(group), "epoch": epochs[0]["epoch"]}

@@ -1,4 +1,4 @@
-"""Lower bounds of the memory that a study needs, to refuse a study that cannot fit before a model is built."""
+"""Lower bounds of the memory that a study needs. A study that cannot fit is refused before a model is built."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROCESS = 100 << 20  # bytes that a process with torch does not share with othe
 
 
 class Need(NamedTuple):
-    """Bytes for training one model. They are lower bounds: a study that would fit is not refused."""
+    """Bytes for training one model. They are lower bounds, so that no study that fits is refused."""
 
     parameters: float
     optimizer: float
@@ -30,7 +30,7 @@ class Need(NamedTuple):
 
     @property
     def total(self) -> float:
-        """The sum of the three."""
+        """Sum of parameters, optimizer and activations."""
         return sum(self)
 
 
@@ -42,7 +42,7 @@ def check_memory(
     classes: int = 2,
     images: int = 0,
 ) -> int:
-    """The number of workers: `settings.workers`; if that is 0, one per core, or fewer if memory is short.
+    """Returns the number of workers: `settings.workers`; for 0, one per core, or fewer if memory is short.
 
     Args:
         settings: The study's settings.
@@ -51,7 +51,7 @@ def check_memory(
         images: Bytes of all images. Every worker holds a copy.
 
     Raises:
-        OptionError: A model, all models during the timing, or all workers do not fit. The error names the option
+        OptionError: A model does not fit, or all models during the timing, or all workers. The error names the option
             that costs most.
     """
     shape, available = (size, channels, classes), available_memory(settings.device)
@@ -88,7 +88,7 @@ def check_memory(
 
 
 def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]) -> Need:
-    """The memory that a variant needs, computed in floating point, because the sizes may be huge."""
+    """Computes the memory that a variant needs, in floating point because sizes may be huge."""
     o, (size, channels, classes) = SimpleNamespace(**options), shape
     width, depth, experts, batch = float(o.width), float(o.depth), float(o.num_experts), float(o.batch_size)
     hidden = width * o.mlp_ratio
@@ -116,7 +116,7 @@ def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]
 
 
 def _culprit(settings: Settings, variants: Sequence[Variant], shape: tuple[int, int, int]) -> tuple[str, Any]:
-    """The name and the value of the option that, set to its default, saves the most memory."""
+    """Finds the option that saves the most memory if it is reset to its default; returns its name and value."""
     defaults = {field.name: field.default for field in fields(Settings)}
 
     def total_without(name: str) -> float:

@@ -17,16 +17,16 @@ from vmoe_routers.routers import RouterFactory
 
 
 def is_own(router: str | None) -> TypeGuard[str]:
-    """Whether `router` has the form ``package.module:factory``."""
+    """Tells whether `router` has the form ``package.module:factory``."""
     return router is not None and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", router) is not None
 
 
 def load_factory(router: str, option: str = "routers") -> RouterFactory:
-    """The factory named ``package.module:factory``.
+    """Imports the factory named ``package.module:factory``.
 
     Args:
-        router: the name.
-        option: the option that has the name, for errors.
+        router: The name.
+        option: Name of the option, for error messages.
 
     Raises:
         OptionError: The module cannot be imported, or has no such function or class.
@@ -34,7 +34,7 @@ def load_factory(router: str, option: str = "routers") -> RouterFactory:
     module_name, _, name = router.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the module's own code may raise anything
+    except Exception as error:  # code of the module may raise anything
         reason = f"{type(error).__name__}: {error}"
         raise OptionError(f"{option}: {router!r} cannot be imported: {reason}", option) from error
     factory = getattr(module, name, None)
@@ -46,7 +46,7 @@ def load_factory(router: str, option: str = "routers") -> RouterFactory:
 
 
 def source_digest(router: str) -> str:
-    """A hash of the file that defines the factory. Without such a file, the hash of an empty file."""
+    """Hashes the file that defines the factory; without such a file, an empty text."""
     file = _source_file(load_factory(router)) or _source_file(sys.modules[router.partition(":")[0]])
     return hashlib.sha256(Path(file).read_bytes() if file else b"").hexdigest()
 

@@ -1,4 +1,4 @@
-"""Records of runs on disk: their paths, their writing and reading, and the values that they must hold."""
+"""Records of runs on disk: paths, reading and writing, and the values that a record must hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RecordError(ValueError):
 
 
 def fingerprint(data: Images, transfer: Images | None) -> str:
-    """A hash of the images and the versions, on which a result depends besides the settings."""
+    """Hashes the images and the versions, on which a result depends besides the settings."""
     digest = hashlib.sha256(f"{RECORD_VERSION} {__version__} {torch.__version__}".encode())
     for images in (data, transfer):
         digest.update(repr(images and images.name).encode())
@@ -40,11 +40,11 @@ def fingerprint(data: Images, transfer: Images | None) -> str:
 
 
 def record_path(settings: Settings, inputs: str, name: str, *of: Any) -> Path:
-    """The path of a record. The file's name has a hash of everything that the record's numbers depend on.
+    """Returns the path of a record. The name has a hash of everything on which the numbers of the record depend.
 
     Args:
-        settings: The study's settings. The hash leaves out settings that a single run does not depend on, such as the
-            list of routers, the number of seeds and the output folder.
+        settings: The study's settings. The hash leaves out settings that do not change a single run, such as the list
+            of routers, the number of seeds and the output folder.
         inputs: The `fingerprint` of the data.
         name: The start of the file's name.
         of: Further values for the hash, such as the variant.
@@ -96,11 +96,11 @@ def read_record(path: Path, wanted: Any) -> dict[str, Any] | None:
 
 
 class _Kind(NamedTuple):
-    """The values that a record may hold in one place.
+    """Kind of the values in one place of a record.
 
     Attributes:
-        words: A description for messages.
-        accepts: Whether a value is one of them.
+        words: Description for messages.
+        accepts: Tells whether a value is of this kind.
     """
 
     words: str
@@ -129,7 +129,7 @@ _WHEN_AND_WHERE = {"machine": _MACHINE, "date": _TEXT}
 
 
 def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | None) -> dict[str, Any]:
-    """The values that the record of a run must hold. `vmoe_routers.study.summary` describes them.
+    """Returns the kinds of the values in the record of a run. `vmoe_routers.study.summary` describes the values.
 
     A record must have at least the keys of a mapping, and exactly the elements of a tuple.
 
@@ -156,7 +156,7 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
 
 
 def timing_record(rounds: int) -> dict[str, Any]:
-    """The values that the record of the timing must hold: `rounds` times for every variant."""
+    """Returns the kinds of the values in the record of the timing: `rounds` times for every variant."""
     times = _Kind(
         f"{rounds} positive numbers for every variant",
         lambda value: (
@@ -171,12 +171,12 @@ def timing_record(rounds: int) -> dict[str, Any]:
 
 
 def evaluated_epochs(epochs: int) -> Sequence[int]:
-    """The epochs after which a run is evaluated: the last one and every second one before. This halves the cost."""
+    """Returns the epochs after which a run is evaluated: the last one, and every second one before it."""
     return range(2 - epochs % 2, epochs + 1, 2)
 
 
 def _problem(value: Any, wanted: Any, where: str) -> str | None:
-    """A description of the first value that is not as wanted. None: all are."""
+    """Describes the first value that is not of the wanted kind; returns None if all are."""
     name = where or "the whole"
     if isinstance(wanted, _Kind):
         return None if wanted.accepts(value) else f"{name} is {_short(value)}, wanted {wanted.words}"

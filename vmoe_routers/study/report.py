@@ -1,4 +1,4 @@
-"""The study's report: one HTML file with its pictures inside, which loads no other file."""
+"""Report of the study: one HTML file that contains its pictures and loads no other file."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
     Args:
         folder: The folder to write to. It is created if it does not exist.
         runs: The records of the runs.
-        settings: The study's settings by name. "command" is optional: the command that the user typed, by default
-            this process's arguments.
+        settings: The study's settings by name. The key "command" is optional: the command that the user typed, by
+            default the arguments of this process.
 
     Returns:
         The report's path.
@@ -137,7 +137,7 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
 
 
 def findings(runs: Sequence[Run]) -> list[str]:
-    """The results in sentences, which claim no more than the paired 95 % intervals allow."""
+    """Writes the results as sentences that claim no more than the paired 95 % intervals allow."""
     rows = [row for row in summarise(runs) if math.isfinite(row.loss.mean)]
     if not rows:
         return ["No run has a finite loss."]
@@ -162,7 +162,7 @@ def findings(runs: Sequence[Run]) -> list[str]:
 
 
 def _compare(runs: Sequence[Run], rows: list[Row], lowest: Row) -> list[str]:
-    """Sentences about losses that clearly differ from the lowest loss, and from the dense ViT's."""
+    """Writes sentences about losses that clearly differ from the lowest loss and from the loss of the dense ViT."""
     groups = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
     differences = {row.label: paired(groups[row.name], groups[lowest.name], loss) for row in rows if row is not lowest}
     close = [label for label, values in differences.items() if not (values and stat(values).is_clear())]
@@ -207,7 +207,7 @@ def _dates(runs: Sequence[Run]) -> str:
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:
-    """Every machine that runs or timings come from, with the dates. Runs may come from several machines."""
+    """Lists the machines of the runs and of the timing, with dates."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(json.dumps(run["machine"]), []).append(run)
@@ -224,7 +224,7 @@ def _machines(runs: Sequence[Run]) -> list[str]:
 
 
 def _figure(folder: Path | str, drawing: figures.Drawing) -> str:
-    """The figure as HTML with the picture inside. Saves the figure's files to the report's folder too."""
+    """Makes HTML that contains the picture of a figure. Also saves the files of the figure to the report's folder."""
     path = figures.save(folder, drawing.name, drawing.figure, drawing.data)
     data = base64.b64encode(path.read_bytes()).decode()
     title = escape(drawing.title)

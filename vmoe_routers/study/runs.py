@@ -66,7 +66,7 @@ def run(
 
 
 def shifted_batches(settings: Settings, data: Images, seed: int, steps: int) -> Batches:
-    """The batches of a run: every seed has its own order and its own random shifts, which all variants share."""
+    """Makes the batches of a run. Order and random shifts depend on the seed and are the same for all variants."""
     augmentation = Augmentation(image_size=data.size, scale=None, hflip=0.0, shift=settings.shift, normalization="none")
     return training_batches(
         Tensors(data.train_images, data.train_labels),
@@ -79,12 +79,12 @@ def shifted_batches(settings: Settings, data: Images, seed: int, steps: int) -> 
 
 
 def _layers(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The metrics of the MoE layers, with the number of the block in place of the layer's name."""
+    """Lists the metrics of the MoE layers by the number of the block."""
     return [{"block": int(name.split(".")[1]), **metrics} for name, metrics in evaluation.layers.items()]
 
 
 def _transfer(model: VisionTransformer, data: Images, batch: int, seed: int) -> dict[str, Any]:
-    """10-shot accuracy of a probe on the features before the head."""
+    """Measures the 10-shot accuracy of a probe on the features before the head."""
     parts = ((data.train_images, data.train_labels), (data.test_images, data.test_labels))
     train, test = (
         features_of(model, zip(images.split(batch), labels.split(batch), strict=True)) for images, labels in parts

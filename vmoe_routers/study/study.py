@@ -1,4 +1,4 @@
-"""Running a study: the runs without a record, then table, figures and report."""
+"""Runs a study: all runs without a record, then table, figures and report."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
 
 
 def _is_done(read: Callable[[], dict[str, Any] | None], console: Console) -> bool:
-    """Whether there is a sound record. A damaged record is named on the console."""
+    """Tells whether an undamaged record exists. Prints the name of a damaged record."""
     try:
         return read() is not None
     except RecordError as error:
@@ -186,7 +186,7 @@ def _check_model(variant: Variant, settings: Settings, data: Images) -> None:
         with torch.device("meta"):
             make(variant, shallow, data)
         return
-    # An own router may need real values, which tensors on the meta device do not have.
+    # An own router may need values, which tensors on the meta device lack.
     try:
         model = make(variant, shallow, data).train()
         model(data.train_images[: settings.group_size]).sum().backward()
@@ -207,7 +207,7 @@ def _load(settings: Settings) -> tuple[Images, Images | None]:
 
 
 def _run_all(settings: Settings, jobs: list[Job], timing: Timing | None, workers: int, console: Console) -> None:
-    """Runs the jobs in parallel, with one thread each since small models gain nothing from more; times the steps."""
+    """Runs the jobs in parallel, then times the steps. A job has one thread: small models gain nothing from more."""
     finished = multiprocessing.get_context("spawn").SimpleQueue()
     try:
         with (

@@ -1,4 +1,4 @@
-"""The label, marker and colour of every router in tables and figures."""
+"""Label, marker and colour of every router in tables and figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Style(NamedTuple):
     color: str
 
 
-# Colours of Okabe and Ito, which readers with colour blindness can tell apart. The marker repeats what the colour says.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Every router also has its own marker.
 _DENSE = Style("Dense ViT", "*", "#222222")
 _STYLES = {
     "softmax_token_choice": Style("Softmax Token Choice", "o", "#0072B2"),
@@ -29,7 +29,7 @@ _OWN_COLORS = ("#8C564B", "#7B3294", "#888888", "#66710E", "#B2182B")
 
 
 def style(router: str | None) -> Style:
-    """The style of a router, or of the dense ViT for None.
+    """Returns the style of a router, or of the dense ViT for None.
 
     An own router, ``package.module:factory``, has the name of its factory as title. A hash chooses marker and colour.
     """

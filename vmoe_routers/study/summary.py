@@ -1,4 +1,4 @@
-"""The rows of the study's table, one per variant, from the records of its runs.
+"""Rows of the study's table, one per variant, computed from the records of the runs.
 
 Every variant and seed has one record, a dict that JSON can hold:
 
@@ -55,7 +55,7 @@ class Stat(NamedTuple):
         return Stat(self.mean * factor, None if self.error is None else self.error * factor, self.count)
 
     def is_clear(self) -> bool:
-        """Whether the 95 % interval of Student's t excludes 0; False for a single value."""
+        """Tells whether the 95 % interval by Student's t excludes 0; False for a single value."""
         if self.error is None:
             return False
         return abs(self.mean) > float(student_t.ppf(0.975, self.count - 1)) * self.error
@@ -66,8 +66,7 @@ class Row:
     """The summary of one variant's runs. Accuracies are in [0, 1]. None is a missing value.
 
     The differences use only seeds for which the dense ViT was run, too. `step_ratio` uses the rounds of the timing. The
-    routing metrics are means over seeds: `dead_experts` of the sum over the MoE layers, the other metrics of the mean
-    over the layers.
+    routing metrics are means over seeds and MoE layers; `dead_experts` is the mean over seeds of the sum over layers.
     """
 
     name: str
@@ -129,7 +128,7 @@ def stat(values: Iterable[float]) -> Stat:
 
 
 def median_stat(values: Sequence[float]) -> Stat:
-    """The median of times, which may include outliers. Its standard error is estimated from the median deviation."""
+    """Computes the median of times, which may include outliers. The median deviation gives its standard error."""
     median = statistics.median(values)
     if len(values) == 1:
         return Stat(median, None)
@@ -150,7 +149,7 @@ def loss(run: Run) -> float:
 
 
 def paired(runs: Sequence[Run], others: Sequence[Run], value: Callable[[Run], float]) -> list[float]:
-    """The differences of `value` between `runs` and `others`, one for every seed that both have."""
+    """Computes the differences of `value` between `runs` and `others`, one for every seed in both."""
     by_seed = {run["seed"]: run for run in others}
     return [value(run) - value(by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
 
@@ -185,7 +184,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _sum(values: Iterable[float]) -> float:
-    """The exact sum. Infinities of both signs, which a diverging training can give, sum to NaN."""
+    """Sums exactly. Infinities of both signs, from a diverging training, sum to NaN."""
     values = list(values)
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 

@@ -12,7 +12,7 @@ from vmoe_routers.study.summary import LayerRow, Row
 
 
 def results_table(rows: Sequence[Row]) -> str:
-    """The columns of `vmoe_routers.study.columns` as HTML. Clear differences to the dense ViT have class "clear"."""
+    """Makes the table of results in HTML. Clear differences to the dense ViT have the class "clear"."""
     columns = shown_columns(rows)
     groups: dict[str, int] = {}
     for column in columns:
@@ -33,7 +33,7 @@ def results_table(rows: Sequence[Row]) -> str:
 
 
 def routing_table(rows: Sequence[LayerRow]) -> str:
-    """The routing metrics as HTML, one line per variant and MoE layer, with the load as small bars."""
+    """Makes the table of routing metrics in HTML: one line per variant and MoE layer, with the load as small bars."""
     if not rows:
         return "<p>No run has a MoE layer.</p>"
     fields = [
@@ -63,7 +63,7 @@ def routing_table(rows: Sequence[LayerRow]) -> str:
 
 
 def _bars(load: Sequence[float], color: str) -> str:
-    """A bar per expert, as SVG. A bar above twice the even share is cut at the top."""
+    """Draws a bar per expert in SVG. A bar above twice the even share is cut off."""
     even = math.fsum(load) / len(load) or 1.0
     wide, high = max(2, min(9, 180 // len(load))), 28
     bars = []
@@ -79,10 +79,10 @@ def _bars(load: Sequence[float], color: str) -> str:
 
 
 def _key(router: str | None) -> str:
-    """A dot in the router's colour, the key to the figures."""
+    """Draws a dot in the colour that the router has in the figures."""
     return f'<span class="key" style="background:{style(router).color}"></span>'
 
 
 def _scroll(lines: list[str]) -> str:
-    """The lines of a table, in a box that scrolls if the window is too narrow."""
+    """Puts the lines of a table into a box that scrolls if the window is too narrow."""
     return "\n".join(['<div class="scroll">', *lines, "</tbody></table></div>"])

@@ -1,4 +1,4 @@
-"""The time of a training step of every variant, measured in one process in turns.
+"""Measures the time of a training step of every variant, in turns in one process.
 
 Times measured during the runs cannot be compared: several runs train at once, and the load of the machine changes.
 """
@@ -27,7 +27,7 @@ def time_steps(
     """Times training steps on one batch.
 
     Returns:
-        The record: step_ms (a variant's name to its times, one per round), machine and date.
+        The record: step_ms (the times of a variant, one per round, by its name), machine and date.
     """
     images = data.train_images[: settings.batch_size].to(settings.device)
     labels = data.train_labels[: settings.batch_size].to(settings.device)

@@ -57,7 +57,7 @@ class Variant:
 
     @property
     def has_phi(self) -> bool:
-        """Whether the slots are parameters, whose number depends on the number of tokens."""
+        """Whether the slots are parameters. Their number depends on the number of tokens."""
         return "num_tokens" in router_options(self.router)
 
     def describe(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Variant:
 
 
 def variants(settings: Settings) -> list[Variant]:
-    """Every variant of a study once, the dense model first.
+    """Lists every variant of a study once, the dense model first.
 
     Raises:
         OptionError: Two variants have the same name.
@@ -77,7 +77,7 @@ def variants(settings: Settings) -> list[Variant]:
             options = router_options(router)
             capacity_factor = float(factor) if "capacity_factor" in options else None
             top_ks = settings.top_k if "top_k" in options else [None]
-            # Expert Choice also has both ways to combine, but the paper compares them for Token Choice only.
+            # Expert Choice also has both values of `combine`, but the paper compares them for Token Choice only.
             combines = ["softmax", "plan"] if {"top_k", "combine"} <= options else [None]
             if not settings.plan_combine:
                 combines = combines[:1]
@@ -95,13 +95,13 @@ def variants(settings: Settings) -> list[Variant]:
 
 
 def build(variant: Variant, settings: Settings, data: Images, seed: int) -> VisionTransformer:
-    """The variant's model on the settings' device. A seed gives every variant the same trunk."""
+    """Makes the model of the variant on the device of the settings. All variants of a seed have the same trunk."""
     torch.manual_seed(seed)
     return make(variant, settings, data).to(settings.device)
 
 
 def make(variant: Variant, settings: Settings, data: Images) -> VisionTransformer:
-    """The variant's model, for images of the size and channels of `data`.
+    """Makes the model of the variant, for images of the size and channels of `data`.
 
     Raises:
         OptionError: The factory of an own router cannot be imported.

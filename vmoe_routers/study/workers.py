@@ -12,8 +12,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# A worker cannot watch its parent while it imports torch, which takes seconds. The guard is a process without imports.
-# It reads the workers' process ids until the parent ends, which closes its input, and then kills the workers.
+# A worker cannot watch its parent during the import of torch, which takes seconds. The guard is a process without such
+# imports. It reads the process ids of the workers until the end of the parent closes its input; then it kills them.
 _GUARD = """
 import os, signal, sys
 for process in sys.stdin.read().split():
