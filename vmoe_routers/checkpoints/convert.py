@@ -59,7 +59,7 @@ def convert(
     _check_arguments(source, folder, router, top_k, capacity_factor, group_size, img_size)
     is_npz = os.path.isfile(source)
     arrays = read_npz(source, progress=progress) if is_npz else read_vmoe(source, progress=progress)
-    if any(path.startswith("params/") for path in arrays):  # a training state, which has further arrays
+    if any(path.startswith("params/") for path in arrays):  # a training state, which also has other arrays
         arrays = {path.removeprefix("params/"): a for path, a in arrays.items() if path.startswith("params/")}
     arrays = {reference_path(path): array for path, array in arrays.items()}
     try:
@@ -94,7 +94,7 @@ def convert(
         )
     try:
         load_flax(empty, arrays)
-        with torch.random.fork_rng(devices=[]):  # the drawn values are overwritten
+        with torch.random.fork_rng(devices=[]):  # load_flax overwrites the drawn values
             model = vit_moe(**arguments, **options)
         load_flax(model, arrays).eval()
     except ValueError as error:
@@ -131,7 +131,7 @@ def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -
     """Infers the arguments of `vit_moe` from parameters by the reference's paths; `load_flax` checks all shapes later.
 
     Raises:
-        CheckpointError: The parameters are not those of a vision transformer, or its blocks are not numbered in order.
+        CheckpointError: The parameters do not belong to a vision transformer, or blocks are not numbered in order.
     """
 
     def shape(path: str, axes: int) -> tuple[int, ...]:
@@ -184,6 +184,6 @@ def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The mlp_ratio for which int(width * mlp_ratio) is exactly the hidden width."""
+    """Returns the mlp_ratio for which int(width * mlp_ratio) is exactly the hidden width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

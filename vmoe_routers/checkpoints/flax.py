@@ -46,7 +46,7 @@ class _Entry(NamedTuple):
     parameter: Tensor
     rows: slice = slice(None)
     layout: Callable[[Tensor], Tensor] | None = None
-    resize: Callable[[Tensor], Tensor | None] | None = None  # converts another shape, or gives None
+    resize: Callable[[Tensor], Tensor | None] | None = None  # converts an array of another shape; None if it cannot
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ _RENAMED = [
     (re.compile(r"^(MapHead/)(MultiHeadDotProductAttention|LayerNorm)_0/"), r"\1\2/"),
     (re.compile(r"^MapHead/MlpBlock_0/"), "MapHead/Mlp/"),
 ]
-"""Paths in the files of dense ViTs (google-research/vision_transformer, big_vision), and their replacements."""
+"""Paths in files of dense ViTs (google-research/vision_transformer, big_vision), and the paths that replace them."""
 
 
 def reference_path(path: str) -> str:
@@ -161,7 +161,7 @@ def _tensor(array: Any) -> Tensor | None:
         two_bytes = getattr(dtype, "name", None) == "bfloat16" or getattr(dtype, "str", None) == "|V2"
         if not two_bytes and (getattr(dtype, "kind", None) != "f" or getattr(dtype, "itemsize", 16) > 8):
             return None
-        import numpy as np  # installed where such an array exists; the package does not depend on it
+        import numpy as np  # whoever has such an array has numpy; the package does not depend on it
 
         array = np.asarray(array)
         # torch requires native byte order and strides >= 0, and warns about read-only memory.
@@ -279,7 +279,7 @@ def _dense(
     out_shape: tuple[int, ...] = (),
     rows: slice = slice(None),
 ) -> Iterator[_Entry]:
-    """Maps a kernel (in, out) and a bias (out); the reference may split an axis into heads, `rows` may be a part."""
+    """Maps a kernel (in, out) and a bias (out). The reference may split an axis into heads; `rows` selects a part."""
     in_shape, out_shape = in_shape or (linear.in_features,), out_shape or (linear.out_features,)
 
     def layout(array: Tensor) -> Tensor:

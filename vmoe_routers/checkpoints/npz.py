@@ -30,11 +30,11 @@ _HEADER = re.compile(
     r"\{'descr': '(?P<dtype>[^']{1,8})', 'fortran_order': (?P<fortran>True|False), "
     r"'shape': \((?P<shape>|\d{1,18},|\d{1,18}(?:, \d{1,18}){1,31})\), \} *\n"
 )
-_MAX_HEADER_BYTES = 10_000  # numpy's limit too
-_MAX_EXPANSION = 64  # real parameters compress by about a tenth; a zip bomb by a factor of 1000
+_MAX_HEADER_BYTES = 10_000  # numpy has the same limit
+_MAX_EXPANSION = 64  # parameters compress by about a tenth, a zip bomb by a factor of 1000
 _MAX_ARRAYS = 100_000
 _PIECE = 1 << 24
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes only these; other decoders are attack surface
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # numpy writes only these; more decoders are attack surface
 _ENCRYPTED = 1  # flag bit of an archive's member
 _DAMAGED = (
     zipfile.BadZipFile,

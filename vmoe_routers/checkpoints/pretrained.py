@@ -1,8 +1,8 @@
 """Models in folders: config.json and model.safetensors, as on the Hugging Face hub.
 
 config.json holds the arguments of `vit_moe`, or describes a model of another package that `upcycle` changed
-(`upcycled`); model.safetensors holds all parameters and buffers by name, unsharded. The
-files do not depend on the number of processes or the device of the model.
+(`upcycled`). model.safetensors holds all parameters and buffers by name, unsharded. The files do not depend on the
+number of processes or the device of the model.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def save_pretrained(
             DINOv2, DINOv3, SigLIP or CLIP of transformers.
         folder: Created if missing. Existing files of these names are replaced atomically.
         state_dict: Tensors that replace `model.state_dict()`, for a model sharded by another library.
-        model_args: Arguments that ``timm.create_model`` was given for an upcycled model, where the model itself does
-            not tell them. Name, sizes, head and pooling are known.
+        model_args: Arguments with which ``timm.create_model`` made an upcycled model, if the model does not tell them.
+            Name, sizes, head and pooling are known.
 
     Raises:
-        CheckpointError: It is not known how the model was made, or what is known would make another model; JSON cannot
+        CheckpointError: It is not known how the model was made, or the known arguments make another model; JSON cannot
             represent an argument; or the folder cannot be written.
     """
     from safetensors import SafetensorError
@@ -64,7 +64,7 @@ def save_pretrained(
     model = _unwrapped(model, sharded=state_dict is None)
     architecture, config = _describe(model, model_args)
     found = {upcycled.clean(name): tensor for name, tensor in (state_dict or model.state_dict()).items()}
-    found.pop("n_averaged", None)  # of AveragedModel's own state_dict
+    found.pop("n_averaged", None)  # an entry of AveragedModel's state_dict
     for name, tensor in found.items():
         if tensor.is_meta:
             raise CheckpointError(f"save_pretrained: {name} is a meta tensor, wanted values, given by state_dict")
@@ -235,7 +235,7 @@ def _names_now(names: set[str]) -> dict[str, str]:
 
 
 def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], path: str) -> None:
-    """Refuses counts that drive loops if they exceed what the weights can hold."""
+    """Refuses numbers of layers and experts above the limits that the shapes of the weights set."""
     limits = {
         **dict.fromkeys(("depth", "num_layers", "num_hidden_layers"), len(shapes)),
         "num_experts": max((extent for shape in shapes.values() for extent in shape), default=0),
@@ -246,7 +246,7 @@ def _check_counts(arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]],
 
 
 def _counts(arguments: Any, names: Container[Any]) -> Iterator[tuple[Any, int]]:
-    """Lists the integers of these names at any depth; num_experts of a dense model does not count."""
+    """Lists the integers with these names at any depth. Skips num_experts of a dense model."""
     dense = isinstance(arguments, dict) and arguments.get("router", "") is None
     for name, value in arguments.items() if isinstance(arguments, dict) else enumerate(arguments):
         if isinstance(value, (dict, list)):
@@ -280,7 +280,7 @@ def _make_empty(architecture: str, arguments: dict[str, Any], where: str) -> Any
 
 
 def _unwrapped(model: nn.Module, sharded: bool) -> nn.Module:
-    """Takes off the wrappers around a model."""
+    """Removes the wrappers around a model."""
     while True:
         kinds = {kind.__name__ for kind in type(model).__mro__}
         if sharded and "FullyShardedDataParallel" in kinds:
@@ -288,7 +288,7 @@ def _unwrapped(model: nn.Module, sharded: bool) -> nn.Module:
                 "save_pretrained: model is sharded by FullyShardedDataParallel, wanted state_dict=model.state_dict(), "
                 "called within FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT)"
             )
-        # A compiled model answers for every attribute of the model within.
+        # A compiled model forwards the attributes of the model within, so look for _orig_mod first.
         inner = getattr(model, "_orig_mod", None) or getattr(model, "_fsdp_wrapped_module", None)
         inner = inner or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
@@ -352,7 +352,7 @@ def _compare_structure(made: nn.Module, model: nn.Module) -> None:
 
 
 def _gather(found: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Copies the tensors to the CPU, sharded ones in whole; gives None in a process that has nothing to write.
+    """Copies the tensors to the CPU, unsharded; returns None in a process that writes nothing.
 
     Every process gathers every sharded tensor, because gathering is collective. Only the first one keeps the result.
     """
@@ -369,7 +369,7 @@ def _gather(found: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 def _unknown_to_json(config: dict[str, Any]) -> str:
-    """Finds the arguments that are no plain values, such as a function that makes a router."""
+    """Finds the arguments that JSON cannot represent, such as a function that makes a router."""
     found = []
     for name, value in config.items():
         try:

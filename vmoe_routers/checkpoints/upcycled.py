@@ -1,7 +1,6 @@
 """Descriptions of models that `upcycle` changed, in plain values: how another package made them, and what it replaced.
 
-A description is untrusted when it is read from a file: it names one of a few classes, and its arguments may load no
-other file and no code.
+A description from a file is untrusted: it may name only a few classes, and its arguments may load no file and no code.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import nn
 from vmoe_routers.checkpoints.error import CheckpointError
 
 _FAMILIES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "siglip", "clip")
-"""Models of transformers that can be loaded: their classes load nothing else, whatever their config."""
+"""Models of transformers that can be loaded. Their classes load no other file, whatever the config says."""
 
 # Names that load files or code.
 _REFUSED = {
@@ -74,7 +73,7 @@ def make(description: Mapping[str, Any]) -> nn.Module:
 
 
 def structure(model: nn.Module) -> dict[str, str]:
-    """Lists name, class and printed arguments of every module; wrappers within the model are left out."""
+    """Lists class and printed arguments of every module by its name, without wrappers."""
     return {
         clean(name): f"{plain_class(module).__name__}({module.extra_repr()})" for name, module in model.named_modules()
     }

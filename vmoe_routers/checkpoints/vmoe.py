@@ -44,8 +44,8 @@ DTYPES = {
 _CHUNK, _SCALAR, _SLICE, _LEAF = 1, 3, 6, 8
 _MARK = "__msgpack_array_chunk_a87ca2__"
 _VERSION = "20220622"
-# Limits, because an entry takes more memory than the bytes that describe it. The index of a ViT-MoE has tens of
-# thousands of bytes, its data files hundreds of chunks.
+# Limits: a parsed entry takes more memory than its bytes in the file. The index of a ViT-MoE has tens of thousands of
+# bytes, its data files hundreds of chunks.
 _MAX_INDEX_BYTES = 16 << 20
 _MAX_CHUNKS = 1 << 20
 _MAX_SHARDS = 100_000  # file names have five digits

@@ -36,7 +36,7 @@ class Ema:
     def update(self, model: nn.Module) -> None:
         """Moves the averages towards the values of `model`: ``decay * average + (1 - decay) * value``.
 
-        Values that are no floating-point numbers are copied.
+        Integers and bools are copied.
         """
         state = _state(model)
         averages, values = [], []
@@ -50,7 +50,7 @@ class Ema:
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """Gives `model` the averages, in place, for the time of a ``with``; do not update within it."""
+        """Gives `model` the averages, in place, within the context. Do not call `update` within it."""
         self._swap(model)
         try:
             yield
@@ -75,7 +75,7 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies averages of the same layout.
+        """Copies averages that have the same layout.
 
         Raises:
             ValueError: The names differ.
@@ -88,5 +88,5 @@ class Ema:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Gives the model's parameters and buffers, which FSDP2 shards again for it."""
+    """Gives the parameters and buffers of the model. FSDP2 shards them again first."""
     return {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}

@@ -12,8 +12,8 @@ from torch import Tensor
 def padded_batches(images: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Divides the images 0 .. images - 1 among the ranks, in batches of equal sizes on all ranks.
 
-    Under FSDP2 and expert parallelism every rank must run the model equally often, with equal shapes. So the last image
-    is repeated where a rank has too few. Without a process group this rank has all images.
+    Under FSDP2 and expert parallelism every rank must run the model equally often, with equal shapes. So
+    the last image is repeated on a rank that has too few images. Without a process group this rank has all images.
 
     With ``group_size=1`` the logits do not depend on the number of ranks. With larger groups they do, because other
     images share a group.

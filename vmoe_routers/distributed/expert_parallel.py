@@ -44,11 +44,11 @@ class ExpertParallel(ParallelStyle):
     All ranks must call the layer equally often, with equal shapes.
 
     Args:
-        average: False: the gradient of an expert is the sum over the ranks of the mesh. True: the mean, as data
-            parallelism makes it of every other parameter.
+        average: False: the gradient of an expert is the sum over the ranks of the mesh. True: it is the mean, as data
+            parallelism computes it for every other parameter.
 
     Raises:
-        TypeError: The module is no `Experts`.
+        TypeError: The module is not an `Experts`.
         ValueError: The number of ranks does not divide the number of experts.
     """
 

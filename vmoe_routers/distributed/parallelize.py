@@ -49,19 +49,19 @@ def parallelize(
         meshes: The arrangement of the ranks. With ``ep > 1`` the experts of every `MoEMlp` are distributed.
         blocks: The modules that are gathered, checkpointed and compiled one by one. None: ``model.blocks``, or without
             this attribute the entries of every nn.Sequential or nn.ModuleList with a MoE layer in an entry.
-        param_dtype: Dtype of parameters and inputs in forward and backward, such as torch.bfloat16; None: theirs.
+        param_dtype: Dtype of parameters and inputs in forward and backward, such as torch.bfloat16; None: unchanged.
             Routing computes in float32 from the rounded parameters.
         reduce_dtype: Dtype in which gradients are summed over ranks, if `param_dtype` is given.
         reshard_after_forward: True: the parameters of a block are gathered again in backward, which saves memory.
-        checkpointing: "none"; "full": each block runs again in backward; "exchange_saved": too, but the slots that
-            expert parallelism exchanged are kept instead of being sent again.
+        checkpointing: "none"; "full": each block runs again in backward; "exchange_saved": the same, but the
+            exchanged slots are kept and not sent again.
         compile: Whether each block is compiled; a dict has arguments of `torch.compile`.
 
     Returns:
         The model.
 
     Raises:
-        TypeError, ValueError, RuntimeError: A model that cannot be sharded so. Nothing was changed then.
+        TypeError, ValueError, RuntimeError: The model cannot be sharded. It is unchanged.
     """
     if checkpointing not in get_args(Checkpointing):
         raise ValueError(f"parallelize: checkpointing must be one of {get_args(Checkpointing)}, got {checkpointing!r}")
@@ -79,7 +79,7 @@ def parallelize(
             block.forward = _checkpointed(block.forward, keep_exchanged=checkpointing == "exchange_saved")
         if compile:
             block.compile(**(compile if isinstance(compile, dict) else {}))
-    # With one replica the mesh has one axis, by which FSDP2 tells FSDP from HSDP.
+    # FSDP2 tells FSDP from HSDP by the number of axes: a mesh with one replica has one axis.
     mesh = meshes.dense if replicated else meshes.dense["dp_shard"]
     policy = MixedPrecisionPolicy(param_dtype, None if param_dtype is None else reduce_dtype)
     for block in blocks:
@@ -152,7 +152,7 @@ def _check_equal(model: nn.Module, meshes: Meshes) -> None:
 
 
 def _checkpointed(forward: Callable[..., Any], *, keep_exchanged: bool) -> Callable[..., Any]:
-    """Makes a forward that runs again in backward. torch.compile traces a function, and no partial application."""
+    """Makes a forward that runs again in backward. torch.compile traces functions, not partial applications."""
     context = _keep_exchanged if keep_exchanged else noop_context_fn
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -172,7 +172,7 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 def _placement(meshes: Meshes) -> Callable[[nn.Parameter], Any]:
     """Makes the function that puts the experts of a block on their own mesh, within the same unit of FSDP2."""
-    try:  # private in torch, without a public name yet
+    try:  # torch has no public name for these classes yet
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
     except ImportError:
         raise RuntimeError(

@@ -18,12 +18,12 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     same file under every layout.
 
     Returns:
-        The values by name on rank 0, and nothing on every other rank.
+        The values by name on rank 0; an empty dict on every other rank.
     """
     with _without_advice():
         state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     for name, value in state.items():
-        # torch gives the model's own tensors where they are whole and on the CPU.
+        # torch returns a tensor of the model itself if it is unsharded and on the CPU.
         state[name] = value.clone() if isinstance(value, Tensor) else value
     return state
 

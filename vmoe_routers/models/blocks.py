@@ -1,4 +1,4 @@
-"""timm's transformer blocks, whose MoE layers ignore the tokens that an attention mask hides."""
+"""Transformer blocks of timm whose MoE layers ignore the tokens that an attention mask hides."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def cost(model: VisionTransformer | Eva) -> dict[str, float]:
     flops = 2.0 * model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
     # Layers that see only the pooled token: the head (two heads in a distilled model) and the layers before it.
     flops += 2.0 * (_weights(model) - _weights(model.blocks) - _weights(model.attn_pool))
-    if model.attn_pool is not None:  # keys and values of every token, the other layers of one token, and the scores
+    if model.attn_pool is not None:  # keys and values of every token, all other layers for one token, and the scores
         keys = _weights(model.attn_pool.get_submodule("kv"))
         flops += 2.0 * (tokens * keys + _weights(model.attn_pool) - keys) + 4.0 * tokens * width
     parameters = active = sum(p.numel() for p in model.parameters())
@@ -88,7 +88,7 @@ def _layer_cost(layer: MoEMlp, tokens: int) -> tuple[float, float]:
 
 
 def _slots_per_expert(layer: MoEMlp, tokens: int) -> int:
-    """Slots per expert for a group of `tokens` tokens, from `router.slots` or else from a routing of zeros."""
+    """Returns the slots per expert for a group of `tokens` tokens, from `router.slots` or from a routing of zeros."""
     router: Any = layer.router
     if hasattr(router, "slots"):
         return router.slots(tokens)

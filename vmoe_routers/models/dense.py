@@ -39,10 +39,13 @@ _LAYOUTS = (
 
 @dataclass(frozen=True)
 class DenseMlp:
-    """Parts of an MLP: ``second(norm(act(x w + b)))``; or, gated, ``act(x w_gate + b_gate) * (x w_value + b_value)``.
+    """Parts of an MLP.
+
+    The MLP is ``second(norm(act(x w + b)))``. In a gated MLP, ``act(x w_gate + b_gate) * (x w_value + b_value)`` takes
+    the place of ``act(x w + b)``.
 
     Attributes:
-        weights, biases: w [F, D] and b ([F] or None): one of each, or gate and value.
+        weights, biases: w [F, D] and b ([F] or None): one of each; two of each, gate and value, in a gated MLP.
         act: The activation.
         second: The second linear layer.
         drop: The rate of dropout after the activation and after the second layer.
@@ -57,7 +60,7 @@ class DenseMlp:
     norm: nn.LayerNorm | None
 
     def activation(self) -> nn.Module:
-        """Copies the activation; gives nn.GELU for another module that computes it, because kernels serve nn.GELU."""
+        """Copies the activation. A module that computes GELU becomes nn.GELU, for which kernels exist."""
         if type(self.act) is not nn.GELU and not any(True for _ in self.act.parameters()):
             x = torch.linspace(-6, 6, 61, device="cpu")
             for approximate in ("none", "tanh"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vmoe_routers.moe import MoEMlp
 
 _FUSED = {"qkv": 3, "kv": 2}
-"""Numbers of kernels that are stored as one, and drawn as several."""
+"""Number of kernels in a layer that stores several kernels as one. Each kernel has its own bound."""
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def sincos_positions(height: int, width: int, dim: int) -> Tensor:
 
 
 def _xavier(weight: Tensor, inputs_and_outputs: int) -> None:
-    """Draws Xavier uniform, by one call for kernels that are stored as one."""
+    """Draws Xavier uniform values, in one call for all kernels of a layer."""
     bound = math.sqrt(6 / inputs_and_outputs)
     nn.init.uniform_(weight, -bound, bound)
 

@@ -68,8 +68,8 @@ def upcycle(
         `vmoe_routers.checkpoints.save_pretrained`.
 
     Raises:
-        TypeError, ValueError: no blocks or several lists of them, MLPs of another kind (convolutions, another norm than
-            LayerNorm), or options that do not fit. The model is then as it was.
+        TypeError, ValueError: The model has no blocks or several lists of blocks; an MLP is of another kind
+            (convolutions, another norm than LayerNorm); or options do not fit. The model is unchanged.
     """
     check = Check("upcycle")
     check_router(check, router)
@@ -113,7 +113,7 @@ def _refuse_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _refuse_mask_of_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # While it is exported, a model gives its blocks a mask that hides nothing if it gets none itself.
+    # In an export, a model without a mask passes its blocks a mask that hides nothing.
     if not torch.compiler.is_exporting():
         _refuse_mask(block, args, {"attention_mask": args[1]} if len(args) > 1 else kwargs)
 

@@ -68,7 +68,7 @@ def moe_block_indices(depth: int, rule: str | Iterable[int]) -> tuple[int, ...]:
         else:
             chosen = range(depth - int(match[2]), depth)
     else:
-        rule = list(rule) if isinstance(rule, Iterable) else rule  # an iterator has its values once
+        rule = list(rule) if isinstance(rule, Iterable) else rule  # an iterator can be read only once
         if not isinstance(rule, list) or not all(isinstance(i, Integral) and type(i) is not bool for i in rule):
             raise ValueError(f"moe_block_indices: moe_blocks is {rule!r}, wanted a rule's name or a list of int")
         chosen = sorted(map(int, rule))
@@ -143,7 +143,7 @@ def vit_moe(
             token, times `group_size`.
 
     Raises:
-        TypeError, ValueError: Sizes that do not fit together, or an unknown name.
+        TypeError, ValueError: Sizes do not fit together, or a name is unknown.
     """
     given = dict(locals())
     options = {name: plain(value) for name, value in given.pop("router_options").items()}
@@ -151,7 +151,7 @@ def vit_moe(
     _check_names(options, given, router)
     moe_at = () if router is None else moe_block_indices(c["depth"], c["moe_blocks"])
     device = torch.get_default_device()
-    with torch.device("meta"):  # without values, so that only `init_trunk` draws, here and in `model.init_weights`
+    with torch.device("meta"):  # draws nothing: `init_trunk` draws, here and in `model.init_weights`
         model = _trunk(c)
     model.to_empty(device=device)
     init_trunk(model, c)
@@ -179,7 +179,7 @@ def vit_moe(
 
 
 def _trunk(c: dict[str, Any]) -> MoEVisionTransformer:
-    """Makes the dense model, whose values are not the initial values."""
+    """Makes the dense model, without initial values."""
     width, heads, global_pool = c["embed_dim"], c["num_heads"], c["global_pool"]
     model = MoEVisionTransformer(
         img_size=c["img_size"],
