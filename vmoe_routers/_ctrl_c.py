@@ -1,7 +1,7 @@
-"""Ctrl-C while a command of this package starts: the process ends at once, without a traceback.
+"""Lets Ctrl-C end a starting command of this package at once, without a traceback.
 
-The package imports this module first, because importing torch takes seconds in which Python would show where it was.
-Nothing changes for a program that imports the package, nor where Ctrl-C is ignored or handled already.
+The package imports this module first: importing torch takes seconds, and Ctrl-C during an import prints a traceback.
+Programs that import the package keep their handling of Ctrl-C, and so do processes that ignore or handle it already.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from contextlib import contextmanager
 
 
 def _is_command() -> bool:
-    """Whether this process is ``vmoe-routers`` or ``python -m vmoe_routers``."""
+    """Tells whether this process runs ``vmoe-routers`` or ``python -m vmoe_routers``."""
     program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # as long as Python looks for the module
+    if program == "-m":  # while Python looks for the module
         following = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
         return following[:1] == ["vmoe_routers"]
     return program.replace("\\", "/").rpartition("/")[2] in ("vmoe-routers", "vmoe-routers.exe")
 
 
 def end_at_once() -> None:
-    """Lets Ctrl-C end the process, where it would raise KeyboardInterrupt."""
+    """Lets Ctrl-C end the process instead of raising KeyboardInterrupt."""
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -31,7 +31,7 @@ def end_at_once() -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Lets Ctrl-C raise KeyboardInterrupt inside, where it would end the process."""
+    """Lets Ctrl-C raise KeyboardInterrupt within the context, after `end_at_once`."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         yield
         return

@@ -13,8 +13,8 @@
 With a `group_size` above 1, the dynamic shape is ``{0: group_size * batch}``.
 
 A decomposition is the op's definition in `vmoe_routers.ops.reference`, and keeps its contract in every runtime: ties go
-to the lower index, NaN counts as the largest value, and -inf marks an absent entry. Decompositions are for inference,
-and are slower than the kernels. A selection takes two sorts, and experts compute their empty slots too. Sinkhorn and
+to the lower index, NaN counts as the largest value, and -inf marks an absent entry. Decompositions are for inference.
+They are slower than the kernels: a selection takes two sorts, and experts compute their empty slots, too. Sinkhorn and
 the transport solver are unrolled in float64 and always run all iterations; a converged group keeps its result. The
 runtime computes the softmax, so gates that differ in the last bit in torch may be equal in the runtime.
 """
@@ -33,7 +33,7 @@ from vmoe_routers.ops import reference
 
 
 def _for_gradient(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Makes a placeholder for an output that only the op's backward reads; NaN, so that any other use shows."""
+    """Makes a placeholder of NaN for an output that only backward reads. Any other use makes the result NaN."""
     return like.new_full(shape, math.nan, dtype=dtype)
 
 
@@ -135,7 +135,7 @@ def _stable_sort(
 
 
 def _laid_out(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the results of `function` contiguous like an op's, because later nodes of a program may rely on it."""
+    """Makes the results of `function` contiguous, as ops do. Later nodes of a program may rely on it."""
 
     def decomposition(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
@@ -164,4 +164,4 @@ DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
         (_ops.grouped_mlp, _grouped_mlp),
     )
 } | {torch.ops.aten.sort.stable: _stable_sort}
-"""Table for `torch.export.ExportedProgram.run_decompositions`: every forward op, and the stable sort they use."""
+"""Table for `torch.export.ExportedProgram.run_decompositions`: all forward ops, and the stable sort that they use."""

@@ -116,7 +116,7 @@ class Experts(nn.Module):
             self.norm.reset_parameters()
 
     def no_weight_decay(self) -> set[str]:
-        """Names biases and norms, which optimizers should not decay; they have two axes, one of them the experts."""
+        """Names biases and norms, which optimizers should not decay, although they have two axes."""
         return {name for name, _ in self.named_parameters() if name not in ("w1", "w2")}
 
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
@@ -150,7 +150,7 @@ class Experts(nn.Module):
         return act
 
     def _between(self, hidden: Tensor) -> Tensor:
-        """Computes activation, gate, dropout and norm between the two products: the cases without a kernel."""
+        """Computes activation, gate, dropout and norm between the two products, for cases without a kernel."""
         if self.glu:
             gate, value = hidden.chunk(2, dim=-1)
             hidden = self.act(gate) * value
@@ -174,7 +174,7 @@ class ExpertsNorm(nn.Module):
 
     Attributes:
         weight, bias [E, F]: 1 and 0 at the start; None where `norm` has none.
-        local: as in `Experts`.
+        local: As in `Experts`.
     """
 
     local: Callable[[Tensor], Tensor] | None = None

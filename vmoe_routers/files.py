@@ -1,4 +1,4 @@
-"""Writing files completely or not at all."""
+"""Writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_output(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under a temporary name, then renames it: a failure leaves the old file and no part of the new.
+    """Writes a file under a temporary name, then renames it. A failure leaves the old file and no partial file.
 
     Args:
         path: The file, which is replaced in one step. Its folder must exist.
@@ -33,8 +33,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: The file cannot be written. The error names `path`.
     """
-    # The name contains the process id, because two processes may write the same file. A link of this name is removed
-    # first: `write` would follow it.
+    # The name contains the process id, because two processes may write the same file. Remove a link of this name first:
+    # `write` would follow it.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A description of the machine and the versions that a measurement depends on."""
+"""Describes the machine and the versions that a measurement depends on."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NOT_INSTALLED = "not installed"
 
 
 def here_and_now() -> dict[str, Any]:
-    """The entries that every measurement keeps: `machine` from `machine_description`, and `date` to the minute."""
+    """Returns the entries of every measurement: `machine`, the `machine_description`, and `date` to the minute."""
     return {"machine": machine_description(), "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}
 
 
 @cache
 def machine_description() -> dict[str, str]:
-    """The machine and the versions that a measurement depends on, as text. The key GPU needs a GPU."""
+    """Returns the machine and the versions that a measurement depends on, as text. `GPU` is there only with a GPU."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
     found = {
@@ -42,7 +42,7 @@ def machine_description() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """Returns the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -54,7 +54,7 @@ def cpu_model() -> str:
 def _memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (AttributeError, OSError, ValueError):  # some systems do not say
+    except (AttributeError, OSError, ValueError):  # some systems do not report it
         return "unknown"
 
 
@@ -67,7 +67,7 @@ def _system() -> str:
 
 
 def package_version(package: str) -> str | None:
-    """The version of a package; None if it is not installed."""
+    """Returns the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

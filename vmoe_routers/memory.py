@@ -1,4 +1,4 @@
-"""The available memory, to refuse what cannot fit before anything is allocated."""
+"""Reads the available memory, so that a request that cannot fit is refused before any allocation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
-    """The bytes that a process can still allocate; None if the system does not report them.
+    """Returns the bytes that a process can still allocate; None if the system does not report them.
 
     Args:
-        device: A CUDA device has its own memory. The CPU's is limited by the system and by control groups (containers).
+        device: A CUDA device or the CPU. The system and control groups (containers) limit the memory of the CPU.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -21,7 +21,7 @@ def available_memory(device: torch.device | str = "cpu") -> int | None:
 
 
 def in_words(count: float) -> str:
-    """A number of bytes in words, as "1.5 GiB"."""
+    """Formats a number of bytes, for example "1.5 GiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
@@ -29,8 +29,8 @@ def in_words(count: float) -> str:
     return f"{count:.2g} EiB"
 
 
-# For control groups of version 2 and version 1: the file of the limit, the file of the use, and the entry of
-# memory.stat that counts the page cache that the kernel frees first.
+# For control groups of version 2 and version 1: the file of the limit, the file of the used bytes, and the entry of
+# memory.stat for the page cache that the kernel frees first.
 _GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
     (

@@ -27,8 +27,7 @@ class MoEMlp(nn.Module):
         num_experts: E.
         router: One of `vmoe_routers.ROUTERS`; a router, a module with the attributes `dim` and `num_experts` and
             ``forward(x, mask=None) -> Routing``; or a function ``(dim, num_experts)`` that makes a router.
-        group_size: Images that are routed together. With 1, the result of an image does not depend on the rest of its
-            batch.
+        group_size: Images that are routed together. With 1, the result for an image does not depend on other images.
         experts: None: `Experts` with the arguments `hidden_features` to `drop` and `bias` to `norm_layer`, which only
             these experts take; a sequence of E modules from rows [N, D] to rows [N, D']; or a module with the attribute
             `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots [E, G, C, D'], with
@@ -107,7 +106,7 @@ class MoEMlp(nn.Module):
         """Draws router and experts again, in the order of construction.
 
         Raises:
-            TypeError: One of them has a module with parameters, but without `reset_parameters`.
+            TypeError: A module of router or experts has parameters, but no `reset_parameters`.
         """
         _reset(self.router)
         _reset(self.experts)
@@ -146,7 +145,7 @@ class MoEMlp(nn.Module):
         return torch.cat(outputs)
 
     def _as_node(self, x: torch.fx.Proxy, mask: Any) -> Any:
-        """Becomes one node of a graph of torch.fx, whose symbolic values cannot be routed."""
+        """Adds the layer to a graph of torch.fx as one node, because symbolic values cannot be routed."""
         tracer: Any = x.tracer
         if tracer.root is self:
             raise TypeError("MoEMlp: torch.fx cannot trace a layer alone; trace a model that contains the layer")
@@ -154,11 +153,11 @@ class MoEMlp(nn.Module):
 
     def _forward_groups(self, x: Tensor, mask: Tensor | None, images: int) -> Tensor:
         batch, tokens, width = x.shape
-        tokens = traced_size(tokens)  # the capacity of a traced layer fits this number alone: another one must fail
+        tokens = traced_size(tokens)  # a traced layer has the capacity for this number; any other number must fail
         groups = batch // images
         x = x.reshape(groups, images * tokens, width)
         if torch.compiler.is_exporting():
-            # With a dynamic batch, torch.export keeps the tokens of a reshape as a symbol, and of expand as a number.
+            # With a dynamic batch, torch.export treats the tokens as a symbol after reshape, as a number after expand.
             x = x.expand(groups, images * tokens, width)
         routing = self.router(x, None if mask is None else mask.reshape(groups, images * tokens))
         if not isinstance(routing, Routing):
@@ -220,7 +219,7 @@ def _after_loading(layer: MoEMlp, keys: object) -> None:
 
 
 def _reset(module: nn.Module) -> None:
-    """Calls `reset_parameters` of a module, or else of its parts."""
+    """Calls `reset_parameters` of a module; if it has none, of its children."""
     reset = getattr(module, "reset_parameters", None)
     if reset is not None:
         reset()
@@ -251,7 +250,7 @@ def _own_router(
             raise TypeError(f"MoEMlp: router must be a name, a router, or {wanted}, got {type(router).__name__}")
         try:
             signature = inspect.signature(router)
-        except ValueError:  # a function of C without a signature
+        except ValueError:  # C functions may lack a signature
             signature = None
         if signature is not None:
             try:

@@ -1,15 +1,15 @@
-"""OptionError: an unusable value of an option. The command line rewrites the option's name as the user typed it."""
+"""OptionError, for an option with an unusable value. The command line changes option names to the user's spelling."""
 
 from __future__ import annotations
 
-MAX_CAPACITY_FACTOR = 1e4  # num_experts already gives every expert a slot for every token
+MAX_CAPACITY_FACTOR = 1e4  # a factor of num_experts already gives every expert a slot for every token
 
 
 class OptionError(ValueError):
-    """An option's value cannot be used.
+    """Value of an option that cannot be used.
 
     Attributes:
-        options: The options at fault, spelled as in the message: `image_size`, not `--image-size`.
+        options: Names of the options at fault as the message spells them: `image_size`, not `--image-size`.
     """
 
     def __init__(self, message: str, *options: str):

@@ -1,4 +1,4 @@
-"""Auxiliary losses between the layers' forwards and the training loss.
+"""Keeps auxiliary losses from the forwards of the layers until the training loss is computed.
 
 docs/auxiliary_losses.md explains the design.
 """
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 _TICKS = itertools.count()
-"""Orders forwards and readings. A clock may give two of them one time."""
+"""Counter that orders forwards and readings. A clock may give two events the same time."""
 
 
 class _Claim:
-    """Value that `aux_loss` returned; it lives as long as the graph of the value."""
+    """Claim of a value that `aux_loss` returned on the losses in it. It lives as long as the graph of the value."""
 
     __slots__ = ("__weakref__", "losses", "time")
 
@@ -34,9 +34,9 @@ class _Loss:
     Attributes:
         value: A scalar, with its graph unless the forward is repeated in backward; None after the backward pass.
         groups, replica: The groups of the forward, and whether a replica of nn.DataParallel ran it.
-        scale: The gradient that `aux_loss` got, for a forward that is repeated.
-        claims: The values of `aux_loss` that count this loss.
-        time: Tick of the forward, or for a compiled forward of the first reading.
+        scale: Gradient that `aux_loss` got, for a forward that a checkpoint repeats.
+        claims: Claims of the values of `aux_loss` that contain this loss.
+        time: Tick of the forward; for a compiled forward, tick of the first reading.
     """
 
     __slots__ = ("__weakref__", "claims", "groups", "replica", "scale", "time", "value")
@@ -51,7 +51,7 @@ class _Loss:
 
     @property
     def claimed(self) -> _Claim | None:
-        """The last of the claims that exist."""
+        """The last claim that still exists."""
         living = [claim for ref in self.claims if (claim := ref()) is not None]
         return living[-1] if living else None
 
@@ -78,7 +78,7 @@ class PendingLosses:
         repeated: Losses of forwards that a re-entrant checkpoint will repeat.
         compiled: Sum of the losses of compiled forwards. A compiled graph in a checkpointed region can add to a tensor
             but cannot set an attribute.
-        time, previous: Times of the last forward and of the forward before it; -1: never.
+        time, previous: Ticks of the last forward and of the forward before it; -1: no such forward.
     """
 
     def __init__(self) -> None:
@@ -119,10 +119,10 @@ class PendingLosses:
         return y
 
     def _take_repeated(self) -> _Loss | None:
-        """Takes the loss of the forward that runs again: the last that got a gradient, else the last."""
+        """Takes the loss of the forward that runs again: the last loss with a gradient, or the last loss."""
         if not self.repeated:
             return None
-        # A micro-batch whose backward comes before a later one's has its gradient; the later loss has none yet.
+        # If several micro-batches are pending, the one in backward has its gradient; a later one may have none.
         index = max(range(len(self.repeated)), key=lambda i: (self.repeated[i].scale is not None, i))
         return self.repeated.pop(index)
 
@@ -143,7 +143,7 @@ class PendingLosses:
         return [loss for loss in losses if loss.value is not None]
 
     def forget_before(self, since: int) -> None:
-        """Drops the loss of the last forward if it ran before `since`; it still counts while its output exists."""
+        """Drops the loss of the last forward if it ran before `since`. It still counts while its output exists."""
         if self.time < since:
             self._last = None
 
@@ -151,7 +151,7 @@ class PendingLosses:
         self._taken = [loss for loss in self._taken if loss.value is not None]
         if not self.compiled.requires_grad:
             return self._taken
-        # The sum's node follows the node of the compiled graph, through which a backward pass of the output goes.
+        # The node of the sum follows the node of the compiled graph, which a backward pass of the output also visits.
         nodes = _compiled_graphs(self.compiled)
         if not nodes or _used(nodes[0]):
             self.reset_compiled()
@@ -159,8 +159,8 @@ class PendingLosses:
         if any(map(_used, nodes[1:])):
             self.reset_compiled()
             raise RuntimeError(
-                "aux_loss: a compiled layer ran again after a backward pass before which its loss was not read; read "
-                "aux_loss at every step"
+                "aux_loss: a compiled layer ran again after a backward pass, but its loss was not read before that "
+                "pass; read aux_loss at every step"
             )
         loss = _Loss(self.compiled)
         if not torch.is_grad_enabled():
@@ -268,8 +268,8 @@ def total_loss(model: nn.Module, modules: Sequence[Any]) -> Tensor:
         if layer.compiled.requires_grad:
             layer.end_compiled_by(module)
     pending = [layer.losses() for layer in layers]
-    # A loss counts once: in the first value that was read after its forward, as long as that value exists. Until
-    # another forward runs, the same losses are read again, also by readings of parts of the model.
+    # A loss counts once: in the first value read after its forward, as long as that value exists. Until another forward
+    # runs, every reading returns the same losses, also a reading of a part of the model.
     newest = max((loss.time for losses in pending for loss in losses), default=-1)
 
     def current(loss: _Loss) -> bool:
@@ -305,7 +305,7 @@ def total_loss(model: nn.Module, modules: Sequence[Any]) -> Tensor:
 
 
 def _values(losses: list[_Loss]) -> list[Tensor]:
-    """Gives the values of a layer's losses; replicas of nn.DataParallel are weighted to means over all groups."""
+    """Returns the values of a layer's losses. Replicas of nn.DataParallel are weighted to a mean over all groups."""
     replicas = [loss for loss in losses if loss.replica]
     groups = sum(loss.groups for loss in replicas)
     devices = [loss.value.device for loss in replicas if loss.value is not None]

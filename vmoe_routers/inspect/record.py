@@ -19,7 +19,7 @@ class Trace:
     """Routings that `record` collected.
 
     Attributes:
-        routings: For the name of every MoE layer, the routings of its forwards in order. In eval, a batch that
+        routings: Routings of the forwards of every MoE layer in order, by the name of the layer. In eval, a batch that
             `group_size` does not divide adds two routings.
     """
 
@@ -71,7 +71,7 @@ def record(model: nn.Module) -> Iterator[Trace]:
         raise ValueError(f"record: model must have a MoEMlp inside, {type(model).__name__} has none")
     trace, thread = Trace(list(layers)), threading.get_ident()
 
-    owner = {layer.router: name for name, layer in layers.items()}  # of layers that share a router, the last that began
+    owner = {layer.router: name for name, layer in layers.items()}  # layer that last began; layers may share a router
 
     def recorded() -> bool:
         return threading.get_ident() == thread and torch._C._current_graph_task_id() == -1

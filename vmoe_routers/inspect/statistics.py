@@ -1,4 +1,4 @@
-"""RoutingStatistics: the metrics of a model's MoE layers over many batches."""
+"""RoutingStatistics: metrics of the MoE layers of a model over many batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COUNTS = 7  # filled, slots, entropy, dropped, tokens, asked, given
 
 
 class RoutingStatistics:
-    """Sums over images, from which the routing metrics of every MoE layer follow. Adding never waits for the device.
+    """Sums over images, for the routing metrics of every MoE layer. Adding never waits for the device.
 
     Args:
         model: A module with any number of MoE layers. Layers that torch.compile has compiled are not recorded.
@@ -41,8 +41,8 @@ class RoutingStatistics:
         """Adds the routings of a forward within the context.
 
         Args:
-            valid: [B] bool, True for images that count, False for padding. Where a group has both, the group counts by
-                its share of valid images.
+            valid: [B] bool, True for images that count, False for padding. A group with both has the weight of its
+                share of valid images.
         """
         if not self.experts:
             yield
@@ -65,11 +65,11 @@ class RoutingStatistics:
                 part += _sums(routing, here.view(shape))
 
     def _split(self) -> tuple[Tensor, ...]:
-        """Views of `sums`: the number of images, and the sums of every layer."""
+        """Returns views of `sums`: the number of images, and the sums of every layer."""
         return self.sums.split([1, *(count + _COUNTS for count in self.experts.values())])
 
     def layers(self) -> dict[str, dict[str, Any]]:
-        """The metrics of every recorded layer by the layer's name, as Python numbers.
+        """Computes the metrics of every recorded layer, by the name of the layer, as Python numbers.
 
         Returns:
             For every layer, `load`, the list of tokens per image in every expert's buffer, and the other metrics of
@@ -95,7 +95,7 @@ class RoutingStatistics:
 
 
 def _sums(routing: Routing, weights: Tensor) -> Tensor:
-    """The sums [E + 7] of a routing whose tokens have weights [G, T]."""
+    """Computes the sums [E + 7] of a routing whose tokens have weights [G, T]."""
     usage = routing.usage()
     if routing.mask is not None:
         weights = weights * routing.mask

@@ -1,4 +1,4 @@
-"""Calls of the ops, and refusals of the derivatives that they do not have."""
+"""Calls the ops, and refuses derivatives that they lack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 _FUNCTIONS: dict[OpOverload, type[torch.autograd.Function]] = {}
-"""Gradients in the form that the transforms of torch.func take."""
+"""Gradients in the form that the transforms of torch.func accept."""
 
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
@@ -45,7 +45,7 @@ def _refuse_tangents(op: OpOverload, args: tuple[object, ...]) -> None:
 
 
 def register_gradient(op: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-    """Registers the gradient of an op with the dispatcher, and for `torch.func`, which refuses that of the dispatcher.
+    """Registers the gradient of an op: with the dispatcher, and as a function for `torch.func`, which needs its own.
 
     Args:
         op: Name of the op.

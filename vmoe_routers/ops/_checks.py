@@ -1,4 +1,4 @@
-"""Checks of arguments. An error names the function, the argument, the value that came and the one wanted."""
+"""Checks of arguments. An error names the function, the argument, the wanted value and the value it got."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tracing() -> bool:
 
 
 def traced_size(value: Any) -> Any:
-    """Makes a number of a size that torch.jit.trace gives as a tensor; returns any other value."""
+    """Converts a size that torch.jit.trace passes as a tensor to an int; returns any other value unchanged."""
     return int(value) if tracing() and isinstance(value, Tensor) and value.ndim == 0 else value
 
 
@@ -38,7 +38,7 @@ class Check:
         self.where = where
 
     def tensor(self, name: str, value: object, axes: str | None = None) -> Tensor:
-        """Checks that `value` is a tensor; with `axes`, such as ``"G T E"``, that it has as many axes."""
+        """Checks that `value` is a tensor, and that it has the number of axes in `axes`, such as ``"G T E"``."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.where}: {name} must be a Tensor, got {type(value).__name__}")
         if axes is not None and value.ndim != axes.count(" ") + 1:

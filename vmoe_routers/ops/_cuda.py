@@ -42,7 +42,7 @@ def _without_kernel() -> frozenset[str]:
 
 
 WITHOUT_CUDA = _without_kernel()
-"""Ops without a CUDA kernel, all of them where CUDA was not built or cannot be loaded; each refuses CUDA tensors."""
+"""Ops without a CUDA kernel, which refuse CUDA tensors. These are all ops if no CUDA kernels are loaded."""
 
 for _op in WITHOUT_CUDA:
     _refuse(_op)

@@ -14,7 +14,7 @@ MOST_EXPERTS = 2**20
 """The largest number of experts."""
 
 MOST_EMPTY_SLOTS = 2**20
-"""Slots that a group may have with any number of requests. Empty slots cost memory and time too."""
+"""Number of slots that a group may have even with fewer requests. Empty slots cost memory and time."""
 
 
 def assign_slots(
@@ -50,7 +50,7 @@ def assign_slots(
 def assign_slots_unchecked(
     expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Runs `assign_slots` without checks, except that of the capacity."""
+    """Runs `assign_slots`; checks only the capacity."""
     if not torch.compiler.is_compiling():  # under torch.compile the comparison would specialise a symbolic size
         requests = expert.shape[1] * expert.shape[2]
         check.integer("capacity", capacity, 0, max(requests, MOST_EMPTY_SLOTS // num_experts))

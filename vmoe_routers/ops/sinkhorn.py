@@ -58,12 +58,12 @@ def sinkhorn(
     Args:
         logits: [G, T, E] floating point. A row of -inf marks an absent token.
         epsilon: Strength of the entropy; small values need more iterations.
-        iterations: The number of iterations; with `tolerance`, the most.
-        tolerance: Stops a group when its error, defined below, is at most this.
+        iterations: Number of iterations; with `tolerance`, the largest number.
+        tolerance: Stops a group when its error, defined under Returns, is at most this.
         mask: [G, T] bool, True = real token. Masked tokens get 0 and do not count in n.
         gradient: "unrolled": exact gradient of the iterations done. "implicit": gradient of the fixed point, at the
             plan reached.
-        return_error: Returns the error and the number of iterations too.
+        return_error: Also returns the error and the number of iterations.
 
     Returns:
         The plan, [G, T, E] in logits' dtype. With `return_error` a tuple of the plan, the error

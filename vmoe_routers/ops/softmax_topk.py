@@ -1,4 +1,4 @@
-"""softmax_topk: the k largest gates along one axis, gates being a softmax over the experts."""
+"""softmax_topk: the k largest entries along one axis of a softmax over the experts."""
 
 from __future__ import annotations
 

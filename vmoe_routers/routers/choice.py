@@ -56,9 +56,8 @@ def slots_per_expert(tokens: int, num_experts: int, factor: float, rounding: str
 def _exported_slots(tokens: torch.SymInt, num_experts: int, factor: float, rounding: str, multiple_of: int) -> int:
     """Computes `slots_per_expert` by ops on a tensor, with the same rounding, for torch.export.
 
-    As a formula in the number of tokens, the capacity would end in guards that torch cannot prove for every number of
-    tokens (it is not 1; it does not divide the slots of all groups), and in `ceil` and `round`, which it cannot save.
-    The content of a tensor may be any number.
+    A symbolic formula would fail: torch cannot prove its guards for every number of tokens (the capacity is not 1, and
+    does not divide the slots of all groups), and cannot save `ceil` and `round`. The value of a tensor needs no guards.
     """
     slots = torch.scalar_tensor(tokens, dtype=torch.float64, device="cpu") * factor / num_experts
     slots = (slots.ceil() if rounding == "ceil" else slots.round()).clamp(min=1)

@@ -22,7 +22,7 @@ class Gates(ABC):
     """Values [G, T, E] for every token and expert.
 
     Attributes:
-        source: [G, T, E], the tensor from which the gates are computed, in the dtype and on the device of the gates.
+        source: [G, T, E], the tensor from which the gates are computed. It has their dtype and device.
     """
 
     __slots__ = ()

@@ -1,4 +1,4 @@
-"""Auxiliary losses of the routers: scalars, means over groups that are computed independently.
+"""Auxiliary losses of the routers. Each is computed per group and averaged over groups to a scalar.
 
 Every function takes the router's logits [G, T, E] and a mask [G, T] (True = real token) or None. Gradients flow through
 every term.
@@ -59,8 +59,8 @@ def load_loss(
 def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Computes ``E * sum_e f_e P_e`` (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, equation 4).
 
-    f_e is the share of tokens whose first choice is e, before any are dropped; P_e is the mean over the tokens of the
-    softmax of the noisy logits.
+    f_e is the share of tokens whose first choice is e, before tokens are dropped. P_e is the mean over the tokens of
+    the softmax of the noisy logits.
     """
     _check("balance_loss", "noisy_logits", noisy_logits, mask)
     gates = noisy_logits.softmax(-1)
@@ -98,7 +98,7 @@ def _tokens(like: Tensor, mask: Tensor | None) -> Tensor | int:
 
 
 def _squared_cv(values: Tensor) -> Tensor:
-    """Computes var / mean^2 over the last axis, without a square root, whose gradient at balance is NaN."""
+    """Computes var / mean^2 over the last axis. A square root would have a NaN gradient at balance."""
     mean = values.mean(-1, keepdim=True)
     variance = (values - mean).square().mean(-1)
     return variance / mean.squeeze(-1).square().clamp(min=torch.finfo(values.dtype).tiny)
