@@ -25,7 +25,7 @@ if(torch_has_cuda AND NOT VMOE_CUDA STREQUAL "OFF")
   endif()
 endif()
 if(VMOE_CUDA STREQUAL "ON" AND NOT cuda_built)
-  message(FATAL_ERROR "VMOE_CUDA=ON needs a torch with CUDA (${torch_root}: ${torch_has_cuda}) and "
+  message(FATAL_ERROR "VMOE_CUDA=ON needs a torch with CUDA (${torch_root} has CUDA: ${torch_has_cuda}) and "
                       "nvcc >= 12.0 with a host compiler that nvcc supports (CUDACXX chooses nvcc)")
 endif()
 

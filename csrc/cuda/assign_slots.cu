@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
         slot[at.group * shape.tokens * shape.K + id] = placed ? s : -1;
         if (placed) holder[s] = id;
       });
-  // Marks the empty slots. Every block knows all of them, and writes its share.
+  // Marks the empty slots. Every block has the total of every expert, and marks its share of the
+  // slots.
   for (int64_t s = at.chunk * blockDim.x + threadIdx.x; s < shape.E * shape.C;
        s += shape.chunks * blockDim.x) {
     if (s % shape.C >= total[s / shape.C]) holder[s] = -1;

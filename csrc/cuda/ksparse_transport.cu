@@ -23,7 +23,7 @@ constexpr int kMemory = 10;  // number of (step, change) pairs that L-BFGS keeps
 using Column = Projection<uint64_t>;
 
 struct Seen {
-  int32_t present, bad;  // number of present tokens; not 0 if any entry is NaN or +inf
+  int32_t present, bad;  // number of present tokens; `bad` is not 0 if any entry is NaN or +inf
 };
 
 struct Adam {

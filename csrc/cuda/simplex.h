@@ -68,10 +68,10 @@ __device__ auto project(const Team& team, int64_t n, int64_t k, double scale, Va
 
   projection.largest = join_all(
       team, n, -kInfinity, Largest{}, [&](int64_t i) { return static_cast<double>(value_at(i)); });
-  // Finds tau without sorting. u is the entry minus the largest entry. Each round removes the
-  // entries at or below the threshold and computes the threshold of the remaining ones, until no
-  // entry is removed. No share exceeds 1, so the first threshold is -1. A u that is NaN is not
-  // above any threshold.
+  // Finds tau without sorting. u is the entry minus the largest entry, divided by `scale`. Each
+  // round removes the entries at or below the threshold, and computes the threshold of the
+  // remaining entries, until no entry is removed. No share exceeds 1, so tau is at least -1, which
+  // is the first threshold. A u that is NaN is not above any threshold.
   double threshold = -1;
   for (int32_t support = 0;;) {
     double sum = 0;

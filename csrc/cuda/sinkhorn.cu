@@ -26,7 +26,7 @@ constexpr int kMostThreads = 1024;
 
 struct Range {
   double high, low;          // of the logits other than -inf; a NaN among them makes `high` NaN
-  int64_t present, partial;  // rows with a logit other than -inf; such rows that also have a -inf
+  int64_t present, partial;  // number of present tokens; number of these with a logit of -inf
 };
 
 // Joins `count` ranges. Every warp computes the result for itself.
@@ -426,7 +426,7 @@ struct Layout {
   Layout(Task<T> task_, int row_vectors, int matrices, void* memory) : task(task_) {
     Workspace workspace(memory);
     launch = prepare(task, row_vectors, matrices, workspace);
-    // In device memory, the first matrix is stored in the output; a second one needs memory.
+    // Matrices in device memory: the first is stored in the output, a second needs workspace.
     if (!launch.in_shared && matrices > 1) {
       K = workspace.take<T>(task.crews * task.tokens * task.E);
     }

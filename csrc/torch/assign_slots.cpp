@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor> assign_slots(
 #ifdef VMOE_DEVICE_CUDA
     on_device("assign_slots", expert, {priority}, [&](auto stream) {
       STD_TORCH_CHECK(
-          E <= cuda::assign_slots_most_experts(), "assign_slots: ", E, " experts, at most ",
-          cuda::assign_slots_most_experts(), " on this device");
+          E <= cuda::assign_slots_most_experts(), "assign_slots: num_experts = ", E,
+          ", wanted at most ", cuda::assign_slots_most_experts(), " on this device");
       const bool prioritised = priority_.has_value();
       const Tensor scratch =
           workspace(expert, cuda::assign_slots_workspace<T>(prioritised, shape, K));

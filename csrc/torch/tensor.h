@@ -127,7 +127,7 @@ void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
     case ScalarType::Double:
       return body(double{});
     default:
-      STD_TORCH_CHECK(false, op, ": wanted float32 or float64");
+      STD_TORCH_CHECK(false, op, ": wrong dtype, wanted float32 or float64");
   }
 }
 

@@ -8,7 +8,7 @@ namespace {
 std::tuple<Tensor, Tensor> topk(const Tensor& x_, int64_t k, int64_t dim) {
   const int64_t axes = x_.dim();
   STD_TORCH_CHECK(
-      dim >= 0 && dim < axes, "topk: dim = ", dim, ", wanted 0 or more, and less than ", axes,
+      dim >= 0 && dim < axes, "topk: dim = ", dim, ", wanted at least 0 and less than ", axes,
       ", the number of axes");
   const int64_t n = x_.size(dim);
   STD_TORCH_CHECK(k >= 0 && k <= n, "topk: k = ", k, ", wanted 0 to the length of the axis, ", n);

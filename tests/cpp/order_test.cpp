@@ -45,7 +45,7 @@ TYPED_TEST(Order, KeysGrowWithValues) {
 
 TYPED_TEST(Order, ZerosTie) { EXPECT_EQ(order_key(TypeParam{0}), order_key(-TypeParam{0})); }
 
-TYPED_TEST(Order, EveryNaNIsTheSameLargestKey) {
+TYPED_TEST(Order, EveryNaNHasTheSameLargestKey) {
   using T = TypeParam;
   T signalling = std::numeric_limits<T>::signaling_NaN(), payload;
   std::vector<unsigned char> ones(sizeof(T), 0xFF);

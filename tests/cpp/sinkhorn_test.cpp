@@ -166,7 +166,7 @@ TYPED_TEST(Sinkhorn, PlanIsASoftmaxWithTheLastPotential) {
   }
 }
 
-TYPED_TEST(Sinkhorn, EqualLogitsShareEqually) {
+TYPED_TEST(Sinkhorn, EqualLogitsGetEqualShares) {
   using T = TypeParam;
   const Shape shape{1, 6, 4};
   for (const T value : {T{0}, T{1e4}, -T{1e4}, std::numeric_limits<T>::denorm_min()}) {
@@ -200,7 +200,7 @@ TYPED_TEST(Sinkhorn, LargeLogitsStayExact) {
   auto shifted = logits;
   for (int64_t i = 0; i < shape.size(); ++i) shifted[i] += (i % 4 % 2 ? 8192 : -8192);
   expect_near(sinkhorn(shape, shifted).plan, sinkhorn(shape, logits).plan, kRoundingOfLarge<T>);
-  // At this scale, the only plan is a balanced assignment.
+  // With logits this large, the plan is a balanced assignment of tokens to experts.
   std::vector<T> hard(shape.size(), -T{1e4}), wanted(shape.size(), 0);
   for (int64_t t = 0; t < shape.T; ++t) hard[t * 4 + t % 4] = T{1e4}, wanted[t * 4 + t % 4] = 1;
   const auto result = sinkhorn(shape, hard);
@@ -210,7 +210,7 @@ TYPED_TEST(Sinkhorn, LargeLogitsStayExact) {
 
 TYPED_TEST(Sinkhorn, WideLogitsMatchTheDefinition) {
   using T = TypeParam;
-  // On both sides of the limit of the iteration on exp(M).
+  // Spreads below and above 200, the limit of the iteration on exp(M).
   const Shape shape{1, 8, 4};
   for (const double spread : {150.0, 199.0, 201.0, 400.0, 1000.0}) {
     for (const int64_t iterations : {1, 3, 20, 500}) {
@@ -227,8 +227,8 @@ TYPED_TEST(Sinkhorn, WideLogitsMatchTheDefinition) {
 
 TYPED_TEST(Sinkhorn, MasksLetPotentialsGrow) {
   using T = TypeParam;
-  // Every token reaches two experts, and all but the last prefer the second. From expert to expert
-  // the potentials add up, far beyond the range of the logits.
+  // Every token reaches two experts, and all but the last prefer the second. The potentials grow
+  // from expert to expert, far beyond the range of the logits.
   const int64_t E = 12;
   std::vector<T> chain(E * E, -kInf<T>);
   for (int64_t t = 0; t < E; ++t) {
@@ -270,7 +270,8 @@ TYPED_TEST(Sinkhorn, StopsAtTheTolerance) {
     EXPECT_LE(result.error[g], 1e-3);
     const Shape one{1, shape.T, shape.E};
     const auto alone = group(logits, g, 48);
-    // The plan is that of `steps` iterations, and one iteration fewer misses the tolerance.
+    // The plan equals the plan after `steps` iterations, and one iteration fewer misses the
+    // tolerance.
     EXPECT_EQ(group(result.plan, g, 48), sinkhorn(one, alone, {steps, 1, 0}).plan);
     if (steps > 1) {
       EXPECT_GT(sinkhorn(one, alone, {steps - 1, 1, 0}).error[0], 1e-3);

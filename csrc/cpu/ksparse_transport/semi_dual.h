@@ -130,7 +130,7 @@ class SemiDual {
     }
   }
 
-  // Prepares what all columns share at one alpha: alpha in type T for the filter, its largest
+  // Computes what all columns need to know of alpha: alpha in type T for collect(), its largest
   // absolute value, and the largest decrease of an entry since the last alpha.
   void move_to(const Vector& alpha) {
     std::fill(moved_.begin(), moved_.end(), Moved{});

@@ -131,7 +131,7 @@ TYPED_TEST(CudaKsparseTransport, TiesGoToTheLowerIndex) {
   }
 }
 
-TYPED_TEST(CudaKsparseTransport, AbsentTokensAndForbiddenPairs) {
+TYPED_TEST(CudaKsparseTransport, AbsentTokensAndMaskedPairs) {
   using T = TypeParam;
   const Shape shape{2, 20, 3};
   auto similarity = uniform<T>(shape.size(), 5, 0, 1);

@@ -1,5 +1,5 @@
-// Tests of the emulator. It must report errors of kernels that on a GPU give a wrong result or a
-// hang.
+// Tests of the emulator. It must report errors in kernels that would give a wrong result or a hang
+// on a GPU.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
@@ -192,7 +192,7 @@ __global__ void between_blocks(unsigned* arrived, int* out) {
   if (threadIdx.x == 0) out[2 + blockIdx.x] = out[1 - blockIdx.x];
 }
 
-TEST(Shim, MissingBarrierOfBlocksShows) {
+TEST(Shim, MissingBarrierOfBlocksChangesTheResult) {
   const shim::Schedule before = shim::schedule;
   for (const auto schedule : {shim::Schedule::kForward, shim::Schedule::kBackward}) {
     shim::schedule = schedule;
@@ -360,7 +360,7 @@ __global__ void between_warps(int* out) {
   out[threadIdx.x] = values[1 - warp];  // __syncthreads is missing before this line
 }
 
-TEST(Shim, MissingBarrierOfWarpsShows) {
+TEST(Shim, MissingBarrierOfWarpsChangesTheResult) {
   const shim::Schedule before = shim::schedule;
   std::vector<int> out(64, 0);
   for (const auto schedule : {shim::Schedule::kForward, shim::Schedule::kBackward}) {

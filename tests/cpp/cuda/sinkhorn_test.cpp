@@ -258,7 +258,7 @@ TYPED_TEST(CudaSinkhorn, StopsAtTheTolerance) {
   }
 }
 
-TYPED_TEST(CudaSinkhorn, AbsentTokensAndForbiddenPairs) {
+TYPED_TEST(CudaSinkhorn, AbsentTokensAndMaskedPairs) {
   using T = TypeParam;
   for (const Shape& shape : {Shape{1, 7, 3}, {2, 40, 6}, {1, 9000, 7}}) {
     const Options options{shape.T > 1000 ? 3 : 20, 1, 0};
