@@ -268,7 +268,7 @@ TYPED_TEST(CombineHalves, ComputesInFloat) {
   }
 }
 
-// Outputs large enough for streaming stores: the same bits as for pieces of them.
+// Outputs that are large enough for streaming stores.
 TYPED_TEST(Combine, LargeOutputs) {
   using T = TypeParam;
   const int64_t D = 4096 / sizeof(T), tokens = 8200;

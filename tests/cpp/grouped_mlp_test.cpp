@@ -42,7 +42,8 @@ class GroupedMlp : public ::testing::Test {
   // The error bound that the contract states.
   static constexpr double kError = sizeof(T) == 4 ? 1e-6 : 1e-14;
 
-  // Every number of columns up to a few vectors, so that every remainder occurs.
+  // Calls body(rows, columns, tanh) with numbers of columns that give whole vectors, remainders, or
+  // both.
   template <typename Body>
   static void each_shape(Body&& body) {
     for (int64_t columns : {1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 50}) {

@@ -180,7 +180,7 @@ TYPED_TEST(KsparseProjection, RowWithoutAProjectionIsNaN) {
                                         {nan, inf, -inf}, {nan, nan, nan}, {-inf, -inf, -inf}};
   for (const int64_t k : {1, 2, 3}) {
     for (const auto& row : bad) {
-      // A row of NaN between two good rows must leave these unchanged.
+      // The rows before and after a row without a projection must not change.
       std::vector<T> x{0, 5, 0};
       x.insert(x.end(), row.begin(), row.end());
       x.insert(x.end(), {0, 0, 5});
@@ -246,7 +246,7 @@ TYPED_TEST(KsparseProjection, BackwardIgnoresEntriesOutsideTheSupport) {
   std::vector<T> grad_x(4);
   cpu::ksparse_projection_backward(grad.data(), out.data(), grad_x.data(), 4, 1, 0, 1);
   EXPECT_EQ(grad_x, (std::vector<T>{-1, 0, 1, 0}));
-  const std::vector<T> undefined(4, kNaN<T>);  // an output of NaN passes its gradient on
+  const std::vector<T> undefined(4, kNaN<T>);  // NaN entries are in the support
   cpu::ksparse_projection_backward(out.data(), undefined.data(), grad_x.data(), 4, 1, 0, 1);
   EXPECT_EQ(grad_x, (std::vector<T>{T{1} / 4, -T{1} / 4, T{1} / 4, -T{1} / 4}));
 }

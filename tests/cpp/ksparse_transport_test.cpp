@@ -369,7 +369,7 @@ TEST(KsparseTransportAdam, StopsAfterTheUpdateThatMetTheTolerance) {
 }
 
 TEST(KsparseTransportLbfgs, ConvergesWhereTheSemiDualIsSmooth) {
-  // With k = n there are no kinks: the row sums are right, too.
+  // With k = n there are no kinks, so the row sums converge to 1.
   for (const Shape& shape : {Shape{1, 12, 3}, {1, 40, 4}, {1, 4, 8}}) {
     const auto similarity = uniform<double>(shape.size(), 11, 0, 2);
     const auto plan = transport(shape, similarity, with_k(kLbfgs, shape.T));

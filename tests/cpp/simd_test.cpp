@@ -20,7 +20,7 @@ class Simd : public ::testing::Test {
     return out.values();
   }
 
-  // The smallest argument for which exp is a normal number.
+  // The smallest and the largest argument for which exp is a normal number.
   static constexpr T kLowest = sizeof(T) == 4 ? -87.336 : -708.396;
   static constexpr T kHighest = sizeof(T) == 4 ? 88.722 : 709.782;
   static constexpr double kError = sizeof(T) == 4 ? 2e-7 : 5e-16;

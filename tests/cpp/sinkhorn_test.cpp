@@ -477,8 +477,7 @@ TYPED_TEST(Sinkhorn, GradientsMatchFloat64) {
       implicit(shape, exact_grad, sinkhorn(shape, exact, converged).plan), kRounding<T>);
 }
 
-// Without iterations, the gradient is that of exp(M). No value of `steps` leads to a read out of
-// bounds.
+// `steps` is clamped to [0, iterations], so that history is not read out of bounds.
 TYPED_TEST(Sinkhorn, BackwardClampsSteps) {
   using T = TypeParam;
   const Shape shape{2, 6, 3};

@@ -91,7 +91,7 @@ TEST(SoftLogitsBackward, IsTheGradient) {
   auto x = uniform<double>(rows * D, 1, -1, 1);
   for (int64_t d = 0; d < D; ++d) x[d] = 0;
   const auto phi = uniform<double>(D * S, 2), weight = uniform<double>(rows * S, 3);
-  // sum of weight * r <x, phi>
+  // The sum of weight * r <x, phi>.
   const auto loss = [&](const std::vector<double>& tokens) {
     std::vector<double> products(rows * S);
     for (int64_t row = 0; row < rows; ++row) {

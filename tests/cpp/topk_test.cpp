@@ -139,8 +139,8 @@ TYPED_TEST(Topk, EmptyShapes) {
   using T = TypeParam;
   const std::vector<T> none;
   this->expect_sorted(none, 0, 5, 1, 2);  // no rows
-  this->expect_sorted(none, 3, 0, 2, 0);  // axis 1 is empty
-  this->expect_sorted(none, 3, 4, 0, 2);  // axis 2 is empty
+  this->expect_sorted(none, 3, 0, 2, 0);  // n = 0
+  this->expect_sorted(none, 3, 4, 0, 2);  // M = 0
 }
 
 TYPED_TEST(Topk, PiecesGiveTheSameBits) {

@@ -102,8 +102,8 @@ TYPED_TEST(CudaKsparseTransport, LargeGroups) {
   this->expect_as_on_cpu(shape, std::vector<T>(shape.size(), -kInf<T>), this->adam(3, 2));
 }
 
-// Depending on the tolerance, the first gradient, a later one or none meets it. A group must not
-// stop when another group stops.
+// Depending on the tolerance, the first gradient, a later gradient or no gradient meets it. A group
+// must not stop when another group stops.
 TYPED_TEST(CudaKsparseTransport, StopsAtTheTolerance) {
   using T = TypeParam;
   for (const Shape& shape : {Shape{2, 12, 3}, {2, 2000, 29}}) {

@@ -21,7 +21,7 @@ int main(int argc, char** argv) {
       continue;
     }
 #endif
-    std::cerr << "cuda_tests: cannot run with " << argument << "\n";
+    std::cerr << "cuda_tests: unsupported argument " << argument << "\n";
     return 2;
   }
   return RUN_ALL_TESTS();

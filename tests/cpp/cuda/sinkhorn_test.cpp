@@ -315,8 +315,7 @@ TYPED_TEST(CudaSinkhorn, GradientOfABadGroupIsNaN) {
   }
 }
 
-// The rows of the plan sum to 1 even if logits are so large that adding log_sum to them rounds it
-// away.
+// The rows of the plan sum to 1 even if a logit plus log_sum rounds to the logit.
 TYPED_TEST(CudaSinkhorn, RowsOfLargeEqualLogitsSumToOne) {
   using T = TypeParam;
   const Shape shape{1, 6, 3};

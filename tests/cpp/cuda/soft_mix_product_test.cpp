@@ -216,7 +216,7 @@ TYPED_TEST(CudaSoftMixProduct, RefusesUnsupportedShapes) {
 }
 
 #ifdef VMOE_SHIM
-// With little shared memory blocks take fewer lines, or the kernel refuses the shape.
+// With little shared memory, a block computes fewer lines, or soft_mix_product returns false.
 TYPED_TEST(CudaSoftMixProduct, LittleSharedMemory) {
   const size_t before = shim::shared_limit;
   for (const bool over_tokens : {false, true}) {
