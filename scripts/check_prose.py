@@ -23,7 +23,7 @@ HASH_NAMES = ("CMakeLists.txt", "Makefile", ".ci/run")
 PROSE = (".md", ".cff")
 # The most columns of a line with a comment, in C++ and in other files. ruff checks the lines of Python.
 CPP_COLUMNS, COLUMNS = 100, 120
-# Only words that no comment of this repository needs: a rule here has no exceptions.
+# Words that no comment of this repository needs: the rules have no exceptions.
 RULES = {
     r"^Of\b(?! course)": 'begins with "Of": begin with the noun or the verb',
     r"\b(?:no|some)body\b": "name who or what it is",
@@ -38,12 +38,12 @@ RULES = {
 
 
 def is_hash_file(path: Path) -> bool:
-    """Tells whether comments of the file begin with #, Python aside."""
+    """Tells whether comments of the file begin with #; False for Python files."""
     return path.suffix in HASH or path.as_posix().endswith(HASH_NAMES)
 
 
 def comments(path: Path) -> Iterator[tuple[int, str]]:
-    """The comments, docstrings or lines of prose of a file, with the number of their line."""
+    """Yields the comments, docstrings or lines of prose of a file, each with its line number."""
     text = path.read_text()
     if path.suffix == ".py":
         before = tokenize.NEWLINE
@@ -74,11 +74,11 @@ def comments(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def violations(path: Path) -> Iterator[tuple[int, str]]:
-    """The number of a line and what is wrong with it."""
+    """Yields every violation: the line number and the message."""
     sentence_ended = True
     last = -1
     for number, text in comments(path):
-        # A line that goes on with a sentence may begin with "Of" by chance of the line break.
+        # A line that continues a sentence may begin with "Of".
         begins = sentence_ended or number != last + 1
         for pattern, message in RULES.items():
             if (begins or not pattern.startswith("^")) and re.search(pattern, text):
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
     else:
         tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
         paths = [ROOT / name for name in tracked.splitlines()]
-    # Its own rules name the words, and so does CONTRIBUTING.
+    # This file and CONTRIBUTING name the forbidden words.
     skipped = (Path(__file__).resolve(), ROOT / "CONTRIBUTING.md")
     found = 0
     for path in paths:

@@ -53,7 +53,7 @@ run() {
 part() {
   local name=$1 limit=$2 began=$SECONDS rc=0 result=passed left end
   if [ -n "$quick" ]; then left=$((total - began)) limit=$(($3 < left ? $3 : left)); fi
-  if [ "$limit" -lt 5 ]; then row "$name" "no time" '' "the parts before it took all of it"; return 1; fi
+  if [ "$limit" -lt 5 ]; then row "$name" "no time" '' "earlier parts took all the time"; return 1; fi
   end=$((began + limit))
   shift 3
   if [ -n "$dry_run" ]; then
