@@ -154,6 +154,14 @@ def test_train_fits_the_recipe_to_another_router(monkeypatch):
     assert settings.model_args["embed_dim"] == 64
 
 
+def test_train_keeps_the_recipes_architecture_for_its_own_model(monkeypatch):
+    arguments = "--model", "vit_tiny_patch16_224", "--upcycle", "soft", "--model_args.depth", "2"
+    settings, _ = trained_with(monkeypatch, *arguments)
+    assert settings.model_args == {"depth": 2} and settings.upcycle == "soft"
+    assert settings.router is settings.num_experts is settings.group_size is None
+    assert settings.shift == 1  # still the recipe of digits
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_can_be_given_back(monkeypatch, recipe):
     settings, _ = trained_with(monkeypatch, "--recipe", recipe)

@@ -79,7 +79,11 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
     recipe = given.get("--recipe", config.pop("recipe", recipe_for(data)))
     if recipe not in RECIPES:
         raise OptionError(f"recipe {recipe!r} does not exist; there are {names}", "recipe")
-    defaults = {**RECIPES[recipe]().to_dict(), **config}
+    defaults = RECIPES[recipe]().to_dict()
+    model = given.get("--model", config.get("model", defaults["model"]))
+    if defaults["model"] == "vit_moe" != model:  # the recipe's architecture and router are those of its own model
+        defaults |= {"model_args": {}, "router": None, "num_experts": None, "group_size": None}
+    defaults |= config
     router = given.get("--router", defaults["router"])
     if router != defaults["router"] and "model_args" not in config:  # the recipe's options of its own router
         foreign = router_options(defaults["router"]) - router_options(router if router in ROUTERS else None)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -22,6 +23,8 @@ from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.options import OptionError
 from vmoe_routers.training import RECIPES, TrainSettings, checkpoint, evaluate, train
 from vmoe_routers.training.checkpoint import TrainingCheckpointError
+from vmoe_routers.training.layout import lay_out
+from vmoe_routers.training.processes import World
 from vmoe_routers.training.settings import read_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,7 +211,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(undisturbed, tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
         patch.setattr(Path, "rename", full)
         run(tmp_path)
-    assert [path.name for path in checkpoint.saved(tmp_path / "checkpoints")] == ["00000002", "00000004"]
+    assert [path.name for path in checkpoint.saved(tmp_path / "checkpoints")] == ["00000004", "00000005"]
     assert (tmp_path / "checkpoints/00000006.partial").exists()
     run(tmp_path)
     assert result(tmp_path) == result(undisturbed)
@@ -232,9 +235,28 @@ def test_another_training_in_the_folder_is_refused(undisturbed):
     assert result(undisturbed) == before
 
 
+def test_two_trainings_in_a_folder_are_refused(undisturbed, monkeypatch):
+    before = result(undisturbed)
+    monkeypatch.setattr(sys.modules[train.__module__], "_LOCK_TIMEOUT", 0.0)
+    with FileLock(undisturbed / ".lock"), pytest.raises(OptionError, match="another process trains in this folder"):
+        run(undisturbed)
+    assert result(undisturbed) == before
+
+
 def test_kept_checkpoints(tmp_path):
-    run(tmp_path, keep=["every"], epochs=1, save_every=1)
-    assert len(checkpoint.saved(tmp_path / "checkpoints")) == 5
+    run(tmp_path / "every", keep=["every"], epochs=1, save_every=1)
+    assert len(checkpoint.saved(tmp_path / "every/checkpoints")) == 5
+    run(tmp_path / "best", keep=["best"], evaluate_every=3, save_every=10)  # the best is at no multiple of save_every
+    names = {path.name for path in checkpoint.saved(tmp_path / "best/checkpoints")}
+    evaluations = rows(tmp_path / "best/evaluations.csv")
+    best = max(evaluations, key=lambda row: float(row["top1"]))
+    assert f"{int(best['step']):08d}" in names and "00000010" in names
+
+
+def test_float16_is_refused_for_sharded_models():
+    settings = TrainSettings(**{**OPTIONS, "parallel": "fsdp", "precision": "float16"})
+    with pytest.raises(OptionError, match="precision 'float16' needs its loss scaled, which parallel 'fsdp' cannot"):
+        lay_out(torch.nn.Linear(1, 1), settings, World(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

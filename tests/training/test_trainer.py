@@ -185,6 +185,16 @@ def test_steps_that_are_not_finite_change_nothing(optimizer):
     assert average.keys() == trainer.ema.values.keys()
 
 
+def test_an_infinite_loss_with_a_finite_gradient_changes_nothing():
+    model = tiny()
+    trainer = Trainer(model, Optimisation(warmup=0.0, weight_decay=0.0), 10)
+    weight = torch.tensor([float("inf"), 0.0, 0.0])
+    model.register_forward_hook(lambda module, args, output: output - weight)
+    before = values(model)
+    report = trainer(batch()[0], torch.zeros(8, dtype=torch.int64))
+    assert torch.isinf(report.loss) and trainer.skipped == 1 and torch.equal(values(model), before)
+
+
 def test_the_first_layer_that_is_not_finite_is_named():
     model = tiny()
     trainer = Trainer(model, Optimisation(max_skipped=1), 10)
@@ -267,3 +277,11 @@ def test_arguments_of_the_optimizer():
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.6)
     with pytest.raises(OptionError, match=r"optimizer 'adamw' with .*'beta'"):
         make_optimizer(tiny(), Optimisation(optimizer_args={"beta": 1}))
+    with pytest.raises(OptionError, match="'adahessian' needs second derivatives"):
+        Optimisation(optimizer="adahessian")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="optimizers of CUDA")
+def test_an_optimizer_that_needs_cuda_is_refused():
+    with pytest.raises(OptionError, match=r"optimizer 'fusedadam' with .*(APEX|CUDA)"):
+        make_optimizer(tiny(), Optimisation(optimizer="fusedadam"))

@@ -76,6 +76,12 @@ def lay_out(model: nn.Module, settings: TrainSettings, world: World) -> nn.Modul
     """
     model = model.to(world.device)
     if settings.parallel == "fsdp" and world.size > 1:
+        if settings.precision == "float16":
+            raise OptionError(
+                "precision 'float16' needs its loss scaled, which parallel 'fsdp' cannot; take 'bfloat16'",
+                "precision",
+                "parallel",
+            )
         try:
             meshes = Meshes.make(world.device.type, replicate=settings.replicate, ep=settings.ep)
             return parallelize(

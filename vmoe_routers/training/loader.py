@@ -302,7 +302,7 @@ def _read(reader: _Reader, draws: Any, workers: int, device: torch.device | str)
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=torch.device(device).type == "cuda",
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # torch would draw from the main process's generator
     )
     return iter(loader)
@@ -312,9 +312,10 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    """The main process ends the workers, after it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_interrupts(worker: int) -> None:
+    """The main process ends the workers, after it has saved. torchrun and Slurm send SIGTERM to workers, too."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _of_worker(error: RuntimeError) -> Exception:

@@ -76,6 +76,10 @@ class Optimisation:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}", name)
+        if self.optimizer == "adahessian":
+            raise OptionError(
+                "optimizer 'adahessian' needs second derivatives, which training does not make", "optimizer"
+            )
         if self.optimizer not in ("adamw", "sgd") and self.optimizer not in list_optimizers():
             raise OptionError(
                 f"optimizer {self.optimizer!r} does not exist; there are adamw, sgd and the names of "
@@ -221,5 +225,5 @@ def make_optimizer(model: nn.Module, o: Optimisation) -> torch.optim.Optimizer:
             fused = not any(isinstance(p, DTensor) for group in groups for p in group["params"])
             return torch.optim.SGD(groups, lr=o.learning_rate, **{"momentum": 0.9, "fused": fused, **o.optimizer_args})
         return create_optimizer_v2(groups, o.optimizer, lr=o.learning_rate, **o.optimizer_args)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # the last where it needs CUDA
         raise OptionError(f"optimizer {o.optimizer!r} with {o.optimizer_args}: {error}", "optimizer_args") from error

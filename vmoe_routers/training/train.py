@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import yaml
+from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import save
@@ -34,6 +37,7 @@ from vmoe_routers.training.trainer import Trainer
 from vmoe_routers.training.transforms import Mixing, Transform
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
+_LOCK_TIMEOUT = 15.0  # seconds; the workers of a killed process keep its lock until they notice, after about 5
 
 
 def train(
@@ -124,7 +128,11 @@ def _train(settings: TrainSettings, world: World, console: Console) -> Path:
     data = open_data(settings.data, data_root=settings.data_root)
     plan = Plan.make(settings, data, world)
     model = make_model(settings, data, plan.image_size)
-    _claim(settings, world)
+    with _claimed(settings, world):
+        return _run(settings, world, console, data, plan, model)
+
+
+def _run(settings: TrainSettings, world: World, console: Console, data: Data, plan: Plan, model: nn.Module) -> Path:
     trainer = Trainer(
         lay_out(model, settings, world),
         settings,
@@ -146,7 +154,7 @@ def _train(settings: TrainSettings, world: World, console: Console) -> Path:
     with outputs, batches, asking() as interrupt:
         for batch in batches:
             step = trainer.step + 1
-            is_last = step == plan.steps
+            is_last, is_best = step == plan.steps, False
             is_logged = is_last or step % settings.log_every == 0
             images, targets = batch.images, batch.labels
             if mix is not None:
@@ -161,11 +169,14 @@ def _train(settings: TrainSettings, world: World, console: Console) -> Path:
             if is_last or step % plan.evaluate_every == 0:
                 found = _evaluate(settings, data, plan, trainer, world)
                 outputs.evaluated(step, step / plan.steps_per_epoch, found)
-                if best is None or found.top1 > best["top1"]:
+                is_best = best is None or found.top1 > best["top1"]
+                if is_best:
                     best = {"step": step, "top1": found.top1}
                 meter.restart()
-            is_stopped = is_logged and world.any(interrupt.asked)
-            if is_last or is_stopped or step % plan.save_every == 0:
+            # Several processes agree, which waits for all of them.
+            is_stopped = (is_logged or world.size == 1) and world.any(interrupt.asked)
+            is_kept = is_best and "best" in settings.keep
+            if is_last or is_stopped or is_kept or step % plan.save_every == 0:
                 checkpoint.save(settings.output / CHECKPOINTS, trainer, {"best": best})
                 checkpoint.tidy(settings.output / CHECKPOINTS, settings.keep, best["step"] if best else None)
                 meter.restart()
@@ -196,12 +207,30 @@ def _dry_run(settings: TrainSettings, world: World, console: Console) -> Path:
     return path
 
 
-def _claim(settings: TrainSettings, world: World) -> None:
-    """Writes the settings to the output folder, or checks that the training in it has the same.
+@contextmanager
+def _claimed(settings: TrainSettings, world: World) -> Iterator[None]:
+    """Locks the output folder, and writes the settings to it or checks that the training in it has the same.
 
     Raises:
-        OptionError: the folder has a training with other settings, or cannot be written.
+        OptionError: the folder has a training with other settings, cannot be written, or another process trains in it.
     """
+    lock = FileLock(settings.output / ".lock", timeout=_LOCK_TIMEOUT)
+    if world.first:
+        make_output(settings.output)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise OptionError(
+                f"output {str(settings.output)!r}: another process trains in this folder", "output"
+            ) from None
+    try:
+        _check_and_write(settings, world)
+        yield
+    finally:
+        lock.release()
+
+
+def _check_and_write(settings: TrainSettings, world: World) -> None:
     path, wanted = settings.output / SETTINGS, settings.to_dict()
     if checkpoint.saved(settings.output / CHECKPOINTS):
         found = read_settings(path)
@@ -217,7 +246,6 @@ def _claim(settings: TrainSettings, world: World) -> None:
                 "output",
             )
     if world.first:
-        make_output(settings.output)
         write_whole(path, lambda partial: partial.write_text(yaml.safe_dump(wanted, sort_keys=False)))
 
 

@@ -130,7 +130,10 @@ class Trainer:
             logits = self.model(images)
         loss = criterion(logits, targets, o.loss, o.label_smoothing)
         auxiliary = aux_loss(self.plain).to(loss.dtype)
-        self.scaler.scale((loss + auxiliary) / parts).backward()
+        total = loss + auxiliary
+        # A gradient can be finite where the loss is infinite. NaN in it makes all ranks skip the step.
+        weight = torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))
+        self.scaler.scale(total / parts * weight).backward()
         return torch.stack([loss.detach(), auxiliary.detach()])
 
     def _synchronising(self, last: bool) -> AbstractContextManager[Any]:
