@@ -372,3 +372,12 @@ def test_the_output_folder_is_not_the_model(undisturbed, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OptionError, match=r"output '.*file' cannot be made: File exists"):
         evaluate(str(undisturbed / "model"), "digits", output=tmp_path / "file")
+
+
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(OptionError, match="pretrained weights of 'test_vit' cannot be had: no connection"):
+        run(tmp_path, model="test_vit", pretrained=True)

@@ -51,6 +51,10 @@ def load_model(
             upcycle(found, **upcycled)
     except OptionError:
         raise
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise OptionError(f"pretrained weights of {model!r} cannot be had: {error}", "pretrained") from error
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise OptionError(f"model {model!r}: {error}", "model") from error
     return found
