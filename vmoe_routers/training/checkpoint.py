@@ -1,7 +1,7 @@
-"""Checkpoints of a training: written under a temporary name, then renamed, in torch.distributed.checkpoint's format.
+"""Checkpoints of a training, in the format of torch.distributed.checkpoint, replaced as a whole.
 
 A checkpoint holds the parameters, the optimizer's state, the average of the parameters and the step. Order,
-augmentation, noise and dropout are functions of the seed and the step, so no generator's state is needed. The files
+augmentation, noise and dropout are functions of the seed and the step, so no state of a generator is needed. The files
 do not depend on the number of ranks. They hold pickled metadata: read only checkpoints that you wrote.
 """
 
@@ -29,7 +29,7 @@ _INFO = "training.json"  # beside the files of torch; written last
 
 
 class TrainingCheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message names the folder."""
+    """Unusable checkpoint. The message names the folder."""
 
 
 def save(folder: Path, trainer: Trainer, info: dict[str, Any]) -> Path:
@@ -66,7 +66,7 @@ def save(folder: Path, trainer: Trainer, info: dict[str, Any]) -> Path:
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """Lists the checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8,}", path.name) and path.is_dir())
@@ -76,7 +76,8 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     """Reads the description of a checkpoint and checks that its files are complete.
 
     Raises:
-        TrainingCheckpointError: The folder is no checkpoint, of a newer format, or a file is missing or truncated.
+        TrainingCheckpointError: The folder is not a checkpoint, or has a newer format; or a file is missing or
+            truncated.
     """
     try:
         info = json.loads((checkpoint / _INFO).read_text())
@@ -99,14 +100,14 @@ def restore(folder: Path, trainer: Trainer, say: Callable[[str], None]) -> dict[
 
     Args:
         folder: The folder of all checkpoints.
-        trainer: The training, which takes over the state.
+        trainer: The training; gets the state.
         say: Called with one line for every checkpoint that cannot be read.
 
     Returns:
         The `info` of `save`, or None if there is no checkpoint.
 
     Raises:
-        TrainingCheckpointError: There are checkpoints, and none can be read.
+        TrainingCheckpointError: There are checkpoints, but none can be read.
     """
     problems = []
     for checkpoint in reversed(saved(folder)):
@@ -127,13 +128,13 @@ def load(checkpoint: Path, trainer: Trainer) -> None:
     """Loads a checkpoint into a training with the same model and optimizer, on any number of ranks.
 
     Raises:
-        TrainingCheckpointError: The files are damaged, or of another model or optimizer.
+        TrainingCheckpointError: The files are damaged, or belong to another model or optimizer.
     """
     state = trainer.state_dict()
     with _quiet():
         try:
             read_state(state, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
-        except (Exception, CheckpointException) as error:  # a BaseException, with the reader's error
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
             reason = _cause(error)
             raise TrainingCheckpointError(f"{checkpoint}: damaged, or of another model: {reason}") from error
     trainer.load_state_dict(state)
@@ -144,8 +145,8 @@ def tidy(folder: Path, keep: Iterable[str], best: int | None) -> None:
 
     Args:
         folder: The folder of all checkpoints.
-        keep: "last" keeps the newest two, of which one remains if the newest is damaged; "best" the one of step
-            `best`; "every" all.
+        keep: "last" keeps the newest two, so that one is left if the newest is damaged; "best" keeps the checkpoint of
+            step `best`; "every" keeps all.
         best: The step with the best accuracy so far.
     """
     if _rank() != 0 or not folder.is_dir():
@@ -160,7 +161,7 @@ def tidy(folder: Path, keep: Iterable[str], best: int | None) -> None:
 
 
 def _cause(error: Any) -> str:
-    """One line with the reason, which torch's exceptions hold by rank."""
+    """Extracts the reason in one line; exceptions of torch hold one reason per rank."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))
@@ -180,7 +181,7 @@ def _barrier() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences torch's warning on a single process, and its log lines on a checkpoint that cannot be read."""
+    """Silences torch: its warning about a single process, and its log lines about unreadable checkpoints."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

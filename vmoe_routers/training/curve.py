@@ -1,4 +1,4 @@
-"""The picture of a training: loss and accuracy by step."""
+"""Picture of a training: loss and accuracy over steps."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from vmoe_routers.training.samples import Samples, Tensors
 from vmoe_routers.training.sources import import_torchvision, open_data
 
 MAX_SIZE = 1 << 31  # largest value of an option that counts pixels or images
-DEFAULT_SIZE = 32  # of images that differ in size
+DEFAULT_SIZE = 32  # size to which images of different sizes are resized
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Images:
         train_images, test_images: [N, channels, height, width] float32 in [0, 1], square.
         train_labels, test_labels: [N] int64, in [0, num_classes).
         num_classes: at least 2.
-        is_default_size: whether images of different sizes were resized to `DEFAULT_SIZE`, since no size was asked for.
+        is_default_size: whether images of different sizes were resized to `DEFAULT_SIZE`, because no size was given.
     """
 
     name: str
@@ -62,8 +62,8 @@ def load(
     Args:
         data: the name or folder, as `open_data` takes it.
         image_size: resize to this height and width. None keeps the size; images in files are resized to 32.
-        max_images: keep at most this many training images and this many test images: an even selection of images in
-            files, the first of all other data.
+        max_images: keep at most this many training images and this many test images: evenly spaced images in files,
+            the first images of all other data.
         data_root: the folder for downloads of torchvision.
 
     Raises:
@@ -92,7 +92,7 @@ def load(
 
 
 def fit(images: Images, size: int, channels: int) -> Images:
-    """The images at another size and number of channels.
+    """Converts the images to another size and number of channels.
 
     Raises:
         OptionError: the images do not fit in memory.
@@ -107,7 +107,7 @@ def fit(images: Images, size: int, channels: int) -> Images:
 
 
 def evenly(size: int, most: int) -> Tensor:
-    """At most `most` evenly spaced indices of `size` examples, which cover all classes of examples sorted by class."""
+    """Returns at most `most` evenly spaced indices of `size` examples. They cover all classes of sorted examples."""
     return torch.linspace(0, size - 1, min(size, most)).long()
 
 

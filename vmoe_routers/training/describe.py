@@ -1,4 +1,4 @@
-"""What a training will do, in a few lines: data, model, cost, steps, memory."""
+"""Describes a training in a few lines: data, model, cost, steps, memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def describe(settings: TrainSettings, data: Data, plan: Plan, model: nn.Module, world: World) -> str:
-    """Describes data, model and steps, in a line each. The model may be sharded."""
+    """Describes data, model and steps, one line each. The model may be sharded."""
     size = f" of {data.size} x {data.size}" if data.size else ""
     layers = sum(isinstance(module, MoEMlp) for module in model.modules())
     routers = sorted({type(m.router).__name__ for m in model.modules() if isinstance(m, MoEMlp)})
@@ -72,7 +72,7 @@ def memory_estimate(model: nn.Module, settings: TrainSettings, data: Data, image
 
 
 def _kept(model: nn.Module, images: Tensor) -> int:
-    """Bytes that autograd keeps for a forward, without parameters."""
+    """Measures the bytes that autograd keeps for a forward, without parameters."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
 
@@ -102,5 +102,5 @@ def draw_batch(images: Tensor, augmentation: Augmentation, path: Path) -> None:
     if images.shape[1] == 1:
         mean, std = mean.mean(1, keepdim=True), std.mean(1, keepdim=True)
     shown = (images[:64].cpu() * std + mean).clamp(0, 1)
-    small = max(1, 48 // shown.shape[-1])  # tiny images are magnified
+    small = max(1, 48 // shown.shape[-1])  # magnifies tiny images
     save_image(shown.repeat_interleave(small, 2).repeat_interleave(small, 3), path, nrow=8, padding=4, pad_value=1)

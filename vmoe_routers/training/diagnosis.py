@@ -15,9 +15,9 @@ def first_not_finite(model: nn.Module, images: Tensor, device: str, dtype: torch
     """Runs a forward and describes the first module or parameter whose values are not finite.
 
     Args:
-        model: The model, in the mode in which it is.
+        model: The model; its mode does not change.
         images: A batch.
-        device, dtype: Of the autocast; dtype None runs without.
+        device, dtype: Device type and dtype of the autocast; dtype None: no autocast.
     """
     if not _finite(images):
         return "the images have values that are not finite"

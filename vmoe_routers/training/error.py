@@ -1,5 +1,5 @@
-"""The error of functions that read data."""
+"""DataError, raised by functions that read data."""
 
 
 class DataError(ValueError):
-    """Data that cannot be read. The message says what was wanted."""
+    """Unreadable data. The message says what was wanted."""

@@ -1,4 +1,4 @@
-"""evaluate: the evaluation of a model by name, which ``vmoe-routers eval`` runs."""
+"""evaluate: evaluates a model by name, for ``vmoe-routers eval``."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def evaluate(
 ) -> Evaluation | Throughput:
     """Evaluates a model on the test images of a data set, prints tables, and writes evaluation.json and per_class.csv.
 
-    On many devices, every process that torchrun started calls it; every image counts once.
+    On many devices, every process that torchrun started calls this function; every image counts once.
 
     Args:
         model: a folder of save_pretrained, P of a V-MoE checkpoint (P.index), "vit_moe", or a model of timm.
         data: "digits", a folder, or another name that `open_data` takes (docs/data.md).
         data_root: where data sets of torchvision are, or are downloaded to.
         image_size: height and width of the model's input, in pixels. None: the model's own.
-        normalization: "inception", "imagenet", "clip" or "none". None: as in the model's training, where it is known.
-        crop_pct: the central share of an image that the model sees. None: as in the model's training.
+        normalization: "inception", "imagenet", "clip" or "none". None: as in the model's training, if it is known.
+        crop_pct: central share of an image that the model sees. None: as in the model's training.
         batch_size: images per batch, on all processes together.
         pretrained: load timm's weights of the model, which are downloaded.
         model_args: arguments that replace the model's own, such as {capacity_factor: 2}.
@@ -60,12 +60,12 @@ def evaluate(
         workers: processes that load images.
         bad_images: "stop" ends the evaluation at an unreadable image, "skip" leaves it out and counts it.
         output: the folder for the files.
-        benchmark: time forwards of random images, and evaluate nothing; writes throughput.json.
-        console: where the tables are shown.
+        benchmark: time forwards of random images instead, and write throughput.json.
+        console: console that shows the tables.
 
     Raises:
-        ValueError: options, model or data that do not fit. The message is for the user.
-        OSError: a file cannot be written.
+        ValueError: Options, model or data do not fit together. The message is for the user.
+        OSError: A file cannot be written.
     """
     console = console or Console(markup=False, emoji=False, highlight=False)
     if batch_size < 1:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from vmoe_routers.inspect import RoutingStatistics
 
-BINS = 15  # of the calibration error
+BINS = 15  # bins of the calibration error
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of `evaluate_model`.
+    """Result of `evaluate_model`.
 
     Attributes:
         images: number of images.
@@ -32,9 +32,9 @@ class Evaluation:
             largest probability; a bin includes its upper end.
         images_per_second: images over the seconds of the whole evaluation, with reading the data and the metrics.
         classes: for every class: `images`, `top1`, `top5` and `loss` over the images of this class; `predicted`, the
-            number of images with this prediction; and `precision`, the share of them that are of this class. None where
-            there are no such images.
-        layers: for the name of every MoE layer, the metrics of `RoutingStatistics.layers`.
+            number of images with this prediction; and `precision`, the share of these predictions that are right. A
+            value without images is None.
+        layers: metrics of `RoutingStatistics.layers`, by the name of the MoE layer.
     """
 
     images: int
@@ -51,13 +51,13 @@ class Evaluation:
 def evaluate_model(model: nn.Module, batches: Iterable[Sequence[Tensor]], num_classes: int) -> Evaluation:
     """Evaluates a classifier in eval mode. Afterwards, every module has the mode that it had before.
 
-    Where torch.distributed is initialised, every process must call it with its own batches, and gets the result over
-    the images of all. No batch waits for the device.
+    If torch.distributed is initialised, every process must call this function with its own batches, and gets the result
+    over the images of all processes. No batch waits for the device.
 
     Args:
         model: From images to logits [N, num_classes], or to an output with the attribute `logits`.
-        batches: Images [N, ...], labels [N] int64, and, if wanted, valid [N] bool, False for images that do not count,
-            such as padding. Images are moved to the device and to the dtype of the model's first parameter.
+        batches: Images [N, ...], labels [N] int64 and, optionally, valid [N] bool: False for images that do not count,
+            such as padding. Images are moved to the device and the dtype of the model's first parameter.
         num_classes: Number of classes.
 
     Raises:
@@ -98,7 +98,7 @@ class _Sums:
         classes: [num_classes, 4], by label: images, right in the top 1, right in the top 5, loss.
         predicted: [num_classes], images by prediction.
         bins: [BINS, 3], by confidence: images, right in the top 1, confidence.
-        out_of_range: [1], labels that are no class.
+        out_of_range: [1], number of labels out of range.
     """
 
     def __init__(self, num_classes: int, device: torch.device):
@@ -117,13 +117,13 @@ class _Sums:
                 f"got {list(logits.shape)}"
             )
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # A label out of range would end the CUDA context. It is counted instead, and reported at the end.
+        # A label out of range would end the CUDA context, so count it and report it at the end.
         in_range = (labels >= 0) & (labels < count)
         self.out_of_range += (valid & ~in_range).sum()
         valid, labels = valid & in_range, labels.where(in_range, 0)
         own = logits.gather(1, labels.unsqueeze(1))
         before = torch.arange(count, device=logits.device) < labels.unsqueeze(1)
-        # Not `logits > own`, so that NaN counts as larger.
+        # `~(logits <= own)`, unlike `logits > own`, counts NaN as larger.
         rank = (~(logits <= own) | ((logits == own) & before)).sum(1)
         loss = F.cross_entropy(logits, labels, reduction="none")
         confidence = logits.softmax(1).amax(1)
@@ -138,7 +138,7 @@ class _Sums:
 
 
 def _reduced(sums: _Sums, routing: RoutingStatistics, start: float) -> Evaluation:
-    """The evaluation, from the sums over all processes."""
+    """Adds the sums of all processes and computes the evaluation."""
     parts = [sums.classes, sums.predicted, sums.bins, sums.out_of_range, routing.sums]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         together = torch.cat([part.flatten() for part in parts])

@@ -15,11 +15,11 @@ from vmoe_routers.training.data import evenly
 
 L2_REGULARISERS = tuple(2.0**i for i in range(-10, 20))
 SHOTS = 10
-BIAS = 100.0  # the value of the constant feature, which is regularised like every feature
+BIAS = 100.0  # value of the constant feature, which is regularised like every other feature
 
 
 def sample_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """Indices of `shots` random examples of every class, sorted by class."""
+    """Draws the indices of `shots` random examples of every class, sorted by class."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -31,7 +31,7 @@ def sample_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
 
 
 def probe_seed(seed: int, sub_seed: int) -> int:
-    """The generator's seed, from a study's seed and the number of a draw."""
+    """Computes the seed of the generator from the seed of a study and the number of a draw."""
     return hash((seed, sub_seed)) % 2**31
 
 
@@ -42,13 +42,18 @@ def whiten(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def shot_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The shots' mean, and their population standard deviation plus 1e-5, both [1, D] float64."""
+    """Computes mean and population standard deviation, plus 1e-5, of the shots; both [1, D] float64."""
     features = features.double()
     return features.mean(0, keepdim=True), features.std(0, keepdim=True, correction=0) + 1e-5
 
 
 def fit_ridge(white: Tensor, labels: Tensor, num_classes: int, l2: tuple[float, ...]) -> Tensor:
-    """Weights [len(l2), D + 1, classes] that minimise ``|white W - targets|^2 + l2 |W|^2``, targets 2 * onehot - 1."""
+    """Fits ridge regression for every regulariser.
+
+    Returns:
+        Weights W [len(l2), D + 1, classes] that minimise ``|white W - targets|^2 + l2 |W|^2``, with targets
+        ``2 * onehot - 1``.
+    """
     targets = 2 * torch.nn.functional.one_hot(labels, num_classes).double() - 1
     values, vectors = torch.linalg.eigh(white.T @ white)
     projected = vectors.T @ (white.T @ targets)
@@ -57,7 +62,7 @@ def fit_ridge(white: Tensor, labels: Tensor, num_classes: int, l2: tuple[float, 
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the shots, and of at most 1,000 further examples, on which the regulariser is chosen.
+    """Draws the shots, and at most 1,000 other examples on which the regulariser is chosen; returns their indices.
 
     Raises:
         ValueError: no example is left beside the shots.
@@ -104,7 +109,7 @@ def few_shot_accuracy(
     seed: int = 0,
     draws: int = 3,
 ) -> float:
-    """The accuracy in [0, 1] of a probe fitted to `shots` examples per class, as the mean over `draws` draws.
+    """Computes the accuracy in [0, 1] of a probe fitted to `shots` examples per class, as the mean over draws.
 
     Args:
         train_features, train_labels: [N, D] and [N]. The shots are drawn from these examples. The regulariser is
@@ -126,6 +131,6 @@ def few_shot_accuracy(
 
 
 def _accuracies(white: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """The accuracies [L] of weights [L, D + 1, classes]."""
+    """Computes the accuracies [L] of weights [L, D + 1, classes]."""
     predicted = torch.einsum("nd,ldc->lnc", white, weights).argmax(-1)
     return (predicted == labels).double().mean(1)

@@ -29,7 +29,7 @@ class Rows:
     def __getitem__(self, index: int) -> tuple[Any, int]:
         row = self.table[index]
         image, label = row[self.image], row[self.label]
-        if image is None or label is None or label < 0:  # -1 is a label that is not known
+        if image is None or label is None or label < 0:  # -1 means an unknown label
             raise DataError(f"{self.name}, row {index}: has no {self.image if image is None else self.label}")
         if image["bytes"] is None:
             return read_picture(image["path"]), label
@@ -38,7 +38,7 @@ class Rows:
 
 
 def open_name(name: str) -> Data:
-    """The data set `name` or `name:configuration` of Hugging Face, downloaded if it is not in its cache.
+    """Opens the data set `name` or `name:configuration` of Hugging Face; downloads it if it is not in the cache.
 
     Raises:
         DataError: the package `datasets` is missing, there is no such data set, or it has no images and labels.
@@ -49,14 +49,14 @@ def open_name(name: str) -> Data:
     datasets = _import()
     try:
         found = datasets.load_dataset(repository, configuration or None)
-    except Exception as error:  # its errors have many types: connection, no such data set, no such configuration
+    except Exception as error:  # errors have many types: connection, no such data set, no such configuration
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"hf:{name}: cannot be loaded: {reason}") from error
     return _open(found, f"hf:{name}", repository.rpartition("/")[2])
 
 
 def open_folder(folder: Path) -> Data:
-    """The data set that `DatasetDict.save_to_disk` wrote to a folder.
+    """Opens a data set that `DatasetDict.save_to_disk` wrote to a folder.
 
     Raises:
         DataError: the package `datasets` is missing, the folder is damaged, or it has no images and labels.

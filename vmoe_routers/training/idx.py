@@ -17,12 +17,12 @@ from vmoe_routers.training.error import DataError
 from vmoe_routers.training.samples import Data, Tensors
 
 _PIECE = 1 << 20
-_MOST_GZIP_SHRINKS = 1032
+_MOST_GZIP_SHRINKS = 1032  # largest compression factor of gzip
 _AXES_SHOWN = 4
 
 
 def open_idx_folder(folder: Path) -> Data:
-    """The data set in a folder with IDX files such as train-images-idx3-ubyte.gz.
+    """Opens a folder with IDX files such as train-images-idx3-ubyte.gz.
 
     Raises:
         DataError: a file is missing or damaged, or images and labels do not fit.

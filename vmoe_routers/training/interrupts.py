@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a training: the first saves and ends, the second ends at once."""
+"""Handles Ctrl-C and SIGTERM in a training: the first saves and ends, the second ends at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from contextlib import contextmanager
 
 
 class Interrupt:
-    """Whether the user or the cluster asked the training to end."""
+    """Request of the user or the cluster to end the training.
+
+    Attributes:
+        asked: Whether the request came.
+    """
 
     def __init__(self) -> None:
         self.asked = False

@@ -1,4 +1,4 @@
-"""The model of a training: made, frozen, moved to its device, and laid out over the processes."""
+"""Makes the model of a training, freezes parts, moves it to its device and distributes it over the processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_model(settings: TrainSettings, data: Data, image_size: int) -> nn.Modul
     """Makes or loads the model of the settings, from their seed, on the CPU.
 
     Raises:
-        OptionError: settings that do not fit together or do not fit the model.
+        OptionError: Settings do not fit together, or do not fit the model.
     """
     if not settings.model:
         raise OptionError("model must not be empty: this recipe fine-tunes a model that you name", "model")
@@ -72,7 +72,7 @@ def lay_out(model: nn.Module, settings: TrainSettings, world: World) -> nn.Modul
     """Moves the model to the device of this process, and distributes it over the processes.
 
     Raises:
-        OptionError: the number of processes, or the model, does not fit the settings.
+        OptionError: The number of processes or the model does not fit the settings.
     """
     model = model.to(world.device)
     if settings.parallel == "fsdp" and world.size > 1:

@@ -15,15 +15,15 @@ _EVERY = 10  # one training example in ten is held out
 def linear_probe(train: Examples, test: Examples) -> tuple[float, float]:
     """Fits logistic regression to the training examples, standardised by their mean and standard deviation.
 
-    The weights minimise the mean cross-entropy plus ``l2 / 2 |W|^2``; the bias is not regularised. The regulariser is
-    the one with the best accuracy on every tenth training example, class by class; equal accuracies are told apart by
-    the loss. The last fit has all training examples.
+    The weights minimise the mean cross-entropy plus ``l2 / 2 |W|^2``; the bias is not regularised. Every tenth training
+    example of the examples sorted by class is held out. The regulariser with the best accuracy on these examples is
+    chosen; among equal accuracies, the one with the smallest loss. The final fit uses all training examples.
 
     Returns:
         The accuracy on the test examples in [0, 1], and the regulariser.
 
     Raises:
-        ValueError: there are less than ten training examples.
+        ValueError: There are fewer than ten training examples.
     """
     if len(train.labels) < _EVERY:
         raise ValueError(f"the linear probe needs at least {_EVERY} training images, got {len(train.labels)}")
@@ -34,7 +34,7 @@ def linear_probe(train: Examples, test: Examples) -> tuple[float, float]:
     held_out[train.labels.argsort(stable=True)[_EVERY // 2 :: _EVERY]] = True
     kept, checked = (Examples(train.features[part], train.labels[part]) for part in (~held_out, held_out))
     weights, scores = train.features.new_zeros(1 + train.features.shape[1], num_classes), []
-    for l2 in L2_REGULARISERS:  # from strong to weak: every fit begins at the one before
+    for l2 in L2_REGULARISERS:  # from strong to weak; every fit starts from the previous weights
         weights = fit_logistic(kept, l2, weights)
         scores.append((*_accuracy_and_loss(checked, weights), l2))
     *_, best = max(scores, key=lambda score: (score[0], -score[1]))
@@ -44,7 +44,7 @@ def linear_probe(train: Examples, test: Examples) -> tuple[float, float]:
 
 @torch.enable_grad()
 def fit_logistic(examples: Examples, l2: float, start: Tensor) -> Tensor:
-    """Weights [D + 1, classes] of least regularised loss, the bias in the last row, by L-BFGS from `start`."""
+    """Minimises the regularised loss by L-BFGS; returns weights [D + 1, classes] with the bias in the last row."""
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
