@@ -1,7 +1,7 @@
-"""Batches for training and evaluation. Their images depend on the seed, the step and nothing else.
+"""Batches for training and evaluation. Their images depend only on the seed and the step.
 
 The order is a function of (seed, epoch), and the augmentation of an image a function of (seed, epoch, index, copy). So
-batches do not depend on the number of workers, training continues at any step, and the loader has no state to save.
+batches do not depend on the number of workers, training can continue at any step, and the loader has no state to save.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vmoe_routers.training.samples import Samples, Tensors
 from vmoe_routers.training.stream import Order, generator_of, generators_kept, seed_cpu
 from vmoe_routers.training.transforms import Transform
 
-_MOST_BAD = 100  # so many unreadable images in a row end the training, and so many names are kept
+_MOST_BAD = 100  # unreadable images in a row that end the training; also the number of names that are kept
 BAD_IMAGES = ("stop", "skip")
 
 
@@ -40,13 +40,13 @@ class Batch(NamedTuple):
 
 
 class Batches(Iterator[Batch]):
-    """Batches one after the other. Use it in a `with` block, which ends the workers.
+    """Iterator over batches. Use it in a `with` block, which ends the workers.
 
     Attributes:
-        skipped: unreadable images that were skipped so far on this rank.
-        bad_images: errors that name the first 100 of them.
+        skipped: number of unreadable images that this rank has skipped so far.
+        bad_images: errors that name the first 100 unreadable images.
         waited: seconds spent waiting for all batches but the first.
-        elapsed: seconds since the first batch was there.
+        elapsed: seconds from the first batch to the last one so far.
     """
 
     def __init__(self, source: Iterator[_Raw], transform: Transform, device: torch.device | str, steps: int):
@@ -58,15 +58,15 @@ class Batches(Iterator[Batch]):
 
     @property
     def waiting(self) -> float:
-        """The share of the time spent waiting for data, in [0, 1]."""
+        """Share of the time spent waiting for data, in [0, 1]."""
         return self.waited / self.elapsed if self.elapsed else 0.0
 
     def __len__(self) -> int:
-        """The number of batches that are left."""
+        """Returns the number of batches that are left."""
         return self._left
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
             DataError: an image cannot be read and `bad_images` is "stop", or a worker died.
@@ -102,7 +102,7 @@ class Batches(Iterator[Batch]):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.close()
-        # torch raises the error of a dead worker wherever the main process is, between batches too.
+        # torch raises the error of a dead worker at any point in the main process, also between batches.
         if isinstance(error, RuntimeError) and (told := _of_worker(error)) is not error:
             raise told from error
 
@@ -121,13 +121,13 @@ def training_batches(
     bad_images: str = "stop",
     device: torch.device | str = "cpu",
 ) -> Batches:
-    """Batches of the steps from `first_step` on to `steps`, for one rank.
+    """Makes the batches of the steps `first_step` to `steps - 1`, for one rank.
 
     A step's global batch has the same images, augmented alike, for every number of ranks. A rank has the part
     ``[rank * batch_size / world, (rank + 1) * batch_size / world)``. An incomplete last batch of an epoch is left out.
 
     Args:
-        samples: the data set. `Tensors` are augmented in whole batches without workers where the transform can.
+        samples: the data set. `Tensors` are augmented in whole batches, without workers, if the transform can do so.
         transform: a transform for training. Its `repeats` is the number of copies of an image in a batch.
         batch_size: images per step on all ranks.
         steps: steps of the whole training.
@@ -135,7 +135,7 @@ def training_batches(
         first_step: the step to begin with, from 0.
         rank, world: number of this process, and of processes.
         workers: processes that read images; 0 reads in this process.
-        bad_images: "stop" at an unreadable image, or "skip" it: the next readable one in the data set replaces it.
+        bad_images: "stop" at an unreadable image, or "skip" it: the next readable image of the data set replaces it.
         device: where the batches go.
 
     Raises:
@@ -174,7 +174,7 @@ def evaluation_batches(
     bad_images: str = "stop",
     device: torch.device | str = "cpu",
 ) -> Batches:
-    """All images in their order, for one rank. Every rank has equally many batches of equal sizes.
+    """Makes batches of all images in order, for one rank. All ranks have equally many batches of equal sizes.
 
     The last batches are padded with the last image. `Batch.valid` tells padding from images, so that every image counts
     once. One rank has no padding.
@@ -185,7 +185,7 @@ def evaluation_batches(
         batch_size: images per batch on all ranks.
         rank, world: number of this process, and of processes.
         workers: processes that read images; 0 reads in this process.
-        bad_images: "stop" at an unreadable image, or "skip" it: it is not valid.
+        bad_images: "stop" at an unreadable image, or "skip" it: its `valid` is False.
         device: where the batches go.
 
     Raises:
@@ -220,7 +220,7 @@ def _check_options(samples: Samples, batch_size: int, rank: int, world: int, wor
 
 
 class _Raw(NamedTuple):
-    images: Tensor  # uint8, or float32 where normalized
+    images: Tensor  # uint8; float32 if normalized
     labels: Tensor
     valid: Tensor
     normalized: bool = False
@@ -232,7 +232,7 @@ _Draw = tuple[int, int, int]  # epoch, index, copy
 
 
 class _Draws:
-    """The draws of a rank's batches."""
+    """Iterable of the draws of a rank's batches."""
 
     def __init__(self, order: Order, part: slice, first_step: int, steps: int):
         self.order, self.part, self.first_step, self.steps = order, part, first_step, steps
@@ -253,7 +253,7 @@ class _Reader:
     def __getitem__(self, draws: list[_Draw]) -> _Raw:
         images, labels, valid, bad = [], [], [], []
         try:
-            with generators_kept():  # without workers this is the main process
+            with generators_kept():  # without workers, this runs in the main process
                 for draw in draws:
                     image, label, is_valid = self._read(draw, bad)
                     images.append(image)
@@ -319,7 +319,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def _of_worker(error: RuntimeError) -> Exception:
-    """The DataError of a dead worker, or the error itself."""
+    """Returns a DataError if the error means a dead worker; otherwise the error itself."""
     text = str(error)
     if "DataLoader worker" not in text or "Caught" in text:
         return error

@@ -1,4 +1,4 @@
-"""The log of a training: CSV files, a progress bar, TensorBoard where it is installed."""
+"""Log of a training: CSV files, a progress bar, and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LOG, EVALUATIONS = "log.csv", "evaluations.csv"
 
 
 class Outputs:
-    """The log, the evaluations and the progress bar of a training. A context manager.
+    """Context manager for the log, the evaluations and the progress bar of a training.
 
     Args:
         folder: The training's folder.
-        console: Where progress is shown.
+        console: Console that shows progress.
         step, steps: First step and number of steps.
-        writes: Whether this process writes at all.
+        writes: Whether this process writes files.
     """
 
     def __init__(self, folder: Path, console: Console, step: int, steps: int, writes: bool):
@@ -80,11 +80,11 @@ class Outputs:
 
 
 class Table:
-    """A CSV file that grows row by row, each with a step. Rows of later steps are dropped when a training goes on.
+    """CSV file that grows row by row; every row has a step.
 
     Args:
         path: The file.
-        step: The step from which the training goes on. Rows of later steps are deleted.
+        step: The step from which the training continues. Rows of later steps are deleted.
     """
 
     def __init__(self, path: Path, step: int):
@@ -100,7 +100,7 @@ class Table:
                 writer.writerows(self.rows)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Appends a row. The first row gives the columns."""
+        """Appends a row. The first row sets the columns."""
         self.rows.append({name: _short(value) for name, value in row.items()})
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(self.rows[0]), extrasaction="ignore")
@@ -110,7 +110,7 @@ class Table:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Reads the whole rows of a CSV file; none if there is no file. A row may be cut off at the end."""
+    """Reads the complete rows of a CSV file, whose last row may be truncated. Returns no rows without a file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
@@ -126,7 +126,7 @@ class Bar:
     """A progress bar over the steps of a training, on a terminal only.
 
     Args:
-        console: Where it is shown.
+        console: Console that shows the bar.
         step, steps: First step and number of steps.
     """
 
@@ -157,12 +157,12 @@ class Bar:
         self._progress.advance(self._task)
 
     def show(self, values: str) -> None:
-        """Shows values behind the bar."""
+        """Shows values after the bar."""
         self._progress.update(self._task, values=values)
 
 
 class Board:
-    """TensorBoard's events of a training, if the package tensorboard is installed.
+    """Events of a training for TensorBoard; does nothing if the package tensorboard is missing.
 
     Args:
         folder: The folder of the events.
@@ -177,13 +177,13 @@ class Board:
             self._writer = SummaryWriter(str(folder))
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the numbers among the values."""
+        """Writes the values that are numbers."""
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Ends the file of events."""
+        """Closes the file of events."""
         if self._writer is not None:
             self._writer.close()

@@ -16,7 +16,7 @@ from vmoe_routers.training.processes import World
 from vmoe_routers.training.trainer import StepReport, Trainer
 
 ROUTING = ("load_cv", "dropped", "utilisation")
-"""Metrics in the log: means over the MoE layers, of the images of all processes in the last step."""
+"""Metrics in the log: means over the MoE layers, for the images of all processes in the last step."""
 
 
 class Meter:
@@ -25,7 +25,7 @@ class Meter:
     Args:
         trainer: The training.
         batches: Its batches, which count the time spent waiting for data.
-        world: The processes. Losses and metrics are those of the images of all of them.
+        world: The processes. Losses and metrics are over the images of all processes.
     """
 
     def __init__(self, trainer: Trainer, batches: Batches, world: World):
@@ -54,11 +54,11 @@ class Meter:
         self.images += images * self.world.size
 
     def row(self, steps_per_epoch: int) -> dict[str, Any]:
-        """The values since the last row. Every process must call it."""
+        """Computes the values since the last row. Every process must call it."""
         trainer = self.trainer
         losses = torch.stack([torch.stack([r.loss.float(), r.aux_loss.float()]) for r in self.reports]).mean(0)
         loss, auxiliary = self.world.mean(losses).tolist()
-        norm = float(self.reports[-1].grad_norm)  # waits for the device, so the time below is that of finished steps
+        norm = float(self.reports[-1].grad_norm)  # waits for the device, so that the time below includes all steps
         seconds = time.perf_counter() - self.begin
         row = {
             "step": trainer.step,
@@ -77,10 +77,10 @@ class Meter:
         return row
 
     def _routing(self) -> dict[str, Any]:
-        """The routing metrics of the recorded step; empty where none was recorded."""
+        """Computes the routing metrics of the recorded step; empty texts if no step was recorded."""
         if self.statistics is None:
             return dict.fromkeys(ROUTING, "")
-        # The metrics follow from sums over images; their means over the processes do as well.
+        # Metrics are ratios of sums over images, so means of the sums over the processes give the same metrics.
         self.statistics.sums = self.world.mean(self.statistics.sums)
         layers = self.statistics.layers().values()
         return {name: sum(layer[name] for layer in layers) / len(layers) if layers else "" for name in ROUTING}

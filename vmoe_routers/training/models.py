@@ -34,8 +34,8 @@ def load_model(
     Args:
         model: "vit_moe"; a name of `timm.list_models`, which `vmoe_routers.models.NAMES` extends; a folder of
             `save_pretrained`; or P of a V-MoE checkpoint (P.index).
-        num_classes: Outputs of the head. A loaded model with another number gets a new head. None: the model's own.
-        channels: Channels of an image. None: the model's own.
+        num_classes: Outputs of the head. A loaded model with another number gets a new head. None: as in the model.
+        channels: Channels of an image. None: as in the model.
         image_size: A side in pixels, or height and width. None keeps the model's size. The position embeddings of a
             loaded model are resampled.
         upcycled: Arguments of `upcycle`, which replaces MLPs of the model by MoE layers.
@@ -43,7 +43,7 @@ def load_model(
         arguments: Arguments of `vit_moe`, of timm's model, or of `from_pretrained`.
 
     Raises:
-        OptionError: No such model, or arguments that do not fit. It names options of `TrainSettings`.
+        OptionError: The model does not exist, or arguments do not fit. The error names options of `TrainSettings`.
     """
     try:
         found = _load(model, num_classes, channels, image_size, pretrained, arguments)

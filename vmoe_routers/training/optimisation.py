@@ -1,4 +1,4 @@
-"""Optimisation: the hyperparameters of a training step, parameter groups and optimizers."""
+"""Optimisation: hyperparameters of a training step, parameter groups and optimizers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX = (1 << 31) - 1
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How parameters are trained.
+    """Hyperparameters of a training step.
 
     Attributes:
         optimizer: "adamw", "sgd" (momentum 0.9, without Nesterov), or another optimizer of timm by its name.
@@ -100,7 +100,7 @@ class Optimisation:
             raise OptionError(f"layer_decay must be in (0, 1], got {self.layer_decay}", "layer_decay")
 
     def learning_rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of step `step` of `steps`, counted from 0."""
+        """Computes the learning rate of step `step` of `steps`, counted from 0."""
         return learning_rate(
             step,
             steps,
@@ -122,7 +122,7 @@ def at_least(settings: Any, lowest: int, *names: str) -> None:
 
 
 def only(kind: type, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are fields of the dataclass `kind`."""
+    """Selects the options that are fields of the dataclass `kind`."""
     return {f.name: options[f.name] for f in fields(kind) if f.name in options}
 
 
@@ -136,7 +136,7 @@ def criterion(logits: Tensor, targets: Tensor, loss: str, label_smoothing: float
     Args:
         logits: [N, classes].
         targets: [N] int64 labels, or [N, classes] shares of the classes.
-        loss, label_smoothing: as in `Optimisation`.
+        loss, label_smoothing: As in `Optimisation`.
     """
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if loss == "softmax":
@@ -176,7 +176,7 @@ def _parts(model: Any, trained: str) -> Iterator[nn.Module]:
 
 
 def parameter_groups(model: Any, o: Optimisation) -> list[dict[str, Any]]:
-    """Groups the trained parameters by weight decay and by the learning rate's factor `lr_scale`."""
+    """Groups the trained parameters by weight decay and by `lr_scale`, the factor of the learning rate."""
     names = {_plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     named_plain = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     head = {id(p) for part in _parts(model, "head") for p in part.parameters()}
@@ -197,12 +197,12 @@ def parameter_groups(model: Any, o: Optimisation) -> list[dict[str, Any]]:
 
 
 def _plain_name(name: str) -> str:
-    """The parameter's name without the wrappers of torch.compile and activation checkpointing."""
+    """Removes the wrappers of torch.compile and activation checkpointing from the name of a parameter."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _layer_scales(model: Any, decay: float) -> dict[str, float]:
-    """From a parameter's name to ``decay ** (layers above it)``, by timm's order of layers."""
+    """Maps the name of a parameter to ``decay ** (layers above it)``, by timm's order of layers."""
     if not hasattr(model, "group_matcher"):
         raise OptionError(f"layer_decay needs a model of timm, got {type(model).__name__}", "layer_decay")
     layers: Any = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
@@ -214,14 +214,14 @@ def make_optimizer(model: nn.Module, o: Optimisation) -> torch.optim.Optimizer:
     """Makes the optimizer of the trained parameters.
 
     Raises:
-        OptionError: `optimizer_args` that the optimizer does not take.
+        OptionError: The optimizer does not take `optimizer_args`.
     """
     groups = parameter_groups(model, o)
     try:
         if o.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=o.learning_rate, **{"fused": True, **o.optimizer_args})
         if o.optimizer == "sgd":
-            # torch's fused SGD takes no sharded parameters.
+            # torch's fused SGD does not support sharded parameters.
             fused = not any(isinstance(p, DTensor) for group in groups for p in group["params"])
             return torch.optim.SGD(groups, lr=o.learning_rate, **{"momentum": 0.9, "fused": fused, **o.optimizer_args})
         return create_optimizer_v2(groups, o.optimizer, lr=o.learning_rate, **o.optimizer_args)

@@ -1,4 +1,4 @@
-"""Reading image files as 8-bit RGB, from the modes that Pillow knows."""
+"""Reads image files as 8-bit RGB, from the modes that Pillow knows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vmoe_routers.training.error import DataError
 
-# Pillow tells formats apart by content, not by the file's name. EPS is left out, since its decoder starts a program.
+# Pillow recognises formats by content, not by file name. EPS is left out, because its decoder starts a program.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
 _OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
-_MOST_LONG = 100  # resizing a longer strip would need far more memory than reading it
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # two tags of TIFF, and a value of the second
+_MOST_LONG = 100  # largest ratio of the sides: resizing a longer strip would need far more memory than reading it
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # two tags of TIFF, and a value of the second tag
 
 
 def read_picture(path: str) -> Image.Image:
@@ -25,9 +25,9 @@ def read_picture(path: str) -> Image.Image:
     colour profile.
 
     Raises:
-        DataError: the file is not a regular file (a pipe, a device, a broken link), is no image, is damaged, is larger
-            than Pillow allows, is an animation or a document, has sides of more than 100 to 1, or has pixels whose
-            range is unknown (32-bit integers and floats). The message names the file.
+        DataError: The file is not a regular file (a pipe, a device, a broken link), is not an image, is damaged, is
+            larger than Pillow allows, is an animation or a document, has sides of more than 100 to 1, or has pixels of
+            unknown range (32-bit integers and floats). The message names the file.
     """
     if not os.path.isfile(path):  # a pipe would block
         raise DataError(f"{path}: not a regular file")
@@ -44,7 +44,7 @@ def decode_picture(file: BinaryIO, name: str) -> Image.Image:
     """Reads an image from an open file or from bytes in memory, as `read_picture` does.
 
     Raises:
-        DataError: the image cannot be read. The message begins with `name`.
+        DataError: The image cannot be read. The message begins with `name`.
     """
     try:
         with warnings.catch_warnings():
@@ -93,12 +93,12 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether a pixel is one number of more than 8 bits, which `Image.convert` would clamp."""
+    """Tells whether a pixel is one number of more than 8 bits, which `Image.convert` would clamp."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _is_16_bit(image: Any) -> bool:
-    """Whether grey levels are in [0, 65535]. Pillow scales the levels of a PPM file to this range."""
+    """Tells whether grey levels are in [0, 65535]. Pillow scales the levels of a PPM file to this range."""
     if image.format == "TIFF":
         bits, photometric = image.tag_v2.get(_BITS_PER_SAMPLE), image.tag_v2.get(_PHOTOMETRIC)
         return image.mode.startswith("I;16") and bits == (16,) and photometric == _BLACK_IS_ZERO

@@ -1,4 +1,4 @@
-"""few_shot: probes on the frozen features of a model by name, which ``vmoe-routers fewshot`` runs."""
+"""few_shot: fits probes to the frozen features of a model by name, for ``vmoe-routers fewshot``."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ RESULT = "fewshot.json"
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The accuracy of a probe.
+    """Accuracy of a probe.
 
     Attributes:
         shots: training images per class; None: all of them.
-        seed: the seed of the draw; None where nothing is drawn.
-        accuracy: the share of the test images that are classified rightly.
-        l2: the regulariser, which was chosen on training images that the probe was not fitted to.
+        seed: seed of the draw; None if all images are used.
+        accuracy: share of the test images that are classified correctly.
+        l2: regulariser, chosen on training images to which the probe was not fitted.
     """
 
     shots: int | None
@@ -68,8 +68,8 @@ def few_shot(
 ) -> list[ProbeResult]:
     """Fits probes to the features before the model's head, prints their accuracies, and writes fewshot.json.
 
-    The ridge probe is the reference's (arXiv 2106.05974): ridge regression on a few images per class. The linear probe
-    is logistic regression on all training images.
+    The ridge probe is ridge regression on a few images per class, as in the reference (arXiv 2106.05974). The linear
+    probe is logistic regression on all training images.
 
     Args:
         model: a folder of save_pretrained, P of a V-MoE checkpoint (P.index), "vit_moe", or a model of timm.
@@ -79,22 +79,22 @@ def few_shot(
         shots: training images per class for the ridge probe. A class with fewer gives all it has.
         seeds: seeds of the draws for the ridge probe. The table has the mean over them.
         image_size: height and width of the model's input, in pixels. None: the model's own.
-        normalization: "inception", "imagenet", "clip" or "none". None: as in the model's training, where it is known.
-        crop_pct: the central share of an image that the model sees. None: as in the model's training.
+        normalization: "inception", "imagenet", "clip" or "none". None: as in the model's training, if it is known.
+        crop_pct: central share of an image that the model sees. None: as in the model's training.
         batch_size: images per batch.
         pretrained: load timm's weights of the model, which are downloaded.
         model_args: arguments that replace the model's own, such as {capacity_factor: 2}.
         device: "auto", "cpu" or "cuda".
         workers: processes that load images.
         output: the folder for the file.
-        console: where the table is shown.
+        console: console that shows the table.
 
     Returns:
-        A result for every number of shots and every seed; one result of the linear probe.
+        One result for every number of shots and every seed; for the linear probe, one result in all.
 
     Raises:
-        ValueError: options, model or data that do not fit. The message is for the user.
-        OSError: the file cannot be written.
+        ValueError: Options, model or data do not fit together. The message is for the user.
+        OSError: The file cannot be written.
     """
     console = console or Console(markup=False, emoji=False, highlight=False)
     _check(probe, shots, seeds, batch_size)
@@ -149,7 +149,7 @@ def _check(probe: str, shots: Sequence[int], seeds: Sequence[int], batch_size: i
 
 
 def _draw(train: Samples, shots: Sequence[int], seeds: Sequence[int]) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-    """The images of every number of shots and every seed: indices of the shots, and of the held-out images."""
+    """Draws shots and held-out images for every number of shots and every seed; returns their indices."""
     labels = labels_of(train)
     try:
         return {(k, seed): draw_shots(labels, k, probe_seed(0, seed)) for k in shots for seed in seeds}
@@ -163,7 +163,7 @@ def _ridge_probes(
     features: Callable[[Samples], Examples],
     draws: Mapping[tuple[int, int], tuple[Tensor, Tensor]],
 ) -> list[ProbeResult]:
-    # Only the images of a draw are read.
+    # Read only images that are in a draw.
     needed = torch.cat([indices for draw in draws.values() for indices in draw]).unique()
     found, results = features(part_of(train, needed)), []
     for (k, seed), draw in draws.items():
@@ -175,7 +175,7 @@ def _ridge_probes(
 
 @torch.no_grad()
 def features_of(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> Examples:
-    """The features before the head, [N, D] float32, and the labels of all images, on the CPU. The modes stay.
+    """Computes the features before the head, [N, D] float32, and returns them with the labels, on the CPU.
 
     Args:
         model: A model with `forward_features` and `forward_head`, as models of timm have.
@@ -191,7 +191,7 @@ def features_of(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> Exampl
 
 
 def labels_of(samples: Samples) -> Tensor:
-    """All labels [N] of a data set. One that does not list them is read."""
+    """Returns all labels [N] of a data set. Reads every image if the data set does not list its labels."""
     labels = getattr(samples, "labels", None)
     if labels is None:
         labels = [samples[index][1] for index in range(len(samples))]
@@ -199,14 +199,14 @@ def labels_of(samples: Samples) -> Tensor:
 
 
 def part_of(samples: Samples, indices: Tensor) -> Samples:
-    """The images of a data set at these indices."""
+    """Selects the images of a data set at these indices."""
     if isinstance(samples, Tensors):
         return Tensors(samples.images[indices], samples.labels[indices])
     return Subset(samples, indices.tolist())  # type: ignore[arg-type]
 
 
 def _table(results: Sequence[ProbeResult]) -> Table:
-    """The accuracies as a mean over the seeds, and their standard deviation."""
+    """Makes the table of mean accuracies over the seeds, with standard deviations."""
     table = make_table("shots per class", "accuracy", "deviation", "draws")
     for shots in dict.fromkeys(result.shots for result in results):
         found = [result.accuracy for result in results if result.shots == shots]

@@ -1,4 +1,4 @@
-"""The processes of a training: one, or those that torchrun started."""
+"""Processes of a training: one process, or the processes that torchrun started."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over the processes."""
+        """Computes the mean over the processes."""
         if self.size > 1:
             x = x.clone()
             dist.all_reduce(x)
@@ -47,7 +47,7 @@ class World:
             dist.barrier()
 
     def any(self, value: bool) -> bool:
-        """Whether the value is true in a process."""
+        """Tells whether the value is true in at least one process."""
         if self.size == 1:
             return value
         flag = torch.tensor(int(value), device=self.device)
@@ -63,7 +63,7 @@ def processes(device: str) -> Iterator[World]:
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        OptionError: another device, or "cuda" without a CUDA device.
+        OptionError: The device is unknown, or "cuda" without a CUDA device.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}", "device")
