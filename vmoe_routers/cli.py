@@ -60,7 +60,7 @@ def _train(settings: Any, options: dict[str, Any]) -> None:
 
 
 def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
-    """Adds the options of `train` that choose the defaults of its other options."""
+    """Adds the options of `train` that set the defaults of all other options."""
     from vmoe_routers.routers import ROUTERS, router_options
     from vmoe_routers.training.recipes import RECIPES, recipe_for
     from vmoe_routers.training.settings import TrainSettings, read_settings
@@ -85,7 +85,7 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
         defaults |= {"model_args": {}, "router": None, "num_experts": None, "group_size": None}
     defaults |= config
     router = given.get("--router", defaults["router"])
-    if router != defaults["router"] and "model_args" not in config:  # the recipe's options of its own router
+    if router != defaults["router"] and "model_args" not in config:  # drop options of the recipe's router
         foreign = router_options(defaults["router"]) - router_options(router if router in ROUTERS else None)
         kept = {name: value for name, value in defaults["model_args"].items() if name not in foreign}
         defaults["model_args"] = kept
@@ -207,12 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command_name(arguments: Sequence[str]) -> str:
-    """The first argument that is no option; "" if there is none."""
+    """Returns the first argument that is not an option; "" if there is none."""
     return next((argument for argument in arguments if not argument.startswith("-")), "")
 
 
 def _as_typed(name: str, arguments: Sequence[str]) -> str:
-    """An option as the user typed it, or else as the help shows it. Names of positional arguments do not change."""
+    """Returns an option as the user typed it, or as the help shows it. Positional arguments keep their names."""
     command = COMMANDS.get(_command_name(arguments))
     parameters = signature(command.load()).parameters if command is not None else {}
     is_required = name in parameters and parameters[name].default is Parameter.empty
@@ -227,7 +227,7 @@ def _as_typed(name: str, arguments: Sequence[str]) -> str:
 
 
 def _plain(message: str, arguments: Sequence[str]) -> str:
-    """The parser's message. A message about a value's type is rewritten, with the option as the user typed it."""
+    """Returns the parser's message; rewrites a message about a type, with the option as the user typed it."""
     key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(?!NoneType)(\w+)'>", message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
     if not (key and kind and value):
@@ -236,7 +236,7 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
-    """The command's name, its target, and the options by name."""
+    """Parses the arguments; returns the command's name, its target, and the options by name."""
     # Imported here, so that `main` reports a missing package in one line.
     from jsonargparse import ArgumentParser
 
@@ -287,14 +287,14 @@ def _document(parser: Any, target: Any) -> None:
 
 
 def _spelled_out(arguments: Sequence[str], lists: set[str], flags: set[str]) -> list[str]:
-    """Arguments in the form that jsonargparse takes.
+    """Converts arguments to the form that jsonargparse takes.
 
     ``--top-k 1,2`` of the option list `lists` becomes ``--top_k [1,2]``; a flag without a value, ``--benchmark``,
     becomes ``--benchmark=true``.
 
     Raises:
-        OptionError: an option with an empty value, such as an unset variable of the shell.
-        ValueError: an argument that is not text.
+        OptionError: The value of an option is empty, for example an unset variable of the shell.
+        ValueError: An argument is not valid UTF-8.
     """
     found, option = [], ""
     for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):

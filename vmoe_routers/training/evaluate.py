@@ -48,7 +48,7 @@ def evaluate(
     Args:
         model: a folder of save_pretrained, P of a V-MoE checkpoint (P.index), "vit_moe", or a model of timm.
         data: "digits", a folder, or another name that `open_data` takes (docs/data.md).
-        data_root: where data sets of torchvision are, or are downloaded to.
+        data_root: folder of data sets of torchvision, also for downloads.
         image_size: height and width of the model's input, in pixels. None: the model's own.
         normalization: "inception", "imagenet", "clip" or "none". None: as in the model's training, if it is known.
         crop_pct: central share of an image that the model sees. None: as in the model's training.

@@ -74,9 +74,9 @@ def few_shot(
     Args:
         model: a folder of save_pretrained, P of a V-MoE checkpoint (P.index), "vit_moe", or a model of timm.
         data: "digits", a folder, or another name that `open_data` takes (docs/data.md).
-        data_root: where data sets of torchvision are, or are downloaded to.
+        data_root: folder of data sets of torchvision, also for downloads.
         probe: "ridge" or "linear".
-        shots: training images per class for the ridge probe. A class with fewer gives all it has.
+        shots: training images per class for the ridge probe. A class with fewer images gives all of them.
         seeds: seeds of the draws for the ridge probe. The table has the mean over them.
         image_size: height and width of the model's input, in pixels. None: the model's own.
         normalization: "inception", "imagenet", "clip" or "none". None: as in the model's training, if it is known.

@@ -1,7 +1,7 @@
 """Recipes: named settings of a training. Flags and YAML files override them.
 
-The recipes of the reference have the hyperparameters that the authors published (arXiv 2106.05974, 2308.00951). None
-was run to its end here, and none gives the authors' numbers without their data.
+The recipes of the reference have the hyperparameters that the authors published (arXiv 2106.05974, 2308.00951). They
+were not run to their end here. The authors' results also need the authors' data.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def finetune() -> TrainSettings:
 
 
 def _vmoe(**changes) -> TrainSettings:
-    """The common part of V-MoE's recipes (arXiv 2106.05974)."""
+    """Common part of V-MoE's recipes (arXiv 2106.05974)."""
     common = {
         "model": "softmax_token_choice_moe_base_patch16_224",
         "model_args": {"moe_blocks": "every_2", "global_pool": "token"},
@@ -101,14 +101,14 @@ def _vmoe(**changes) -> TrainSettings:
 
 
 def vmoe_b16_imagenet21k() -> TrainSettings:
-    """V-MoE-B/16 on ImageNet-21k: 300 epochs with 4,096 images a step."""
+    """V-MoE-B/16 on ImageNet-21k: 300 epochs with 4,096 images per step."""
     return _vmoe(
         epochs=300, batch_size=4096, learning_rate=8e-4, rand_augment="rand-n2-m20", mixup=0.5, head_bias=-10.0
     )
 
 
 def vmoe_s32_ilsvrc2012() -> TrainSettings:
-    """V-MoE-S/32 with MoE layers in the last two odd blocks, on ILSVRC-2012: 300 epochs with 8,192 images a step."""
+    """V-MoE-S/32 with MoE layers in the last two odd blocks, on ILSVRC-2012: 300 epochs of 8,192 images per step."""
     return _vmoe(
         model="vit_moe",
         model_args={"patch_size": 32, "embed_dim": 512, "depth": 8, "num_heads": 8, "moe_blocks": [5, 7]}
@@ -181,7 +181,7 @@ RECIPES: dict[str, Callable[[], TrainSettings]] = {
 
 
 def recipe_for(data: str) -> str:
-    """The name of the recipe for a data set, where none is chosen."""
+    """Returns the name of the default recipe for a data set."""
     if data == "digits":
         return "digits"
     folder = Path(data)

@@ -14,12 +14,12 @@ from rich.table import Table
 from vmoe_routers.files import write_whole
 from vmoe_routers.training.evaluation import Evaluation
 
-_LOWEST = 3  # classes that are named
+_LOWEST = 3  # number of classes in the line on the lowest accuracy
 _LAYERS = ("utilisation", "dropped", "load_cv", "entropy", "dead_experts")
 
 
 def make_table(*columns: str) -> Table:
-    """An empty table of numbers; its first column has names."""
+    """Makes an empty table with a column of names and columns of numbers."""
     table = Table(box=None, header_style="", pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
@@ -45,12 +45,12 @@ def print_evaluation(found: Evaluation, classes: Sequence[str], console: Console
 
 
 def class_rows(found: Evaluation, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The table of the classes, with their names."""
+    """Makes the rows of the table of classes, with their names."""
     return [{"class": name, **row} for name, row in zip(classes, found.classes, strict=True)]
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes values to a file. Its folder is created if missing.
+    """Writes values to a file. Creates its folder if missing.
 
     Raises:
         OSError: the file cannot be written.

@@ -17,8 +17,8 @@ from vmoe_routers.training.pictures import read_picture
 class Samples(Protocol):
     """A map-style data set, as torch's DataLoader takes it.
 
-    An item is an image, which is a PIL image or a tensor [channels, height, width] (uint8, or float32 in [0, 1]), and
-    its label. Reading an unreadable image raises a DataError that names it.
+    An item is an image and its label. The image is a PIL image or a tensor [channels, height, width] (uint8, or float32
+    in [0, 1]). An unreadable image raises a DataError that names it.
     """
 
     def __len__(self) -> int: ...
@@ -34,7 +34,7 @@ class Data:
         train, test: the images for training and for evaluation, with their labels in [0, num_classes).
         classes: the names of the classes.
         channels: 1 for grey, 3 for colour.
-        size: width of the images in pixels; None where images differ in size.
+        size: height and width of the images in pixels; None if images differ in size.
     """
 
     name: str
@@ -70,10 +70,10 @@ class Tensors:
 
 
 class Names:
-    """Many names in two arrays. A list of strings would be copied into every worker, since reading counts references.
+    """Names in two arrays. A list of strings would be copied into every worker, because reading changes refcounts.
 
     Args:
-        names: the names, or paths, as the system encodes them.
+        names: names or paths, stored in the encoding of the system.
     """
 
     def __init__(self, names: Iterable[str | Path]):

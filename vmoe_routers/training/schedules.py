@@ -37,7 +37,7 @@ def learning_rate(
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
         left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return final + (peak - final) * left
-    start = max(warmup, steps - cooldown)  # of the cool-down
+    start = max(warmup, steps - cooldown)  # first step of the cool-down
     at = min(step, start)
     rate = peak / math.sqrt(1 + (at - warmup) / timescale) if schedule == "rsqrt" else peak
     if step > start:

@@ -1,4 +1,4 @@
-"""The settings of a training: data, model, optimisation, state, devices."""
+"""Settings of a training: data, model, optimisation, state, devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmoe_routers.training.optimisation import Optimisation, at_least, only
 from vmoe_routers.training.transforms import Augmentation
 
 SETTINGS = "settings.yaml"
-"""The file of the settings in the output folder of a training."""
+"""Name of the file of settings in the output folder of a training."""
 
 KEEP = ("last", "best", "every")
 BAD_IMAGES = ("stop", "skip")
@@ -29,8 +29,8 @@ class TrainSettings(Optimisation, Augmentation):
 
     Args:
         data: "digits", a folder, or another name that `open_data` takes (docs/data.md).
-        data_root: where data sets of torchvision are, or are downloaded to.
-        image_size: height and width of the model's images, in pixels. None: the images' own, or 224 where they differ.
+        data_root: folder of data sets of torchvision, also for downloads.
+        image_size: height and width of the model's images, in pixels. None: the images' own, or 224 if they differ.
         output: the folder for settings, log, checkpoints and the model. The same command continues a training there.
         model: "vit_moe", a model of timm, a folder of save_pretrained, or P of a V-MoE checkpoint (P.index).
         model_args: further arguments of the model, such as embed_dim of vit_moe.
@@ -39,13 +39,13 @@ class TrainSettings(Optimisation, Augmentation):
         capacity_factor: slots per routed token. None: the router's own.
         top_k: experts per token, with Token Choice. None: the router's own.
         group_size: images that are routed together. None: the model's own.
-        upcycle: a router by whose MoE layers the model's MLPs are replaced; experts start as copies of the MLP.
+        upcycle: router of the MoE layers that replace MLPs of the model; experts start as copies of the MLP.
         pretrained: start from timm's weights of the model, which are downloaded.
         head_bias: initial value of the head's bias, such as -10 for the sigmoid loss. None: the model's.
         epochs: passes over the training images.
         batch_size: images per step, on all ranks together. An incomplete last batch of an epoch is left out.
         seed: seed of initialisation, order, augmentation, noise and dropout.
-        workers: processes per rank that load images. The results do not depend on it.
+        workers: processes per rank that load images. The results do not depend on their number.
         bad_images: "stop" ends the training at an unreadable image, "skip" takes another one and counts it.
         evaluate_every: steps between evaluations. None: an epoch.
         save_every: steps between checkpoints. None: as evaluate_every.
@@ -91,7 +91,7 @@ class TrainSettings(Optimisation, Augmentation):
     ep: int = 1
 
     def __post_init__(self):
-        # YAML has lists for tuples, and texts for paths.
+        # YAML has lists instead of tuples, and strings instead of paths.
         for name, kind in (("scale", tuple), ("ratio", tuple), ("output", Path), ("data_root", Path)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, kind(getattr(self, name)))
@@ -122,25 +122,25 @@ class TrainSettings(Optimisation, Augmentation):
             raise OptionError(f"ep {self.ep} needs parallel 'fsdp', got {self.parallel!r}", "ep", "parallel")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as values that YAML and JSON can represent."""
+        """Converts the settings to values that YAML and JSON can represent."""
         return json.loads(json.dumps(asdict(self), default=str))
 
     def augmentation(self, image_size: int) -> Augmentation:
-        """The augmentation of images of this size."""
+        """Makes the augmentation for images of this size."""
         return Augmentation(**{**only(Augmentation, asdict(self)), "image_size": image_size})
 
 
-# Settings on which the result does not depend, or which may change when a training goes on.
+# Settings that may change when a training continues.
 MAY_CHANGE = ("output", "data_root", "workers", "log_every", "keep", "device", "compile", "checkpointing")
 MAY_CHANGE += ("parallel", "replicate", "ep", "save_every", "evaluate_every", "bad_images", "max_skipped")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads the settings of a training, options by name.
+    """Reads the settings of a training: a dict of options by name.
 
     Raises:
-        ValueError: the file is no such YAML.
-        OSError: the file cannot be read.
+        ValueError: The file is not YAML, or is not a mapping.
+        OSError: The file cannot be read.
     """
     try:
         found = yaml.safe_load(path.read_text())

@@ -1,4 +1,4 @@
-"""Shards of WebDataset: tar files whose members are read on demand, at any place."""
+"""Shards of WebDataset: tar files whose members are read on demand, at random positions."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from vmoe_routers.training.samples import Data, Names
 from vmoe_routers.training.tar import Member, members, read_at
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "bmp", "tif", "tiff", "gif")
-_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # WebDataset's: up to the first dot of the name
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # the key of WebDataset ends at the first dot of the name
 _TEST = ("val", "test")
 _MOST_CLASSES = 1_000_000
 
 
 class Shards:
-    """The images in tar files. Opening reads the headers of all members, an item one image.
+    """Images in tar files. Opening reads the headers of all members; indexing reads one image.
 
     Args:
-        paths: uncompressed tar files in WebDataset's format: an image and its class, a number in text, are members
-            such as "0001.jpg" and "0001.cls".
+        paths: Uncompressed tar files in WebDataset's format: members such as "0001.jpg" (an image) and "0001.cls" (the
+            number of its class, as text).
 
     Raises:
-        DataError: a file is no such tar file.
+        DataError: A file is not such a tar file.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -57,7 +57,7 @@ class Shards:
 
 
 def open_shards(pattern: Path) -> Data:
-    """Shards such as folder/train-{000..011}.tar for training, and val*.tar or test*.tar of the same folder."""
+    """Opens shards such as folder/train-{000..011}.tar for training, with val*.tar or test*.tar of the same folder."""
     names = expand(pattern.name)
     missing = next((name for name in names if not (pattern.parent / name).is_file()), None)
     if missing:
@@ -66,12 +66,12 @@ def open_shards(pattern: Path) -> Data:
 
 
 def open_shard_folder(folder: Path) -> Data:
-    """A folder with shards train*.tar and val*.tar or test*.tar."""
+    """Opens a folder with shards train*.tar and val*.tar or test*.tar."""
     return _open(folder, sorted(folder.glob("train*.tar")))
 
 
 def expand(name: str) -> list[str]:
-    """Names with every number of ranges such as {000..011}, which keep their width."""
+    """Expands ranges such as {000..011} in a name; numbers keep their width."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if not match:
         return [name]
@@ -90,7 +90,7 @@ def _open(folder: Path, train: list[Path]) -> Data:
 
 
 def _index(path: Path) -> list[tuple[Member, int]]:
-    """The images of a tar file with their labels, in the file's order."""
+    """Lists the images of a tar file with their labels, in the order of the file."""
     images: dict[str, Member] = {}
     labels: dict[str, int] = {}
     try:

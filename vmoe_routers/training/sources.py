@@ -18,7 +18,7 @@ _WANTED = (
 
 
 def open_data(data: str, *, data_root: str | Path | None = None) -> Data:
-    """Opens a data set. Images in files are read when they are asked for.
+    """Opens a data set. Images in files are read on demand.
 
     Args:
         data: "digits" (scikit-learn's 1,797 handwritten digits of 8 x 8 pixels); "torchvision:NAME", such as
@@ -83,13 +83,17 @@ def _open_digits() -> Data:
 
 
 def import_torchvision() -> Any:
-    """torchvision, or a DataError that says how to get it."""
+    """Imports torchvision.
+
+    Raises:
+        DataError: It cannot be imported. The message says how to install it.
+    """
     try:
         import torchvision
         import torchvision.datasets
         import torchvision.transforms.v2
     except (ImportError, RuntimeError, AttributeError) as error:
-        # A torchvision that does not fit torch raises RuntimeError or AttributeError on import.
+        # A torchvision built for another torch raises RuntimeError or AttributeError on import.
         raise DataError(
             f"folders of images need a torchvision that fits this torch: pip install torchvision ({error})"
         ) from error

@@ -1,4 +1,4 @@
-"""Randomness as a function of a place: nothing of it needs to be saved, and training continues at any step."""
+"""Randomness as a function of a key: no state needs to be saved, and training can continue at any step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vmoe_routers.training.seeding import seed_of
 
 
 def generator_of(*key: int | str) -> torch.Generator:
-    """A generator of its own, seeded by the key."""
+    """Makes a generator seeded by the key."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 def seed_cpu(*key: int | str) -> None:
-    """Seeds the generators of random, numpy and torch (CPU) by the key; in workers too, which must not touch CUDA."""
+    """Seeds the generators of random, numpy and torch (CPU) by the key. CUDA is left alone: workers must not use it."""
     seed = seed_of(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -28,7 +28,7 @@ def seed_cpu(*key: int | str) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Restores the states of the generators of random, numpy and torch (CPU) at the end."""
+    """Restores the states of the generators of random, numpy and torch (CPU) when the context ends."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
@@ -39,10 +39,10 @@ def generators_kept() -> Iterator[None]:
 
 
 class Order:
-    """The global batches of a training: which images every step sees.
+    """Global batches of a training: the images of every step.
 
     An epoch is a random order of all images. An incomplete last batch is left out. With repeats, a batch has
-    ``batch_size / repeats`` images, each `repeats` times, and an epoch as many steps as without.
+    ``batch_size / repeats`` images, each `repeats` times; an epoch has as many steps as without repeats.
 
     Args:
         size: number of images.
@@ -57,12 +57,12 @@ class Order:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def batch(self, step: int) -> tuple[int, Tensor, Tensor]:
-        """The epoch of a step, and the indices and copies of its images, both [batch_size] int64."""
+        """Returns the epoch of a step, and the indices and copy numbers of its images, both [batch_size] int64."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = torch.randperm(self.size, generator=generator_of(self.seed, "order", epoch))
             self._epoch = epoch
         count = self.batch_size // self.repeats
-        # Copy after copy: a rank and a routing group have as many different images as possible.
+        # Order by copy, so that a rank and a routing group have as many different images as possible.
         chosen = self._order[place * count : (place + 1) * count].repeat(self.repeats)
         return epoch, chosen, torch.arange(self.repeats).repeat_interleave(count)

@@ -1,4 +1,4 @@
-"""Subject: a model with the data on which it is measured, and the way from images to its input."""
+"""Subject: a model, the data on which it is measured, and the transform from images to its input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Subject:
         model: the model, on its device and in its dtype, in eval mode.
         data: the data set.
         transform: from the data set's images to the model's input.
-        origin: what chose the normalization and the crop.
+        origin: source of the normalization and the crop, in words.
     """
 
     model: nn.Module
@@ -39,7 +39,7 @@ class Subject:
     origin: str
 
     def input(self) -> dict[str, Any]:
-        """The model's input, for reports."""
+        """Describes the model's input, for reports."""
         options = self.transform.augmentation
         return {
             "image_size": options.image_size,
@@ -51,7 +51,7 @@ class Subject:
         }
 
     def __str__(self) -> str:
-        """The model's input in a line."""
+        """Describes the model's input in one line."""
         options = self.transform.augmentation
         return (
             f"{self.transform.channels} x {options.image_size} x {options.image_size}, "
@@ -72,10 +72,10 @@ def open_subject(
     device: torch.device | str = "cpu",
     dtype: str = "float32",
 ) -> Subject:
-    """Loads a model as it is, with its own head, and opens a data set.
+    """Loads a model with its own head, and opens a data set.
 
-    Normalization, crop and filter are those of the model's training where they are known: from settings.yaml beside
-    the folder of the model, or for weights of timm from its configuration. Otherwise `default_augmentation` chooses.
+    Normalization, crop and filter are the same as in the model's training, if they are known: from settings.yaml beside
+    the folder of the model, or from timm's configuration of its weights. Otherwise `default_augmentation` chooses them.
 
     Args:
         model, pretrained: arguments of `load_model`.
@@ -83,11 +83,11 @@ def open_subject(
         data, data_root: arguments of `open_data`.
         image_size: height and width of the model's input. None: the model's own.
         normalization, crop_pct: replace the known values. `Augmentation` describes them.
-        device, dtype: where the model goes.
+        device, dtype: device and dtype of the model.
 
     Raises:
-        OptionError: the model does not exist, or an option does not fit it.
-        DataError: the data do not exist or cannot be read.
+        OptionError: The model does not exist, or an option does not fit it.
+        DataError: The data do not exist or cannot be read.
     """
     found = load(model, image_size, pretrained, model_args, device, dtype)
     opened = open_data(data, data_root=data_root)
@@ -118,7 +118,7 @@ def load(
 
 
 def channels_of(model: nn.Module, name: str) -> int:
-    """The channels of the model's input: those of its first convolution."""
+    """Returns the number of input channels of the model's first convolution."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise OptionError(f"model {name!r} has no convolution, which would tell the channels of its input", "model")
@@ -126,7 +126,7 @@ def channels_of(model: nn.Module, name: str) -> int:
 
 
 def input_size(model: nn.Module, name: str) -> int:
-    """Height and width of the model's input.
+    """Returns the height, and width, of the model's input.
 
     Raises:
         OptionError: the input is not square.
@@ -139,7 +139,7 @@ def input_size(model: nn.Module, name: str) -> int:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """timm's configuration of the model's weights; empty for models of other packages."""
+    """Returns timm's configuration of the model's weights; empty for models of other packages."""
     config: Any = getattr(model, "pretrained_cfg", None)
     return config or {}
 

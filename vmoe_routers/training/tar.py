@@ -1,4 +1,4 @@
-"""The members of a tar file, from its headers alone."""
+"""Lists the members of a tar file from its headers alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_EXTENDED = 1 << 20
 
 
 class Member(NamedTuple):
-    """A file in a tar file: its name, and the place of its bytes."""
+    """File in a tar file: its name, and the position and number of its bytes."""
 
     name: str
     offset: int
@@ -22,16 +22,16 @@ class Member(NamedTuple):
 
 
 def members(file: BinaryIO) -> Iterator[Member]:
-    """The files in an uncompressed tar file (ustar, pax or GNU), in their order.
+    """Yields the files in an uncompressed tar file (ustar, pax or GNU), in order.
 
-    tarfile gives the same, but needs several times as long, which a million images make minutes.
+    Python's tarfile does the same, but takes several times as long: minutes for a million images.
 
     Raises:
-        ValueError: the file is no such tar file, is damaged, or has sparse or split members.
+        ValueError: The file is not such a tar file, is damaged, or has sparse or split members.
     """
     end = os.fstat(file.fileno()).st_size
     offset = 0
-    name, size = None, None  # as extended headers say, for the next member
+    name, size = None, None  # from extended headers, for the next member
     while True:
         header = read_at(file, offset, _BLOCK)
         if header.count(0) == _BLOCK:
@@ -64,13 +64,13 @@ def members(file: BinaryIO) -> Iterator[Member]:
 
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Bytes of a file, fewer where it ends."""
+    """Reads `size` bytes of a file at a position, or fewer at its end."""
     file.seek(offset)
     return file.read(size)
 
 
 def _is_header(header: bytes) -> bool:
-    # The checksum is the sum of all bytes, with its own as spaces.
+    # The checksum is the sum of all bytes, with the bytes of the checksum replaced by spaces.
     checksum = header[148:156]
     try:
         return len(header) == _BLOCK and _number(checksum) == sum(header) - sum(checksum) + 8 * ord(" ")
@@ -96,7 +96,7 @@ def _number(field: bytes) -> int:
 
 
 def _records(raw: bytes) -> dict[bytes, bytes]:
-    """The records "LENGTH KEY=VALUE\\n" of an extended header."""
+    """Parses the records "LENGTH KEY=VALUE\\n" of an extended header."""
     records = {}
     while raw.strip(b"\0"):
         length = int(raw.split(b" ", 1)[0])

@@ -1,4 +1,4 @@
-"""The throughput of a model in images per second."""
+"""Measures the throughput of a model in images per second."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Throughput:
         milliseconds: the times of the forwards, sorted.
         batch_size: images per forward.
         image_shape: channels, height and width.
-        device: the processor's name, with its number of threads on a CPU.
+        device: name of the GPU; or name of the CPU, with the number of threads.
         dtype: the dtype of parameters and images.
     """
 
@@ -40,10 +40,10 @@ class Throughput:
 def measure_throughput(
     model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, repeats: int = REPEATS
 ) -> Throughput:
-    """Times forwards of random images on the model's device, in its dtype, after three that are not timed.
+    """Times forwards of random images on the model's device, in its dtype, after three forwards as warm-up.
 
     Args:
-        model: From images to logits. It keeps its modes.
+        model: From images to logits. Its modules keep their modes.
         image_shape: Channels, height and width.
         batch_size: Images per forward.
         repeats: Number of timed forwards.

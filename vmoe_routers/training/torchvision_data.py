@@ -13,7 +13,7 @@ from filelock import FileLock
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.samples import Data, Tensors
 
-# The arguments that give the images for training and for evaluation.
+# Arguments of the images for training and of the images for evaluation.
 _TRAIN, _TEST = {"train": True}, {"train": False}
 _SETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **dict.fromkeys(("MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100"), (_TRAIN, _TEST)),
@@ -25,7 +25,7 @@ _SETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 class _Files:
-    """A data set of torchvision that reads files. Its errors name the image."""
+    """Data set of torchvision that reads files. Its errors name the image."""
 
     def __init__(self, samples: Any, name: str):
         self.samples, self.name = samples, name
@@ -41,7 +41,7 @@ class _Files:
 
 
 def open_torchvision(name: str, data_root: str | Path | None) -> Data:
-    """The data set `name` of torchvision, downloaded into `data_root` if it is missing.
+    """Opens the data set `name` of torchvision; downloads it into `data_root` if it is missing.
 
     Raises:
         DataError: torchvision has no such data set, or it cannot be downloaded.
@@ -69,7 +69,7 @@ def _open(kind: Any, name: str, root: Path, arguments: dict[str, Any]) -> Any:
         arguments = {**arguments, "download": True}
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{name}.lock"):  # one process downloads, and the next ones find the files
+        with FileLock(root / f"{name}.lock"):  # one process downloads; other processes wait and find the files
             return kind(root, **arguments)
     except Exception as error:  # torchvision raises RuntimeError, URLError and more
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -81,7 +81,7 @@ def _names(classes: Any) -> tuple[str, ...]:
 
 
 def _tensors(samples: Any) -> Tensors | None:
-    """The images of a data set that keeps them in memory; None if it reads files."""
+    """Returns the images of a data set that is in memory; None if it reads files."""
     images = getattr(samples, "data", None)
     labels = getattr(samples, "targets", getattr(samples, "labels", None))
     if not isinstance(images, np.ndarray | torch.Tensor) or labels is None:

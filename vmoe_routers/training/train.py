@@ -1,4 +1,4 @@
-"""train: the whole training of a model, which ``vmoe-routers train`` runs."""
+"""train: trains a model from settings, for ``vmoe-routers train``."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def train(
     """Trains a model, or continues its training from the newest checkpoint in the output folder.
 
     ``train(data="photos", router="soft")`` is ``train(TrainSettings(data="photos", router="soft"))``. On many devices,
-    every process that torchrun started calls it.
+    every process that torchrun started calls this function.
 
     Args:
-        settings: The settings. None: made of `options`.
+        settings: The settings; None: `options` make them.
         dry_run: Only describes model, cost, data and memory, and draws the first batch.
-        console: Where progress is shown.
+        console: Console that shows progress.
         options: Fields of `TrainSettings`.
 
     Returns:
         The folder of the trained model, for `from_pretrained`; with `dry_run` the picture of the first batch.
 
     Raises:
-        ValueError: settings, data or checkpoints that do not fit. The message is for the user.
-        OSError: a file that cannot be written.
-        TrainingError: loss or gradient was not finite for many steps.
-        KeyboardInterrupt: the training was interrupted. After the first interrupt it was saved.
+        ValueError: Settings, data or checkpoints do not fit together. The message is for the user.
+        OSError: A file cannot be written.
+        TrainingError: Loss or gradient was not finite for many steps.
+        KeyboardInterrupt: The training was interrupted. After the first interrupt it was saved.
     """
     if settings is None:
         settings = TrainSettings(**options)
@@ -79,11 +79,11 @@ def train(
 
 
 class Plan(NamedTuple):
-    """The steps of a training.
+    """Numbers of steps of a training.
 
     Attributes:
         image_size: height and width of the model's images.
-        steps_per_epoch, steps: of an epoch, and of the whole training.
+        steps_per_epoch, steps: steps of an epoch, and of the whole training.
         evaluate_every, save_every: steps between evaluations, and between checkpoints.
     """
 
@@ -98,7 +98,7 @@ class Plan(NamedTuple):
         """Plans the steps.
 
         Raises:
-            OptionError: the batch does not fit the data or the processes.
+            OptionError: The batch size does not fit the data or the processes.
         """
         parts = world.size * settings.accumulate
         if settings.batch_size % parts:
@@ -276,7 +276,7 @@ def _training_batches(settings: TrainSettings, data: Data, plan: Plan, first_ste
 
 
 def _evaluate(settings: TrainSettings, data: Data, plan: Plan, trainer: Trainer, world: World) -> Evaluation:
-    """Evaluates the average of the parameters, or else the parameters, on the test images."""
+    """Evaluates the model on the test images, with the average of the parameters if there is one."""
     batches = evaluation_batches(
         data.test,
         Transform(settings.augmentation(plan.image_size), data.channels, training=False),
@@ -292,7 +292,7 @@ def _evaluate(settings: TrainSettings, data: Data, plan: Plan, trainer: Trainer,
 
 
 def _export(settings: TrainSettings, plan: Plan, trainer: Trainer, world: World, console: Console) -> Path:
-    """Writes the model and the curve, and says what to do next. Returns the model's folder.
+    """Writes the model and the curve, and prints the next command. Returns the model's folder.
 
     The parameters alone are written for a model that save_pretrained cannot describe: one with a router of the user's
     own, or without MoE layers.
@@ -316,7 +316,7 @@ def _export(settings: TrainSettings, plan: Plan, trainer: Trainer, world: World,
 
 
 def _save_model(settings: TrainSettings, model: nn.Module, folder: Path, state: dict[str, Tensor]) -> str:
-    """Writes the model, or else its parameters alone. Returns why from_pretrained cannot make it, or ""."""
+    """Writes the model; its parameters alone if from_pretrained cannot make it. Returns the reason for that, or ""."""
     is_upcycled = settings.upcycle is not None and timm.is_model(settings.model)
     try:
         save_pretrained(model, folder, state_dict=state, model_args=settings.model_args if is_upcycled else None)

@@ -1,4 +1,4 @@
-"""Trainer: training steps of a model, and the state that a checkpoint keeps."""
+"""Trainer: training steps of a model, and the state for a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from vmoe_routers.training.seeding import seed_of
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-_FORMS = ("fused", "foreach", "capturable", "differentiable")  # options of torch's optimizers
+_FORMS = ("fused", "foreach", "capturable", "differentiable")  # options that select an optimizer's implementation
 
 
 class TrainingError(FloatingPointError):
-    """A training that cannot go on. The message says why."""
+    """Training that cannot continue. The message has the reason."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The values of a step, on the device: reading one waits for the device.
+    """Values of a step, on the device. Reading a tensor waits for the device.
 
     Attributes:
         loss: mean loss of the batch, without the routers' losses.
@@ -59,7 +59,7 @@ class Trainer:
         seed: Seed of noise and dropout.
         rank: The number of this process.
         autocast: Whether the model runs under autocast with the precision of `optimisation`. A model that was
-            parallelized for this precision does without.
+            parallelized for this precision needs no autocast.
 
     Attributes:
         step: Number of steps so far.
@@ -87,9 +87,9 @@ class Trainer:
         self.ema = Ema(self.plain, optimisation.ema) if optimisation.ema else None
         self.dtype = DTYPES[optimisation.precision] if autocast else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        # Both on the device, so that counting does not wait for it.
-        self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # of all steps, and of the last in a row
-        # Fused optimizers skip a step by a flag on the device. The others need the flag on the host.
+        # On the device, so that counting does not wait for the device.
+        self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # in all; and the last in a row
+        # Fused optimizers skip a step by a flag on the device. All other optimizers need the flag on the host.
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.parameters)
         self._skips_on_device = getattr(self.optimizer, "_step_supports_amp_scaling", False) and not sharded
 
@@ -117,7 +117,7 @@ class Trainer:
                 losses.append(self._backward(x, y, len(parts)))
         loss, auxiliary = torch.stack(losses).mean(0)
         self.scaler.unscale_(self.optimizer)
-        # An infinite norm clips nothing.
+        # Infinity as the largest norm clips nothing.
         norm = clip_grad_norm_(self.parameters, o.clip or float("inf"))
         self._apply(norm)
         self.step += 1
@@ -137,7 +137,7 @@ class Trainer:
         return torch.stack([loss.detach(), auxiliary.detach()])
 
     def _synchronising(self, last: bool) -> AbstractContextManager[Any]:
-        """Adds the gradients over the ranks in the last part of a batch only."""
+        """Returns a context in which gradients are summed over the ranks only for the last part of a batch."""
         if isinstance(self.model, DistributedDataParallel):
             return nullcontext() if last else self.model.no_sync()
         if isinstance(self.model, FSDPModule):
@@ -164,21 +164,21 @@ class Trainer:
             self.ema.update(self.plain)
 
     def autocasting(self) -> AbstractContextManager[Any]:
-        """Runs the model in the precision of the training."""
+        """Returns a context in which the model runs in the precision of the training."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Gives the model the average of its parameters, if there is one, for the time of a ``with``."""
+        """Returns a context in which the model has the average of its parameters, if there is one."""
         return nullcontext() if self.ema is None else self.ema.swapped(self.plain)
 
     def check(self, images: Tensor) -> None:
         """Ends the training if too many steps in a row were skipped. Waits for the device.
 
         Args:
-            images: the last batch, on which the place of the fault is found.
+            images: The last batch, which is used to locate the fault.
 
         Raises:
-            TrainingError: the last `Optimisation.max_skipped` steps were skipped. The message names the first layer
+            TrainingError: The last `Optimisation.max_skipped` steps were skipped. The message names the first layer
                 whose output or parameter is not finite.
         """
         in_a_row = int(self._skipped[1])
@@ -192,7 +192,7 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for `torch.distributed.checkpoint`: the same names on any number of ranks."""
+        """Returns the state for `torch.distributed.checkpoint`. Names do not depend on the number of ranks."""
         model, optimizer = get_state_dict(self.plain, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "step": torch.tensor(self.step), "skipped": self._skipped}
         if self.ema is not None:
@@ -202,8 +202,8 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state."""
-        # The form of the optimizer's kernels fits this layout, not that of the training that wrote the state.
+        """Loads a state of `state_dict`."""
+        # Keep the optimizer's implementation: the one in the state belongs to the layout that wrote it.
         forms = [{name: g[name] for name in _FORMS if name in g} for g in self.optimizer.param_groups]
         set_state_dict(self.plain, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for group, form in zip(self.optimizer.param_groups, forms, strict=True):

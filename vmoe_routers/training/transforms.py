@@ -28,14 +28,14 @@ INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "random")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How images become input of a model.
+    """Options of the transform from images to the input of a model.
 
     Attributes:
         image_size: height and width of the input.
         scale: smallest and largest area of a random crop, as shares of the image's. None: no random crop.
         ratio: smallest and largest ratio of a random crop's width to its height.
         hflip: probability of a horizontal flip.
-        shift: largest random shift in both directions, in pixels. Zeros fill the gap. Wants `scale` None.
+        shift: largest random shift in both directions, in pixels. Zeros fill the gap. Requires `scale` None.
         rand_augment: timm's string, such as "rand-m9-mstd0.5-inc1" (RandAugment), "augmix-m3" or "original".
         color_jitter: strength of random brightness, contrast and saturation. RandAugment replaces it.
         erasing: probability of erasing a random rectangle.
@@ -45,12 +45,12 @@ class Augmentation:
         normalization: mean and standard deviation: "inception" (pixels in [-1, 1]), "imagenet", "clip", or "none"
             (pixels in [0, 1]).
         repeats: copies of an image in its batch (repeated augmentation).
-        mixup, cutmix: parameters alpha of the two ways of mixing pairs of images; 0 is off.
+        mixup, cutmix: alpha of mixup and of cutmix, which mix pairs of images; 0 is off.
         mix_prob: the share of batches that are mixed.
         switch_prob: the share of mixed batches with cutmix, if both are on.
 
     Raises:
-        OptionError: a value out of range.
+        OptionError: A value is out of range.
     """
 
     image_size: int = 224
@@ -93,7 +93,7 @@ class Augmentation:
 
     @property
     def is_simple(self) -> bool:
-        """Whether shifts and flips are all of it, which the loader does for a whole batch at once."""
+        """Whether shifts and flips are the only augmentation; the loader does these for a whole batch at once."""
         return self.scale is None and not (self.rand_augment or self.color_jitter or self.erasing)
 
 
@@ -106,23 +106,23 @@ SMALL = 64  # larger images are augmented by random crops
 
 
 def default_augmentation(data: Data, image_size: int | None = None) -> Augmentation:
-    """Light augmentation for a data set: shifts for small images, random crops for photographs.
+    """Chooses light augmentation for a data set: shifts for small images, random crops for photographs.
 
     Args:
         data: the data set.
-        image_size: height and width of the input. Default: the images' own, or 224 where they differ.
+        image_size: height and width of the input. Default: the images' own, or 224 if they differ.
     """
     size = image_size or data.size or 224
     if data.size is None or data.size > SMALL:
         return Augmentation(image_size=size)
-    flip = 0.5 if data.channels == 3 else 0.0  # a mirrored digit is another sign
+    flip = 0.5 if data.channels == 3 else 0.0  # a mirrored digit may be another character
     return Augmentation(
         image_size=size, scale=None, hflip=flip, shift=max(1, size // 8), interpolation="bilinear", crop_pct=1.0
     )
 
 
 class Transform:
-    """Makes a model's input of images: for single images in the loader's workers, or for whole batches.
+    """Transforms images to the input of a model: single images in the loader's workers, or whole batches.
 
     Args:
         augmentation: the options.
@@ -157,18 +157,18 @@ class Transform:
         return self._pipeline(_as_picture(image, self.channels))
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random shifts (rows, columns) and flips of `count` images for `batch`: [count, 3] int64."""
+        """Draws shifts (rows, columns) and flips of `count` images for `batch`: [count, 3] int64."""
         shift = self.augmentation.shift
         shifts = torch.randint(2 * shift + 1, (count, 2), generator=generator)
         flips = torch.rand(count, 1, generator=generator) < self.augmentation.hflip
         return torch.cat([shifts, flips.long()], dim=1)
 
     def batch(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Transforms images in memory at once, where `by_batch` is true.
+        """Transforms a batch of images in memory; requires `by_batch`.
 
         Args:
-            images: [N, channels, height, width], uint8 or float32 in [0, 1]. Other heights or widths than the input's
-                are resized without regard to their ratio.
+            images: [N, channels, height, width], uint8 or float32 in [0, 1]. Images of another size are resized without
+                regard to their aspect ratio.
             draws: rows of `draw`, for training.
 
         Returns:
@@ -192,7 +192,7 @@ class Transform:
         return self.normalize(images)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """The model's input: float32 [N, channels, height, width] from uint8 or from float32 in [0, 1]."""
+        """Normalizes uint8, or float32 in [0, 1], to float32 [N, channels, height, width], the model's input."""
         mean, std = self.mean.to(images.device), self.std.to(images.device)
         is_new = images.dtype == torch.uint8
         images = images.float().div_(255) if is_new else images
@@ -241,7 +241,7 @@ class Transform:
 
 
 def shifted(images: Tensor, offsets: Tensor, most: int) -> Tensor:
-    """Shifts every image of [N, channels, height, width] by its offsets - most, [N, 2]. Zeros fill the gap."""
+    """Shifts every image of [N, channels, height, width] by ``offsets - most`` [N, 2]. Zeros fill the gap."""
     if most == 0:
         return images
     count, _, height, width = images.shape
@@ -249,7 +249,7 @@ def shifted(images: Tensor, offsets: Tensor, most: int) -> Tensor:
     columns = offsets[:, 1:] + torch.arange(width, device=images.device)
     padded = F.pad(images, [most] * 4)
     which = torch.arange(count, device=images.device)
-    # Indexing around a slice puts the indexed axes first: [N, height, width, channels].
+    # The slice between index tensors puts the indexed axes first: [N, height, width, channels].
     return padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
@@ -263,7 +263,7 @@ def _as_picture(image: Image.Image | Tensor, channels: int) -> Image.Image:
 
 
 def _mend_posterize(pipeline: Any) -> None:
-    """Keeps at least 1 bit of a pixel: timm's strongest posterizing asks for 0, which Pillow 13 refuses."""
+    """Keeps at least 1 bit per pixel: timm's strongest posterizing asks for 0 bits, which Pillow 13 refuses."""
     from timm.data import auto_augment
 
     for step in pipeline.transforms:
@@ -277,7 +277,7 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 
 
 class _Erasing:
-    """timm's random erasing for uint8 pixels: the fill is as if it were drawn after normalization."""
+    """timm's random erasing for uint8 pixels. The fill has the distribution that it has after normalization."""
 
     def __init__(self, probability: float, mode: str, mean: Tensor, std: Tensor):
         from timm.data.random_erasing import RandomErasing
@@ -291,7 +291,7 @@ class _Erasing:
 
 
 class _Canvas:
-    """An image of uint8 pixels that timm fills with normalized ones."""
+    """Image of uint8 pixels that timm fills with normalized values."""
 
     dtype = torch.float32
 
@@ -306,17 +306,17 @@ class _Canvas:
 
 
 class Mixing:
-    """timm's mixup and cutmix of a batch. The draws are a function of (seed, step, rank).
+    """Mixup and cutmix of timm for a batch. The draws are a function of (seed, step, rank).
 
     Args:
         augmentation: the options `mixup`, `cutmix`, `mix_prob`, `switch_prob`.
         num_classes: number of classes.
         seed: the seed.
         rank: the number of this process.
-        label_smoothing: the share of the targets that is spread over all classes.
+        label_smoothing: share of the target that is spread over all classes.
 
     Raises:
-        OptionError: neither `mixup` nor `cutmix` is on.
+        OptionError: Neither `mixup` nor `cutmix` is on.
     """
 
     def __init__(self, augmentation: Augmentation, num_classes: int, *, seed: int, rank: int = 0, label_smoothing=0.0):
