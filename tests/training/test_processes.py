@@ -53,8 +53,11 @@ def run_on_two(alone, output, *flags):
     config = output.parent / f"{output.name}.yaml"
     values = yaml.safe_load((alone / SETTINGS).read_text())
     config.write_text(yaml.safe_dump({**values, "output": str(output)}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "vmoe_routers", "train", "--config", str(config), *flags]
+    return torchrun("-m", "vmoe_routers", "train", "--config", str(config), *flags)
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert found.returncode == 0, found.stderr
@@ -74,9 +77,8 @@ def check_same(output, alone):
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("flags", [["--parallel=ddp"], ["--parallel=fsdp", "--ep=2"]], ids=" ".join)
-def test_two_processes_train_as_one(flags, alone, tmp_path):
-    told = run_on_two(alone, tmp_path / "two", *flags)
+def test_two_sharded_processes_train_as_one(alone, tmp_path):
+    told = run_on_two(alone, tmp_path / "two", "--parallel=fsdp", "--ep=2")
     assert told.count("2 processes on cpu") == 1  # one process writes
     check_same(tmp_path / "two", alone)
 
@@ -93,3 +95,28 @@ def test_sharded_processes_continue_a_checkpoint_of_one(alone, tmp_path):
     # And one process reads what two wrote.
     train(TrainSettings(**{**OPTIONS, "output": output}), console=Console(quiet=True))
     check_same(output, alone)
+
+
+KILLED_ONCE = """
+import os, signal, sys, yaml
+from vmoe_routers.training import Trainer, TrainSettings, train
+
+call = Trainer.__call__
+
+def killed(self, images, targets):
+    if (self.step, self.rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (4, 1, "0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return call(self, images, targets)
+
+Trainer.__call__ = killed
+train(TrainSettings(**yaml.safe_load(sys.argv[1])))
+"""
+
+
+def test_two_processes_of_ddp_of_which_one_is_killed_train_as_one(alone, tmp_path):
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE)
+    options = {**OPTIONS, "output": str(tmp_path / "two"), "device": "cpu"}
+    told = torchrun("--max-restarts", "1", str(script), yaml.safe_dump(options))
+    assert "continues from step 3 of 5" in told
+    check_same(tmp_path / "two", alone)

@@ -76,7 +76,12 @@ def processes(device: str) -> Iterator[World]:
         torch.cuda.set_device(place)
     starts = "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized()
     if starts:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=place if kind == "cuda" else None)
+        store, rank, size = next(dist.rendezvous("env://"))
+        # After a restart, torchrun's store still has the addresses of the processes that ended.
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        device_id = place if kind == "cuda" else None
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     is_many = dist.is_initialized()
     try:
         yield World(dist.get_rank() if is_many else 0, dist.get_world_size() if is_many else 1, place)
