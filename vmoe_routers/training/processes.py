@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from vmoe_routers.options import OptionError
 
@@ -76,9 +78,9 @@ def processes(device: str) -> Iterator[World]:
         torch.cuda.set_device(place)
     starts = "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized()
     if starts:
-        store, rank, size = next(dist.rendezvous("env://"))
+        store, rank, size = next(rendezvous("env://"))
         # After a restart, torchrun's store still has the addresses of the processes that ended.
-        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         device_id = place if kind == "cuda" else None
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
