@@ -1,8 +1,8 @@
-"""The benchmark: `python -m benchmarks.run [--quick | --full] [--device cpu] [--isa v3] [--threads 1,2] [--only OP]
-[--csv FILE]`.
+"""Measures our ops and layers against other ways to compute the same results: `python -m benchmarks.run`.
 
 Measures the ceilings of the machine, then every case. Checks the results of all variants of a case, then times them in
 one process, in shuffled rounds, as ratios to ours. Prints tables, and writes a CSV file if asked.
+`--help` lists the options.
 """
 
 from __future__ import annotations

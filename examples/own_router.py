@@ -1,4 +1,4 @@
-"""A router of your own: tokens go to experts by their position. It trains beside the six, in a layer or a ViT.
+"""A router of your own: tokens go to experts by their position. It trains like the six routers, in a layer or a ViT.
 
 python examples/own_router.py
 vmoe-routers study --routers soft,examples.own_router:HashRouter

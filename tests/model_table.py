@@ -30,7 +30,7 @@ imported: 32 experts, capacity factor 1, MoE layers in the last half of the bloc
 224 and 1,000 classes. `timm.create_model("soft_moe_base_patch16_224", num_experts=32)` makes one; every keyword of
 `vit_moe` changes it.
 
-FLOPs are those of the forward pass per image; a multiplication and an addition are two. Empty slots count. Capacity
+FLOPs are counted for a forward pass of one image; a multiplication and an addition are two. Empty slots count. Capacity
 is rounded per expert: to the nearest integer in Expert Choice, up to a multiple of 4 in Token Choice. Where an image
 has few tokens for 32 experts, Token Choice therefore costs more than the dense ViT; larger groups remove the
 difference. Active parameters are the parameters that process a token, on average. Dense: the ViT with the same trunk.

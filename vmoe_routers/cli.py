@@ -29,7 +29,7 @@ def _study(settings: Any, options: dict[str, Any]) -> None:
 
     chosen = settings(**options)
     if any(map(is_own, chosen.routers)) and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # which Python leaves out for an installed command
+        sys.path.insert(0, os.getcwd())  # an installed command does not search this folder
     with raising():
         run_study(chosen)
 
@@ -55,7 +55,7 @@ def _train(settings: Any, options: dict[str, Any]) -> None:
         options.pop(name)
     chosen = settings(**options)
     if any(map(is_own, (chosen.router, chosen.upcycle))) and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # which Python leaves out for an installed command
+        sys.path.insert(0, os.getcwd())  # an installed command does not search this folder
     train(chosen, dry_run=dry_run)
 
 
@@ -81,7 +81,7 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
         raise OptionError(f"recipe {recipe!r} does not exist; there are {names}", "recipe")
     defaults = RECIPES[recipe]().to_dict()
     model = given.get("--model", config.get("model", defaults["model"]))
-    if defaults["model"] == "vit_moe" != model:  # the recipe's architecture and router are those of its own model
+    if defaults["model"] == "vit_moe" != model:  # the recipe's architecture and router belong to its model
         defaults |= {"model_args": {}, "router": None, "num_experts": None, "group_size": None}
     defaults |= config
     router = given.get("--router", defaults["router"])
@@ -137,7 +137,7 @@ COMMANDS = {
     "train": Command(
         "vmoe_routers.training.settings:TrainSettings",
         help="train a model on your images; without options, a small Soft MoE on digits",
-        description="Trains a vision mixture of experts, or continues a training: the same command goes on from the "
+        description="Trains a vision mixture of experts, or continues a training: the same command continues from the "
         "newest checkpoint in --output. On many devices: torchrun --nproc-per-node 8 -m vmoe_routers train.",
         example="vmoe-routers train --data photos --recipe photos --output runs/photos",
         run=_train,
@@ -154,7 +154,7 @@ COMMANDS = {
     "fewshot": Command(
         "vmoe_routers.training.probes:few_shot",
         help="fit a probe to the features of a model, on a few images per class or on all",
-        description="Fits a linear classifier to the features before the head of a model, which stays as it is: ridge "
+        description="Fits a linear classifier to the features before the head of a model, which does not change: ridge "
         "regression on a few images per class, or logistic regression on all (--probe linear).",
         example="vmoe-routers fewshot --model runs/photos/model --data flowers --shots 1,5,10 --seeds 0,1,2",
         hidden=("console",),

@@ -120,7 +120,7 @@ def ratios(run: dict, others: list[dict], only: tuple[str, ...] | None = None) -
     note = f"Sizes: {' '.join(sorted(common))} in every row. " if common else ""
     note += "n tokens in images of T, E experts, width D, K experts per token. **Bold**: the other form is faster."
     for other in others:
-        form = ", nothing was compiled, and sizes are those of `--quick`" if other["quick"] else ""
+        form = ", nothing was compiled, and sizes are the sizes of `--quick`" if other["quick"] else ""
         note += (
             f" Column ISA {other['machine']['isa']}: our kernels are limited to that level, other forms are not{form}."
         )
@@ -184,7 +184,7 @@ def overhead(run: dict) -> list[str]:
     beside = f"; the cheapest call of torch, `torch.add`, at least {min(add):.2g} us" if add else ""
     return [
         "### Call overhead",
-        f"Ops on tiny input, where nothing but the call takes time: {'; '.join(parts)}{beside}.",
+        f"Ops on tiny input, where only the call takes time: {'; '.join(parts)}{beside}.",
     ]
 
 
@@ -275,7 +275,7 @@ def summary(run: dict) -> str:
         what = f"One thread of {what[:-1]}, ISA {machine['isa']}), float32{form}"
     met = sum(v["factor"] >= 1 for v in found)
     page = "docs/benchmarks.md"
-    line = f"{what}; {met} of {len(found)} targets met. All cases, scaling and what is missed: [{page}]({page})."
+    line = f"{what}; {met} of {len(found)} targets met. All cases, scaling and missed targets: [{page}]({page})."
     return f"{line}\n\n{ratios(run, [], README_CASES)}"
 
 

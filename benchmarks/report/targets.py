@@ -208,7 +208,7 @@ WHY: dict[tuple[str, str, str], str] = {
     ("dispatch + combine", FORWARD, "torch gather, both ways"): RANDOM_ROWS,
     ("dispatch + combine", BACKWARD, "torch gather, both ways"): RANDOM_ROWS,
     ("slots with batch priority, one group", FORWARD, "one-hot cumsum"): (
-        "slots go by priority, and sorting 12,544 tokens by priority takes two thirds of the time"
+        "slots are assigned by priority, and sorting 12,544 tokens by priority takes two thirds of the time"
     ),
     ("Sinkhorn, one group, 4 sigma", FORWARD, "Megatron-LM's loop"): NOT_CONVERGED,
     ("Sinkhorn, one group, 4 sigma", BACKWARD, "scaling loop"): (

@@ -62,7 +62,7 @@ def load_flax(module: nn.Module, params: Mapping[str, Any], *, skip_head: bool =
             as `read_vmoe` and `read_npz` give it, {"Router/dense/kernel": ..., "Mlp/Dense_0/kernel": ...} for a MoE
             layer, {"dense/kernel": ...} or {"mu": ..., "scale": ...} for a router. Nested mappings count as paths, and
             every path may begin with "params/". Values are converted to the dtype and device of the parameter.
-        skip_head: Keeps the model's head and pre_logits and ignores those of `params`, for a task with other classes.
+        skip_head: Keeps head and pre_logits of the model and ignores them in `params`, for a task with other classes.
 
     Returns:
         `module`.

@@ -86,7 +86,7 @@ def clean(name: str) -> str:
 
 
 def plain_class(module: nn.Module) -> type:
-    """Gives the class of a module; FSDP2 puts a class of its own in front."""
+    """Gives the class of a module, without the subclass that FSDP2 makes."""
     classes = type(module).__mro__
     return classes[2] if classes[1].__name__ == "FSDPModule" else classes[0]
 

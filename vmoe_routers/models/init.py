@@ -20,7 +20,7 @@ def init_trunk(model: Any, config: Mapping[str, Any]) -> None:
     """Sets all parameters and positions outside the MoE layers as the reference models do.
 
     Every value is set in place by one operation on the whole parameter, which a sharded parameter supports. The trunk
-    draws the same numbers whichever blocks have MoE layers.
+    draws the same numbers for every choice of blocks with MoE layers.
 
     Args:
         model: A `MoEVisionTransformer`.

@@ -88,7 +88,7 @@ class MoEVisionTransformer(VisionTransformer):
             mode, kwargs: timm's, for a model that `vit_moe` did not make.
 
         Raises:
-            ValueError: `mode` is another scheme than that of `vit_moe`.
+            ValueError: `mode` names a scheme, but the model has the scheme of `vit_moe`.
             TypeError: A router or an expert has parameters, but no `reset_parameters`.
         """
         config = getattr(self, "moe_config", None)

@@ -280,7 +280,7 @@ def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_router(check: Check, router: object) -> None:
-    """Checks that every MoE layer of a model can have a router of its own."""
+    """Checks that `router` can make a separate router for every MoE layer."""
     if isinstance(router, nn.Module):
         raise TypeError(
             f"{check.where}: router must be a name, or a function (dim, num_experts) that makes a router for every MoE"
@@ -296,7 +296,7 @@ def plain(value: Any) -> Any:
 
 
 def _plain_blocks(depth: int, rule: str | Iterable[int]) -> str | list[int]:
-    """Checks the rule; gives a name as it is, and indices as a list."""
+    """Checks the rule; returns a name unchanged, and indices as a list."""
     if isinstance(rule, str):
         moe_block_indices(depth, rule)
         return rule

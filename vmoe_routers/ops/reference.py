@@ -135,7 +135,7 @@ def sinkhorn(
         T   = exp(M + f + h)
 
     M = logits / epsilon, f starts at 0, and n is the number of present tokens. A column of -inf gives a column of
-    zeros. The gradient is that of the iterations done, or with ``gradient="implicit"`` that of the fixed point.
+    zeros. The gradient is computed through the iterations, or at the fixed point with ``gradient="implicit"``.
     """
     M = _masked(_wide(logits), mask) / epsilon
     E = M.shape[2]

@@ -91,5 +91,5 @@ class SoftmaxGates(_Source, Gates):
 
 
 def as_gates(values: Tensor | Gates) -> Gates:
-    """Wraps a tensor in `PlainGates`; returns a `Gates` as it is."""
+    """Wraps a tensor in `PlainGates`; returns a `Gates` unchanged."""
     return values if isinstance(values, Gates) else PlainGates(values)

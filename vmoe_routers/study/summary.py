@@ -133,7 +133,7 @@ def median_stat(values: Sequence[float]) -> Stat:
     if len(values) == 1:
         return Stat(median, None)
     # For a normal distribution, 1.4826 median deviations are one standard deviation, and the standard error of a
-    # median is sqrt(pi / 2) times that of a mean.
+    # median is sqrt(pi / 2) times the standard error of a mean.
     deviation = 1.4826 * statistics.median(abs(value - median) for value in values)
     return Stat(median, deviation * math.sqrt(math.pi / 2 / len(values)), len(values))
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_state
 from vmoe_routers.training.trainer import Trainer
 
 FORMAT_VERSION = 1
-_INFO = "training.json"  # beside the files of torch; written last
+_INFO = "training.json"  # in the folder of torch's files; written last
 
 
 class TrainingCheckpointError(ValueError):

@@ -65,7 +65,7 @@ def draw_shots(labels: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draws the shots, and at most 1,000 other examples on which the regulariser is chosen; returns their indices.
 
     Raises:
-        ValueError: no example is left beside the shots.
+        ValueError: No example is left besides the shots.
     """
     chosen = sample_shots(labels, shots, seed)
     rest = torch.ones(len(labels), dtype=torch.bool)
@@ -120,7 +120,7 @@ def few_shot_accuracy(
         draws: number of draws.
 
     Raises:
-        ValueError: no example is left beside the shots.
+        ValueError: No example is left besides the shots.
     """
     test, accuracies = Examples(test_features, test_labels), []
     for draw in range(draws):

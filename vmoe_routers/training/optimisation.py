@@ -46,7 +46,7 @@ class Optimisation:
         clip: largest norm of the gradient; 0 for none.
         accumulate: parts of a batch that run one after the other, before one optimizer step.
         ema: decay of an average of the parameters, which is evaluated and exported in their place; 0 for none.
-        trained: parameters that are trained: "all", or only those of "router", "experts" or "head".
+        trained: parameters that are trained: "all", or only the parameters of "router", "experts" or "head".
         precision: "float32", or "bfloat16" or "float16" for autocast.
         max_skipped: steps in a row that may be skipped because their loss or gradient is not finite.
     """

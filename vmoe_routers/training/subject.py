@@ -74,8 +74,8 @@ def open_subject(
 ) -> Subject:
     """Loads a model with its own head, and opens a data set.
 
-    Normalization, crop and filter are the same as in the model's training, if they are known: from settings.yaml beside
-    the folder of the model, or from timm's configuration of its weights. Otherwise `default_augmentation` chooses them.
+    Normalization, crop and filter are the same as in the model's training, if they are known: from settings.yaml next
+    to the folder of the model, or from timm's configuration of its weights. Otherwise `default_augmentation` chooses.
 
     Args:
         model, pretrained: arguments of `load_model`.
@@ -155,7 +155,7 @@ def _augmentation(model: str, found: nn.Module, pretrained: bool, data: Data, si
         values = {**config, "normalization": names.get((tuple(config["mean"]), tuple(config["std"])))}
         if values["normalization"] is None:
             raise OptionError(
-                f"model {model!r} wants pixels of mean {config['mean']} and deviation {config['std']}; "
+                f"model {model!r} requires pixels of mean {config['mean']} and deviation {config['std']}; "
                 f"there are {', '.join(NORMALIZATIONS)}",
                 "model",
             )
