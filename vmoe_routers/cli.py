@@ -1,4 +1,4 @@
-"""The command line. A new command is one entry of `COMMANDS`."""
+"""Command line. A new command is one entry of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
 
 
 class Command(NamedTuple):
-    """A command of ``vmoe-routers``.
+    """Command of ``vmoe-routers``.
 
     Attributes:
         target: "module:name" of a function or dataclass. Its arguments are the command's options, and its docstring

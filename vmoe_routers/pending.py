@@ -51,7 +51,7 @@ class _Loss:
 
     @property
     def claimed(self) -> _Claim | None:
-        """The last claim that still exists."""
+        """Last claim that still exists; None without one."""
         living = [claim for ref in self.claims if (claim := ref()) is not None]
         return living[-1] if living else None
 

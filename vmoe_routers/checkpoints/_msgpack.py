@@ -1,4 +1,4 @@
-"""A MessagePack pull parser for untrusted files (github.com/msgpack/msgpack, spec.md).
+"""MessagePack pull parser for untrusted files (github.com/msgpack/msgpack, spec.md).
 
 The caller asks for the kind of object that its format has next; any other kind is an error. Every length is checked
 against the bytes that remain before anything is allocated, so memory is limited to what the caller keeps. Long binaries
@@ -26,7 +26,7 @@ _SIZED = {
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 _FIXED_EXT = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 _UNIT = {"str": 1, "bin": 1, "ext": 1, "array": 1, "map": 2}
-"""The fewest bytes per unit of length: a byte, an element, or a pair of a map."""
+"""Fewest bytes per unit of length: a byte, an element, or a pair of a map."""
 
 
 class Reader:

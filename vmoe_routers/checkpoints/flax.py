@@ -39,7 +39,7 @@ from vmoe_routers.moe import MoEMlp
 
 
 class _Entry(NamedTuple):
-    """An array of the reference, and the parameter or the rows of a parameter that it fills."""
+    """Array of the reference, and the parameter or the rows of a parameter that it fills."""
 
     path: str
     shape: tuple[int, ...]

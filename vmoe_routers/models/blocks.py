@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vmoe_routers.moe import MoEMlp
 
 _HIDDEN = -1e4
-"""The highest score that hides a token: exp(-1e4) is 0 in every dtype."""
+"""Highest score that hides a token: exp(-1e4) is 0 in every dtype."""
 
 
 class MoEBlock(Block):

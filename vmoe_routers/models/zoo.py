@@ -36,7 +36,7 @@ _MODELS = {
     for patch in patches
 }
 NAMES: tuple[str, ...] = tuple(_MODELS)
-"""The registered names."""
+"""Registered names."""
 
 default_cfgs = generate_default_cfgs(
     {

@@ -1,7 +1,6 @@
-"""The ops: one public function each, registered with torch's dispatcher.
+"""Ops: one public function each, registered with torch's dispatcher.
 
-``torch.ops.vmoe_routers.<op>`` runs the kernel; the function of this package checks the arguments first and documents
-them. `vmoe_routers.ops.reference` defines every op in plain PyTorch.
+``torch.ops.vmoe_routers.<op>`` runs the kernel. The public function documents the arguments and checks them first. `vmoe_routers.ops.reference` defines every op in plain PyTorch.
 """
 
 try:

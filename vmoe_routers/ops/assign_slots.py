@@ -11,7 +11,7 @@ from vmoe_routers.ops._dtypes import cast, compute_dtype
 check = Check("assign_slots")
 
 MOST_EXPERTS = 2**20
-"""The largest number of experts."""
+"""Largest number of experts."""
 
 MOST_EMPTY_SLOTS = 2**20
 """Number of slots that a group may have even with fewer requests. Empty slots cost memory and time."""

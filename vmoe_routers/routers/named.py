@@ -36,7 +36,7 @@ _TABLE: dict[str, _Named] = {
 }
 
 ROUTERS: tuple[str, ...] = tuple(_TABLE)
-"""The names of the six routers."""
+"""Names of the six routers."""
 
 
 def router_options(router: str | RouterFactory | None) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""The study: a dense ViT and the six routers, head to head on real images."""
+"""Study of a dense ViT and the six routers, head to head on real images."""
 
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.study import run_study

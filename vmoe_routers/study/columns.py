@@ -18,7 +18,7 @@ from vmoe_routers.study.summary import Row
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of the table.
+    """Column of the table.
 
     Attributes:
         key: The field of `Row`.

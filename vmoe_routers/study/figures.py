@@ -1,4 +1,4 @@
-"""The study's figures, from the records of its runs.
+"""Figures of the study, from the records of its runs.
 
 Every figure has a function `<figure>_data`, which returns the numbers as a list of dicts, and a function that draws
 exactly these numbers. Figures are `matplotlib.figure.Figure` objects. No function uses pyplot or a display.
@@ -23,7 +23,7 @@ from vmoe_routers.study.summary import Run, by_variant, stat, summarise, summari
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A figure of the study.
+    """Figure of the study.
 
     Attributes:
         name: The stem of its files.

@@ -1,4 +1,4 @@
-"""Drawing the study's figures, from the numbers that `vmoe_routers.study.figures` collects."""
+"""Draws the figures of the study from the numbers that `vmoe_routers.study.figures` collects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GRID = {"color": "#e6e6e6", "linewidth": 0.8}
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, with room between the panels."""
+    """Makes an empty figure with room between the panels; sizes are in inches."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.03)
     return figure
@@ -79,12 +79,12 @@ def _draw_kind(ax: Axes, kind: tuple, points: Data, key: str, scale: float) -> N
 
 
 def _size(capacity_factor: float | None) -> float:
-    """The marker's diameter in points: its area is proportional to the capacity factor, clamped to [0.2, 5]."""
+    """Computes the diameter of a marker in points. Its area follows the capacity factor, clamped to [0.2, 5]."""
     return 9.0 * math.sqrt(min(max(capacity_factor or 1.0, 0.2), 5.0))
 
 
 def _markers(kind: tuple, size: float) -> tuple[Line2D, ...]:
-    """The artists of one point: shape and colour show the router, a white inside K = 1, a dot the plan."""
+    """Makes the artists of one point: shape and colour show the router, a white inside K = 1, a dot the plan."""
     router, top_k, plan = kind
     look = style(router)
     size *= 1.5 if look.marker == "*" else 0.85 if look.marker in "Ds" else 1.0
@@ -179,7 +179,7 @@ def _frame_late_epochs(ax: Axes, curves: list[Data], key: str, scale: float) -> 
 
 
 def paint_figure_load(data: Data) -> Figure:
-    """A small panel per variant, a line per MoE layer: load over the even share, later blocks darker."""
+    """Draws the load over the even share: a panel per variant, a line per MoE layer, later blocks darker."""
     variants: dict[str, dict[int, Data]] = {}
     for point in data:
         variants.setdefault(point["name"], {}).setdefault(point["block"], []).append(point)

@@ -24,7 +24,7 @@ _MAX_BYTES = 1 << 28
 
 
 class RecordError(ValueError):
-    """A file that is not the expected record. The message names the file and the fault."""
+    """File that is not the expected record. The message names the file and the fault."""
 
 
 def fingerprint(data: Images, transfer: Images | None) -> str:

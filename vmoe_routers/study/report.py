@@ -182,14 +182,14 @@ def _compare(runs: Sequence[Run], rows: list[Row], lowest: Row) -> list[str]:
 
 
 def _command() -> str:
-    """The command that the user typed."""
+    """Returns the command that the user typed."""
     name = Path(sys.argv[0]).name
     program = ["python", "-m", "vmoe_routers"] if name == "__main__.py" else [name]
     return shlex.join([*program, *sys.argv[1:]])
 
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
-    """A paragraph for each setting that differs from usual models and changes how to read the results."""
+    """Writes a paragraph for each setting that differs from usual models and changes how to read the results."""
     ratio = settings.get("mlp_ratio", 4)
     if ratio == 4:
         return []
@@ -201,7 +201,7 @@ def _notes(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _dates(runs: Sequence[Run]) -> str:
-    """The dates of the first and the last run."""
+    """Returns the dates of the first and the last run."""
     dates = sorted({run["date"] for run in runs})
     return " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "nothing was run"
 
@@ -251,7 +251,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _words(value: Any) -> str:
-    """A setting's value as text for readers."""
+    """Formats the value of a setting for readers."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The settings of a study: data, models, recipe and routers."""
+"""Settings of a study: data, models, recipe and routers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The study's settings. Each is an option of ``vmoe-routers study``.
+    """Settings of a study. Each is an option of ``vmoe-routers study``.
 
     Args:
         data: "digits", "torchvision:NAME", "hf:NAME", or a folder with IDX files (MNIST), train/ and val/, or shards.
@@ -124,5 +124,5 @@ class Settings:
             raise OptionError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}", "device")
 
     def optimisation(self) -> Optimisation:
-        """The hyperparameters of every run: AdamW, a tenth of the steps as warm-up, then a cosine to 0."""
+        """Makes the hyperparameters of every run: AdamW, a tenth of the steps as warm-up, then a cosine to 0."""
         return Optimisation(learning_rate=self.learning_rate)

@@ -44,14 +44,14 @@ from vmoe_routers.training.fewshot import SHOTS
 
 
 class Job(NamedTuple):
-    """A run, and the path of its record."""
+    """Run of a variant with a seed, and the path of its record."""
 
     variant: Variant
     seed: int
     path: Path
 
     def read(self, settings: Settings, transfer: Images | None) -> dict[str, Any] | None:
-        """The record, or None if there is none.
+        """Reads the record; returns None if there is none.
 
         Raises:
             RecordError: The record is damaged.
@@ -60,13 +60,13 @@ class Job(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """The timing of the variants' steps, and the path of its record."""
+    """Timing of the variants' steps, and the path of its record."""
 
     variants: list[Variant]
     path: Path
 
     def read(self) -> dict[str, Any] | None:
-        """The record, or None if there is none or a variant is missing in it.
+        """Reads the record; returns None if there is none or it lacks a variant.
 
         Raises:
             RecordError: The record is damaged.

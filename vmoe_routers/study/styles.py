@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Style(NamedTuple):
-    """How a router looks in every table and figure."""
+    """Look of a router in every table and figure."""
 
     title: str
     marker: str

@@ -38,7 +38,7 @@ Run = Mapping[str, Any]
 
 
 class Stat(NamedTuple):
-    """A mean of values, or a median of times.
+    """Mean of values, or a median of times.
 
     Attributes:
         mean: The mean or median.
@@ -51,7 +51,7 @@ class Stat(NamedTuple):
     count: int = 1
 
     def scaled(self, factor: float) -> Stat:
-        """The statistic in another unit."""
+        """Converts the statistic to another unit."""
         return Stat(self.mean * factor, None if self.error is None else self.error * factor, self.count)
 
     def is_clear(self) -> bool:
@@ -63,7 +63,7 @@ class Stat(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The summary of one variant's runs. Accuracies are in [0, 1]. None is a missing value.
+    """Summary of the runs of one variant. Accuracies are in [0, 1]. None is a missing value.
 
     The differences use only seeds for which the dense ViT was run, too. `step_ratio` uses the rounds of the timing. The
     routing metrics are means over seeds and MoE layers; `dead_experts` is the mean over seeds of the sum over layers.
@@ -117,7 +117,7 @@ class LayerRow:
 
 
 def stat(values: Iterable[float]) -> Stat:
-    """The mean of at least one value, with its standard error."""
+    """Computes the mean of at least one value, with its standard error."""
     values = [float(value) for value in values]
     count = len(values)
     mean = _sum(values) / count

@@ -1,4 +1,4 @@
-"""The report's tables, as HTML."""
+"""Tables of the report, in HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models that a study compares: the dense ViT, and routers with options."""
+"""Models that a study compares: the dense ViT, and routers with options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOE_BLOCKS = "last_half"
 
 @dataclass(frozen=True)
 class Variant:
-    """A dense ViT, or a router with the options that the study compares.
+    """Dense ViT, or a router with the options that the study compares.
 
     Attributes:
         router: One of `vmoe_routers.ROUTERS`, an own router as ``package.module:factory``, or None: the dense ViT.
@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """A short name, unique in a study, that can be part of a file's name."""
+        """Short name, unique in a study, that can be part of a file's name."""
         if self.router is None:
             return "dense"
         parts = [self.router.rpartition(":")[2]]
@@ -49,7 +49,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The name in tables and figures."""
+        """Name in tables and figures."""
         label = style(self.router).title
         label += f", K={self.top_k}" if self.top_k else ""
         label += ", plan" if self.combine == "plan" else ""
@@ -61,7 +61,7 @@ class Variant:
         return "num_tokens" in router_options(self.router)
 
     def describe(self) -> dict[str, Any]:
-        """The variant as a run's record holds it."""
+        """Describes the variant as the record of a run holds it."""
         return {"name": self.name, "label": self.label, **asdict(self)}
 
 

@@ -25,7 +25,7 @@ for process in sys.stdin.read().split():
 
 
 class Workers:
-    """A pool of processes, which start with the first calls. Leaving the context ends them.
+    """Pool of processes, which start with the first calls. Leaving the context ends them.
 
     Args:
         count: The largest number of processes.

@@ -21,7 +21,7 @@ DEFAULT_SIZE = 32  # size to which images of different sizes are resized
 
 @dataclass(frozen=True)
 class Images:
-    """A classification data set in memory.
+    """Classification data set in memory.
 
     Attributes:
         name: the name in tables and reports.

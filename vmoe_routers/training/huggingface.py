@@ -12,7 +12,7 @@ from vmoe_routers.training.samples import Data
 
 
 class Rows:
-    """The rows of a table with an image and a label.
+    """Rows of a table with an image and a label.
 
     Args:
         table: a `datasets.Dataset` whose column `image` is not decoded.

@@ -1,4 +1,4 @@
-"""The linear probe: logistic regression on frozen features."""
+"""Linear probe: logistic regression on frozen features."""
 
 from __future__ import annotations
 

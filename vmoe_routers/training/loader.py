@@ -26,7 +26,7 @@ BAD_IMAGES = ("stop", "skip")
 
 
 class Batch(NamedTuple):
-    """A batch on this rank.
+    """Batch on this rank.
 
     Attributes:
         images: [N, channels, height, width] float32, normalized, on the device.
@@ -313,7 +313,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """The main process ends the workers, after it has saved. torchrun and Slurm send SIGTERM to workers, too."""
+    """Ignores signals in a worker: the main process ends it after saving. torchrun and Slurm signal workers, too."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

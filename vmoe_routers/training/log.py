@@ -123,7 +123,7 @@ def _short(value: Any) -> Any:
 
 
 class Bar:
-    """A progress bar over the steps of a training, on a terminal only.
+    """Progress bar over the steps of a training, on a terminal only.
 
     Args:
         console: Console that shows the bar.

@@ -13,7 +13,7 @@ from vmoe_routers.training.settings import TrainSettings
 
 
 def digits() -> TrainSettings:
-    """A small Soft MoE on 8 x 8 digits, in about a minute on two cores."""
+    """Small Soft MoE on 8 x 8 digits, in about a minute on two cores."""
     return TrainSettings(
         data="digits",
         model_args={"patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4, "pos_embed_std": 1.0}
@@ -30,7 +30,7 @@ def digits() -> TrainSettings:
 
 
 def small() -> TrainSettings:
-    """A small Token Choice model on images of 28 or 32 pixels: MNIST, Fashion-MNIST, CIFAR."""
+    """Small Token Choice model on images of 28 or 32 pixels: MNIST, Fashion-MNIST, CIFAR."""
     return TrainSettings(
         model_args={"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "pos_embed_std": 1.0},
         router="softmax_token_choice",

@@ -15,7 +15,7 @@ from vmoe_routers.training.pictures import read_picture
 
 
 class Samples(Protocol):
-    """A map-style data set, as torch's DataLoader takes it.
+    """Map-style data set, as torch's DataLoader takes it.
 
     An item is an image and its label. The image is a PIL image or a tensor [channels, height, width] (uint8, or float32
     in [0, 1]). An unreadable image raises a DataError that names it.
@@ -27,7 +27,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """A classification data set.
+    """Classification data set.
 
     Attributes:
         name: the name in tables and reports.

@@ -25,7 +25,7 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class TrainSettings(Optimisation, Augmentation):
-    """The settings of a training. Each is an option of ``vmoe-routers train``.
+    """Settings of a training. Each is an option of ``vmoe-routers train``.
 
     Args:
         data: "digits", a folder, or another name that `open_data` takes (docs/data.md).

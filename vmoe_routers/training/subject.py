@@ -24,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its data.
+    """Model and its data.
 
     Attributes:
         model: the model, on its device and in its dtype, in eval mode.
