@@ -1,6 +1,7 @@
 """Ops: one public function each, registered with torch's dispatcher.
 
-``torch.ops.vmoe_routers.<op>`` runs the kernel. The public function documents the arguments and checks them first. `vmoe_routers.ops.reference` defines every op in plain PyTorch.
+``torch.ops.vmoe_routers.<op>`` runs the kernel. The public function documents the arguments and checks them first.
+`vmoe_routers.ops.reference` defines every op in plain PyTorch.
 """
 
 try:

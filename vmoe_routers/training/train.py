@@ -209,10 +209,10 @@ def _dry_run(settings: TrainSettings, world: World, console: Console) -> Path:
 
 @contextmanager
 def _claimed(settings: TrainSettings, world: World) -> Iterator[None]:
-    """Locks the output folder, and writes the settings to it or checks that the training in it has the same.
+    """Locks the output folder and writes the settings to it, if a training in it has the same settings.
 
     Raises:
-        OptionError: the folder has a training with other settings, cannot be written, or another process trains in it.
+        OptionError: The folder has a training with other settings, cannot be written, or another process trains in it.
     """
     lock = FileLock(settings.output / ".lock", timeout=_LOCK_TIMEOUT)
     if world.first:
