@@ -28,8 +28,8 @@ from vmoe_routers.routers import SoftRouter
 GOLDEN = Path(__file__).parent / "golden"
 TABLE = Path(__file__).parents[1] / "docs" / "parity.md"
 COMMAND = "python tests/parity.py"
-# The probe of few-shot transfer has tests of its own.
-OTHER = ("fewshot", "ckpt", "vit_zoom")  # of the probe and of the checkpoints' readers, which have tests of their own
+# The few-shot probe, the schedules and the readers of checkpoints have tests of their own.
+OTHER = ("fewshot", "schedules", "ckpt", "vit_zoom")
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith(OTHER))
 
 EXACT = 0.0

@@ -265,6 +265,7 @@ def test_float16_is_refused_for_sharded_models():
         ({"model": "resnet_of_dreams"}, "model 'resnet_of_dreams' is no folder"),
         ({"model": ""}, "model must not be empty"),
         ({"router": "hash"}, "router 'hash' does not exist"),
+        ({"group_size": 3}, "group_size 3 must divide the 256 images that run together"),
         ({"router": "no.such:factory"}, "cannot be imported"),
         ({"batch_size": 2000}, "1437 training images are less than one batch"),
         ({"batch_size": 255}, "255"),
@@ -284,6 +285,12 @@ def test_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", **changes)
     assert not checkpoint.saved(tmp_path / "out/checkpoints")
+
+
+def test_a_dry_run_makes_the_optimizer(tmp_path):
+    settings = TrainSettings(**{**OPTIONS, "output": tmp_path / "out", "optimizer_args": {"beta": 1}})
+    with pytest.raises(OptionError, match="beta"):
+        train(settings, dry_run=True, console=Console(quiet=True))
 
 
 def test_dry_run(tmp_path):

@@ -85,7 +85,9 @@ def _refuse_mask(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _masked(mlp: nn.Module, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-    return mlp(x, real_tokens(attn_mask, x)) if isinstance(mlp, MoEMlp) else mlp(x)
+    if attn_mask is None or not isinstance(mlp, MoEMlp):
+        return mlp(x)
+    return mlp(x, real_tokens(attn_mask, x))
 
 
 def real_tokens(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:

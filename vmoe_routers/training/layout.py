@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vmoe_routers.distributed import Meshes, parallelize
+from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.models import load_model
 from vmoe_routers.training.optimisation import freeze
@@ -66,6 +67,23 @@ def _router(router: str, option: str) -> Any:
             f"{option} {router!r} does not exist; there are {', '.join(ROUTERS)}, and package.module:factory", option
         )
     return router
+
+
+def check_groups(model: nn.Module, settings: TrainSettings, world: World) -> None:
+    """Checks that each part of a batch on a process consists of whole groups.
+
+    Raises:
+        OptionError: The group size of a layer does not divide the images that run together.
+    """
+    images = settings.batch_size // world.size // settings.accumulate
+    for layer in model.modules():
+        if isinstance(layer, MoEMlp) and images % layer.group_size:
+            raise OptionError(
+                f"group_size {layer.group_size} must divide the {images} images that run together: batch_size "
+                f"{settings.batch_size}, {world.size} processes, accumulate {settings.accumulate}",
+                "group_size",
+                "batch_size",
+            )
 
 
 def lay_out(model: nn.Module, settings: TrainSettings, world: World) -> nn.Module:

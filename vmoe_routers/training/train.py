@@ -25,10 +25,11 @@ from vmoe_routers.training.curve import draw_curve
 from vmoe_routers.training.describe import describe, draw_batch, memory_estimate
 from vmoe_routers.training.evaluation import Evaluation, evaluate_model
 from vmoe_routers.training.interrupts import asking
-from vmoe_routers.training.layout import lay_out, make_model
+from vmoe_routers.training.layout import check_groups, lay_out, make_model
 from vmoe_routers.training.loader import Batches, evaluation_batches, training_batches
 from vmoe_routers.training.log import EVALUATIONS, Outputs, read_table
 from vmoe_routers.training.meter import Meter
+from vmoe_routers.training.optimisation import make_optimizer
 from vmoe_routers.training.processes import World, processes
 from vmoe_routers.training.samples import Data
 from vmoe_routers.training.settings import MAY_CHANGE, SETTINGS, TrainSettings, read_settings
@@ -128,6 +129,7 @@ def _train(settings: TrainSettings, world: World, console: Console) -> Path:
     data = open_data(settings.data, data_root=settings.data_root)
     plan = Plan.make(settings, data, world)
     model = make_model(settings, data, plan.image_size)
+    check_groups(model, settings, world)
     with _claimed(settings, world):
         return _run(settings, world, console, data, plan, model)
 
@@ -195,6 +197,8 @@ def _dry_run(settings: TrainSettings, world: World, console: Console) -> Path:
     data = open_data(settings.data, data_root=settings.data_root)
     plan = Plan.make(settings, data, world)
     model = make_model(settings, data, plan.image_size)
+    check_groups(model, settings, world)
+    make_optimizer(model, settings)
     console.print(describe(settings, data, plan, model, world), soft_wrap=True)
     console.print(memory_estimate(model, settings, data, plan.image_size, world), soft_wrap=True)
     make_output(settings.output)
