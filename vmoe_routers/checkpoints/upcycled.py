@@ -153,7 +153,7 @@ def _describe_transformers(model: Any) -> tuple[str, dict[str, Any]] | None:
 
 
 def _make_transformers(name: str, arguments: dict[str, Any]) -> nn.Module:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]  # optional
 
     kind: Any = getattr(transformers, name, None) if name.isidentifier() else None
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel) or not _of_family(kind):

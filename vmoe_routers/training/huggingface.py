@@ -72,7 +72,7 @@ def open_folder(folder: Path) -> Data:
 
 def _import() -> Any:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  # optional
     except ImportError as error:
         raise DataError(
             f"data sets of Hugging Face need the package datasets: pip install datasets ({error})"
