@@ -23,13 +23,19 @@ _KINDS |= {"dict": "values by name", "list": "values with commas between them"}
 _MOST_SHOWN = 2000  # longest message, in characters
 
 
-def _study(settings: Any, options: dict[str, Any]) -> None:
-    from vmoe_routers.study import run_study
+def _search_here(routers: Sequence[str | None]) -> None:
+    """Lets Python import the user's own routers from this folder, which an installed command does not search."""
     from vmoe_routers.study.own import is_own
 
+    if any(map(is_own, routers)) and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _study(settings: Any, options: dict[str, Any]) -> None:
+    from vmoe_routers.study import run_study
+
     chosen = settings(**options)
-    if any(map(is_own, chosen.routers)) and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # an installed command does not search this folder
+    _search_here(chosen.routers)
     with raising():
         run_study(chosen)
 
@@ -47,15 +53,13 @@ def _convert(convert: Any, options: dict[str, Any]) -> None:
 
 
 def _train(settings: Any, options: dict[str, Any]) -> None:
-    from vmoe_routers.study.own import is_own
     from vmoe_routers.training import train
 
     dry_run = options.pop("dry_run")
     for name in ("recipe", "config"):
         options.pop(name)
     chosen = settings(**options)
-    if any(map(is_own, (chosen.router, chosen.upcycle))) and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # an installed command does not search this folder
+    _search_here([chosen.router, chosen.upcycle])
     train(chosen, dry_run=dry_run)
 
 

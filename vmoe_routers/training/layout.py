@@ -12,11 +12,10 @@ from vmoe_routers.distributed import Meshes, parallelize
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.models import load_model
-from vmoe_routers.training.optimisation import freeze
+from vmoe_routers.training.optimisation import DTYPES, freeze
 from vmoe_routers.training.processes import World
 from vmoe_routers.training.samples import Data
 from vmoe_routers.training.settings import TrainSettings
-from vmoe_routers.training.trainer import DTYPES
 
 
 def make_model(settings: TrainSettings, data: Data, image_size: int) -> nn.Module:

@@ -20,7 +20,8 @@ from vmoe_routers.training.schedules import SCHEDULES, learning_rate
 
 LOSSES = ("softmax", "sigmoid")
 TRAINED = ("all", "router", "experts", "head")
-PRECISIONS = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtype of autocast for each precision; None is no autocast."""
 _MAX = (1 << 31) - 1
 
 
@@ -72,7 +73,7 @@ class Optimisation:
     max_skipped: int = 10
 
     def __post_init__(self):
-        choices = {"schedule": SCHEDULES, "loss": LOSSES, "trained": TRAINED, "precision": PRECISIONS}
+        choices = {"schedule": SCHEDULES, "loss": LOSSES, "trained": TRAINED, "precision": tuple(DTYPES)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}", name)

@@ -6,11 +6,13 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
+from vmoe_routers.distributed.parallelize import Checkpointing
 from vmoe_routers.options import OptionError
+from vmoe_routers.training.loader import BAD_IMAGES
 from vmoe_routers.training.optimisation import Optimisation, at_least, only
 from vmoe_routers.training.transforms import Augmentation
 
@@ -18,8 +20,6 @@ SETTINGS = "settings.yaml"
 """Name of the file of settings in the output folder of a training."""
 
 KEEP = ("last", "best", "every")
-BAD_IMAGES = ("stop", "skip")
-CHECKPOINTING = ("none", "exchange_saved", "full")
 PARALLEL = ("ddp", "fsdp")
 
 
@@ -100,7 +100,7 @@ class TrainSettings(Optimisation, Augmentation):
         at_least(self, 1, "epochs", "batch_size", "log_every", "replicate", "ep", "evaluate_every", "save_every")
         at_least(self, 1, "num_experts", "top_k", "group_size", "image_size")
         at_least(self, 0, "seed", "workers")
-        choices = {"bad_images": BAD_IMAGES, "checkpointing": CHECKPOINTING, "parallel": PARALLEL}
+        choices = {"bad_images": BAD_IMAGES, "checkpointing": get_args(Checkpointing), "parallel": PARALLEL}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}", name)

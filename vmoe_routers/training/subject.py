@@ -14,9 +14,8 @@ from torch import nn
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.models import load_model
 from vmoe_routers.training.samples import Data
-from vmoe_routers.training.settings import read_settings
+from vmoe_routers.training.settings import SETTINGS, read_settings
 from vmoe_routers.training.sources import open_data
-from vmoe_routers.training.train import SETTINGS
 from vmoe_routers.training.transforms import NORMALIZATIONS, Augmentation, Transform, default_augmentation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

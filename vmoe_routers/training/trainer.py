@@ -15,11 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from vmoe_routers.distributed import Ema, clip_grad_norm_
 from vmoe_routers.moe import aux_loss
 from vmoe_routers.training.diagnosis import first_not_finite
-from vmoe_routers.training.optimisation import Optimisation, criterion, make_optimizer
+from vmoe_routers.training.optimisation import DTYPES, Optimisation, criterion, make_optimizer
 from vmoe_routers.training.seeding import seed_of
-
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 _FORMS = ("fused", "foreach", "capturable", "differentiable")  # options that select an optimizer's implementation
 
