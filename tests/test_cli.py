@@ -4,17 +4,19 @@ import contextlib
 import inspect
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from vmoe_routers import cli
+from vmoe_routers import cli, info
 from vmoe_routers.study import Settings
 from vmoe_routers.training import RECIPES
 
@@ -103,7 +105,8 @@ def test_options_of_convert():
     ("fewshot --model vit_moe --shots 1,0", "--shots must be at least 1, got [1, 0]"),
     ("fewshot --model vit_moe --probe knn", "--probe must be ridge or linear, got 'knn'"),
     ("teach", "teach"),
-    ("", "study"),
+    ("--colour red", "red"),
+    ("info --colour red", "--colour red"),
 ])  # fmt: skip
 def test_errors_are_one_line(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
@@ -227,17 +230,56 @@ def test_a_missing_package_is_one_line(capsys, monkeypatch):
     assert "jsonargparse" in err and "pip install 'vmoe_routers[study]'" in err and err.count("\n") == 1
 
 
-def help_of(arguments, capsys):
+def help_of_raw(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 0
-    return " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
 
 
-def test_help_lists_the_commands(capsys):
-    out = help_of(["--help"], capsys)
-    assert all(f"{name} {command.help}" in out for name, command in cli.COMMANDS.items())
+def help_of(arguments, capsys):
+    return " ".join(help_of_raw(arguments, capsys).split())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=str)
+def test_overview_fits_a_screen_and_needs_no_package(capsys, monkeypatch, arguments):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name} {command.help}" in " ".join(out.split()) for name, command in cli.COMMANDS.items())
+    assert len(out.splitlines()) <= 30 and max(map(len, out.splitlines())) <= 80
+
+
+def test_version(capsys):
     assert help_of(["--version"], capsys).startswith("vmoe-routers ")
+
+
+@pytest.mark.parametrize(("built", "words"), [(False, "not built"), (True, "built for 80;90, not loaded: this torch")])
+def test_info_needs_no_package_but_torch(capsys, monkeypatch, built, words):
+    for package in ("jsonargparse", "rich", "timm", "yaml"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(info, "_C", SimpleNamespace(isa=lambda: "v9", cuda_built=built, cuda_architectures="80;90"))
+    monkeypatch.setattr(info, "WITHOUT_CUDA", {"topk"})
+    monkeypatch.setattr(info, "package_version", lambda name: None if name == "safetensors" else "1.2")
+    assert cli.main(["info"]) == 0
+    found = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.replace("A k", "A_k").splitlines())
+    assert found["CUDA_kernels"].startswith(words) and "ISA v9" in found["CPU"]
+    assert (found["rich"], found["safetensors"]) == ("1.2", "not installed")
+    assert {"torch", "Python", "timm", "datasets"} <= found.keys() and "vmoe-routers" not in found
+
+
+def test_completion_offers_options_as_the_help_shows_them(capsys):
+    script = help_of_raw(["--print-completion", "shtab-bash"], capsys)
+
+    def complete(*words):
+        line = (
+            f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_vmoe_routers; echo ${{COMPREPLY[*]}}"
+        )
+        return subprocess.run(["bash"], input=script + line, capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("vmoe-routers", "''") == list(cli.COMMANDS)
+    assert complete("vmoe-routers", "train", "--top") == ["--top-k"]
+    assert complete("vmoe-routers", "study", "--rout") == ["--routers"]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -246,7 +288,18 @@ def test_help_of_a_command(capsys, name):
     assert command.description in out and f"Example: {command.example}" in out
     for key, parameter in inspect.signature(command.load()).parameters.items():
         required = command.positional and parameter.default is inspect.Parameter.empty
-        assert (f" {key} " in out if required else f"--{key}" in out) != (key in command.hidden)
+        shown = f" {key.upper()} " if required else f" --{key.replace('_', '-')} "
+        assert (shown in out) != (key in command.hidden)
+    assert not re.search(r"<class|Optional|None|_\w+ [A-Z]|\+ |\(required\) \(", out)
+
+
+def test_help_shows_defaults_of_the_recipe(capsys):
+    out = help_of(["train", "--recipe", "photos", "--help"], capsys)
+    assert (
+        "(default: soft_moe_small_patch16_224)" in out
+        and "--epochs N passes over the training images. (default: 100)" in out
+    )
+    assert "--keep TEXT,... checkpoints" in out and '"every" one. (default: last, best)' in out
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

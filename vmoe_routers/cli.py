@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
 from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from vmoe_routers import __version__
@@ -134,7 +135,7 @@ COMMANDS = {
         "vmoe_routers.study:Settings",
         help="compare the routers; writes table, figures and report",
         description="A dense ViT and the six routers head to head, on real images. Lists are written with commas: "
-        "--top_k 1,2. Names may have dashes: --top-k.",
+        "--top-k 1,2.",
         example="vmoe-routers study --data digits --routers soft,softmax_expert_choice --output study",
         run=_study,
     ),
@@ -173,7 +174,35 @@ COMMANDS = {
         positional=True,
         hidden=("progress",),
     ),
+    "info": Command(
+        "vmoe_routers.info:info",
+        help="print versions, machine and kernels, for a report of an error",
+        description="Prints the machine, the versions, and the kernels in use. Needs no package but torch.",
+        example="vmoe-routers info",
+    ),
 }
+
+
+def overview() -> str:
+    """Describes the commands in one screen."""
+    lines = [
+        f"vmoe-routers {__version__}: routers for vision mixtures of experts.",
+        "",
+        "vmoe-routers COMMAND --help describes a command, with an example:",
+        "",
+    ]
+    for name, command in COMMANDS.items():
+        lines += fill(command.help, 78, initial_indent=f"  {name:9}", subsequent_indent=" " * 11).splitlines()
+    return "\n".join([
+        *lines,
+        "",
+        "For a start, train on handwritten digits, and evaluate the model:",
+        "",
+        "  vmoe-routers train",
+        "  vmoe-routers eval --model runs/train/model",
+        "",
+        "Completion for bash (or zsh, tcsh): vmoe-routers --print-completion shtab-bash",
+    ])  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,6 +210,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         end_at_once()
         arguments = sys.argv[1:]
+    # These work without the parser's package.
+    if not arguments or (not _command_name(arguments) and {"-h", "--help"} & set(arguments)):
+        print(overview())
+        return 0
+    if list(arguments) == ["info"]:
+        COMMANDS["info"].load()()
+        return 0
     try:
         name, target, options = _parse(arguments)
         COMMANDS[name].run(target, options)
@@ -242,12 +278,16 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
 def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
     """Parses the arguments; returns the command's name, its target, and the options by name."""
     # Imported here, so that `main` reports a missing package in one line.
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    shows = not {"-h", "--help"}.isdisjoint(arguments)
+    set_parsing_settings(add_print_completion_argument=True)
+    completes = any(argument.replace("-", "_").startswith("__print_completion") for argument in arguments)
     parser = ArgumentParser(
         prog="vmoe-routers",
         version=__version__,
         description="Routers in vision mixtures of experts.",
+        formatter_class=_help_formatter(),  # also for the commands
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -257,12 +297,13 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
     flags: set[str] = set()
     for name, command in COMMANDS.items():
         options = ArgumentParser(
+            usage=f"vmoe-routers {name} [options]",
             description=command.description,
             epilog=f"Example: {command.example}",
             exit_on_error=False,
             allow_abbrev=False,  # _add_recipes reads options by their whole names
         )
-        if name == chosen:
+        if name == chosen or completes:
             target = command.load()
             add = options.add_class_arguments if isinstance(target, type) else options.add_function_arguments
             add(target, as_group=False, as_positional=command.positional, skip={*command.hidden})
@@ -272,7 +313,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
             flags = {option for option, kind in kinds.items() if kind == "bool"}
             if command.prepare is not None:
                 flags.add("--dry_run")
-                command.prepare(options, _spelled_out(arguments, set(), flags))
+                command.prepare(options, [] if completes else _spelled_out(arguments, set(), flags))
+            if completes or shows:
+                _display(options, flags)
         commands.add_subcommand(name, options, help=command.help)
     parsed = parser.parse_args(_spelled_out(arguments, lists, flags))
     return parsed.subcommand, target, vars(parsed[parsed.subcommand])
@@ -288,6 +331,62 @@ def _document(parser: Any, target: Any) -> None:
         for action in parser._actions:
             if not action.help and action.dest in texts:
                 action.help = texts[action.dest]
+
+
+def _display(parser: Any, flags: set[str]) -> None:
+    """Makes a parser for help and completion: names have dashes, and a letter or word shows the kind of value."""
+    for action in parser._actions:
+        kind = str(getattr(action, "_typehint", ""))
+        if action.option_strings and kind:
+            is_flag = action.option_strings[0] in flags
+            action.option_strings = [action.option_strings[0].replace("_", "-")]
+            action.metavar = "[true|false]" if is_flag else _metavar(kind)
+        elif not action.option_strings and hasattr(action, "_typehint"):
+            parser.usage += f" {action.dest.upper()}"
+            action.metavar = action.dest.upper()
+
+
+def _metavar(kind: str) -> str:
+    """Returns what the help shows as the value of an option, from the text of its type."""
+    found = re.search(r"\b(list|tuple|dict|int|float|Path|str)\b(?:\[(\w+))?", kind)
+    if found is None:
+        return "VALUE"
+    single = {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}
+    if found[1] == "dict":
+        return "{NAME: VALUE, ...}"
+    if found[1] in ("list", "tuple"):
+        return f"{single.get(found[2], 'VALUE')},..."
+    return single[found[1]]
+
+
+def _help_formatter() -> Any:
+    """Makes the class that writes an option's help: its text, and its default where it has one."""
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        def _get_help_string(self, action: Any) -> str:
+            if action.default is SUPPRESS:
+                return super()._get_help_string(action)
+            text = (action.help or "").replace("`", "")
+            if action.default is None:
+                return _with_null(text.replace("None: ", "Default: ")) + " (required)" * action.required
+            return f"{_with_null(text)} (default: {_shown(action.default)})"
+
+    return Formatter
+
+
+def _with_null(text: str) -> str:
+    """Writes None of Python as the command line takes it."""
+    return re.sub(r"\bNone\b", "null", text)
+
+
+def _shown(default: Any) -> str:
+    """Returns a default in the words of the command line."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, (list, tuple)):
+        return ", ".join(map(str, default))
+    return str(default) if default != {} else "none"
 
 
 def _spelled_out(arguments: Sequence[str], lists: set[str], flags: set[str]) -> list[str]:
