@@ -2,11 +2,24 @@
 include(cmake/torch.cmake)
 find_package(pybind11 CONFIG REQUIRED)
 
+# Export nothing but the function that Python calls: names of the standard library and of pybind11 must
+# not replace those of another module.
+function(export_init_only module)
+  if(APPLE)
+    target_link_options(${module} PRIVATE -Wl,-exported_symbol,_PyInit_${module})
+  elseif(UNIX)
+    set(map "${CMAKE_CURRENT_SOURCE_DIR}/cmake/exports.map")
+    target_link_options(${module} PRIVATE "-Wl,--version-script=${map}")
+    set_property(TARGET ${module} APPEND PROPERTY LINK_DEPENDS "${map}")
+  endif()
+endfunction()
+
 # CUDA needs a torch with CUDA and a toolkit that compiles C++20. FindCUDAToolkit finds nvcc, because it
 # searches more places (CUDA_PATH, /usr/local/cuda) than CMake's search for a compiler.
 set(cuda_built OFF)
 set(torch_has_cuda OFF)
-if(EXISTS "${torch_root}/lib/libtorch_cuda.so")
+torch_library(torch_cuda)
+if(EXISTS "${torch_cuda}")
   set(torch_has_cuda ON)
 endif()
 if(torch_has_cuda AND NOT VMOE_CUDA STREQUAL "OFF")
@@ -33,7 +46,7 @@ if(cuda_built)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES 80 90)
     if(CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.8)
-      list(APPEND CMAKE_CUDA_ARCHITECTURES 100)
+      list(APPEND CMAKE_CUDA_ARCHITECTURES 100 120)
     endif()
   endif()
   enable_language(CUDA)
@@ -46,7 +59,8 @@ if(cuda_built)
   # Link libtorch_cuda even if the linker sees no symbol of it in use.
   target_link_options(_C_cuda PRIVATE -Wl,--no-as-needed)
   target_link_libraries(_C_cuda PRIVATE core_cuda torch_stable
-    "${torch_root}/lib/libtorch_cuda.so" CUDA::cudart_static)
+    "${torch_cuda}" CUDA::cudart_static)
+  export_init_only(_C_cuda)
   install(TARGETS _C_cuda DESTINATION vmoe_routers)
   message(STATUS "vmoe_routers: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES}")
 else()
@@ -61,4 +75,11 @@ target_compile_definitions(_C PRIVATE
   VMOE_CUDA_BUILT=$<IF:$<BOOL:${cuda_built}>,true,false>
   "VMOE_CUDA_ARCHITECTURES=\"${cuda_architectures}\"")
 target_link_libraries(_C PRIVATE core torch_stable)
+export_init_only(_C)
+option(VMOE_MANYLINUX "Let _C load with glibc 2.28 and libstdc++ of GCC 8 (csrc/manylinux.cpp)" OFF)
+if(VMOE_MANYLINUX)
+  add_library(manylinux OBJECT csrc/manylinux.cpp)  # without the link-time optimization of _C
+  target_sources(_C PRIVATE $<TARGET_OBJECTS:manylinux>)
+  target_link_options(_C PRIVATE -Wl,--wrap=exp,--wrap=log,--wrap=dlsym)
+endif()
 install(TARGETS _C DESTINATION vmoe_routers)

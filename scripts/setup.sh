@@ -74,7 +74,7 @@ quiet=--quiet
 say "installing torch (several GB, only the first time)"
 install $quiet torch torchvision
 say "installing build tools"
-install --quiet scikit-build-core pybind11 cmake ninja
+install --quiet scikit-build-core pybind11 setuptools-scm cmake ninja
 say "installing vmoe_routers with the dependencies of $extra; compiling $cuda_words"
 # With build isolation, pip would download torch a second time. The Makefile builds the tests in the same folder.
 install --quiet --no-build-isolation --config-settings=build-dir=build/venv --editable ".[$extra]" "${options[@]}"

@@ -67,9 +67,12 @@ def test_fingerprint_is_of_the_images_and_the_versions(monkeypatch):
         fingerprint(data, None), fingerprint(other, None), fingerprint(data, other), fingerprint(other, data),
         fingerprint(made_up(train=15, test=11), None), fingerprint(replace(data, train_labels=labels), None),
     ]  # fmt: skip
-    monkeypatch.setattr(stored, "__version__", "another")
+    monkeypatch.setattr(stored, "__version__", "1.2.0")
     different.append(fingerprint(data, None))
     assert len(set(different)) == 7
+    for version in ("1.2.0.dev3+gabc", "1.2.0+cu128"):  # a commit before the release, and a variant of the release
+        monkeypatch.setattr(stored, "__version__", version)
+        assert fingerprint(data, None) == different[-1]
 
 
 @pytest.mark.parametrize(("epochs", "wanted"), [(1, [1]), (2, [2]), (3, [1, 3]), (6, [2, 4, 6])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,8 @@ class RecordError(ValueError):
 
 def fingerprint(data: Images, transfer: Images | None) -> str:
     """Hashes the images and the versions, on which a result depends besides the settings."""
-    digest = hashlib.sha256(f"{RECORD_VERSION} {__version__} {torch.__version__}".encode())
+    release = re.split(r"\.dev|\+", __version__)[0]  # commits between two releases share their records
+    digest = hashlib.sha256(f"{RECORD_VERSION} {release} {torch.__version__}".encode())
     for images in (data, transfer):
         digest.update(repr(images and images.name).encode())
         if images is not None:
