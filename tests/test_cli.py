@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from vmoe_routers import cli, info
+from vmoe_routers import __version__, cli, info
 from vmoe_routers.study import Settings
 from vmoe_routers.training import RECIPES
 
@@ -228,6 +228,10 @@ def test_a_missing_package_is_one_line(capsys, monkeypatch):
     assert cli.main(["study"]) == 2
     err = capsys.readouterr().err
     assert "jsonargparse" in err and "pip install 'vmoe_routers[study]'" in err and err.count("\n") == 1
+    assert cli.main(["convert", "source", "folder"]) == 2
+    assert "pip install 'vmoe_routers[checkpoints]'" in capsys.readouterr().err
+    assert cli.main(["eval", "--model", "vit_moe"]) == 2
+    assert "pip install 'vmoe_routers[training]'" in capsys.readouterr().err
 
 
 def help_of_raw(arguments, capsys):
@@ -251,7 +255,8 @@ def test_overview_fits_a_screen_and_needs_no_package(capsys, monkeypatch, argume
 
 
 def test_version(capsys):
-    assert help_of(["--version"], capsys).startswith("vmoe-routers ")
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vmoe-routers {__version__}\n"
 
 
 @pytest.mark.parametrize(("built", "words"), [(False, "not built"), (True, "built for 80;90, not loaded: this torch")])

@@ -102,7 +102,7 @@ def test_version():
 @pytest.fixture(scope="module")
 def version_of():
     """Gives the version that a build in a folder has."""
-    setuptools_scm = pytest.importorskip("setuptools_scm", minversion="10")
+    setuptools_scm = pytest.importorskip("setuptools_scm")
 
     def version_of(folder):
         shutil.copy(ROOT / "pyproject.toml", folder)
@@ -131,13 +131,13 @@ def test_version_from_the_tag(tmp_path, version_of):
     shutil.copy(ROOT / "pyproject.toml", origin)
     git(origin, "add", ".")
     git(origin, "commit", "--quiet", "-m", "one")
-    assert version_of(origin).startswith("0.1.0.dev1+g"), "before the first tag"
+    assert version_of(origin) == "0.1.0.dev1", "before the first tag"
     git(origin, "tag", "v0.1.0")
     assert version_of(origin) == "0.1.0"
     git(origin, "commit", "--quiet", "--allow-empty", "-m", "two")
-    assert version_of(origin).startswith("0.2.0.dev1+g")
+    assert version_of(origin) == "0.2.0.dev1"
     git(tmp_path, "clone", "--quiet", "--depth=1", "--no-tags", origin.as_uri(), str(clone))
-    assert version_of(clone).startswith("0.1.0.dev1+g"), "a shallow clone without tags"
+    assert version_of(clone) == "0.1.0.dev1", "a shallow clone without tags"
 
 
 def test_version_without_git(tmp_path, version_of):

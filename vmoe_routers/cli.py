@@ -113,6 +113,7 @@ class Command(NamedTuple):
         positional: arguments without a default are given by position, and not as options.
         hidden: arguments of the target that are no options.
         prepare: adds further options to the command's parser and sets defaults, from all arguments.
+        extra: the extra of pyproject.toml with the packages that the command imports.
     """
 
     target: str
@@ -123,6 +124,7 @@ class Command(NamedTuple):
     positional: bool = False
     hidden: tuple[str, ...] = ()
     prepare: Callable[[Any, Sequence[str]], None] | None = None
+    extra: str = "training"
 
     def load(self) -> Any:
         """Imports the target."""
@@ -138,6 +140,7 @@ COMMANDS = {
         "--top-k 1,2.",
         example="vmoe-routers study --data digits --routers soft,softmax_expert_choice --output study",
         run=_study,
+        extra="study",
     ),
     "train": Command(
         "vmoe_routers.training.settings:TrainSettings",
@@ -173,6 +176,7 @@ COMMANDS = {
         run=_convert,
         positional=True,
         hidden=("progress",),
+        extra="checkpoints",
     ),
     "info": Command(
         "vmoe_routers.info:info",
@@ -214,14 +218,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or (not _command_name(arguments) and {"-h", "--help"} & set(arguments)):
         print(overview())
         return 0
+    if list(arguments) == ["--version"]:
+        print(f"vmoe-routers {__version__}")
+        return 0
     if list(arguments) == ["info"]:
         COMMANDS["info"].load()()
         return 0
     try:
         name, target, options = _parse(arguments)
         COMMANDS[name].run(target, options)
-    except ImportError as error:
-        message = f"{error}; pip install 'vmoe_routers[study]' installs the packages that the commands need"
+    except ModuleNotFoundError as error:
+        command = COMMANDS.get(_command_name(arguments))
+        extra = command.extra if command is not None else "training"
+        message = f"{error}; pip install 'vmoe_routers[{extra}]' installs the packages that this command needs"
+    except ImportError as error:  # of a package that is installed, or with its own advice
+        message = str(error)
     except ArgumentError as error:
         name = _command_name(arguments)
         of_command = f"vmoe-routers {name} --help" if name in COMMANDS else "vmoe-routers --help"

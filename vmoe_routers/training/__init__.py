@@ -1,5 +1,8 @@
 """Training: data, the training loop, evaluation and the few-shot probe."""
 
+import vmoe_routers.models  # noqa: F401  (first: its errors tell what is wrong with timm or torchvision)
+
+# isort: split
 from vmoe_routers.training.data import Images, load
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.evaluate import evaluate
