@@ -1,7 +1,7 @@
-# make study | test | compat | bench | gpu-check | lint | format. The first run creates .venv with the dependencies of
-# the target; later runs compile only changed files. ARGS is passed on: make study ARGS="--seeds 1", make test
-# ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine, ON
-# for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
+# make study | test | compat | bench | gpu-check | lint | docs | format. The first run creates .venv with the
+# dependencies of the target; later runs compile only changed files. ARGS is passed on: make study ARGS="--seeds 1",
+# make test ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this
+# machine, ON for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
 PYTHON ?= python3
 VMOE_CUDA ?= AUTO
 export VMOE_CUDA
@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test compat bench gpu-check lint format
+.PHONY: study test compat bench gpu-check lint docs format
 
 study: .venv/study
 	$(bin)/vmoe-routers study $(ARGS)
@@ -43,6 +43,11 @@ lint: .venv/lint .venv/test
 	$(bin)/ruff check . && $(bin)/ruff format --check . && $(bin)/pyright --pythonpath $(bin)/python
 	$(bin)/clang-format --dry-run -Werror $(cpp_files)
 	$(bin)/python scripts/check_prose.py
+
+# The documentation site, in build/site. Broken links and pages end the command; building needs no network.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build
+	$(bin)/python scripts/check_site.py build/site
 
 format: .venv/lint
 	$(bin)/ruff check --fix-only . && $(bin)/ruff format .

@@ -1,4 +1,4 @@
-"""Every file in examples/ runs, except those that need a package of the extra compat (tests/compat)."""
+"""Every file in examples/ runs; tests/compat runs those that need more packages, tests/distributed the one on ranks."""
 
 import runpy
 from pathlib import Path
@@ -11,7 +11,7 @@ import vmoe_routers as vr
 EXAMPLES = [
     path
     for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-    if path.stem not in ("train_accelerate", "train_lightning", "train_peft", "train_trainer")
+    if path.stem not in ("train_accelerate", "train_distributed", "train_lightning", "train_peft", "train_trainer")
 ]
 
 
@@ -32,8 +32,13 @@ def run(path, monkeypatch):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path, capsys, monkeypatch, one_thread):
+    if path.stem == "serve_onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
     variables, gradients = run(path, monkeypatch)
     assert capsys.readouterr().out
+    if path.stem == "serve_onnx":
+        assert variables["logits"].shape == (7, 10) and variables["difference"] < 1e-4
     if path.stem.startswith("train"):
         assert variables["accuracy"] > 0.2
         assert gradients == [1.0] * {"train_plain": 40, "train_timm": 60}[path.stem]

@@ -12,7 +12,8 @@ from vmoe_routers.routers import router_options
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -38,16 +39,37 @@ def test_page_runs(page, tmp_path, monkeypatch):
     pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)  # pages write files
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads of small models mostly wait for each other
     try:
         assert run(page)
     finally:
         torch.set_num_threads(threads)
 
 
+OPTIONS = {router: router_options(router) - {"device", "dtype"} for router in vr.ROUTERS}
+
+
+def options_of(page: Path) -> str:
+    return page.read_text().split("## Options")[1].split("\n## ")[0]
+
+
 def test_routers_page_has_every_option():
-    options = set().union(*map(router_options, vr.ROUTERS)) - {"device", "dtype"}
-    section = (ROOT / "docs" / "routers.md").read_text().split("## Options")[1].split("\n## ")[0]
-    assert options <= set(re.findall(r"`(\w+)`", section))
+    assert set().union(*OPTIONS.values()) <= set(re.findall(r"`(\w+)(?:=[^`]+)?`", options_of(DOCS / "routers.md")))
+
+
+SECTIONS = ["Equation", "When to use it", "Cost", "Pitfalls", "Parity", "Options"]
+
+
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_page_of_a_router_has_its_sections_and_its_defaults(router):
+    page = DOCS / "routers" / f"{router}.md"
+    assert re.findall(r"^## (.*)", page.read_text(), re.M) == SECTIONS
+    assert f"]({router}.png)" in page.read_text()
+    (code,) = BLOCK.findall(options_of(page))
+    shown = set(re.findall(r"(\w+)=", code)) - {"dim", "num_experts"}
+    sparse = set.intersection(*(set(OPTIONS[name]) for name in vr.ROUTERS if name != "soft")) - {"renormalize"}
+    assert shown <= OPTIONS[router] and OPTIONS[router] - shown <= sparse
+    assert repr(run(page)["router"]) == repr(vr.create_router(router, 64, 4))
 
 
 def test_readme_is_short():
@@ -60,12 +82,15 @@ def test_links_lead_to_files(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_the_picture_can_be_drawn_again(tmp_path):
+def test_the_pictures_can_be_drawn_again(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     pytest.importorskip("sklearn")
     from matplotlib import image
 
     script = runpy.run_path(str(ROOT / "scripts" / "six_routers.py"))
     script["draw"](tmp_path / "six.png")
-    size = [image.imread(path).shape for path in (tmp_path / "six.png", script["PAGE"])]
-    assert size[0] == size[1]
+    sizes = [image.imread(path).shape for path in (tmp_path / "six.png", script["PAGE"])]
+    script = runpy.run_path(str(ROOT / "scripts" / "router_pictures.py"))
+    script["draw"]("soft", tmp_path / "soft.png")
+    sizes += [image.imread(path).shape for path in (tmp_path / "soft.png", script["FOLDER"] / "soft.png")]
+    assert sizes[0] == sizes[1] and sizes[2] == sizes[3]

@@ -1,4 +1,4 @@
-"""docs/distributed.md: its scripts run on two ranks, and its numbers come from scripts/expert_parallel_cost.py."""
+"""docs/distributed.md and the distributed example run on two ranks, and the numbers come from their script."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vmoe_routers.checkpoints import from_pretrained
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "distributed.md"
+EXAMPLE = ROOT / "examples" / "train_distributed.py"
 
 
 def block(language: str) -> str:
@@ -26,21 +27,33 @@ def block(language: str) -> str:
     return found
 
 
-def script(folder: Path, port: int) -> None:
-    """Runs the training script as torchrun does."""
+def script(code: str, folder: Path, port: int) -> dict[str, object]:
+    """Runs a training script as torchrun does, and gives its plain variables."""
     environment = {"RANK": dist.get_rank(), "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()})
     dist.destroy_process_group()
     os.chdir(folder)
-    exec(compile(block("py"), PAGE.name, "exec"), {})
+    variables: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(code, "script", "exec"), variables)
     dist.init_process_group(store=dist.FileStore(str(folder / "store"), 2), rank=environment["RANK"], world_size=2)
+    return {name: value for name, value in variables.items() if isinstance(value, float)}
 
 
-def test_training_script_runs(tmp_path):
+@pytest.fixture
+def port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run(2, script, tmp_path, port)
+        return free.getsockname()[1]
+
+
+def test_example_trains_on_two_ranks(tmp_path, port):
+    pytest.importorskip("sklearn")
+    first, second = run(2, script, EXAMPLE.read_text(), tmp_path, port)
+    assert first["accuracy"] == second["accuracy"] > 0.2
+
+
+def test_training_script_runs(tmp_path, port):
+    run(2, script, block("py"), tmp_path, port)
     assert from_pretrained(tmp_path / "trained")(torch.randn(1, 3, 16, 16)).shape == (1, 10)
 
 

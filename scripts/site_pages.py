@@ -1,0 +1,134 @@
+"""Hooks of MkDocs: pages that are made from files outside docs/, links to such files, and equations.
+
+Every fact has one home. The changelog, the examples, the notebooks and the docstrings become pages of the site here.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import html
+import json
+import os
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parents[1]
+API = {
+    "vmoe_routers": "Routers and layers",
+    "affinity": "Affinities",
+    "losses": "Losses",
+    "ops": "Ops",
+    "inspect": "Inspection",
+    "models": "Models",
+    "checkpoints": "Checkpoints",
+    "training": "Training",
+    "distributed": "Distributed",
+}
+IN_ROUTERS = ("affinity", "losses")
+COPIED = ("CHANGELOG.md", "CONTRIBUTING.md")
+EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+
+
+def on_files(files, config):
+    """Adds the pages that are made from files outside docs/."""
+    pages: dict[str, str | bytes] = {name: (ROOT / name).read_text() for name in COPIED}
+    for name, title in API.items():
+        module = "vmoe_routers" + (".routers" if name in IN_ROUTERS else "")
+        module += "" if name == "vmoe_routers" else f".{name}"
+        pages[f"api/{name}.md"] = f"# {title}\n\n::: {module}\n"
+    for path in NOTEBOOKS:
+        pages |= _notebook(path)
+    pages["notebooks.md"] = "# Notebooks\n\n" + "".join(
+        f"- [{_title(path)}](notebooks/{path.stem}.md)\n" for path in NOTEBOOKS
+    )
+    for name, content in pages.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def _example(path: Path) -> str:
+    """Makes the section of an example: the first line of its docstring, and the file."""
+    source = path.read_text()
+    text = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
+    return f'## {path.stem}\n\n{text}\n\n```python title="examples/{path.name}"\n{source}```\n'
+
+
+def _title(path: Path) -> str:
+    return "".join(json.loads(path.read_text())["cells"][0]["source"]).split("\n")[0].lstrip("# ")
+
+
+def _notebook(path: Path) -> dict[str, str | bytes]:
+    """Makes the page of a notebook, and its pictures, from the kept outputs."""
+    found: dict[str, str | bytes] = {}
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = "".join(output.get("text") or data.get("text/plain", ""))
+            if "image/png" in data:
+                name = f"{path.stem}_{len(found)}.png"
+                found[f"notebooks/{name}"] = base64.b64decode(data["image/png"])
+                parts.append(f"![Output of the cell above]({name})")
+            elif "text/html" in data:
+                parts.append("<div markdown=0>" + "".join(data["text/html"]) + "</div>")
+            elif text:
+                parts.append(f"```text\n{text}\n```")
+    found[f"notebooks/{path.stem}.md"] = "\n\n".join(parts)
+    return found
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Leads links out of docs/ to the page that shows the file; without such a page, only their text stays."""
+    here = ROOT / "docs" / page.file.src_uri
+    folder = ROOT if page.file.src_uri in COPIED else here.parent  # links of copied files begin at the root
+    if page.file.src_uri == "examples.md":
+        markdown += "\n".join(["", *map(_example, EXAMPLES)])
+
+    def lead(match):
+        image, text, target = match["image"], match["text"], match["target"]
+        path, _, anchor = target.partition("#")
+        if "://" in target or not path:
+            return match[0]
+        wanted = Path(os.path.normpath(folder / path))
+        shown = _shown(wanted)
+        if shown is None or files.get_file_from_path(shown.partition("#")[0]) is None:
+            return match[0] if wanted.is_relative_to(ROOT / "docs") else text
+        uri, _, made = shown.partition("#")
+        anchor = f"#{anchor or made}" if anchor or made else ""
+        return f"{image}[{text}]({os.path.relpath(ROOT / 'docs' / uri, here.parent)}{anchor})"
+
+    link = re.compile(r"(?P<image>!?)\[(?P<text>[^\]\[]*)\]\((?P<target>[^)\s]+)\)")
+    pieces = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
+    return "".join(piece if piece.startswith("```") else link.sub(lead, piece) for piece in pieces)
+
+
+def _shown(path: Path) -> str | None:
+    """Returns the page, relative to docs/, that shows a file of the repository; None if no page does."""
+    if path in EXAMPLES:
+        return f"examples.md#{path.stem}"
+    if path == ROOT / "examples":
+        return "examples.md"
+    if path in NOTEBOOKS:
+        return f"notebooks/{path.stem}.md"
+    if path in [ROOT / name for name in COPIED]:
+        return path.name
+    return path.relative_to(ROOT / "docs").as_posix() if path.is_relative_to(ROOT / "docs") else None
+
+
+def on_page_content(content, page, config, files):
+    """Writes equations as MathML, which browsers draw without a script or a font of the site."""
+
+    def equation(match):
+        display = "block" if match["tag"] == "div" else "inline"
+        drawn = convert(html.unescape(match["tex"]), display=display)
+        return f'<{match["tag"]} class="arithmatex">{drawn}</{match["tag"]}>'
+
+    pattern = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
+    return re.sub(pattern, equation, content, flags=re.DOTALL)
