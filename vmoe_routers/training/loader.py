@@ -77,8 +77,12 @@ class Batches(Iterator[Batch]):
         try:
             raw = next(self._source)
         except RuntimeError as error:
-            raise _of_worker(error) from error
+            self.close()
+            if (told := _of_worker(error)) is error:
+                raise
+            raise told from error
         if raw.error is not None:
+            self.close()
             raise DataError(raw.error)
         self.skipped += len(raw.bad)
         self.bad_images += raw.bad[: _MOST_BAD - len(self.bad_images)]
@@ -94,7 +98,12 @@ class Batches(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers.
+
+        torch ends them when its iterator is deleted, which a traceback may hold. Python would then wait forever at its
+        exit, because the workers ignore SIGTERM.
+        """
+        getattr(self._source, "_shutdown_workers", lambda: None)()
         self._source, self._left = iter(()), 0
 
     def __enter__(self) -> Batches:
@@ -171,7 +180,7 @@ def evaluation_batches(
     rank: int = 0,
     world: int = 1,
     workers: int = 2,
-    bad_images: str = "stop",
+    bad_images: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Batches:
     """Makes batches of all images in order, for one rank. All ranks have equally many batches of equal sizes.
@@ -185,7 +194,8 @@ def evaluation_batches(
         batch_size: images per batch on all ranks.
         rank, world: number of this process, and of processes.
         workers: processes that read images; 0 reads in this process.
-        bad_images: "stop" at an unreadable image, or "skip" it: its `valid` is False.
+        bad_images: "stop" at an unreadable image, or "skip" it: its `valid` is False. None: as "stop", with an error
+            that does not advise to skip, for a command without this option.
         device: where the batches go.
 
     Raises:
@@ -204,7 +214,9 @@ def evaluation_batches(
     return Batches(source, transform, device, len(batches))
 
 
-def _check_options(samples: Samples, batch_size: int, rank: int, world: int, workers: int, bad_images: str) -> None:
+def _check_options(
+    samples: Samples, batch_size: int, rank: int, world: int, workers: int, bad_images: str | None
+) -> None:
     if batch_size < 1 or batch_size % world:
         raise OptionError(
             f"batch_size must be a positive multiple of the {world} ranks, got {batch_size}", "batch_size"
@@ -213,7 +225,7 @@ def _check_options(samples: Samples, batch_size: int, rank: int, world: int, wor
         raise OptionError(f"rank must be in [0, {world}), got {rank}", "rank")
     if workers < 0:
         raise OptionError(f"workers must be at least 0, got {workers}", "workers")
-    if bad_images not in BAD_IMAGES:
+    if bad_images is not None and bad_images not in BAD_IMAGES:
         raise OptionError(f"bad_images must be {' or '.join(BAD_IMAGES)}, got {bad_images!r}", "bad_images")
     if not len(samples):
         raise DataError("the data set has no images")
@@ -247,8 +259,9 @@ class _Draws:
 class _Reader:
     """Reads a batch of images, in a worker. Without a seed it reads for evaluation."""
 
-    def __init__(self, samples: Samples, transform: Transform, seed: int | None, bad_images: str):
-        self.samples, self.transform, self.seed, self.skips = samples, transform, seed, bad_images == "skip"
+    def __init__(self, samples: Samples, transform: Transform, seed: int | None, bad_images: str | None):
+        self.samples, self.transform, self.seed = samples, transform, seed
+        self.skips, self.advises = bad_images == "skip", bad_images == "stop"
 
     def __getitem__(self, draws: list[_Draw]) -> _Raw:
         images, labels, valid, bad = [], [], [], []
@@ -272,7 +285,7 @@ class _Reader:
                 image, label = self.samples[min(index, size - 1)]
             except DataError as error:
                 if not self.skips:
-                    raise
+                    raise self._with_advice(error) from None
                 if index < size:
                     bad.append(str(error))
                 pixels = self.transform.augmentation.image_size
@@ -289,9 +302,14 @@ class _Reader:
                 return self.samples[other % size]
             except DataError as error:
                 if not self.skips:
-                    raise
+                    raise self._with_advice(error) from None
                 bad.append(str(error))
         raise DataError(f"{min(size, _MOST_BAD)} images in a row cannot be read, the last: {bad[-1]}")
+
+    def _with_advice(self, error: DataError) -> DataError:
+        if self.advises:
+            return DataError(f"{error}; --bad-images skip leaves unreadable images out and counts them")
+        return error
 
 
 def _read(reader: _Reader, draws: Any, workers: int, device: torch.device | str) -> Iterator[_Raw]:
