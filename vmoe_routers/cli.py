@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+import time
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -253,8 +255,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     message = "".join(character if character.isprintable() else " " for character in message)
     message = " ".join(message.split())
-    print("vmoe-routers:", f"{message[:_MOST_SHOWN]} ..." if len(message) > _MOST_SHOWN else message, file=sys.stderr)
+    _tell("vmoe-routers: " + (f"{message[:_MOST_SHOWN]} ..." if len(message) > _MOST_SHOWN else message))
     return 2
+
+
+def _tell(error: str) -> None:
+    """Prints the error. A process of torchrun writes it to a file, and torchrun prints the first error at the end.
+
+    Otherwise every process would print the error, and a report of torchrun without the error would follow.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        print(error, file=sys.stderr)
+        return
+    told = {"message": error, "extraInfo": {"timestamp": str(int(time.time()))}}
+    Path(path).write_text(json.dumps({"message": told}))
 
 
 def _command_name(arguments: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 SECONDS = 120
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.checkpoint", "timm.task", "vmoe_routers.models", "vmoe_routers.distributed"]
+    ["torch._dynamo", "torch.distributed.checkpoint", "timm.task", "vmoe_routers.training", "vmoe_routers.distributed"]
 )
 
 

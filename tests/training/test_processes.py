@@ -2,18 +2,23 @@
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from vmoe_routers.training import TrainSettings, checkpoint, train
-from vmoe_routers.training.settings import SETTINGS
+from tests.distributed import ranks
+from tests.training.made import TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, idx, idx_folder
+from vmoe_routers import cli
+from vmoe_routers.training import TrainSettings, checkpoint, evaluate, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,6 +43,7 @@ OPTIONS = {
     "keep": ["every"],
     "workers": 0,
 }
+SHARDED = {"parallel": "fsdp", "ep": 2}
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +54,18 @@ def alone(tmp_path_factory):
     return output
 
 
-def run_on_two(alone, output, *flags):
+def train_here(output, **changes):
+    """Trains on this rank. The console is a file by rank."""
     output.mkdir(exist_ok=True)
-    config = output.parent / f"{output.name}.yaml"
-    values = yaml.safe_load((alone / SETTINGS).read_text())
-    config.write_text(yaml.safe_dump({**values, "output": str(output)}))
-    return torchrun("-m", "vmoe_routers", "train", "--config", str(config), *flags)
+    rank = torch.distributed.get_rank()
+    with open(output / f"told_by_{rank}.txt", "w") as file:
+        train(TrainSettings(**{**OPTIONS, **changes, "output": output}), console=Console(file=file, width=200))
 
 
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+def told(output):
+    """What the ranks printed; only the first one prints."""
+    assert (output / "told_by_1.txt").read_text() == ""
+    return (output / "told_by_0.txt").read_text()
 
 
 def check_same(output, alone):
@@ -78,9 +82,13 @@ def check_same(output, alone):
 
 
 def test_two_sharded_processes_train_as_one(alone, tmp_path):
-    told = run_on_two(alone, tmp_path / "two", "--parallel=fsdp", "--ep=2")
-    assert told.count("2 processes on cpu") == 1  # one process writes
+    ranks.run(2, train_two_sharded, tmp_path / "two")
+    assert told(tmp_path / "two").count("2 processes on cpu") == 1
     check_same(tmp_path / "two", alone)
+
+
+def train_two_sharded(output):
+    train_here(output, **SHARDED)
 
 
 def test_sharded_processes_continue_a_checkpoint_of_one(alone, tmp_path):
@@ -89,19 +97,38 @@ def test_sharded_processes_continue_a_checkpoint_of_one(alone, tmp_path):
     last = checkpoint.saved(output / "checkpoints")[-1]
     assert last.name == "00000005"
     shutil.rmtree(last)
-    told = run_on_two(alone, output, "--parallel=fsdp", "--ep=2")
-    assert "continues from step 3 of 5" in told
+    ranks.run(2, train_two_sharded, output)
+    assert "continues from step 3 of 5" in told(output)
     check_same(output, alone)
     # And one process reads what two wrote.
     train(TrainSettings(**{**OPTIONS, "output": output}), console=Console(quiet=True))
     check_same(output, alone)
 
 
-KILLED_ONCE = """
-import os, signal, sys, yaml
-from vmoe_routers.training import Trainer, TrainSettings, train
+def test_fewer_images_than_processes_are_evaluated(alone, tmp_path):
+    """Two ranks see one or three images; padding counts on none of them."""
+    for images in (1, 3):
+        folder = tmp_path / str(images)
+        folder.mkdir()
+        pixels, labels = idx(torch.arange(64 * images).view(images, 8, 8)), idx([9] * images)
+        data = idx_folder(folder, **{TRAIN: pixels, TRAIN_LABELS: labels, TEST: pixels, TEST_LABELS: labels})
+        options = {"model": str(alone / "model"), "data": str(data), "model_args": {"group_size": 1}, "device": "cpu"}
+        wanted = evaluate(**options, output=tmp_path, workers=0, console=Console(quiet=True))
+        for found in ranks.run(2, evaluate_here, options, tmp_path):
+            assert found.images == images and (found.top1, found.loss) == pytest.approx((wanted.top1, wanted.loss))
 
-call = Trainer.__call__
+
+def evaluate_here(options, output):
+    return evaluate(**options, output=output, workers=0, console=Console(quiet=True))
+
+
+# Rank 1 is killed once, in the first training. After the restart a second training runs until it is interrupted.
+SCRIPT = """
+import json, os, signal, sys
+from vmoe_routers import cli
+from vmoe_routers.training import Trainer
+
+call, first, second = Trainer.__call__, *sys.argv[1:]
 
 def killed(self, images, targets):
     if (self.step, self.rank, os.environ["TORCHELASTIC_RESTART_COUNT"]) == (4, 1, "0"):
@@ -109,14 +136,49 @@ def killed(self, images, targets):
     return call(self, images, targets)
 
 Trainer.__call__ = killed
-train(TrainSettings(**yaml.safe_load(sys.argv[1])))
+assert cli.main(["train", "--config", first]) == 0
+status = cli.main(["train", "--config", second])
+print(f"rank {os.environ['RANK']} ended with {status}", flush=True)
+sys.exit(status)
 """
 
 
-def test_two_processes_of_ddp_of_which_one_is_killed_train_as_one(alone, tmp_path):
-    script = tmp_path / "killed_once.py"
-    script.write_text(KILLED_ONCE)
-    options = {**OPTIONS, "output": str(tmp_path / "two"), "device": "cpu"}
-    told = torchrun("--max-restarts", "1", str(script), yaml.safe_dump(options))
-    assert "continues from step 3 of 5" in told
-    check_same(tmp_path / "two", alone)
+def test_torchrun_restarts_a_killed_process_and_passes_on_sigterm(alone, tmp_path):
+    script, configs = tmp_path / "script.py", [tmp_path / "first.yaml", tmp_path / "second.yaml"]
+    script.write_text(SCRIPT)
+    long = {"epochs": 100_000, "log_every": 1_000_000, "workers": 1, "save_every": 1_000_000}
+    for config, changes in zip(configs, ({}, long), strict=True):
+        settings = TrainSettings(**{**OPTIONS, **changes, "device": "cpu", "output": tmp_path / config.stem})
+        config.write_text(yaml.safe_dump(settings.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, "--max-restarts", "1", "--monitor-interval", "0.1", str(script), *map(str, configs)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 300
+    while not (tmp_path / "second/evaluations.csv").exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.5)  # in the middle of a step
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert "continues from step 3 of 5" in out, err
+    check_same(tmp_path / "first", alone)
+    # No row of the log was due: the ranks agree at every step.
+    (saved,) = checkpoint.saved(tmp_path / "second/checkpoints")
+    assert re.findall(r"interrupted; saved at step (\d+)", out) == [str(int(saved.name))], err
+    assert [f"rank {rank} ended with 130" in out for rank in (0, 1)] == [True, True]
+
+
+def test_an_error_goes_to_the_file_that_torchrun_prints(tmp_path, monkeypatch, capsys):
+    """torchrun prints the error of the first rank that failed, once, at the end."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    before = int(time.time())
+    assert cli.main(["train", "--epochs", "0"]) == 2
+    assert capsys.readouterr() == ("", "")
+    failure = ProcessFailure(0, 1, 2, str(file))
+    assert failure.timestamp >= before
+    assert failure.message["message"] == "vmoe-routers: --epochs must be at least 1 and at most 2147483647, got 0"

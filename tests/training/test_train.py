@@ -3,11 +3,15 @@
 import csv
 import errno
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,9 +27,12 @@ from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.options import OptionError
 from vmoe_routers.training import RECIPES, TrainSettings, checkpoint, evaluate, train
 from vmoe_routers.training.checkpoint import TrainingCheckpointError
+from vmoe_routers.training.describe import memory_estimate
 from vmoe_routers.training.layout import lay_out
+from vmoe_routers.training.log import Board
 from vmoe_routers.training.processes import World
 from vmoe_routers.training.settings import read_settings
+from vmoe_routers.training.sources import open_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,9 +94,10 @@ def test_files(undisturbed):
 
 
 def test_eval_sees_what_the_training_saw(undisturbed, tmp_path):
-    """The crop and the normalization are in the settings."""
-    silent = Console(quiet=True)
-    found = evaluate(str(undisturbed / "model"), output=tmp_path, workers=0, device="cpu", console=silent)
+    """The model's configuration has crop and normalization, also without the training's settings."""
+    silent, model = Console(quiet=True), tmp_path / "moved"
+    shutil.copytree(undisturbed / "model", model)
+    found = evaluate(str(model), output=tmp_path, workers=0, device="cpu", console=silent)
     last = rows(undisturbed / "evaluations.csv")[-1]
     assert found.top1 == pytest.approx(float(last["top1"]), rel=1e-5)
     assert found.loss == pytest.approx(float(last["loss"]), rel=1e-5)
@@ -218,6 +226,65 @@ def test_a_full_disk_keeps_the_previous_checkpoint(undisturbed, tmp_path, monkey
     assert not (tmp_path / "checkpoints/00000006.partial").exists()
 
 
+def test_a_file_system_that_takes_no_large_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # less than a checkpoint
+    try:
+        with pytest.raises(OSError, match=r"checkpoints/00000002: cannot be written: .*File too large"):
+            run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not checkpoint.saved(tmp_path / "checkpoints")
+
+
+def test_a_folder_that_only_another_user_may_write_is_refused():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's folders are closed to other users
+        os.chmod(folder, 0o555)
+        user = os.getuid()
+        if user == 0:  # to whom no folder is closed
+            os.setresuid(65534, 65534, 0)
+        try:
+            with pytest.raises(OptionError, match="cannot be written"):
+                run(Path(folder))
+            with pytest.raises(OptionError, match="cannot be made: Permission denied"):
+                run(Path(folder) / "out")
+        finally:
+            if user == 0:
+                os.setresuid(0, 0, 0)
+
+
+def test_a_finished_training_without_its_evaluations_is_evaluated_again(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "out")
+    (tmp_path / "out/evaluations.csv").unlink()
+    run(tmp_path / "out")
+    assert rows(tmp_path / "out/evaluations.csv") == rows(undisturbed / "evaluations.csv")[-1:]
+
+
+def test_tensorboard_shows_every_step_once(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first, steps in ((0, range(1, 5)), (2, range(3, 6))):  # the second run continues from step 2
+        board = Board(tmp_path, first)
+        for step in steps:
+            board.add(step, {"loss": float(step)})
+        board.close()
+    accumulator = events.EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3, 4, 5]
+
+
+def test_the_memory_estimate_counts_sharding(tmp_path):
+    settings = TrainSettings(**{**OPTIONS, "parallel": "fsdp", "output": tmp_path})
+    data, model = open_data("digits"), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2**20, bias=False))
+
+    def parameters(**changes):
+        told = memory_estimate(model, replace(settings, **changes), data, 8, World(0, 8, torch.device("cpu")))
+        return re.search(r"parameters (.*?), gradients (.*?),", told).groups()
+
+    assert parameters() == ("32 MiB", "32 MiB")
+    assert parameters(replicate=2) == ("64 MiB", "64 MiB")
+    assert parameters(parallel="ddp") == ("256 MiB", "256 MiB")
+
+
 def test_a_finished_training_is_not_run_again(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "out")
     with open(tmp_path / "told", "w") as file:
@@ -278,6 +345,10 @@ def test_float16_is_refused_for_sharded_models():
         ({"trained": "router", "router": "dense", "num_experts": None, "group_size": None}, "no such parameters"),
         ({"model_args": {**SMALL, "embed": 3}}, "embed"),
         ({"image_size": 10}, "img_size 10 is not a multiple of patch_size 4"),
+        (
+            {"model": "test_resnet", "model_args": {}, "router": None, "num_experts": None, "group_size": None},
+            "model 'test_resnet' is not a vision transformer",
+        ),
     ],
     ids=str,
 )

@@ -195,6 +195,24 @@ def test_an_infinite_loss_with_a_finite_gradient_changes_nothing():
     assert torch.isinf(report.loss) and trainer.skipped == 1 and torch.equal(values(model), before)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_finite_gradient_whose_norm_overflows_changes_nothing(optimizer, precision):
+    """Clipping makes such a gradient 0, and a step with it would still decay the parameters."""
+    model = tiny()
+    o = Optimisation(
+        optimizer=optimizer, precision=precision, warmup=0.0, weight_decay=0.5, learning_rate=0.1, clip=1.0
+    )
+    trainer = Trainer(model, o, 10)
+    handle = model.head.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    before = values(model)
+    report = trainer(*batch())
+    assert torch.isinf(report.grad_norm) and trainer.skipped == 1 and torch.equal(values(model), before)
+    handle.remove()
+    trainer(*batch())
+    assert trainer.skipped == 1 and not torch.equal(values(model), before)
+
+
 def test_the_first_layer_that_is_not_finite_is_named():
     model = tiny()
     trainer = Trainer(model, Optimisation(max_skipped=1), 10)

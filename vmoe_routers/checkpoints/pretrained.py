@@ -35,6 +35,7 @@ def save_pretrained(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     model_args: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model of `vit_moe`, or a model that `upcycle` changed, to a folder, for `from_pretrained`.
 
@@ -53,6 +54,7 @@ def save_pretrained(
         state_dict: Tensors that replace `model.state_dict()`, for a model sharded by another library.
         model_args: Arguments with which ``timm.create_model`` made an upcycled model, if the model does not tell them.
             Name, sizes, head and pooling are known.
+        preprocessing: How images become the model's input, such as the normalization, for `read_preprocessing`.
 
     Raises:
         CheckpointError: It is not known how the model was made, or the known arguments make another model; JSON cannot
@@ -84,6 +86,7 @@ def save_pretrained(
                 "arguments": config,
                 "format_version": FORMAT_VERSION,
                 "vmoe_routers_version": __version__,
+                **({} if preprocessing is None else {"preprocessing": dict(preprocessing)}),
             },
             indent=2,
             allow_nan=False,
@@ -132,12 +135,25 @@ def from_pretrained(
     config_path, weights_path = (
         _locate(os.fspath(source), name, revision, cache_dir, token, local_files_only) for name in (CONFIG, WEIGHTS)
     )
-    architecture, arguments = _read_config(config_path)
+    architecture, arguments = _described(_read_config(config_path), config_path)
     if architecture == "vit_moe":
         arguments = {**arguments, **changes}
     else:
         arguments = {**arguments, "replaced": [{**options, **changes} for options in arguments["replaced"]]}
     return _load(architecture, arguments, config_path, weights_path)
+
+
+def read_preprocessing(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Reads the `preprocessing` of `save_pretrained`; returns None if the model was saved without it.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or of a newer format.
+    """
+    path = os.path.join(folder, CONFIG)
+    found = _read_config(path).get("preprocessing")
+    if not isinstance(found, (dict, type(None))):
+        raise CheckpointError(f"{path}: preprocessing is {found!r}, wanted values by name")
+    return found
 
 
 def _locate(source: str, name: str, revision: Any, cache_dir: Any, token: Any, local_files_only: bool) -> str:
@@ -163,7 +179,7 @@ def _locate(source: str, name: str, revision: Any, cache_dir: Any, token: Any, l
         raise CheckpointError(f"{source}: no such folder, and the hub does not provide {name} ({error})") from error
 
 
-def _read_config(path: str) -> tuple[str, dict[str, Any]]:
+def _read_config(path: str) -> dict[str, Any]:
     with open_file(path) as (file, size):
         if size > _MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path}: {size} bytes, wanted a configuration of at most {_MAX_CONFIG_BYTES}")
@@ -179,6 +195,11 @@ def _read_config(path: str) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(
             f"{path}: format {version}, written by vmoe_routers {by}; this version reads up to {FORMAT_VERSION}"
         )
+    return config
+
+
+def _described(config: dict[str, Any], path: str) -> tuple[str, dict[str, Any]]:
+    """Returns architecture and arguments."""
     arguments = config.get("arguments")
     if not isinstance(arguments, dict):
         raise CheckpointError(f"{path}: arguments are missing")

@@ -53,21 +53,27 @@ def _operations(model: Any) -> str:
 
 
 def memory_estimate(model: nn.Module, settings: TrainSettings, data: Data, image_size: int, world: World) -> str:
-    """Estimates the memory of one process without sharding, in a line.
+    """Estimates the memory of one process, in a line.
 
     Activations are the tensors that autograd keeps for one group of images, times the number of groups. Temporary
-    buffers are not counted.
+    buffers are not counted, such as the parameters of the layer that FSDP2 has gathered.
+
+    Args:
+        model: The model before `lay_out`, which shards it.
+        settings, data, image_size, world: The training's.
     """
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    sharded = world.size // settings.replicate if settings.parallel == "fsdp" else 1
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters()) / sharded
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / sharded
     states = trained * (2 if settings.optimizer != "sgd" else 1) + (parameters if settings.ema else 0)
     images = settings.batch_size // world.size // settings.accumulate
     group = max((m.group_size for m in model.modules() if isinstance(m, MoEMlp)), default=1)
     activations = _kept(model, torch.zeros(group, data.channels, image_size, image_size)) * images / group
     total = parameters + trained + states + activations
+    of_each = f" of each process, sharded by {sharded}" if sharded > 1 else ""
     return (
-        f"memory: about {in_words(total)} (parameters {in_words(parameters)}, gradients {in_words(trained)}, optimizer "
-        f"and average {in_words(states)}, activations of {images} images in float32 {in_words(activations)})"
+        f"memory{of_each}: about {in_words(total)} (parameters {in_words(parameters)}, gradients {in_words(trained)}, "
+        f"optimizer and average {in_words(states)}, activations of {images} images in float32 {in_words(activations)})"
     )
 
 

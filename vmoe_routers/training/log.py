@@ -40,7 +40,7 @@ class Outputs:
         if writes:
             self.log_table = Table(folder / LOG, step)
             self.evaluations = Table(folder / EVALUATIONS, step)
-            self.board = Board(folder / "tensorboard")
+            self.board = Board(folder / "tensorboard", step)
 
     def __enter__(self) -> Outputs:
         self.bar.__enter__()
@@ -50,6 +50,11 @@ class Outputs:
         self.bar.__exit__()
         if self.writes:
             self.board.close()
+
+    @property
+    def lack_evaluation(self) -> bool:
+        """Whether this process writes files and has written no evaluation."""
+        return self.writes and not self.evaluations.rows
 
     def advance(self) -> None:
         """Counts a step."""
@@ -166,15 +171,16 @@ class Board:
 
     Args:
         folder: The folder of the events.
+        step: The step from which the training continues. TensorBoard ignores earlier events of later steps.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self._writer = None
         else:
-            self._writer = SummaryWriter(str(folder))
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the values that are numbers."""

@@ -85,7 +85,16 @@ def _load(
             "timm.list_models('*vit*')",
             "model",
         )
-    return timm.create_model(model, pretrained=pretrained, **chosen, **dict(arguments))
+    try:
+        return timm.create_model(model, pretrained=pretrained, **chosen, **dict(arguments))
+    except TypeError as error:
+        if size is None or "'img_size'" not in str(error):
+            raise
+        raise OptionError(
+            f"model {model!r} is not a vision transformer: its input has no fixed size, img_size; wanted a ViT, such "
+            "as vit_small_patch16_224",
+            "model",
+        ) from error
 
 
 def _from_folder(folder: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,36 @@ class World:
         return bool(flag)
 
 
+class Vote:
+    """Asks all processes in every step whether one of them wants something.
+
+    The answer comes one step later, so that no process waits for the slowest one or for the device.
+
+    Args:
+        world: The processes.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+        self._previous: tuple[Tensor, Any] | None = None
+
+    def __call__(self, value: bool) -> bool:
+        """Tells whether `value` was true in at least one process in the call before; with one process, in this call.
+
+        Every process must make the same number of calls.
+        """
+        if self._world.size == 1:
+            return value
+        flag = torch.tensor(int(value), device=self._world.device)
+        previous = self._previous
+        self._previous = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        if previous is None:
+            return False
+        flag, work = previous
+        work.wait()
+        return bool(flag)
+
+
 @contextmanager
 def processes(device: str) -> Iterator[World]:
     """Joins the processes that torchrun started; without torchrun, there is one process.
@@ -79,8 +110,10 @@ def processes(device: str) -> Iterator[World]:
     starts = "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized()
     if starts:
         store, rank, size = next(rendezvous("env://"))
-        # After a restart, torchrun's store still has the addresses of the processes that ended.
-        store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        # torchrun's store keeps the addresses of earlier groups: from before a restart, and of earlier calls.
+        restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        number = store.add(f"vmoe_routers: groups of rank {rank}, restart {restart}", 1)
+        store = PrefixStore(f"restart {restart}, group {number}", store)
         device_id = place if kind == "cuda" else None
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)

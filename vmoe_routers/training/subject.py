@@ -11,12 +11,19 @@ import timm
 import torch
 from torch import nn
 
+from vmoe_routers.checkpoints.pretrained import CONFIG, read_preprocessing
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.models import load_model
 from vmoe_routers.training.samples import Data
 from vmoe_routers.training.settings import SETTINGS, read_settings
 from vmoe_routers.training.sources import open_data
-from vmoe_routers.training.transforms import NORMALIZATIONS, Augmentation, Transform, default_augmentation
+from vmoe_routers.training.transforms import (
+    NORMALIZATIONS,
+    PREPROCESSING,
+    Augmentation,
+    Transform,
+    default_augmentation,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,8 +80,9 @@ def open_subject(
 ) -> Subject:
     """Loads a model with its own head, and opens a data set.
 
-    Normalization, crop and filter are the same as in the model's training, if they are known: from settings.yaml next
-    to the folder of the model, or from timm's configuration of its weights. Otherwise `default_augmentation` chooses.
+    Normalization, crop and filter are the same as in the model's training, if they are known: from the model's
+    config.json, from settings.yaml next to the model's folder (models of early versions), or from timm's configuration
+    of its weights. Otherwise `default_augmentation` chooses.
 
     Args:
         model, pretrained: arguments of `load_model`.
@@ -146,7 +154,10 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def _augmentation(model: str, found: nn.Module, pretrained: bool, data: Data, size: int) -> tuple[Augmentation, str]:
     default = default_augmentation(data, size)
     settings = Path(model).parent / SETTINGS
-    if Path(model).is_dir() and settings.is_file():
+    known = read_preprocessing(model) if Path(model).is_dir() else None
+    if known is not None:
+        values, origin = known, str(Path(model) / CONFIG)
+    elif Path(model).is_dir() and settings.is_file():
         values, origin = read_settings(settings), str(settings)
     elif pretrained and timm.is_model(model):
         config, origin = _config(found), "timm's weights"
@@ -160,5 +171,4 @@ def _augmentation(model: str, found: nn.Module, pretrained: bool, data: Data, si
             )
     else:
         return default, "default"
-    known = ("normalization", "crop_pct", "interpolation")
-    return replace(default, **{name: values[name] for name in known if name in values}), origin
+    return replace(default, **{name: values[name] for name in PREPROCESSING if name in values}), origin

@@ -30,12 +30,12 @@ from vmoe_routers.training.loader import Batches, evaluation_batches, training_b
 from vmoe_routers.training.log import EVALUATIONS, Outputs, read_table
 from vmoe_routers.training.meter import Meter
 from vmoe_routers.training.optimisation import make_optimizer
-from vmoe_routers.training.processes import World, processes
+from vmoe_routers.training.processes import Vote, World, processes
 from vmoe_routers.training.samples import Data
 from vmoe_routers.training.settings import MAY_CHANGE, SETTINGS, TrainSettings, read_settings
 from vmoe_routers.training.sources import open_data
 from vmoe_routers.training.trainer import Trainer
-from vmoe_routers.training.transforms import Mixing, Transform
+from vmoe_routers.training.transforms import PREPROCESSING, Mixing, Transform
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
 _LOCK_TIMEOUT = 15.0  # seconds; the workers of a killed process keep its lock until they notice, after about 5
@@ -152,6 +152,7 @@ def _run(settings: TrainSettings, world: World, console: Console, data: Data, pl
     batches = _training_batches(settings, data, plan, trainer.step, world)
     outputs = Outputs(settings.output, console, trainer.step, plan.steps, world.first)
     meter = Meter(trainer, batches, world)
+    vote = Vote(world)
 
     with outputs, batches, asking() as interrupt:
         for batch in batches:
@@ -175,8 +176,7 @@ def _run(settings: TrainSettings, world: World, console: Console, data: Data, pl
                 if is_best:
                     best = {"step": step, "top1": found.top1}
                 meter.restart()
-            # Several processes agree, which waits for all of them.
-            is_stopped = (is_logged or world.size == 1) and world.any(interrupt.asked)
+            is_stopped = vote(interrupt.asked)
             is_kept = is_best and "best" in settings.keep
             if is_last or is_stopped or is_kept or step % plan.save_every == 0:
                 checkpoint.save(settings.output / CHECKPOINTS, trainer, {"best": best})
@@ -187,6 +187,8 @@ def _run(settings: TrainSettings, world: World, console: Console, data: Data, pl
                     f"interrupted; saved at step {step}, and the same command continues from there", soft_wrap=True
                 )
                 raise KeyboardInterrupt
+        if world.any(outputs.lack_evaluation):  # a finished training that continues without its file of evaluations
+            outputs.evaluated(trainer.step, settings.epochs, _evaluate(settings, data, plan, trainer, world))
     for error in batches.bad_images:
         console.print(f"skipped: {error}", soft_wrap=True)
     return _export(settings, plan, trainer, world, console)
@@ -321,9 +323,15 @@ def _export(settings: TrainSettings, plan: Plan, trainer: Trainer, world: World,
 
 def _save_model(settings: TrainSettings, model: nn.Module, folder: Path, state: dict[str, Tensor]) -> str:
     """Writes the model; its parameters alone if from_pretrained cannot make it. Returns the reason for that, or ""."""
-    is_upcycled = settings.upcycle is not None and timm.is_model(settings.model)
+    is_upcycled, values = settings.upcycle is not None and timm.is_model(settings.model), settings.to_dict()
     try:
-        save_pretrained(model, folder, state_dict=state, model_args=settings.model_args if is_upcycled else None)
+        save_pretrained(
+            model,
+            folder,
+            state_dict=state,
+            model_args=settings.model_args if is_upcycled else None,
+            preprocessing={name: values[name] for name in PREPROCESSING},
+        )
     except CheckpointError as error:
         if isinstance(error.__cause__, (OSError, SafetensorError)):  # the folder cannot be written
             raise

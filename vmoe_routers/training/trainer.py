@@ -146,16 +146,16 @@ class Trainer:
         bad = ~torch.isfinite(norm)
         self._skipped[0] += bad
         self._skipped[1] = (self._skipped[1] + 1) * bad
-        if self.scaler.is_enabled():  # checks the gradient itself
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif self._skips_on_device:
+        # Not scaler.step, which would apply a finite gradient whose norm overflows: clipping made this gradient 0.
+        if self._skips_on_device:
             optimizer: Any = self.optimizer
             optimizer.found_inf = bad.to(torch.float32)
             optimizer.step()
             del optimizer.found_inf
         elif not bad:
             self.optimizer.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()  # `unscale_` has told it whether the gradient was finite
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.plain)

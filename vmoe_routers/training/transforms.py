@@ -24,6 +24,8 @@ NORMALIZATIONS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "random")
+PREPROCESSING = ("normalization", "crop_pct", "interpolation")
+"""Fields of `Augmentation` that also prepare images for evaluation."""
 
 
 @dataclass(frozen=True)
