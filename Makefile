@@ -1,7 +1,7 @@
-# make study | test | compat | bench | gpu-check | lint | docs | format. The first run creates .venv with the
-# dependencies of the target; later runs compile only changed files. ARGS is passed on: make study ARGS="--seeds 1",
-# make test ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this
-# machine, ON for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
+# make study | test | compat | bench | gpu-check | lint | docs | format | sdist | wheel | wheel-check | lower-bounds.
+# The first run creates .venv with the dependencies of the target; later runs compile only changed files. ARGS is passed
+# on: make study ARGS="--seeds 1", make test ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA
+# kernels for the GPUs of this machine, ON for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
 PYTHON ?= python3
 VMOE_CUDA ?= AUTO
 export VMOE_CUDA
@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test compat bench gpu-check lint docs format
+.PHONY: study test compat bench gpu-check lint docs format sdist wheel wheel-check lower-bounds
 
 study: .venv/study
 	$(bin)/vmoe-routers study $(ARGS)
@@ -52,6 +52,28 @@ docs: .venv/docs
 format: .venv/lint
 	$(bin)/ruff check --fix-only . && $(bin)/ruff format .
 	$(bin)/clang-format -i $(cpp_files)
+
+# Two builds of one commit have the same time stamps, so they are equal to the byte.
+sdist wheel wheel-check: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 1700000000)
+
+sdist: .venv/package
+	$(bin)/python -m build --no-isolation --sdist
+
+# A CPU wheel for the Python of .venv. On Linux it loads with glibc 2.28, wherever it is built.
+wheel: .venv/package
+	scripts/build_wheel.sh dist
+
+# Builds the wheel twice, from nothing, and compares; checks the file; tests the installed wheel in the environments
+# PYTHONS, which have torch, torchvision, timm, pytest and hypothesis.
+wheel-check: .venv/package
+	rm -rf build/wheel dist/first dist/second
+	scripts/build_wheel.sh dist/first && rm -rf build/wheel && scripts/build_wheel.sh dist/second
+	cmp dist/first/*.whl dist/second/*.whl
+	$(bin)/python scripts/check_wheel.py dist/first/*.whl $(addprefix --python ,$(PYTHONS))
+
+# The tests with the oldest packages that pyproject.toml allows, in an environment of their own.
+lower-bounds:
+	scripts/lower_bounds.sh $(PYTHON)
 
 # Installs this package with the dependencies of one extra of pyproject.toml.
 .venv/%: scripts/setup.sh $(compiled) $(cuda_choice)
