@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ API = {
     "training": "Training",
     "distributed": "Distributed",
 }
+ROOT_HEADING = "    options: { show_root_heading: true, show_root_toc_entry: true, show_root_full_path: false }\n"
 IN_ROUTERS = ("affinity", "losses")
 COPIED = ("CHANGELOG.md", "CONTRIBUTING.md")
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
@@ -40,7 +42,8 @@ def on_files(files, config):
     for name, title in API.items():
         module = "vmoe_routers" + (".routers" if name in IN_ROUTERS else "")
         module += "" if name == "vmoe_routers" else f".{name}"
-        pages[f"api/{name}.md"] = f"# {title}\n\n::: {module}\n"
+        head = f"# {title}\n\n::: {module}\n    options: {{ members: false }}\n\n"
+        pages[f"api/{name}.md"] = head + "\n".join(f"::: {path}\n{ROOT_HEADING}" for path in _public(module))
     for path in NOTEBOOKS:
         pages |= _notebook(path)
     pages["notebooks.md"] = "# Notebooks\n\n" + "".join(
@@ -49,6 +52,18 @@ def on_files(files, config):
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def _public(module: str) -> list[str]:
+    """Lists the paths of the names that a module exports, without modules, which have pages of their own."""
+    folder = ROOT / module.replace(".", "/")
+    body = ast.parse((folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text()).body
+    names = [item.name for item in body if isinstance(item, (ast.FunctionDef, ast.ClassDef)) and item.name[0] != "_"]
+    for item in body:
+        if isinstance(item, ast.Assign) and getattr(item.targets[0], "id", "") == "__all__":
+            names = [name for name in ast.literal_eval(item.value) if name not in API]
+    # A function of an op has the name of its module.
+    return [f"{module}.{name}" + (f".{name}" if (folder / f"{name}.py").exists() else "") for name in names]
 
 
 def _example(path: Path) -> str:
@@ -130,5 +145,7 @@ def on_page_content(content, page, config, files):
         drawn = convert(html.unescape(match["tex"]), display=display)
         return f'<{match["tag"]} class="arithmatex">{drawn}</{match["tag"]}>'
 
+    if page.file.src_uri.startswith("api/") and "doc-heading" not in content:
+        raise PluginError(f"{page.file.src_uri} documents nothing: is __all__ right?")
     pattern = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
     return re.sub(pattern, equation, content, flags=re.DOTALL)
