@@ -102,6 +102,11 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
     parser.set_defaults(defaults)
 
 
+def _add_images(parser: Any, arguments: Sequence[str]) -> None:
+    """Adds the images of `inspect`, which are positional and any number."""
+    parser.add_argument("images", nargs="+", type=str, metavar="IMAGE", help="image files")
+
+
 class Command(NamedTuple):
     """Command of ``vmoe-routers``.
 
@@ -168,6 +173,16 @@ COMMANDS = {
         "regression on a few images per class, or logistic regression on all (--probe linear).",
         example="vmoe-routers fewshot --model runs/photos/model --data flowers --shots 1,5,10 --seeds 0,1,2",
         hidden=("console",),
+    ),
+    "inspect": Command(
+        "vmoe_routers.inspect.images:inspect_images",
+        help="draw how a model routes images; writes pictures and a page",
+        description="Draws which expert takes which patch of an image, the load of the experts, and the slots or the "
+        "transport plan: PNG files, and a page that contains them.",
+        example="vmoe-routers inspect runs/photos/model cat.jpg dog.jpg --output inspection",
+        positional=True,
+        hidden=("images", "console"),
+        prepare=_add_images,
     ),
     "convert": Command(
         "vmoe_routers.checkpoints.convert:convert",

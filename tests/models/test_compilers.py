@@ -178,3 +178,24 @@ def test_functional_call_and_gradients(router):
     layer = model.blocks[-1].mlp
     with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
         torch.func.grad(lambda x: torch.func.grad(lambda x: layer(x).square().sum())(x).sum())(torch.randn(1, 6, 16))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_record_runs_a_compiled_model_without_compilation(in_place, compiler):
+    model = model_of("softmax_expert_choice").eval()
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        with vr.inspect.record(model) as wanted:
+            model(x)
+        compiled = model if in_place else torch.compile(model, backend="eager")
+        if in_place:
+            model.compile(backend="eager")
+        compiled(x)
+        with vr.inspect.record(compiled) as trace:
+            compiled(x)
+        with vr.inspect.record(compiled, eager=False) as nothing:
+            compiled(x)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled(x)
+    assert nothing.layers == []
+    assert trace.to_dict() == wanted.to_dict() and trace.layers[0].name == "blocks.1.mlp"

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,9 @@ def test_files(undisturbed):
     assert all(float(row["loss"]) > 0 and float(row["dropped"]) >= 0 for row in log)
     assert {path.name for path in (undisturbed / "checkpoints").iterdir()} >= {"00000008", "00000010"}
     assert (undisturbed / "curve.png").read_bytes()[1:4] == b"PNG"
+    if find_spec("tensorboard"):
+        (events,) = (undisturbed / "tensorboard").iterdir()
+        assert events.read_bytes().count(b"routing/blocks.1.mlp/entropy") == 10
     assert (
         TrainSettings(**read_settings(undisturbed / "settings.yaml")).to_dict()
         == TrainSettings(**{**OPTIONS, "output": undisturbed}).to_dict()

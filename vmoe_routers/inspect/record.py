@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from vmoe_routers.inspect.trace import Trace
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.routers import Routing
-
-
-class Trace:
-    """Routings that `record` collected.
-
-    Attributes:
-        routings: Routings of the forwards of every MoE layer in order, by the name of the layer. In eval, a batch that
-            `group_size` does not divide adds two routings.
-    """
-
-    def __init__(self, names: list[str]):
-        self.routings: dict[str, list[Routing]] = {name: [] for name in names}
 
 
 class _Hook:
@@ -47,19 +37,21 @@ def _ignore(*args: Any) -> None:
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[Trace]:
+def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
     """Records the routings of the forwards of `model` that this thread runs within the context.
 
         with vr.inspect.record(model) as trace:
             model(images)
-        print(trace.routings["blocks.3.mlp"][0].metrics)
+        print(trace.layers[0].load)
 
-    With gradients enabled, the routings keep their graph. Contexts may be nested and record independently. Forwards
-    that activation checkpointing repeats in backward are not recorded. Record the eager model: torch.compile ignores
-    hooks that are added after compilation. Copies and pickles of the model record nothing.
+    With gradients enabled, the routings keep their graph: record under ``torch.no_grad()``, or drop the trace after
+    the step, to free its memory. Contexts may be nested and record independently. Forwards that activation
+    checkpointing repeats in backward are not recorded. Copies and pickles of the model record nothing.
 
     Args:
         model: A module with MoE layers, or a `MoEMlp`, whose name is "".
+        eager: True: functions of torch.compile run without compilation within the context, in all threads, because
+            compiled code does not run hooks. False: they run compiled, and compiled layers are not recorded.
 
     Raises:
         ValueError: `model` has no MoE layer.
@@ -69,32 +61,44 @@ def record(model: nn.Module) -> Iterator[Trace]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEMlp)}
     if not layers:
         raise ValueError(f"record: model must have a MoEMlp inside, {type(model).__name__} has none")
-    trace, thread = Trace(list(layers)), threading.get_ident()
-
-    owner = {layer.router: name for name, layer in layers.items()}  # layer that last began; layers may share a router
+    trace = Trace({_plain(name): layer.router for name, layer in layers.items()})
+    thread = threading.get_ident()
+    # The layer that last began, and its tokens per image; layers may share a router.
+    owner = {layer.router: (name, 0) for name, layer in zip(trace.routings, layers.values(), strict=True)}
 
     def recorded() -> bool:
         return threading.get_ident() == thread and torch._C._current_graph_task_id() == -1
 
-    def begin(router: nn.Module, name: str):
-        def note(module: nn.Module, args: object) -> None:
+    def begin(name: str):
+        def note(layer: MoEMlp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if recorded():
-                owner[router] = name
+                x = args[0] if args else kwargs["x"]
+                owner[layer.router] = name, x.shape[1]
 
         return _Hook(note)
 
-    def hook(router: nn.Module):
-        def keep(module: nn.Module, args: object, routing: Routing) -> None:
-            if recorded():
-                trace.routings[owner[router]].append(routing)
+    def keep(router: nn.Module, args: object, routing: Routing) -> None:
+        if recorded():
+            trace.add(*owner[router], routing)
 
-        return _Hook(keep)
-
-    handles: list[RemovableHandle] = [router.register_forward_hook(hook(router)) for router in owner]
-    shared = [(name, layer) for name, layer in layers.items() if len(owner) < len(layers)]
-    handles += [layer.register_forward_pre_hook(begin(layer.router, name)) for name, layer in shared]
+    handles: list[RemovableHandle] = [router.register_forward_hook(_Hook(keep)) for router in owner]
+    for name, layer in zip(trace.routings, layers.values(), strict=True):
+        handles.append(layer.register_forward_pre_hook(begin(name), with_kwargs=True))
     try:
-        yield trace
+        with _without_compilation() if eager else nullcontext():
+            yield trace
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _plain(name: str) -> str:
+    """Returns the name of a module without the wrappers of torch.compile."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _without_compilation() -> AbstractContextManager[Any]:
+    """Returns a context in which compiled functions run as plain Python."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import would take seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -126,7 +126,20 @@ def token_choice_unchecked(
     token = source if top_k == 1 else source.div(top_k, rounding_mode="floor")
     offsets, slots, filled = invert_slots_unchecked(token, gates.source.shape[1])
     gate = _take(kept.flatten(1), source)
-    return SparseRouting(token, gate, weights, offsets, slots, filled, expert, slot, mask, losses, loss_weights)
+    return SparseRouting(
+        token,
+        gate,
+        weights,
+        offsets,
+        slots,
+        filled,
+        expert,
+        slot,
+        mask,
+        losses,
+        loss_weights,
+        selecting=None if weights is gates else gates,
+    )
 
 
 def expert_choice(
@@ -174,7 +187,20 @@ def expert_choice_unchecked(
     offsets, slots, filled = invert_slots_unchecked(token, gates.source.shape[1])
     if renormalize:
         kept = _share(kept, token, offsets, slots)
-    return SparseRouting(token, kept, weights, offsets, slots, filled, None, None, mask, losses, loss_weights)
+    return SparseRouting(
+        token,
+        kept,
+        weights,
+        offsets,
+        slots,
+        filled,
+        None,
+        None,
+        mask,
+        losses,
+        loss_weights,
+        selecting=None if weights is gates else gates,
+    )
 
 
 def _check_gates(

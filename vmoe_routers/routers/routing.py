@@ -124,6 +124,7 @@ class _Sparse(NamedTuple):
     mask: Tensor | None
     loss_terms: Losses
     loss_weights: Mapping[str, float]
+    selecting: Gates | None = None
 
 
 # A named tuple, so that code that walks over a module's outputs (hooks, pytrees, summaries) finds the tensors.
@@ -138,6 +139,7 @@ class SparseRouting(_Sparse, Routing):
             slots of every token, and the position after the last filled slot of every buffer.
         expert: [G, T, K] int32, the expert of every request, for Token Choice; else None.
         slot: [G, T, K] int32, the slot of every request, -1 if dropped, for Token Choice; else None.
+        selecting: The `Gates` that selected, such as a transport plan; None if `gates` selected.
     """
 
     __slots__ = ()

@@ -60,12 +60,14 @@ class Outputs:
         """Counts a step."""
         self.bar.advance()
 
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Writes and shows the values of `Meter.row`."""
+    def log(self, row: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes and shows the values of `Meter.row`; writes the metrics of the MoE layers, by name, to TensorBoard."""
         if not self.writes:
             return
         self.log_table.add(row)
         self.board.add(row["step"], {f"train/{name}": value for name, value in row.items()})
+        for layer, metrics in layers.items():
+            self.board.add(row["step"], {f"routing/{layer}/{name}": value for name, value in metrics.items()})
         shown = [f"loss {row['loss']:.3f}", f"{row['images_per_second']:.0f} images/s"]
         if row["load_cv"] != "":
             shown += [f"load cv {row['load_cv']:.2f}", f"dropped {row['dropped']:.1%}"]

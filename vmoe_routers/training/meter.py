@@ -26,10 +26,14 @@ class Meter:
         trainer: The training.
         batches: Its batches, which count the time spent waiting for data.
         world: The processes. Losses and metrics are over the images of all processes.
+
+    Attributes:
+        layers: Metrics of the MoE layers in the step that was recorded last (`RoutingStatistics.layers`).
     """
 
     def __init__(self, trainer: Trainer, batches: Batches, world: World):
         self.trainer, self.batches, self.world = trainer, batches, world
+        self.layers: dict[str, dict[str, Any]] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -82,5 +86,6 @@ class Meter:
             return dict.fromkeys(ROUTING, "")
         # Metrics are ratios of sums over images, so means of the sums over the processes give the same metrics.
         self.statistics.sums = self.world.mean(self.statistics.sums)
-        layers = self.statistics.layers().values()
+        self.layers = self.statistics.layers()
+        layers = self.layers.values()
         return {name: sum(layer[name] for layer in layers) / len(layers) if layers else "" for name in ROUTING}

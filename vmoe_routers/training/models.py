@@ -122,6 +122,10 @@ def _fitted(
     if channels is not None and channels != (expected := model.patch_embed.proj.in_channels):
         raise OptionError(f"model {name!r} takes images of {expected} channels, the data have {channels}", "model")
     wanted = (size, size) if isinstance(size, int) else size
+    if wanted is not None and not hasattr(model, "patch_embed"):
+        raise OptionError(
+            f"image_size: model {name!r} is of torchvision or transformers; its size is fixed", "image_size"
+        )
     if wanted is not None and tuple(wanted) != tuple(model.patch_embed.img_size):
         patch = tuple(model.patch_embed.patch_size)
         if any(side % part for side, part in zip(wanted, patch, strict=True)):

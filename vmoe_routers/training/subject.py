@@ -99,7 +99,7 @@ def open_subject(
     found = load(model, image_size, pretrained, model_args, device, dtype)
     opened = open_data(data, data_root=data_root)
     size = image_size or input_size(found, model)
-    augmentation, origin = _augmentation(model, found, pretrained, opened, size)
+    augmentation, origin = known_augmentation(model, found, pretrained, default_augmentation(opened, size))
     given = {"normalization": normalization, "crop_pct": crop_pct}
     given = {name: value for name, value in given.items() if value is not None}
     if given:
@@ -140,6 +140,9 @@ def input_size(model: nn.Module, name: str) -> int:
     """
     patches, config = getattr(model, "patch_embed", None), _config(model)
     size = getattr(patches, "img_size", None) or config.get("input_size", (3, 224, 224))[1:]
+    for of_other_packages in (model, getattr(model, "config", None)):  # torchvision, transformers
+        side = getattr(of_other_packages, "image_size", None)
+        size = (side, side) if isinstance(side, int) else size
     if len(set(size)) != 1:
         raise OptionError(f"model {name!r} takes images of {size[0]} x {size[1]} pixels, wanted a square", "model")
     return int(size[0])
@@ -151,8 +154,10 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return config or {}
 
 
-def _augmentation(model: str, found: nn.Module, pretrained: bool, data: Data, size: int) -> tuple[Augmentation, str]:
-    default = default_augmentation(data, size)
+def known_augmentation(
+    model: str, found: nn.Module, pretrained: bool, default: Augmentation
+) -> tuple[Augmentation, str]:
+    """Finds normalization, crop and filter of a model's training, and their source in words; else the default."""
     settings = Path(model).parent / SETTINGS
     known = read_preprocessing(model) if Path(model).is_dir() else None
     if known is not None:

@@ -167,7 +167,7 @@ def _run(settings: TrainSettings, world: World, console: Console, data: Data, pl
             meter.add(report, len(images))
             outputs.advance()
             if is_logged:
-                outputs.log(meter.row(plan.steps_per_epoch))
+                outputs.log(meter.row(plan.steps_per_epoch), meter.layers)
                 trainer.check(images)
             if is_last or step % plan.evaluate_every == 0:
                 found = _evaluate(settings, data, plan, trainer, world)

@@ -1,0 +1,103 @@
+"""vmoe-routers inspect: the files, the page, and errors in one line."""
+
+import base64
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
+
+from vmoe_routers import cli  # noqa: E402
+from vmoe_routers.checkpoints import save_pretrained  # noqa: E402
+from vmoe_routers.models import upcycle, vit_moe  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Saved models, photographs of other sizes than the models' input, and a file that is no image."""
+    folder = tmp_path_factory.mktemp("inspect")
+    sizes = {"img_size": 32, "patch_size": 8, "num_classes": 3, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    for router in ("sinkhorn_token_choice", "soft", None):
+        options = {} if router is None else {"num_experts": 4}
+        save_pretrained(vit_moe(**sizes, router=router, **options), folder / str(router))
+    dense = pytest.importorskip("torchvision").models.VisionTransformer(48, 16, 2, 2, 16, 32)
+    save_pretrained(upcycle(dense, router="softmax_expert_choice", num_experts=3), folder / "upcycled")
+    for name, size in (("a b", (60, 40)), ("<grey>", (33, 90))):
+        pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).convert("L" if "grey" in name else "RGB").save(folder / f"{name}.png")
+    (folder / "text.jpg").write_text("no image")
+    return folder
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.sources, self.addresses, self.text = [], re.findall(r"https?://|href|<script|url\(", text), text
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.sources.append(dict(attrs))
+
+
+@pytest.mark.parametrize(("model", "names"), [
+    ("sinkhorn_token_choice", ["blocks.1.mlp_load", "blocks.1.mlp_plan"]),
+    ("soft", ["00__grey__blocks.1.mlp_slots", "blocks.1.mlp_load"]),
+    ("upcycled", ["encoder.layers.encoder_layer_1.mlp_load"]),
+])  # fmt: skip
+def test_writes_pictures_and_a_page(place, tmp_path, capsys, model, names):
+    output = tmp_path / "new" / "folder"
+    stems = ["a b", "<grey>"] if model == "sinkhorn_token_choice" else ["<grey>"]
+    images = [str(place / f"{stem}.png") for stem in stems]
+    assert cli.main(["inspect", str(place / model), *images, "--output", str(output)]) == 0
+    layer = names[-1].removesuffix("_load").removesuffix("_plan")
+    names += [
+        stem + end
+        for stem in (["00_a_b", "01__grey_"] if len(stems) == 2 else ["00__grey_"])
+        for end in ("", f"_{layer}_tokens")
+    ]
+    files = {path.stem: path for path in output.glob("*.png")}
+    assert files.keys() == set(names) and len(list(output.iterdir())) == len(files) + 1
+    page = Page((output / "index.html").read_text())
+    assert not page.addresses
+    shown = [base64.b64decode(source["src"].removeprefix("data:image/png;base64,")) for source in page.sources]
+    assert sorted(shown) == sorted(path.read_bytes() for path in files.values())
+    assert all(source["alt"] and int(source["width"]) < 1200 for source in page.sources)
+    assert "&lt;grey&gt;.png" in page.text and "<grey>" not in page.text and "random" not in page.text
+    out = capsys.readouterr().out
+    assert layer in out and f"written: {output / 'index.html'} and {len(files)} pictures" in out.replace("\n", " ")
+
+
+def test_says_that_a_new_model_is_not_trained(place, tmp_path, capsys):
+    arguments = ["vit_moe", str(place / "a b.png"), "--output", str(tmp_path), "--image-size", "32"]
+    options = "{patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2, num_experts: 2, router: softmax_token_choice}"
+    assert cli.main(["inspect", *arguments, "--model-args", options]) == 0
+    words = "The weights are random: the model is not trained"
+    assert words in capsys.readouterr().out and words in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ("nope IMAGE", "model 'nope' is no folder"),
+    ("None IMAGE", "has no MoE layer; wanted"),
+    ("vit_tiny_patch16_224 IMAGE", "has no MoE layer; wanted"),
+    ("soft text.jpg", "text.jpg: cannot be read: cannot identify image file"),
+    ("soft IMAGE missing.jpg", "missing.jpg: no such file"),
+    ("soft IMAGE .", ".: not a regular file"),
+    ("soft IMAGE --image-size 30", "--image-size 30 is not a multiple of the patch size, 8 x 8"),
+    ("soft IMAGE --normalization grey", "--normalization must be one of none, inception"),
+    ("soft IMAGE --output text.jpg", "--output 'text.jpg' cannot be made"),
+    ("soft", "images"),
+    ("soft" + 65 * " IMAGE", "images must be 1 to 64 files, got 65"),
+    ("upcycled IMAGE --image-size 32", "upcycled"),
+])  # fmt: skip
+def test_errors_are_one_line(place, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(place)
+    before = sorted(Path().iterdir())
+    assert cli.main(["inspect", *("a b.png" if word == "IMAGE" else word for word in arguments.split())]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert sorted(Path().iterdir()) == before
