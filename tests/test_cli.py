@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import yaml
 
 from vmoe_routers import __version__, cli, info
 from vmoe_routers.study import Settings
+from vmoe_routers.study.recipes import fashion
 from vmoe_routers.training import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,7 +46,17 @@ TINY = (
 ])  # fmt: skip
 def test_options(arguments, changes):
     name, target, options = cli._parse(["study", *arguments.split()])
+    assert (options.pop("recipe"), options.pop("compare")) == (None, None)
     assert (name, target) == ("study", Settings) and Settings(**options) == Settings(**changes)
+
+
+def test_a_recipe_sets_the_defaults_of_study():
+    for arguments in ("--recipe fashion --seeds 2", "--seeds 2 --recipe=fashion"):
+        _, _, options = cli._parse(["study", *arguments.split()])
+        assert (options.pop("recipe"), options.pop("compare")) == ("fashion", None)
+        assert Settings(**options) == replace(fashion(), seeds=2)
+    _, _, options = cli._parse(["study", "--compare", "a", "b"])
+    assert options["compare"] == ["a", "b"]
 
 
 def test_options_of_convert():
@@ -56,6 +68,10 @@ def test_options_of_convert():
 @pytest.mark.parametrize(("arguments", "words"), [
     ("study --routers hard", "--routers: 'hard' is none of softmax_token_choice"),
     ("study --data nowhere", "no folder 'nowhere'"),
+    ("study --recipe cake", "--recipe 'cake' does not exist; there are digits, fashion"),
+    ("study --compare a", "compare"),
+    ("study --compare a b", "a: holds no study, study.json is missing"),
+    ("study --ablations colour", "--ablations: 'colour' is none of learning_rate"),
     ("study --batch-size 30", "--batch-size 30 must be a multiple of --group-size 8"),
     ("study --batch_size 30", "--batch_size 30 must be a multiple of --group-size 8"),
     ("study --seeds many", "--seeds must be a whole number, got many"),
@@ -110,7 +126,7 @@ def test_options_of_convert():
 ])  # fmt: skip
 def test_errors_are_one_line(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vmoe_routers.study.study._run_all", None)  # nothing is run
+    monkeypatch.setattr("vmoe_routers.study.study.run_all", None)  # nothing is run
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     check_refused(arguments.split(), words, capsys)
     assert not list(tmp_path.iterdir())

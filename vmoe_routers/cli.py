@@ -9,7 +9,7 @@ import sys
 import time
 from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib import import_module
 from inspect import Parameter, signature
 from itertools import pairwise
@@ -35,12 +35,38 @@ def _search_here(routers: Sequence[str | None]) -> None:
 
 
 def _study(settings: Any, options: dict[str, Any]) -> None:
-    from vmoe_routers.study import run_study
+    from vmoe_routers.study import compare_studies, run_study
 
+    options.pop("recipe")
+    folders = options.pop("compare")
+    if folders is not None:
+        first, second = map(Path, folders)
+        compare_studies(first, second)
+        return
     chosen = settings(**options)
     _search_here(chosen.routers)
     with raising():
         run_study(chosen)
+
+
+def _add_study_recipes(parser: Any, arguments: Sequence[str]) -> None:
+    """Adds the option of `study` that sets the defaults of all other options."""
+    from vmoe_routers.study.recipes import RECIPES
+
+    texts = "; ".join(f"{name}: {(recipe.__doc__ or '').rstrip('.')}" for name, recipe in RECIPES.items())
+    parser.add_argument("--recipe", type=str, help=f"named settings, which other options override. {texts}")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="set the kept records of two studies side by side, and run nothing",
+    )
+    given = dict(pairwise(arguments))
+    given |= {name: value for name, _, value in (a.partition("=") for a in arguments) if value}
+    recipe = given.get("--recipe", "digits")
+    if recipe not in RECIPES:
+        raise OptionError(f"recipe {recipe!r} does not exist; there are {', '.join(RECIPES)}", "recipe")
+    parser.set_defaults(asdict(RECIPES[recipe]()))
 
 
 def _convert(convert: Any, options: dict[str, Any]) -> None:
@@ -148,6 +174,7 @@ COMMANDS = {
         example="vmoe-routers study --data digits --routers soft,softmax_expert_choice --output study",
         run=_study,
         extra="study",
+        prepare=_add_study_recipes,
     ),
     "train": Command(
         "vmoe_routers.training.settings:TrainSettings",

@@ -20,7 +20,7 @@ TITLES = {
 def variant(router: str | None, top_k: int | None = None, combine: str | None = None, capacity: float = 1.0) -> dict:
     if router is None:
         return {"name": "dense", "label": "Dense ViT"} | dict.fromkeys(
-            ("router", "top_k", "combine", "capacity_factor")
+            ("router", "top_k", "combine", "batch_priority", "capacity_factor", "ablation", "arm")
         )
     parts = [router] + [f"k{top_k}"] * bool(top_k) + ["plan"] * (combine == "plan") + [f"c{capacity:g}"]
     label = (
@@ -35,7 +35,10 @@ def variant(router: str | None, top_k: int | None = None, combine: str | None = 
         "router": router,
         "top_k": top_k,
         "combine": combine,
+        "batch_priority": False if top_k else None,
         "capacity_factor": capacity,
+        "ablation": None,
+        "arm": None,
     }
 
 
@@ -71,7 +74,10 @@ def run(variant: dict, seed: int = 0, epochs: int = 20, transfer: bool = False, 
     return {
         "variant": variant,
         "seed": seed,
+        "settings": {"options": {}, "scale_init": 16.0},
         "epochs": curve,
+        "final": {key: curve[-1][key] for key in ("accuracy", "loss")},
+        "diverged": None,
         "steps": 11 * epochs,
         "timing": {"step_ms": _step_ms(variant["name"], work), "machine": MACHINE, "date": "2024-02-29 13:00 UTC"},
         "cost": {

@@ -5,7 +5,7 @@ import csv
 import pytest
 from records import run, study, variant
 
-from vmoe_routers.study import figures
+from vmoe_routers.study import figures, plots
 from vmoe_routers.study.summary import summarise
 
 
@@ -25,7 +25,9 @@ def test_figure_1_draws_its_data():
         assert (point["train_seconds"], point["train_seconds_error"]) == row.train_seconds[:2]
         for ax, key, scale in zip(figure.axes, ("accuracy", "loss"), (100, 1)):
             assert drawn(ax, row.name) == ([point["train_seconds"]], [point[key] * scale])
-    assert [ax.get_xlabel() for ax in figure.axes] == ["training time (s)"] * 2
+        for ax, key, scale in zip(figure.axes[2:], ("accuracy", "loss"), (100, 1)):
+            assert drawn(ax, row.name) == ([point["flops"] * 1e-6], [point[key] * scale])
+    assert [ax.get_xlabel() for ax in figure.axes[:2]] == ["training time (s)"] * 2
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert "Sinkhorn Token Choice, K = 2, plan combine" in labels and "size: capacity factor 0.5" in labels
@@ -115,10 +117,47 @@ def test_save_all_writes_pictures_and_numbers(tmp_path):
     kinds = [variant(None), variant("sinkhorn_token_choice", 2, "plan"), variant("soft")]
     runs = [run(kind, seed, transfer=kind["router"] == "soft") for kind in kinds for seed in range(2)]
     paths = figures.save_all(tmp_path / "new", runs)
-    assert [path.stem for path in paths] == ["figure_1", "figure_2", "figure_3", "figure_load"]
+    assert [path.stem for path in paths] == ["figure_1", "figure_2", "forest", "figure_3", "figure_load"]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
     with open(tmp_path / "new" / "figure_1.csv", newline="", encoding="utf-8") as file:
         read = list(csv.DictReader(file))
     for line, point in zip(read, figures.figure_1_data(runs), strict=True):
         assert line == {key: "" if value is None else str(value) for key, value in point.items()}
+
+
+def test_the_front_has_the_points_that_no_point_beats():
+    points = [(2.0, 0.9), (1.0, 0.8), (3.0, 0.85), (1.0, 0.7), (4.0, 0.95), (5.0, float("nan"))]
+    assert plots.front(points, "upper") == [(1.0, 0.8), (2.0, 0.9), (4.0, 0.95)]
+    assert plots.front(points, "lower") == [(1.0, 0.7)]
+
+
+def test_forest_draws_every_comparison():
+    runs = study(seeds=3, transfer=True)
+    data = figures.forest_data(runs)
+    figure = plots.paint_forest(data)
+    for ax, claim in zip(figure.axes, dict.fromkeys(point["claim"] for point in data), strict=True):
+        for point in (point for point in data if point["claim"] == claim):
+            scale = 1 if claim == "vi" else 100
+            assert drawn(ax, f"{claim}: {point['what']}")[0] == [scale * point["mean"]]
+    assert figures.forest_data(study(seeds=1)) == []
+
+
+def test_ablations_draw_every_value():
+    base = [run(variant("soft"), seed) for seed in range(5)]
+    changed = variant("soft") | {"name": "x", "ablation": "soft_scale", "arm": "1"}
+    runs = base + [run(changed, seed) for seed in range(3)]
+    assert [row["seeds"] for row in figures.figure_1_data(runs)] == [5]  # the comparison leaves the ablation out
+    data = figures.ablation_data(runs)
+    # The value 4 was not run. The comparison's runs of the same seeds are those of 16.
+    assert {point["ablation"] for point in data} == {"soft_scale"}
+    assert [(point["arm"], point["seeds"], point["is_base"]) for point in data] == [
+        ("1", 3, False), ("16", 3, True),
+    ]  # fmt: skip
+    first, second = data
+    accuracies = [[r["final"]["accuracy"] for r in of] for of in (runs[5:], base[:3])]
+    assert first["difference"] == pytest.approx(sum(accuracies[0]) / 3 - sum(accuracies[1]) / 3)
+    assert second["difference"] is None
+    (panel,) = plots.paint_ablations(data).axes
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "4", "16"]
+    assert figures.ablation_data(base) == []

@@ -15,15 +15,16 @@ from records import study as made_up_runs
 from test_runs import TINY, made_up
 
 from vmoe_routers.study import Variant, figures, study, variants
-from vmoe_routers.study import records as stored
 from vmoe_routers.study.columns import write_csv
 from vmoe_routers.study.records import (
     RecordError,
     evaluated_epochs,
     fingerprint,
     read_record,
-    record_path,
+    read_run,
+    run_path,
     run_record,
+    timing_path,
     timing_record,
     write_record,
 )
@@ -38,27 +39,40 @@ EXPERT_CHOICE = Variant("softmax_expert_choice", 1.0)
 
 
 def test_a_record_is_stored_where_its_settings_say():
-    path = record_path(TINY, "inputs", "soft-c1-seed0")
+    soft = Variant("soft", 1.0)
+    path = run_path(TINY, "inputs", soft, 0)
     assert path.parent == Path("study/runs") and path.name.startswith("soft-c1-seed0-")
     for same in (
         {"routers": ["soft"]}, {"seeds": 9}, {"workers": 3}, {"top_k": [1]}, {"capacity_factors": [2.0]},
-        {"plan_combine": False}, {"data": "x"}, {"transfer_data": "digits"},
+        {"plan_combine": False}, {"data": "x"}, {"transfer_data": "digits"}, {"batch_priority": True},
+        {"ablations": ["noise"]}, {"save_models": True}, {"learning_rates": {"dense": 1e-3}},
     ):  # fmt: skip
-        assert record_path(replace(TINY, **same), "inputs", "soft-c1-seed0") == path
+        assert run_path(replace(TINY, **same), "inputs", soft, 0) == path
     there = replace(TINY, output=Path("there"))
-    assert record_path(there, "inputs", "soft-c1-seed0") == Path("there/runs") / path.name
+    assert run_path(there, "inputs", soft, 0) == Path("there/runs") / path.name
     others = [
-        {"epochs": 3}, {"batch_size": 8}, {"learning_rate": 1e-3},
+        {"epochs": 3}, {"batch_size": 8}, {"learning_rate": 1e-3}, {"learning_rates": {"soft": 1e-4}}, {"holdout": 3},
         {"image_size": 4}, {"max_images": 5}, {"shift": 0}, {"patch_size": 4}, {"width": 32}, {"mlp_ratio": 1.0},
         {"depth": 4}, {"heads": 4}, {"num_experts": 8}, {"group_size": 2}, {"scale_init": 1.0}, {"device": "cuda"},
+        {"moe_blocks": "every_2", "depth": 4}, {"holdout": 3, "choosing": True}, {"identical_experts": True},
     ]  # fmt: skip
-    paths = [record_path(replace(TINY, **other), "inputs", "soft-c1-seed0") for other in others]
-    paths += [path, record_path(TINY, "inputs", "soft-c1-seed1"), record_path(TINY, "others", "soft-c1-seed0")]
-    paths += [record_path(TINY, "inputs", "soft-c1-seed0", {"top_k": 1})]
-    assert len({path.stem[-12:] for path in paths}) == len(others) + 4
+    paths = [run_path(replace(TINY, **other), "inputs", soft, 0) for other in others]
+    paths += [path, run_path(TINY, "inputs", soft, 1), run_path(TINY, "others", soft, 0)]
+    paths += [run_path(TINY, "inputs", variant, 0) for variant in (Variant(), Variant("soft", 2.0))]
+    assert len({path.stem[-12:] for path in paths}) == len(others) + 5
 
 
-def test_fingerprint_is_of_the_images_and_the_versions(monkeypatch):
+def test_the_timing_is_stored_by_its_models():
+    pair = [Variant(), Variant("soft", 1.0)]
+    paths = {
+        timing_path(TINY, "inputs", pair), timing_path(TINY, "inputs", pair[:1]), timing_path(TINY, "others", pair),
+        timing_path(replace(TINY, width=32), "inputs", pair),
+    }  # fmt: skip
+    assert len(paths) == 3 and all(path.name.startswith("steps-") for path in paths)
+    assert timing_path(replace(TINY, seeds=5), "inputs", pair) in paths
+
+
+def test_fingerprint_is_of_the_images():
     data, other = made_up(), made_up(seed=1)
     assert fingerprint(data, None) == fingerprint(made_up(), None)
     labels = data.train_labels.clone()
@@ -67,12 +81,7 @@ def test_fingerprint_is_of_the_images_and_the_versions(monkeypatch):
         fingerprint(data, None), fingerprint(other, None), fingerprint(data, other), fingerprint(other, data),
         fingerprint(made_up(train=15, test=11), None), fingerprint(replace(data, train_labels=labels), None),
     ]  # fmt: skip
-    monkeypatch.setattr(stored, "__version__", "1.2.0")
-    different.append(fingerprint(data, None))
-    assert len(set(different)) == 7
-    for version in ("1.2.0.dev3+gabc", "1.2.0+cu128"):  # a commit before the release, and a variant of the release
-        monkeypatch.setattr(stored, "__version__", version)
-        assert fingerprint(data, None) == different[-1]
+    assert len(set(different)) == 6
 
 
 @pytest.mark.parametrize(("epochs", "wanted"), [(1, [1]), (2, [2]), (3, [1, 3]), (6, [2, 4, 6])])
@@ -109,6 +118,15 @@ def test_what_is_written_is_a_record(path, record):
     assert math.isnan(read_record(path, WANTED)["epochs"][0]["loss"])
 
 
+def test_only_a_run_that_diverged_may_end_early(path, record):
+    early = copy.deepcopy(record) | {"epochs": []}
+    write_record(path, early)
+    with pytest.raises(RecordError, match=r"epochs is a list of 0, wanted a list of 1"):
+        read_run(path, TINY, EXPERT_CHOICE, 0, None)
+    write_record(path, early | {"diverged": "at once"})
+    assert read_run(path, TINY, EXPERT_CHOICE, 0, None)["diverged"] == "at once"
+
+
 @pytest.mark.parametrize("content", [
     b"", b'{"variant": {"na', b"\xff\xfe\x00garbage", b"[]", b"{}", b"null", b"true", b"3", b'"text"', b"[[]]",
     b"[" * 100_000, b'{"epochs":' * 100_000, b"1" * 5000,
@@ -119,7 +137,10 @@ def test_what_is_no_record(path, content):
 
 
 @pytest.mark.parametrize(("place", "value", "words"), [
-    (("epochs",), [], r"epochs is \[\], wanted a list of 1"),
+    (("epochs",), [1, 2], r"epochs is a list of 2, wanted a list of 1"),
+    (("final",), {}, "accuracy is missing in final"),
+    (("diverged",), True, "diverged is True, wanted null or a text"),
+    (("settings", "width"), 17, "settings.width is 17, wanted 16"),
     (("epochs",), {}, r"epochs is \{\}, wanted a list of 1"),
     (("epochs",), [[]], r"epochs\[0\] is \[\], wanted a mapping"),
     (("epochs", 0), {}, r"epoch is missing in epochs\[0\]"),
@@ -190,7 +211,7 @@ def test_records_of_the_timing(tmp_path):
 
 
 def test_only_a_regular_file_of_some_size_is_a_record(path, monkeypatch):
-    monkeypatch.setattr(stored, "_MAX_BYTES", 10)
+    monkeypatch.setattr("vmoe_routers.study.records._MAX_BYTES", 10)
     refused(path, "no record, .* bytes, wanted at most 10")
     path.unlink()
     os.mkfifo(path)

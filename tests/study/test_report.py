@@ -51,7 +51,7 @@ def test_holds_everything(tmp_path):
     for words in ("study --seeds 3", "digits", "A <fast> one", "2024-02-29", "not reproduce", "Figure 3", "entropy"):
         assert words in page.text
     images = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    for name, source in zip(("figure_1", "figure_2", "figure_3", "figure_load"), images, strict=True):
+    for name, source in zip(("figure_1", "figure_2", "forest", "figure_3", "figure_load"), images, strict=True):
         kind, _, data = source.partition(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(data) == (tmp_path / f"{name}.png").read_bytes()
@@ -87,9 +87,9 @@ def test_findings_claim_no_more_than_the_numbers():
             "soft-c1": 0.7 + 0.01 * r["seed"],
             "softmax_expert_choice-c1": [0.9, 0.7, 1.2][r["seed"]],
         }
-        r["epochs"][-1]["loss"] = losses[r["variant"]["name"]]
+        r["final"]["loss"] = losses[r["variant"]["name"]]
     said = "\n".join(report.findings(runs))
-    assert "Lowest mean validation loss: Soft MoE, 0.710 ± 0.006." in said
+    assert "Lowest mean loss: Soft MoE, 0.710 ± 0.006." in said
     assert "Not clearly above the lowest loss at 95 %, seed by seed: Softmax Expert Choice." in said
     assert "clearly below the dense ViT's, at 95 %: Soft MoE. Above it: none." in said
     assert "Not resolved against the dense ViT: 1 of 2." in said

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import vmoe_routers as vr
+from vmoe_routers.models.cost import cost
 from vmoe_routers.study import Settings, Variant, timing, variants
+from vmoe_routers.study.ablations import ABLATIONS
+from vmoe_routers.study.recipes import RECIPES, fashion
 from vmoe_routers.study.runs import run
-from vmoe_routers.study.variants import build
-from vmoe_routers.training import Images
+from vmoe_routers.study.variants import ablated, build, make
+from vmoe_routers.training import Images, Trainer, evaluate_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,3 +122,113 @@ def test_steps_are_timed_in_turns(monkeypatch):
 def test_timed_steps_train():
     record = timing.time_steps(TINY, [DENSE, SOFT], made_up())
     assert json.loads(json.dumps(record)) == record and record["machine"] and record["date"]
+
+
+def test_held_out_images_are_not_trained_on_and_test_images_are_measured_last():
+    data = made_up(train=24)
+    settings = replace(TINY, holdout=8)
+    record = run(settings, EXPERT_CHOICE, 0, data, None)
+    whole = replace(data, train_images=data.train_images[:16], train_labels=data.train_labels[:16])
+    without = run(TINY, EXPERT_CHOICE, 0, whole, None)
+    assert record["final"] == without["final"]  # the same training, the same test images
+    assert without["final"] == {key: without["epochs"][-1][key] for key in ("accuracy", "loss")}
+    assert record["epochs"][-1]["loss"] != record["final"]["loss"]
+    assert record["epochs"][-1]["train_loss"] == without["epochs"][-1]["train_loss"]
+
+
+def test_choosing_does_not_use_the_test_images():
+    data = made_up(train=24)
+    settings = replace(TINY, holdout=8, choosing=True)
+    record = run(settings, DENSE, 0, data, None)
+    other = replace(data, test_images=torch.full_like(data.test_images, float("nan")))
+    assert run(settings, DENSE, 0, other, None)["final"] == record["final"]
+    assert record["final"] == {key: record["epochs"][-1][key] for key in ("accuracy", "loss")}
+
+
+def test_a_run_that_diverges_is_recorded_as_such(monkeypatch):
+    data = made_up(train=64)
+    good = Trainer.__call__
+
+    def bad_from_the_seventh(self, images, labels):
+        images = images if self.step < 6 else images * float("inf")
+        return good(self, images, labels)
+
+    monkeypatch.setattr(Trainer, "__call__", bad_from_the_seventh)
+    record = run(replace(TINY, epochs=12), DENSE, 0, data, None)
+    assert "not finite in the last 10 steps" in record["diverged"] and [e["epoch"] for e in record["epochs"]] == [2]
+    assert 0 <= record["final"]["accuracy"] <= 1 and record["layers"] == []
+
+
+def test_ablations_change_one_thing():
+    settings = replace(TINY, ablations=["soft_scale", "noise", "aux_loss", "learning_rate"], routers=["soft"])
+    found = ablated(settings)
+    assert {(v.router, v.ablation, v.arm) for v in found} == {
+        (None, "learning_rate", "0.33"), (None, "learning_rate", "3"), ("soft", "learning_rate", "0.33"),
+        ("soft", "learning_rate", "3"), ("soft", "soft_scale", "1"), ("soft", "soft_scale", "4"),
+    }  # fmt: skip
+    assert len({v.name for v in found}) == len({v.label for v in found}) == len(found)
+    for variant in found:
+        assert set(variant.name) <= set("abcdefghijklmnopqrstuvwxyz_0123456789.-")
+        changed = variant.settings(settings)
+        different = [key for key, value in vars(settings).items() if getattr(changed, key) != value]
+        assert different == (["scale_init"] if variant.ablation == "soft_scale" else ["learning_rate"])
+    assert ablated(replace(settings, scale_init=4.0, ablations=["soft_scale"]))[-1].arm == "16"
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_can_be_built(name):
+    settings = replace(fashion(), width=8, heads=2, mlp_ratio=1.0, patch_size=14, ablations=[name], transfer_data=None)
+    data = Images("made up", *(torch.rand(4, 1, 28, 28), torch.arange(4)) * 2, 10)
+    found = ablated(settings)
+    assert found
+    for variant in found:
+        with torch.device("meta"):
+            make(variant, variant.settings(settings), data)
+
+
+def test_ablations_of_slots_have_equal_slots():
+    data = Images("made up", *(torch.rand(4, 1, 28, 28), torch.arange(4)) * 2, 10)
+    settings = replace(fashion(), width=8, heads=2, mlp_ratio=1.0)
+    for variant in ablated(replace(settings, ablations=["group_size", "experts", "experts_soft"])):
+        model = build(variant, variant.settings(settings), data, 0)
+        slots = 64 if variant.ablation != "experts" else 49 if variant.arm == "8" else 48
+        assert cost(model)["slots"] == slots, variant.name
+
+
+def test_equal_capacity_factors_are_equal_slots():
+    """Token Choice with K choices has the slots of Expert Choice with a K times larger capacity factor."""
+    data = Images("made up", *(torch.rand(4, 1, 28, 28), torch.arange(4)) * 2, 10)
+    settings = replace(fashion(), width=8, heads=2, mlp_ratio=1.0, routers=[r for r in vr.ROUTERS if r != "soft"])
+    wanted = {0.5: 24, 1.0: 48, 2.0: 96, 4.0: 196}
+    for variant in variants(settings)[1:]:
+        slots = cost(build(variant, variant.settings(settings), data, 0))["slots"]
+        assert slots == wanted[variant.capacity_factor * (variant.top_k or 1)], variant.name
+
+
+def test_identical_experts_start_as_copies():
+    settings = replace(TINY, identical_experts=True)
+    for variant in (SOFT, EXPERT_CHOICE):
+        for parameter in build(variant, settings, made_up(), 0).blocks[1].mlp.experts.parameters():
+            assert all(torch.equal(expert, parameter[0]) for expert in parameter)
+
+
+def test_a_router_has_its_own_learning_rate():
+    settings = replace(TINY, learning_rates={"soft": 0.5, "dense": 0.25})
+    assert [v.settings(settings).learning_rate for v in (DENSE, SOFT, EXPERT_CHOICE)] == [0.25, 0.5, 2e-3]
+    assert SOFT.settings(settings).optimisation().learning_rate == 0.5
+
+
+def test_a_trained_model_is_kept(tmp_path):
+    data = made_up()
+    run(TINY, SOFT, 0, data, None, folder=tmp_path / "model")
+    model = vr.checkpoints.from_pretrained(tmp_path / "model")
+    assert evaluate_model(model, [(data.test_images, data.test_labels)], 10).top1 == pytest.approx(
+        run(TINY, SOFT, 0, data, None)["final"]["accuracy"]
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_settings(name):
+    settings = RECIPES[name]()
+    assert len(variants(settings)) > 1 and set(settings.ablations) <= set(ABLATIONS)
+    assert RECIPES[name].__doc__

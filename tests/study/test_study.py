@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from vmoe_routers.study import Settings, Variant, run_study, study, variants
+from vmoe_routers.study.jobs import load_images
 from vmoe_routers.study.records import write_record
 from vmoe_routers.study.runs import run
 from vmoe_routers.study.timing import time_steps
@@ -32,7 +33,7 @@ class Stop:
         self.done, self.after = [], None
 
     def __call__(self, settings, jobs, timing, workers, console):
-        data, transfer = study._load(settings)
+        data, transfer = load_images(settings)
         for job in jobs:
             if len(self.done) == self.after:
                 raise KeyboardInterrupt
@@ -46,7 +47,7 @@ class Stop:
 @pytest.fixture
 def here(monkeypatch):
     stop = Stop()
-    monkeypatch.setattr(study, "_run_all", stop)
+    monkeypatch.setattr(study, "run_all", stop)
     return stop
 
 
@@ -106,9 +107,9 @@ def test_other_images_at_the_same_place_are_run_anew(tmp_path, here, monkeypatch
     run_study(settings, silent())
     done = [(Variant(), 0), (Variant("soft", 1.0), 0), "timing"]
     assert here.done == done
-    data, transfer = study._load(settings)
+    data, transfer = load_images(settings)
     changed = replace(data, train_images=1 - data.train_images), transfer
-    monkeypatch.setattr(study, "_load", lambda settings: changed)
+    monkeypatch.setattr(study, "load_images", lambda settings: changed)
     run_study(settings, silent())
     assert here.done == 2 * done
 
@@ -136,7 +137,7 @@ def test_a_killed_worker_is_told_in_words(tmp_path, monkeypatch):
             future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
             return future
 
-    monkeypatch.setattr(study, "Workers", Killed)
+    monkeypatch.setattr("vmoe_routers.study.execution.Workers", Killed)
     with pytest.raises(ChildProcessError, match=r"a worker process was killed, .*; finished runs are kept"):
         run_study(replace(TINY, output=tmp_path), silent())
 
@@ -158,6 +159,7 @@ def test_transfer_gives_figure_2(tmp_path, here):
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"batch_size": 64}, "batch_size 64: 40 training images are less than one batch"),
+    ({"holdout": 30}, "batch_size 16: 10 training images are less than one batch"),
     ({"patch_size": 3}, "patch_size 3 does not divide images of 8 x 8 pixels"),
     ({"shift": 8}, "shift 8 moves images of 8 x 8 pixels out of the frame"),
     ({"transfer_data": "digits"}, "10-shot transfer needs more than 100 training images for 10 classes, there are 40"),
@@ -191,6 +193,13 @@ def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     ({"data": ""}, "data must not be empty"),
     ({"scale_init": float("nan")}, "scale_init must be finite"),
     ({"depth": 10**30}, "depth must be at least 1 and at most"),
+    ({"holdout": -1}, "holdout must be at least 0"),
+    ({"choosing": True}, "choosing measures held-out images, and holdout is 0"),
+    ({"ablations": ["colour"]}, "ablations: 'colour' is none of learning_rate, "),
+    ({"moe_blocks": "first_half"}, "moe_blocks is 'first_half', wanted"),
+    ({"moe_blocks": "last_9"}, "moe_blocks"),
+    ({"learning_rates": {"hard": 1e-3}}, "learning_rates: 'hard' is none of dense, "),
+    ({"learning_rates": {"dense": 0.0}}, "learning_rates: dense must be positive and finite, got 0.0"),
 ])  # fmt: skip
 def test_settings_refuse(changes, words):
     with pytest.raises(ValueError, match=words):

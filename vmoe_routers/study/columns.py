@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vmoe_routers.files import write_whole
-from vmoe_routers.study.summary import Row
+from vmoe_routers.study.styles import style
+from vmoe_routers.study.summary import VARIANT_KEYS, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Column:
 
 COLUMNS: tuple[Column, ...] = (
     Column("seeds", "", "seeds", "", ".0f", in_terminal=False),
-    Column("accuracy", "validation", "accuracy", "%", ".1f", 100, has_error=True),
-    Column("loss", "validation", "loss", "nats", ".3f", has_error=True),
+    Column("accuracy", "final", "accuracy", "%", ".1f", 100, has_error=True),
+    Column("loss", "final", "loss", "nats", ".3f", has_error=True),
     Column("accuracy_difference", "minus dense", "Δ acc.", "points", "+.1f", 100, has_error=True),
     Column("loss_difference", "minus dense", "Δ loss", "nats", "+.3f", has_error=True),
     Column("transfer", "transfer", "10-shot", "%", ".1f", 100, has_error=True),
@@ -72,8 +73,6 @@ COLUMNS: tuple[Column, ...] = (
     Column("dead_experts", "routing", "dead", "experts", ".1f", in_terminal=False),
 )
 
-_VARIANT = ("name", "label", "router", "top_k", "combine", "capacity_factor")
-
 
 def shown_columns(rows: Sequence[Row]) -> list[Column]:
     """Returns the columns with a value in at least one row. Seeds are shown only if their number differs."""
@@ -81,17 +80,17 @@ def shown_columns(rows: Sequence[Row]) -> list[Column]:
     return [column for column in found if column.key != "seeds" or len({row.seeds for row in rows}) > 1]
 
 
-_LABEL_WIDTH = 21  # characters kept for the labels in the terminal; longer labels are wrapped
+_LABEL_WIDTH = 22  # characters kept for the labels in the terminal; longer labels are wrapped
 
 
 def write_csv(rows: Sequence[Row], path: Path | str) -> None:
     """Writes the table in full precision and base units (accuracy in [0, 1], FLOPs). A missing value is empty."""
-    header = [*_VARIANT]
+    header = [*VARIANT_KEYS]
     for column in COLUMNS:
         header += [column.key, f"{column.key}_error"] if column.has_error else [column.key]
     table = [header]
     for row in rows:
-        cells = [getattr(row, key) for key in _VARIANT]
+        cells = [getattr(row, key) for key in VARIANT_KEYS]
         for column in COLUMNS:
             value = getattr(row, column.key)
             cells += (value[:2] if value else (None, None)) if column.has_error else (value,)
@@ -125,5 +124,6 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         table.add_column(Text(f"{column.title}\n{column.unit}"), justify="right", no_wrap=True)
         cells.append(texts)
     for row, *texts in zip(rows, *cells, strict=True):
-        table.add_row(Text(row.label), *map(Text, texts))
+        look = style(row.router)
+        table.add_row(Text(row.label.replace(look.title, look.short)), *map(Text, texts))
     console.print(table)

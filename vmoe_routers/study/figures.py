@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from vmoe_routers.files import write_whole
 from vmoe_routers.study import plots
+from vmoe_routers.study.ablation_rows import ablation_rows
+from vmoe_routers.study.claims import decide
 from vmoe_routers.study.plots import Data
-from vmoe_routers.study.summary import Run, by_variant, stat, summarise, summarise_layers
+from vmoe_routers.study.summary import VARIANT_KEYS, Run, by_variant, stat, summarise, summarise_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,7 @@ def draw(runs: Sequence[Run]) -> list[Drawing]:
 
 
 def save(folder: Path | str, name: str, figure: Figure, data: Data) -> Path:
-    """Writes `name.png` and the drawn numbers as `name.csv` to `folder`. Returns the path of the picture."""
+    """Writes `name.png`, `name.svg` and the drawn numbers as `name.csv` to `folder`. Returns the path of the PNG."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -63,6 +66,11 @@ def save(folder: Path | str, name: str, figure: Figure, data: Data) -> Path:
     write_whole(folder / f"{name}.csv", write)
     path = folder / f"{name}.png"
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
+    # A fixed salt and no date make the file depend on the numbers only.
+    with rc_context({"svg.hashsalt": name}):
+        write_whole(
+            folder / f"{name}.svg", lambda partial: figure.savefig(partial, format="svg", metadata={"Date": None})
+        )
     return path
 
 
@@ -96,10 +104,32 @@ def _paint(data: Data, paint: Callable[[Data], Figure]) -> Figure | None:
 
 
 def figure_1_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant: training time in seconds, accuracy in [0, 1] and loss, with standard errors."""
+    """One dict per variant: training time in seconds, FLOPs, accuracy in [0, 1] and loss, with standard errors."""
     return [
-        _point(row, train_seconds=row.train_seconds, accuracy=row.accuracy, loss=row.loss) for row in summarise(runs)
+        _point(row, train_seconds=row.train_seconds, flops=row.flops, accuracy=row.accuracy, loss=row.loss)
+        for row in summarise(runs)
     ]
+
+
+def forest_data(runs: Iterable[Run]) -> Data:
+    """One dict per comparison of a claim that has two seeds or more."""
+    return [dataclasses.asdict(found) for found in decide(list(runs)) if found.low is not None]
+
+
+def ablation_data(runs: Iterable[Run]) -> Data:
+    """One dict per ablation, router and value: accuracy in [0, 1], loss and differences, with standard errors."""
+    data = []
+    for row in ablation_rows(list(runs)):
+        point: dict[str, Any] = {}
+        for key, value in vars(row).items():
+            if isinstance(value, tuple):
+                point |= {key: value[0], f"{key}_error": value[1]}
+            else:
+                point[key] = value
+                if value is None and key.endswith("difference"):
+                    point[f"{key}_error"] = None
+        data.append(point)
+    return data
 
 
 def figure_2_data(runs: Iterable[Run]) -> Data:
@@ -113,8 +143,7 @@ def figure_2_data(runs: Iterable[Run]) -> Data:
 
 
 def _point(row: Any, **values: Any) -> dict[str, Any]:
-    keys = ("name", "label", "router", "top_k", "combine", "capacity_factor", "seeds")
-    point = {key: getattr(row, key) for key in keys}
+    point = {key: getattr(row, key) for key in (*VARIANT_KEYS, "seeds")}
     for key, value in values.items():
         if isinstance(value, tuple):
             point |= {key: value[0], f"{key}_error": value[1]}
@@ -155,11 +184,12 @@ def figure_load_data(runs: Iterable[Run]) -> Data:
 _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[Data], Figure]], ...] = (
     (
         "figure_1",
-        "Figure 1. Training time against validation accuracy and loss",
+        "Figure 1. Training time and FLOPs against accuracy and loss",
         "One point per variant: the mean over seeds after the last epoch. Bars are standard errors. Training time is "
         "the number of steps times the median step, which was timed with all variants in turns. Shape and colour show "
-        "the router, a white inside K = 1, a dot the plan-valued combine, the size the capacity factor. Points further "
-        "left are faster. Higher accuracy and lower loss are better.",
+        "the router, a white inside K = 1, a dot the plan-valued combine, a cross batch priority, the size the "
+        "capacity factor. Points further left are cheaper. Higher accuracy and lower loss are better. No variant is "
+        "both cheaper and better than a variant on the dashed line (the Pareto front).",
         figure_1_data,
         plots.paint_figure_1,
     ),
@@ -169,6 +199,14 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
         "Ridge regression on frozen features, with ten images per class of a second data set. Marks as in Figure 1.",
         figure_2_data,
         plots.paint_figure_2,
+    ),
+    (
+        "forest",
+        "Comparisons of the claims",
+        "Mean difference in accuracy, seed by seed, with its 95 % interval by Student's t, before Holm's correction. "
+        "A filled mark is clear after the correction. A positive difference supports the claim.",
+        forest_data,
+        plots.paint_forest,
     ),
     (
         "figure_3",
@@ -185,5 +223,13 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
         "darker ones.",
         figure_load_data,
         plots.paint_figure_load,
+    ),
+    (
+        "ablations",
+        "Ablations",
+        "Mean accuracy over seeds, with standard errors. Each panel changes one setting, at capacity factor 1 and "
+        "K = 1. A white mark is the value of the comparison.",
+        ablation_data,
+        plots.paint_ablations,
     ),
 )

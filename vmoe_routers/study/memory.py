@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from vmoe_routers.memory import available_memory, in_words
+from vmoe_routers.models.vit import moe_block_indices
 from vmoe_routers.options import OptionError
 from vmoe_routers.study.own import is_own
-from vmoe_routers.study.settings import Settings
+from vmoe_routers.study.settings import MOST_BLOCKS, Settings
 from vmoe_routers.study.variants import Variant
 
 _FLOAT = 4
@@ -37,6 +38,7 @@ class Need(NamedTuple):
 def check_memory(
     settings: Settings,
     variants: Sequence[Variant],
+    of_ablations: Sequence[Variant],
     size: int,
     channels: int = 1,
     classes: int = 2,
@@ -46,7 +48,8 @@ def check_memory(
 
     Args:
         settings: The study's settings.
-        variants: The study's models.
+        variants: The study's models, which are timed together.
+        of_ablations: The models of the ablations.
         size, channels, classes: Height, channels and classes of the images.
         images: Bytes of all images. Every worker holds a copy.
 
@@ -59,8 +62,11 @@ def check_memory(
     wanted = settings.workers or (cores if settings.device == "cpu" else 1)
     if available is None:
         return wanted
-    largest = max(variants, key=lambda variant: _need(vars(settings), variant, shape).total)
-    need = _need(vars(settings), largest, shape)
+    needs = {
+        variant: _need(_options(variant.settings(settings)), variant, shape) for variant in [*variants, *of_ablations]
+    }
+    largest = max(needs, key=lambda variant: needs[variant].total)
+    need = needs[largest]
     if need.total > available:
         name, value = _culprit(settings, variants, shape)
         raise OptionError(
@@ -70,7 +76,7 @@ def check_memory(
             name,
         )
     # The timing holds all models in one process.
-    together = sum(sum(_need(vars(settings), variant, shape)[:2]) for variant in variants) + need.activations
+    together = sum(sum(_need(_options(settings), variant, shape)[:2]) for variant in variants) + need.activations
     if together > available:
         name, value = _culprit(settings, variants, shape)
         raise OptionError(
@@ -87,13 +93,20 @@ def check_memory(
     return max(1, min(wanted, int(available // each)))
 
 
+def _options(settings: Settings) -> dict[str, Any]:
+    """Returns the settings by name, and the share of the blocks that has a MoE layer."""
+    depth = min(settings.depth, MOST_BLOCKS)
+    share = len(moe_block_indices(depth, settings.moe_blocks)) / depth
+    return vars(settings) | {"moe_share": share}
+
+
 def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]) -> Need:
     """Computes the memory that a variant needs, in floating point because sizes may be huge."""
     o, (size, channels, classes) = SimpleNamespace(**options), shape
     width, depth, experts, batch = float(o.width), float(o.depth), float(o.num_experts), float(o.batch_size)
     hidden = width * o.mlp_ratio
     tokens = float(max(size // o.patch_size, 1)) ** 2  # per image
-    moe = 0.0 if variant.router is None else depth - depth // 2
+    moe = 0.0 if variant.router is None else depth * o.moe_share
     group = tokens if variant.has_phi else tokens * o.group_size
     slots = 0.0  # per group; a lower bound for own routers, whose slots are not known yet
     if variant.capacity_factor is not None:
@@ -120,7 +133,7 @@ def _culprit(settings: Settings, variants: Sequence[Variant], shape: tuple[int, 
     defaults = {field.name: field.default for field in fields(Settings)}
 
     def total_without(name: str) -> float:
-        options = vars(settings) | {name: defaults[name]}
+        options = _options(settings) | {name: defaults[name]}
         found = variants
         if name == "capacity_factors":
             found = [replace(variant, capacity_factor=variant.capacity_factor and 1.0) for variant in variants]

@@ -11,6 +11,8 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from vmoe_routers.study.ablations import ABLATIONS
+from vmoe_routers.study.claims import CLAIMS
 from vmoe_routers.study.styles import style
 
 Data = list[dict[str, Any]]
@@ -27,45 +29,76 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+_ACCURACY = ("accuracy", "accuracy (%)", 100.0, "upper")
+_LOSS = ("loss", "loss (nats)", 1.0, "lower")
+_TIME = ("train_seconds", "training time (s)", 1.0)
+_FLOPS = ("flops", "FLOPs of a forward pass, per image (M)", 1e-6)
+
+
 def paint_figure_1(data: Data) -> Figure:
-    """Draws training time against validation accuracy and loss."""
-    panels = [("accuracy", "validation accuracy (%)", 100.0), ("loss", "validation loss (nats)", 1.0)]
-    return _scatter(data, panels)
+    """Draws training time and FLOPs against accuracy and loss."""
+    return _scatter(data, [[(x, y) for y in (_ACCURACY, _LOSS)] for x in (_TIME, _FLOPS)])
 
 
 def paint_figure_2(data: Data) -> Figure:
     """Draws training time against 10-shot transfer accuracy."""
     label = f"10-shot accuracy on {', '.join(sorted({point['data'] for point in data}))} (%)"
-    return _scatter(data, [("transfer_accuracy", label, 100.0)])
+    return _scatter(data, [[(_TIME, ("transfer_accuracy", label, 100.0, "upper"))]])
 
 
-def _scatter(data: Data, panels: list[tuple[str, str, float]]) -> Figure:
-    """Draws training time against the (key, label, scale) of each panel, with the legend under the panels."""
-    figure = _figure(11.5 if len(panels) > 1 else 8.5, 6.2)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+def _scatter(data: Data, grid: list[list[tuple]]) -> Figure:
+    """Draws a panel for every pair of axes, with the legend under the panels."""
+    columns = len(grid[0])
+    figure = _figure(11.5 if columns > 1 else 8.5, 1.6 + 4.6 * len(grid))
+    panels = figure.subplots(len(grid), columns, squeeze=False)
     kinds: dict[tuple, list[dict[str, Any]]] = {}
     for point in data:
-        kinds.setdefault((point["router"], point["top_k"], point["combine"] == "plan"), []).append(point)
-    for ax, (key, label, scale) in zip(axes, panels, strict=True):
+        kind = point["router"], point["top_k"], point["combine"] == "plan", bool(point["batch_priority"])
+        kinds.setdefault(kind, []).append(point)
+    for ax, (x, y) in zip(panels.flat, (axes for row in grid for axes in row), strict=True):
         for kind, points in kinds.items():
-            _draw_kind(ax, kind, points, key, scale)
-        ax.set_xlabel("training time (s)")
-        ax.set_ylabel(label, parse_math=False)
+            _draw_kind(ax, kind, points, x, y)
+        _draw_front(ax, data, x, y)
+        ax.set_xlabel(x[1])
+        ax.set_ylabel(y[1], parse_math=False)
         ax.grid(**_GRID)
         ax.set_axisbelow(True)
         ax.margins(0.08)
         ax.spines[["top", "right"]].set_visible(False)
-    _scatter_legend(figure, data, list(kinds), columns=3 if len(panels) > 1 else 2)
+    _scatter_legend(figure, data, list(kinds), columns=3 if columns > 1 else 2)
     return figure
 
 
-def _draw_kind(ax: Axes, kind: tuple, points: Data, key: str, scale: float) -> None:
-    """Draws the points of one router, K and combine. A thin line joins the capacity factors."""
+def front(points: list[tuple[float, float]], best: str) -> list[tuple[float, float]]:
+    """Returns the points that no other point beats in both values: a smaller first one and a better second one.
+
+    Args:
+        points: Cost and value.
+        best: "upper" or "lower": which values are better.
+    """
+    sign = 1.0 if best == "upper" else -1.0
+    found: list[tuple[float, float]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if math.isfinite(value) and (not found or sign * value > sign * found[-1][1]):
+            found.append((cost, value))
+    return found
+
+
+def _draw_front(ax: Axes, data: Data, x: tuple, y: tuple) -> None:
+    points = front([(point[x[0]] * x[2], point[y[0]] * y[2]) for point in data], y[3])
+    if len(points) > 1:
+        costs, values = zip(*points, strict=True)
+        ax.step(costs, values, where="post", color="#57606a", linestyle="--", linewidth=1.2, zorder=0.5, gid="front")
+
+
+def _draw_kind(ax: Axes, kind: tuple, points: Data, x_axis: tuple, y_axis: tuple) -> None:
+    """Draws the points of one router, K, combine and priority. A thin line joins the capacity factors."""
     color = style(kind[0]).color
-    x = [point["train_seconds"] for point in points]
-    y = [point[key] * scale for point in points]
-    x_error = [point["train_seconds_error"] or 0.0 for point in points]
-    y_error = [(point[f"{key}_error"] or 0.0) * scale for point in points]
+    (x_key, _, x_scale), (y_key, _, y_scale, _) = x_axis, y_axis
+    x = [point[x_key] * x_scale for point in points]
+    y = [point[y_key] * y_scale for point in points]
+    x_error = [(point.get(f"{x_key}_error") or 0.0) * x_scale for point in points]
+    y_error = [(point[f"{y_key}_error"] or 0.0) * y_scale for point in points]
     ax.errorbar(x, y, y_error, x_error, fmt="none", ecolor=color, elinewidth=1.0, alpha=0.7, zorder=2)
     if len(points) > 1:
         ax.plot(x, y, color=color, linewidth=0.8, alpha=0.5, zorder=1)
@@ -84,26 +117,28 @@ def _size(capacity_factor: float | None) -> float:
 
 
 def _markers(kind: tuple, size: float) -> tuple[Line2D, ...]:
-    """Makes the artists of one point: shape and colour show the router, a white inside K = 1, a dot the plan."""
-    router, top_k, plan = kind
+    """Makes the artists of a point: shape and colour of the router, a white inside for K = 1, a dot for the plan."""
+    router, top_k, plan, priority = kind
     look = style(router)
     size *= 1.5 if look.marker == "*" else 0.85 if look.marker in "Ds" else 1.0
     face = "white" if top_k == 1 else look.color
     fill: Any = "bottom" if top_k is not None and top_k > 2 else "full"
     common: dict[str, Any] = {"linestyle": "none", "markeredgewidth": 1.6, "fillstyle": fill}
     marker = Line2D([], [], marker=look.marker, color=look.color, markersize=size, markerfacecolor=face, **common)
-    if not plan:
+    if not plan and not priority:
         return (marker,)
-    dot = Line2D([], [], marker="o", color="#222222", markersize=0.4 * size, linestyle="none", markeredgewidth=0)
-    return (marker, dot)
+    shape, edge = ("o", 0.0) if plan else ("x", 1.4)
+    inner = Line2D([], [], marker=shape, color="#222222", markersize=0.4 * size, linestyle="none", markeredgewidth=edge)
+    return (marker, inner)
 
 
 def _scatter_legend(figure: Figure, data: Data, kinds: list[tuple], columns: int) -> None:
     handles: list[Any] = []  # tuples of artists, which HandlerTuple draws on top of each other
     labels = []
-    for router, top_k, plan in kinds:
-        handles.append(_markers((router, top_k, plan), _size(1.0)))
+    for router, top_k, plan, priority in kinds:
+        handles.append(_markers((router, top_k, plan, priority), _size(1.0)))
         labels.append(style(router).title + (f", K = {top_k}" if top_k else "") + (", plan combine" if plan else ""))
+        labels[-1] += ", batch priority" if priority else ""
     for capacity in sorted({point["capacity_factor"] for point in data} - {None}):
         grey = {"color": "#999999", "linestyle": "none", "markeredgewidth": 0}
         handles.append((Line2D([], [], marker="o", markersize=_size(capacity), **grey),))
@@ -212,3 +247,82 @@ def _draw_load(ax: Axes, name: str, blocks: dict[int, Data]) -> None:
     ax.grid(**_GRID)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def paint_forest(data: Data) -> Figure:
+    """Draws the difference of every comparison with its interval, grouped by claim."""
+    claims = list(dict.fromkeys(point["claim"] for point in data))
+    counts = [sum(point["claim"] == claim for point in data) for claim in claims]
+    figure = _figure(9.0, 0.8 + 0.27 * sum(counts) + 0.62 * len(claims))
+    grid = figure.subplots(len(claims), 1, squeeze=False, height_ratios=[count + 0.6 for count in counts])[:, 0]
+    differences = [ax for ax, claim in zip(grid, claims, strict=True) if claim != "vi"]
+    for ax in differences[1:]:
+        ax.sharex(differences[0])
+    for ax, claim in zip(grid, claims, strict=True):
+        points = [point for point in data if point["claim"] == claim]
+        scale = 1.0 if claim == "vi" else 100.0  # claim vi has rank correlations
+        for place, point in enumerate(points):
+            color, clear = style(point["router"]).color, point["verdict"] != "not resolved"
+            ax.plot([scale * point["low"], scale * point["high"]], [place, place], color=color, linewidth=1.6)
+            face = color if clear else "white"
+            ax.plot(
+                [scale * point["mean"]],
+                [place],
+                "o",
+                color=color,
+                markerfacecolor=face,
+                gid=f"{claim}: {point['what']}",
+            )
+        ax.axvline(0.0, color="#222222", linewidth=0.8, zorder=0)
+        ax.set_yticks(range(len(points)), [point["what"] for point in points], fontsize=8, parse_math=False)
+        ax.set_ylim(len(points) - 0.5, -0.5)
+        ax.set_title(f"({claim}) {CLAIMS[claim]}", fontsize=9, loc="left", parse_math=False)
+        ax.grid(axis="x", **_GRID)
+        ax.set_axisbelow(True)
+        ax.tick_params(axis="y", length=0)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        if claim == "vi":
+            ax.set_xlabel("rank correlation", fontsize=8)
+        elif ax is differences[-1]:
+            ax.set_xlabel("difference in accuracy (points)", fontsize=8)
+        else:
+            ax.tick_params(axis="x", labelbottom=False)
+    return figure
+
+
+def paint_ablations(data: Data) -> Figure:
+    """Draws a small panel per ablation: its values against the accuracy, a line per router."""
+    names = list(dict.fromkeys(point["ablation"] for point in data))
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = _figure(2.9 * max(columns, 2), 0.9 + 2.3 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for ax in grid.flat[len(names) :]:
+        ax.remove()
+    legend: dict[str, Line2D] = {}
+    for ax, name in zip(grid.flat, names, strict=False):
+        of = [point for point in data if point["ablation"] == name]
+        arms = [arm.label for arm in ABLATIONS[name].arms]
+        for router in dict.fromkeys(point["router"] for point in of):
+            points = sorted((p for p in of if p["router"] == router), key=lambda point: arms.index(point["arm"]))
+            look, x = style(router), [arms.index(point["arm"]) for point in points]
+            y = [100 * point["accuracy"] for point in points]
+            error = [100 * (point["accuracy_error"] or 0.0) for point in points]
+            ax.errorbar(x, y, error, color=look.color, linewidth=1.2, elinewidth=1.0, gid=f"{name} {router}")
+            for point, at_x, at_y in zip(points, x, y, strict=True):
+                face = "white" if point["is_base"] else look.color
+                ax.plot([at_x], [at_y], marker=look.marker, color=look.color, markerfacecolor=face, markersize=6)
+            legend[look.title] = Line2D([], [], marker=look.marker, color=look.color, linewidth=1.2)
+        ax.set_xticks(range(len(arms)), arms)
+        ax.set_xlim(-0.4, len(arms) - 0.6)
+        ax.set_title(ABLATIONS[name].title, fontsize=8.5, parse_math=False)
+        ax.tick_params(labelsize=8)
+        ax.grid(**_GRID)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    figure.legend(
+        legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4), frameon=False, fontsize=9
+    )
+    return figure

@@ -5,22 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from vmoe_routers import __version__
 from vmoe_routers.files import write_whole
 from vmoe_routers.models.vit import moe_block_indices
+from vmoe_routers.study.own import is_own, source_digest
 from vmoe_routers.study.settings import Settings
-from vmoe_routers.study.variants import MOE_BLOCKS, Variant
+from vmoe_routers.study.variants import Variant
 from vmoe_routers.training import Images
 
-RECORD_VERSION = 4  # increase it when the same settings give a different record
+RECORD_VERSION = 5  # increase it when the same settings give a different record
 _MAX_BYTES = 1 << 28
 
 
@@ -29,9 +26,12 @@ class RecordError(ValueError):
 
 
 def fingerprint(data: Images, transfer: Images | None) -> str:
-    """Hashes the images and the versions, on which a result depends besides the settings."""
-    release = re.split(r"\.dev|\+", __version__)[0]  # commits between two releases share their records
-    digest = hashlib.sha256(f"{RECORD_VERSION} {release} {torch.__version__}".encode())
+    """Hashes the version of the records and the images, on which a result depends besides the settings.
+
+    The versions of packages are not part of the hash, because a study may go on after an update. Every record names
+    them in its description of the machine.
+    """
+    digest = hashlib.sha256(f"{RECORD_VERSION}".encode())
     for images in (data, transfer):
         digest.update(repr(images and images.name).encode())
         if images is not None:
@@ -41,22 +41,40 @@ def fingerprint(data: Images, transfer: Images | None) -> str:
     return digest.hexdigest()
 
 
-def record_path(settings: Settings, inputs: str, name: str, *of: Any) -> Path:
-    """Returns the path of a record. The name has a hash of everything on which the numbers of the record depend.
+# Settings that do not change a single run. The fingerprint covers the images, so the place of the data does not matter.
+_OF_STUDY = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "batch_priority", "ablations", "seeds")
+_OF_STUDY += ("workers", "save_models", "learning_rates", "data", "transfer_data")
+
+
+def of_run(settings: Settings, variant: Variant) -> dict[str, Any]:
+    """Returns the settings on which a run of the variant depends."""
+    chosen = asdict(variant.settings(settings))
+    return {key: value for key, value in chosen.items() if key not in _OF_STUDY} | {"options": variant.changes()}
+
+
+def run_path(settings: Settings, inputs: str, variant: Variant, seed: int) -> Path:
+    """Returns the path of a run's record. Its name has a hash of everything on which the record's numbers depend.
 
     Args:
-        settings: The study's settings. The hash leaves out settings that do not change a single run, such as the list
-            of routers, the number of seeds and the output folder.
+        settings: The study's settings.
         inputs: The `fingerprint` of the data.
-        name: The start of the file's name.
-        of: Further values for the hash, such as the variant.
+        variant, seed: The run.
     """
-    # The fingerprint covers the images, so the place of the data does not matter.
-    others = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "seeds", "workers")
-    others += ("data", "transfer_data")
-    of_run = {key: value for key, value in asdict(settings).items() if key not in others}
-    text = json.dumps([inputs, of_run, name, *of], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    own = [source_digest(variant.router)] if is_own(variant.router) else []
+    # The ablation's name and arm are not part of the hash: settings and options are.
+    of = [inputs, of_run(settings, variant), asdict(replace(variant, ablation=None, arm=None)), seed, *own]
+    return _path(settings, f"{variant.name}-seed{seed}", of)
+
+
+def timing_path(settings: Settings, inputs: str, variants: Sequence[Variant]) -> Path:
+    """Returns the path of the timing's record."""
+    own = sorted(source_digest(variant.router) for variant in variants if is_own(variant.router))
+    # A study of fewer routers finds the times of a larger one.
+    return _path(settings, "steps", [inputs, of_run(settings, Variant()) | {"learning_rate": None}, own])
+
+
+def _path(settings: Settings, name: str, of: Any) -> Path:
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
     return settings.output / "runs" / f"{name}-{digest}.json"
 
 
@@ -97,6 +115,17 @@ def read_record(path: Path, wanted: Any) -> dict[str, Any] | None:
     return record
 
 
+def read_run(
+    path: Path, settings: Settings, variant: Variant, seed: int, transfer: str | None
+) -> dict[str, Any] | None:
+    """Reads the record of a run, as `read_record` does."""
+    record = read_record(path, run_record(settings, variant, seed, transfer))
+    wanted = len(evaluated_epochs(variant.settings(settings).epochs))
+    if record is not None and record["diverged"] is None and len(record["epochs"]) < wanted:
+        raise RecordError(f"{path}: no record, epochs is a list of {len(record['epochs'])}, wanted a list of {wanted}")
+    return record
+
+
 class _Kind(NamedTuple):
     """Kind of the values in one place of a record.
 
@@ -107,6 +136,10 @@ class _Kind(NamedTuple):
 
     words: str
     accepts: Callable[[Any], bool]
+
+
+class _Beginning(tuple):
+    """Kinds of a list that may end early."""
 
 
 def _is_number(value: Any) -> bool:
@@ -123,6 +156,8 @@ _SHARE = _Kind("a number in [0, 1]", lambda value: _is_number(value) and 0 <= va
 _COUNT = _Kind("a count", lambda value: _is_number(value) and isinstance(value, int) and value >= 0)
 _POSITIVE = _Kind("a positive number", lambda value: _is_number(value) and 0 < value < math.inf)
 _TIME = _Kind("a time", lambda value: _is_number(value) and 0 <= value < math.inf)
+_OPTIONAL = _Kind("null or a text", lambda value: value is None or isinstance(value, str))
+_ANYTHING = _Kind("a value", lambda value: True)
 _MACHINE = _Kind(
     "a description in words",
     lambda value: isinstance(value, dict) and all(isinstance(words, str) for words in value.values()),
@@ -140,13 +175,18 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
         transfer: The name of the second data set.
     """
     metrics = dict.fromkeys(("utilisation", "load_cv", "dropped", "entropy"), _NUMBER)
-    blocks = () if variant.router is None else moe_block_indices(settings.depth, MOE_BLOCKS)
+    wanted = of_run(settings, variant)
+    settings = variant.settings(settings)
+    blocks = () if variant.router is None else moe_block_indices(settings.depth, settings.moe_blocks)
     load = (_NUMBER,) * settings.num_experts
     epoch = {"seconds": _TIME, "train_loss": _NUMBER, "accuracy": _SHARE, "loss": _NUMBER}
     return {
         "variant": {key: _exactly(value) for key, value in variant.describe().items()},
         "seed": _exactly(seed),
-        "epochs": tuple({"epoch": _exactly(number), **epoch} for number in evaluated_epochs(settings.epochs)),
+        "settings": {key: _exactly(value) for key, value in wanted.items()},
+        "epochs": _Beginning({"epoch": _exactly(number), **epoch} for number in evaluated_epochs(settings.epochs)),
+        "final": {"accuracy": _SHARE, "loss": _NUMBER},
+        "diverged": _OPTIONAL,
         "steps": _POSITIVE,
         "cost": dict.fromkeys(("slots", "mlp_flops", "flops", "parameters"), _POSITIVE),
         "layers": tuple(
@@ -155,6 +195,14 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
         "transfer": _exactly(None) if transfer is None else {"data": _exactly(transfer), "accuracy": _SHARE},
         **_WHEN_AND_WHERE,
     }
+
+
+def some_run() -> dict[str, Any]:
+    """Returns the kinds of the values that the record of any run has."""
+    variant = {"name": _TEXT, "label": _TEXT, "router": _OPTIONAL, "ablation": _OPTIONAL, "capacity_factor": _ANYTHING}
+    settings = {"learning_rate": _POSITIVE, "device": _TEXT, "options": {}}
+    final = {"accuracy": _SHARE, "loss": _NUMBER}
+    return {"variant": variant, "seed": _COUNT, "settings": settings, "final": final, **_WHEN_AND_WHERE}
 
 
 def timing_record(rounds: int) -> dict[str, Any]:
@@ -190,9 +238,10 @@ def _problem(value: Any, wanted: Any, where: str) -> str | None:
             return f"{missing} is missing in {name}"
         inner = ((value[key], wanted[key], f"{where}.{key}" if where else key) for key in wanted)
     else:
-        if not isinstance(value, list) or len(value) != len(wanted):
+        may_end = isinstance(wanted, _Beginning)
+        if not isinstance(value, list) or len(value) > len(wanted) or (len(value) < len(wanted) and not may_end):
             return f"{name} is {_short(value)}, wanted a list of {len(wanted)}"
-        inner = ((value[i], wanted[i], f"{where}[{i}]") for i in range(len(wanted)))
+        inner = ((value[i], wanted[i], f"{where}[{i}]") for i in range(len(value)))
     return next(filter(None, (_problem(*part) for part in inner)), None)
 
 

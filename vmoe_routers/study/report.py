@@ -14,8 +14,10 @@ from typing import Any
 
 from vmoe_routers.files import write_whole
 from vmoe_routers.study import figures
+from vmoe_routers.study.ablation_rows import ablation_rows
+from vmoe_routers.study.claims import decide, write_claims
 from vmoe_routers.study.summary import Row, Run, Stat, by_variant, loss, paired, stat, summarise, summarise_layers
-from vmoe_routers.study.tables import results_table, routing_table
+from vmoe_routers.study.tables import ablation_table, claims_table, results_table, routing_table
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -48,6 +50,7 @@ thead tr:last-child th { border-bottom: 1.5px solid #8b949e; }
 thead th small { display: block; font-weight: 400; color: #57606a; min-height: 1.3em; }
 th.group { text-align: center; font-weight: 400; color: #57606a; border-bottom: 1px solid #d9dee3; }
 tbody tr { border-bottom: 1px solid #eceff2; }
+th.claim { text-align: left; white-space: normal; font-weight: 400; }
 tbody tr.first { border-top: 2px solid #d9dee3; }
 td.clear { font-weight: 700; }
 .key { display: inline-block; width: .65em; height: .65em; border-radius: 50%; margin-right: .45em; }
@@ -70,15 +73,15 @@ svg { display: block; margin-left: auto; }
 _READING = """
 <p>All models have the same trunk, recipe, data order and augmentation. Models of one seed start from the same trunk.
 Models differ only in the layer that replaces the MLP of some blocks. Numbers are means over seeds after the last
-epoch, ± the standard error of the mean. <em>Minus dense</em> is the mean of the differences to the dense ViT, taken
-seed by seed, ± the standard error of this mean. It is <b>bold</b> where its 95 % interval by Student's t excludes 0.
-For 3 seeds that interval is 4.3 standard errors to either side. <em>Step</em> is the median time of a training step.
-<em>Training</em> is the median step times the number of steps. The steps were timed after the training: all variants
-took turns in one process, one step per round, and ± is the standard error over the rounds. <em>Slots</em> are the
-expert inputs computed per image and MoE layer; for the dense ViT they are the tokens. <em>MLP FLOPs</em> are the
-operations of MLPs, experts and routing in a forward pass. <em>Dropped</em> is the share of the tokens that no expert
-took, <em>load CV</em> the standard deviation of the experts' load divided by the mean load, <em>used</em> the share
-of the slots that held a token.</p>
+epoch, on the test images, ± the standard error of the mean. <em>Minus dense</em> is the mean of the differences to
+the dense ViT, taken seed by seed, ± the standard error of this mean. It is <b>bold</b> where its 95 % interval by
+Student's t excludes 0. For 3 seeds that interval is 4.3 standard errors to either side. <em>Step</em> is the median
+time of a training step. <em>Training</em> is the median step times the number of steps. The steps were timed after
+the training: all variants took turns in one process, one step per round, and ± is the standard error over the rounds.
+<em>Slots</em> are the expert inputs computed per image and MoE layer; for the dense ViT they are the tokens. <em>MLP
+FLOPs</em> are the operations of MLPs, experts and routing in a forward pass. <em>Dropped</em> is the share of the
+tokens that no expert took, <em>load CV</em> the standard deviation of the experts' load divided by the mean load,
+<em>used</em> the share of the slots that held a token.</p>
 <p>The limits: the models and images are small, the trainings are short, and times hold for the machine named below. The
 study does not reproduce the results of <a href="https://arxiv.org/abs/2401.15969">the paper</a> on JFT and ImageNet
 with 32 experts. A router that wins here need not win there. The study makes many comparisons: where models do not
@@ -101,7 +104,10 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
     """
     settings = dict(settings)
     command = settings.pop("command", None) or _command()
-    rows = summarise(runs)
+    rows, comparisons = summarise(runs), decide(runs)
+    path = Path(folder) / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_claims(comparisons, path.with_name("claims.csv"))
     seeds = max((row.seeds for row in rows), default=0)
     body = [
         "<h1>Routers in vision mixtures of experts, head to head</h1>",
@@ -115,10 +121,13 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
         _READING,
         "<h2>In short</h2>",
         _list(findings(runs)),
+        "<h2>The claims</h2>",
+        claims_table(comparisons),
         "<h2>Results</h2>",
         results_table(rows),
         "<h2>Figures</h2>",
         *(_figure(folder, drawing) for drawing in figures.draw(runs)),
+        *_ablations(runs),
         "<h2>Routing, layer by layer</h2>",
         routing_table(summarise_layers(runs)),
         "<h2>Machine and versions</h2>",
@@ -129,8 +138,6 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Routers, head to head</title><style>{_STYLE}</style></head>\n<body>\n"
     )
-    path = Path(folder) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     page += "\n".join(body) + "\n</body></html>\n"
     write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
     return path
@@ -143,8 +150,9 @@ def findings(runs: Sequence[Run]) -> list[str]:
         return ["No run has a finite loss."]
     lowest = min(rows, key=lambda row: row.loss.mean)
     highest = max(rows, key=lambda row: row.accuracy.mean)
-    said = [
-        f"Lowest mean validation loss: {lowest.label}, {_pm(lowest.loss, '.3f')}. "
+    said = _diverged(runs)
+    said += [
+        f"Lowest mean loss: {lowest.label}, {_pm(lowest.loss, '.3f')}. "
         f"Highest mean accuracy: {highest.label}, {_pm(highest.accuracy, '.1f', 100)} %."
     ]
     if all(row.seeds == 1 for row in rows):
@@ -159,6 +167,12 @@ def findings(runs: Sequence[Run]) -> list[str]:
             f"to {_pm(last, '.2f')} times ({last_label})."
         )
     return said
+
+
+def _diverged(runs: Sequence[Run]) -> list[str]:
+    """Names the runs that diverged. Their final values are those of the model at its last step."""
+    found = [f"{run['variant']['label']}, seed {run['seed']}" for run in runs if run["diverged"]]
+    return [f"Diverged: {'; '.join(found)}. These runs are part of the means."] if found else []
 
 
 def _compare(runs: Sequence[Run], rows: list[Row], lowest: Row) -> list[str]:
@@ -190,20 +204,31 @@ def _command() -> str:
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
     """Writes a paragraph for each setting that differs from usual models and changes how to read the results."""
-    ratio = settings.get("mlp_ratio", 4)
-    if ratio == 4:
-        return []
-    return [
-        f"<p>The hidden width of the MLPs and experts is {_words(ratio)} times the width of a token; usual is 4. "
-        "Narrow experts make the study shorter. They contribute less than usual experts, and routing takes a larger "
-        "part of a step than in a usual model.</p>"
-    ]
+    notes = []
+    if settings.get("holdout"):
+        of = "All numbers" if settings.get("choosing") else "Curves"
+        rest = "" if settings.get("choosing") else " The test images were measured once, after the last epoch of a run."
+        notes.append(
+            f"<p>The last {settings['holdout']:,} training images were held out. {of} are from these images.{rest}</p>"
+        )
+    if settings.get("mlp_ratio", 4) != 4:
+        notes.append(
+            f"<p>The hidden width of the MLPs and experts is {_words(settings['mlp_ratio'])} times the width of a "
+            "token; usual is 4. Narrow experts make the study shorter. They contribute less than usual experts, and "
+            "routing takes a larger part of a step than in a usual model.</p>"
+        )
+    return notes
 
 
 def _dates(runs: Sequence[Run]) -> str:
     """Returns the dates of the first and the last run."""
     dates = sorted({run["date"] for run in runs})
     return " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "nothing was run"
+
+
+def _ablations(runs: Sequence[Run]) -> list[str]:
+    rows = ablation_rows(runs)
+    return ["<h2>Ablations</h2>", ablation_table(rows)] if rows else []
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:

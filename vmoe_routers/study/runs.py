@@ -5,21 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
+from vmoe_routers.checkpoints import save_pretrained
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
-from vmoe_routers.study.records import evaluated_epochs
+from vmoe_routers.study.records import evaluated_epochs, of_run
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Evaluation, Images, Trainer, evaluate_model, few_shot_accuracy
 from vmoe_routers.training.loader import Batches, training_batches
 from vmoe_routers.training.probes import features_of
 from vmoe_routers.training.samples import Tensors
+from vmoe_routers.training.trainer import TrainingError
 from vmoe_routers.training.transforms import Augmentation, Transform
+
+Part = tuple[Tensor, Tensor]
+"""Images [N, channels, height, width] and labels [N]."""
 
 
 def run(
@@ -29,48 +36,91 @@ def run(
     data: Images,
     transfer: Images | None,
     on_epoch: Callable[[], None] = lambda: None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains a variant from a seed and measures it. Returns the record that `vmoe_routers.study.summary` describes."""
+    """Trains a variant from a seed and measures it.
+
+    Args:
+        settings: The study's settings.
+        variant, seed: What to run.
+        data, transfer: The images, and those of the second data set.
+        on_epoch: A function that is called after every epoch.
+        folder: The folder for the trained model, for `from_pretrained`; None keeps no model.
+
+    Returns:
+        The record that `vmoe_routers.study.summary` describes.
+    """
+    given, settings = settings, variant.settings(settings)
     model = build(variant, settings, data, seed)
     # The largest multiple of the group size up to 512, or one group.
     batch = max(settings.group_size, 512 // settings.group_size * settings.group_size)
-    steps_per_epoch = len(data.train_labels) // settings.batch_size
+    trained, curve = split(data, settings.holdout)
+    final = curve if settings.choosing else (data.test_images, data.test_labels)
+    steps_per_epoch = len(trained.labels) // settings.batch_size
     steps = steps_per_epoch * settings.epochs
     epochs: list[dict[str, float]] = []
-    evaluations: list[Evaluation] = []
+    measured = None
     trainer = Trainer(model.train(), settings.optimisation(), steps, seed=seed)
-    seconds = 0.0
-    with shifted_batches(settings, data, seed, steps) as batches:
+    seconds, diverged = 0.0, None
+    with shifted_batches(settings, trained, data.channels, seed, steps) as batches:
         for epoch in range(1, settings.epochs + 1):
             start = time.perf_counter()
-            losses = [trainer(images, labels).loss for images, labels, _ in islice(batches, steps_per_epoch)]
+            losses, images = [], None
+            for images, labels, _ in islice(batches, steps_per_epoch):
+                losses.append(trainer(images, labels).loss)
             train_loss = float(torch.stack(losses).mean())  # waits for the device
+            try:
+                trainer.check(cast(Tensor, images))
+            except TrainingError as error:
+                diverged = str(error)
+                break
             seconds += time.perf_counter() - start
             if epoch in evaluated_epochs(settings.epochs):
-                test = zip(data.test_images.split(batch), data.test_labels.split(batch), strict=True)
-                found = evaluate_model(model, test, data.num_classes)
-                evaluations.append(found)
-                values = {"train_loss": train_loss, "accuracy": found.top1, "loss": found.loss}
+                measured = _measure(model, curve, batch, data.num_classes)
+                values = {"train_loss": train_loss, "accuracy": measured.top1, "loss": measured.loss}
                 epochs.append({"epoch": epoch, "seconds": seconds, **values})
             on_epoch()
+    # The last evaluation of the curve is the final one where both use the same images.
+    if measured is None or diverged or final is not curve:
+        measured = _measure(model, final, batch, data.num_classes)
+    if folder is not None:
+        save_pretrained(model, folder)
     return {
         "variant": variant.describe(),
         "seed": seed,
+        "settings": of_run(given, variant),
         "epochs": epochs,
+        "final": {"accuracy": measured.top1, "loss": measured.loss},
+        "diverged": diverged,
         "steps": steps,
         "cost": cost(model),
-        "layers": _layers(evaluations[-1]),
+        "layers": _layers(measured),
         "transfer": None if transfer is None else _transfer(model, transfer, batch, seed),
         **here_and_now(),
     }
 
 
-def shifted_batches(settings: Settings, data: Images, seed: int, steps: int) -> Batches:
+def split(data: Images, holdout: int) -> tuple[Tensors, Part]:
+    """Splits the data: images to train on, and images and labels on which curves are measured."""
+    if not holdout:
+        return Tensors(data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    kept = Tensors(data.train_images[:-holdout], data.train_labels[:-holdout])
+    return kept, (data.train_images[-holdout:], data.train_labels[-holdout:])
+
+
+def _measure(model: VisionTransformer, part: Part, batch: int, num_classes: int) -> Evaluation:
+    images, labels = part
+    return evaluate_model(model, zip(images.split(batch), labels.split(batch), strict=True), num_classes)
+
+
+def shifted_batches(settings: Settings, trained: Tensors, channels: int, seed: int, steps: int) -> Batches:
     """Makes the batches of a run. Order and random shifts depend on the seed and are the same for all variants."""
-    augmentation = Augmentation(image_size=data.size, scale=None, hflip=0.0, shift=settings.shift, normalization="none")
+    augmentation = Augmentation(
+        image_size=trained.images.shape[-1], scale=None, hflip=0.0, shift=settings.shift, normalization="none"
+    )
     return training_batches(
-        Tensors(data.train_images, data.train_labels),
-        Transform(augmentation, data.channels, training=True),
+        trained,
+        Transform(augmentation, channels, training=True),
         batch_size=settings.batch_size,
         steps=steps,
         seed=seed,

@@ -7,11 +7,14 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmoe_routers.models.vit import moe_block_indices
 from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
 from vmoe_routers.routers import ROUTERS
+from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.own import is_own
 from vmoe_routers.training.optimisation import Optimisation
 
+MOST_BLOCKS = 1_000_000  # blocks that are listed to check `moe_blocks`; no machine holds more
 _MAX = (1 << 31) - 1
 _LIMITS = {
     "seeds": 10_000,
@@ -33,22 +36,32 @@ class Settings:
         top_k: experts per token for Token Choice, a list to compare.
         capacity_factors: slots per routed token, a list to compare.
         plan_combine: whether Sinkhorn Token Choice also runs with the plan's values as gates.
+        batch_priority: whether Softmax Token Choice also runs with batch priority.
+        ablations: names of ablations, which run after the comparison with at most three seeds.
         seeds: number of seeds. Every seed has its own initialisation, data order and noise.
+        holdout: training images that no model trains on, the last ones of the file. Curves are measured on them, and
+            the test images once, after the last epoch. At 0, curves are measured on the test images.
+        choosing: measure the held-out images only, to choose hyperparameters. The test images are not used.
         epochs: passes over the data.
         batch_size: a multiple of group_size.
         learning_rate: peak learning rate of AdamW.
+        learning_rates: peak learning rates of single routers by name, in place of learning_rate. The dense ViT is
+            "dense".
         image_size: resize images to this height and width. Default: their own size, or 32 for images in files.
         max_images: use at most this many training images and this many test images.
         shift: largest random shift of a training image, in pixels.
         patch_size: height and width of a patch, in pixels.
         width: width of a token.
         mlp_ratio: hidden width of an MLP or expert, in token widths. 1 makes the study shorter than the usual 4.
-        depth: number of blocks. The last half of them has MoE layers.
+        depth: number of blocks.
+        moe_blocks: blocks with a MoE layer: last_half, last_N, or every_N.
         heads: number of attention heads.
         num_experts: experts of every MoE layer.
         group_size: images that are routed together. Soft MoE always routes one image.
         scale_init: initial value of Soft MoE's scale.
+        identical_experts: whether all experts of a layer start as copies of one expert.
         device: "cpu", "cuda" or "cuda:N".
+        save_models: keep the trained models in the folder "models" of the output, for from_pretrained.
         workers: runs at the same time. 0 means one per CPU core that has enough memory, or one run on CUDA.
     """
 
@@ -59,10 +72,15 @@ class Settings:
     top_k: list[int] = field(default_factory=lambda: [1, 2])
     capacity_factors: list[float] = field(default_factory=lambda: [1.0])
     plan_combine: bool = True
+    batch_priority: bool = False
+    ablations: list[str] = field(default_factory=list)
     seeds: int = 3
+    holdout: int = 0
+    choosing: bool = False
     epochs: int = 20
     batch_size: int = 128
     learning_rate: float = 2e-3
+    learning_rates: dict[str, float] = field(default_factory=dict)
     image_size: int | None = None
     max_images: int | None = None
     shift: int = 1
@@ -70,11 +88,14 @@ class Settings:
     width: int = 64
     mlp_ratio: float = 1.0
     depth: int = 4
+    moe_blocks: str = "last_half"
     heads: int = 4
     num_experts: int = 8
     group_size: int = 8
     scale_init: float = 16.0
+    identical_experts: bool = False
     device: str = "cpu"
+    save_models: bool = False
     workers: int = 0
 
     def __post_init__(self):
@@ -82,7 +103,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise OptionError(f"{name} must be at least 1 and at most {most}, got {value}", name)
-        for name in ("shift", "workers"):
+        for name in ("shift", "holdout", "workers"):
             if not 0 <= getattr(self, name) <= _MAX:
                 raise OptionError(f"{name} must be at least 0 and at most {_MAX}, got {getattr(self, name)}", name)
         if not math.isfinite(self.scale_init):
@@ -93,6 +114,22 @@ class Settings:
         for name in ("data", "transfer_data", "routers", "top_k", "capacity_factors"):
             if getattr(self, name) in ("", []):
                 raise OptionError(f"{name} must not be empty", name)
+        for router, rate in self.learning_rates.items():
+            if router not in ("dense", *self.routers):
+                raise OptionError(
+                    f"learning_rates: {router!r} is none of dense, {', '.join(self.routers)}", "learning_rates"
+                )
+            if not 0 < rate < math.inf:
+                raise OptionError(f"learning_rates: {router} must be positive and finite, got {rate}", "learning_rates")
+        for name in self.ablations:
+            if name not in ABLATIONS:
+                raise OptionError(f"ablations: {name!r} is none of {', '.join(ABLATIONS)}", "ablations")
+        if self.choosing and not self.holdout:
+            raise OptionError("choosing measures held-out images, and holdout is 0", "choosing", "holdout")
+        try:
+            moe_block_indices(min(self.depth, MOST_BLOCKS), self.moe_blocks)
+        except ValueError as error:
+            raise OptionError(str(error).partition(": ")[2], "moe_blocks", "depth") from None
         if self.batch_size % self.group_size:
             raise OptionError(
                 f"batch_size {self.batch_size} must be a multiple of group_size {self.group_size}",

@@ -10,19 +10,20 @@ class Style(NamedTuple):
     """Look of a router in every table and figure."""
 
     title: str
+    short: str
     marker: str
     color: str
 
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. Every router also has its own marker.
-_DENSE = Style("Dense ViT", "*", "#222222")
+_DENSE = Style("Dense ViT", "Dense ViT", "*", "#222222")
 _STYLES = {
-    "softmax_token_choice": Style("Softmax Token Choice", "o", "#0072B2"),
-    "sinkhorn_token_choice": Style("Sinkhorn Token Choice", "s", "#56B4E9"),
-    "softmax_expert_choice": Style("Softmax Expert Choice", "^", "#D55E00"),
-    "sinkhorn_expert_choice": Style("Sinkhorn Expert Choice", "v", "#E69F00"),
-    "sparsity_constrained_expert_choice": Style("Sparsity-constrained Expert Choice", "D", "#CC79A7"),
-    "soft": Style("Soft MoE", "p", "#009E73"),
+    "softmax_token_choice": Style("Softmax Token Choice", "Softmax TC", "o", "#0072B2"),
+    "sinkhorn_token_choice": Style("Sinkhorn Token Choice", "Sinkhorn TC", "s", "#56B4E9"),
+    "softmax_expert_choice": Style("Softmax Expert Choice", "Softmax EC", "^", "#D55E00"),
+    "sinkhorn_expert_choice": Style("Sinkhorn Expert Choice", "Sinkhorn EC", "v", "#E69F00"),
+    "sparsity_constrained_expert_choice": Style("Sparsity-constrained Expert Choice", "Constrained EC", "D", "#CC79A7"),
+    "soft": Style("Soft MoE", "Soft MoE", "p", "#009E73"),
 }
 _OWN_MARKERS = ("h", "X", "P", "d", "<", ">", "8")
 _OWN_COLORS = ("#8C564B", "#7B3294", "#888888", "#66710E", "#B2182B")
@@ -40,4 +41,5 @@ def style(router: str | None) -> Style:
     number = zlib.crc32(router.encode())
     marker = _OWN_MARKERS[number % len(_OWN_MARKERS)]
     color = _OWN_COLORS[number // len(_OWN_MARKERS) % len(_OWN_COLORS)]
-    return Style(router.rpartition(":")[2], marker, color)
+    name = router.rpartition(":")[2]
+    return Style(name, name, marker, color)

@@ -2,11 +2,15 @@
 
 Every variant and seed has one record, a dict that JSON can hold:
 
-    variant        name, label, router (None: the dense ViT), top_k, combine, capacity_factor. An option that the
-                   router does not have is None.
+    variant        name, label, router (None: the dense ViT), top_k, combine, batch_priority, capacity_factor. An option
+                   that the router does not have is None. ablation, arm: None for a run of the comparison.
     seed           the seed's number
-    epochs         a list of dicts: epoch, seconds (of training so far), train_loss, and the validation's accuracy (in
-                   [0, 1]) and loss
+    settings       the settings of the run, and the options of the router that an ablation changes
+    epochs         a list of dicts: epoch, seconds (of training so far), train_loss, and accuracy (in [0, 1]) and loss
+                   on the held-out images, or on the test images of a study without held-out images
+    final          accuracy and loss after the last epoch, on the test images. A study that chooses hyperparameters has
+                   no test images: its final values are from the held-out ones.
+    diverged       the reason why the training ended early, or None
     steps          number of training steps
     timing         step_ms: times of a training step, one per round. All variants took turns in one process, so they
                    have the same rounds. machine, date: where and when the steps were timed.
@@ -35,6 +39,7 @@ from scipy.stats import t as student_t
 from vmoe_routers.routers import ROUTERS
 
 Run = Mapping[str, Any]
+VARIANT_KEYS = ("name", "label", "router", "top_k", "combine", "batch_priority", "capacity_factor")
 
 
 class Stat(NamedTuple):
@@ -74,6 +79,7 @@ class Row:
     router: str | None
     top_k: int | None
     combine: str | None
+    batch_priority: bool | None
     capacity_factor: float | None
     seeds: int
     accuracy: Stat
@@ -139,13 +145,13 @@ def median_stat(values: Sequence[float]) -> Stat:
 
 
 def accuracy(run: Run) -> float:
-    """Validation accuracy after the last epoch, in [0, 1]."""
-    return run["epochs"][-1]["accuracy"]
+    """Accuracy after the last epoch, in [0, 1], on the test images."""
+    return run["final"]["accuracy"]
 
 
 def loss(run: Run) -> float:
-    """Validation loss after the last epoch."""
-    return run["epochs"][-1]["loss"]
+    """Loss after the last epoch, on the test images."""
+    return run["final"]["loss"]
 
 
 def paired(runs: Sequence[Run], others: Sequence[Run], value: Callable[[Run], float]) -> list[float]:
@@ -155,13 +161,15 @@ def paired(runs: Sequence[Run], others: Sequence[Run], value: Callable[[Run], fl
 
 
 def by_variant(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs grouped by variant and sorted by seed. The order of `runs` does not matter.
+    """Runs of the comparison grouped by variant and sorted by seed. The order of `runs` does not matter.
 
     The dense ViT comes first, then the routers in the order of `ROUTERS`, then own routers by name. Variants of a
-    router are sorted by K, combine (softmax before plan) and capacity factor.
+    router are sorted by K, combine (softmax before plan), batch priority (without before with) and capacity factor.
     """
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
+        if run["variant"]["ablation"] is not None:
+            continue
         seeds = groups.setdefault(run["variant"]["name"], {})
         if run["seed"] in seeds:
             raise ValueError(f"by_variant: two runs of variant {run['variant']['name']!r} with seed {run['seed']}")
@@ -175,7 +183,15 @@ def _order(variant: Mapping[str, Any]) -> tuple:
     place = -1 if router is None else ROUTERS.index(router) if router in ROUTERS else len(ROUTERS)
     combine = variant["combine"]
     capacity = variant["capacity_factor"]
-    return place, router or "", variant["top_k"] or 0, combine == "plan", capacity or 0.0, variant["name"]
+    return (
+        place,
+        router or "",
+        variant["top_k"] or 0,
+        combine == "plan",
+        bool(variant["batch_priority"]),
+        capacity or 0.0,
+        variant["name"],
+    )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -214,7 +230,7 @@ def _row(runs: Sequence[Run], dense: Sequence[Run]) -> Row:
     transfers = [run["transfer"]["accuracy"] for run in runs if run["transfer"]]
     variant = runs[0]["variant"]
     return Row(
-        **{key: variant[key] for key in ("name", "label", "router", "top_k", "combine", "capacity_factor")},
+        **{key: variant[key] for key in VARIANT_KEYS},
         seeds=len(runs),
         accuracy=stat(map(accuracy, runs)),
         loss=stat(map(loss, runs)),

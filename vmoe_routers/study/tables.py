@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from vmoe_routers.study.ablation_rows import AblationRow
+from vmoe_routers.study.ablations import ABLATIONS
+from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, Comparison, verdicts
 from vmoe_routers.study.columns import shown_columns
 from vmoe_routers.study.styles import style
-from vmoe_routers.study.summary import LayerRow, Row
+from vmoe_routers.study.summary import LayerRow, Row, Stat
 
 
 def results_table(rows: Sequence[Row]) -> str:
@@ -60,6 +63,90 @@ def routing_table(rows: Sequence[LayerRow]) -> str:
         "to the least loaded in every seed. The line is the even share. The full height is twice the even share.</p>"
     )
     return note + _scroll(lines)
+
+
+def claims_table(comparisons: Sequence[Comparison]) -> str:
+    """Makes the table of claims in HTML: a line per claim with its verdicts, and one per comparison."""
+    if not comparisons:
+        return "<p>The study has no variants that a claim compares.</p>"
+    titles = ("comparison", "seeds", "difference", "95 % interval", "Δ loss", "p", "p, Holm", "seeds to resolve")
+    lines = ["<table><thead><tr>", *(f"<th>{title}</th>" for title in titles), "<th>verdict</th></tr></thead><tbody>"]
+    counted = verdicts(comparisons)
+    for claim, text in CLAIMS.items():
+        of = [comparison for comparison in comparisons if comparison.claim == claim]
+        if not of:
+            continue
+        head = f"({escape(claim)}) {escape(text)} <b>{escape(counted[claim][0].upper() + counted[claim][1:])}.</b>"
+        lines.append(f'<tr class="first"><th colspan="9" class="claim">{head}</th></tr>')
+        lines += [_claim_line(comparison) for comparison in of]
+    note = (
+        '<p class="note">Differences are in points of accuracy, or rank correlations for claim vi. A positive '
+        "difference supports the claim. The verdict is at the 5 % level after Holm's correction over all comparisons. "
+        "<em>Seeds to resolve</em>: the seeds with which a difference of this size and spread would be clear, at the 5 "
+        "% level divided by the number of comparisons.</p>"
+    )
+    return note + _scroll(lines)
+
+
+def _claim_line(found: Comparison) -> str:
+    name = f"<th>{_key(found.router)}{escape(found.what)}</th>"
+    if found.mean is None:
+        return f'<tr>{name}<td colspan="8" class="name">not comparable: {escape(found.reason or "no values")}</td></tr>'
+    scale, form = (1.0, "+.2f") if found.claim == "vi" else (100.0, "+.2f")
+    cells = [
+        str(found.seeds),
+        format(scale * found.mean, form),
+        "-"
+        if found.low is None or found.high is None
+        else f"{scale * found.low:{form}} to {scale * found.high:{form}}",
+        "-" if found.loss is None else f"{found.loss:+.4f}",
+        "-" if found.p is None else f"{found.p:.2g}",
+        "-" if found.p_holm is None else f"{found.p_holm:.2g}",
+        "-" if found.p is None else f"> {MOST_SEEDS}" if found.needed is None else str(found.needed),
+        found.verdict,
+    ]
+    clear = "" if found.verdict == "not resolved" else ' class="clear"'
+    return f"<tr>{name}{''.join(f'<td{clear}>{cell}</td>' for cell in cells)}</tr>"
+
+
+def ablation_table(rows: Sequence[AblationRow]) -> str:
+    """Makes the table of the ablations in HTML. Clear differences to the comparison's runs are bold."""
+    titles = ("ablation", "router", "value", "seeds", "accuracy", "Δ accuracy", "loss", "Δ loss", "dropped")
+    lines = ["<table><thead><tr>", *(f"<th>{title}</th>" for title in titles), "</tr></thead><tbody>"]
+    before: tuple[str, str] | None = None
+    for row in rows:
+        is_first, is_new = before is None or before[0] != row.ablation, before != (row.ablation, row.label)
+        before = (row.ablation, row.label)
+        cells = [
+            f"<th>{escape(ABLATIONS[row.ablation].title) if is_first else ''}</th>",
+            f'<td class="name">{_key(row.router) + escape(row.label) if is_new else ""}</td>',
+            f"<td>{escape(row.arm)}</td><td>{row.seeds}</td>",
+            *(
+                f"<td{' class=clear' if value is not None and form[0] == '+' and value.is_clear() else ''}>"
+                f"{_with_error(value, form, scale)}</td>"
+                for value, form, scale in (
+                    (row.accuracy, ".2f", 100.0),
+                    (row.difference, "+.2f", 100.0),
+                    (row.loss, ".4f", 1.0),
+                    (row.loss_difference, "+.4f", 1.0),
+                )
+            ),
+            f"<td>{'-' if row.dropped is None else f'{100 * row.dropped:.1f} %'}</td>",
+        ]
+        lines.append(f"<tr{' class=first' if is_first else ''}>{''.join(cells)}</tr>")
+    note = (
+        '<p class="note">Accuracy in %, differences in points, minus the runs of the comparison, seed by seed. A value '
+        "without a difference is that of the comparison. Differences whose 95 % interval excludes 0 are bold, without "
+        "a correction for their number.</p>"
+    )
+    return note + _scroll(lines)
+
+
+def _with_error(value: Stat | None, form: str, scale: float) -> str:
+    if value is None:
+        return "-"
+    error = "" if value.error is None else f" ±{value.error * scale:{form.lstrip('+')}}"
+    return f"{value.mean * scale:{form}}{error}"
 
 
 def _bars(load: Sequence[float], color: str) -> str:

@@ -34,7 +34,7 @@ def time_steps(
     trainers: dict[str, Trainer] = {}
     for variant in variants:
         model = build(variant, settings, data, seed=0).train()
-        trainers[variant.name] = Trainer(model, settings.optimisation(), WARM_UP + ROUNDS)
+        trainers[variant.name] = Trainer(model, variant.settings(settings).optimisation(), WARM_UP + ROUNDS)
     order = random.Random(0)
     step_ms: dict[str, list[float]] = {name: [] for name in trainers}
     for turn in range(WARM_UP + ROUNDS):

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from vmoe_routers.models import vit_moe
+from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 from vmoe_routers.routers import router_options
+from vmoe_routers.study.ablations import ABLATIONS, Arm
 from vmoe_routers.study.own import is_own, load_factory
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.styles import style
 from vmoe_routers.training.data import Images
-
-MOE_BLOCKS = "last_half"
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,28 @@ class Variant:
         capacity_factor: None for the dense ViT and own routers.
         top_k: K of Token Choice, None for every other router.
         combine: "softmax" or "plan" for Sinkhorn Token Choice, None for every other router.
+        batch_priority: Whether Token Choice fills its buffers by priority, None for every other router.
+        ablation: The ablation's name; None: the variant belongs to the comparison.
+        arm: The label of the ablation's value.
     """
 
     router: str | None = None
     capacity_factor: float | None = None
     top_k: int | None = None
     combine: str | None = None
+    batch_priority: bool | None = None
+    ablation: str | None = None
+    arm: str | None = None
 
     @property
     def name(self) -> str:
         """Short name, unique in a study, that can be part of a file's name."""
-        if self.router is None:
-            return "dense"
-        parts = [self.router.rpartition(":")[2]]
+        parts = ["dense" if self.router is None else self.router.rpartition(":")[2]]
         parts += [f"k{self.top_k}"] if self.top_k else []
         parts += ["plan"] if self.combine == "plan" else []
+        parts += ["priority"] if self.batch_priority else []
         parts += [f"c{self.capacity_factor:g}"] if self.capacity_factor else []
+        parts += [self.ablation, (self.arm or "").replace(" ", "_")] if self.ablation else []
         return "-".join(parts)
 
     @property
@@ -53,7 +59,9 @@ class Variant:
         label = style(self.router).title
         label += f", K={self.top_k}" if self.top_k else ""
         label += ", plan" if self.combine == "plan" else ""
-        return label + (f", {self.capacity_factor:g}x" if self.capacity_factor not in (None, 1) else "")
+        label += ", priority" if self.batch_priority else ""
+        label += f", {self.capacity_factor:g}x" if self.capacity_factor not in (None, 1) else ""
+        return label + (f" ({ABLATIONS[self.ablation].title}: {self.arm})" if self.ablation else "")
 
     @property
     def has_phi(self) -> bool:
@@ -64,9 +72,40 @@ class Variant:
         """Describes the variant as the record of a run holds it."""
         return {"name": self.name, "label": self.label, **asdict(self)}
 
+    def _arm(self) -> Arm:
+        arms = ABLATIONS[self.ablation].arms if self.ablation else (Arm(""),)
+        return next(arm for arm in arms if not self.ablation or arm.label == self.arm)
+
+    def changes(self) -> dict[str, Any]:
+        """Returns the router's options that the ablation changes."""
+        return {**self._arm().options}
+
+    def settings(self, settings: Settings) -> Settings:
+        """Returns the settings of the variant's runs: its own learning rate, and what its ablation changes."""
+        arm, rates = self._arm(), settings.learning_rates
+        rate = rates.get(self.router or "dense", settings.learning_rate) * arm.factor
+        return replace(settings, learning_rate=rate, learning_rates={}, **arm.settings)
+
+    def options(self, settings: Settings) -> dict[str, Any]:
+        """Returns the options of `vit_moe` that belong to the router."""
+        if self.router is None:
+            return {}
+        chosen = ("capacity_factor", "top_k", "combine", "batch_priority")
+        options = {name: value for name in chosen if (value := getattr(self, name)) is not None}
+        options["num_experts"] = settings.num_experts
+        if not self.has_phi:
+            options["group_size"] = settings.group_size
+        if "capacity_rounding" in router_options(self.router):
+            # By default, Token Choice rounds up to a multiple of 4 and Expert Choice to the nearest number, as their
+            # reference codes do. In a study, equal capacity factors mean equal numbers of slots.
+            options |= {"capacity_rounding": "round", "capacity_multiple_of": 1}
+        if "scale_init" in router_options(self.router):
+            options["scale_init"] = settings.scale_init
+        return options | self.changes()
+
 
 def variants(settings: Settings) -> list[Variant]:
-    """Lists every variant of a study once, the dense model first.
+    """Lists every variant of the comparison once, the dense model first.
 
     Raises:
         OptionError: Two variants have the same name.
@@ -81,7 +120,15 @@ def variants(settings: Settings) -> list[Variant]:
             combines = ["softmax", "plan"] if {"top_k", "combine"} <= options else [None]
             if not settings.plan_combine:
                 combines = combines[:1]
-            found += [Variant(router, capacity_factor, k, combine) for combine in combines for k in top_ks]
+            priorities: list[bool | None] = [False] if "batch_priority" in options else [None]
+            if settings.batch_priority and "batch_priority" in options and combines == [None]:
+                priorities.append(True)
+            found += [
+                Variant(router, capacity_factor, k, combine, priority)
+                for priority in priorities
+                for combine in combines
+                for k in top_ks
+            ]
     found = list(dict.fromkeys(found))
     names = Counter(variant.name for variant in found)
     same = [variant for variant in found if names[variant.name] > 1]
@@ -92,6 +139,34 @@ def variants(settings: Settings) -> list[Variant]:
             f"capacity_factors {settings.capacity_factors} must differ in their first six digits", "capacity_factors"
         )
     return found
+
+
+def ablated(settings: Settings) -> list[Variant]:
+    """Lists the variants of the ablations, without the arms that change nothing."""
+    found = []
+    for name in settings.ablations:
+        for router in ABLATIONS[name].routers:
+            if router != "dense" and router not in settings.routers:
+                continue
+            for arm in ABLATIONS[name].arms:
+                variant = replace(of_ablation(router), ablation=name, arm=arm.label)
+                if variant.settings(settings) != of_ablation(router).settings(settings) or arm.options:
+                    found.append(variant)
+    return found
+
+
+def of_ablation(router: str) -> Variant:
+    """Returns the variant of the comparison that an ablation changes: capacity factor 1, and K = 1."""
+    if router == "dense":
+        return Variant()
+    options = router_options(router)
+    return Variant(
+        router,
+        1.0,
+        1 if "top_k" in options else None,
+        "softmax" if {"top_k", "combine"} <= options else None,
+        False if "batch_priority" in options else None,
+    )
 
 
 def build(variant: Variant, settings: Settings, data: Images, seed: int) -> VisionTransformer:
@@ -106,16 +181,7 @@ def make(variant: Variant, settings: Settings, data: Images) -> VisionTransforme
     Raises:
         OptionError: The factory of an own router cannot be imported.
     """
-    options: dict[str, Any] = {}
-    if variant.router is not None:
-        chosen = {"capacity_factor": variant.capacity_factor, "top_k": variant.top_k, "combine": variant.combine}
-        options = {name: value for name, value in chosen.items() if value is not None}
-        options["num_experts"] = settings.num_experts
-        if not variant.has_phi:
-            options["group_size"] = settings.group_size
-        if "scale_init" in router_options(variant.router):
-            options["scale_init"] = settings.scale_init
-    return vit_moe(
+    model = vit_moe(
         img_size=data.size,
         patch_size=settings.patch_size,
         in_chans=data.channels,
@@ -125,8 +191,13 @@ def make(variant: Variant, settings: Settings, data: Images) -> VisionTransforme
         num_heads=settings.heads,
         mlp_ratio=settings.mlp_ratio,
         router=load_factory(variant.router) if is_own(variant.router) else variant.router,
-        moe_blocks=MOE_BLOCKS,
+        moe_blocks=settings.moe_blocks,
         # A short training makes little use of position embeddings of the usual standard deviation, 0.02.
         pos_embed_std=1.0,
-        **options,
+        **variant.options(settings),
     )
+    if settings.identical_experts:
+        for layer in (module for module in model.modules() if isinstance(module, MoEMlp)):
+            for parameter in layer.experts.parameters():  # [E, ...]
+                parameter.data.copy_(parameter.data[:1].expand_as(parameter))
+    return model

@@ -1,0 +1,125 @@
+"""Claims, from records with known answers."""
+
+import csv
+import math
+
+import pytest
+from records import run, study, variant
+from scipy.stats import ttest_rel
+
+from vmoe_routers.study.claims import CLAIMS, decide, verdicts, write_claims
+
+SEEDS = range(5)
+NOISE = (0.001, -0.002, 0.0005, 0.0015, -0.001)
+
+
+def runs_of(made, accuracies, flops=4e6, step=10.0):
+    """Runs with these final accuracies, one per seed."""
+    found = []
+    for seed, accuracy in enumerate(accuracies):
+        record = run(made, seed)
+        record["final"] = {"accuracy": accuracy, "loss": 1 - accuracy}
+        record["cost"] = record["cost"] | {"flops": flops}
+        record["timing"] = record["timing"] | {"step_ms": [step] * 3}
+        found.append(record)
+    return found
+
+
+def around(mean, scale=1.0):
+    return [mean + scale * noise for noise in NOISE]
+
+
+def one(comparisons, claim, what):
+    (found,) = [c for c in comparisons if c.claim == claim and c.what == what]
+    return found
+
+
+def test_a_clear_difference_is_decided_by_its_sign():
+    token, expert = variant("softmax_token_choice", 1), variant("softmax_expert_choice")
+    for mean, verdict in ((0.95, "supported"), (0.85, "contradicted")):
+        first, second = around(mean), [0.9] * 5
+        found = one(decide(runs_of(token, second) + runs_of(expert, first)), "ii", "Softmax EC - Softmax TC, K=1")
+        assert found.verdict == verdict and found.seeds == 5 and found.router == "softmax_expert_choice"
+        wanted = ttest_rel(first, second)
+        assert found.p == pytest.approx(wanted.pvalue) and found.p_holm == pytest.approx(wanted.pvalue)
+        interval = wanted.confidence_interval()
+        assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+        assert found.loss == pytest.approx(-found.mean)
+
+
+def test_holm_and_the_seeds_that_are_needed():
+    # A small difference that is clear alone, at p = 0.03, beside nine comparisons of noise.
+    made = []
+    for capacity in (0.5, 1.0, 2.0):
+        made += runs_of(variant("softmax_token_choice", 1, capacity=capacity), [0.9] * 5)
+        made += runs_of(variant("softmax_expert_choice", capacity=capacity), around(0.9 + 0.002 * (capacity == 1)))
+    comparisons = [c for c in decide(made) if c.claim == "ii"]
+    tested = sorted(c.p for c in comparisons)
+    assert next(c.p_holm for c in sorted(comparisons, key=lambda c: c.p)) == pytest.approx(3 * tested[0])
+    clear = one(comparisons, "ii", "Softmax EC - Softmax TC, K=1")
+    assert clear.p < 0.05 < clear.p_holm and clear.verdict == "not resolved"
+    assert 5 < clear.needed < 12
+    none = one(comparisons, "ii", "Softmax EC, 2x - Softmax TC, K=1, 2x")
+    assert none.needed is None or none.needed > 100
+
+
+def test_equal_budgets_are_interpolated():
+    dense = runs_of(variant(None), [0.9] * 5, flops=4e6, step=10.0)
+    made = dense
+    for capacity, flops, accuracy in ((0.5, 2e6, 0.88), (1.0, 8e6, 0.92)):
+        made = made + runs_of(variant("soft", capacity=capacity), [accuracy] * 5, flops=flops, step=20.0)
+    found = decide(made)
+    # 4e6 lies halfway between 2e6 and 8e6 on the logarithmic scale, where the accuracy is 0.9.
+    assert one(found, "i", "Soft MoE - Dense ViT").mean == pytest.approx(0.0, abs=1e-12)
+    time = one(found, "i, time", "Soft MoE - Dense ViT")
+    assert time.mean is None and time.reason == "step time 2.00 to 2.00 times the other model's"
+    assert time.verdict == "not resolved" and verdicts(found)["i, time"] == "not comparable in 1 of 1"
+    near = runs_of(variant("soft"), [0.95] * 5, flops=4.5e6)  # within 15 %
+    assert one(decide(dense + near), "i", "Soft MoE - Dense ViT").mean == pytest.approx(0.05)
+    far = runs_of(variant("soft"), [0.95] * 5, flops=5e6)
+    assert one(decide(dense + far), "i", "Soft MoE - Dense ViT").reason == "FLOPs 1.25 times the other model's"
+
+
+def test_slots_are_equal_for_claim_ii():
+    made = runs_of(variant("softmax_token_choice", 2, capacity=0.5), around(0.9))
+    made += runs_of(variant("softmax_expert_choice", capacity=1.0), around(0.9, 2))
+    made += runs_of(variant("softmax_expert_choice", capacity=0.5), around(0.9, 3))
+    assert [c.what for c in decide(made)] == ["Softmax EC - Softmax TC, K=2, 0.5x"]
+
+
+def test_every_claim_is_tested_on_a_whole_study():
+    runs = study(seeds=5, transfer=True, capacities=(0.5, 1.0, 2.0))
+    priority = []
+    for record in runs:
+        if record["variant"]["router"] == "softmax_token_choice":
+            changed = record["variant"] | {"name": record["variant"]["name"] + "-priority", "batch_priority": True}
+            priority.append(record | {"variant": changed})
+    comparisons = decide(runs + priority)
+    assert {c.claim for c in comparisons} == set(CLAIMS)
+    counts = {claim: sum(c.claim == claim for c in comparisons) for claim in CLAIMS}
+    assert counts == {"i": 6, "i, time": 6, "ii": 10, "iii": 5, "iii, time": 5, "iv": 6, "v": 6, "vi": 1}
+    assert all(c.what.count("priority") == 0 for c in comparisons if c.claim in ("i", "ii", "iii"))
+    # Runs with the same accuracy with and without priority give no difference.
+    assert all(c.mean == 0 and c.p == 1 and c.verdict == "not resolved" for c in comparisons if c.claim == "v")
+    order = comparisons[-1]
+    assert order.mean > 0.8 and order.verdict == "supported"  # the made-up transfer follows the accuracy
+    assert decide(runs[::-1] + priority) == comparisons
+
+
+def test_too_little_to_decide():
+    assert decide([]) == [] and set(verdicts([]).values()) == {"not tested"}
+    pair = runs_of(variant("softmax_token_choice", 1), [0.9]) + runs_of(variant("softmax_expert_choice"), [0.95])
+    (found,) = decide(pair)
+    assert found.mean == pytest.approx(0.05) and (found.low, found.p, found.p_holm, found.needed) == (None,) * 4
+    assert found.verdict == "not resolved"
+    pair[0]["final"]["accuracy"] = math.nan
+    assert decide(pair)[0].mean is None
+
+
+def test_csv(tmp_path):
+    comparisons = decide(study(seeds=2))
+    write_claims(comparisons, tmp_path / "claims.csv")
+    with open(tmp_path / "claims.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(comparisons)
+    assert float(rows[0]["mean"]) == comparisons[0].mean and rows[0]["claim"] == "i"

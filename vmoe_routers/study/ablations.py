@@ -1,0 +1,113 @@
+"""Ablations of a study: one setting of a few routers takes several values, everything else stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_SEEDS = 3
+"""Seeds of an ablation, at most."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Value of an ablation.
+
+    Attributes:
+        label: The value in figures and file names.
+        settings: Changed fields of `Settings`.
+        options: Changed options of the router.
+        factor: Factor on the peak learning rate.
+    """
+
+    label: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Ablation of some routers at capacity factor 1, and K = 1 for Token Choice.
+
+    An arm that changes nothing takes the runs of the comparison.
+
+    Attributes:
+        title: The title of its panel.
+        routers: The routers that run; "dense" is the dense ViT.
+        arms: The values, in ascending order.
+    """
+
+    title: str
+    routers: tuple[str, ...]
+    arms: tuple[Arm, ...]
+
+
+_TOKEN, _EXPERT, _SOFT = "softmax_token_choice", "softmax_expert_choice", "soft"
+_SINKHORN_TOKEN, _SINKHORN_EXPERT = "sinkhorn_token_choice", "sinkhorn_expert_choice"
+_CONSTRAINED = "sparsity_constrained_expert_choice"
+_SIX = (_TOKEN, _SINKHORN_TOKEN, _EXPERT, _SINKHORN_EXPERT, _CONSTRAINED, _SOFT)
+_SINKHORN = (_SINKHORN_TOKEN, _SINKHORN_EXPERT)
+
+
+def _by_setting(name: str, *values: Any) -> tuple[Arm, ...]:
+    return tuple(Arm(f"{value:g}", {name: value}) for value in values)
+
+
+def _by_option(name: str, default: float, *values: float) -> tuple[Arm, ...]:
+    """Makes arms of an option, in ascending order. The arm of the default changes nothing."""
+    arms = {value: Arm(f"{value:g}", options={name: value}) for value in values} | {default: Arm(f"{default:g}")}
+    return tuple(arms[value] for value in sorted(arms))
+
+
+def _aux_loss(default: float, *values: float) -> tuple[Arm, ...]:
+    arms = {
+        value: Arm(f"{value:g}", options={"importance_loss_weight": value, "load_loss_weight": value})
+        for value in values
+    } | {default: Arm(f"{default:g}")}
+    return tuple(arms[value] for value in sorted(arms))
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "learning_rate": Ablation(
+        "learning rate over the chosen one",
+        ("dense", *_SIX),
+        (Arm("0.33", factor=1 / 3), Arm("1"), Arm("3", factor=3.0)),
+    ),
+    "aux_loss": Ablation("auxiliary loss of Expert Choice", (_EXPERT,), _aux_loss(0.0, 0.005, 0.05)),
+    "aux_loss_token_choice": Ablation("auxiliary loss of Token Choice", (_TOKEN,), _aux_loss(0.005, 0.0, 0.05)),
+    # Rounding changes the number of slots with the size of a group. These values have 64 slots per image of 49 tokens.
+    "group_size": Ablation(
+        "images per group",
+        (_TOKEN, _EXPERT),
+        (
+            Arm("1", {"group_size": 1}),
+            Arm("8", {"group_size": 8}, {"capacity_factor": 1.31}),
+            Arm("32", {"group_size": 32}, {"capacity_factor": 1.31}),
+        ),
+    ),
+    "experts": Ablation("experts", (_TOKEN, _EXPERT), _by_setting("num_experts", 8, 32, 128)),
+    "experts_soft": Ablation(
+        "experts of Soft MoE",
+        (_SOFT,),
+        (Arm("8", {"num_experts": 8}, {"capacity_factor": 1.31}), Arm("32", {"num_experts": 32})),
+    ),
+    "epochs": Ablation("epochs", ("dense", _TOKEN, _EXPERT, _SOFT), _by_setting("epochs", 1, 2, 8)),
+    "sinkhorn_iterations": Ablation("Sinkhorn iterations", _SINKHORN, _by_option("iterations", 20, 5, 50)),
+    "sinkhorn_epsilon": Ablation("Sinkhorn epsilon", _SINKHORN, _by_option("epsilon", 1.0, 0.1)),
+    "transport_iterations": Ablation("transport iterations", (_CONSTRAINED,), _by_option("iterations", 20, 5, 50)),
+    "noise": Ablation("noise on the logits", (_TOKEN, _EXPERT), _by_option("noise_std", 1.0, 0.0)),
+    "identical_experts": Ablation(
+        "identical experts at the start",
+        (_TOKEN, _EXPERT, _SOFT),
+        (Arm("no", {"identical_experts": False}), Arm("yes", {"identical_experts": True})),
+    ),
+    "soft_scale": Ablation("initial scale of Soft MoE", (_SOFT,), _by_setting("scale_init", 1.0, 4.0, 16.0)),
+    "placement": Ablation(
+        "blocks with a MoE layer",
+        (_TOKEN, _EXPERT, _SOFT),
+        (Arm("last half", {"moe_blocks": "last_half"}), Arm("every 2nd", {"moe_blocks": "every_2"})),
+    ),
+}
+"""Ablations by name."""

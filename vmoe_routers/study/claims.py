@@ -1,0 +1,306 @@
+"""Claims about the routers, decided from the records of a study.
+
+A claim has one or more comparisons. Each compares the final accuracy of two variants, seed by seed, since runs of one
+seed share the trunk's initialisation, data order and augmentation. A paired t-test gives the interval and the p-value.
+Holm's correction covers the comparisons of all claims.
+
+Two budgets are compared: FLOPs of a forward pass, and the time of a training step. A router whose capacity factors
+surround the other model's budget is compared by linear interpolation of its accuracy over the logarithm of the budget.
+A budget at most 15 % outside of the router's range counts as the nearest value.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from scipy.stats import spearmanr
+from scipy.stats import t as student_t
+
+from vmoe_routers.files import write_whole
+from vmoe_routers.study.styles import style
+from vmoe_routers.study.summary import Run, accuracy, by_variant, loss
+
+LEVEL = 0.05
+TOLERANCE = 0.15
+MOST_SEEDS = 1000
+Verdict = Literal["supported", "contradicted", "not resolved"]
+
+CLAIMS: dict[str, str] = {
+    "i": "A router is more accurate than the dense ViT at equal FLOPs.",
+    "i, time": "A router is more accurate than the dense ViT at equal training time.",
+    "ii": "Expert Choice is more accurate than Token Choice with as many slots.",
+    "iii": "Soft MoE is more accurate than a sparse router at equal FLOPs.",
+    "iii, time": "Soft MoE is more accurate than a sparse router at equal training time.",
+    "iv": "Sinkhorn Token Choice is more accurate with softmax combine than with plan combine.",
+    "v": "Softmax Token Choice is more accurate with batch priority than without.",
+    "vi": "Variants have the same order in 10-shot transfer as in accuracy.",
+}
+"""The claims. Claims i to iii are those of the paper's abstract (arXiv 2401.15969)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison of a claim. Differences of accuracy are in [-1, 1]; those of claim vi are rank correlations.
+
+    Attributes:
+        claim: Key of `CLAIMS`.
+        what: The two variants.
+        router: The router that the claim is about, for colours.
+        seeds: Number of paired seeds.
+        mean: Mean difference; None if the variants cannot be compared.
+        low, high: 95 % interval of the mean by Student's t; None for a single seed.
+        p, p_holm: Two-sided p-value of the paired t-test, without and with Holm's correction; None for a single seed.
+        loss: Mean difference of the losses, for reading only.
+        needed: Seeds with which a difference of this size and spread would be resolved, at the significance level
+            divided by the number of comparisons. None: more than `MOST_SEEDS`, or a single seed.
+        verdict: The result at the 5 % level after Holm's correction.
+        reason: Why the variants cannot be compared.
+    """
+
+    claim: str
+    what: str
+    router: str | None
+    seeds: int = 0
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    loss: float | None = None
+    needed: int | None = None
+    verdict: Verdict = "not resolved"
+    reason: str = ""
+
+
+def decide(runs: Sequence[Run]) -> list[Comparison]:
+    """Compares the variants of a study for every claim, in the order of `CLAIMS`."""
+    made = [_compare(claim, pair) for claim, pair in _pairs(_Study(runs))]
+    tested = sorted((found for found in made if found.p is not None), key=lambda found: found.p or 0.0)
+    adjusted, largest = {}, 0.0
+    for place, found in enumerate(tested):
+        largest = max(largest, min(1.0, (found.p or 0.0) * (len(tested) - place)))
+        adjusted[id(found)] = largest
+    return [_judge(found, adjusted.get(id(found)), len(tested)) for found in made]
+
+
+def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
+    """Counts the verdicts of every claim, in words."""
+    found = {}
+    for claim in CLAIMS:
+        of = [comparison for comparison in comparisons if comparison.claim == claim]
+        compared = [comparison for comparison in of if comparison.mean is not None]
+        counts = {
+            verdict: sum(comparison.verdict == verdict for comparison in compared)
+            for verdict in ("supported", "contradicted", "not resolved")
+        }
+        words = [f"{verdict} in {count}" for verdict, count in counts.items() if count]
+        if len(of) > len(compared):
+            words.append(f"not comparable in {len(of) - len(compared)}")
+        found[claim] = f"{', '.join(words)} of {len(of)}" if of else "not tested"
+    return found
+
+
+def write_claims(comparisons: Sequence[Comparison], path: Path | str) -> None:
+    """Writes the comparisons as CSV, in full precision. A missing value is empty."""
+
+    def write(partial: Path) -> None:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(asdict(Comparison("", "", None))))
+            writer.writeheader()
+            writer.writerows(map(asdict, comparisons))
+
+    write_whole(Path(path), write)
+
+
+def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:
+    if p_holm is None or found.mean is None:
+        return found
+    verdict: Verdict = "not resolved"
+    if p_holm < LEVEL:
+        verdict = "supported" if found.mean > 0 else "contradicted"
+    half = (found.high or 0.0) - found.mean
+    error = half / float(student_t.ppf(1 - LEVEL / 2, found.seeds - 1))
+    return replace(
+        found,
+        p_holm=p_holm,
+        verdict=verdict,
+        needed=_needed(found.mean, error * math.sqrt(found.seeds), LEVEL / tests),
+    )
+
+
+def _needed(mean: float, deviation: float, level: float) -> int | None:
+    for count in range(2, MOST_SEEDS + 1):
+        if abs(mean) > float(student_t.ppf(1 - level / 2, count - 1)) * deviation / math.sqrt(count):
+            return count
+    return None
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Values of two variants by seed, or the reason why there are none."""
+
+    what: str
+    router: str | None
+    differences: list[float]
+    losses: list[float]
+    reason: str = ""
+
+
+def _compare(claim: str, pair: _Pair) -> Comparison:
+    found = Comparison(claim, pair.what, pair.router, seeds=len(pair.differences), reason=pair.reason)
+    values = pair.differences
+    if not values or not all(map(math.isfinite, values)):
+        return found
+    mean = statistics.fmean(values)
+    found = replace(found, mean=mean, loss=statistics.fmean(pair.losses) if pair.losses else None)
+    if len(values) == 1:
+        return found
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    half = float(student_t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
+    if error == 0:
+        return replace(found, low=mean, high=mean, p=float(mean == 0))
+    p = 2 * float(student_t.sf(abs(mean) / error, len(values) - 1))
+    return replace(found, low=mean - half, high=mean + half, p=p)
+
+
+class _Study:
+    """Runs of a study by variant and seed."""
+
+    def __init__(self, runs: Sequence[Run]):
+        self.groups = [{run["seed"]: run for run in group} for group in by_variant(runs)]
+
+    def find(self, **options: Any) -> list[dict[int, Run]]:
+        """Returns the runs of the variants that have these options, in the order of the capacity factors."""
+        found = [
+            group
+            for group in self.groups
+            if all(next(iter(group.values()))["variant"][key] == value for key, value in options.items())
+        ]
+        return sorted(found, key=lambda group: _variant(group)["capacity_factor"] or 0.0)
+
+    def one(self, **options: Any) -> dict[int, Run] | None:
+        """Returns the runs of the variant that has these options; None if there is none."""
+        return next(iter(self.find(**options)), None)
+
+
+def _variant(group: Mapping[int, Run]) -> Mapping[str, Any]:
+    return next(iter(group.values()))["variant"]
+
+
+def _flops(group: Mapping[int, Run]) -> float:
+    return float(next(iter(group.values()))["cost"]["flops"])
+
+
+def _time(group: Mapping[int, Run]) -> float:
+    return statistics.median(next(iter(group.values()))["timing"]["step_ms"])
+
+
+class _Budget(NamedTuple):
+    name: str
+    of: Callable[[Mapping[int, Run]], float]
+
+
+_BUDGETS = {"": _Budget("FLOPs", _flops), ", time": _Budget("step time", _time)}
+_SPARSE = (
+    "softmax_token_choice",
+    "sinkhorn_token_choice",
+    "softmax_expert_choice",
+    "sinkhorn_expert_choice",
+    "sparsity_constrained_expert_choice",
+)
+_NO_PRIORITY = {"batch_priority": False}
+_SOFTMAX = {"sinkhorn": {"combine": "softmax"}}
+_BASE = {
+    "softmax_token_choice": {"top_k": 1, **_NO_PRIORITY},
+    "sinkhorn_token_choice": {"top_k": 1, **_NO_PRIORITY, **_SOFTMAX["sinkhorn"]},
+}
+
+
+def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
+    """Yields the claim's key and the pair of every comparison."""
+    dense, soft = study.one(router=None), study.find(router="soft")
+    for key, budget in _BUDGETS.items():
+        for router in (*_SPARSE, "soft"):
+            series = study.find(router=router, **_BASE.get(router, {}))
+            if dense and series:
+                yield f"i{key}", _at_budget(series, dense, budget)
+    for kind in ("softmax", "sinkhorn"):
+        # Expert Choice has as many slots as Token Choice of a K times smaller capacity factor.
+        for token in study.find(router=f"{kind}_token_choice", **_NO_PRIORITY, **_SOFTMAX.get(kind, {})):
+            slots = _variant(token)["top_k"] * _variant(token)["capacity_factor"]
+            expert = study.one(router=f"{kind}_expert_choice", capacity_factor=slots)
+            if expert:
+                yield "ii", _paired(expert, token)
+    for key, budget in _BUDGETS.items():
+        for router in _SPARSE:
+            sparse = study.one(router=router, capacity_factor=1.0, **_BASE.get(router, {}))
+            if soft and sparse:
+                yield f"iii{key}", _at_budget(soft, sparse, budget)
+    for claim, router, option, (first, second) in (
+        ("iv", "sinkhorn_token_choice", "combine", ("softmax", "plan")),
+        ("v", "softmax_token_choice", "batch_priority", (True, False)),
+    ):
+        for group in study.find(router=router, **{option: first}):
+            same = {key: _variant(group)[key] for key in ("capacity_factor", "top_k")}
+            other = study.one(router=router, **same, **{option: second})
+            if other:
+                yield claim, _paired(group, other)
+    orders = _orders(study)
+    if orders:
+        yield "vi", _Pair("rank correlation of 10-shot and test accuracy", None, orders, [])
+
+
+def _paired(first: Mapping[int, Run], second: Mapping[int, Run]) -> _Pair:
+    seeds = sorted(first.keys() & second.keys())
+    return _Pair(
+        f"{_short(first)} - {_short(second)}",
+        _variant(first)["router"],
+        [accuracy(first[seed]) - accuracy(second[seed]) for seed in seeds],
+        [loss(first[seed]) - loss(second[seed]) for seed in seeds],
+    )
+
+
+def _at_budget(series: Sequence[Mapping[int, Run]], other: Mapping[int, Run], budget: _Budget) -> _Pair:
+    """Compares a router, interpolated over its capacity factors, with another model at that model's budget."""
+    router = _variant(series[0])["router"]
+    what = f"{style(router).short} - {_short(other)}"
+    points = sorted(((budget.of(group), group) for group in series), key=lambda point: point[0])
+    wanted, lowest, highest = budget.of(other), points[0][0], points[-1][0]
+    if not lowest * (1 - TOLERANCE) <= wanted <= highest * (1 + TOLERANCE):
+        times = f"{lowest / wanted:.2f} to {highest / wanted:.2f}" if len(points) > 1 else f"{lowest / wanted:.2f}"
+        return _Pair(what, router, [], [], f"{budget.name} {times} times the other model's")
+    above = next((place for place, (value, _) in enumerate(points) if value >= wanted), len(points) - 1)
+    (low, first), (high, second) = points[max(above - 1, 0)], points[above]
+    share = 0.0 if low == high else (math.log(wanted) - math.log(low)) / (math.log(high) - math.log(low))
+    share = min(max(share, 0.0), 1.0)
+
+    def differences(value: Callable[[Run], float]) -> list[float]:
+        return [(1 - share) * value(first[s]) + share * value(second[s]) - value(other[s]) for s in seeds]
+
+    seeds = sorted(first.keys() & second.keys() & other.keys())
+    return _Pair(what, router, differences(accuracy), differences(loss))
+
+
+def _orders(study: _Study) -> list[float]:
+    """Computes Spearman's rank correlation of transfer and accuracy over the variants, for every seed."""
+    found = []
+    for seed in sorted(set.intersection(*(set(group) for group in study.groups))) if study.groups else []:
+        runs = [group[seed] for group in study.groups]
+        if len(runs) > 2 and all(run["transfer"] for run in runs):
+            pairs = [(accuracy(run), run["transfer"]["accuracy"]) for run in runs]
+            if all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
+                correlation: Any = spearmanr([first for first, _ in pairs], [second for _, second in pairs])
+                found.append(float(correlation.statistic))
+    return found
+
+
+def _short(group: Mapping[int, Run]) -> str:
+    """Short name of a variant, for example "Softmax TC, K=2, 0.5x"."""
+    variant = _variant(group)
+    return variant["label"].replace(style(variant["router"]).title, style(variant["router"]).short)

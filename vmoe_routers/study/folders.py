@@ -1,0 +1,64 @@
+"""Contents of a study's folder: study.json names the records that belong to the study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vmoe_routers.files import write_whole
+from vmoe_routers.study.jobs import Job, Timing
+from vmoe_routers.study.records import RECORD_VERSION, RecordError, fingerprint, read_record, some_run
+from vmoe_routers.study.settings import Settings
+from vmoe_routers.training import Images
+
+CONTENTS = "study.json"
+
+
+def write_contents(settings: Settings, data: Images, jobs: Sequence[Job], timing: Timing) -> None:
+    """Writes study.json: the settings, the images, and the names of the records."""
+    contents = {
+        "version": RECORD_VERSION,
+        "data": data.name,
+        "images": fingerprint(data, None),
+        "settings": asdict(settings),
+        "runs": [job.path.name for job in jobs],
+        "timing": timing.path.name,
+    }
+    text = json.dumps(contents, indent=1, default=str) + "\n"
+    write_whole(settings.output / CONTENTS, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_contents(folder: Path) -> dict[str, Any]:
+    """Reads study.json.
+
+    Raises:
+        RecordError: The folder holds no study, or one of another version.
+        OSError: The file cannot be opened.
+    """
+    path = folder / CONTENTS
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RecordError(f"{folder}: holds no study, {CONTENTS} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: no description of a study, {error}") from None
+    version = found.get("version") if isinstance(found, dict) else None
+    if version != RECORD_VERSION:
+        raise RecordError(f"{path}: records of version {version!r}, wanted version {RECORD_VERSION}")
+    runs = found.get("runs")
+    if not isinstance(runs, list) or not all(isinstance(name, str) for name in runs):
+        raise RecordError(f"{path}: no description of a study, runs must be a list of file names")
+    return found
+
+
+def read_runs(folder: Path, contents: dict[str, Any]) -> list[dict[str, Any]]:
+    """Reads the finished runs that study.json names.
+
+    Raises:
+        RecordError: A record is damaged.
+    """
+    found = [read_record(folder / "runs" / Path(name).name, some_run()) for name in contents["runs"]]
+    return [run for run in found if run is not None]

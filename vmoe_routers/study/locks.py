@@ -1,0 +1,126 @@
+"""Locks of runs, so that several processes and machines may share the folder of a study."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from vmoe_routers.files import write_whole
+
+EXPIRY = 600.0
+"""Seconds after which another machine takes over a lock that was not renewed."""
+_RENEWAL = 60.0
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Holds the lock of a record within the context, and renews it every minute.
+
+    Args:
+        path: The record's path. The lock is a file beside it.
+
+    Yields:
+        Whether the lock was free. A lock is also free if its process ended on this machine, or if it was not
+        renewed for `EXPIRY` seconds.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    lock = path.with_name(f"{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    token = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "id": uuid4().hex})
+    if not _take(lock, token):
+        yield False
+        return
+    ended = threading.Event()
+    renewal = threading.Thread(target=_renew, args=(lock, ended), daemon=True)
+    renewal.start()
+    try:
+        yield True
+    finally:
+        ended.set()
+        renewal.join()
+        if _read(lock) == token:
+            lock.unlink(missing_ok=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Tells whether another process holds the lock of a record."""
+    lock = path.with_name(f"{path.name}.lock")
+    text = _read(lock)
+    return text is not None and not _is_stale(lock, text)
+
+
+def _take(lock: Path, token: str) -> bool:
+    # A link is made in one step together with its content. O_EXCL would leave an empty file if the process is killed
+    # before it writes.
+    own = lock.with_name(f"{lock.name}.{uuid4().hex}")
+    try:
+        write_whole(own, lambda partial: partial.write_text(token))
+        for _ in range(2):
+            with suppress(FileExistsError):
+                os.link(own, lock)
+                return True
+            found = _read(lock)
+            if found is None:  # released just now
+                continue
+            if not _is_stale(lock, found):
+                return False
+            _remove(lock, found)
+        return False
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _remove(lock: Path, stale: str) -> None:
+    """Removes a stale lock; puts it back if another process replaced it in the meantime."""
+    aside = lock.with_name(f"{lock.name}.{uuid4().hex}")
+    with suppress(FileNotFoundError):
+        lock.rename(aside)
+        if _read(aside) != stale:
+            with suppress(FileExistsError):
+                os.link(aside, lock)
+        aside.unlink(missing_ok=True)
+
+
+def _is_stale(lock: Path, text: str) -> bool:
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return True
+    try:
+        owner = json.loads(text)
+        here, process = owner["host"] == socket.gethostname(), int(owner["process"])
+    except (ValueError, TypeError, KeyError):
+        return age > EXPIRY
+    return age > EXPIRY or (here and not _is_running(process))
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a process of another user
+        return True
+    return True
+
+
+def _read(lock: Path) -> str | None:
+    try:
+        return lock.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _renew(lock: Path, ended: threading.Event) -> None:
+    while not ended.wait(_RENEWAL):
+        with suppress(FileNotFoundError):
+            os.utime(lock)
