@@ -208,7 +208,7 @@ def plan(layer: LayerTrace, group: int) -> Figure:
     if routing.mask is not None:
         gates, taken = gates[routing.mask[number].cpu()], taken[routing.mask[number].cpu()]
     best, expert = gates.max(1)
-    order = sorted(range(len(gates)), key=lambda t: (int(expert[t]), -float(best[t])))
+    order = sorted(range(len(gates)), key=lambda t: (not best[t] > 0, int(expert[t]), -float(best[t])))
     gates, taken = gates[order].numpy(), taken[order].numpy()
     size, experts = gates.shape
     figure = Figure(figsize=(6, 1.6 + min(0.25 * experts, 4)), layout="constrained")

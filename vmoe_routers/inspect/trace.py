@@ -76,8 +76,9 @@ class Trace:
         """Makes a table of the layers for ``rich.print``; statistics that no layer has are left out."""
         from rich.table import Table
 
-        columns, titles = self.columns(), dict.fromkeys(layer.title for layer in self.layers)
-        table = Table(box=None, header_style="", padding=(0, 1), pad_edge=False, title=", ".join(titles))
+        columns, titles = self.columns(), {layer.title for layer in self.layers}
+        table = Table(box=None, header_style="", padding=(0, 1), pad_edge=False)
+        table.title = titles.pop() if len(titles) == 1 else None
         for header in columns:
             table.add_column(header, justify="right" if table.columns else "left", vertical="bottom")
         for row in zip(*columns.values(), strict=True):
@@ -145,7 +146,7 @@ class Trace:
     def plot_plan(self, layer: int = -1, group: int = 0) -> Figure:
         """Draws the gates that selected in a group, tokens by experts, with their sums: for transport, the plan.
 
-        Tokens are sorted by their largest gate. Dots mark the tokens that got a slot. Dashed lines are the sums that a
+        Tokens are sorted by the expert of their largest gate; tokens without a gate are last. Dots mark the tokens that got a slot. Dashed lines are the sums that a
         transport plan should have.
 
         Raises:
