@@ -146,8 +146,8 @@ class Trace:
     def plot_plan(self, layer: int = -1, group: int = 0) -> Figure:
         """Draws the gates that selected in a group, tokens by experts, with their sums: for transport, the plan.
 
-        Tokens are sorted by the expert of their largest gate; tokens without a gate are last. Dots mark the tokens that got a slot. Dashed lines are the sums that a
-        transport plan should have.
+        Tokens are sorted by the expert of their largest gate; tokens without a gate are last. Dots mark the tokens that
+        got a slot. Dashed lines are the sums that a transport plan should have.
 
         Raises:
             ValueError: The layer has no gates, as Soft MoE.
