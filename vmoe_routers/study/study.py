@@ -66,6 +66,14 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
     write_contents(settings, data, jobs, timing)
     missing = [job for job in jobs if not _is_done(lambda job=job: job.read(settings, transfer), console)]
     is_timed = _is_done(timing.read, console)
+    others = _others(settings, jobs, timing)
+    if others:
+        console.print(
+            f"{settings.output / 'runs'}: {others} records of other settings, images or versions, which this study does"
+            " not use",
+            highlight=False,
+            soft_wrap=True,
+        )
     if data.is_default_size:
         console.print(
             f"{data.name}: images differ in size and are resized to {DEFAULT_SIZE} x {DEFAULT_SIZE} pixels; "
@@ -89,6 +97,12 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
             continue
         record["timing"] = timed | {"step_ms": timed["step_ms"][record["variant"]["name"]]}
     return _write(settings, data, records, console)
+
+
+def _others(settings: Settings, jobs: Sequence[Job], timing: Timing) -> int:
+    """Counts the records in the folder that do not belong to the study."""
+    own = {timing.path.name, *(job.path.name for job in jobs)}
+    return sum(path.name not in own for path in (settings.output / "runs").glob("*.json"))
 
 
 def _is_done(read: Callable[[], dict[str, Any] | None], console: Console) -> bool:
