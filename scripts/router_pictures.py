@@ -1,6 +1,8 @@
 """Draws docs/routers/<router>.png: how each of the six routers routes the same twelve tokens to four experts.
 
-    python scripts/router_pictures.py [--out FOLDER]
+    python scripts/router_pictures.py
+
+It also runs the code of docs/index.md, which writes docs/start_routing.png.
 
 The logits are drawn once, and expert 0 is popular: it has the largest logit of most tokens. Every expert has three
 slots, so all experts together have one slot per token (Soft MoE: one slot per expert).
@@ -8,7 +10,8 @@ slots, so all experts together have one slot per token (Soft MoE: one slot per e
 
 from __future__ import annotations
 
-import argparse
+import os
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -107,8 +110,10 @@ def draw(name: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    folder = parser.parse_args().out
     for each in vr.ROUTERS:
-        draw(each, folder / f"{each}.png")
+        draw(each, FOLDER / f"{each}.png")
+    os.chdir(FOLDER.parent)
+    torch.set_num_threads(1)  # small models run fastest on one thread
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", Path("index.md").read_text(), re.DOTALL):
+        exec(block, names)

@@ -102,7 +102,9 @@ def _notebook(path: Path) -> dict[str, str | bytes]:
 def on_page_markdown(markdown, page, config, files):
     """Leads links out of docs/ to the page that shows the file; without such a page, only their text stays."""
     here = ROOT / "docs" / page.file.src_uri
-    folder = ROOT if page.file.src_uri in COPIED else here.parent  # links of copied files begin at the root
+    # Links of a page from outside docs/ begin at the folder of its file.
+    is_outside = page.file.src_uri in COPIED or page.file.src_uri.startswith("notebooks/")
+    folder = (ROOT / page.file.src_uri if is_outside else here).parent
     if page.file.src_uri == "examples.md":
         markdown += "\n".join(["", *map(_example, EXAMPLES)])
 

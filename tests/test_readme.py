@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vmoe_routers as vr
+from vmoe_routers.cli import COMMANDS
 from vmoe_routers.routers import router_options
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,10 @@ def test_readme_runs(capsys):
 
 @pytest.mark.parametrize("page", [page for page in PAGES[1:] if BLOCK.search(page.read_text())], ids=lambda p: p.stem)
 def test_page_runs(page, tmp_path, monkeypatch):
-    pytest.importorskip("timm")
+    for package in ("timm", "matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    from matplotlib import image
+
     monkeypatch.chdir(tmp_path)  # pages write files
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads of small models mostly wait for each other
@@ -44,6 +48,9 @@ def test_page_runs(page, tmp_path, monkeypatch):
         assert run(page)
     finally:
         torch.set_num_threads(threads)
+    for drawn in tmp_path.glob("*.png"):
+        if (DOCS / drawn.name).exists():
+            assert image.imread(drawn).shape == image.imread(DOCS / drawn.name).shape
 
 
 OPTIONS = {router: router_options(router) - {"device", "dtype"} for router in vr.ROUTERS}
@@ -70,6 +77,11 @@ def test_page_of_a_router_has_its_sections_and_its_defaults(router):
     sparse = set.intersection(*(set(OPTIONS[name]) for name in vr.ROUTERS if name != "soft")) - {"renormalize"}
     assert shown <= OPTIONS[router] and OPTIONS[router] - shown <= sparse
     assert repr(run(page)["router"]) == repr(vr.create_router(router, 64, 4))
+
+
+def test_page_of_the_command_line_has_every_command():
+    page = (DOCS / "cli.md").read_text()
+    assert all(f"| `vmoe-routers {name}" in page for name in COMMANDS)
 
 
 def test_readme_is_short():
