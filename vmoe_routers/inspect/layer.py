@@ -106,7 +106,6 @@ class LayerTrace:
         """Number of experts without load."""
         return self._metrics["dead_experts"]
 
-    @torch.no_grad()
     def weights(self) -> list[tuple[Tensor, Tensor]]:
         """Computes for every routing which expert takes which token, and how much of its output the expert has.
 
@@ -114,7 +113,7 @@ class LayerTrace:
             Pairs of tensors [images, T, E], T the tokens of an image: the dispatch tensor and the combine tensor,
             summed over the slots. For Soft MoE the combine tensor twice.
         """
-        return [_by_image(_weights(routing), tokens) for routing, tokens in self._pairs]
+        return [_by_image(weights_of(routing), tokens) for routing, tokens in self._pairs]
 
     @torch.no_grad()
     def experts(self) -> Tensor:
@@ -244,7 +243,8 @@ def selecting(routing: Routing) -> Tensor:
     return gates.dense().detach()
 
 
-def _weights(routing: Routing) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def weights_of(routing: Routing) -> tuple[Tensor, Tensor]:
     """Sums dispatch and combine tensor of a routing over the slots, [G, T, E]."""
     if isinstance(routing, SoftRouting):
         weight = routing.combine_tensor().sum(-1)

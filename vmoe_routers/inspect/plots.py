@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from vmoe_routers.inspect.layer import LayerTrace, selecting
+from vmoe_routers.inspect.layer import LayerTrace, selecting, weights_of
 from vmoe_routers.routers import SoftRouting
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; near-white instead of black.
@@ -58,12 +58,7 @@ def tokens(layers: Sequence[LayerTrace], image: Any, index: int, grid: Any, *, w
 def _overlay(ax: Axes, layer: LayerTrace, picture: np.ndarray, index: int, grid: Any, counts: np.ndarray) -> set[str]:
     """Draws one layer of `tokens`, counts the patches of every expert, and returns the marks that it drew."""
     routing, group, where = _image("plot_tokens", layer, index)
-    position = 0
-    for taken, weight in layer.weights():
-        if position <= (rest := index % layer.num_images) < position + len(taken):
-            taken, weight = taken[rest - position], weight[rest - position]
-            break
-        position += len(taken)
+    taken, weight = (values[group, where] for values in weights_of(routing))
     rows, columns = _grid("plot_tokens", where.stop - where.start, picture, grid)
     first = where.stop - where.start - rows * columns
     taken, weight = taken[first:].float().cpu(), weight[first:].float().cpu()

@@ -80,7 +80,7 @@ class Trace:
         table = Table(box=None, header_style="", padding=(0, 1), pad_edge=False)
         table.title = titles.pop() if len(titles) == 1 else None
         for header in columns:
-            table.add_column(header, justify="right" if table.columns else "left", vertical="bottom")
+            table.add_column(header, justify="right" if table.columns else "left", vertical="bottom", overflow="fold")
         for row in zip(*columns.values(), strict=True):
             table.add_row(*map(as_text, row))
         return table
