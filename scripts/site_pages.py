@@ -109,19 +109,19 @@ def on_page_markdown(markdown, page, config, files):
         markdown += "\n".join(["", *map(_example, EXAMPLES)])
 
     def lead(match):
-        image, text, target = match["image"], match["text"], match["target"]
+        text, target = match["text"], match["target"]
         path, _, anchor = target.partition("#")
-        if "://" in target or not path:
-            return match[0]
         wanted = Path(os.path.normpath(folder / path))
+        if "://" in target or not path or not wanted.exists():  # MkDocs reports links that lead nowhere
+            return match[0]
         shown = _shown(wanted)
         if shown is None or files.get_file_from_path(shown.partition("#")[0]) is None:
             return match[0] if wanted.is_relative_to(ROOT / "docs") else text
         uri, _, made = shown.partition("#")
         anchor = f"#{anchor or made}" if anchor or made else ""
-        return f"{image}[{text}]({os.path.relpath(ROOT / 'docs' / uri, here.parent)}{anchor})"
+        return f"[{text}]({os.path.relpath(ROOT / 'docs' / uri, here.parent)}{anchor})"
 
-    link = re.compile(r"(?P<image>!?)\[(?P<text>[^\]\[]*)\]\((?P<target>[^)\s]+)\)")
+    link = re.compile(r"(?<!!)\[(?P<text>[^\]\[]*)\]\((?P<target>[^)\s]+)\)")
     pieces = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(piece if piece.startswith("```") else link.sub(lead, piece) for piece in pieces)
 
