@@ -94,7 +94,7 @@ def test_links_lead_to_files(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_the_pictures_can_be_drawn_again(tmp_path):
+def test_the_pictures_can_be_drawn_again(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib").use("Agg")
     pytest.importorskip("sklearn")
     from matplotlib import image
@@ -105,4 +105,9 @@ def test_the_pictures_can_be_drawn_again(tmp_path):
     script = runpy.run_path(str(ROOT / "scripts" / "router_pictures.py"))
     script["draw"]("soft", tmp_path / "soft.png")
     sizes += [image.imread(path).shape for path in (tmp_path / "soft.png", script["FOLDER"] / "soft.png")]
-    assert sizes[0] == sizes[1] and sizes[2] == sizes[3]
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # one script imports another
+    script = runpy.run_path(str(ROOT / "scripts" / "inspect_pictures.py"))
+    script["draw"](tmp_path)
+    names = [f"inspect_{name}.png" for name in ("tokens", "load", "plan", "slots")]
+    sizes += [image.imread(folder / name).shape for name in names for folder in (tmp_path, ROOT / "docs")]
+    assert sizes[::2] == sizes[1::2]

@@ -225,8 +225,8 @@ def plan(layer: LayerTrace, group: int) -> Figure:
     if layer.is_transport:
         sums[0].axhline(1, color="black", lw=1, ls="--")
         heat[1].axvline(size / experts, color="black", lw=1, ls="--")
-    figure.colorbar(drawn, ax=heat[1], fraction=0.3, label="gate")
-    _titles(sums[0], f"{layer.name} {layer.title}".strip(), "transport plan" if layer.is_transport else "gates")
+    figure.colorbar(drawn, ax=heat[1], fraction=0.3, label="plan" if layer.is_transport else "gate")
+    _titles(sums[0], layer.name or layer.title, layer.title if layer.name else "")
     for ax in (*sums, *heat):
         ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -255,7 +255,7 @@ def specialisation(layers: Sequence[LayerTrace], labels: Tensor | Sequence[int],
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
     """Makes a figure of `count` panels in at most four columns; sizes are in inches."""
-    columns = min(4, count)
+    columns = 3 if count % 3 == 0 and count % 4 else min(4, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(columns * width, _PANEL), rows * height), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.07)  # type: ignore[union-attr]
