@@ -76,6 +76,9 @@ target_compile_definitions(_C PRIVATE
   "VMOE_CUDA_ARCHITECTURES=\"${cuda_architectures}\"")
 target_link_libraries(_C PRIVATE core torch_stable)
 export_init_only(_C)
+if(CMAKE_COMPILE_WARNING_AS_ERROR)
+  target_link_options(_C PRIVATE -Werror)  # warnings of the link-time optimization
+endif()
 option(VMOE_MANYLINUX "Let _C load with glibc 2.28 and libstdc++ of GCC 8 (csrc/manylinux.cpp)" OFF)
 if(VMOE_MANYLINUX)
   add_library(manylinux OBJECT csrc/manylinux.cpp)  # without the link-time optimization of _C

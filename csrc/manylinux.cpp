@@ -20,8 +20,8 @@ void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 }  // namespace std
 
 // false: reference counts are always atomic. glibc has had the variable since 2.32.
-extern "C" [[gnu::used]] char __libc_single_threaded;
-char __libc_single_threaded = 0;
+extern "C" char __libc_single_threaded;
+[[gnu::used]] char __libc_single_threaded = 0;
 
 // The linker's --wrap sends the calls here, and .symver names the symbol of the oldest glibc.
 #ifdef __x86_64__

@@ -54,8 +54,12 @@ inline void check_shape(
   for (const int64_t size : shape) same = same && tensor.size(axis++) == size;
   if (same) return;
   std::string want, got;
-  for (const int64_t size : shape) want += (want.empty() ? "" : ", ") + std::to_string(size);
-  for (const int64_t size : tensor.sizes()) got += (got.empty() ? "" : ", ") + std::to_string(size);
+  const auto add = [](std::string& list, int64_t size) {
+    if (!list.empty()) list += ", ";
+    list += std::to_string(size);
+  };
+  for (const int64_t size : shape) add(want, size);
+  for (const int64_t size : tensor.sizes()) add(got, size);
   STD_TORCH_CHECK(false, op, ": ", name, " has shape [", got, "], wanted [", want, "]");
 }
 
