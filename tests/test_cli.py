@@ -311,7 +311,12 @@ def test_help_of_a_command(capsys, name):
         required = command.positional and parameter.default is inspect.Parameter.empty
         shown = f" {key.upper()} " if required else f" --{key.replace('_', '-')} "
         assert (shown in out) != (key in command.hidden)
-    assert not re.search(r"<class|Optional|None|_\w+ [A-Z]|\+ |\(required\) \(", out)
+    assert not re.search(r"<class|Optional|None|_\w+ [A-Z]|\+ |\(required\) \(|default: \)", out)
+
+
+def test_help_shows_positional_arguments_in_the_usage(capsys):
+    assert "usage: vmoe-routers convert [options] SOURCE FOLDER Conv" in help_of(["convert", "--help"], capsys)
+    assert "usage: vmoe-routers inspect [options] MODEL IMAGE ... Draws" in help_of(["inspect", "--help"], capsys)
 
 
 def test_help_shows_defaults_of_the_recipe(capsys):

@@ -410,8 +410,8 @@ def _display(parser: Any, flags: set[str]) -> None:
             action.option_strings = [action.option_strings[0].replace("_", "-")]
             action.metavar = "[true|false]" if is_flag else _metavar(kind)
         elif not action.option_strings and hasattr(action, "_typehint"):
-            parser.usage += f" {action.dest.upper()}"
-            action.metavar = action.dest.upper()
+            action.metavar = action.metavar or action.dest.upper()
+            parser.usage += f" {action.metavar}" + (" ..." if action.nargs == "+" else "")
 
 
 def _metavar(kind: str) -> str:
@@ -437,7 +437,9 @@ def _help_formatter() -> Any:
                 return super()._get_help_string(action)
             text = (action.help or "").replace("`", "")
             if action.default is None:
-                return _with_null(text.replace("None: ", "Default: ")) + " (required)" * action.required
+                return _with_null(text.replace("None: ", "Default: ")) + " (required)" * bool(
+                    action.required and action.option_strings
+                )
             return f"{_with_null(text)} (default: {_shown(action.default)})"
 
     return Formatter
@@ -453,7 +455,7 @@ def _shown(default: Any) -> str:
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, (list, tuple)):
-        return ", ".join(map(str, default))
+        return ", ".join(map(str, default)) or "none"
     return str(default) if default != {} else "none"
 
 
