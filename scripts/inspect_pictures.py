@@ -25,7 +25,7 @@ LAYERS = {
 
 @torch.no_grad()
 def draw(folder: Path) -> None:
-    """Writes the pictures, inspect_<name>.png."""
+    """Writes the pictures, inspect_<name>.png, with two panels per row where that is possible, for small screens."""
     torch.manual_seed(0)
     photo = torch.tensor(load_sample_image("china.jpg"))[4:420, :640] / 255
     tokens = tokens_of(patches_of(photo))
@@ -41,8 +41,8 @@ def draw(folder: Path) -> None:
         for layer in model.values():
             layer(tokens)
     figures = {
-        "tokens": trace.plot_tokens(photo, layers=[0, 1]),
-        "load": trace.plot_load([0, 1, 2]),
+        "tokens": trace.plot_tokens(photo, layers=[0]),
+        "load": trace.plot_load([0, 2]),
         "plan": trace.plot_plan(1),
         "slots": trace.plot_slots(photo, layer=2),
     }
