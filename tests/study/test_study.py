@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from vmoe_routers.study import Settings, Variant, run_study, study, variants
-from vmoe_routers.study.jobs import load_images
+from vmoe_routers.study.images import load_images
 from vmoe_routers.study.records import write_record
 from vmoe_routers.study.runs import run
 from vmoe_routers.study.timing import time_steps
@@ -199,6 +199,8 @@ def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     ({"ablations": ["colour"]}, "ablations: 'colour' is none of learning_rate, "),
     ({"moe_blocks": "first_half"}, "moe_blocks is 'first_half', wanted"),
     ({"moe_blocks": "last_9"}, "moe_blocks"),
+    ({"training": {"colour": 1}}, "training: no option 'colour'; there are accumulate"),
+    ({"training": {"weight_decay": -1.0}}, "weight_decay"),
     ({"learning_rates": {"hard": 1e-3}}, "learning_rates: 'hard' is none of dense, "),
     ({"learning_rates": {"dense": 0.0}}, "learning_rates: dense must be positive and finite, got 0.0"),
 ])  # fmt: skip

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.layers.config import set_fused_attn
 
-from vmoe_routers.study.jobs import Job, Timing, load_images
+from vmoe_routers.study.images import load_images
+from vmoe_routers.study.jobs import Job, Timing
 from vmoe_routers.study.locks import locked
 from vmoe_routers.study.records import RecordError, write_record
 from vmoe_routers.study.runs import run

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from vmoe_routers.files import write_whole
+from vmoe_routers.study.images import StudyData
 from vmoe_routers.study.jobs import Job, Timing
 from vmoe_routers.study.records import RECORD_VERSION, RecordError, fingerprint, read_record, some_run
 from vmoe_routers.study.settings import Settings
-from vmoe_routers.training import Images
 
 CONTENTS = "study.json"
 
 
-def write_contents(settings: Settings, data: Images, jobs: Sequence[Job], timing: Timing) -> None:
+def write_contents(settings: Settings, data: StudyData, jobs: Sequence[Job], timing: Timing) -> None:
     """Writes study.json: the settings, the images, and the names of the records."""
     contents = {
         "version": RECORD_VERSION,

@@ -9,8 +9,7 @@ from vmoe_routers.study.records import read_record, read_run, timing_record
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.timing import ROUNDS
 from vmoe_routers.study.variants import Variant
-from vmoe_routers.training import Images, load
-from vmoe_routers.training.data import fit
+from vmoe_routers.training import Images
 
 
 class Job(NamedTuple):
@@ -50,17 +49,3 @@ class Timing(NamedTuple):
         """
         record = read_record(self.path, timing_record(ROUNDS))
         return record if record and {variant.name for variant in self.variants} <= set(record["step_ms"]) else None
-
-
-def load_images(settings: Settings) -> tuple[Images, Images | None]:
-    """Reads the data, and the second data set in the size of the first one.
-
-    Raises:
-        DataError: The data do not exist or cannot be read.
-        OptionError: An option out of range, or images too large for the memory.
-    """
-    data = load(settings.data, image_size=settings.image_size, max_images=settings.max_images)
-    if settings.transfer_data is None:
-        return data, None
-    transfer = load(settings.transfer_data, max_images=settings.max_images)
-    return data, fit(transfer, data.size, data.channels)

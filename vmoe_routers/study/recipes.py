@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.settings import Settings
+from vmoe_routers.training.recipes import vmoe_b16_imagenet21k, vmoe_s32_ilsvrc2012
+from vmoe_routers.training.settings import TrainSettings
 
 
 def digits() -> Settings:
@@ -49,9 +52,94 @@ def fashion_choose() -> Settings:
     )
 
 
+def cifar100() -> Settings:
+    """CIFAR-100 with 32 experts for one GPU; torchvision downloads it."""
+    return Settings(
+        data="torchvision:CIFAR100",
+        output=Path("cifar100"),
+        capacity_factors=[1.0, 0.5, 2.0],
+        batch_priority=True,
+        ablations=["learning_rate"],
+        seeds=5,
+        holdout=5_000,
+        epochs=100,
+        batch_size=256,
+        learning_rate=1e-3,
+        training={"hflip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.2},
+        data_workers=8,
+        shift=4,
+        patch_size=4,
+        width=384,
+        mlp_ratio=4.0,
+        depth=8,
+        heads=6,
+        num_experts=32,
+        scale_init=40.0,
+        device="cuda",
+    )
+
+
+# Optimisation of V-MoE's models trained from random weights (arXiv 2106.05974), as in `vmoe_routers.training.recipes`.
+_REFERENCE = ("schedule", "warmup", "final_learning_rate", "weight_decay", "loss", "head_bias", "precision", "clip")
+_REFERENCE += ("mixup", "rand_augment", "scale", "hflip", "normalization")
+
+
+def _imagenet(recipe: Callable[[], TrainSettings], **sizes: Any) -> Settings:
+    """Takes the hyperparameters of a training recipe. `sizes` has the data and the sizes of the model."""
+    reference, default = recipe(), TrainSettings()
+    changed = {name: getattr(reference, name) for name in _REFERENCE if hasattr(reference, name)}
+    changed = {name: value for name, value in changed.items() if value != getattr(default, name)}
+    return Settings(
+        capacity_factors=[1.0],
+        holdout=10_000,
+        epochs=reference.epochs,
+        batch_size=reference.batch_size,
+        learning_rate=reference.learning_rate,
+        training=changed,
+        stream=True,
+        data_workers=16,
+        image_size=224,
+        shift=0,
+        mlp_ratio=4.0,
+        num_experts=32,
+        device="cuda",
+        **sizes,
+    )
+
+
+def imagenet1k_s32() -> Settings:
+    """ViT-S/32 on ImageNet-1k in a folder imagenet1k with train/ and val/; hyperparameters of V-MoE."""
+    sizes = {"patch_size": 32, "width": 512, "depth": 8, "heads": 8, "scale_init": 45.0}
+    return _imagenet(vmoe_s32_ilsvrc2012, data="imagenet1k", output=Path("imagenet1k_s32"), **sizes)
+
+
+_BASE = {"width": 768, "depth": 12, "heads": 12, "scale_init": 55.0}
+_LARGE = {"width": 1024, "depth": 24, "heads": 16, "scale_init": 64.0}
+
+
+def imagenet21k_b32() -> Settings:
+    """ViT-B/32 on ImageNet-21k in a folder imagenet21k with train/ and val/; hyperparameters of V-MoE."""
+    return _imagenet(vmoe_b16_imagenet21k, data="imagenet21k", output=Path("imagenet21k_b32"), patch_size=32, **_BASE)
+
+
+def imagenet21k_b16() -> Settings:
+    """ViT-B/16 on ImageNet-21k in a folder imagenet21k with train/ and val/; hyperparameters of V-MoE."""
+    return _imagenet(vmoe_b16_imagenet21k, data="imagenet21k", output=Path("imagenet21k_b16"), patch_size=16, **_BASE)
+
+
+def imagenet21k_l16() -> Settings:
+    """ViT-L/16 on ImageNet-21k in a folder imagenet21k with train/ and val/; hyperparameters of V-MoE."""
+    return _imagenet(vmoe_b16_imagenet21k, data="imagenet21k", output=Path("imagenet21k_l16"), patch_size=16, **_LARGE)
+
+
 RECIPES: dict[str, Callable[[], Settings]] = {
     "digits": digits,
     "fashion": fashion,
     "fashion_choose": fashion_choose,
+    "cifar100": cifar100,
+    "imagenet1k_s32": imagenet1k_s32,
+    "imagenet21k_b32": imagenet21k_b32,
+    "imagenet21k_b16": imagenet21k_b16,
+    "imagenet21k_l16": imagenet21k_l16,
 }
 """Recipes by name."""

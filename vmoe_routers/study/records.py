@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from vmoe_routers.files import write_whole
 from vmoe_routers.models.vit import moe_block_indices
+from vmoe_routers.study.images import StudyData
 from vmoe_routers.study.own import is_own, source_digest
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant
 from vmoe_routers.training import Images
+from vmoe_routers.training.samples import Pictures
 
 RECORD_VERSION = 5  # increase it when the same settings give a different record
 _MAX_BYTES = 1 << 28
@@ -25,8 +27,10 @@ class RecordError(ValueError):
     """File that is not the expected record. The message names the file and the fault."""
 
 
-def fingerprint(data: Images, transfer: Images | None) -> str:
+def fingerprint(data: StudyData, transfer: StudyData | None) -> str:
     """Hashes the version of the records and the images, on which a result depends besides the settings.
+
+    The names of the files stand for images that are not in memory.
 
     The versions of packages are not part of the hash, because a study may go on after an update. Every record names
     them in its description of the machine.
@@ -34,21 +38,31 @@ def fingerprint(data: Images, transfer: Images | None) -> str:
     digest = hashlib.sha256(f"{RECORD_VERSION}".encode())
     for images in (data, transfer):
         digest.update(repr(images and images.name).encode())
-        if images is not None:
-            for tensor in (images.train_images, images.train_labels, images.test_images, images.test_labels):
-                digest.update(repr(tuple(tensor.shape)).encode())
-                digest.update(tensor.numpy().tobytes())
+        if isinstance(images, Images):
+            tensors = (images.train_images, images.train_labels, images.test_images, images.test_labels)
+        elif images is not None:
+            tensors = (images.train_labels, images.test_labels)
+            for samples in (images.train, images.test):
+                for index in range(len(samples)) if isinstance(samples, Pictures) else ():
+                    digest.update(Path(samples.paths[index]).name.encode())
+        else:
+            continue
+        for tensor in tensors:
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
 # Settings that do not change a single run. The fingerprint covers the images, so the place of the data does not matter.
 _OF_STUDY = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "batch_priority", "ablations", "seeds")
-_OF_STUDY += ("workers", "save_models", "learning_rates", "data", "transfer_data")
+_OF_STUDY += ("workers", "data_workers", "stream", "save_models", "learning_rates", "data", "transfer_data")
 
 
 def of_run(settings: Settings, variant: Variant) -> dict[str, Any]:
     """Returns the settings on which a run of the variant depends."""
     chosen = asdict(variant.settings(settings))
+    if not chosen["training"]:
+        del chosen["training"]
     return {key: value for key, value in chosen.items() if key not in _OF_STUDY} | {"options": variant.changes()}
 
 

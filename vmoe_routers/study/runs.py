@@ -15,25 +15,21 @@ from torch import Tensor
 from vmoe_routers.checkpoints import save_pretrained
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
+from vmoe_routers.study.images import StudyData, batches_of_evaluation, batches_of_training, split
 from vmoe_routers.study.records import evaluated_epochs, of_run
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Evaluation, Images, Trainer, evaluate_model, few_shot_accuracy
-from vmoe_routers.training.loader import Batches, training_batches
 from vmoe_routers.training.probes import features_of
-from vmoe_routers.training.samples import Tensors
+from vmoe_routers.training.samples import Samples
 from vmoe_routers.training.trainer import TrainingError
-from vmoe_routers.training.transforms import Augmentation, Transform
-
-Part = tuple[Tensor, Tensor]
-"""Images [N, channels, height, width] and labels [N]."""
 
 
 def run(
     settings: Settings,
     variant: Variant,
     seed: int,
-    data: Images,
+    data: StudyData,
     transfer: Images | None,
     on_epoch: Callable[[], None] = lambda: None,
     folder: Path | None = None,
@@ -55,14 +51,14 @@ def run(
     # The largest multiple of the group size up to 512, or one group.
     batch = max(settings.group_size, 512 // settings.group_size * settings.group_size)
     trained, curve = split(data, settings.holdout)
-    final = curve if settings.choosing else (data.test_images, data.test_labels)
-    steps_per_epoch = len(trained.labels) // settings.batch_size
+    final = curve if settings.choosing else data.test
+    steps_per_epoch = len(trained) // settings.batch_size
     steps = steps_per_epoch * settings.epochs
     epochs: list[dict[str, float]] = []
     measured = None
     trainer = Trainer(model.train(), settings.optimisation(), steps, seed=seed)
     seconds, diverged = 0.0, None
-    with shifted_batches(settings, trained, data.channels, seed, steps) as batches:
+    with batches_of_training(settings, data, trained, seed, steps) as batches:
         for epoch in range(1, settings.epochs + 1):
             start = time.perf_counter()
             losses, images = [], None
@@ -76,13 +72,13 @@ def run(
                 break
             seconds += time.perf_counter() - start
             if epoch in evaluated_epochs(settings.epochs):
-                measured = _measure(model, curve, batch, data.num_classes)
+                measured = _measure(model, settings, data, curve, batch)
                 values = {"train_loss": train_loss, "accuracy": measured.top1, "loss": measured.loss}
                 epochs.append({"epoch": epoch, "seconds": seconds, **values})
             on_epoch()
     # The last evaluation of the curve is the final one where both use the same images.
     if measured is None or diverged or final is not curve:
-        measured = _measure(model, final, batch, data.num_classes)
+        measured = _measure(model, settings, data, final, batch)
     if folder is not None:
         save_pretrained(model, folder)
     return {
@@ -100,32 +96,9 @@ def run(
     }
 
 
-def split(data: Images, holdout: int) -> tuple[Tensors, Part]:
-    """Splits the data: images to train on, and images and labels on which curves are measured."""
-    if not holdout:
-        return Tensors(data.train_images, data.train_labels), (data.test_images, data.test_labels)
-    kept = Tensors(data.train_images[:-holdout], data.train_labels[:-holdout])
-    return kept, (data.train_images[-holdout:], data.train_labels[-holdout:])
-
-
-def _measure(model: VisionTransformer, part: Part, batch: int, num_classes: int) -> Evaluation:
-    images, labels = part
-    return evaluate_model(model, zip(images.split(batch), labels.split(batch), strict=True), num_classes)
-
-
-def shifted_batches(settings: Settings, trained: Tensors, channels: int, seed: int, steps: int) -> Batches:
-    """Makes the batches of a run. Order and random shifts depend on the seed and are the same for all variants."""
-    augmentation = Augmentation(
-        image_size=trained.images.shape[-1], scale=None, hflip=0.0, shift=settings.shift, normalization="none"
-    )
-    return training_batches(
-        trained,
-        Transform(augmentation, channels, training=True),
-        batch_size=settings.batch_size,
-        steps=steps,
-        seed=seed,
-        device=settings.device,
-    )
+def _measure(model: VisionTransformer, settings: Settings, data: StudyData, samples: Samples, batch: int) -> Evaluation:
+    with batches_of_evaluation(settings, data, samples, batch) as batches:
+        return evaluate_model(model, batches, data.num_classes)
 
 
 def _layers(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from vmoe_routers.models.vit import moe_block_indices
 from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
@@ -13,6 +14,7 @@ from vmoe_routers.routers import ROUTERS
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.own import is_own
 from vmoe_routers.training.optimisation import Optimisation
+from vmoe_routers.training.transforms import Augmentation
 
 MOST_BLOCKS = 1_000_000  # blocks that are listed to check `moe_blocks`; no machine holds more
 _MAX = (1 << 31) - 1
@@ -47,6 +49,10 @@ class Settings:
         learning_rate: peak learning rate of AdamW.
         learning_rates: peak learning rates of single routers by name, in place of learning_rate. The dense ViT is
             "dense".
+        training: further options of the training by name: fields of `Optimisation` and `Augmentation`, and head_bias,
+            the initial value of the head's bias.
+        stream: read images from disk at every use. Without it, all images are kept in memory.
+        data_workers: processes that read images for each run, where images are read from disk or augmented one by one.
         image_size: resize images to this height and width. Default: their own size, or 32 for images in files.
         max_images: use at most this many training images and this many test images.
         shift: largest random shift of a training image, in pixels.
@@ -81,6 +87,9 @@ class Settings:
     batch_size: int = 128
     learning_rate: float = 2e-3
     learning_rates: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    stream: bool = False
+    data_workers: int = 0
     image_size: int | None = None
     max_images: int | None = None
     shift: int = 1
@@ -103,7 +112,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise OptionError(f"{name} must be at least 1 and at most {most}, got {value}", name)
-        for name in ("shift", "holdout", "workers"):
+        for name in ("shift", "holdout", "workers", "data_workers"):
             if not 0 <= getattr(self, name) <= _MAX:
                 raise OptionError(f"{name} must be at least 0 and at most {_MAX}, got {getattr(self, name)}", name)
         if not math.isfinite(self.scale_init):
@@ -121,6 +130,12 @@ class Settings:
                 )
             if not 0 < rate < math.inf:
                 raise OptionError(f"learning_rates: {router} must be positive and finite, got {rate}", "learning_rates")
+        known = {option.name for options in (Optimisation, Augmentation) for option in fields(options)}
+        known = known - {"learning_rate", "image_size", "shift"} | {"head_bias"}
+        for name in self.training:
+            if name not in known:
+                raise OptionError(f"training: no option {name!r}; there are {', '.join(sorted(known))}", "training")
+        self.optimisation()
         for name in self.ablations:
             if name not in ABLATIONS:
                 raise OptionError(f"ablations: {name!r} is none of {', '.join(ABLATIONS)}", "ablations")
@@ -161,5 +176,10 @@ class Settings:
             raise OptionError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}", "device")
 
     def optimisation(self) -> Optimisation:
-        """Makes the hyperparameters of every run: AdamW, a tenth of the steps as warm-up, then a cosine to 0."""
-        return Optimisation(learning_rate=self.learning_rate)
+        """Makes the hyperparameters of every run: AdamW, a tenth of the steps as warm-up, then a cosine to 0.
+
+        The option `training` changes them.
+        """
+        names = {option.name for option in fields(Optimisation)}
+        chosen = {name: value for name, value in self.training.items() if name in names}
+        return Optimisation(**{"learning_rate": self.learning_rate, **chosen})

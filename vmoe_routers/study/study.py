@@ -19,7 +19,8 @@ from vmoe_routers.study.claims import CLAIMS, decide, verdicts
 from vmoe_routers.study.columns import print_table, write_csv
 from vmoe_routers.study.execution import run_all
 from vmoe_routers.study.folders import write_contents
-from vmoe_routers.study.jobs import Job, Timing, load_images
+from vmoe_routers.study.images import StudyData, first_images, load_images
+from vmoe_routers.study.jobs import Job, Timing
 from vmoe_routers.study.memory import check_memory
 from vmoe_routers.study.own import is_own
 from vmoe_routers.study.records import RecordError, fingerprint, run_path, timing_path
@@ -52,8 +53,7 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
         check_memory(settings, found, of_ablations, settings.image_size)
     data, transfer = load_images(settings)
     _check_fit(settings, data, transfer)
-    images = data.train_images.nbytes + data.test_images.nbytes
-    workers = check_memory(settings, found, of_ablations, data.size, data.channels, data.num_classes, images)
+    workers = check_memory(settings, found, of_ablations, data.size, data.channels, data.num_classes, data.nbytes)
     for variant in [*found, *of_ablations]:
         _check_model(variant, settings, data)
     make_output(settings.output)  # before the runs, so that a failure comes early
@@ -123,7 +123,7 @@ def _check_device(device: str) -> None:
         raise OptionError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices", "device")
 
 
-def _check_fit(settings: Settings, data: Images, transfer: Images | None) -> None:
+def _check_fit(settings: Settings, data: StudyData, transfer: Images | None) -> None:
     """Refuses settings that do not fit the data."""
     trained = len(data.train_labels) - settings.holdout
     if trained < settings.batch_size:
@@ -147,7 +147,7 @@ def _check_fit(settings: Settings, data: Images, transfer: Images | None) -> Non
         )
 
 
-def _check_model(variant: Variant, settings: Settings, data: Images) -> None:
+def _check_model(variant: Variant, settings: Settings, data: StudyData) -> None:
     """Builds the variant's model with one block of each kind, so that an error appears before the runs start.
 
     Raises:
@@ -163,7 +163,7 @@ def _check_model(variant: Variant, settings: Settings, data: Images) -> None:
     # An own router may need values, which tensors on the meta device lack.
     try:
         model = make(variant, shallow, data).train()
-        model(data.train_images[: settings.group_size]).sum().backward()
+        model(first_images(settings, data, settings.group_size)[0]).sum().backward()
         cost(model)
     except OptionError:
         raise
@@ -172,7 +172,7 @@ def _check_model(variant: Variant, settings: Settings, data: Images) -> None:
         raise OptionError(f"routers: {variant.router!r} fails: {reason}", "routers") from error
 
 
-def _write(settings: Settings, data: Images, records: list[dict[str, Any]], console: Console) -> Path:
+def _write(settings: Settings, data: StudyData, records: list[dict[str, Any]], console: Console) -> Path:
     """Writes table, figures and report of the records. Returns the report's path."""
     from vmoe_routers.study import report  # imports matplotlib, which workers do not need
 

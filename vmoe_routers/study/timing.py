@@ -13,24 +13,24 @@ from typing import Any
 import torch
 
 from vmoe_routers.machine import here_and_now
+from vmoe_routers.study.images import StudyData, first_images
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
-from vmoe_routers.training import Images, Trainer
+from vmoe_routers.training import Trainer
 
 ROUNDS = 25  # every round times one step of every variant, in a random order
 WARM_UP = 3
 
 
 def time_steps(
-    settings: Settings, variants: Sequence[Variant], data: Images, on_round: Callable[[], None] = lambda: None
+    settings: Settings, variants: Sequence[Variant], data: StudyData, on_round: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Times training steps on one batch.
 
     Returns:
         The record: step_ms (the times of a variant, one per round, by its name), machine and date.
     """
-    images = data.train_images[: settings.batch_size].to(settings.device)
-    labels = data.train_labels[: settings.batch_size].to(settings.device)
+    images, labels = first_images(settings, data, settings.batch_size)
     trainers: dict[str, Trainer] = {}
     for variant in variants:
         model = build(variant, settings, data, seed=0).train()

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from vmoe_routers.models import vit_moe
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 from vmoe_routers.routers import router_options
 from vmoe_routers.study.ablations import ABLATIONS, Arm
+from vmoe_routers.study.images import StudyData
 from vmoe_routers.study.own import is_own, load_factory
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.styles import style
-from vmoe_routers.training.data import Images
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,13 @@ def of_ablation(router: str) -> Variant:
     )
 
 
-def build(variant: Variant, settings: Settings, data: Images, seed: int) -> VisionTransformer:
+def build(variant: Variant, settings: Settings, data: StudyData, seed: int) -> VisionTransformer:
     """Makes the model of the variant on the device of the settings. All variants of a seed have the same trunk."""
     torch.manual_seed(seed)
     return make(variant, settings, data).to(settings.device)
 
 
-def make(variant: Variant, settings: Settings, data: Images) -> VisionTransformer:
+def make(variant: Variant, settings: Settings, data: StudyData) -> VisionTransformer:
     """Makes the model of the variant, for images of the size and channels of `data`.
 
     Raises:
@@ -196,6 +197,8 @@ def make(variant: Variant, settings: Settings, data: Images) -> VisionTransforme
         pos_embed_std=1.0,
         **variant.options(settings),
     )
+    if "head_bias" in settings.training:
+        nn.init.constant_(model.head.bias, settings.training["head_bias"])
     if settings.identical_experts:
         for layer in (module for module in model.modules() if isinstance(module, MoEMlp)):
             for parameter in layer.experts.parameters():  # [E, ...]

@@ -40,6 +40,21 @@ class Images:
     is_default_size: bool = False
 
     @property
+    def train(self) -> Tensors:
+        """Training images with their labels."""
+        return Tensors(self.train_images, self.train_labels)
+
+    @property
+    def test(self) -> Tensors:
+        """Test images with their labels."""
+        return Tensors(self.test_images, self.test_labels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images in memory."""
+        return self.train_images.nbytes + self.test_images.nbytes
+
+    @property
     def size(self) -> int:
         """Height and width of an image, in pixels."""
         return self.train_images.shape[-1]
