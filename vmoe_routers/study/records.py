@@ -30,7 +30,7 @@ class RecordError(ValueError):
 def fingerprint(data: StudyData, transfer: StudyData | None) -> str:
     """Hashes the version of the records and the images, on which a result depends besides the settings.
 
-    The names of the files stand for images that are not in memory.
+    The names of the files replace images that are not in memory.
 
     The versions of packages are not part of the hash, because a study may go on after an update. Every record names
     them in its description of the machine.
@@ -43,8 +43,9 @@ def fingerprint(data: StudyData, transfer: StudyData | None) -> str:
         elif images is not None:
             tensors = (images.train_labels, images.test_labels)
             for samples in (images.train, images.test):
-                for index in range(len(samples)) if isinstance(samples, Pictures) else ():
-                    digest.update(Path(samples.paths[index]).name.encode())
+                if isinstance(samples, Pictures):
+                    for index in range(len(samples)):
+                        digest.update(Path(samples.paths[index]).name.encode())
         else:
             continue
         for tensor in tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -198,7 +198,7 @@ def make(variant: Variant, settings: Settings, data: StudyData) -> VisionTransfo
         **variant.options(settings),
     )
     if "head_bias" in settings.training:
-        nn.init.constant_(model.head.bias, settings.training["head_bias"])
+        nn.init.constant_(cast(nn.Linear, model.head).bias, settings.training["head_bias"])
     if settings.identical_experts:
         for layer in (module for module in model.modules() if isinstance(module, MoEMlp)):
             for parameter in layer.experts.parameters():  # [E, ...]
