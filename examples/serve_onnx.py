@@ -18,7 +18,8 @@ def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(model.eval(), (images,), dynamic_shapes={"x": {0: batch}})
     program = program.run_decompositions(DECOMPOSITIONS)  # our ops, in plain PyTorch
-    torch.onnx.export(program, dynamo=True, verbose=False).save(path)
+    # onnxruntime optimizes the program when it loads it.
+    torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).save(path)
 
 
 if __name__ == "__main__":

@@ -437,9 +437,8 @@ def _help_formatter() -> Any:
                 return super()._get_help_string(action)
             text = (action.help or "").replace("`", "")
             if action.default is None:
-                return _with_null(text.replace("None: ", "Default: ")) + " (required)" * bool(
-                    action.required and action.option_strings
-                )
+                required = " (required)" if action.required and action.option_strings else ""
+                return _with_null(text.replace("None: ", "Default: ")) + required
             return f"{_with_null(text)} (default: {_shown(action.default)})"
 
     return Formatter
