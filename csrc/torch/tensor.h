@@ -64,7 +64,10 @@ inline void check_shape(
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == dtype, op, ": ", name, " has dtype ",
+      torch::headeronly::toString(tensor.scalar_type()), ", wanted ",
+      torch::headeronly::toString(dtype));
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim) {
@@ -131,7 +134,9 @@ void by_dtype(const char* op, const Tensor& tensor, Body&& body) {
     case ScalarType::Double:
       return body(double{});
     default:
-      STD_TORCH_CHECK(false, op, ": wrong dtype, wanted float32 or float64");
+      STD_TORCH_CHECK(
+          false, op, ": dtype ", torch::headeronly::toString(tensor.scalar_type()),
+          ", wanted Float or Double");
   }
 }
 

@@ -225,3 +225,11 @@ def test_refuses():
         assign_slots(expert, 3, 2, torch.ones(2, 4, dtype=torch.int32))
     with refused(OP, "priority"):
         assign_slots(expert, 3, 2, torch.rand(2, 4, device="meta"))
+
+
+def test_raw_ops_name_the_dtype():
+    raw = torch.ops.vmoe_routers
+    with pytest.raises(RuntimeError, match="assign_slots: expert has dtype Long, wanted Int"):
+        raw.assign_slots(torch.zeros(1, 2, 1, dtype=torch.int64), None, 2, 1)
+    with pytest.raises(RuntimeError, match="topk: dtype Int, wanted Float or Double"):
+        raw.topk(torch.zeros(1, 2, dtype=torch.int32), 1, 1)

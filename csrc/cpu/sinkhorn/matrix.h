@@ -196,13 +196,14 @@ class ScalingMatrix {
     const int64_t stride = padded_columns();
     const int64_t room = (E_ + scratch_vectors) * W;
     room_.make((group_->pieces / grain(E_) + 1) * room);
-    // Every other pass takes the pieces in reverse: the last pieces are still in the cache.
-    turned_ = !turned_;
+    // A pass that ended with the last piece leaves the last pieces in the cache, so the next pass
+    // begins with them and goes backwards; the pass after that goes forwards again.
+    backwards_ = !backwards_;
     group_->parallel(group_->pieces, grain(E_), [&](int64_t first, int64_t last) {
       // Each range has its own memory: no two ranges begin between the same multiples of the grain.
       C* sums = room_.get() + first / grain(E_) * room;
       for (int64_t i = first; i < last; ++i) {
-        const int64_t piece = turned_ ? first + last - 1 - i : i;
+        const int64_t piece = backwards_ ? first + last - 1 - i : i;
         for (int64_t e = 0; e < E_; ++e) store(sums + e * W, Vec<C>{});
         body(piece * kBlocks, std::min((piece + 1) * kBlocks, blocks_), sums, sums + E_ * W);
         for (int64_t e = 0; e < E_; e += kWide) {
@@ -291,11 +292,11 @@ class ScalingMatrix {
   int64_t E_ = 0, ahead_ = 0, blocks_ = 0, in_place_ = 0;
   C inverse_ = 0, inverse_rest_ = 0;   // 1 / epsilon, and its rounding error
   C from_ = 0, factor_ = 1, low_ = 0;  // K = factor exp((logit - from) / epsilon), or 0 below low
-  bool turned_ = false;
-  Buffer<C> own_;           // [blocks - in_place, E, W]  of K
-  Buffer<C> room_;          // the sums and the scratch of each range
-  Buffer<double> partial_;  // [pieces, E padded]
-  Buffer<double> total_;    // [E padded]
+  bool backwards_ = false;             // the direction of the last pass of sum_pieces()
+  Buffer<C> own_;                      // [blocks - in_place, E, W]  of K
+  Buffer<C> room_;                     // the sums and the scratch of each range
+  Buffer<double> partial_;             // [pieces, E padded]
+  Buffer<double> total_;               // [E padded]
 };
 
 }  // namespace
