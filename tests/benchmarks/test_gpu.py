@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -110,8 +111,10 @@ def test_a_quick_run_has_all_targets_and_its_page_says_where_it_ran(gpu, tmp_pat
     monkeypatch.setattr(plan, "entries", lambda *_: small)
     monkeypatch.setattr(run, "measure_ceilings", lambda *args, **options: CEILINGS)
     monkeypatch.setattr(timer.Queued, "LEAST", 1e-5)
+    monkeypatch.setattr(timer, "bootstrap", partial(timer.bootstrap, draws=40))
+    monkeypatch.setattr(measure, "paired", lambda calls, rounds: timer.paired(calls, rounds=2))
     monkeypatch.setattr(
-        measure, "measure", lambda calls, rounds, device: timer.measure(calls, least=1e-5, device=device)
+        measure, "measure", lambda calls, rounds, device: timer.measure(calls, rounds=2, least=1e-5, device=device)
     )
     results = tmp_path / "benchmarks" / "results"
     (tmp_path / "docs").mkdir()
