@@ -42,28 +42,46 @@ def capacity(router: str, options: dict[str, float], group_size: int) -> int:
 
 
 def all_to_all(data: float, ranks: int) -> float:
-    """Seconds in which every GPU sends `data` bytes in equal parts to `ranks` GPUs, whose nodes are full."""
+    """Seconds in which every GPU sends `data` bytes in equal parts to `ranks` GPUs, whose nodes are full.
+
+    A GPU keeps one part. It sends `near - 1` parts over NVLink and, at the same time, the rest over the network.
+    """
     near = min(ranks, NODE)
     return max(data * (near - 1) / ranks / NVLINK, data * (ranks - near) / ranks / NETWORK)
 
 
 def exchange(images: float, ep: int, slots: float = SLOTS) -> float:
-    """Seconds of the four all-to-alls of a step, for images per GPU."""
+    """Seconds of the four all-to-alls of a step: there and back, forward and backward.
+
+    Every slot is a row of WIDTH numbers of 2 bytes.
+    """
     return 4 * all_to_all(images * slots * WIDTH * 2, ep)
 
 
 def experts(images: float, slots: float = SLOTS) -> float:
-    """Seconds of the experts' products, forward and backward."""
+    """Seconds of the experts' products, forward and backward.
+
+    An expert multiplies every slot by two matrices of WIDTH x HIDDEN: 2 * 2 * WIDTH * HIDDEN operations, a
+    multiplication and an addition per entry. Backward computes two gradients per product, so it takes twice as long.
+    """
     return 3 * images * slots * 4 * WIDTH * HIDDEN / FLOPS
 
 
 def attention(images: float) -> float:
-    """Seconds of attention, forward and backward."""
+    """Seconds of attention, forward and backward, which takes twice as long.
+
+    Per token: four projections with matrices of WIDTH x WIDTH, 2 * 4 * WIDTH**2 operations; and the products with the
+    keys and the values of all tokens, 2 * 2 * TOKENS * WIDTH operations.
+    """
     return 3 * images * TOKENS * (8 * WIDTH**2 + 4 * TOKENS * WIDTH) / FLOPS
 
 
 def gather(data: float, ranks: int, near: int) -> float:
-    """Seconds to gather `data` bytes from `ranks` GPUs, or to reduce and scatter them; `near` of them share a node."""
+    """Seconds to gather `data` bytes from `ranks` GPUs, or to reduce and scatter them; `near` of them share a node.
+
+    A ring: every GPU receives all data but its own part, (ranks - 1) / ranks. Over the network, the GPUs of a node
+    together receive the data of the other nodes once, and have `near` connections for it. Both happen at the same time.
+    """
     near = min(near, ranks)
     nodes = ranks // near
     within = data * (ranks - 1) / ranks / NVLINK if near > 1 else 0.0
@@ -71,7 +89,11 @@ def gather(data: float, ranks: int, near: int) -> float:
 
 
 def sharding(gpus: int, ep: int) -> float:
-    """Seconds in which FSDP2 gathers the experts twice in bfloat16 and reduces their gradients in float32."""
+    """Seconds in which FSDP2 gathers the experts twice in bfloat16 and reduces their gradients in float32.
+
+    The two gathers are for forward and backward, with 2 bytes per number; gradients have 4. With expert parallelism a
+    GPU shares 1 / ep of the experts with gpus / ep GPUs, `edp`, and NODE / ep of them are in its node.
+    """
     weights, edp = WEIGHTS / ep, gpus // ep
     near = max(1, NODE // ep)
     return 2 * gather(2 * weights, edp, near) + gather(4 * weights, edp, near)

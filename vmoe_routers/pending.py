@@ -79,6 +79,7 @@ class PendingLosses:
         compiled: Sum of the losses of compiled forwards. A compiled graph in a checkpointed region can add to a tensor
             but cannot set an attribute.
         time, previous: Ticks of the last forward and of the forward before it; -1: no such forward.
+        _taken: Losses that were moved from `compiled` when they were read, and that no backward pass has used yet.
     """
 
     def __init__(self) -> None:
@@ -148,6 +149,10 @@ class PendingLosses:
             self._last = None
 
     def _compiled(self) -> list[_Loss]:
+        """Moves the sum of the compiled forwards, if there were any, to `_taken`; returns `_taken`.
+
+        Without gradients, the sum is returned but stays.
+        """
         self._taken = [loss for loss in self._taken if loss.value is not None]
         if not self.compiled.requires_grad:
             return self._taken
@@ -197,7 +202,12 @@ class PendingLosses:
 
 
 def _compiled_graphs(total: Tensor) -> list[Any]:
-    """Lists the nodes of the graphs that added to the sum, the last graph first."""
+    """Lists the backward nodes of the compiled graphs that added to the sum, the last graph first.
+
+    ``total.add_(loss)`` gives `total` a new node, with two inputs: the node of the sum before, and the node of the
+    compiled graph that computed the loss. Nodes of sums have the same name. So the function follows this name from sum
+    to sum, and collects the other input of each.
+    """
     graphs, node = [], cast(Any, total.grad_fn)
     while node is not None:
         following = [after for after, _ in node.next_functions if after is not None]
