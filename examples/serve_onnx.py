@@ -18,12 +18,11 @@ def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(model.eval(), (images,), dynamic_shapes={"x": {0: batch}})
     program = program.run_decompositions(DECOMPOSITIONS)  # our ops, in plain PyTorch
-    # onnxruntime optimizes the program when it loads it.
-    torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).save(path)
+    torch.onnx.export(program, dynamo=True, verbose=False).save(path)
 
 
 if __name__ == "__main__":
-    model = vit_moe(8, 2, 1, 10, embed_dim=32, depth=1, num_heads=2, router="softmax_expert_choice", num_experts=4)
+    model = vit_moe(8, 2, 1, 10, embed_dim=32, depth=1, num_heads=2, router="soft", num_experts=4)
     torch.nn.init.normal_(model.head.weight)  # a model from vmoe_routers.checkpoints.from_pretrained in real life
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
