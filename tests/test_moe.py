@@ -496,6 +496,7 @@ def test_activation_checkpointing(router):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_compile(router, training):
@@ -514,6 +515,7 @@ def test_compile(router, training):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("router", ["softmax_token_choice", "soft"])
 def test_compile_of_a_training_step(router):
     """The auxiliary loss and a mask inside."""
@@ -533,6 +535,7 @@ def test_compile_of_a_training_step(router):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_export(router):
     moe = layer(router, dtype=torch.float32).eval()

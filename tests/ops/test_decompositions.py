@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vmoe_routers.decompositions import DECOMPOSITIONS
 
 OPS = torch.ops.vmoe_routers
+pytestmark = pytest.mark.cpu_kernels  # a decomposition depends on no kernel
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -144,7 +145,7 @@ def test_sinkhorn(dtype, tolerance, scale, epsilon):
     logits = spread(4, 40, 9, scale=scale).to(dtype)
     logits[1, :5], logits[2, 3:9, 4], logits[3] = -INF, -INF, -INF
     # The op iterates in float32 if that is exact enough, the decomposition in float64.
-    check(OPS.sinkhorn, logits, epsilon, 8, tolerance, False, read=(0, 2, 3), slack=3.0)
+    check(OPS.sinkhorn, logits, epsilon, 4, tolerance, False, read=(0, 2, 3), slack=3.0)
 
 
 def test_sinkhorn_hides_no_nan():
@@ -172,7 +173,7 @@ def test_ksparse_transport(dtype, k, tolerance):
     similarity[1, :4], similarity[2], similarity[3] = -INF, -INF, 0.25
     similarity[4, 10:20] = similarity[4, 0]
     # If a row sums to 1, Adam's step depends on the rounding of the other rows.
-    check(OPS.ksparse_transport, similarity, k, 6, "adam", 0.01, tolerance, 1.0, slack=10.0)
+    check(OPS.ksparse_transport, similarity, k, 3, "adam", 0.01, tolerance, 1.0, slack=10.0)
 
 
 def test_lbfgs_has_none():

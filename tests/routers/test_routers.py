@@ -369,6 +369,7 @@ def test_small_groups(name, options, experts, shape):
     assert all(value.isfinite().all() for value in routing.metrics.values())
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("name", ["softmax_token_choice", "softmax_expert_choice", "soft"])
 def test_what_a_routing_tells_compiles(name):
     torch._dynamo.reset()
