@@ -35,6 +35,7 @@ DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torc
 # The most iterations that are run. More are valid, but take longer.
 LONG = {"iterations": 10**3}
 CPU_SECONDS = 5
+LIBC = ctypes.CDLL(None)
 MEMORY = 2 << 30
 
 
@@ -199,7 +200,7 @@ def guarded(value: Any, at_end: bool) -> Any:
     memory = mmap.mmap(-1, (pages + 2) * page)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for fence in (begin, begin + (pages + 1) * page):
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), 0) == 0
+        assert LIBC.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), 0) == 0
     offset = page + (pages * page - size if at_end else 0)
     copy = torch.frombuffer(memory, dtype=value.dtype, count=value.numel(), offset=offset).view(value.shape)
     return copy.copy_(value)
