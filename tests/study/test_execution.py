@@ -9,10 +9,13 @@ import pytest
 from rich.console import Console
 from test_runs import TINY, made_up
 
+from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.study import Variant, execution
 from vmoe_routers.study.jobs import Job, Timing
 from vmoe_routers.study.locks import is_locked, locked
 from vmoe_routers.study.records import run_path, timing_path
+from vmoe_routers.training import Augmentation
+from vmoe_routers.training.subject import known_augmentation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +61,10 @@ def test_a_record_without_its_model_is_run_again(worker, monkeypatch):
     settings = replace(settings, save_models=True)
     monkeypatch.setitem(execution._worker, "settings", settings)
     assert job.read(settings, None) is None
-    assert execution._work(job)[1] is not None and (job.model_folder(settings) / "model.safetensors").exists()
+    folder = job.model_folder(settings)
+    assert execution._work(job)[1] is not None and (folder / "model.safetensors").exists()
+    prepared, _ = known_augmentation(str(folder), from_pretrained(folder), False, Augmentation())
+    assert (prepared.normalization, prepared.crop_pct) == ("none", 1.0)
     assert job.read(settings, None) is not None
 
 
