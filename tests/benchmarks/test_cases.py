@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import overhead
+from benchmarks import overhead, recording
 from benchmarks.case import BACKWARD, ROLES, Size, Variant
 from benchmarks.cases import entries
 from benchmarks.compare import applies, check, mismatch, runner
@@ -99,6 +99,11 @@ def test_a_target_of_a_gpu_is_about_a_size_that_a_quick_run_has_and_about_a_vari
 def test_every_op_has_an_overhead_case_and_every_router_a_layer():
     titles = {entry.build(entry.default, "cpu").title for entry in entries("overhead")}
     assert titles == {f"call of {op}, tiny input" for op in ops.__all__} | {f"tiny layer, {name}" for name in ROUTERS}
+
+
+def test_cost_of_recording():
+    seconds, ratios = recording.measure("soft", rounds=1, width=8, images=1)
+    assert seconds > 0 and len(ratios) == len(recording.CALLS) and all(ratio.median > 0 for ratio in ratios)
 
 
 def test_overhead_of_layers_counts_python_calls_and_checks(capsys):

@@ -125,7 +125,7 @@ class Trace:
         return plots.tokens(self._chosen("plot_tokens", layers), image, index, grid)
 
     def plot_slots(self, image: Any, index: int = 0, layer: int = -1, grid: Any = None) -> Figure:
-        """Draws slots of Soft MoE as maps of their weights over the image, for the first 16 slots at most.
+        """Draws slots of Soft MoE as maps of their weights over the image, for the first 15 slots at most.
 
         The arguments are as in `plot_tokens`.
 
