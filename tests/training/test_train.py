@@ -30,7 +30,7 @@ from vmoe_routers.training import RECIPES, TrainSettings, checkpoint, evaluate, 
 from vmoe_routers.training.checkpoint import TrainingCheckpointError
 from vmoe_routers.training.describe import memory_estimate
 from vmoe_routers.training.layout import lay_out
-from vmoe_routers.training.log import Board
+from vmoe_routers.training.log import Board, Table
 from vmoe_routers.training.processes import World
 from vmoe_routers.training.settings import read_settings
 from vmoe_routers.training.sources import open_data
@@ -238,7 +238,15 @@ def test_a_file_system_that_takes_no_large_file(tmp_path):
             run(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not checkpoint.saved(tmp_path / "checkpoints")
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file on a full disk")
+def test_a_table_that_cannot_grow_is_named():
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        table = Table.__new__(Table)  # which would replace the file
+        table.path, table.rows = Path("/dev/full"), []
+        table.add({"step": 1})
 
 
 def test_a_folder_that_only_another_user_may_write_is_refused():

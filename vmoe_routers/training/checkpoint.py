@@ -54,6 +54,8 @@ def save(folder: Path, trainer: Trainer, info: dict[str, Any]) -> Path:
         try:
             write_state(trainer.state_dict(), checkpoint_id=partial, no_dist=not dist.is_initialized())
         except CheckpointException as error:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
             raise OSError(f"{final}: cannot be written: {_cause(error)}") from error
     if first:
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}

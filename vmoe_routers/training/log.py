@@ -109,11 +109,14 @@ class Table:
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row. The first row sets the columns."""
         self.rows.append({name: _short(value) for name, value in row.items()})
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]), extrasaction="ignore")
-            if len(self.rows) == 1:
-                writer.writeheader()
-            writer.writerow(self.rows[-1])
+        try:
+            with self.path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, list(self.rows[0]), extrasaction="ignore")
+                if len(self.rows) == 1:
+                    writer.writeheader()
+                writer.writerow(self.rows[-1])
+        except OSError as error:  # of a full disk, without the name of the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
