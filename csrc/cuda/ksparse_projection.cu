@@ -13,7 +13,10 @@ __device__ void project_row(
     const T* x,  // [n], in shared or device memory
     T* out,      // [n]
     int64_t n, int64_t k) {
-  const auto projection = project(team, n, k, 1, [&](int64_t i) { return x[i]; });
+  const auto value_at = [=](int64_t i) { return x[i]; };
+  const auto projection = project<T>(
+      team, Entries<Team, decltype(value_at)>{team, n, value_at}, n, k, 1,
+      Guess<T>{static_cast<T>(kUndefined), 0});
   const bool undefined = projection.tau != projection.tau;
   for (int64_t i = team.rank(); i < n; i += team.size()) {
     out[i] = undefined ? static_cast<T>(kUndefined) : static_cast<T>(projection.share(x[i], i, 1));

@@ -6,7 +6,11 @@
 // column projects, and one block per kPieceThreads tokens updates. L-BFGS still takes one block per
 // group, because its steps need many sums over all tokens, one after another.
 //
-// Projections are stored in compact form (simplex.h); their entries are computed when needed.
+// Projections are stored in compact form (simplex.h); their entries are computed when needed. In
+// shared memory, a bit mask per token names the experts that picked the token, which are few.
+//
+// The cut of a column moves little in a step of Adam, so its search begins at the cut of the step
+// before (Guess).
 #include <algorithm>
 
 #include "../ksparse_transport.h"
@@ -20,7 +24,10 @@ namespace {
 constexpr int kMostThreads = 512;
 constexpr int kMemory = 10;  // number of (step, change) pairs that L-BFGS keeps
 
-using Column = Projection<uint64_t>;
+// Up to this many tokens per lane, a warp keeps its column in registers.
+constexpr int kHeld = 8;
+
+using Column = Projection<double>;
 
 struct Seen {
   int32_t present, bad;  // number of present tokens; `bad` is not 0 if any entry is NaN or +inf
@@ -38,7 +45,9 @@ struct SemiDual {
   const int8_t* is_present;  // [T]  1 for present tokens, 0 for absent tokens; null: all present
   double* alpha;             // [T]  the current point
   Column* projected;         // [E]  the projected columns at alpha
+  uint32_t* pickers;         // [ceil(E / 32), T]  bit e: expert e picked the token; null: not kept
   double b, scale;           // n / E, gamma n / E
+  double reach;              // about how far a cut moves per step; 0 if unknown
 
   __device__ double value(int64_t t, int64_t e) const {
     return alpha[t] + static_cast<double>(columns[e * stride + t]);
@@ -47,16 +56,61 @@ struct SemiDual {
     return projected[e].share(value(t, e), t, scale);
   }
 
+  // Where to search first for the cut of column e.
+  __device__ Guess<double> guess(int64_t e) const {
+    return {reach > 0 ? projected[e].cut : kUndefined, reach};
+  }
+
   template <typename Team>
   __device__ void project(const Team& team, int64_t e) const {
-    const Column column =
-        cuda::project(team, tokens, k, scale, [&](int64_t t) { return value(t, e); });
+    const auto value_at = [&](int64_t t) { return value(t, e); };
+    const Entries<Team, decltype(value_at)> row{team, tokens, value_at};
+    const Column column = cuda::project(team, row, tokens, k, scale, guess(e));
     if (team.rank() == 0) projected[e] = column;
+    if (pickers) mark(row, column, e);
+  }
+  // Sets the bit of expert e in the masks of its picks.
+  template <typename Row>
+  __device__ void mark(const Row& row, const Column& column, int64_t e) const {
+    row.picks_of(column)(
+        [&](int64_t t, double) { atomicOr(&pickers[e / kWarp * tokens + t], 1u << (e % kWarp)); });
+  }
+  // Projects a column of up to kHeld tokens per lane of a warp.
+  __device__ void project_held(int64_t e) const {
+    const WarpTeam warp{};
+    const auto value_at = [&](int t) { return value(t, e); };
+    const HeldEntries<double, kHeld, WarpTeam, decltype(value_at)> row(
+        warp, static_cast<int>(tokens), value_at);
+    const Column column = cuda::project(warp, row, tokens, k, scale, guess(e));
+    if (warp.rank() == 0) projected[e] = column;
+    mark(row, column, e);
   }
   // Projects all columns, with one warp per column.
   __device__ void project() const {
-    for (int64_t e = threadIdx.x / kWarp; e < E; e += blockDim.x / kWarp) project(WarpTeam{}, e);
+    const bool held = pickers && tokens <= kHeld * kWarp;
+    for (int64_t e = threadIdx.x / kWarp; e < E; e += blockDim.x / kWarp) {
+      held ? project_held(e) : project(WarpTeam{}, e);
+    }
     __syncthreads();
+  }
+
+  // Calls body(value, share) for every expert that may have picked token t, in ascending order, and
+  // forgets the pickers of the token.
+  template <typename Body>
+  __device__ void each_share(int64_t t, Body&& body) const {
+    if (!pickers) {
+      for (int64_t e = 0; e < E; ++e) body(value(t, e), share(t, e));
+      return;
+    }
+    for (int64_t word = 0; word * kWarp < E; ++word) {
+      uint32_t& mask = pickers[word * tokens + t];
+      for (uint32_t left = mask; left != 0; left &= left - 1) {
+        const int64_t e = word * kWarp + __ffs(static_cast<int>(left)) - 1;
+        const double x = value(t, e);
+        body(x, projected[e].share_of_pick(x, scale));
+      }
+      mask = 0;
+    }
   }
 
   // The gradient of the negated objective with respect to alpha[t]. Writes the terms of token t in
@@ -64,11 +118,10 @@ struct SemiDual {
   __device__ double differentiate(int64_t t, double* part = nullptr) const {
     const double present = is_present ? is_present[t] : 1;
     double gradient = -present, sum = -present * alpha[t];
-    for (int64_t e = 0; e < E; ++e) {
-      const double p = share(t, e);
+    each_share(t, [&](double x, double p) {
       gradient += b * p;
-      if (part && p > 0) sum += b * (value(t, e) * p - scale / 2 * p * p);
-    }
+      if (part && p > 0) sum += b * (x * p - scale / 2 * p * p);
+    });
     if (part) *part = sum;
     return gradient;
   }
@@ -91,6 +144,7 @@ struct Task {
   T* plan;              // [G, T, E]
   int64_t tokens, E, k, iterations;
   double learning_rate, tolerance, gamma;
+  double reach;     // as in SemiDual
   double* vectors;  // [G, vectors_of_group, T]  the vectors of the solver
   int64_t vectors_of_group;
 
@@ -110,7 +164,7 @@ struct Task {
   }
   __device__ SemiDual<T> dual(const Seen& seen) const {
     const double b = static_cast<double>(seen.present) / static_cast<double>(E);
-    return {tokens, E, k, 0, nullptr, nullptr, nullptr, nullptr, b, gamma * b};
+    return {tokens, E, k, 0, nullptr, nullptr, nullptr, nullptr, nullptr, b, gamma * b, reach};
   }
   __device__ SemiDual<T> dual_of(int64_t g, const Seen& seen) const {
     SemiDual<T> of_group = dual(seen);
@@ -141,14 +195,17 @@ struct Task {
   }
 };
 
+// Ends with the projections at the last alpha, like solve_lbfgs.
 template <typename T>
 __device__ void solve_adam(
     const Task<T>& task, const SemiDual<T>& dual, const BlockTeam& team, int64_t g) {
   double *mean = task.vector(g, 0), *square = task.vector(g, 1);
   for (int64_t t = team.rank(); t < dual.tokens; t += team.size()) mean[t] = square[t] = 0;
   double decay1 = 1, decay2 = 1;
-  for (int64_t i = 0; i < task.iterations; ++i) {
+  bool stops = false;
+  for (int64_t i = 0;; ++i) {
     dual.project();
+    if (i == task.iterations || stops) return;
     decay1 *= 0.9;
     decay2 *= 0.999;
     const Adam adam{task.learning_rate, 1 - decay1, 1 - decay2};
@@ -157,7 +214,7 @@ __device__ void solve_adam(
       dual.take_step(adam, t, gradient, mean, square);
       return gradient * gradient;
     });
-    if (sqrt(norm) <= task.tolerance) return;
+    stops = sqrt(norm) <= task.tolerance;
   }
 }
 
@@ -247,13 +304,15 @@ __device__ void solve_lbfgs(
   }
   each([&](int64_t t) { dual.alpha[t] = alpha[t]; });
   __syncthreads();
+  dual.project();
 }
 
 template <typename T>
 size_t shared_of_group(int64_t tokens, int64_t E) {
   return static_cast<size_t>(tokens) * (sizeof(double) + sizeof(int64_t)) +
          static_cast<size_t>(E) * sizeof(Column) +
-         static_cast<size_t>(E * (tokens | 1)) * sizeof(T);
+         static_cast<size_t>(E * (tokens | 1)) * sizeof(T) +
+         static_cast<size_t>(ceil_div(E, kWarp) * tokens) * sizeof(uint32_t);
 }
 
 // A group in the block's shared memory. Absent tokens are removed from the columns, so that results
@@ -269,6 +328,11 @@ class StagedGroup {
     place_ = reinterpret_cast<int64_t*>(alpha_ + tokens_);
     projected_ = reinterpret_cast<Column*>(place_ + tokens_);
     columns_ = reinterpret_cast<T*>(projected_ + E);
+    pickers_ = reinterpret_cast<uint32_t*>(columns_ + E * stride_);
+    for (int64_t i = team.rank(); i < ceil_div(E, kWarp) * tokens_; i += team.size()) {
+      pickers_[i] = 0;
+    }
+    for (int64_t e = team.rank(); e < E; e += team.size()) projected_[e].cut = kUndefined;
     int32_t bad = 0, present = 0;
     each_entry(tokens_, E, [&](int64_t t, int64_t e) {
       const T x = task.similarity[(g * tokens_ + t) * E + e];
@@ -299,6 +363,7 @@ class StagedGroup {
     dual.columns = columns_;
     dual.alpha = alpha_;
     dual.projected = projected_;
+    dual.pickers = pickers_;
     return dual;
   }
 
@@ -335,6 +400,7 @@ class StagedGroup {
   int64_t* place_;     // [T]  position of a token in the columns, or -1 if it is absent
   Column* projected_;  // [E]
   T* columns_;         // [E, T | 1]; an odd stride avoids bank conflicts
+  uint32_t* pickers_;  // [ceil(E / 32), T]
   Seen seen_;
 };
 
@@ -348,11 +414,11 @@ __device__ void solve(
   } else {
     solve_lbfgs(task, dual, team, g);
   }
-  dual.project();
 }
 
 template <typename T, Solver kSolver>
-__global__ void __launch_bounds__(kMostThreads) group_kernel(Task<T> task) {
+__global__ void __launch_bounds__(kMostThreads, kSolver == Solver::kAdam ? 2 : 1)
+    group_kernel(Task<T> task) {
   __shared__ BlockTeam::Storage storage;
   const BlockTeam team(storage);
   const int64_t g = blockIdx.x;
@@ -389,7 +455,7 @@ __global__ void __launch_bounds__(kPieceThreads) read_kernel(Task<T> task) {
   if (threadIdx.x == 0) task.seen_of_piece[blockIdx.x] = seen;
 }
 
-// Joins the `seen` of all pieces of a group.
+// Joins the `seen` of all pieces of a group, and marks its projections as not computed.
 template <typename T>
 __global__ void __launch_bounds__(kPieceThreads) join_kernel(Task<T> task) {
   __shared__ BlockTeam::Storage storage;
@@ -400,13 +466,16 @@ __global__ void __launch_bounds__(kPieceThreads) join_kernel(Task<T> task) {
   };
   const Seen seen{sum(&Seen::present), sum(&Seen::bad)};
   if (threadIdx.x == 0) task.seen[blockIdx.x] = seen;
+  for (int64_t e = team.rank(); e < task.E; e += team.size()) {
+    task.projected[blockIdx.x * task.E + e].cut = kUndefined;  // no guess for the first step
+  }
 }
 
 // The first launch of a step of Adam: projects the columns at alpha. After the last step it is
 // launched once more, for the plan. A group stops after the update whose gradient met the
 // tolerance.
 template <typename T>
-__global__ void __launch_bounds__(kMostThreads) columns_kernel(Task<T> task, int64_t step) {
+__global__ void __launch_bounds__(kMostThreads, 2) columns_kernel(Task<T> task, int64_t step) {
   __shared__ BlockTeam::Storage storage;
   const BlockTeam team(storage);
   const int64_t g = blockIdx.x / task.E, e = blockIdx.x % task.E;
@@ -477,6 +546,8 @@ struct Layout {
     task.k = std::min(options.k, tokens);
     task.iterations = options.iterations;
     task.learning_rate = options.learning_rate;
+    // Adam moves an entry of alpha by about the learning rate.
+    task.reach = options.solver == Solver::kAdam ? options.learning_rate : 0;
     task.tolerance = options.tolerance;
     task.gamma = options.gamma;
     task.vectors_of_group = options.solver == Solver::kAdam ? 2 : 4 + 2 * (kMemory + 1);

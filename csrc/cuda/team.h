@@ -2,12 +2,28 @@
 // or a block. A reduction has a fixed order, and every thread of the team gets its result.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "../common/infinity.h"
+#include "../common/order.h"
 #include "launch.h"
 
 namespace vmoe::cuda {
+
+// The inverse of order_key, which returns some NaN for the key of NaN.
+__device__ inline float value_of(uint32_t key) {
+  const uint32_t bits = key & 0x80000000u ? key ^ 0x80000000u : ~key;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+__device__ inline double value_of(uint64_t key) {
+  const uint64_t bits = key >> 63 ? key ^ (uint64_t{1} << 63) : ~key;
+  double value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 struct Sum {
   template <typename V>
@@ -33,6 +49,27 @@ struct Largest {
   }
 };
 
+template <typename Join>
+constexpr bool kExtreme = std::is_same_v<Join, Least> || std::is_same_v<Join, Largest>;
+
+// The least or largest key (order.h) of a warp, by one or two instructions instead of a butterfly
+// of shuffles.
+template <typename Join>
+__device__ uint32_t extreme(uint32_t key) {
+  if constexpr (std::is_same_v<Join, Least>) {
+    return __reduce_min_sync(kAllLanes, key);
+  } else {
+    return __reduce_max_sync(kAllLanes, key);
+  }
+}
+template <typename Join>
+__device__ uint64_t extreme(uint64_t key) {
+  const auto top = static_cast<uint32_t>(key >> 32), first = extreme<Join>(top);
+  const uint32_t none = std::is_same_v<Join, Least> ? UINT32_MAX : 0;
+  const uint32_t rest = extreme<Join>(top == first ? static_cast<uint32_t>(key) : none);
+  return uint64_t{first} << 32 | rest;
+}
+
 // Reduces the values of `lanes` adjacent lanes by `join`; `lanes` is a power of two. All lanes of
 // the warp must call this.
 template <typename V, typename Join>
@@ -57,6 +94,8 @@ class LaneTeam {
   __device__ V join(V value, Join join) const {
     if constexpr (std::is_same_v<V, int32_t> && std::is_same_v<Join, Sum>) {
       return static_cast<int32_t>(__reduce_add_sync(mask(), static_cast<unsigned>(value)));
+    } else if constexpr (kLanes == kWarp && kExtreme<Join> && std::is_floating_point_v<V>) {
+      return value_of(extreme<Join>(order_key(value)));
     } else {
       for (int turn = kLanes / 2; turn > 0; turn /= 2) {
         value = join(value, __shfl_xor_sync(mask(), value, turn));
