@@ -24,8 +24,9 @@ bool in_wide_pieces(int64_t D, const Rows*... rows) {
 
 // Loads entries [at, at + kWideEntries) of a row of n entries; entries from n on are `otherwise`.
 // With `wide` it is one load of 16 bytes, which may also read memory after the end of the row.
-template <typename T>
-__device__ Wide<T> load_entries(const T* row, int64_t at, int64_t n, bool wide, T otherwise) {
+template <typename T, typename Index>
+__device__ Wide<T> load_entries(
+    const T* row, Index at, std::type_identity_t<Index> n, bool wide, T otherwise) {
   Wide<T> piece = {};
   if (wide && at < n) piece = *reinterpret_cast<const Wide<T>*>(row + at);
 #pragma unroll

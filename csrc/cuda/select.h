@@ -19,6 +19,12 @@ __device__ Pick<Key> no_pick() {
   return {0, INT32_MAX};
 }
 
+// Whether `a` comes before `b` (Pick::before), without a branch.
+template <typename Key>
+__device__ bool precedes(const Pick<Key>& a, const Pick<Key>& b) {
+  return (a.key > b.key) | ((a.key == b.key) & (a.index < b.index));
+}
+
 // The first of the picks of kLanes adjacent lanes, one pick per lane. All lanes get it.
 template <int kLanes, typename Key>
 __device__ Pick<Key> first_of_lanes(Pick<Key> pick) {
@@ -31,7 +37,9 @@ __device__ Pick<Key> first_of_lanes(Pick<Key> pick) {
     for (int turn = kLanes / 2; turn > 0; turn /= 2) {
       const Pick<Key> other{
           __shfl_xor_sync(kAllLanes, pick.key, turn), __shfl_xor_sync(kAllLanes, pick.index, turn)};
-      if (other.before(pick)) pick = other;
+      const bool first = precedes(other, pick);
+      pick.key = first ? other.key : pick.key;
+      pick.index = first ? other.index : pick.index;
     }
     return pick;
   }
@@ -41,16 +49,11 @@ constexpr int kFew = 16;
 
 // Selects k <= kFew picks from a short row, whose keys are in the registers of kLanes lanes: kEach
 // keys per lane, in runs of kTogether keys that are adjacent in memory. Round j finds the first
-// remaining key of every lane, and then the first among the lanes, which is pick j. Lane j % kLanes
-// keeps its index in picks[j / kLanes] and its key in picked[j / kLanes].
+// remaining key of every lane, and then the first among the lanes, which is pick j.
 template <typename Key, int kLanes, int kEach, int kTogether>
 class Few {
  public:
-  static constexpr int kPicks = (kFew + kLanes - 1) / kLanes;
-
   Key keys[kEach];
-  int32_t picks[kPicks] = {};
-  Key picked[kPicks] = {};
 
   static __device__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
 
@@ -59,25 +62,28 @@ class Few {
     return (i / kTogether * kLanes + lane()) * kTogether + i % kTogether;
   }
 
-  // All lanes of the warp must call this, with the same k.
-  __device__ void select(int64_t k) {
+  // Calls visit(j, pick) on all lanes for pick j = 0, ..., k - 1. All lanes of the warp must call
+  // this, with the same k.
+  template <typename Visit>
+  __device__ void select(int k, Visit&& visit) {
+    int gone = kEach;  // the position in `keys` of the last pick, if it was a key of this lane
+#pragma unroll 1
+    for (int j = 0; j < k; ++j) {
+      if (j > 0) {
 #pragma unroll
-    for (int j = 0; j < kFew; ++j) {
-      if (j >= k) break;
-      Pick<Key> best = no_pick<Key>();
+        for (int i = 0; i < kEach; ++i) keys[i] = i == gone ? Key{0} : keys[i];
+      }
+      Key key = 0;
+      int at = kEach;
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        if (keys[i] > best.key) best = {keys[i], index(i)};
+        at = keys[i] > key ? i : at;
+        key = keys[i] > key ? keys[i] : key;
       }
-      best = first_of_lanes<kLanes>(best);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        if (index(i) == best.index) keys[i] = 0;
-      }
-      if (lane() == j % kLanes) {
-        picks[j / kLanes] = best.index;
-        picked[j / kLanes] = best.key;
-      }
+      const int32_t own = index(at);
+      const Pick<Key> pick = first_of_lanes<kLanes>(Pick<Key>{key, own});
+      gone = pick.index == own ? at : kEach;
+      visit(j, pick);
     }
   }
 };
@@ -93,7 +99,7 @@ __device__ void sort_picks(Pick<Key>* picks, int size) {
         const int i = pair / step * step * 2 + pair % step, j = i + step;
         const bool ascending = (i & run) == 0;
         const Pick<Key> a = picks[i], b = picks[j];
-        if (b.before(a) == ascending) {
+        if (precedes(b, a) == ascending) {
           picks[i] = b;
           picks[j] = a;
         }

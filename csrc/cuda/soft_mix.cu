@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) slots_kernel(
   const bool has_row = row < rows;
   Softmax softmax;
   // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
-  softmax.read(logits + (has_row ? row : rows - 1) * S, S, wide);
+  softmax.read(logits + (has_row ? row : rows - 1) * S, static_cast<int>(S), wide);
   if constexpr (kBackward) {
     T* of = grad + row * S;
     Wide<T> pieces[kEach / kTogether];

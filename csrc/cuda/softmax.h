@@ -80,6 +80,11 @@ __device__ T sum_of_lanes(T value) {
   return value;
 }
 
+// Number of sums of a lane that holds kEach entries of a row. If the row has fewer lanes than a
+// warp, each sum has 4 entries: the result is the same as with one lane per 4 entries.
+template <int kLanes, int kEach>
+constexpr int kSumsOfLane = kLanes < kWarp ? kEach / 4 : 1;
+
 // The softmax of a row of up to kLanes * kEach entries, in the registers of kLanes lanes. Positions
 // after the end of the row hold -inf, which adds 0 to the sum.
 template <typename T, int kLanes, int kEach>
@@ -91,24 +96,36 @@ struct RowSoftmax {
   T high, scale;    // the norms of softmax_gather.h
 
   // All lanes of the warp must call this. wide: whether the row allows loads of 16 bytes.
-  __device__ void read(const T* __restrict__ row, int64_t n, bool wide) {
+  __device__ void read(const T* __restrict__ row, int n, bool wide) {
     high = kAbsent<T>;
+    const bool whole = wide && n % kTogether == 0;  // no piece of 16 bytes ends after the row
 #pragma unroll
     for (int i = 0; i < kEach; i += kTogether) {
-      const Wide<T> piece = load_entries(row, Picks::index(i), n, wide, kAbsent<T>);
+      const int at = Picks::index(i);
+      Wide<T> piece;
+      if (!whole) {
+        piece = load_entries(row, at, n, wide, kAbsent<T>);
+      } else if (at < n) {
+        piece = *reinterpret_cast<const Wide<T>*>(row + at);
+      }
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) powers[i + j] = piece.entry[j];
+      for (int j = 0; j < kTogether; ++j) {
+        powers[i + j] = whole && at >= n ? kAbsent<T> : piece.entry[j];
+      }
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) high = larger(powers[i], high);
     high = softmax_shift(max_of_lanes<kLanes>(high));
-    T total = 0;
+    constexpr int kSums = kSumsOfLane<kLanes, kEach>;
+    T totals[kSums] = {};
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       powers[i] = exp_negative(powers[i] - high);
-      total += powers[i];
+      totals[i / kTogether % kSums] += powers[i];
     }
-    scale = softmax_scale(sum_of_lanes<kLanes>(total));
+#pragma unroll
+    for (int i = 1; i < kSums; ++i) totals[0] += totals[i];
+    scale = softmax_scale(sum_of_lanes<kLanes>(totals[0]));
   }
 
   __device__ bool absent() const { return scale == 0; }
@@ -130,9 +147,9 @@ void by_row_length(int64_t n, Body&& body) {
   if (n <= 16) {
     body(RowShape<4, 4>{});
   } else if (n <= 32) {
-    body(RowShape<8, 4>{});
+    body(RowShape<4, 8>{});
   } else if (n <= 64) {
-    body(RowShape<16, 4>{});
+    body(RowShape<8, 8>{});
   } else if (n <= 128) {
     body(RowShape<kWarp, 4>{});
   } else if (n <= 256) {
@@ -196,7 +213,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) norms_kernel(
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   RowSoftmax<T, kLanes, kEach> softmax;
   // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
-  softmax.read(logits + (row < rows ? row : rows - 1) * n, n, wide);
+  softmax.read(logits + (row < rows ? row : rows - 1) * n, static_cast<int>(n), wide);
   if (row < rows && threadIdx.x % kLanes == 0) {
     high[row] = softmax.high;
     scale[row] = softmax.scale;

@@ -153,7 +153,8 @@ void softmax_gather_backward(
         indices, inverse.offsets, inverse.slots, nullptr, {G, tokens, E, K}, inverse.rest, stream);
   }
   by_row_length(std::min(E, kLongestRow), [&](auto shape) {
-    constexpr int kLanes = decltype(shape)::kLanes;
+    using Shape = decltype(shape);
+    constexpr int kLanes = Shape::kLanes * kSumsOfLane<Shape::kLanes, Shape::kEach>;
     launch(
         backward_kernel<T, kLanes>, ceil_div(G * tokens * kLanes, kSoftmaxThreads), kSoftmaxThreads,
         0, stream, grad, values, indices, inverse.offsets, inverse.slots, logits, high, scale,

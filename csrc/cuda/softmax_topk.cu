@@ -18,19 +18,30 @@
 namespace vmoe::cuda {
 namespace {
 
-// The inverse of order_key (common/order.h), for gates, which are at least +0 or NaN.
-__device__ inline float gate_of(uint32_t key) {
-  const uint32_t bits = key & 0x7FFFFFFF;
-  float gate;
-  memcpy(&gate, &bits, sizeof(gate));
-  return gate;
-}
-__device__ inline double gate_of(uint64_t key) {
-  const uint64_t bits = key & 0x7FFFFFFFFFFFFFFF;
-  double gate;
-  memcpy(&gate, &bits, sizeof(gate));
-  return gate;
-}
+// order_key (common/order.h) of the gates of a row, in one instruction. The gates are at least +0,
+// or all of them are NaN, because their scale is.
+template <typename T>
+class GateKeys {
+ public:
+  using Key = OrderKey<T>;
+  explicit __device__ GateKeys(T scale) : set_(scale == scale ? kTop : ~Key{0}) {}
+
+  __device__ Key operator()(T gate) const {
+    Key bits;
+    memcpy(&bits, &gate, sizeof(bits));
+    return bits | set_;
+  }
+  static __device__ T gate(Key key) {
+    key &= ~kTop;
+    T gate;
+    memcpy(&gate, &key, sizeof(gate));
+    return gate;
+  }
+
+ private:
+  static constexpr Key kTop = Key{1} << (8 * sizeof(Key) - 1);
+  Key set_;  // the bits to set
+};
 
 template <typename T>
 struct Chosen {
@@ -42,6 +53,7 @@ struct Chosen {
     values[row * k + j] = value;
     indices[row * k + j] = index;
   }
+  __device__ int count() const { return static_cast<int>(k); }
 };
 
 template <typename T, int kLanes, int kEach>
@@ -50,30 +62,27 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_rows_kernel(
     Chosen<T> chosen,
     T* __restrict__ high,   // [rows]
     T* __restrict__ scale,  // [rows]
-    int64_t E, int64_t rows, bool wide) {
+    int E, int64_t rows, bool wide) {
   using Softmax = RowSoftmax<T, kLanes, kEach>;
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   Softmax softmax;
   // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
   softmax.read(logits + (row < rows ? row : rows - 1) * E, E, wide);
   typename Softmax::Picks few;
+  // Positions after the end of the row have the gate 0, or NaN like the row. They are never picked,
+  // because they come after the E entries of the row, of which k <= E are picked.
+  const GateKeys<T> key_of(softmax.scale);
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    few.keys[i] = few.index(i) < E ? order_key(softmax.gate(i)) : 0;
-  }
-  few.select(chosen.k);
-  if (row >= rows) return;
-  if (few.lane() == 0) {
+  for (int i = 0; i < kEach; ++i) few.keys[i] = key_of(softmax.gate(i));
+  const bool writes = row < rows && few.lane() == 0, absent = softmax.absent();
+  if (writes) {
     high[row] = softmax.high;
     scale[row] = softmax.scale;
   }
-#pragma unroll
-  for (int i = 0; i < few.kPicks; ++i) {
-    const int j = i * kLanes + few.lane();
-    if (j >= chosen.k) continue;
-    const bool absent = softmax.absent();
-    chosen.write(row, j, absent ? T{0} : gate_of(few.picked[i]), absent ? -1 : few.picks[i]);
-  }
+  few.select(chosen.count(), [&](int j, const auto& pick) {
+    const T gate = absent ? T{0} : key_of.gate(pick.key);
+    if (writes) chosen.write(row, j, gate, absent ? -1 : pick.index);
+  });
 }
 
 constexpr int kWarps = kSoftmaxThreads / kWarp;
@@ -95,16 +104,16 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
   const Norms<T> norms = norms_of_block(from, E);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   constexpr int64_t kPart = kWarp * kEachOfLong;
+  const GateKeys<T> key_of(norms.scale);
   Few<Key, kWarp, kEachOfLong, 1> few;
 #pragma unroll
   for (int i = 0; i < kEachOfLong; ++i) {
     const int64_t e = warp * kPart + few.index(i);
-    few.keys[i] = e < E ? order_key(exp_negative(from[e] - norms.high) * norms.scale) : 0;
+    few.keys[i] = e < E ? key_of(exp_negative(from[e] - norms.high) * norms.scale) : 0;
   }
-  few.select(k);
-  if (few.lane() < k) {
-    candidates[warp * k + few.lane()] = {few.picked[0], few.picks[0]};
-  }
+  few.select(chosen.count(), [&](int j, const Pick<Key>& pick) {
+    if (few.lane() == 0) candidates[warp * k + j] = pick;
+  });
   __syncthreads();
   if (warp > 0) return;
   Few<Key, kWarp, kWarps * kFew / kWarp, 1> best;
@@ -112,13 +121,12 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
   for (int i = 0; i < kWarps * kFew / kWarp; ++i) {
     best.keys[i] = best.index(i) < kWarps * k ? candidates[best.index(i)].key : 0;
   }
-  best.select(k);
-  if (best.lane() < k) {
+  best.select(chosen.count(), [&](int j, const Pick<Key>& pick) {
+    if (best.lane() > 0) return;
     const bool absent = norms.scale == 0;
-    const int32_t at = best.picks[0];
-    const auto e = static_cast<int32_t>(at / k * kPart) + candidates[at].index;
-    chosen.write(row, best.lane(), absent ? T{0} : gate_of(best.picked[0]), absent ? -1 : e);
-  }
+    const auto e = static_cast<int32_t>(pick.index / k * kPart) + candidates[pick.index].index;
+    chosen.write(row, j, absent ? T{0} : key_of.gate(pick.key), absent ? -1 : e);
+  });
   if (best.lane() == 0) {
     high[row] = norms.high;
     scale[row] = norms.scale;
@@ -144,7 +152,7 @@ __device__ void gates_to_tile(
     // All lanes of a warp must take part in the shuffles of `read`.
     const int64_t t = has_token ? begin + own : count - 1;
     Softmax softmax;
-    softmax.read(logits + t * E, E, wide);
+    softmax.read(logits + t * E, static_cast<int>(E), wide);
     if (!has_token) continue;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -178,12 +186,12 @@ __global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
     for (int i = 0; i < kTokens; ++i) {
       few.keys[i] = few.index(i) < tokens ? order_key(gates[few.index(i)]) : 0;
     }
-    few.select(chosen.k);
-    if (few.lane() < chosen.k) {
-      const T gate = gates[few.picks[0]];
+    few.select(chosen.count(), [&](int j, const auto& pick) {
+      if (few.lane() > 0) return;
+      const T gate = gates[pick.index];
       const bool absent = gate == kAbsent<T>;
-      chosen.write(g * E + e, few.lane(), absent ? T{0} : gate, absent ? -1 : few.picks[0]);
-    }
+      chosen.write(g * E + e, j, absent ? T{0} : gate, absent ? -1 : pick.index);
+    });
   }
 }
 
@@ -349,7 +357,7 @@ void softmax_topk(
         launch(
             few_of_rows_kernel<T, Shape::kLanes, Shape::kEach>,
             ceil_div(layout.rows * Shape::kLanes, kSoftmaxThreads), kSoftmaxThreads, 0, stream,
-            logits, chosen, high, scale, E, layout.rows, wide);
+            logits, chosen, high, scale, static_cast<int>(E), layout.rows, wide);
       });
     case Way::kFewOfLongRows:
       return launch(

@@ -42,20 +42,19 @@ __device__ void load_keys(
   }
 }
 
+// Selects k entries of the row at `from`, of which `few` has the keys. Writes them if `writes`.
 template <typename T, int kLanes, int kEach, int kTogether>
-__device__ void write_picks(
-    const Few<OrderKey<T>, kLanes, kEach, kTogether>& few, const T* from,
+__device__ void select_entries(
+    Few<OrderKey<T>, kLanes, kEach, kTogether>& few, const T* from,
     T* __restrict__ values,         // [k]
     int32_t* __restrict__ indices,  // [k]
-    int64_t k) {
-#pragma unroll
-  for (int i = 0; i < few.kPicks; ++i) {
-    const int j = i * kLanes + few.lane();
-    if (j >= k) continue;
+    int64_t k, bool writes) {
+  few.select(static_cast<int>(k), [&](int j, const auto& pick) {
+    if (!writes || few.lane() > 0) return;
     // The value is read again, because the key has lost the sign of zero and the payload of a NaN.
-    values[j] = from[few.picks[i]];
-    indices[j] = few.picks[i];
-  }
+    values[j] = from[pick.index];
+    indices[j] = pick.index;
+  });
 }
 
 template <typename T, int kLanes, int kEach, bool kWide>
@@ -69,8 +68,7 @@ __global__ void __launch_bounds__(kFewThreads) few_of_rows_kernel(
   const T* from = x + (row < rows ? row : rows - 1) * n;
   Few<OrderKey<T>, kLanes, kEach, kWideEntries<T>> few;
   load_keys<T, kLanes, kEach, kWideEntries<T>, kWide>(few, from, n);
-  few.select(k);
-  if (row < rows) write_picks(few, from, values + row * k, indices + row * k, k);
+  select_entries(few, from, values + row * k, indices + row * k, k, row < rows);
 }
 
 template <typename T, int kEach>
@@ -93,8 +91,7 @@ __global__ void __launch_bounds__(kFewThreads) few_of_columns_kernel(
     const int64_t row = a * M + m + c;
     Few<OrderKey<T>, kWarp, kEach, 1> few;
     load_keys<T, kWarp, kEach, 1, false>(few, from, n);
-    few.select(k);
-    write_picks(few, from, values + row * k, indices + row * k, k);
+    select_entries(few, from, values + row * k, indices + row * k, k, true);
   }
 }
 
