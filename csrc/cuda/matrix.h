@@ -53,6 +53,7 @@ __device__ void each_column(int64_t E, double* storage, double* out, Join join, 
     __syncthreads();
     if (segment == 0) {
       double joined = storage[column];
+#pragma unroll 8  // loads that do not wait for the sums before them
       for (int i = 1; i < segments; ++i) joined = join(joined, storage[i * width + column]);
       out[column] = joined;
     }

@@ -124,6 +124,7 @@ class BlockTeam {
     if (rank() % kWarp == 0) values[rank() / kWarp] = value;
     __syncthreads();
     V joined = values[0];
+#pragma unroll 8  // loads that do not wait for the join before them
     for (int warp = 1; warp < size() / kWarp; ++warp) joined = join(joined, values[warp]);
     return joined;
   }
