@@ -19,7 +19,7 @@ constexpr int kMostPlaces = 4096;    // most slots per expert: a block sorts the
 constexpr int64_t kMostKeys = 8192;  // most keys that a block keeps in shared memory
 
 // Writes the list of every expert's requests, and -1 to all slots.
-__global__ void __launch_bounds__(kMostWarps* kWarp) list_kernel(
+__global__ void __launch_bounds__(kMostWarps* kWarp, 4) list_kernel(
     const int32_t* __restrict__ expert,   // [G, T, K]
     const int32_t* __restrict__ counted,  // [G, chunks, E], not read if there is one chunk
     int32_t* __restrict__ begins,         // [G, E + 1]  where the list of each expert begins
@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) list_kernel(
   int32_t* counts = dynamic_shared<int32_t>();             // [warps, E]
   int32_t* begin = counts + blockDim.x / kWarp * shape.E;  // [E]
   const Chunk at(shape);
-  const Requests requests = requests_of(expert, nullptr, at.group, shape);
-  count_chunk(requests, at.begin, at.end, counts);
+  const Run run(requests_of(expert, nullptr, at.group, shape), at);
+  count_chunk(run, shape.E, counts);
   add_up(shape, at, counted, counts, begin);
   if (threadIdx.x < kWarp) {  // one warp replaces the numbers of requests by their prefix sums
     const int lane = static_cast<int>(threadIdx.x);
@@ -53,12 +53,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) list_kernel(
   }
   __syncthreads();
   const int64_t first = at.group * shape.tokens * shape.K;
-  count_run(
-      requests, at.begin, at.end, counts + threadIdx.x / kWarp * shape.E,
-      [&](int32_t id, int32_t e, int32_t place) {
-        slot[first + id] = -1;
-        if (e >= 0) lists[first + begin[e] + place] = id;
-      });
+  run.count(counts + threadIdx.x / kWarp * shape.E, [&](int32_t id, int32_t e, int32_t place) {
+    slot[first + id] = -1;
+    if (e >= 0) lists[first + begin[e] + place] = id;
+  });
 }
 
 // The order in which the requests of an expert are served: first by choice, then by descending

@@ -12,7 +12,7 @@ namespace vmoe::cuda {
 namespace {
 
 // Writes the slot of every request, which is its rank if that is below C.
-__global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
+__global__ void __launch_bounds__(kMostWarps* kWarp, 4) place_kernel(
     const int32_t* __restrict__ expert,   // [G, T, K]
     const int32_t* __restrict__ order,    // [G, T] or null
     const int32_t* __restrict__ counted,  // [G, chunks, E], not read if there is one chunk
@@ -22,18 +22,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) place_kernel(
   int32_t* counts = dynamic_shared<int32_t>();             // [warps, E]
   int32_t* total = counts + blockDim.x / kWarp * shape.E;  // [E]
   const Chunk at(shape);
-  const Requests requests = requests_of(expert, order, at.group, shape);
-  count_chunk(requests, at.begin, at.end, counts);
+  const Run run(requests_of(expert, order, at.group, shape), at);
+  count_chunk(run, shape.E, counts);
   add_up(shape, at, counted, counts, total);
   int32_t* holder = source + at.group * shape.E * shape.C;
-  count_run(
-      requests, at.begin, at.end, counts + threadIdx.x / kWarp * shape.E,
-      [&](int32_t id, int32_t e, int32_t place) {
-        const bool placed = e >= 0 && place < shape.C;
-        const auto s = static_cast<int32_t>(e * shape.C + place);
-        slot[at.group * shape.tokens * shape.K + id] = placed ? s : -1;
-        if (placed) holder[s] = id;
-      });
+  run.count(counts + threadIdx.x / kWarp * shape.E, [&](int32_t id, int32_t e, int32_t place) {
+    const bool placed = e >= 0 && place < shape.C;
+    const auto s = static_cast<int32_t>(e * shape.C + place);
+    slot[at.group * shape.tokens * shape.K + id] = placed ? s : -1;
+    if (placed) holder[s] = id;
+  });
   // Marks the empty slots. Every block has the total of every expert, and marks its share of the
   // slots.
   for (int64_t s = at.chunk * blockDim.x + threadIdx.x; s < shape.E * shape.C;

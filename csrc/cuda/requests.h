@@ -5,17 +5,19 @@
 // one block per chunk, and each chunk into runs, one warp per run. First every warp counts the
 // requests of its run per expert, in its own counters in shared memory, without atomics. The sum of
 // the counts of all earlier runs is the rank of its first request for each expert. With these ranks
-// as counters, the warp then passes over its run again and gets the rank of every request.
+// as counters, the warp then passes over its run again and gets the rank of every request. It reads
+// the run once and keeps it in registers.
 #pragma once
 
 #include "../common/slots.h"
-#include "launch.h"
+#include "team.h"
 
 namespace vmoe::cuda {
 namespace {
 
 constexpr int kMostWarps = 8;
-constexpr int64_t kRun = 256;  // requests per warp
+constexpr int kTurns = 8;  // most requests of a run per lane
+constexpr int64_t kRun = kTurns * kWarp;
 
 struct Requests {
   const int32_t* expert;  // [T, K]  of one group
@@ -24,7 +26,8 @@ struct Requests {
 
   // The id, t * K + k, of the i-th request to be served.
   __device__ int32_t id(int64_t i) const {
-    const int64_t k = i / tokens, t = i % tokens;
+    const auto of_all = static_cast<uint32_t>(i), size = static_cast<uint32_t>(tokens);
+    const uint32_t k = of_all / size, t = of_all - k * size;  // ids fit in 32 bits
     return static_cast<int32_t>((order ? order[t] : t) * K + k);
   }
   // The requested expert, or -1 if `id` requests none.
@@ -34,39 +37,14 @@ struct Requests {
   }
 };
 
-// Adds the requests [begin, end), the run of this warp, to counts [E]. Calls visit(id, expert,
-// rank) for every request, where rank is counts[expert] before the request.
-template <typename Visit>
-__device__ void count_run(
-    const Requests& requests, int64_t begin, int64_t end, int32_t* counts, Visit&& visit) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int64_t base = begin; base < end; base += kWarp) {
-    const int64_t i = base + lane;
-    const int32_t id = i < end ? requests.id(i) : -1;
-    const int32_t e = id < 0 ? -1 : requests.expert_of(id);
-    const unsigned same = __match_any_sync(kAllLanes, e);
-    const int32_t before = e < 0 ? 0 : counts[e];
-    __syncwarp();  // all lanes have read counts
-    const int rank = __popc(same & ((1u << lane) - 1));
-    if (e >= 0 && rank == 0) counts[e] = before + __popc(same);
-    __syncwarp();
-    if (id >= 0) visit(id, e, before + rank);
-  }
-}
-
-// Counts the runs of all warps of the block: counts [warps, E], in shared memory.
-__device__ void count_chunk(const Requests& requests, int64_t begin, int64_t end, int32_t* counts) {
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  for (int64_t i = threadIdx.x; i < warps * requests.E; i += blockDim.x) counts[i] = 0;
-  __syncthreads();
-  count_run(
-      requests, begin, end, counts + threadIdx.x / kWarp * requests.E,
-      [](int32_t, int32_t, int32_t) {});
-  __syncthreads();
-}
-
 struct Shape : Slots {
   int64_t K, chunks;  // requests per token; chunks per group
+
+  // Requests per warp, a multiple of 32: kRun, or in a single chunk as many as make the runs equal.
+  __device__ int64_t run() const {
+    if (chunks > 1) return kRun;
+    return ceil_div(tokens * K, blockDim.x) * kWarp;
+  }
 };
 
 // The chunk of this block, and the run [begin, end) of this warp.
@@ -76,12 +54,59 @@ struct Chunk {
   __device__ explicit Chunk(const Shape& shape) {
     group = blockIdx.x / shape.chunks;
     chunk = blockIdx.x % shape.chunks;
-    const int64_t run = (chunk * blockDim.x + threadIdx.x) / kWarp;
-    const int64_t all = shape.tokens * shape.K;
-    begin = run * kRun < all ? run * kRun : all;
-    end = begin + kRun < all ? begin + kRun : all;
+    const int64_t all = shape.tokens * shape.K, run = shape.run();
+    const int64_t first = (chunk * blockDim.x + threadIdx.x) / kWarp * run;
+    begin = first < all ? first : all;
+    end = begin + run < all ? begin + run : all;
   }
 };
+
+// The run of this warp. Lane i has the requests i, i + 32, ...
+struct Run {
+  int32_t id[kTurns], expert[kTurns];  // -1: no request; no expert
+  int turns;
+
+  __device__ Run(const Requests& requests, const Chunk& at)
+      : turns(static_cast<int>(ceil_div(at.end - at.begin, kWarp))) {
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int64_t i = at.begin + turn * kWarp + threadIdx.x % kWarp;
+      id[turn] = i < at.end ? requests.id(i) : -1;
+    }
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      expert[turn] = id[turn] < 0 ? -1 : requests.expert_of(id[turn]);
+    }
+  }
+
+  // Adds the requests to counts [E]. Calls visit(id, expert, rank) for every request, where rank is
+  // counts[expert] before the request.
+  template <typename Visit>
+  __device__ void count(int32_t* counts, Visit&& visit) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (turn == turns) break;
+      const int32_t e = expert[turn];
+      const unsigned same = __match_any_sync(kAllLanes, e);
+      const int32_t before = e < 0 ? 0 : counts[e];
+      __syncwarp();  // all lanes have read counts
+      const int rank = __popc(same & ((1u << lane) - 1));
+      if (e >= 0 && rank == 0) counts[e] = before + __popc(same);
+      __syncwarp();
+      if (id[turn] >= 0) visit(id[turn], e, before + rank);
+    }
+  }
+};
+
+// Counts the runs of all warps of the block: counts [warps, E], in shared memory.
+__device__ void count_chunk(const Run& run, int64_t E, int32_t* counts) {
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  for (int64_t i = threadIdx.x; i < warps * E; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+  run.count(counts + threadIdx.x / kWarp * E, [](int32_t, int32_t, int32_t) {});
+  __syncthreads();
+}
 
 __device__ Requests
 requests_of(const int32_t* expert, const int32_t* order, int64_t g, const Shape& shape) {
@@ -98,7 +123,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(
     Shape shape) {
   int32_t* counts = dynamic_shared<int32_t>();  // [warps, E]
   const Chunk at(shape);
-  count_chunk(requests_of(expert, order, at.group, shape), at.begin, at.end, counts);
+  count_chunk(Run(requests_of(expert, order, at.group, shape), at), shape.E, counts);
   for (int64_t e = threadIdx.x; e < shape.E; e += blockDim.x) {
     int32_t total = 0;
     for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total += counts[warp * shape.E + e];
@@ -111,14 +136,23 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) count_kernel(
 __device__ void add_up(
     const Shape& shape, const Chunk& at, const int32_t* counted, int32_t* counts, int32_t* total) {
   const unsigned warps = blockDim.x / kWarp;
-  for (int64_t e = threadIdx.x; e < shape.E; e += blockDim.x) {
+  // Several lanes per expert add up the chunks, so that few loads wait for each other.
+  int lanes = 1;
+  while (shape.chunks > 1 && lanes < kWarp && 2 * lanes * shape.E <= blockDim.x) lanes *= 2;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  for (int64_t base = 0; base < shape.E; base += blockDim.x / lanes) {
+    const int64_t e = base + threadIdx.x / lanes;
     const int32_t* of_chunk = counted + at.group * shape.chunks * shape.E + e;
     int32_t sum = 0, all = 0;
-    for (int64_t chunk = 0; shape.chunks > 1 && chunk < shape.chunks; ++chunk) {
+    for (int64_t chunk = lane; e < shape.E && shape.chunks > 1 && chunk < shape.chunks;
+         chunk += lanes) {
       const int32_t count = of_chunk[chunk * shape.E];
       if (chunk < at.chunk) sum += count;
       all += count;
     }
+    sum = join_lanes(sum, lanes, Sum{});
+    all = join_lanes(all, lanes, Sum{});
+    if (lane > 0 || e >= shape.E) continue;
     for (unsigned warp = 0; warp < warps; ++warp) {
       const int32_t count = counts[warp * shape.E + e];
       counts[warp * shape.E + e] = sum;
