@@ -89,7 +89,7 @@ struct ExpertRows {
   int64_t E, N, G;
 };
 
-// 16-bit rows are computed and summed in float. The error bound of GELU is the same as on the CPU.
+// 16-bit rows are computed and summed in float. GELU in float errs by 3 ulp more than on the CPU.
 template <typename Row>
 void bias_gelu(
     const Row* x,     // [E, N, columns]

@@ -74,11 +74,12 @@ struct Tile {
 };
 
 template <typename Row, int kEntries, bool kTanh>
-__global__ void __launch_bounds__(kRowThreads) bias_gelu_kernel(
-    const Row* x,                  // [E, N, columns]
-    const Row* __restrict__ bias,  // [E, columns] or null
-    Row* out,                      // [E, N, columns]; may be x
-    ExpertRows rows, int64_t columns) {
+__global__ void __launch_bounds__(kRowThreads, sizeof(Row) < sizeof(double) ? 5 : 4)
+    bias_gelu_kernel(
+        const Row* x,                  // [E, N, columns]
+        const Row* __restrict__ bias,  // [E, columns] or null
+        Row* out,                      // [E, N, columns]; may be x
+        ExpertRows rows, int64_t columns) {
   const Tile<Row, kEntries> tile(rows, columns);
   Compute<Row> b[kEntries] = {};
   tile.read_bias(bias, b);
