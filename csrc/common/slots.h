@@ -8,9 +8,10 @@
 
 namespace vmoe {
 
-// The row of slot s = e * C + c of group g.
+// The row of slot s = e * C + c of group g. Slots fit in 32 bits.
 VMOE_HOST_DEVICE inline int64_t row_of_slot(int64_t g, int64_t s, int64_t G, int64_t C) {
-  return (s / C * G + g) * C + s % C;
+  const int64_t e = static_cast<uint32_t>(s) / static_cast<uint32_t>(C);
+  return (e * G + g) * C + (s - e * C);
 }
 
 // The slot that is stored in a row.
@@ -27,9 +28,19 @@ struct Slots {
   VMOE_HOST_DEVICE int64_t all_tokens() const { return G * tokens; }
 
   VMOE_HOST_DEVICE int64_t row(int64_t g, int64_t s) const { return row_of_slot(g, s, G, C); }
+  // Divisions of 64 bits are slow on a GPU, so sizes that allow it are divided in 32 bits.
   VMOE_HOST_DEVICE SlotRow at(int64_t row) const {
-    const int64_t e = row / (G * C), g = row / C % G;
-    return {g, (g * E + e) * C + row % C};
+    return all() <= UINT32_MAX ? at(static_cast<uint32_t>(row), static_cast<uint32_t>(G * C),
+                                    static_cast<uint32_t>(C))
+                               : at(row, G * C, C);
+  }
+
+ private:
+  template <typename Index>
+  VMOE_HOST_DEVICE SlotRow at(Index row, Index rows_of_expert, Index slots_of_group) const {
+    const Index e = row / rows_of_expert, rest = row - e * rows_of_expert;
+    const Index g = rest / slots_of_group;
+    return {int64_t{g}, (int64_t{g} * E + e) * C + (rest - g * slots_of_group)};
   }
 };
 

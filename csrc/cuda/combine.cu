@@ -6,12 +6,12 @@
 namespace vmoe::cuda {
 namespace {
 
-constexpr int kPieces = 4;  // pieces of a row that a lane loads before it uses the first
+constexpr int kPieces = 3;  // pieces of a row that a lane loads before it uses the first
 
 // One warp per token sums its slots in registers, one slot after another. The order is that of the
 // CPU kernel.
 template <typename Row, int kEntries>
-__global__ void __launch_bounds__(kRowThreads) combine_kernel(
+__global__ void __launch_bounds__(kRowThreads, 4) combine_kernel(
     const Row* __restrict__ y,              // [E, G, C, D]
     const Compute<Row>* __restrict__ gate,  // [G, E, C] or null
     const int32_t* __restrict__ offsets,    // [G, T + 1]

@@ -22,8 +22,18 @@ __global__ void __launch_bounds__(kRowThreads) dispatch_kernel(
     return;
   }
   const Unit* from = x + (at.group * shape.tokens + t) * units;
-#pragma unroll 4
-  for (int64_t i = lane_of_warp(); i < units; i += kWarp) to[i] = from[i];
+  constexpr int kAhead = 4;  // units that a lane loads before it stores the first
+  for (int64_t first = lane_of_warp(); first < units; first += kAhead * kWarp) {
+    Unit piece[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i * kWarp < units) piece[i] = from[first + i * kWarp];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (first + i * kWarp < units) to[first + i * kWarp] = piece[i];
+    }
+  }
 }
 
 }  // namespace
