@@ -88,12 +88,20 @@ class Few {
   }
 };
 
-// Sorts `size` picks in shared memory by a bitonic sort; size is a power of two.
+// Sorts `size` picks in shared memory by a bitonic sort; size is a power of two. A stage with steps
+// of up to a warp moves picks only between the threads of a warp, because 32 adjacent pairs are 64
+// adjacent picks. Two such stages need no barrier of the block between them.
 template <typename Key>
 __device__ void sort_picks(Pick<Key>* picks, int size) {
+  int before = kWarp + 1;  // the step of the stage before; the first stage waits for all threads
   for (int run = 2; run <= size; run *= 2) {
     for (int step = run / 2; step > 0; step /= 2) {
-      __syncthreads();
+      if (step > kWarp || before > kWarp) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+      }
+      before = step;
       for (int pair = static_cast<int>(threadIdx.x); pair < size / 2;
            pair += static_cast<int>(blockDim.x)) {
         const int i = pair / step * step * 2 + pair % step, j = i + step;
