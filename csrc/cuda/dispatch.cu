@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kRowThreads) dispatch_kernel(
   const Unit* from = x + (at.group * shape.tokens + t) * units;
   constexpr int kAhead = 4;  // units that a lane loads before it stores the first
   for (int64_t first = lane_of_warp(); first < units; first += kAhead * kWarp) {
-    Unit piece[kAhead];
+    Unit piece[kAhead] = {};
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i * kWarp < units) piece[i] = from[first + i * kWarp];
