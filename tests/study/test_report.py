@@ -95,6 +95,18 @@ def test_findings_claim_no_more_than_the_numbers():
     assert "Not resolved against the dense ViT: 1 of 2." in said
 
 
+def test_findings_are_short():
+    said = report.findings(study(seeds=5, capacities=(0.5, 1.0, 2.0)))
+    assert max(map(len, said)) < 450 and any(re.search(r" and \d+ more\.", sentence) for sentence in said)
+
+
+def test_a_run_that_diverged_is_named():
+    runs = study(seeds=2)
+    assert not any("iverged" in sentence for sentence in report.findings(runs))
+    runs[3]["diverged"] = "step 7: loss was not finite"
+    assert f"Diverged: {runs[3]['variant']['label']}, seed 1." in report.findings(runs)[0]
+
+
 def test_findings_of_one_seed_compare_nothing():
     said = "\n".join(line for line in report.findings(study(seeds=1)) if "step" not in line)
     assert "One seed" in said and "95 %" not in said and "±" not in said

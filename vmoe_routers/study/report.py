@@ -181,18 +181,22 @@ def _compare(runs: Sequence[Run], rows: list[Row], lowest: Row) -> list[str]:
     differences = {row.label: paired(groups[row.name], groups[lowest.name], loss) for row in rows if row is not lowest}
     close = [label for label, values in differences.items() if not (values and stat(values).is_clear())]
     said = []
-    # Labels contain commas, so semicolons separate them.
     if differences:
-        which = "; ".join(close) or "none"
-        said.append(f"Not clearly above the lowest loss at 95 %, seed by seed: {which}.")
+        said.append(f"Not clearly above the lowest loss at 95 %, seed by seed: {_some(close)}.")
     against = {row.label: row.loss_difference for row in rows if row.loss_difference is not None}
     if against:
         clear = {label: value.mean for label, value in against.items() if value.is_clear()}
-        below = "; ".join(label for label, mean in clear.items() if mean < 0) or "none"
-        above = "; ".join(label for label, mean in clear.items() if mean > 0) or "none"
+        below = _some([label for label, mean in clear.items() if mean < 0])
+        above = _some([label for label, mean in clear.items() if mean > 0])
         said.append(f"Loss clearly below the dense ViT's, at 95 %: {below}. Above it: {above}.")
         said.append(f"Not resolved against the dense ViT: {len(against) - len(clear)} of {len(against)}.")
     return said
+
+
+def _some(labels: Sequence[str], most: int = 6) -> str:
+    """Lists at most the first `most` labels. Labels contain commas, so semicolons separate them."""
+    rest = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return "; ".join(labels[:most]) + rest or "none"
 
 
 def _command() -> str:
