@@ -110,6 +110,7 @@ def check_installed(python: str) -> None:
         if Path(file).is_relative_to(ROOT / "vmoe_routers"):
             raise SystemExit(f"{file} is the source tree")
         shutil.copytree(ROOT / "tests", Path(folder) / "tests", ignore=shutil.ignore_patterns("cpp", "__pycache__"))
+        shutil.copytree(ROOT / "docs", Path(folder) / "docs")
         shutil.copy(ROOT / "pyproject.toml", folder)
         paths = [f"tests/{name}" for name in QUICK]
         options = ["-p", "no:cacheprovider", "-k", f"not ({SLOW})"]
