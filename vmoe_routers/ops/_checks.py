@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,17 @@ def tracing() -> bool:
 def traced_size(value: Any) -> Any:
     """Converts a size that torch.jit.trace passes as a tensor to an int; returns any other value unchanged."""
     return int(value) if tracing() and isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+def larger(a: int, b: int) -> int:
+    """Returns the larger of two sizes, which may be symbolic."""
+    # torch.compile of torch 2.11 refuses sym_max of two ints, and max of a SymInt would fix its size in an export.
+    return max(a, b) if isinstance(a, int) and isinstance(b, int) else cast(int, torch.sym_max(a, b))
+
+
+def smaller(a: int, b: int) -> int:
+    """Returns the smaller of two sizes, which may be symbolic."""
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else cast(int, torch.sym_min(a, b))
 
 
 class Check:

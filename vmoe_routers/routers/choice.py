@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe_routers.ops._checks import Check, traced_size
+from vmoe_routers.ops._checks import Check, larger, smaller, traced_size
 from vmoe_routers.ops.assign_slots import assign_slots_unchecked
 from vmoe_routers.ops.combine import combine_unchecked
 from vmoe_routers.ops.dispatch import dispatch_unchecked
@@ -49,7 +49,7 @@ def slots_per_expert(tokens: int, num_experts: int, factor: float, rounding: str
     if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting():
         return _exported_slots(tokens, num_experts, factor, rounding, multiple_of)
     slots = tokens * factor / num_experts
-    slots = cast(int, torch.sym_max(1, math.ceil(slots) if rounding == "ceil" else round(slots)))
+    slots = larger(1, math.ceil(slots) if rounding == "ceil" else round(slots))
     return slots if multiple_of < 2 else (slots + multiple_of - 1) // multiple_of * multiple_of
 
 
@@ -169,7 +169,7 @@ def expert_choice(
     selecting, weighing = _check_gates(check, gates, weights, mask)
     capacity = check.integer("capacity", capacity, 1)
     check.flag("renormalize", renormalize)
-    capacity = cast(int, torch.sym_min(capacity, traced_size(selecting.source.shape[1])))
+    capacity = smaller(capacity, traced_size(selecting.source.shape[1]))
     return expert_choice_unchecked(selecting, weighing, capacity, renormalize, mask, losses or {}, loss_weights or {})
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vmoe_routers.ops._checks import Check, traced_size
+from vmoe_routers.ops._checks import Check, larger, smaller, traced_size
 from vmoe_routers.ops._dtypes import compute_dtype, fill_masked, without_autocast
 from vmoe_routers.routers import losses
 from vmoe_routers.routers.affinity import Affinity, Softmax
@@ -291,11 +291,11 @@ class ExpertChoiceRouter(SparseRouter):
     def slots(self, tokens: int) -> int:
         """Computes C, the slots per expert, for groups of `tokens` tokens, clamped to [1, tokens]."""
         # The capacity of an empty group is clamped to 0 in forward.
-        return cast(int, torch.sym_max(1, torch.sym_min(super().slots(tokens), tokens)))
+        return larger(1, smaller(super().slots(tokens), tokens))
 
     def _route(self, logits, noisy, noise_std, mask):
         tokens = traced_size(logits.shape[1])
-        slots = cast(int, torch.sym_min(self.slots(tokens), tokens))
+        slots = smaller(self.slots(tokens), tokens)
         selecting, weighing = self._gates(logits, noisy, slots, mask)
         terms = self._losses(logits, noisy, noise_std, 1, mask)
         return expert_choice_unchecked(selecting, weighing, slots, self.renormalize, mask, terms, self.loss_weights)
