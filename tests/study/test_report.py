@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from records import run, study, variant
 
-from vmoe_routers.study import report
+from vmoe_routers.study import figures, report
 from vmoe_routers.study.summary import summarise
 
 VOID = {"meta", "img"}
@@ -35,6 +35,13 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+@pytest.fixture(autouse=True)
+def one_figure(request, monkeypatch):
+    """Drawing takes most of the time. Only one test looks at all figures."""
+    if request.node.name != "test_holds_everything":
+        monkeypatch.setattr(figures, "_FIGURES", figures._FIGURES[:1])
 
 
 def write(folder, runs, settings=None):
