@@ -28,8 +28,8 @@ dt { font-weight: 600; } dd { margin: 0 0 0.5rem 1rem; }
 
 _TERMS = {
     "expert of a patch": "The expert with the largest weight in the output of the patch. A stronger colour is a larger "
-    "weight; the palest colour is the weight that all experts would have, 1/E. A cross marks a dropped patch: no "
-    "expert took it, and only the residual connection carries it on.",
+    "weight; the palest colour is the weight 1/E, no preference. The image is visible below, in grey. "
+    "A cross marks a dropped patch: no expert took it, and only the residual connection carries it on.",
     "slots used": "Share of the experts' slots that hold a token.",
     "dropped, requests dropped": "Share of patches that no expert took; share of requests that found no slot.",
     "load, load cv": "Load: tokens per image in the slots of an expert; for Soft MoE, the sum of the tokens' weights "
