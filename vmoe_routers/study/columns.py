@@ -110,7 +110,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.caption = Text(
-        "Δ: minus dense, seed by seed; ±: standard error over seeds, of the step over rounds", style="dim"
+        "Δ: minus dense, seed by seed; ±: standard error over seeds; for step, over rounds", style="dim"
     )
     table.caption_justify = "left"
     table.add_column(Text("variant"))

@@ -218,9 +218,9 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
     (
         "figure_load",
         "Load of the experts",
-        "Tokens that each expert took on the validation set, divided by the even share (dotted line). Experts are "
-        "sorted by load in every seed before the mean over seeds is taken. Every MoE layer has a line, later blocks "
-        "darker ones.",
+        "Tokens that each expert took on the images of the final accuracy, divided by the even share (dotted line). "
+        "Experts are sorted by load in every seed before the mean over seeds is taken. Every MoE layer has a line, "
+        "later blocks darker ones.",
         figure_load_data,
         plots.paint_figure_load,
     ),

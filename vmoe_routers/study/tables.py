@@ -59,8 +59,9 @@ def routing_table(rows: Sequence[LayerRow]) -> str:
         lines.append(f"<tr{' class=first' if named else ''}><th>{named}</th>{''.join(cells)}</tr>")
         before = row.name
     note = (
-        '<p class="note">Means over seeds on the validation set. The bars are the load of the experts, from the most '
-        "to the least loaded in every seed. The line is the even share. The full height is twice the even share.</p>"
+        '<p class="note">Means over seeds, on the images of the final accuracy. The bars are the load of the experts, '
+        "from the most to the least loaded in every seed. The line is the even share. The full height is "
+        "twice the even share.</p>"
     )
     return note + _scroll(lines)
 
