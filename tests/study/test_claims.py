@@ -123,3 +123,31 @@ def test_csv(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(comparisons)
     assert float(rows[0]["mean"]) == comparisons[0].mean and rows[0]["claim"] == "i"
+
+
+def test_differences_without_spread_are_not_tested():
+    """A t-test of equal differences would divide by 0, or by a rounding error."""
+    token, expert = variant("softmax_token_choice", 1), variant("softmax_expert_choice")
+    for first, second in (([0.91] * 3, [0.9] * 3), ([0.3, 0.2, 0.1], [0.2, 0.1, 0.0])):
+        (found,) = decide(runs_of(token, second) + runs_of(expert, first))
+        assert found.mean == pytest.approx(first[0] - second[0]) and found.seeds == 3
+        assert (found.low, found.high, found.p, found.p_holm, found.needed) == (None,) * 5
+        assert found.verdict == "not resolved"
+    (found,) = decide(runs_of(token, [0.1 + 0.2] * 3) + runs_of(expert, [0.3] * 3))  # 0 up to rounding
+    assert found.p == 1 and found.verdict == "not resolved"
+
+
+def test_an_own_router_is_compared_with_the_dense_model():
+    own = variant("soft") | {"name": "mine", "label": "mine", "router": "package:mine", "capacity_factor": None}
+    found = decide(runs_of(variant(None), [0.9] * 5) + runs_of(own, around(0.95)))
+    assert [(c.claim, c.what, c.router) for c in found] == [
+        (claim, "mine - Dense ViT", "package:mine") for claim in ("i", "i, time")
+    ]
+    assert {c.verdict for c in found} == {"supported"}
+
+
+def test_reasons_without_values():
+    token, expert = variant("softmax_token_choice", 1), variant("softmax_expert_choice")
+    late = [record | {"seed": record["seed"] + 5} for record in runs_of(expert, [0.9])]
+    assert [c.reason for c in decide(runs_of(token, [0.9]) + late)] == ["no seed in common"]
+    assert [c.reason for c in decide(runs_of(token, [0.9]) + runs_of(expert, [math.nan]))] == ["a value is not finite"]

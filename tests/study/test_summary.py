@@ -76,6 +76,7 @@ def test_clear_is_a_95_percent_interval():
     # 4.303 standard errors for three values
     assert summary.Stat(4.31, 1.0, 3).is_clear() and not summary.Stat(-4.29, 1.0, 3).is_clear()
     assert not summary.Stat(4.31, None).is_clear()
+    assert not summary.stat([0.1] * 3).is_clear() and not summary.stat([0.3 - 0.2, 0.2 - 0.1, 0.1]).is_clear()
     samples = np.random.default_rng(1).normal(0, 1, (2000, 3))
     assert np.mean([summary.stat(sample).is_clear() for sample in samples]) == pytest.approx(0.05, abs=0.015)
 

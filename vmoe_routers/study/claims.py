@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
@@ -29,6 +30,7 @@ from vmoe_routers.study.summary import Run, accuracy, by_variant, loss
 LEVEL = 0.05
 TOLERANCE = 0.15
 MOST_SEEDS = 1000
+_ROUNDING = 1e-12  # differences of accuracy this small come from rounding
 Verdict = Literal["supported", "contradicted", "not resolved"]
 
 CLAIMS: dict[str, str] = {
@@ -54,11 +56,13 @@ class Comparison:
         router: The router that the claim is about, for colours.
         seeds: Number of paired seeds.
         mean: Mean difference; None if the variants cannot be compared.
-        low, high: 95 % interval of the mean by Student's t; None for a single seed.
-        p, p_holm: Two-sided p-value of the paired t-test, without and with Holm's correction; None for a single seed.
+        low, high: 95 % interval of the mean by Student's t; None for a single seed, and if all seeds have the same
+            difference other than 0, because a t-test needs a spread.
+        p, p_holm: Two-sided p-value of the paired t-test, without and with Holm's correction; 1 if all differences are
+            0, None where the interval is None.
         loss: Mean difference of the losses, for reading only.
         needed: Seeds with which a difference of this size and spread would be resolved, at the significance level
-            divided by the number of comparisons. None: more than `MOST_SEEDS`, or a single seed.
+            divided by the number of comparisons. None: more than `MOST_SEEDS`, or no p-value.
         verdict: The result at the 5 % level after Holm's correction.
         reason: Why the variants cannot be compared.
     """
@@ -135,10 +139,9 @@ def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:
 
 
 def _needed(mean: float, deviation: float, level: float) -> int | None:
-    for count in range(2, MOST_SEEDS + 1):
-        if abs(mean) > float(student_t.ppf(1 - level / 2, count - 1)) * deviation / math.sqrt(count):
-            return count
-    return None
+    counts = np.arange(2, MOST_SEEDS + 1)
+    enough = abs(mean) > student_t.ppf(1 - level / 2, counts - 1) * deviation / np.sqrt(counts)
+    return int(counts[enough.argmax()]) if enough.any() else None
 
 
 @dataclass(frozen=True)
@@ -155,16 +158,18 @@ class _Pair:
 def _compare(claim: str, pair: _Pair) -> Comparison:
     found = Comparison(claim, pair.what, pair.router, seeds=len(pair.differences), reason=pair.reason)
     values = pair.differences
-    if not values or not all(map(math.isfinite, values)):
-        return found
+    if not values:
+        return replace(found, reason=found.reason or "no seed in common")
+    if not all(map(math.isfinite, values)):
+        return replace(found, reason="a value is not finite")
     mean = statistics.fmean(values)
     found = replace(found, mean=mean, loss=statistics.fmean(pair.losses) if pair.losses else None)
     if len(values) == 1:
         return found
+    if max(values) - min(values) <= _ROUNDING:
+        return replace(found, low=mean, high=mean, p=1.0) if abs(mean) <= _ROUNDING else found
     error = statistics.stdev(values) / math.sqrt(len(values))
     half = float(student_t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
-    if error == 0:
-        return replace(found, low=mean, high=mean, p=float(mean == 0))
     p = 2 * float(student_t.sf(abs(mean) / error, len(values) - 1))
     return replace(found, low=mean - half, high=mean + half, p=p)
 
@@ -225,8 +230,10 @@ _BASE = {
 def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
     """Yields the claim's key and the pair of every comparison."""
     dense, soft = study.one(router=None), study.find(router="soft")
+    routers = [*_SPARSE, "soft"]
+    routers += sorted({_variant(group)["router"] for group in study.groups} - {None, *routers})  # own routers
     for key, budget in _BUDGETS.items():
-        for router in (*_SPARSE, "soft"):
+        for router in routers:
             series = study.find(router=router, **_BASE.get(router, {}))
             if dense and series:
                 yield f"i{key}", _at_budget(series, dense, budget)

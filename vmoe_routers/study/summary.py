@@ -38,6 +38,7 @@ from scipy.stats import t as student_t
 
 from vmoe_routers.routers import ROUTERS
 
+_ROUNDING = 1e-12  # standard errors this small come from rounding
 Run = Mapping[str, Any]
 VARIANT_KEYS = ("name", "label", "router", "top_k", "combine", "batch_priority", "capacity_factor")
 
@@ -60,8 +61,8 @@ class Stat(NamedTuple):
         return Stat(self.mean * factor, None if self.error is None else self.error * factor, self.count)
 
     def is_clear(self) -> bool:
-        """Tells whether the 95 % interval by Student's t excludes 0; False for a single value."""
-        if self.error is None:
+        """Tells whether the 95 % interval by Student's t excludes 0; False without a spread."""
+        if self.error is None or self.error <= _ROUNDING:
             return False
         return abs(self.mean) > float(student_t.ppf(0.975, self.count - 1)) * self.error
 
