@@ -1,7 +1,9 @@
 """Locks of runs that several processes share."""
 
 import json
+import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -51,7 +53,13 @@ with locked(pathlib.Path({str(record)!r})):
         assert free
 
 
-@pytest.mark.parametrize("text", ["", "garbage", json.dumps({"host": "another machine", "process": 1, "id": "x"})])
+HERE = {"host": socket.gethostname(), "id": "x"}
+
+
+@pytest.mark.parametrize("text", [
+    "", "garbage", "[" * 100_000, json.dumps({"host": "another machine", "process": 1, "id": "x"}),
+    json.dumps(HERE | {"process": 10**30}), json.dumps(HERE | {"process": math.inf}),
+])  # fmt: skip
 def test_a_lock_of_another_machine_expires(record, text):
     record.parent.mkdir()
     lock = lock_of(record)
@@ -87,3 +95,19 @@ def test_a_fresh_lock_is_put_back(record):
     lock_of(record).write_text("fresh")
     locks._remove(lock_of(record), "stale")
     assert lock_of(record).read_text() == "fresh" and len(list(record.parent.iterdir())) == 1
+
+
+def test_a_failed_renewal_is_tried_again(record, monkeypatch):
+    calls = []
+
+    def fails(path):
+        calls.append(path)
+        raise PermissionError
+
+    monkeypatch.setattr(locks, "_RENEWAL", 0.001)
+    monkeypatch.setattr(locks.os, "utime", fails)
+    with locked(record):
+        deadline = time.monotonic() + 10
+        while len(calls) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert len(calls) >= 2

@@ -98,7 +98,7 @@ def _is_stale(lock: Path, text: str) -> bool:
     try:
         owner = json.loads(text)
         here, process = owner["host"] == socket.gethostname(), int(owner["process"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return age > EXPIRY
     return age > EXPIRY or (here and not _is_running(process))
 
@@ -108,7 +108,7 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # a process of another user
+    except (OSError, OverflowError):  # a process of another user; no number of a process
         return True
     return True
 
@@ -122,5 +122,5 @@ def _read(lock: Path) -> str | None:
 
 def _renew(lock: Path, ended: threading.Event) -> None:
     while not ended.wait(_RENEWAL):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # the next turn may succeed, for example on a network drive
             os.utime(lock)
