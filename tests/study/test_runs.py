@@ -173,6 +173,8 @@ def test_ablations_change_one_thing():
         different = [key for key, value in vars(settings).items() if getattr(changed, key) != value]
         assert different == (["scale_init"] if variant.ablation == "soft_scale" else ["learning_rate"])
     assert ablated(replace(settings, scale_init=4.0, ablations=["soft_scale"]))[-1].arm == "16"
+    twice = replace(settings, ablations=settings.ablations * 2, routers=["soft", "soft"])
+    assert ablated(twice) == found
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

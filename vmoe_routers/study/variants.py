@@ -153,7 +153,7 @@ def ablated(settings: Settings) -> list[Variant]:
                 variant = replace(of_ablation(router), ablation=name, arm=arm.label)
                 if variant.settings(settings) != of_ablation(router).settings(settings) or arm.options:
                     found.append(variant)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def of_ablation(router: str) -> Variant:
