@@ -11,7 +11,7 @@ from PIL import Image
 from test_runs import TINY, made_up
 
 from vmoe_routers.study import Variant
-from vmoe_routers.study.images import augmentation, load_images, split
+from vmoe_routers.study.images import load_images, split
 from vmoe_routers.study.recipes import RECIPES
 from vmoe_routers.study.records import fingerprint, read_run, run_path, write_record
 from vmoe_routers.study.runs import run
@@ -83,7 +83,7 @@ def test_further_options_of_the_training(folder):
     options = {"hflip": 0.5, "scale": [0.5, 1.0], "mixup": 0.2, "weight_decay": 0.3, "schedule": "linear"}
     settings = replace(SMALL, data=str(folder), training=options | {"head_bias": -3.0, "loss": "sigmoid"})
     data, _ = load_images(settings)
-    found = augmentation(settings, data)
+    found = settings.augmentation(data.size)
     assert (found.hflip, found.scale, found.mixup, found.shift) == (0.5, (0.5, 1.0), 0.2, 0)
     chosen = settings.optimisation()
     assert (chosen.weight_decay, chosen.schedule, chosen.loss, chosen.learning_rate) == (0.3, "linear", "sigmoid", 2e-3)

@@ -167,6 +167,7 @@ def test_transfer_gives_figure_2(tmp_path, here):
     ({"shift": 8}, "shift 8 moves images of 8 x 8 pixels out of the frame"),
     ({"transfer_data": "digits"}, "10-shot transfer needs more than 100 training images for 10 classes, there are 40"),
     ({"transfer_data": "nowhere"}, "no folder 'nowhere'"),
+    ({"training": {"rand_augment": "bogus"}}, "training: rand_augment"),
 ])  # fmt: skip
 def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     with pytest.raises(ValueError, match=words):
@@ -202,7 +203,17 @@ def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     ({"moe_blocks": "first_half"}, "moe_blocks is 'first_half', wanted"),
     ({"moe_blocks": "last_9"}, "moe_blocks"),
     ({"training": {"colour": 1}}, "training: no option 'colour'; there are accumulate"),
-    ({"training": {"weight_decay": -1.0}}, "weight_decay"),
+    ({"training": {"weight_decay": -1.0}}, "training: weight_decay must be at least 0"),
+    ({"training": {"hflip": 2}}, r"training: hflip must be in \[0, 1\], got 2"),
+    ({"training": {"hflip": "x"}}, "training: hflip must be float, got 'x'"),
+    ({"training": {"hflip": True}}, "training: hflip must be float, got True"),
+    ({"training": {"clip": []}}, "training: clip must be float"),
+    ({"training": {"scale": 3}}, r"training: scale must be tuple\[float, float\] \| None, got 3"),
+    ({"training": {"scale": [2, 1]}}, "training: scale must be an interval"),
+    ({"training": {"rand_augment": 3}}, r"training: rand_augment must be str \| None, got 3"),
+    ({"training": {"head_bias": "x"}}, "training: head_bias must be float, got 'x'"),
+    ({"training": {"head_bias": float("inf")}}, "training: head_bias must be finite, got inf"),
+    ({"training": {"accumulate": 1.5}}, "training: accumulate must be int, got 1.5"),
     ({"learning_rates": {"hard": 1e-3}}, "learning_rates: 'hard' is none of dense, "),
     ({"learning_rates": {"dense": 0.0}}, "learning_rates: dense must be positive and finite, got 0.0"),
 ])  # fmt: skip

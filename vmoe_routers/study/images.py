@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from vmoe_routers.training.loader import Batches, evaluation_batches, training_b
 from vmoe_routers.training.probes import labels_of, part_of
 from vmoe_routers.training.samples import Samples
 from vmoe_routers.training.sources import open_data
-from vmoe_routers.training.transforms import Augmentation, Transform
+from vmoe_routers.training.transforms import Transform
 
 
 @dataclass(frozen=True)
@@ -106,22 +104,11 @@ def split(data: StudyData, holdout: int) -> tuple[Samples, Samples]:
     return part_of(data.train, everything[is_kept]), part_of(data.train, held_out)
 
 
-def augmentation(settings: Settings, data: StudyData) -> Augmentation:
-    """Returns the augmentation: shifts, and what the option `training` changes."""
-    chosen: dict[str, Any] = {"scale": None, "hflip": 0.0, "shift": settings.shift, "normalization": "none"}
-    chosen |= {"crop_pct": 1.0, "interpolation": "bilinear"}
-    fields = {field.name for field in dataclasses.fields(Augmentation)}
-    chosen |= {name: value for name, value in settings.training.items() if name in fields}
-    if chosen["scale"] is not None:
-        chosen |= {"scale": tuple(chosen["scale"]), "shift": 0}
-    return Augmentation(image_size=data.size, **chosen)
-
-
 def batches_of_training(settings: Settings, data: StudyData, train: Samples, seed: int, steps: int) -> Batches:
     """Makes the batches of a run. Order and augmentation depend on the seed and are the same for all variants."""
     return training_batches(
         train,
-        Transform(augmentation(settings, data), data.channels, training=True),
+        Transform(settings.augmentation(data.size), data.channels, training=True),
         batch_size=settings.batch_size,
         steps=steps,
         seed=seed,
@@ -134,7 +121,7 @@ def batches_of_evaluation(settings: Settings, data: StudyData, samples: Samples,
     """Makes batches of all images in order, without augmentation."""
     return evaluation_batches(
         samples,
-        Transform(augmentation(settings, data), data.channels, training=False),
+        Transform(settings.augmentation(data.size), data.channels, training=False),
         batch_size=batch_size,
         workers=settings.data_workers,
         device=settings.device,

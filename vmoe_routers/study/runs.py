@@ -16,7 +16,7 @@ from vmoe_routers.checkpoints import save_pretrained
 from vmoe_routers.files import write_whole
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
-from vmoe_routers.study.images import StudyData, augmentation, batches_of_evaluation, batches_of_training, split
+from vmoe_routers.study.images import StudyData, batches_of_evaluation, batches_of_training, split
 from vmoe_routers.study.records import evaluated_epochs, of_run
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.variants import Variant, build
@@ -84,7 +84,7 @@ def run(
         measured = _measure(model, settings, data, final, batch)
     if folder is not None:
         save_pretrained(model, folder)
-        _keep_input(folder.parent / SETTINGS, augmentation(settings, data))
+        _keep_input(folder.parent / SETTINGS, settings.augmentation(data.size))
     return {
         "variant": variant.describe(),
         "seed": seed,

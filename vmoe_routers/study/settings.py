@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from vmoe_routers.models.vit import moe_block_indices
 from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
@@ -130,12 +131,7 @@ class Settings:
                 )
             if not 0 < rate < math.inf:
                 raise OptionError(f"learning_rates: {router} must be positive and finite, got {rate}", "learning_rates")
-        known = {option.name for options in (Optimisation, Augmentation) for option in fields(options)}
-        known = known - {"learning_rate", "image_size", "shift"} | {"head_bias"}
-        for name in self.training:
-            if name not in known:
-                raise OptionError(f"training: no option {name!r}; there are {', '.join(sorted(known))}", "training")
-        self.optimisation()
+        self._check_training()
         for name in self.ablations:
             if name not in ABLATIONS:
                 raise OptionError(f"ablations: {name!r} is none of {', '.join(ABLATIONS)}", "ablations")
@@ -175,6 +171,24 @@ class Settings:
         if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", self.device):
             raise OptionError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {self.device!r}", "device")
 
+    def _check_training(self) -> None:
+        kinds = get_type_hints(Optimisation) | get_type_hints(Augmentation) | {"head_bias": float}
+        for name in ("learning_rate", "image_size", "shift"):
+            del kinds[name]
+        for name, value in self.training.items():
+            if name not in kinds:
+                raise OptionError(f"training: no option {name!r}; there are {', '.join(sorted(kinds))}", "training")
+            if not _is_of(value, kinds[name]):
+                kind = getattr(kinds[name], "__name__", None) if isinstance(kinds[name], type) else None
+                raise OptionError(f"training: {name} must be {kind or kinds[name]}, got {value!r}", "training")
+        if not math.isfinite(self.training.get("head_bias", 0.0)):
+            raise OptionError(f"training: head_bias must be finite, got {self.training['head_bias']}", "training")
+        try:
+            self.optimisation()
+            self.augmentation(self.image_size or 1)
+        except OptionError as error:
+            raise OptionError(f"training: {error}", "training") from None
+
     def optimisation(self) -> Optimisation:
         """Makes the hyperparameters of every run: AdamW, a tenth of the steps as warm-up, then a cosine to 0.
 
@@ -183,3 +197,27 @@ class Settings:
         names = {option.name for option in fields(Optimisation)}
         chosen = {name: value for name, value in self.training.items() if name in names}
         return Optimisation(**{"learning_rate": self.learning_rate, **chosen})
+
+    def augmentation(self, image_size: int) -> Augmentation:
+        """Makes the augmentation of every run: shifts, and what the option `training` changes."""
+        chosen: dict[str, Any] = {"scale": None, "hflip": 0.0, "shift": self.shift, "normalization": "none"}
+        chosen |= {"crop_pct": 1.0, "interpolation": "bilinear"}
+        names = {option.name for option in fields(Augmentation)}
+        chosen |= {name: value for name, value in self.training.items() if name in names}
+        if chosen["scale"] is not None:
+            chosen |= {"scale": tuple(chosen["scale"]), "shift": 0}
+        return Augmentation(image_size=image_size, **chosen)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Tells whether a value from JSON or YAML is of the kind of a type hint. A list may replace a tuple."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_is_of, value, parts))
+    if origin is dict:
+        return isinstance(value, Mapping)
+    if parts:  # a union
+        return any(_is_of(value, part) for part in parts)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -30,6 +30,7 @@ from vmoe_routers.study.variants import Variant, ablated, make, variants
 from vmoe_routers.training import DataError, Images
 from vmoe_routers.training.data import DEFAULT_SIZE
 from vmoe_routers.training.fewshot import SHOTS
+from vmoe_routers.training.transforms import Transform
 
 
 def run_study(settings: Settings, console: Console | None = None) -> Path:
@@ -140,6 +141,10 @@ def _check_fit(settings: Settings, data: StudyData, transfer: Images | None) -> 
         raise OptionError(
             f"shift {settings.shift} moves images of {data.size} x {data.size} pixels out of the frame", "shift"
         )
+    try:
+        Transform(settings.augmentation(data.size), data.channels, training=True)
+    except OptionError as error:  # timm refuses the value of rand_augment
+        raise OptionError(f"training: {error}", "training") from None
     if transfer is not None and len(transfer.train_labels) <= SHOTS * transfer.num_classes:
         raise DataError(
             f"{transfer.name}: {SHOTS}-shot transfer needs more than {SHOTS * transfer.num_classes} training images "
