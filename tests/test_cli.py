@@ -239,6 +239,17 @@ def test_errors_of_a_study_are_one_line(capsys, monkeypatch, error, words):
     check_refused(["study"], words, capsys)
 
 
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["trian"], "no command 'trian' (choose from"),
+    (["eval"], "missing: --model (the options: vmoe-routers eval --help)"),
+    (["inspect"], "missing: MODEL, IMAGES (the options"),
+    (["inspect", "model"], "missing: IMAGES (the options"),
+    (["convert", "source"], "missing: FOLDER (the options"),
+])  # fmt: skip
+def test_missing_arguments_and_unknown_commands(arguments, words, capsys):
+    check_refused(arguments, words, capsys)
+
+
 def test_a_missing_package_is_one_line(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert cli.main(["study"]) == 2

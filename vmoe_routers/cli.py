@@ -335,7 +335,12 @@ def _as_typed(name: str, arguments: Sequence[str]) -> str:
 
 
 def _plain(message: str, arguments: Sequence[str]) -> str:
-    """Returns the parser's message; rewrites a message about a type, with the option as the user typed it."""
+    """Returns the parser's message, with commands and options as the user types them."""
+    missing = re.fullmatch(r"the following arguments are required: (.*)", message)
+    if missing:
+        typed = (_as_typed(name.rpartition(".")[2], arguments) for name in missing[1].split(", "))
+        return f"missing: {', '.join(name if name.startswith('--') else name.upper() for name in typed)}"
+    message = message.replace("argument subcommand: invalid choice:", "no command")
     key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(?!NoneType)(\w+)'>", message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
     if not (key and kind and value):

@@ -127,7 +127,7 @@ def test_benchmark(model, tmp_path):
     ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
     ({"model": ""}, "model must not be empty"),
     ({"model": "nope"}, "model 'nope' is no folder"),
-    ({"model": "test_vit"}, "model 'test_vit' has 1000 classes, data 'digits' have 10"),
+    ({"model": "test_vit"}, "model 'test_vit' has 1000 classes, data 'digits' has 10"),
     ({"model": "test_vit", "model_args": {"img_size": (160, 80)}}, "images of 160 x 80 pixels, wanted a square"),
     ({"model": "mixer_s32_224", "model_args": {"stem_norm": 1}}, "model 'mixer_s32_224'"),
     ({"normalization": "mean"}, "normalization must be one of"),

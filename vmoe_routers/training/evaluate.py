@@ -98,7 +98,7 @@ def evaluate(
         outputs = getattr(subject.model, "num_classes", len(classes))
         if outputs != len(classes):
             raise OptionError(
-                f"model {model!r} has {outputs} classes, data {data!r} have {len(classes)}", "model", "data"
+                f"model {model!r} has {outputs} classes, data {data!r} has {len(classes)}", "model", "data"
             )
         if world.first:
             make_output(output)
