@@ -116,3 +116,35 @@ def test_what_is_no_study(tmp_path, records):
         record.unlink()
     with pytest.raises(RecordError, match="holds no finished run"):
         compared(a, a)
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [
+    ("combine", [], r"variant\.combine is \[\], wanted null or a text"),
+    ("top_k", "x", r"variant\.top_k is 'x', wanted null or a number"),
+    ("capacity_factor", [1.0], r"variant\.capacity_factor is a list of 1, wanted null or a number"),
+    ("batch_priority", 3, r"variant\.batch_priority is 3, wanted null, true or false"),
+    ("router", 3, r"variant\.router is 3, wanted null or a text"),
+    ("name", "dense", "a second record of dense with seed 0"),
+])  # fmt: skip
+def test_odd_variants_are_refused(tmp_path, records, key, value, words):
+    def odd(record):
+        record["variant"][key] = value
+        return record
+
+    a = study_of(tmp_path / "a", records, [DENSE])
+    b = study_of(tmp_path / "b", records, [DENSE, SOFT], change=odd)
+    with pytest.raises(RecordError, match=words):
+        compared(a, b)
+
+
+def test_a_record_is_read_once_and_own_routers_are_told_apart(tmp_path, records):
+    def own(record):
+        record["variant"]["router"] = record["variant"]["router"] and "package:soft"
+        return record
+
+    a = study_of(tmp_path / "a", records, [DENSE, SOFT])
+    b = study_of(tmp_path / "b", records, [DENSE, SOFT], change=own)
+    contents = json.loads((a / "study.json").read_text())
+    contents["runs"] += contents["runs"]
+    (a / "study.json").write_text(json.dumps(contents))
+    assert "router of soft-c1: soft and package:soft" in compared(a, b)

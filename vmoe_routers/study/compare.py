@@ -96,8 +96,12 @@ def _notes(runs: Sequence[Sequence[Run]]) -> list[str]:
         found = [sorted({run["machine"].get(key, "none") for run in of}) for of in runs]
         if found[0] != found[1]:
             notes.append(f"{key}: {', '.join(found[0])} and {', '.join(found[1])}")
+    routers = [{run["variant"]["name"]: run["variant"]["router"] for run in of} for of in runs]
+    for name in sorted(routers[0].keys() & routers[1].keys()):
+        if routers[0][name] != routers[1][name]:  # own routers of the same name
+            notes.append(f"router of {name}: {routers[0][name]} and {routers[1][name]}")
     rates = [{run["variant"]["name"]: run["settings"]["learning_rate"] for run in of} for of in runs]
-    for name in rates[0].keys() & rates[1].keys():
+    for name in sorted(rates[0].keys() & rates[1].keys()):
         if rates[0][name] != rates[1][name]:
             notes.append(f"learning rate of {name}: {rates[0][name]:g} and {rates[1][name]:g}")
     return notes

@@ -58,7 +58,15 @@ def read_runs(folder: Path, contents: dict[str, Any]) -> list[dict[str, Any]]:
     """Reads the finished runs that study.json names.
 
     Raises:
-        RecordError: A record is damaged.
+        RecordError: A record is damaged, or two records are of the same run.
     """
-    found = [read_record(folder / "runs" / Path(name).name, some_run()) for name in contents["runs"]]
-    return [run for run in found if run is not None]
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for name in dict.fromkeys(Path(name).name for name in contents["runs"]):
+        run = read_record(folder / "runs" / name, some_run())
+        if run is None:
+            continue
+        key = run["variant"]["name"], run["seed"]
+        if key in found:
+            raise RecordError(f"{folder / 'runs' / name}: a second record of {key[0]} with seed {key[1]}")
+        found[key] = run
+    return list(found.values())

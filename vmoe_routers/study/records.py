@@ -172,7 +172,8 @@ _COUNT = _Kind("a count", lambda value: _is_number(value) and isinstance(value, 
 _POSITIVE = _Kind("a positive number", lambda value: _is_number(value) and 0 < value < math.inf)
 _TIME = _Kind("a time", lambda value: _is_number(value) and 0 <= value < math.inf)
 _OPTIONAL = _Kind("null or a text", lambda value: value is None or isinstance(value, str))
-_ANYTHING = _Kind("a value", lambda value: True)
+_OPTIONAL_NUMBER = _Kind("null or a number", lambda value: value is None or _is_number(value))
+_OPTIONAL_BOOL = _Kind("null, true or false", lambda value: value is None or isinstance(value, bool))
 _MACHINE = _Kind(
     "a description in words",
     lambda value: isinstance(value, dict) and all(isinstance(words, str) for words in value.values()),
@@ -214,7 +215,8 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
 
 def some_run() -> dict[str, Any]:
     """Returns the kinds of the values that the record of any run has."""
-    variant = {"name": _TEXT, "label": _TEXT, "router": _OPTIONAL, "ablation": _OPTIONAL, "capacity_factor": _ANYTHING}
+    variant = {"name": _TEXT, "label": _TEXT, **dict.fromkeys(("router", "combine", "ablation"), _OPTIONAL)}
+    variant |= {"top_k": _OPTIONAL_NUMBER, "capacity_factor": _OPTIONAL_NUMBER, "batch_priority": _OPTIONAL_BOOL}
     settings = {"learning_rate": _POSITIVE, "device": _TEXT, "options": {}}
     final = {"accuracy": _SHARE, "loss": _NUMBER}
     return {"variant": variant, "seed": _COUNT, "settings": settings, "final": final, **_WHEN_AND_WHERE}
