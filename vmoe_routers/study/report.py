@@ -213,7 +213,7 @@ def _notes(settings: Mapping[str, Any]) -> list[str]:
         of = "All numbers" if settings.get("choosing") else "Curves"
         rest = "" if settings.get("choosing") else " The test images were measured once, after the last epoch of a run."
         notes.append(
-            f"<p>The last {settings['holdout']:,} training images were held out. {of} are from these images.{rest}</p>"
+            f"<p>{settings['holdout']:,} training images were held out. {of} are from these images.{rest}</p>"
         )
     if settings.get("mlp_ratio", 4) != 4:
         notes.append(

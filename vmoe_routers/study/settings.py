@@ -42,8 +42,9 @@ class Settings:
         batch_priority: whether Softmax Token Choice also runs with batch priority.
         ablations: names of ablations, which run after the comparison with at most three seeds.
         seeds: number of seeds. Every seed has its own initialisation, data order and noise.
-        holdout: training images that no model trains on, the last ones of the file. Curves are measured on them, and
-            the test images once, after the last epoch. At 0, curves are measured on the test images.
+        holdout: training images that no model trains on: the last ones, or evenly spaced ones if the images are
+            sorted by class. Curves are measured on them, and the test images once, after the last epoch. At 0, curves
+            are measured on the test images.
         choosing: measure the held-out images only, to choose hyperparameters. The test images are not used.
         epochs: passes over the data.
         batch_size: a multiple of group_size.
