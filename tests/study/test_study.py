@@ -214,6 +214,8 @@ def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     ({"training": {"head_bias": "x"}}, "training: head_bias must be float, got 'x'"),
     ({"training": {"head_bias": float("inf")}}, "training: head_bias must be finite, got inf"),
     ({"training": {"accumulate": 1.5}}, "training: accumulate must be int, got 1.5"),
+    ({"training": {"ema": 0.9}}, "training: no option 'ema'"),
+    ({"training": {"accumulate": 3}}, "training: accumulate 3 times group_size 8 must divide batch_size 128"),
     ({"learning_rates": {"hard": 1e-3}}, "learning_rates: 'hard' is none of dense, "),
     ({"learning_rates": {"dense": 0.0}}, "learning_rates: dense must be positive and finite, got 0.0"),
 ])  # fmt: skip

@@ -212,9 +212,7 @@ def _notes(settings: Mapping[str, Any]) -> list[str]:
     if settings.get("holdout"):
         of = "All numbers" if settings.get("choosing") else "Curves"
         rest = "" if settings.get("choosing") else " The test images were measured once, after the last epoch of a run."
-        notes.append(
-            f"<p>{settings['holdout']:,} training images were held out. {of} are from these images.{rest}</p>"
-        )
+        notes.append(f"<p>{settings['holdout']:,} training images were held out. {of} are from these images.{rest}</p>")
     if settings.get("mlp_ratio", 4) != 4:
         notes.append(
             f"<p>The hidden width of the MLPs and experts is {_words(settings['mlp_ratio'])} times the width of a "

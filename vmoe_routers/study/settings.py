@@ -148,6 +148,15 @@ class Settings:
                 "batch_size",
                 "group_size",
             )
+        parts = self.training.get("accumulate", 1)
+        if self.batch_size % (self.group_size * parts):
+            raise OptionError(
+                f"training: accumulate {parts} times group_size {self.group_size} must divide batch_size "
+                f"{self.batch_size}",
+                "training",
+                "group_size",
+                "batch_size",
+            )
         if self.width % self.heads:
             raise OptionError(f"width {self.width} must be a multiple of heads {self.heads}", "width", "heads")
         if self.width * self.mlp_ratio < 1:
@@ -174,7 +183,7 @@ class Settings:
 
     def _check_training(self) -> None:
         kinds = get_type_hints(Optimisation) | get_type_hints(Augmentation) | {"head_bias": float}
-        for name in ("learning_rate", "image_size", "shift"):
+        for name in ("learning_rate", "image_size", "shift", "ema"):  # a study does not measure averages
             del kinds[name]
         for name, value in self.training.items():
             if name not in kinds:
