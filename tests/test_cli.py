@@ -107,7 +107,7 @@ def test_options_of_convert():
     ("study --top-k []", "--top-k must not be empty"),
     ("study --output=", "--output must not be empty"),
     ("study --data= --seeds 1", "--data must not be empty"),
-    ("convert", "convert.source"),
+    ("convert", "missing: SOURCE, FOLDER"),
     ("convert nowhere folder", "nowhere.index: no such file"),
     ("convert nowhere folder --img_size 0", "--img_size must be at least 1"),
     ("convert nowhere folder --img-size x", "--img-size must be a whole number, got x"),

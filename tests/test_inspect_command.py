@@ -90,7 +90,7 @@ def test_says_that_a_new_model_is_not_trained(place, tmp_path, capsys):
     ("soft IMAGE --image-size 30", "--image-size 30 is not a multiple of the patch size, 8 x 8"),
     ("soft IMAGE --normalization grey", "--normalization must be one of none, inception"),
     ("soft IMAGE --output text.jpg", "--output 'text.jpg' cannot be made"),
-    ("soft", "images"),
+    ("soft", "missing: IMAGES"),
     ("soft" + 65 * " IMAGE", "images must be 1 to 64 files, got 65"),
     ("upcycled IMAGE --image-size 32", "upcycled"),
 ])  # fmt: skip
