@@ -205,7 +205,7 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist):
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
     assert wanted <= names.keys()
     unwanted = (".ci/", ".github/", ".git_archival", "build/", "docs/benchmarks/", "notebooks/", "results/", "conda/")
-    assert not [name for name in names if name.startswith(unwanted) or name.endswith((".so", ".pyc"))]
+    assert not [name for name in names if name.startswith(unwanted) or name.endswith((".so", ".pyc", ".png"))]
     assert sum(names.values()) < 7_000_000
 
 
