@@ -49,6 +49,9 @@ def traces():
 def test_statistics_by_brute_force(traces, router):
     layer = traces.of[router].layers[1]
     assert layer.name == LAST and layer.num_images == 5 and len(layer.routings) == 2  # groups of two, and one image
+    assert repr(layer).startswith(
+        f"<LayerTrace {LAST!r}: {layer.title}, 5 images, {layer.num_experts} experts, load CV "
+    )
     dispatch = [routing.dispatch_tensor().double() for routing in layer.routings]
     combine = [routing.combine_tensor().double() for routing in layer.routings]
     mask = traces.mask.flatten()

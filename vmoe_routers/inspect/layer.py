@@ -39,6 +39,11 @@ class LayerTrace:
         self.name, self.router, self.previous = name, router, previous
         self.routings, self._tokens = tuple(routings), tuple(tokens)
 
+    def __repr__(self) -> str:
+        sizes = f"{self.num_images} images, {self.num_experts} experts"
+        balance = f"load CV {self.load_cv:.2f}, dropped {self.dropped:.2f}"
+        return f"<LayerTrace {self.name!r}: {self.title}, {sizes}, {balance}>"
+
     @property
     def title(self) -> str:
         """Name of the router for people: "Sinkhorn Token Choice"; an own router has the name of its class."""

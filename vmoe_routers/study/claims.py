@@ -41,7 +41,7 @@ CLAIMS: dict[str, str] = {
     "iii, time": "Soft MoE is more accurate than a sparse router at equal training time.",
     "iv": "Sinkhorn Token Choice is more accurate with softmax combine than with plan combine.",
     "v": "Softmax Token Choice is more accurate with batch priority than without.",
-    "vi": "Variants have the same order in 10-shot transfer as in accuracy.",
+    "vi": "Variants that are more accurate are also better in 10-shot transfer.",
 }
 """The claims. Claims i to iii are those of the paper's abstract (arXiv 2401.15969)."""
 

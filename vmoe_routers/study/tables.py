@@ -100,7 +100,7 @@ def _claim_line(found: Comparison) -> str:
         "-"
         if found.low is None or found.high is None
         else f"{scale * found.low:{form}} to {scale * found.high:{form}}",
-        "-" if found.loss is None else f"{found.loss:+.4f}",
+        "-" if found.loss is None or not math.isfinite(found.loss) else f"{found.loss:+.4f}",
         "-" if found.p is None else f"{found.p:.2g}",
         "-" if found.p_holm is None else f"{found.p_holm:.2g}",
         "-" if found.p is None else f"> {MOST_SEEDS}" if found.needed is None else str(found.needed),

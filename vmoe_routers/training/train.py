@@ -112,7 +112,8 @@ class Plan(NamedTuple):
         steps_per_epoch = len(data.train) // settings.batch_size
         if not steps_per_epoch:
             raise OptionError(
-                f"batch_size {settings.batch_size}: {len(data.train)} training images are less than one batch",
+                f"batch_size {settings.batch_size}: {len(data.train)} training images are less than one batch; "
+                "a smaller one is needed",
                 "batch_size",
             )
         evaluate_every = settings.evaluate_every or steps_per_epoch
