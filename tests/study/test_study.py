@@ -145,6 +145,18 @@ def test_a_killed_worker_is_told_in_words(tmp_path, monkeypatch):
         run_study(replace(TINY, output=tmp_path), silent())
 
 
+def test_ablations_are_run_last_and_reported(tmp_path, here):
+    settings = replace(
+        TINY, routers=["soft"], capacity_factors=[1.0], seeds=1, ablations=["soft_scale"], output=tmp_path
+    )
+    path = run_study(settings, silent())
+    assert [done if done == "timing" else done[0].arm for done in here.done] == [None, None, "1", "4", "timing"]
+    assert "initial scale of Soft MoE" in path.read_text(encoding="utf-8")
+    here.done = []
+    run_study(settings, silent())
+    assert here.done == []
+
+
 def test_transfer_gives_figure_2(tmp_path, here):
     settings = replace(
         TINY,

@@ -242,7 +242,7 @@ def _machines(runs: Sequence[Run]) -> list[str]:
     for machine, of in found.items():
         parts.append(f"<p>{_count(len(of), 'run')}, {escape(_dates(of))}</p>")
         parts.append(_definitions(json.loads(machine), "wide"))
-    timings = {json.dumps(run["timing"]["machine"]): run["timing"]["date"] for run in runs}
+    timings = {json.dumps(run["timing"]["machine"]): run["timing"]["date"] for run in runs if "timing" in run}
     for machine, date in timings.items():
         parts.append(f"<p>Steps timed {escape(date)}{'' if machine in found else ', on another machine'}</p>")
         if machine not in found:
