@@ -323,6 +323,6 @@ def paint_ablations(data: Data) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
     figure.supylabel("accuracy (%)", fontsize=10)
     figure.legend(
-        legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 4), frameon=False, fontsize=9
+        legend.values(), legend.keys(), loc="outside lower center", ncols=max(columns, 2), frameon=False, fontsize=9
     )
     return figure
