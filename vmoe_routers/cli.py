@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import import_module
 from inspect import Parameter, signature
@@ -49,6 +49,23 @@ def _study(settings: Any, options: dict[str, Any]) -> None:
         run_study(chosen)
 
 
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    """Returns the values of options, for the options that set the defaults of other options."""
+    given = dict(pairwise(arguments))
+    return given | {name: value for name, _, value in (a.partition("=") for a in arguments) if value}
+
+
+def _recipe(name: Any, recipes: Mapping[str, Callable[[], Any]]) -> Any:
+    """Makes the settings of a recipe.
+
+    Raises:
+        OptionError: There is no such recipe.
+    """
+    if name not in recipes:
+        raise OptionError(f"recipe {name!r} does not exist; there are {', '.join(recipes)}", "recipe")
+    return recipes[name]()
+
+
 def _add_study_recipes(parser: Any, arguments: Sequence[str]) -> None:
     """Adds the option of `study` that sets the defaults of all other options."""
     from vmoe_routers.study.recipes import RECIPES
@@ -61,12 +78,7 @@ def _add_study_recipes(parser: Any, arguments: Sequence[str]) -> None:
         metavar=("A", "B"),
         help="set the kept records of two studies side by side, and run nothing",
     )
-    given = dict(pairwise(arguments))
-    given |= {name: value for name, _, value in (a.partition("=") for a in arguments) if value}
-    recipe = given.get("--recipe", "digits")
-    if recipe not in RECIPES:
-        raise OptionError(f"recipe {recipe!r} does not exist; there are {', '.join(RECIPES)}", "recipe")
-    parser.set_defaults(asdict(RECIPES[recipe]()))
+    parser.set_defaults(asdict(_recipe(_given(arguments).get("--recipe", "digits"), RECIPES)))
 
 
 def _convert(convert: Any, options: dict[str, Any]) -> None:
@@ -102,17 +114,13 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
     parser.add_argument("--recipe", type=str, help=f"named settings, which other options override: {names}")
     parser.add_argument("--config", type=str, help="a YAML file of options, which flags override")
     parser.add_argument("--dry_run", type=bool, default=False, help="describe the training and draw its first batch")
-    given = dict(pairwise(arguments))
-    given |= {name: value for name, _, value in (a.partition("=") for a in arguments) if value}
+    given = _given(arguments)
     try:
         config = read_settings(Path(given["--config"])) if "--config" in given else {}
     except OSError as error:
         raise OptionError(f"config {given['--config']!r}: {error.strerror}", "config") from error
     data = given.get("--data") or config.get("data", "digits")
-    recipe = given.get("--recipe", config.pop("recipe", recipe_for(data)))
-    if recipe not in RECIPES:
-        raise OptionError(f"recipe {recipe!r} does not exist; there are {names}", "recipe")
-    defaults = RECIPES[recipe]().to_dict()
+    defaults = _recipe(given.get("--recipe", config.pop("recipe", recipe_for(data))), RECIPES).to_dict()
     model = given.get("--model", config.get("model", defaults["model"]))
     if defaults["model"] == "vit_moe" != model:  # the recipe's architecture and router belong to its model
         defaults |= {"model_args": {}, "router": None, "num_experts": None, "group_size": None}

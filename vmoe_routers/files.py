@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vmoe_routers.options import OptionError
 
@@ -44,3 +46,24 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Writes rows of equal columns to a CSV file, completely or not at all. None becomes an empty field.
+
+    Args:
+        path: The file. Its folder must exist.
+        rows: Values by column.
+        columns: Names of the columns; None: those of the first row.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns if columns is not None else list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, write)

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from test_locks import is_locked
 from test_runs import TINY, made_up
 
 from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.study import Variant, execution
 from vmoe_routers.study.jobs import Job, Timing
-from vmoe_routers.study.locks import is_locked, locked
+from vmoe_routers.study.locks import locked
 from vmoe_routers.study.records import run_path, timing_path
 from vmoe_routers.training import Augmentation
 from vmoe_routers.training.subject import known_augmentation

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from vmoe_routers.study import locks
-from vmoe_routers.study.locks import is_locked, locked
+from vmoe_routers.study.locks import locked
 
 
 @pytest.fixture
@@ -21,6 +21,13 @@ def record(tmp_path):
 
 def lock_of(record):
     return record.with_name(record.name + ".lock")
+
+
+def is_locked(record):
+    """Whether a lock exists that no process may take over."""
+    lock = lock_of(record)
+    text = locks._read(lock)
+    return text is not None and not locks._is_stale(lock, text)
 
 
 def test_one_at_a_time(record):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vmoe_routers.study.ablations import ABLATIONS, Arm
 from vmoe_routers.study.styles import style
 from vmoe_routers.study.summary import Run, Stat, accuracy, by_variant, loss, paired, stat
-from vmoe_routers.study.variants import of_ablation
+from vmoe_routers.study.variants import base_variant
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def ablation_rows(runs: Sequence[Run]) -> list[AblationRow]:
         for router in ablation.routers:
             key = None if router == "dense" else router
             seeds = {run["seed"] for arm in ablation.arms for run in found.get((name, key, arm.label), [])}
-            of_base = [run for run in base.get(of_ablation(router).name, []) if run["seed"] in seeds]
+            of_base = [run for run in base.get(base_variant(router).name, []) if run["seed"] in seeds]
             for arm in ablation.arms:
                 of = found.get((name, key, arm.label), [])
                 is_base = not of and bool(of_base) and _changes_nothing(arm, of_base[0])

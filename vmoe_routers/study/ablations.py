@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from vmoe_routers.routers import ROUTERS
 
 MAX_SEEDS = 3
 """Seeds of an ablation, at most."""
@@ -47,7 +49,6 @@ class Ablation:
 _TOKEN, _EXPERT, _SOFT = "softmax_token_choice", "softmax_expert_choice", "soft"
 _SINKHORN_TOKEN, _SINKHORN_EXPERT = "sinkhorn_token_choice", "sinkhorn_expert_choice"
 _CONSTRAINED = "sparsity_constrained_expert_choice"
-_SIX = (_TOKEN, _SINKHORN_TOKEN, _EXPERT, _SINKHORN_EXPERT, _CONSTRAINED, _SOFT)
 _SINKHORN = (_SINKHORN_TOKEN, _SINKHORN_EXPERT)
 
 
@@ -55,28 +56,25 @@ def _by_setting(name: str, *values: Any) -> tuple[Arm, ...]:
     return tuple(Arm(f"{value:g}", {name: value}) for value in values)
 
 
-def _by_option(name: str, default: float, *values: float) -> tuple[Arm, ...]:
-    """Makes arms of an option, in ascending order. The arm of the default changes nothing."""
-    arms = {value: Arm(f"{value:g}", options={name: value}) for value in values} | {default: Arm(f"{default:g}")}
+def _by_option(names: Sequence[str], default: float, *values: float) -> tuple[Arm, ...]:
+    """Makes arms of options that have equal values, in ascending order. The arm of the default changes nothing."""
+    arms = {value: Arm(f"{value:g}", options=dict.fromkeys(names, value)) for value in values}
+    arms[default] = Arm(f"{default:g}")
     return tuple(arms[value] for value in sorted(arms))
 
 
-def _aux_loss(default: float, *values: float) -> tuple[Arm, ...]:
-    arms = {
-        value: Arm(f"{value:g}", options={"importance_loss_weight": value, "load_loss_weight": value})
-        for value in values
-    } | {default: Arm(f"{default:g}")}
-    return tuple(arms[value] for value in sorted(arms))
-
+_AUX_LOSS = ("importance_loss_weight", "load_loss_weight")
 
 ABLATIONS: dict[str, Ablation] = {
     "learning_rate": Ablation(
         "learning rate over the chosen one",
-        ("dense", *_SIX),
+        ("dense", *ROUTERS),
         (Arm("0.33", factor=1 / 3), Arm("1"), Arm("3", factor=3.0)),
     ),
-    "aux_loss": Ablation("auxiliary loss of Expert Choice", (_EXPERT,), _aux_loss(0.0, 0.005, 0.05)),
-    "aux_loss_token_choice": Ablation("auxiliary loss of Token Choice", (_TOKEN,), _aux_loss(0.005, 0.0, 0.05)),
+    "aux_loss": Ablation("auxiliary loss of Expert Choice", (_EXPERT,), _by_option(_AUX_LOSS, 0.0, 0.005, 0.05)),
+    "aux_loss_token_choice": Ablation(
+        "auxiliary loss of Token Choice", (_TOKEN,), _by_option(_AUX_LOSS, 0.005, 0.0, 0.05)
+    ),
     # Rounding changes the number of slots with the size of a group. These values have 64 slots per image of 49 tokens.
     "group_size": Ablation(
         "images per group",
@@ -94,10 +92,10 @@ ABLATIONS: dict[str, Ablation] = {
         (Arm("8", {"num_experts": 8}, {"capacity_factor": 1.31}), Arm("32", {"num_experts": 32})),
     ),
     "epochs": Ablation("epochs", ("dense", _TOKEN, _EXPERT, _SOFT), _by_setting("epochs", 1, 2, 8)),
-    "sinkhorn_iterations": Ablation("Sinkhorn iterations", _SINKHORN, _by_option("iterations", 20, 5, 50)),
-    "sinkhorn_epsilon": Ablation("Sinkhorn epsilon", _SINKHORN, _by_option("epsilon", 1.0, 0.1)),
-    "transport_iterations": Ablation("transport iterations", (_CONSTRAINED,), _by_option("iterations", 20, 5, 50)),
-    "noise": Ablation("noise on the logits", (_TOKEN, _EXPERT), _by_option("noise_std", 1.0, 0.0)),
+    "sinkhorn_iterations": Ablation("Sinkhorn iterations", _SINKHORN, _by_option(["iterations"], 20, 5, 50)),
+    "sinkhorn_epsilon": Ablation("Sinkhorn epsilon", _SINKHORN, _by_option(["epsilon"], 1.0, 0.1)),
+    "transport_iterations": Ablation("transport iterations", (_CONSTRAINED,), _by_option(["iterations"], 20, 5, 50)),
+    "noise": Ablation("noise on the logits", (_TOKEN, _EXPERT), _by_option(["noise_std"], 1.0, 0.0)),
     "identical_experts": Ablation(
         "identical experts at the start",
         (_TOKEN, _EXPERT, _SOFT),

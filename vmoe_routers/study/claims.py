@@ -11,11 +11,10 @@ A budget at most 15 % outside of the router's range counts as the nearest value.
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,9 +22,11 @@ import numpy as np
 from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
-from vmoe_routers.files import write_whole
-from vmoe_routers.study.styles import style
+from vmoe_routers.files import write_csv
+from vmoe_routers.routers import ROUTERS
+from vmoe_routers.study.styles import short_label, style
 from vmoe_routers.study.summary import Run, accuracy, by_variant, loss
+from vmoe_routers.study.variants import base_variant
 
 LEVEL = 0.05
 TOLERANCE = 0.15
@@ -112,14 +113,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
 
 def write_claims(comparisons: Sequence[Comparison], path: Path | str) -> None:
     """Writes the comparisons as CSV, in full precision. A missing value is empty."""
-
-    def write(partial: Path) -> None:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(asdict(Comparison("", "", None))))
-            writer.writeheader()
-            writer.writerows(map(asdict, comparisons))
-
-    write_whole(Path(path), write)
+    write_csv(Path(path), list(map(asdict, comparisons)), [column.name for column in fields(Comparison)])
 
 
 def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:
@@ -212,41 +206,36 @@ class _Budget(NamedTuple):
 
 
 _BUDGETS = {"": _Budget("FLOPs", _flops), ", time": _Budget("step time", _time)}
-_SPARSE = (
-    "softmax_token_choice",
-    "sinkhorn_token_choice",
-    "softmax_expert_choice",
-    "sinkhorn_expert_choice",
-    "sparsity_constrained_expert_choice",
-)
-_NO_PRIORITY = {"batch_priority": False}
-_SOFTMAX = {"sinkhorn": {"combine": "softmax"}}
-_BASE = {
-    "softmax_token_choice": {"top_k": 1, **_NO_PRIORITY},
-    "sinkhorn_token_choice": {"top_k": 1, **_NO_PRIORITY, **_SOFTMAX["sinkhorn"]},
-}
+_SPARSE = [router for router in ROUTERS if router != "soft"]
+
+
+def _base(router: str) -> dict[str, Any]:
+    """Returns the options of the variants with K = 1, softmax combine and no batch priority, of any capacity factor."""
+    variant = base_variant(router)
+    return {"top_k": variant.top_k, "combine": variant.combine, "batch_priority": variant.batch_priority}
 
 
 def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
     """Yields the claim's key and the pair of every comparison."""
     dense, soft = study.one(router=None), study.find(router="soft")
-    routers = [*_SPARSE, "soft"]
+    routers = list(ROUTERS)
     routers += sorted({_variant(group)["router"] for group in study.groups} - {None, *routers})  # own routers
     for key, budget in _BUDGETS.items():
         for router in routers:
-            series = study.find(router=router, **_BASE.get(router, {}))
+            series = study.find(router=router, **_base(router))
             if dense and series:
                 yield f"i{key}", _at_budget(series, dense, budget)
     for kind in ("softmax", "sinkhorn"):
         # Expert Choice has as many slots as Token Choice of a K times smaller capacity factor.
-        for token in study.find(router=f"{kind}_token_choice", **_NO_PRIORITY, **_SOFTMAX.get(kind, {})):
+        every_k = {key: value for key, value in _base(f"{kind}_token_choice").items() if key != "top_k"}
+        for token in study.find(router=f"{kind}_token_choice", **every_k):
             slots = _variant(token)["top_k"] * _variant(token)["capacity_factor"]
             expert = study.one(router=f"{kind}_expert_choice", capacity_factor=slots)
             if expert:
                 yield "ii", _paired(expert, token)
     for key, budget in _BUDGETS.items():
         for router in _SPARSE:
-            sparse = study.one(router=router, capacity_factor=1.0, **_BASE.get(router, {}))
+            sparse = study.one(router=router, capacity_factor=1.0, **_base(router))
             if soft and sparse:
                 yield f"iii{key}", _at_budget(soft, sparse, budget)
     for claim, router, option, (first, second) in (
@@ -308,6 +297,5 @@ def _orders(study: _Study) -> list[float]:
 
 
 def _short(group: Mapping[int, Run]) -> str:
-    """Short name of a variant, for example "Softmax TC, K=2, 0.5x"."""
     variant = _variant(group)
-    return variant["label"].replace(style(variant["router"]).title, style(variant["router"]).short)
+    return short_label(variant["router"], variant["label"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vmoe_routers.files import write_whole
-from vmoe_routers.study.styles import style
+from vmoe_routers import files
+from vmoe_routers.study.styles import short_label
 from vmoe_routers.study.summary import VARIANT_KEYS, Row
 
 
@@ -47,8 +46,7 @@ class Column:
             return "-"
         if not self.has_error:
             return format(value * self.scale, self.format)
-        error = "-" if value.error is None else format(value.error * self.scale, self.format.lstrip("+"))
-        return f"{format(value.mean * self.scale, self.format)}±{error}"
+        return value.text(self.format, self.scale) + ("±-" if value.error is None else "")
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -85,22 +83,20 @@ _LABEL_WIDTH = 22  # characters kept for the labels in the terminal; longer labe
 
 def write_csv(rows: Sequence[Row], path: Path | str) -> None:
     """Writes the table in full precision and base units (accuracy in [0, 1], FLOPs). A missing value is empty."""
-    header = [*VARIANT_KEYS]
+    columns = [*VARIANT_KEYS]
     for column in COLUMNS:
-        header += [column.key, f"{column.key}_error"] if column.has_error else [column.key]
-    table = [header]
+        columns += [column.key, f"{column.key}_error"] if column.has_error else [column.key]
+    table = []
     for row in rows:
-        cells = [getattr(row, key) for key in VARIANT_KEYS]
+        cells = {key: getattr(row, key) for key in VARIANT_KEYS}
         for column in COLUMNS:
             value = getattr(row, column.key)
-            cells += (value[:2] if value else (None, None)) if column.has_error else (value,)
+            if column.has_error:
+                cells[column.key], cells[f"{column.key}_error"] = value[:2] if value else (None, None)
+            else:
+                cells[column.key] = value
         table.append(cells)
-
-    def write(partial: Path) -> None:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(table)
-
-    write_whole(Path(path), write)
+    files.write_csv(Path(path), table, columns)
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
@@ -124,6 +120,5 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         table.add_column(Text(f"{column.title}\n{column.unit}"), justify="right", no_wrap=True)
         cells.append(texts)
     for row, *texts in zip(rows, *cells, strict=True):
-        look = style(row.router)
-        table.add_row(Text(row.label.replace(look.title, look.short)), *map(Text, texts))
+        table.add_row(Text(short_label(row.router, row.label)), *map(Text, texts))
     console.print(table)

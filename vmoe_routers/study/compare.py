@@ -14,7 +14,7 @@ from rich.text import Text
 
 from vmoe_routers.study.folders import read_contents, read_runs
 from vmoe_routers.study.records import RecordError
-from vmoe_routers.study.styles import style
+from vmoe_routers.study.styles import short_label
 from vmoe_routers.study.summary import Run, Stat, accuracy, by_variant, paired, stat
 
 _OF_RUN = ("learning_rate", "options", "device")  # settings that may differ between two runs that are compared
@@ -61,11 +61,10 @@ def compare_studies(first: Path, second: Path, console: Console | None = None) -
     for name in dict.fromkeys([*groups[0], *groups[1]]):
         a, b = (of.get(name, []) for of in groups)
         variant = (a or b)[0]["variant"]
-        look = style(variant["router"])
         dense = [_difference(of, group.get("dense", [])) for of, group in zip((a, b), groups, strict=True)]
         cells = [_cell(_mean(a)), _cell(_mean(b)), _cell(_difference(b, a), "+.2f")]
         cells += [Text("") if name == "dense" else _cell(value, "+.2f") for value in dense]
-        table.add_row(Text(variant["label"].replace(look.title, look.short)), *cells)
+        table.add_row(Text(short_label(variant["router"], variant["label"])), *cells)
     console.print(table)
 
 
@@ -119,5 +118,4 @@ def _difference(runs: Sequence[Run], others: Sequence[Run]) -> Stat | None:
 def _cell(value: Stat | None, form: str = ".2f") -> Text:
     if value is None or not math.isfinite(value.mean):
         return Text("-")
-    error = "" if value.error is None else f"±{100 * value.error:.2f}"
-    return Text(f"{100 * value.mean:{form}}{error}", style="bold" if form[0] == "+" and value.is_clear() else "")
+    return Text(value.text(form, 100), style="bold" if form[0] == "+" and value.is_clear() else "")

@@ -6,7 +6,6 @@ exactly these numbers. Figures are `matplotlib.figure.Figure` objects. No functi
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from vmoe_routers.files import write_whole
+from vmoe_routers.files import write_csv, write_whole
 from vmoe_routers.study import plots
 from vmoe_routers.study.ablation_rows import ablation_rows
 from vmoe_routers.study.claims import decide
@@ -56,14 +55,7 @@ def save(folder: Path | str, name: str, figure: Figure, data: Data) -> Path:
     """Writes `name.png`, `name.svg` and the drawn numbers as `name.csv` to `folder`. Returns the path of the PNG."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-
-    def write(partial: Path) -> None:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(data[0]) if data else [])
-            writer.writeheader()
-            writer.writerows(data)
-
-    write_whole(folder / f"{name}.csv", write)
+    write_csv(folder / f"{name}.csv", data)
     path = folder / f"{name}.png"
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
     # A fixed salt and no date make the file depend on the numbers only.

@@ -51,13 +51,6 @@ def locked(path: Path) -> Iterator[bool]:
             lock.unlink(missing_ok=True)
 
 
-def is_locked(path: Path) -> bool:
-    """Tells whether another process holds the lock of a record."""
-    lock = path.with_name(f"{path.name}.lock")
-    text = _read(lock)
-    return text is not None and not _is_stale(lock, text)
-
-
 def _take(lock: Path, token: str) -> bool:
     # A link is made in one step together with its content. O_EXCL would leave an empty file if the process is killed
     # before it writes.

@@ -89,8 +89,8 @@ _REFERENCE += ("mixup", "rand_augment", "scale", "hflip", "normalization")
 def _imagenet(recipe: Callable[[], TrainSettings], **sizes: Any) -> Settings:
     """Takes the hyperparameters of a training recipe. `sizes` has the data and the sizes of the model."""
     reference, default = recipe(), TrainSettings()
-    changed = {name: getattr(reference, name) for name in _REFERENCE if hasattr(reference, name)}
-    changed = {name: value for name, value in changed.items() if value != getattr(default, name)}
+    chosen = {name: getattr(reference, name) for name in _REFERENCE}
+    changed = {name: value for name, value in chosen.items() if value != getattr(default, name)}
     return Settings(
         capacity_factors=[1.0],
         holdout=10_000,

@@ -293,5 +293,4 @@ def _words(value: Any) -> str:
 
 
 def _pm(value: Stat, form: str, scale: float = 1.0) -> str:
-    error = "" if value.error is None else f" ± {value.error * scale:{form}}"
-    return f"{value.mean * scale:{form}}{error}"
+    return value.text(form, scale).replace("±", " ± ")

@@ -204,19 +204,21 @@ class Settings:
 
         The option `training` changes them.
         """
-        names = {option.name for option in fields(Optimisation)}
-        chosen = {name: value for name, value in self.training.items() if name in names}
-        return Optimisation(**{"learning_rate": self.learning_rate, **chosen})
+        return Optimisation(**{"learning_rate": self.learning_rate, **self._training_of(Optimisation)})
 
     def augmentation(self, image_size: int) -> Augmentation:
         """Makes the augmentation of every run: shifts, and what the option `training` changes."""
         chosen: dict[str, Any] = {"scale": None, "hflip": 0.0, "shift": self.shift, "normalization": "none"}
         chosen |= {"crop_pct": 1.0, "interpolation": "bilinear"}
-        names = {option.name for option in fields(Augmentation)}
-        chosen |= {name: value for name, value in self.training.items() if name in names}
+        chosen |= self._training_of(Augmentation)
         if chosen["scale"] is not None:
             chosen |= {"scale": tuple(chosen["scale"]), "shift": 0}
         return Augmentation(image_size=image_size, **chosen)
+
+    def _training_of(self, options: type[Optimisation | Augmentation]) -> dict[str, Any]:
+        """Returns the values of `training` that are fields of the dataclass."""
+        names = {option.name for option in fields(options)}
+        return {name: value for name, value in self.training.items() if name in names}
 
 
 def _is_of(value: Any, kind: Any) -> bool:

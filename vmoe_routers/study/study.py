@@ -181,9 +181,10 @@ def _write(settings: Settings, data: StudyData, records: list[dict[str, Any]], c
     """Writes table, figures and report of the records. Returns the report's path."""
     from vmoe_routers.study import report  # imports matplotlib, which workers do not need
 
-    print_table(summarise(records), console)
+    rows = summarise(records)
+    print_table(rows, console)
     _print_verdicts(records, console)
-    write_csv(summarise(records), settings.output / "table.csv")
+    write_csv(rows, settings.output / "table.csv")
     described = json.loads(json.dumps({**asdict(settings), "data": data.name}, default=str))
     path = report.write_report(settings.output, records, described)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)

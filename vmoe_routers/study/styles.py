@@ -43,3 +43,9 @@ def style(router: str | None) -> Style:
     color = _OWN_COLORS[number // len(_OWN_MARKERS) % len(_OWN_COLORS)]
     name = router.rpartition(":")[2]
     return Style(name, name, marker, color)
+
+
+def short_label(router: str | None, label: str) -> str:
+    """Returns the label of a variant with the router's short name, for example "Softmax TC, K=2, 0.5x"."""
+    look = style(router)
+    return label.replace(look.title, look.short)

@@ -60,6 +60,11 @@ class Stat(NamedTuple):
         """Converts the statistic to another unit."""
         return Stat(self.mean * factor, None if self.error is None else self.error * factor, self.count)
 
+    def text(self, form: str, scale: float = 1.0) -> str:
+        """Formats the scaled value with its error, as "97.2±0.1"; without an error, the value alone."""
+        error = "" if self.error is None else f"±{self.error * scale:{form.lstrip('+')}}"
+        return f"{self.mean * scale:{form}}{error}"
+
     def is_clear(self) -> bool:
         """Tells whether the 95 % interval by Student's t excludes 0; False without a spread."""
         if self.error is None or self.error <= _ROUNDING:

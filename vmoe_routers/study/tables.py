@@ -11,7 +11,7 @@ from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, Comparison, verdicts
 from vmoe_routers.study.columns import shown_columns
 from vmoe_routers.study.styles import style
-from vmoe_routers.study.summary import LayerRow, Row, Stat
+from vmoe_routers.study.summary import LayerRow, Row
 
 
 def results_table(rows: Sequence[Row]) -> str:
@@ -124,7 +124,7 @@ def ablation_table(rows: Sequence[AblationRow]) -> str:
             f"<td>{escape(row.arm)}</td><td>{row.seeds}</td>",
             *(
                 f"<td{' class=clear' if value is not None and form[0] == '+' and value.is_clear() else ''}>"
-                f"{_with_error(value, form, scale)}</td>"
+                f"{'-' if value is None else value.text(form, scale).replace('±', ' ±')}</td>"
                 for value, form, scale in (
                     (row.accuracy, ".2f", 100.0),
                     (row.difference, "+.2f", 100.0),
@@ -141,13 +141,6 @@ def ablation_table(rows: Sequence[AblationRow]) -> str:
         "a correction for their number.</p>"
     )
     return note + _scroll(lines)
-
-
-def _with_error(value: Stat | None, form: str, scale: float) -> str:
-    if value is None:
-        return "-"
-    error = "" if value.error is None else f" ±{value.error * scale:{form.lstrip('+')}}"
-    return f"{value.mean * scale:{form}}{error}"
 
 
 def _bars(load: Sequence[float], color: str) -> str:

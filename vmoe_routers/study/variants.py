@@ -74,8 +74,9 @@ class Variant:
         return {"name": self.name, "label": self.label, **asdict(self)}
 
     def _arm(self) -> Arm:
-        arms = ABLATIONS[self.ablation].arms if self.ablation else (Arm(""),)
-        return next(arm for arm in arms if not self.ablation or arm.label == self.arm)
+        if self.ablation is None:
+            return Arm("")
+        return next(arm for arm in ABLATIONS[self.ablation].arms if arm.label == self.arm)
 
     def changes(self) -> dict[str, Any]:
         """Returns the router's options that the ablation changes."""
@@ -150,13 +151,14 @@ def ablated(settings: Settings) -> list[Variant]:
             if router != "dense" and router not in settings.routers:
                 continue
             for arm in ABLATIONS[name].arms:
-                variant = replace(of_ablation(router), ablation=name, arm=arm.label)
-                if variant.settings(settings) != of_ablation(router).settings(settings) or arm.options:
+                base = base_variant(router)
+                variant = replace(base, ablation=name, arm=arm.label)
+                if variant.settings(settings) != base.settings(settings) or arm.options:
                     found.append(variant)
     return list(dict.fromkeys(found))
 
 
-def of_ablation(router: str) -> Variant:
+def base_variant(router: str) -> Variant:
     """Returns the variant of the comparison that an ablation changes: capacity factor 1, and K = 1."""
     if router == "dense":
         return Variant()

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from vmoe_routers.files import make_output
+from vmoe_routers.files import make_output, write_csv
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.evaluation import Evaluation, evaluate_model
 from vmoe_routers.training.loader import evaluation_batches
 from vmoe_routers.training.processes import processes
-from vmoe_routers.training.report import class_rows, print_evaluation, write_csv, write_json
+from vmoe_routers.training.report import class_rows, print_evaluation, write_json
 from vmoe_routers.training.subject import channels_of, input_size, load, open_subject
 from vmoe_routers.training.throughput import REPEATS, WARM_UP, Throughput, measure_throughput
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,20 +57,3 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(values, indent=1, default=str) + "\n"
     write_whole(path, lambda partial: partial.write_text(text))
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of equal columns to a file. None becomes an empty field.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, write)
