@@ -396,7 +396,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
     assert err == "" and f"runs: 6, done before: {len(done)}" in out
     epochs = 36 - 6 * len(done)
     assert out.count("  acc. ") == 6 - len(done) and f"{epochs}/{epochs} epochs" in out and "28/28 rounds" in out
-    assert "report: " in out and (tmp_path / "report.html").is_file()
+    assert "Nothing was learned by any model: " in out and "report: " in out and (tmp_path / "report.html").is_file()
     assert {path: path.stat().st_mtime_ns for path in done} == done and len(list(records.glob("*-seed*.json"))) == 6
 
 

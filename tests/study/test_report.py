@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from records import run, study, variant
 
 from vmoe_routers.study import figures, report
@@ -112,6 +113,18 @@ def test_a_run_that_diverged_is_named():
     assert not any("iverged" in sentence for sentence in report.findings(runs))
     runs[3]["diverged"] = "step 7: loss was not finite"
     assert f"Diverged: {runs[3]['variant']['label']}, seed 1." in report.findings(runs)[0]
+
+
+def test_findings_name_models_that_learned_nothing():
+    chance = report.chance_accuracy(torch.tensor([0] * 20 + [1] * 80))
+    assert chance == pytest.approx(0.8 + 2 * 0.04)
+    runs = [run(v, seed) for seed in range(2) for v in (variant(None), variant("soft"))]
+    assert "Nothing was learned" not in "\n".join(report.findings(runs, chance) + report.findings(runs))
+    for r, accuracy in zip(runs, (0.9, 0.88, 0.9, 0.87), strict=True):
+        r["final"]["accuracy"] = accuracy
+    said = report.findings(runs, chance)[0]
+    assert said.startswith("Nothing was learned by Soft MoE: ") and "(88.0 % or less)" in said
+    assert "Nothing was learned by any model: " in report.findings(runs, 0.9)[0]
 
 
 def test_findings_of_one_seed_compare_nothing():

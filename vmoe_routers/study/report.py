@@ -10,7 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from vmoe_routers.files import write_whole
 from vmoe_routers.study import figures
@@ -90,7 +92,9 @@ paper.</p>
 """
 
 
-def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str, Any]) -> Path:
+def write_report(
+    folder: Path | str, runs: Sequence[Run], settings: Mapping[str, Any], chance: float | None = None
+) -> Path:
     """Writes `report.html`, and every figure of the report as a PNG and a CSV file.
 
     Args:
@@ -98,6 +102,7 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
         runs: The records of the runs.
         settings: The study's settings by name. The key "command" is optional: the command that the user typed, by
             default the arguments of this process.
+        chance: The accuracy up to which a model may have learned nothing, from `chance_accuracy`; None: not known.
 
     Returns:
         The report's path.
@@ -120,7 +125,7 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
         "<h2>How to read the numbers, and their limits</h2>",
         _READING,
         "<h2>In short</h2>",
-        _list(findings(runs)),
+        _list(findings(runs, chance)),
         "<h2>The claims</h2>",
         claims_table(comparisons),
         "<h2>Results</h2>",
@@ -143,14 +148,17 @@ def write_report(folder: Path | str, runs: Sequence[Run], settings: Mapping[str,
     return path
 
 
-def findings(runs: Sequence[Run]) -> list[str]:
-    """Writes the results as sentences that claim no more than the paired 95 % intervals allow."""
+def findings(runs: Sequence[Run], chance: float | None = None) -> list[str]:
+    """Writes the results as sentences that claim no more than the paired 95 % intervals allow.
+
+    Models whose accuracy is at most `chance` come first.
+    """
     rows = [row for row in summarise(runs) if math.isfinite(row.loss.mean)]
     if not rows:
         return ["No run has a finite loss."]
     lowest = min(rows, key=lambda row: row.loss.mean)
     highest = max(rows, key=lambda row: row.accuracy.mean)
-    said = _diverged(runs)
+    said = unlearned(rows, chance) + _diverged(runs)
     said += [
         f"Lowest mean loss: {lowest.label}, {_pm(lowest.loss, '.3f')}. "
         f"Highest mean accuracy: {highest.label}, {_pm(highest.accuracy, '.1f', 100)} %."
@@ -167,6 +175,28 @@ def findings(runs: Sequence[Run]) -> list[str]:
             f"to {_pm(last, '.2f')} times ({last_label})."
         )
     return said
+
+
+def chance_accuracy(labels: Tensor) -> float:
+    """Returns the accuracy up to which a model may have learned nothing.
+
+    This is the share of the most frequent class plus two standard errors of an accuracy on so many images.
+    """
+    share = float(labels.bincount().max()) / len(labels)
+    return share + 2 * math.sqrt(share * (1 - share) / len(labels))
+
+
+def unlearned(rows: Sequence[Row], chance: float | None) -> list[str]:
+    """Names the models whose mean accuracy is at most `chance`."""
+    found = [row.label for row in rows if chance is not None and row.accuracy.mean <= chance]
+    if not found:
+        return []
+    which = "any model" if len(found) == len(rows) else _some(found)
+    return [
+        f"Nothing was learned by {which}: the accuracy is not clearly above that of a model that always answers the "
+        f"most frequent class ({100 * cast(float, chance):.1f} % or less). Differences between such models mean "
+        "nothing. Train longer (--epochs), or with another --learning-rate."
+    ]
 
 
 def _diverged(runs: Sequence[Run]) -> list[str]:

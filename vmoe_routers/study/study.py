@@ -186,7 +186,11 @@ def _write(settings: Settings, data: StudyData, records: list[dict[str, Any]], c
     _print_verdicts(records, console)
     write_csv(rows, settings.output / "table.csv")
     described = json.loads(json.dumps({**asdict(settings), "data": data.name}, default=str))
-    path = report.write_report(settings.output, records, described)
+    # A study that chooses hyperparameters measures held-out images, whose classes are as frequent.
+    chance = report.chance_accuracy(data.test_labels)
+    for sentence in report.unlearned(rows, chance):
+        console.print(sentence, highlight=False, soft_wrap=True)
+    path = report.write_report(settings.output, records, described, chance)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return path
 
