@@ -211,6 +211,12 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist):
 
 def test_citation_has_what_bibtex_needs():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert re.match(r"\d{4}-\d\d-\d\d", str(citation["date-released"]))
-    assert citation["url"] == citation["repository-code"] == PROJECT["project"]["urls"]["Repository"]
-    assert citation["title"] and citation["authors"] and citation["version"]
+    cited = citation["preferred-citation"]
+    assert citation["url"] == citation["repository-code"] == cited["url"] == PROJECT["project"]["urls"]["Repository"]
+    assert all(cited[key] == citation[key] for key in ("title", "type", "authors"))
+    assert isinstance(cited["year"], int)
+    # Both come with a release: neither, or a version that CHANGELOG has, on its date.
+    assert ("version" in citation) == ("date-released" in citation)
+    if "version" in citation:
+        heading = f"## {citation['version']} - {citation['date-released']}"
+        assert heading in (ROOT / "CHANGELOG.md").read_text()
