@@ -1,4 +1,5 @@
-# make study | test | compat | bench | gpu-check | lint | docs | format | sdist | wheel | wheel-check | lower-bounds.
+# make study | test | compat | coverage | bench | gpu-check | lint | docs | format | sdist | wheel | wheel-check |
+# lower-bounds.
 # The first run creates .venv with the dependencies of the target; later runs compile only changed files. ARGS is passed
 # on: make study ARGS="--seeds 1", make test ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA
 # kernels for the GPUs of this machine, ON for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
@@ -10,12 +11,13 @@ build := build/venv
 cuda_choice := build/cuda-$(subst ;,-,$(VMOE_CUDA))
 # Run at most eight processes: each imports torch, which takes a gigabyte of memory. Threads that wait must not
 # spin, because the processes share the cores.
-pytest := OMP_WAIT_POLICY=passive $(bin)/pytest -n logical --maxprocesses=8 --dist=worksteal
+workers := -n logical --maxprocesses=8 --dist=worksteal
+pytest := OMP_WAIT_POLICY=passive $(bin)/pytest $(workers)
 MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test compat bench gpu-check lint docs format sdist wheel wheel-check lower-bounds
+.PHONY: study test compat coverage bench gpu-check lint docs format sdist wheel wheel-check lower-bounds
 
 study: .venv/study
 	$(bin)/vmoe-routers study $(ARGS)
@@ -31,6 +33,12 @@ test: .venv/test
 # Tests with the packages of the extra compat, which `make test` skips where they are missing.
 compat: .venv/compat
 	$(pytest) tests/compat tests/test_wrappers.py $(ARGS)
+
+# Lines of the package that pytest runs, also in processes that a test starts ([tool.coverage] of pyproject.toml).
+coverage: .venv/coverage
+	mkdir -p build/coverage && rm -f build/coverage/.coverage*
+	OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest $(workers) $(ARGS)
+	$(bin)/coverage combine --quiet && $(bin)/coverage report
 
 bench: .venv/bench
 	$(bin)/python -m benchmarks.run $(ARGS)
