@@ -46,14 +46,14 @@ TINY = (
 ])  # fmt: skip
 def test_options(arguments, changes):
     name, target, options = cli._parse(["study", *arguments.split()])
-    assert (options.pop("recipe"), options.pop("compare")) == (None, None)
+    assert [options.pop(key) for key in ("recipe", "compare", "report")] == [None] * 3
     assert (name, target) == ("study", Settings) and Settings(**options) == Settings(**changes)
 
 
 def test_a_recipe_sets_the_defaults_of_study():
     for arguments in ("--recipe fashion --seeds 2", "--seeds 2 --recipe=fashion"):
         _, _, options = cli._parse(["study", *arguments.split()])
-        assert (options.pop("recipe"), options.pop("compare")) == ("fashion", None)
+        assert [options.pop(key) for key in ("recipe", "compare", "report")] == ["fashion", None, None]
         assert Settings(**options) == replace(fashion(), seeds=2)
     _, _, options = cli._parse(["study", "--compare", "a", "b"])
     assert options["compare"] == ["a", "b"]
@@ -71,6 +71,7 @@ def test_options_of_convert():
     ("study --recipe cake", "--recipe 'cake' does not exist; there are digits, fashion"),
     ("study --compare a", "compare"),
     ("study --compare a b", "a: holds no study, study.json is missing"),
+    ("study --report a", "a: holds no study, study.json is missing"),
     ("study --ablations colour", "--ablations: 'colour' is none of learning_rate"),
     ("study --batch-size 30", "--batch-size 30 must be a multiple of --group-size 8"),
     ("study --batch_size 30", "--batch_size 30 must be a multiple of --group-size 8"),

@@ -35,10 +35,13 @@ def _search_here(routers: Sequence[str | None]) -> None:
 
 
 def _study(settings: Any, options: dict[str, Any]) -> None:
-    from vmoe_routers.study import compare_studies, run_study
+    from vmoe_routers.study import compare_studies, report_study, run_study
 
     options.pop("recipe")
-    folders = options.pop("compare")
+    folders, finished = options.pop("compare"), options.pop("report")
+    if finished is not None:
+        report_study(Path(finished))
+        return
     if folders is not None:
         first, second = map(Path, folders)
         compare_studies(first, second)
@@ -77,6 +80,11 @@ def _add_study_recipes(parser: Any, arguments: Sequence[str]) -> None:
         nargs=2,
         metavar=("A", "B"),
         help="set the kept records of two studies side by side, and run nothing",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="FOLDER",
+        help="write the report of the finished runs in the folder of a study, and run nothing",
     )
     parser.set_defaults(asdict(_recipe(_given(arguments).get("--recipe", "digits"), RECIPES)))
 

@@ -87,6 +87,26 @@ def test_slots_are_equal_for_claim_ii():
     assert [c.what for c in decide(made)] == ["Softmax EC - Softmax TC, K=2, 0.5x"]
 
 
+def test_products_of_k_and_capacity_factor_are_rounded():
+    assert 3 * 0.1 != 0.3
+    made = runs_of(variant("softmax_token_choice", 3, capacity=0.1), around(0.9))
+    made += runs_of(variant("softmax_expert_choice", capacity=0.3), around(0.9, 2))
+    assert [c.claim for c in decide(made)] == ["ii"]
+
+
+def test_a_study_without_timed_steps():
+    runs = study(seeds=2, capacities=(0.5, 1.0))
+    timed = decide(runs)
+    for record in runs:
+        del record["timing"]
+    untimed = decide(runs)
+    for before, after in zip(timed, untimed, strict=True):
+        if before.claim.endswith("time"):
+            assert after.mean is None and after.reason == "no step was timed"
+        else:  # the number of all comparisons changes Holm's correction
+            assert (after.what, after.mean, after.p) == (before.what, before.mean, before.p)
+
+
 def test_every_claim_is_tested_on_a_whole_study():
     runs = study(seeds=5, transfer=True, capacities=(0.5, 1.0, 2.0))
     priority = []

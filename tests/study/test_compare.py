@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -105,10 +106,15 @@ def test_what_is_no_study(tmp_path, records):
     for text, words in (
         ("{", "no description of a study"), ("[]", "records of version None"), ('{"version": 4}', "version 4, wanted"),
         ('{"version": 5, "runs": 3}', "runs must be a list of file names"),
+        ('{"version": 5, "runs": []}', "settings must be a dict"),
     ):  # fmt: skip
         (empty / "study.json").write_text(text)
         with pytest.raises(RecordError, match=words):
             compared(a, empty)
+    (empty / "study.json").unlink()
+    os.mkfifo(empty / "study.json")
+    with pytest.raises(RecordError, match="not a regular file"):
+        compared(a, empty)
     next((a / "runs").iterdir()).write_text("{}")
     with pytest.raises(RecordError, match="no record"):
         compared(a, a)

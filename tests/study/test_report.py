@@ -9,7 +9,7 @@ import torch
 from records import run, study, variant
 
 from vmoe_routers.study import figures, report
-from vmoe_routers.study.summary import summarise
+from vmoe_routers.study.summary import chance_accuracy, summarise
 
 VOID = {"meta", "img"}
 
@@ -116,7 +116,7 @@ def test_a_run_that_diverged_is_named():
 
 
 def test_findings_name_models_that_learned_nothing():
-    chance = report.chance_accuracy(torch.tensor([0] * 20 + [1] * 80))
+    chance = chance_accuracy(torch.tensor([0] * 20 + [1] * 80))
     assert chance == pytest.approx(0.8 + 2 * 0.04)
     runs = [run(v, seed) for seed in range(2) for v in (variant(None), variant("soft"))]
     assert "Nothing was learned" not in "\n".join(report.findings(runs, chance) + report.findings(runs))

@@ -25,7 +25,7 @@ from scipy.stats import t as student_t
 from vmoe_routers.files import write_csv
 from vmoe_routers.routers import ROUTERS
 from vmoe_routers.study.styles import short_label, style
-from vmoe_routers.study.summary import Run, accuracy, by_variant, loss
+from vmoe_routers.study.summary import Run, accuracy, by_variant, loss, step_times
 from vmoe_routers.study.variants import base_variant
 
 LEVEL = 0.05
@@ -196,13 +196,14 @@ def _flops(group: Mapping[int, Run]) -> float:
     return float(next(iter(group.values()))["cost"]["flops"])
 
 
-def _time(group: Mapping[int, Run]) -> float:
-    return statistics.median(next(iter(group.values()))["timing"]["step_ms"])
+def _time(group: Mapping[int, Run]) -> float | None:
+    times = step_times(list(group.values()))
+    return statistics.median(times) if times else None
 
 
 class _Budget(NamedTuple):
     name: str
-    of: Callable[[Mapping[int, Run]], float]
+    of: Callable[[Mapping[int, Run]], float | None]
 
 
 _BUDGETS = {"": _Budget("FLOPs", _flops), ", time": _Budget("step time", _time)}
@@ -230,9 +231,9 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
         every_k = {key: value for key, value in _base(f"{kind}_token_choice").items() if key != "top_k"}
         for token in study.find(router=f"{kind}_token_choice", **every_k):
             slots = _variant(token)["top_k"] * _variant(token)["capacity_factor"]
-            expert = study.one(router=f"{kind}_expert_choice", capacity_factor=slots)
-            if expert:
-                yield "ii", _paired(expert, token)
+            for expert in study.find(router=f"{kind}_expert_choice"):
+                if math.isclose(_variant(expert)["capacity_factor"], slots):
+                    yield "ii", _paired(expert, token)
     for key, budget in _BUDGETS.items():
         for router in _SPARSE:
             sparse = study.one(router=router, capacity_factor=1.0, **_base(router))
@@ -266,8 +267,11 @@ def _at_budget(series: Sequence[Mapping[int, Run]], other: Mapping[int, Run], bu
     """Compares a router, interpolated over its capacity factors, with another model at that model's budget."""
     router = _variant(series[0])["router"]
     what = f"{style(router).short} - {_short(other)}"
-    points = sorted(((budget.of(group), group) for group in series), key=lambda point: point[0])
-    wanted, lowest, highest = budget.of(other), points[0][0], points[-1][0]
+    wanted, costs = budget.of(other), [cost for group in series if (cost := budget.of(group)) is not None]
+    if wanted is None or len(costs) < len(series):
+        return _Pair(what, router, [], [], "no step was timed")
+    points = sorted(zip(costs, series, strict=True), key=lambda point: point[0])
+    lowest, highest = points[0][0], points[-1][0]
     if not lowest * (1 - TOLERANCE) <= wanted <= highest * (1 + TOLERANCE):
         times = f"{lowest / wanted:.2f} to {highest / wanted:.2f}" if len(points) > 1 else f"{lowest / wanted:.2f}"
         return _Pair(what, router, [], [], f"{budget.name} {times} times the other model's")

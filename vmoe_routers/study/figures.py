@@ -98,7 +98,13 @@ def _paint(data: Data, paint: Callable[[Data], Figure]) -> Figure | None:
 def figure_1_data(runs: Iterable[Run]) -> Data:
     """One dict per variant: training time in seconds, FLOPs, accuracy in [0, 1] and loss, with standard errors."""
     return [
-        _point(row, train_seconds=row.train_seconds, flops=row.flops, accuracy=row.accuracy, loss=row.loss)
+        _point(
+            row,
+            train_seconds=row.train_seconds or (None, None),
+            flops=row.flops,
+            accuracy=row.accuracy,
+            loss=row.loss,
+        )
         for row in summarise(runs)
     ]
 
@@ -125,11 +131,17 @@ def ablation_data(runs: Iterable[Run]) -> Data:
 
 
 def figure_2_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant that measured the transfer: training time in seconds and accuracy, with standard errors."""
+    """One dict per variant that measured the transfer: training time in seconds, FLOPs and accuracy."""
     runs = [run for run in runs if run["transfer"]]
     names = {run["variant"]["name"]: run["transfer"]["data"] for run in runs}
     return [
-        _point(row, data=names[row.name], train_seconds=row.train_seconds, transfer_accuracy=row.transfer)
+        _point(
+            row,
+            data=names[row.name],
+            train_seconds=row.train_seconds or (None, None),
+            flops=row.flops,
+            transfer_accuracy=row.transfer,
+        )
         for row in summarise(runs)
     ]
 

@@ -36,14 +36,18 @@ _FLOPS = ("flops", "FLOPs of a forward pass, per image (M)", 1e-6)
 
 
 def paint_figure_1(data: Data) -> Figure:
-    """Draws training time and FLOPs against accuracy and loss."""
-    return _scatter(data, [[(x, y) for y in (_ACCURACY, _LOSS)] for x in (_TIME, _FLOPS)])
+    """Draws training time and FLOPs against accuracy and loss; FLOPs alone if no step was timed."""
+    return _scatter(data, [[(x, y) for y in (_ACCURACY, _LOSS)] for x in dict.fromkeys((_cost(data), _FLOPS))])
 
 
 def paint_figure_2(data: Data) -> Figure:
-    """Draws training time against 10-shot transfer accuracy."""
+    """Draws training time against 10-shot transfer accuracy; FLOPs in its place if no step was timed."""
     label = f"10-shot accuracy on {', '.join(sorted({point['data'] for point in data}))} (%)"
-    return _scatter(data, [[(_TIME, ("transfer_accuracy", label, 100.0, "upper"))]])
+    return _scatter(data, [[(_cost(data), ("transfer_accuracy", label, 100.0, "upper"))]])
+
+
+def _cost(data: Data) -> tuple[str, str, float]:
+    return _FLOPS if any(point[_TIME[0]] is None for point in data) else _TIME
 
 
 def _scatter(data: Data, grid: list[list[tuple]]) -> Figure:

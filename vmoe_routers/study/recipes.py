@@ -29,7 +29,7 @@ def fashion() -> Settings:
         ablations=[name for name in ABLATIONS if name != "learning_rate"],
         seeds=5,
         holdout=10_000,
-        epochs=2,
+        epochs=1,
         learning_rates={"dense": 6e-3},  # the results of fashion_choose; all routers have the default
         patch_size=4,
         mlp_ratio=4.0,
@@ -41,6 +41,7 @@ def fashion_choose() -> Settings:
     """Search of the learning rates of "fashion", on 10,000 held-out images."""
     return replace(
         fashion(),
+        epochs=2,
         transfer_data=None,
         output=Path("fashion_choose"),
         learning_rates={},

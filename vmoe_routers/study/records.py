@@ -157,6 +157,12 @@ class _Beginning(tuple):
     """Kinds of a list that may end early."""
 
 
+class _Every(NamedTuple):
+    """Kind of all elements of a list of any length."""
+
+    of: Any
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
 
@@ -179,6 +185,14 @@ _MACHINE = _Kind(
     lambda value: isinstance(value, dict) and all(isinstance(words, str) for words in value.values()),
 )
 _WHEN_AND_WHERE = {"machine": _MACHINE, "date": _TEXT}
+_EPOCH = {"seconds": _TIME, "train_loss": _NUMBER, "accuracy": _SHARE, "loss": _NUMBER}
+_METRICS = dict.fromkeys(("utilisation", "load_cv", "dropped", "entropy"), _NUMBER) | {"dead_experts": _COUNT}
+_RESULTS = {
+    "final": {"accuracy": _SHARE, "loss": _NUMBER},
+    "diverged": _OPTIONAL,
+    "steps": _POSITIVE,
+    "cost": dict.fromkeys(("slots", "mlp_flops", "flops", "parameters"), _POSITIVE),
+}
 
 
 def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | None) -> dict[str, Any]:
@@ -190,24 +204,17 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
         settings, variant, seed: What was run.
         transfer: The name of the second data set.
     """
-    metrics = dict.fromkeys(("utilisation", "load_cv", "dropped", "entropy"), _NUMBER)
     wanted = of_run(settings, variant)
     settings = variant.settings(settings)
     blocks = () if variant.router is None else moe_block_indices(settings.depth, settings.moe_blocks)
     load = (_NUMBER,) * settings.num_experts
-    epoch = {"seconds": _TIME, "train_loss": _NUMBER, "accuracy": _SHARE, "loss": _NUMBER}
     return {
         "variant": {key: _exactly(value) for key, value in variant.describe().items()},
         "seed": _exactly(seed),
         "settings": {key: _exactly(value) for key, value in wanted.items()},
-        "epochs": _Beginning({"epoch": _exactly(number), **epoch} for number in evaluated_epochs(settings.epochs)),
-        "final": {"accuracy": _SHARE, "loss": _NUMBER},
-        "diverged": _OPTIONAL,
-        "steps": _POSITIVE,
-        "cost": dict.fromkeys(("slots", "mlp_flops", "flops", "parameters"), _POSITIVE),
-        "layers": tuple(
-            {"block": _exactly(block), "load": load, "dead_experts": _COUNT, **metrics} for block in blocks
-        ),
+        "epochs": _Beginning({"epoch": _exactly(number), **_EPOCH} for number in evaluated_epochs(settings.epochs)),
+        **_RESULTS,
+        "layers": tuple({"block": _exactly(block), "load": load, **_METRICS} for block in blocks),
         "transfer": _exactly(None) if transfer is None else {"data": _exactly(transfer), "accuracy": _SHARE},
         **_WHEN_AND_WHERE,
     }
@@ -215,11 +222,22 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
 
 def some_run() -> dict[str, Any]:
     """Returns the kinds of the values that the record of any run has."""
-    variant = {"name": _TEXT, "label": _TEXT, **dict.fromkeys(("router", "combine", "ablation"), _OPTIONAL)}
+    variant = {"name": _TEXT, "label": _TEXT, **dict.fromkeys(("router", "combine", "ablation", "arm"), _OPTIONAL)}
     variant |= {"top_k": _OPTIONAL_NUMBER, "capacity_factor": _OPTIONAL_NUMBER, "batch_priority": _OPTIONAL_BOOL}
     settings = {"learning_rate": _POSITIVE, "device": _TEXT, "options": {}}
-    final = {"accuracy": _SHARE, "loss": _NUMBER}
-    return {"variant": variant, "seed": _COUNT, "settings": settings, "final": final, **_WHEN_AND_WHERE}
+    return {
+        "variant": variant,
+        "seed": _COUNT,
+        "settings": settings,
+        "epochs": _Every({"epoch": _COUNT, **_EPOCH}),
+        **_RESULTS,
+        "layers": _Every({"block": _COUNT, "load": _Every(_NUMBER), **_METRICS}),
+        "transfer": _Kind(
+            "null, or the name of the data and a share",
+            lambda value: value is None or _problem(value, {"data": _TEXT, "accuracy": _SHARE}, "") is None,
+        ),
+        **_WHEN_AND_WHERE,
+    }
 
 
 def timing_record(rounds: int) -> dict[str, Any]:
@@ -247,7 +265,11 @@ def _problem(value: Any, wanted: Any, where: str) -> str | None:
     name = where or "the whole"
     if isinstance(wanted, _Kind):
         return None if wanted.accepts(value) else f"{name} is {_short(value)}, wanted {wanted.words}"
-    if isinstance(wanted, Mapping):
+    if isinstance(wanted, _Every):
+        if not isinstance(value, list):
+            return f"{name} is {_short(value)}, wanted a list"
+        inner = ((item, wanted.of, f"{where}[{i}]") for i, item in enumerate(value))
+    elif isinstance(wanted, Mapping):
         if not isinstance(value, dict):
             return f"{name} is {_short(value)}, wanted a mapping"
         missing = next((key for key in wanted if key not in value), None)

@@ -12,8 +12,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
 from vmoe_routers.files import write_whole
 from vmoe_routers.study import figures
 from vmoe_routers.study.ablation_rows import ablation_rows
@@ -93,7 +91,11 @@ paper.</p>
 
 
 def write_report(
-    folder: Path | str, runs: Sequence[Run], settings: Mapping[str, Any], chance: float | None = None
+    folder: Path | str,
+    runs: Sequence[Run],
+    settings: Mapping[str, Any],
+    planned: int | None = None,
+    chance: float | None = None,
 ) -> Path:
     """Writes `report.html`, and every figure of the report as a PNG and a CSV file.
 
@@ -102,6 +104,7 @@ def write_report(
         runs: The records of the runs.
         settings: The study's settings by name. The key "command" is optional: the command that the user typed, by
             default the arguments of this process.
+        planned: The number of runs of the whole study; by default, all are finished.
         chance: The accuracy up to which a model may have learned nothing, from `chance_accuracy`; None: not known.
 
     Returns:
@@ -118,6 +121,7 @@ def write_report(
         "<h1>Routers in vision mixtures of experts, head to head</h1>",
         f'<p class="lead">{_count(len(rows), "model")}, {_count(len(runs), "run")}, {_count(seeds, "seed")}'
         f"{' each' if all(row.seeds == seeds for row in rows) else ' at most'}; {escape(_dates(runs))}</p>",
+        *_unfinished(len(runs), planned),
         "<h2>What was run</h2>",
         f"<p><code>{escape(str(command))}</code></p>",
         _definitions(settings),
@@ -177,15 +181,6 @@ def findings(runs: Sequence[Run], chance: float | None = None) -> list[str]:
     return said
 
 
-def chance_accuracy(labels: Tensor) -> float:
-    """Returns the accuracy up to which a model may have learned nothing.
-
-    This is the share of the most frequent class plus two standard errors of an accuracy on so many images.
-    """
-    share = float(labels.bincount().max()) / len(labels)
-    return share + 2 * math.sqrt(share * (1 - share) / len(labels))
-
-
 def unlearned(rows: Sequence[Row], chance: float | None) -> list[str]:
     """Names the models whose mean accuracy is at most `chance`."""
     found = [row.label for row in rows if chance is not None and row.accuracy.mean <= chance]
@@ -234,6 +229,13 @@ def _command() -> str:
     name = Path(sys.argv[0]).name
     program = ["python", "-m", "vmoe_routers"] if name == "__main__.py" else [name]
     return shlex.join([*program, *sys.argv[1:]])
+
+
+def _unfinished(finished: int, planned: int | None) -> list[str]:
+    """Writes how many runs of the study are finished, unless all are."""
+    if planned is None or finished >= planned:
+        return []
+    return [f"<p><b>{finished} of {planned} runs are finished.</b> The numbers may change with the runs to come.</p>"]
 
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:

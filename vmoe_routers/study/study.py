@@ -18,14 +18,14 @@ from vmoe_routers.study.ablations import MAX_SEEDS
 from vmoe_routers.study.claims import CLAIMS, decide, verdicts
 from vmoe_routers.study.columns import print_table, write_csv
 from vmoe_routers.study.execution import run_all
-from vmoe_routers.study.folders import write_contents
+from vmoe_routers.study.folders import add_timing, read_contents, read_runs, write_contents
 from vmoe_routers.study.images import StudyData, first_images, load_images
 from vmoe_routers.study.jobs import Job, Timing
 from vmoe_routers.study.memory import check_memory
 from vmoe_routers.study.own import is_own
 from vmoe_routers.study.records import RecordError, fingerprint, run_path, timing_path
 from vmoe_routers.study.settings import Settings
-from vmoe_routers.study.summary import summarise
+from vmoe_routers.study.summary import chance_accuracy, summarise
 from vmoe_routers.study.variants import Variant, ablated, make, variants
 from vmoe_routers.training import DataError, Images
 from vmoe_routers.training.data import DEFAULT_SIZE
@@ -94,10 +94,29 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
     if timed is None or len(records) < len(jobs):
         raise OSError(f"{settings.output / 'runs'}: a record was removed while the study ran")
     for record in records:
-        if record["variant"]["ablation"] is not None:
-            continue
-        record["timing"] = timed | {"step_ms": timed["step_ms"][record["variant"]["name"]]}
-    return _write(settings, data, records, console)
+        add_timing(record, timed)
+    described = json.loads(json.dumps({**asdict(settings), "data": data.name}, default=str))
+    return _write(settings.output, described, records, len(jobs), chance_accuracy(data.test_labels), console)
+
+
+def report_study(folder: Path | str, console: Console | None = None) -> Path:
+    """Writes table, claims, figures and report of the finished runs in a folder. Runs nothing and needs no images.
+
+    Returns:
+        The report's path.
+
+    Raises:
+        RecordError: The folder holds no study, a study of another version, no finished run, or a damaged record.
+        OSError: A file cannot be read or written.
+    """
+    folder = Path(folder)
+    contents = read_contents(folder)
+    records = read_runs(folder, contents)
+    if not records:
+        raise RecordError(f"{folder}: holds no finished run")
+    described = contents["settings"] | {"data": contents["data"]}
+    console = console or Console(markup=False, emoji=False)
+    return _write(folder, described, records, len(set(contents["runs"])), contents.get("chance"), console)
 
 
 def _others(settings: Settings, jobs: Sequence[Job], timing: Timing) -> int:
@@ -177,20 +196,24 @@ def _check_model(variant: Variant, settings: Settings, data: StudyData) -> None:
         raise OptionError(f"routers: {variant.router!r} fails: {reason}", "routers") from error
 
 
-def _write(settings: Settings, data: StudyData, records: list[dict[str, Any]], console: Console) -> Path:
+def _write(
+    folder: Path,
+    settings: dict[str, Any],
+    records: list[dict[str, Any]],
+    planned: int,
+    chance: float | None,
+    console: Console,
+) -> Path:
     """Writes table, figures and report of the records. Returns the report's path."""
     from vmoe_routers.study import report  # imports matplotlib, which workers do not need
 
     rows = summarise(records)
     print_table(rows, console)
     _print_verdicts(records, console)
-    write_csv(rows, settings.output / "table.csv")
-    described = json.loads(json.dumps({**asdict(settings), "data": data.name}, default=str))
-    # A study that chooses hyperparameters measures held-out images, whose classes are as frequent.
-    chance = report.chance_accuracy(data.test_labels)
+    write_csv(rows, folder / "table.csv")
     for sentence in report.unlearned(rows, chance):
         console.print(sentence, highlight=False, soft_wrap=True)
-    path = report.write_report(settings.output, records, described, chance)
+    path = report.write_report(folder, records, settings, planned, chance)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return path
 

@@ -13,7 +13,8 @@ Every variant and seed has one record, a dict that JSON can hold:
     diverged       the reason why the training ended early, or None
     steps          number of training steps
     timing         step_ms: times of a training step, one per round. All variants took turns in one process, so they
-                   have the same rounds. machine, date: where and when the steps were timed.
+                   have the same rounds. machine, date: where and when the steps were timed. The runs of ablations, and
+                   those of a study without timed steps, lack this key.
     cost           slots (per image and MoE layer; for the dense ViT its tokens), mlp_flops, flops (of a forward pass,
                    per image), parameters
     layers         a list of dicts: block, load (tokens per image of each expert), utilisation, load_cv, dropped,
@@ -35,6 +36,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from scipy.stats import t as student_t
+from torch import Tensor
 
 from vmoe_routers.routers import ROUTERS
 
@@ -76,8 +78,9 @@ class Stat(NamedTuple):
 class Row:
     """Summary of the runs of one variant. Accuracies are in [0, 1]. None is a missing value.
 
-    The differences use only seeds for which the dense ViT was run, too. `step_ratio` uses the rounds of the timing. The
-    routing metrics are means over seeds and MoE layers; `dead_experts` is the mean over seeds of the sum over layers.
+    The differences use only seeds for which the dense ViT was run, too. `step_ratio` uses the rounds of the timing. A
+    study without timed steps has no times. The routing metrics are means over seeds and MoE layers; `dead_experts` is
+    the mean over seeds of the sum over layers.
     """
 
     name: str
@@ -92,8 +95,8 @@ class Row:
     loss: Stat
     accuracy_difference: Stat | None
     loss_difference: Stat | None
-    train_seconds: Stat
-    step_ms: Stat
+    train_seconds: Stat | None
+    step_ms: Stat | None
     step_ratio: Stat | None
     slots: float
     mlp_flops: float
@@ -139,6 +142,16 @@ def stat(values: Iterable[float]) -> Stat:
     return Stat(mean, math.sqrt(variance / count), count)
 
 
+def chance_accuracy(labels: Tensor) -> float:
+    """Returns the accuracy up to which a model may have learned nothing.
+
+    This is the share of the most frequent class plus two standard errors of an accuracy on so many images. A study that
+    chooses hyperparameters measures held-out images, whose classes are as frequent as those of the test images.
+    """
+    share = float(labels.bincount().max()) / len(labels)
+    return share + 2 * math.sqrt(share * (1 - share) / len(labels))
+
+
 def median_stat(values: Sequence[float]) -> Stat:
     """Computes the median of times, which may include outliers. The median deviation gives its standard error."""
     median = statistics.median(values)
@@ -158,6 +171,11 @@ def accuracy(run: Run) -> float:
 def loss(run: Run) -> float:
     """Loss after the last epoch, on the test images."""
     return run["final"]["loss"]
+
+
+def step_times(runs: Sequence[Run]) -> list[float]:
+    """Times of a training step of one variant in milliseconds, one per round; empty if no step was timed."""
+    return runs[0].get("timing", {}).get("step_ms", []) if runs else []
 
 
 def paired(runs: Sequence[Run], others: Sequence[Run], value: Callable[[Run], float]) -> list[float]:
@@ -230,8 +248,8 @@ def _row(runs: Sequence[Run], dense: Sequence[Run]) -> Row:
         values = paired(runs, dense, value)
         return stat(values) if values and runs is not dense else None
 
-    step_ms = median_stat(runs[0]["timing"]["step_ms"])
-    dense_ms = dense[0]["timing"]["step_ms"] if dense else []
+    times, dense_times = step_times(runs), step_times(dense)
+    step_ms = median_stat(times) if times else None
     dead = [sum(layer["dead_experts"] for layer in run["layers"]) for run in runs if run["layers"]]
     transfers = [run["transfer"]["accuracy"] for run in runs if run["transfer"]]
     variant = runs[0]["variant"]
@@ -242,10 +260,10 @@ def _row(runs: Sequence[Run], dense: Sequence[Run]) -> Row:
         loss=stat(map(loss, runs)),
         accuracy_difference=difference(accuracy),
         loss_difference=difference(loss),
-        train_seconds=step_ms.scaled(runs[0]["steps"] / 1e3),
+        train_seconds=step_ms and step_ms.scaled(runs[0]["steps"] / 1e3),
         step_ms=step_ms,
-        step_ratio=median_stat([a / b for a, b in zip(runs[0]["timing"]["step_ms"], dense_ms, strict=True)])
-        if dense
+        step_ratio=median_stat([a / b for a, b in zip(times, dense_times, strict=True)])
+        if times and dense_times
         else None,
         slots=cost("slots"),
         mlp_flops=cost("mlp_flops"),
