@@ -257,6 +257,23 @@ __global__ void different_instructions() {
   }
 }
 #ifdef __SANITIZE_ADDRESS__
+__global__ void read_past_the_stack(int* out) {
+  int values[4];
+  int* volatile begin = values;  // hides the bounds from the compiler
+  begin[0] = 1;
+  __syncthreads();  // other fibers run in between
+  *out = begin[threadIdx.x + 4];
+}
+__global__ void copy_past_dynamic_shared(const char* from) {
+  cuda::copy_async(cuda::shared_place(cuda::dynamic_shared<char>() + 64), from, true);
+  cuda::commit_copies();
+  cuda::await_copies<0>();
+}
+__global__ void copy_from_past_the_end(const char* from) {
+  cuda::copy_async(cuda::shared_place(cuda::dynamic_shared<char>()), from + 16, true);
+  cuda::commit_copies();
+  cuda::await_copies<0>();
+}
 __global__ void write_past_dynamic_shared() { cuda::dynamic_shared<char>()[64 + threadIdx.x] = 1; }
 __global__ void write_past_static_shared(int* out) {
   __shared__ int values[4];
@@ -298,6 +315,9 @@ TEST(ShimDeathTest, KernelErrorsEndTheProgram) {
   EXPECT_DEATH(start(write_past_dynamic_shared, 1, 1), "AddressSanitizer");
   int out;
   EXPECT_DEATH(start(write_past_static_shared, 1, 5, &out), "AddressSanitizer");
+  EXPECT_DEATH(start(read_past_the_stack, 1, 2, &out), "AddressSanitizer.*stack");
+  EXPECT_DEATH(start(copy_past_dynamic_shared, 1, 1, from), "copy to a bad address");
+  EXPECT_DEATH(start(copy_from_past_the_end, 1, 1, from), "copy from a bad address");
 #endif
 }
 

@@ -1,5 +1,9 @@
 // runner -- runs the threads of a block, or of all co-resident blocks, as fibers of one host thread
 // (cuda_runtime.h).
+//
+// Sanitizers instrument the kernels and not this file, which runs at every switch of a fiber. They
+// are not told about the switches: they check addresses on any stack, and would only describe an
+// address on the stack of a fiber better.
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -12,12 +16,11 @@
 
 #include "cuda_runtime.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#ifdef VMOE_SANITIZE
 #include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 #else
-#define ASAN_POISON_MEMORY_REGION(memory, size)
-#define ASAN_UNPOISON_MEMORY_REGION(memory, size)
+#define __asan_poison_memory_region(memory, size)
+#define __asan_unpoison_memory_region(memory, size)
 #endif
 
 // Bounds of the section of __shared__ variables (shared.ld).
@@ -64,7 +67,6 @@ struct alignas(64) Fiber {
   int groups = 0;
 
   std::unique_ptr<char, int (*)(char*)> stack{nullptr, [](char* p) { return munmap(p, kStack); }};
-  void* fake_stack = nullptr;  // of ASan
 };
 
 struct alignas(128) Dynamic {
@@ -86,11 +88,6 @@ size_t block_size = 0;
 uint64_t changes = 1;  // 1 + the number of writes to atomics
 
 void* scheduler_registers[5];
-#if defined(__SANITIZE_ADDRESS__)
-void* scheduler_fake_stack = nullptr;
-const void* scheduler_stack = nullptr;
-size_t scheduler_stack_size = 0;
-#endif
 
 const char* name(WarpOp op) {
   constexpr const char* kNames[] = {
@@ -121,31 +118,15 @@ const char* name(WarpOp op) {
 }
 
 // Switches fibers by the setjmp of the compiler, which makes no system call. longjmp of libc may
-// reject a jump to another stack. ASan must not instrument these functions, because it would
-// unpoison the stack that is left. setjmp and longjmp must be in different functions.
-__attribute__((noinline, noreturn, no_sanitize("address"))) void go(void** to) {
-  __builtin_longjmp(to, 1);
-}
+// reject a jump to another stack. setjmp and longjmp must be in different functions.
+__attribute__((noinline, noreturn)) void go(void** to) { __builtin_longjmp(to, 1); }
 
-__attribute__((noinline, no_sanitize("address"))) void jump(void** from, void** to) {
-  if (__builtin_setjmp(from) == 0) go(to);
-}
-
-void to_scheduler() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&current->fake_stack, scheduler_stack, scheduler_stack_size);
-#endif
-  jump(current->registers, scheduler_registers);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(current->fake_stack, &scheduler_stack, &scheduler_stack_size);
-#endif
+__attribute__((noinline)) void to_scheduler() {
+  if (__builtin_setjmp(current->registers) == 0) go(scheduler_registers);
 }
 
 // A fiber runs one thread after another, because starting a fiber takes two system calls.
 void run_fiber() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-#endif
   while (true) {
     (*body)();
     current->state = State::kDone;
@@ -153,7 +134,7 @@ void run_fiber() {
   }
 }
 
-__attribute__((noinline, no_sanitize("address"))) void enter(Fiber& fiber) {
+__attribute__((noinline)) void enter(Fiber& fiber) {
   if (__builtin_setjmp(scheduler_registers) != 0) return;
   if (fiber.started) go(fiber.registers);
   fiber.started = true;
@@ -171,13 +152,7 @@ __attribute__((noinline, no_sanitize("address"))) void enter(Fiber& fiber) {
 void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.index;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), kStack);
-#endif
   enter(fiber);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#endif
 }
 
 // Performs an operation of the lanes in `mask`, all of which have arrived.
@@ -272,18 +247,17 @@ void release_block() {
   }
 }
 
-// Fills, saves and restores the __shared__ variables. ASan must not instrument these functions,
-// because they also access its red zones between variables. They have loops, because memset and
-// memcpy would be checked.
-__attribute__((no_sanitize("address"))) void fill_declared(uint64_t garbage) {
+// Fills, saves and restores the __shared__ variables, with the red zones of ASan between them.
+// Loops, because ASan would check memset and memcpy.
+void fill_declared(uint64_t garbage) {
   for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = garbage;
 }
-__attribute__((no_sanitize("address"))) void save_declared() {
+void save_declared() {
   block->declared.resize(__stop_cuda_shared - __start_cuda_shared);
   uint64_t* to = block->declared.data();
   for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *to++ = *p;
 }
-__attribute__((no_sanitize("address"))) void restore_declared() {
+void restore_declared() {
   const uint64_t* from = block->declared.data();
   for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = *from++;
 }
@@ -292,9 +266,9 @@ void fill_shared(size_t size) {
   const unsigned char garbage = schedule == Schedule::kForward ? kGarbage : kGarbageNan;
   fill_declared(garbage * uint64_t{0x0101010101010101});
   char* dynamic = block->dynamic->bytes;
-  ASAN_UNPOISON_MEMORY_REGION(dynamic, kLargestShared);
+  __asan_unpoison_memory_region(dynamic, kLargestShared);
   memset(dynamic, garbage, size);
-  ASAN_POISON_MEMORY_REGION(dynamic + size, kLargestShared - size);
+  __asan_poison_memory_region(dynamic + size, kLargestShared - size);
 }
 
 void prepare(Fiber& fiber, size_t i) {
@@ -314,8 +288,18 @@ void prepare(Fiber& fiber, size_t i) {
   fiber.index = {x % blockDim.x, x / blockDim.x % blockDim.y, x / blockDim.x / blockDim.y};
 }
 
+bool is_out_of_bounds([[maybe_unused]] const void* memory, [[maybe_unused]] size_t size) {
+#ifdef VMOE_SANITIZE
+  return __asan_region_is_poisoned(const_cast<void*>(memory), size);
+#else
+  return false;
+#endif
+}
+
 void perform(const Copy& copy) {
+  if (is_out_of_bounds(copy.to, 16)) fail("an asynchronous copy to a bad address");
   if (copy.from) {
+    if (is_out_of_bounds(copy.from, 16)) fail("an asynchronous copy from a bad address");
     memcpy(copy.to, copy.from, 16);
   } else {
     memset(copy.to, 0, 16);

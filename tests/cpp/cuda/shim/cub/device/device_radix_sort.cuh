@@ -9,7 +9,7 @@
 
 namespace shim {
 
-// The error that a sort returns, unless it is asked for the size of its memory. A test sets it.
+// The error that a sort returns. Tests set it. A query of the size of the memory succeeds.
 inline cudaError_t sort_error = cudaSuccess;
 
 }  // namespace shim
