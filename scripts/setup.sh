@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # setup.sh [PYTHON [EXTRA]] -- creates .venv with torch, the build tools, this package (editable) and the dependencies
-# of EXTRA of pyproject.toml (study by default, test, bench, lint). The Makefile runs it; running it again is safe.
+# of EXTRA of pyproject.toml (study by default, test, bench, lint, or several: test,lint). The Makefile runs it; running
+# it again is safe.
 # VMOE_CUDA in the environment chooses the architectures for which the CUDA kernels are compiled: AUTO (the default) for
 # the GPUs of this machine, or none without a GPU; ON for all architectures of cmake/modules.cmake; OFF for none; or
 # numbers, as "80" or "80;90".
@@ -33,7 +34,7 @@ if [ ${#missing[@]} -gt 0 ]; then
   apt_get "${missing[@]}"
 fi
 # Without a system GoogleTest, CMake fetches its source.
-if [ "$extra" = test ] && may_apt_get && [ ! -e /usr/include/gtest/gtest.h ]; then
+if [[ ,$extra, = *,test,* ]] && may_apt_get && [ ! -e /usr/include/gtest/gtest.h ]; then
   apt_get libgtest-dev || say "libgtest-dev cannot be installed: CMake will download GoogleTest"
 fi
 

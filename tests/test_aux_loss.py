@@ -304,7 +304,7 @@ def test_copies_and_pickles_start_empty():
 @pytest.mark.parametrize("kind", [None, "re-entrant", "not re-entrant"])
 def test_a_loss_read_for_every_micro_batch_counts_once(kind, compiled):
     if compiled and kind:
-        pytest.skip("test_compiled has checkpoints")
+        pytest.skip("test_compiled covers compiled checkpoints")
     torch._dynamo.reset()
     model = Model(CHECKPOINTS[kind]) if kind else Model()
     batches = [tokens(), tokens(), tokens()]

@@ -175,7 +175,7 @@ def test_equal_slots_have_similarity_1():
 def test_the_gates_that_selected(router, training, combine):
     """In training, with the noise of the forward."""
     if combine and router.startswith("softmax"):
-        pytest.skip("no plan")
+        pytest.skip("softmax routers have no plan")
     made = vr.create_router(router, 16, 4, **({"combine": combine} if combine else {})).train(training)
     routing = made(torch.randn(2, 12, 16))
     gates = selecting(routing)

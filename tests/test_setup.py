@@ -85,7 +85,8 @@ def test_a_choice_overrides_the_gpus_of_the_machine(setup):
 def test_only_the_tests_need_googletest(setup):
     _, installed = setup("study")
     assert not any("libgtest-dev" in line for line in installed)
-    _, installed = setup("test")
-    assert ".[test]" in installed[-1]
-    if os.getuid() == 0 and not Path("/usr/include/gtest/gtest.h").exists():
-        assert any("libgtest-dev" in line for line in installed)
+    for extra in ("test", "lint,test"):
+        _, installed = setup(extra)
+        assert f".[{extra}]" in installed[-1]
+        if os.getuid() == 0 and not Path("/usr/include/gtest/gtest.h").exists():
+            assert any("libgtest-dev" in line for line in installed)

@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
     ("train_peft", "peft", [1.0] * 40),
 ])  # fmt: skip
 def test_example_runs(name, package, gradients, monkeypatch):
-    pytest.importorskip(package, reason="pip install '.[compat]'")
+    pytest.importorskip(package, reason=f"needs {package}: make compat")
     if name in ("train_trainer", "train_peft"):
-        pytest.importorskip("transformers", "5.10", reason="pip install '.[compat]'")
+        pytest.importorskip("transformers", "5.10", reason="needs transformers 5.10: make compat")
     variables, found = run(FOLDER / f"{name}.py", monkeypatch)
     assert variables["accuracy"] > 0.2
     assert found == gradients

@@ -12,7 +12,7 @@ import vmoe_routers as vr
 from vmoe_routers.checkpoints import CheckpointError, from_pretrained, save_pretrained
 from vmoe_routers.models import upcycle
 
-transformers = pytest.importorskip("transformers", "5.10", reason="pip install '.[compat]'")
+transformers = pytest.importorskip("transformers", "5.10", reason="needs transformers 5.10: make compat")
 
 SIZES = {"image_size": 12, "patch_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 24}
 HIDDEN = {"intermediate_size": 48}
