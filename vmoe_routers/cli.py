@@ -27,7 +27,7 @@ _MOST_SHOWN = 2000  # longest message, in characters
 
 
 def _search_here(routers: Sequence[str | None]) -> None:
-    """Lets Python import the user's own routers from this folder, which an installed command does not search."""
+    """Adds the current folder to Python's path, which an installed command lacks, to import the user's own routers."""
     from vmoe_routers.study.own import is_own
 
     if any(map(is_own, routers)) and os.getcwd() not in sys.path:
@@ -53,7 +53,7 @@ def _study(settings: Any, options: dict[str, Any]) -> None:
 
 
 def _given(arguments: Sequence[str]) -> dict[str, str]:
-    """Returns the values of options, for the options that set the defaults of other options."""
+    """Reads options before the parser does, because `--recipe` and `--config` set the defaults of other options."""
     given = dict(pairwise(arguments))
     return given | {name: value for name, _, value in (a.partition("=") for a in arguments) if value}
 
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = COMMANDS.get(_command_name(arguments))
         extra = command.extra if command is not None else "training"
         message = f"{error}; pip install 'vmoe_routers[{extra}]' installs the packages that this command needs"
-    except ImportError as error:  # of a package that is installed, or with its own advice
+    except ImportError as error:  # raised by an installed package, or with a message that says what to install
         message = str(error)
     except ArgumentError as error:
         name = _command_name(arguments)
@@ -436,7 +436,7 @@ def _display(parser: Any, flags: set[str]) -> None:
 
 
 def _metavar(kind: str) -> str:
-    """Returns what the help shows as the value of an option, from the text of its type."""
+    """Returns the placeholder of an option's value in the help, from the text of its type."""
     found = re.search(r"\b(list|tuple|dict|int|float|Path|str)\b(?:\[(\w+))?", kind)
     if found is None:
         return "VALUE"
@@ -482,8 +482,8 @@ def _shown(default: Any) -> str:
 def _spelled_out(arguments: Sequence[str], lists: set[str], flags: set[str]) -> list[str]:
     """Converts arguments to the form that jsonargparse takes.
 
-    ``--top-k 1,2`` of the option list `lists` becomes ``--top_k [1,2]``; a flag without a value, ``--benchmark``,
-    becomes ``--benchmark=true``.
+    ``--top-k 1,2`` becomes ``--top_k [1,2]`` if `lists` has ``--top_k``. ``--benchmark`` without a value becomes
+    ``--benchmark=true`` if `flags` has ``--benchmark``.
 
     Raises:
         OptionError: The value of an option is empty, for example an unset variable of the shell.

@@ -1,5 +1,5 @@
-// half -- the 16-bit floating-point types, as bits. Rows may be stored in these types; they are
-// computed in float.
+// half -- the 16-bit floating-point types, as bits. Rows may be stored in these types. Kernels
+// compute in float.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// sort -- sorts whole rows by CUB, in the order of common/order.h. It serves rows from which more
-// entries are wanted than a block can sort.
+// sort -- sorts whole rows by CUB, in the order of common/order.h. Kernels use it if they pick more
+// entries of a row than a block can sort.
 #pragma once
 
 #include <algorithm>
@@ -50,8 +50,8 @@ struct SortLayout {
   int64_t rows_together() const { return std::min(rows, std::max<int64_t>(1, INT32_MAX / n)); }
 
   // Sorts the rows [begin, begin + count). With null `memory` it only sets `bytes` to the memory
-  // that the sort needs. Throws on an error of CUB: CUB clears the error in the runtime, so that
-  // the check after the launches would not find it.
+  // that the sort needs. Throws if CUB fails, because CUB clears the error of the runtime, so that
+  // the check after the launches would miss it.
   void call_cub(
       void* memory, size_t& bytes, int64_t begin, int64_t count, cudaStream_t stream) const {
     constexpr int kBits = 8 * sizeof(Key);
@@ -79,8 +79,8 @@ struct SortLayout {
   size_t size = 0;
 };
 
-// Writes the indices of every row of x [rows, n] to layout.sorted, in the order of their entries.
-// CUB's radix sort is stable, so ties stay in the order of their indices.
+// Writes the indices of every row of x [rows, n] to layout.sorted, by descending entries. CUB's
+// radix sort is stable, so the indices of equal entries ascend.
 template <typename T>
 void sort_rows(const T* x, const SortLayout<OrderKey<T>>& layout, cudaStream_t stream) {
   constexpr int kThreads = 256;

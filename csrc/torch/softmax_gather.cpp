@@ -72,7 +72,7 @@ Tensor softmax_gather_backward(
     using T = decltype(zero);
     const T *high = read<T>(norms), *scale = high + shape.G * shape.tokens;
 #ifdef VMOE_DEVICE_CUDA
-    // By expert, invert_slots numbers the indices of a group.
+    // With by_expert the kernel calls invert_slots, which numbers the picks of a group in int32.
     const int64_t picks = shape.by_expert ? shape.E * shape.K : 0;
     STD_TORCH_CHECK(picks <= INT32_MAX, op, ": ", picks, " indices per group do not fit int32");
     on_device(op, logits, {grad, values, indices, norms}, [&](auto stream) {

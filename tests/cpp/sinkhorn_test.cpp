@@ -150,7 +150,7 @@ TYPED_TEST(Sinkhorn, PlanIsASoftmaxWithTheLastPotential) {
   using T = TypeParam;
   const Shape shape{2, 6, 4};
   const auto logits = uniform<T>(shape.size(), 3);
-  for (const int64_t iterations : {7, 1000}) {  // 1000: more than until convergence
+  for (const int64_t iterations : {7, 1000}) {  // 1000: long after convergence
     const auto result = sinkhorn(shape, logits, {iterations, 0.7, 0});
     std::vector<double> wanted;
     for (int64_t i = 0; i < shape.G * shape.T; ++i) {
@@ -577,7 +577,7 @@ TEST(SinkhornImplicitBackward, BlockDiagonalPlan) {
       [&](const std::vector<double>& moved) {
         return inner(grad, sinkhorn(shape, moved, converged).plan);
       });
-  // The gradient of a block-diagonal plan is that of its blocks.
+  // A block-diagonal plan has the gradients of its blocks.
   for (uint64_t seed = 0; seed < 50; ++seed) {
     std::vector<double> blocks(shape.size(), 0), wanted(shape.size(), 0);
     for (const int64_t half : {0, 1}) {

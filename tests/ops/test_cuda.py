@@ -15,7 +15,7 @@ from vmoe_routers import models, ops
 
 
 def on_cuda(op: str, *arguments):
-    """The kernel that a CUDA tensor would reach, called without one."""
+    """Calls the op's CUDA kernel, whatever the device of the arguments."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return getattr(torch.ops.vmoe_routers, op).default.redispatch(keys, *arguments)
 
@@ -25,7 +25,7 @@ def test_an_op_without_a_kernel_says_how_to_get_it():
     experts = (x, x.mT, None, x, None, None, "gelu", False)
     calls = {"grouped_mlp": experts, "ksparse_projection": (x[0], 1), "topk": (x, 1, 1), "invert_slots": (token, 3)}
     if not ops.WITHOUT_CUDA:
-        pytest.skip("the CUDA kernels are here")
+        pytest.skip("the CUDA kernels are loaded")
     for op, arguments in calls.items():
         with pytest.raises(NotImplementedError, match=rf"vmoe_routers: {op} .*CUDA"):
             on_cuda(op, *arguments)
@@ -63,7 +63,7 @@ def make_layer(router: str, options: dict, device: str) -> vr.MoEMlp:
 
 
 class WithLoss(torch.nn.Module):
-    """A layer with its auxiliary loss, which is on the device of the parameters of the call."""
+    """Returns the output of a layer and its auxiliary loss."""
 
     def __init__(self, layer: vr.MoEMlp):
         super().__init__()
@@ -125,7 +125,7 @@ class Step:
     def load(self, other: Step) -> None:
         """Continue where `other` is."""
         self.model.load_state_dict(other.model.state_dict())
-        self.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))  # a load keeps the tensors
+        self.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))  # load_state_dict does not copy
 
     def assert_equals(self, other: Step, rtol: float = 0.0, atol: float = 0.0) -> None:
         for ours, wanted in zip(self.model.parameters(), other.model.parameters(), strict=True):
@@ -144,7 +144,7 @@ def test_a_model_asks_the_gpu_for_nothing(router, options):
 
 @on_every_layer
 def test_a_step_of_a_model_can_be_continued(router, options):
-    """On the CPU: what the comparison of a captured step with the step rests on."""
+    """`Step.load` copies all state. The comparison of a captured step with a step needs that."""
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     step, other = Step(router, options, "cpu"), Step(router, options, "cpu")
     before = [p.detach().clone() for p in step.model.parameters()]
@@ -224,7 +224,7 @@ def gradients(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def experts(x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """An MLP per group, some of whose rows are not filled, with the gradients of its input and of a weight."""
+    """An MLP per group with some unfilled rows, and the gradients of its input and of a weight."""
     x, w1 = x.detach().requires_grad_(), ((logits - logits.mean())[:, : x.shape[2]] / 100).requires_grad_()
     half = x.shape[1] // 2
     filled = (logits[:, :2, 0] > 0).int() * half - 3
@@ -269,7 +269,7 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("tokens", [196, 4000])
     def test_solvers_stop_without_the_host(self, tokens):
-        """Kernels of one launch and of many make no call that a graph capture refuses."""
+        """Solvers with one launch and with many make no call that a graph capture refuses."""
         logits = torch.randn(2, tokens, 32, device="cuda")
 
         def solve():
@@ -287,7 +287,7 @@ class TestOnAGpu:
 
     @on_every_layer
     def test_a_training_step_of_a_layer_can_be_captured(self, router, options):
-        """The host waits for nothing, and the captured step equals the step."""
+        """The step never waits for the GPU, and its replay gives the results of the step."""
         layer = make_layer(router, {"noise_std": 0.0, **options}, "cuda")
         x = torch.randn(4, 49, 16, device="cuda", requires_grad=True)
         leaves = [x, *layer.parameters()]

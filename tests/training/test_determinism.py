@@ -19,7 +19,7 @@ pytestmark = [
 
 
 class OnOneThread(TorchDispatchMode):
-    """Runs those ops of torch on one thread whose results depend on the number of threads."""
+    """Runs an op of torch on one thread if its result depends on the number of threads."""
 
     OPS = (
         torch.ops.aten.native_layer_norm_backward,

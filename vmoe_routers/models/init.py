@@ -1,4 +1,4 @@
-"""Initial values of the models that `vit_moe` makes, also after the meta device and for sharded parameters."""
+"""Initial values of the models of `vit_moe`. They also serve models made on the meta device and sharded parameters."""
 
 from __future__ import annotations
 

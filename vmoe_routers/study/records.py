@@ -28,9 +28,9 @@ class RecordError(ValueError):
 
 
 def fingerprint(data: StudyData, transfer: StudyData | None) -> str:
-    """Hashes the version of the records and the images, on which a result depends besides the settings.
+    """Hashes the version of the records and the images. A result depends on them and on the settings.
 
-    The names of the files replace images that are not in memory.
+    For images that are not in memory, it hashes the names of their files.
 
     The versions of packages are not part of the hash, because a study may go on after an update. Every record names
     them in its description of the machine.
@@ -84,7 +84,7 @@ def run_path(settings: Settings, inputs: str, variant: Variant, seed: int) -> Pa
 def timing_path(settings: Settings, inputs: str, variants: Sequence[Variant]) -> Path:
     """Returns the path of the timing's record."""
     own = sorted(source_digest(variant.router) for variant in variants if is_own(variant.router))
-    # A study of fewer routers finds the times of a larger one.
+    # The path does not depend on the variants: a study of fewer routers finds the times of a larger study.
     return _path(settings, "steps", [inputs, of_run(settings, Variant()) | {"learning_rate": None}, own])
 
 
