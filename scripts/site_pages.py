@@ -31,6 +31,8 @@ API = {
 }
 ROOT_HEADING = "    options: { show_root_heading: true, show_root_toc_entry: true, show_root_full_path: false }\n"
 IN_ROUTERS = ("affinity", "losses")
+# Attributes that share a description, "mixup, cutmix": mkdocstrings takes the first as the name, the rest as its type.
+_JOINT = re.compile(r"<code><span [^>]*>([\w, ]+),</span></code></b>\s*\(<code>(.*?)</code>\)", re.DOTALL)
 COPIED = ("CHANGELOG.md", "CONTRIBUTING.md")
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -62,6 +64,8 @@ def _public(module: str) -> list[str]:
     for item in body:
         if isinstance(item, ast.Assign) and getattr(item.targets[0], "id", "") == "__all__":
             names = [name for name in ast.literal_eval(item.value) if name not in API]
+    if module == "vmoe_routers":  # the ops have a page of their own
+        names = [name for name in names if not (folder / "ops" / f"{name}.py").exists()]
     # A function of an op has the name of its module.
     return [f"{module}.{name}" + (f".{name}" if (folder / f"{name}.py").exists() else "") for name in names]
 
@@ -149,5 +153,6 @@ def on_page_content(content, page, config, files):
 
     if page.file.src_uri.startswith("api/") and "doc-heading" not in content:
         raise PluginError(f"{page.file.src_uri} documents nothing: is __all__ right?")
+    content = re.sub(_JOINT, lambda match: f"<code>{match[1]}, {re.sub('<[^>]*>|[()]', '', match[2])}</code></b>", content)
     pattern = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
     return re.sub(pattern, equation, content, flags=re.DOTALL)

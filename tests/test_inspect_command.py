@@ -1,7 +1,9 @@
 """vmoe-routers inspect: the files, the page, and errors in one line."""
 
 import base64
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -44,12 +46,12 @@ class Page(HTMLParser):
             self.sources.append(dict(attrs))
 
 
-@pytest.mark.parametrize(("model", "names"), [
-    ("sinkhorn_token_choice", ["blocks.1.mlp_load", "blocks.1.mlp_plan"]),
-    ("soft", ["00__grey__blocks.1.mlp_slots", "blocks.1.mlp_load"]),
-    ("upcycled", ["encoder.layers.encoder_layer_1.mlp_load"]),
+@pytest.mark.parametrize(("model", "names", "explains"), [
+    ("sinkhorn_token_choice", ["blocks.1.mlp_load", "blocks.1.mlp_plan"], ["expert error"]),
+    ("soft", ["00__grey__blocks.1.mlp_slots", "blocks.1.mlp_load"], ["slots alike"]),
+    ("upcycled", ["encoder.layers.encoder_layer_1.mlp_load"], []),
 ])  # fmt: skip
-def test_writes_pictures_and_a_page(place, tmp_path, capsys, model, names):
+def test_writes_pictures_and_a_page(place, tmp_path, capsys, model, names, explains):
     output = tmp_path / "new" / "folder"
     stems = ["a b", "<grey>"] if model == "sinkhorn_token_choice" else ["<grey>"]
     images = [str(place / f"{stem}.png") for stem in stems]
@@ -68,6 +70,8 @@ def test_writes_pictures_and_a_page(place, tmp_path, capsys, model, names):
     assert sorted(shown) == sorted(path.read_bytes() for path in files.values())
     assert all(source["alt"] and int(source["width"]) < 1200 for source in page.sources)
     assert "&lt;grey&gt;.png" in page.text and "<grey>" not in page.text and "random" not in page.text
+    explained = {term for term in ("expert error", "slots alike", "agreement") if f"{term}</dt>" in page.text}
+    assert explained == set(explains) and "dead experts</dt>" in page.text
     out = capsys.readouterr().out
     assert layer in out and f"written: {output / 'index.html'} and {len(files)} pictures" in out.replace("\n", " ")
 
@@ -80,8 +84,56 @@ def test_says_that_a_new_model_is_not_trained(place, tmp_path, capsys):
     assert words in capsys.readouterr().out and words in (tmp_path / "index.html").read_text()
 
 
+def study_with_models(folder, place):
+    """A study of two runs, of which it kept one model."""
+    (folder / "runs").mkdir()
+    for seed, name in enumerate(("soft-c1-seed0-abc", "soft-c1-seed1-def")):
+        record = {
+            "variant": {"name": "soft-c1", "label": "Soft MoE", "router": "soft", "capacity_factor": 1.0}
+            | dict.fromkeys(("combine", "ablation", "top_k", "batch_priority")),
+            "seed": seed,
+            "settings": {"learning_rate": 1e-3, "device": "cpu", "options": {}},
+            "final": {"accuracy": 0.875, "loss": 0.5},
+            "machine": {},
+            "date": "2024-02-29",
+        }
+        (folder / "runs" / f"{name}.json").write_text(json.dumps(record))
+    (folder / "runs" / "steps-abc.json").write_text("{}")
+    (folder / "study.json").write_text("{}")
+    shutil.copytree(place / "soft", folder / "models" / "soft-c1-seed0-abc")
+    (folder / "models" / "settings.yaml").write_text("normalization: clip\n")
+
+
+def test_the_record_of_a_study(place, tmp_path, capsys):
+    study_with_models(tmp_path, place)
+    record, output = tmp_path / "runs" / "soft-c1-seed0-abc.json", tmp_path / "inspection"
+    assert cli.main(["inspect", str(record), str(place / "a b.png"), "--output", str(output)]) == 0
+    assert "Run of a study: Soft MoE, seed 0, accuracy 87.5%" in capsys.readouterr().out
+    page = (output / "index.html").read_text()
+    assert "normalization clip" in page and "random" not in page
+
+
+@pytest.mark.parametrize(("model", "words"), [
+    ("runs/soft-c1-seed1-def.json",
+     "kept no model of this run, models/soft-c1-seed1-def is missing; the study's command with --save-models"),
+    ("runs/steps-abc.json", "wanted the record of a run, runs/*-seed*.json"),
+    ("study.json", "wanted the record of a run, runs/*-seed*.json"),
+    (".", "model '.' is the folder of a study; wanted"),
+    ("runs", "model 'runs' is a folder without a model, config.json is missing; wanted"),
+    ("models/soft-c1-seed0-abc/config.json", "is a file of a model; wanted its folder, 'models/soft-c1-seed0-abc'"),
+])  # fmt: skip
+def test_files_and_folders_without_a_model(place, tmp_path, capsys, monkeypatch, model, words):
+    study_with_models(tmp_path, place)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["inspect", model, str(place / "a b.png")]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     ("nope IMAGE", "model 'nope' is no folder"),
+    ("vit_mo IMAGE", "did you mean 'vit_moe'?"),
+    ("text.jpg IMAGE", "model 'text.jpg' is a file; wanted a folder of save_pretrained"),
     ("None IMAGE", "has no MoE layer; wanted"),
     ("vit_tiny_patch16_224 IMAGE", "has no MoE layer; wanted"),
     ("soft text.jpg", "text.jpg: cannot be read: cannot identify image file"),
@@ -90,7 +142,8 @@ def test_says_that_a_new_model_is_not_trained(place, tmp_path, capsys):
     ("soft IMAGE --image-size 30", "--image-size 30 is not a multiple of the patch size, 8 x 8"),
     ("soft IMAGE --normalization grey", "--normalization must be one of none, inception"),
     ("soft IMAGE --output text.jpg", "--output 'text.jpg' cannot be made"),
-    ("soft", "missing: IMAGES"),
+    ("soft", "missing: IMAGE "),
+    ("", "missing: MODEL, IMAGE "),
     ("soft" + 65 * " IMAGE", "images must be 1 to 64 files, got 65"),
     ("upcycled IMAGE --image-size 32", "upcycled"),
 ])  # fmt: skip

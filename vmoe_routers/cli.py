@@ -23,6 +23,7 @@ from vmoe_routers.options import OptionError
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 _KINDS |= {"dict": "values by name", "list": "values with commas between them"}
+_METAVARS = {"images": "IMAGE"}  # names of positional arguments in the help
 _MOST_SHOWN = 2000  # longest message, in characters
 
 
@@ -146,7 +147,7 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
 
 def _add_images(parser: Any, arguments: Sequence[str]) -> None:
     """Adds the images of `inspect`, which are positional and any number."""
-    parser.add_argument("images", nargs="+", type=str, metavar="IMAGE", help="image files")
+    parser.add_argument("images", nargs="+", type=str, metavar=_METAVARS["images"], help="image files")
 
 
 class Command(NamedTuple):
@@ -355,7 +356,8 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
     missing = re.fullmatch(r"the following arguments are required: (.*)", message)
     if missing:
         typed = (_as_typed(name.rpartition(".")[2], arguments) for name in missing[1].split(", "))
-        return f"missing: {', '.join(name if name.startswith('--') else name.upper() for name in typed)}"
+        shown = (name if name.startswith("--") else _METAVARS.get(name, name.upper()) for name in typed)
+        return f"missing: {', '.join(shown)}"
     message = message.replace("argument subcommand: invalid choice:", "no command")
     key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(?!NoneType)(\w+)'>", message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)

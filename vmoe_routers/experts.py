@@ -46,8 +46,8 @@ class Experts(nn.Module):
             has its own weight and bias. None: no norm.
 
     Attributes:
-        w1 [E, D, F], b1 [E, F], w2 [E, F, D'], b2 [E, D']: Xavier uniform (w_gate and w_value separately), biases
-            0. With `glu`, w1 [E, D, 2F] and b1 [E, 2F].
+        w1, b1, w2, b2: [E, D, F], [E, F], [E, F, D'] and [E, D']. Weights are Xavier uniform (w_gate and w_value
+            separately), biases 0. With `glu`, w1 is [E, D, 2F] and b1 [E, 2F].
         norm: An `ExpertsNorm`, or None.
         local: Set by `distributed.ExpertParallel`: maps a parameter, a DTensor, to the part of this rank.
 

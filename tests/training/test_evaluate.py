@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 import timm
@@ -52,6 +53,7 @@ def test_digits(model, tmp_path):
     assert isinstance(found, Evaluation) and found.images == 360
     assert (found.top1, found.classes) == (wanted.top1, wanted.classes) and found.loss == pytest.approx(wanted.loss)
     assert "on 360 test images of digits" in text and f"{wanted.top1:.4f}" in text and "blocks.1.mlp" in text
+    assert re.search(r"MoE layer +slots used +dropped +load cv +entropy +dead experts", text)
     assert "input: 1 x 8 x 8, normalization inception, crop 1 (default)" in text
 
     record = json.loads((tmp_path / "made" / "by it" / "evaluation.json").read_text())

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import os
 import re
 import resource
@@ -408,8 +409,10 @@ def test_a_trained_folder_is_fine_tuned_on_other_classes(undisturbed, tmp_path):
 
 
 def test_an_upcycled_timm_model(tmp_path):
+    console = Console(file=io.StringIO(), width=400)
     folder = run(
         tmp_path,
+        console,
         model="vit_tiny_patch16_224",
         model_args={"depth": 2, "embed_dim": 8, "num_heads": 2, "patch_size": 4},
         router=None,
@@ -418,6 +421,8 @@ def test_an_upcycled_timm_model(tmp_path):
         layer_decay=0.5,
         ema=0.5,
     )
+    told = "vit_tiny_patch16_224 with depth 2, embed_dim 8, num_heads 2, patch_size 4, image_size 8: "
+    assert told in console.file.getvalue()
     model = from_pretrained(folder)
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 

@@ -22,6 +22,8 @@ from vmoe_routers.inspect.trace import Trace
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 from vmoe_routers.routers import SoftRouting
+from vmoe_routers.study.folders import kept_model
+from vmoe_routers.training.models import folder_of
 from vmoe_routers.training.pictures import read_picture
 from vmoe_routers.training.processes import processes
 from vmoe_routers.training.subject import channels_of, input_size, known_augmentation, load
@@ -50,7 +52,8 @@ def inspect_images(
     The images run in one batch. Normalization and crop are as in the model's training, if they are known.
 
     Args:
-        model: a folder of save_pretrained, P of a V-MoE checkpoint (P.index), or a model of timm.
+        model: a folder of save_pretrained, the record of a study's run (runs/*-seed*.json, of a study with
+            --save-models), P of a V-MoE checkpoint (P.index), or a model of timm.
         images: image files.
         output: the folder for the files.
         image_size: height and width of the model's input, in pixels. None: the model's own.
@@ -99,7 +102,11 @@ def inspect_images(
         f"Input: {transform.channels} x {augmentation.image_size} x {augmentation.image_size}, "
         f"normalization {augmentation.normalization} ({origin})",
     ]
-    if not (pretrained or Path(model).is_dir() or Path(f"{model}.index").is_file()):
+    if folder_of(model) != model:
+        _, run = kept_model(Path(model))
+        label, accuracy = run["variant"]["label"], run["final"]["accuracy"]
+        about.append(f"Run of a study: {label}, seed {run['seed']}, accuracy {accuracy:.1%}")
+    elif not (pretrained or Path(model).is_dir() or Path(f"{model}.index").is_file()):
         about.append("The weights are random: the model is not trained, and its routing has no meaning.")
     text = page(about, trace, sections)
     path = output / PAGE

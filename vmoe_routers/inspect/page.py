@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from vmoe_routers.inspect.trace import Trace, as_text
+from vmoe_routers.inspect.trace import HEADERS, Trace, as_text
 
 SCALE = 0.75  # pixels of the page per pixel of a picture; screens have up to two pixels of their own for one
 
@@ -31,7 +31,9 @@ _TERMS = {
     "weight; the palest colour is the weight 1/E, no preference. The image is visible below, in grey. "
     "A cross marks a dropped patch: no expert took it, and only the residual connection carries it on.",
     "slots used": "Share of the experts' slots that hold a token.",
-    "dropped, requests dropped": "Share of patches that no expert took; share of requests that found no slot.",
+    "dropped": "Share of patches that no expert took.",
+    "requests dropped": "Share of requests that found no slot. A patch makes one request per expert that it chooses.",
+    "dead experts": "Number of experts that got no token of any image.",
     "load, load cv": "Load: tokens per image in the slots of an expert; for Soft MoE, the sum of the tokens' weights "
     "of the expert. Load cv: its standard deviation over the experts, divided by the mean; 0 is balance.",
     "entropy": "Entropy of the gates of a token over the experts, in nats. 0: the router is sure; log E: it has no "
@@ -43,6 +45,7 @@ _TERMS = {
     "plan, token error, expert error": "Sinkhorn and sparse transport: every token should have the sum 1, and every "
     "expert the same sum. The errors are the largest deviations, relative to these sums.",
 }
+"""Explanations of pictures and of columns. The last of the names in a term is the column, where it has one."""
 
 
 class Section(NamedTuple):
@@ -60,7 +63,7 @@ def page(about: Sequence[str], trace: Trace, sections: Sequence[Section]) -> str
         parts.append(f'<h2>{escape(section.title)}</h2>\n<div class="pictures">')
         parts += [_figure(path, caption) for path, caption in section.files.items()]
         parts.append("</div>")
-    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _TERMS.items())
+    terms = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _terms(trace).items())
     parts += ["<h2>How to read the pictures</h2>", f"<dl>{terms}</dl>"]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -68,6 +71,13 @@ def page(about: Sequence[str], trace: Trace, sections: Sequence[Section]) -> str
         f"<title>Routing of {escape(about[0].removeprefix('Model: '))}</title>\n<style>{_STYLE}</style>\n</head>\n"
         "<body>\n<h1>Routing</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )
+
+
+def _terms(trace: Trace) -> dict[str, str]:
+    """Returns the explanations of the pictures and columns that the page has."""
+    absent = {header.replace("-\n", "").replace("\n", " ") for header in HEADERS.values()}
+    absent -= {header.replace("-\n", "").replace("\n", " ") for header in trace.columns()}
+    return {term: text for term, text in _TERMS.items() if term.split(", ")[-1] not in absent}
 
 
 def _table(trace: Trace) -> str:

@@ -36,7 +36,7 @@ _MODELS = {
     for patch in patches
 }
 NAMES: tuple[str, ...] = tuple(_MODELS)
-"""Registered names."""
+"""Registered names, ``<router>_moe_<size>_patch<p>_224``, such as soft_moe_small_patch16_224."""
 
 default_cfgs = generate_default_cfgs(
     {

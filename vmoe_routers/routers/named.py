@@ -36,7 +36,8 @@ _TABLE: dict[str, _Named] = {
 }
 
 ROUTERS: tuple[str, ...] = tuple(_TABLE)
-"""Names of the six routers."""
+"""Names of the six routers: softmax_token_choice, sinkhorn_token_choice, softmax_expert_choice, sinkhorn_expert_choice,
+sparsity_constrained_expert_choice and soft."""
 
 
 def router_options(router: str | RouterFactory | None) -> frozenset[str]:

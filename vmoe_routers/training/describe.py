@@ -32,12 +32,24 @@ def describe(settings: TrainSettings, data: Data, plan: Plan, model: nn.Module, 
     return (
         f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images{size}, "
         f"{data.num_classes} classes\n"
-        f"{settings.model}: {parameters:,} parameters{only}{moe}{_operations(model)}\n"
+        f"{settings.model}{_changed(settings, plan.image_size)}: {parameters:,} parameters{only}{moe}"
+        f"{_operations(model)}\n"
         f"{_counted(settings.epochs, 'epoch')} of {_counted(plan.steps_per_epoch, 'step')} with "
         f"{_counted(settings.batch_size, 'image')} of "
         f"{plan.image_size} x {plan.image_size} pixels, "
         f"{_counted(world.size, 'process', 'es')} on {world.device.type}, {settings.precision}"
     )
+
+
+def _changed(settings: TrainSettings, image_size: int) -> str:
+    """Returns arguments that the name of the model does not tell, such as other pixels than vit_tiny_patch16_224's."""
+    if settings.model == "vit_moe":
+        return ""
+    given = dict(settings.model_args)
+    named = settings.model.rpartition("_")[2]
+    if named.isdigit() and int(named) != image_size:
+        given["image_size"] = image_size
+    return f" with {', '.join(f'{name} {value}' for name, value in given.items())}" if given else ""
 
 
 def _counted(number: int, noun: str, plural: str = "s") -> str:

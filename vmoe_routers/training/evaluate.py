@@ -46,7 +46,8 @@ def evaluate(
     On many devices, every process that torchrun started calls this function; every image counts once.
 
     Args:
-        model: a folder of save_pretrained, P of a V-MoE checkpoint (P.index), "vit_moe", or a model of timm.
+        model: a folder of save_pretrained, a study's record (runs/*-seed*.json), P of a V-MoE checkpoint (P.index),
+            "vit_moe", or a model of timm.
         data: "digits", a folder, or another name that `open_data` takes (docs/data.md).
         data_root: folder of data sets of torchvision, also for downloads.
         image_size: height and width of the model's input, in pixels. None: the model's own.

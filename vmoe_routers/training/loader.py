@@ -154,7 +154,9 @@ def training_batches(
     _check_options(samples, batch_size, rank, world, workers, bad_images)
     if len(samples) < batch_size:
         raise OptionError(
-            f"batch_size must be at most the {len(samples)} training images, got {batch_size}", "batch_size"
+            f"batch_size must be at most the {len(samples)} training images, got {batch_size}; wanted for example "
+            f"{1 << max(0, (len(samples) // 2).bit_length() - 1)}, which makes some steps per epoch",
+            "batch_size",
         )
     if batch_size % repeats:
         raise OptionError(

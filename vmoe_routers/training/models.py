@@ -1,9 +1,10 @@
-"""Models by name: `vit_moe`, a timm name, a folder of `save_pretrained`, or a V-MoE checkpoint."""
+"""Models by name: `vit_moe`, a timm name, a folder of `save_pretrained`, a study's record, or a V-MoE checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,16 @@ import timm
 import torch
 from torch import nn
 
+from vmoe_routers.checkpoints.pretrained import CONFIG
 from vmoe_routers.models import upcycle, vit_moe
 from vmoe_routers.options import OptionError
 
 _CHECKPOINT = ".index"  # V-MoE's suffix of the file that lists the shards
+_KINDS = (
+    "a folder of save_pretrained (runs/train/model), a study's record (study/runs/*-seed*.json), P of a V-MoE "
+    "checkpoint (P.index), vit_moe, or a name of vmoe_routers.models.NAMES or of timm.list_models, such as "
+    "soft_moe_small_patch16_224"
+)
 
 
 def load_model(
@@ -33,7 +40,8 @@ def load_model(
 
     Args:
         model: "vit_moe"; a name of `timm.list_models`, which `vmoe_routers.models.NAMES` extends; a folder of
-            `save_pretrained`; or P of a V-MoE checkpoint (P.index).
+            `save_pretrained`; the record of a run of a study that kept its models; or P of a V-MoE checkpoint
+            (P.index).
         num_classes: Outputs of the head. A loaded model with another number gets a new head. None: as in the model.
         channels: Channels of an image. None: as in the model.
         image_size: A side in pixels, or height and width. None keeps the model's size. The position embeddings of a
@@ -44,7 +52,9 @@ def load_model(
 
     Raises:
         OptionError: The model does not exist, or arguments do not fit. The error names options of `TrainSettings`.
+        RecordError: The file is not the record of a run, or the study kept no model.
     """
+    model = folder_of(model)
     try:
         found = _load(model, num_classes, channels, image_size, pretrained, arguments)
         if upcycled is not None:
@@ -58,6 +68,29 @@ def load_model(
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise OptionError(f"model {model!r}: {error}", "model") from error
     return found
+
+
+def folder_of(model: str) -> str:
+    """Returns the folder of the model that a study kept, for the record of a run; any other name as it is.
+
+    Raises:
+        OptionError: The name is that of a file within the folder of a model, or of a file that is no record.
+        RecordError: The study kept no model.
+    """
+    path = Path(model)
+    if not path.is_file() or timm.is_model(model):
+        return model
+    if path.suffix == _CHECKPOINT:
+        raise OptionError(
+            f"model {model!r} lists the parts of a checkpoint; wanted {model[: -len(_CHECKPOINT)]}", "model"
+        )
+    if (path.parent / CONFIG).is_file():
+        raise OptionError(f"model {model!r} is a file of a model; wanted its folder, {str(path.parent)!r}", "model")
+    if path.suffix != ".json":
+        raise OptionError(f"model {model!r} is a file; wanted {_KINDS}", "model")
+    from vmoe_routers.study.folders import kept_model
+
+    return str(kept_model(path)[0])
 
 
 def _load(
@@ -80,10 +113,7 @@ def _load(
         return _fitted(_from_checkpoint(model, arguments), model, classes, channels, size)
     if not timm.is_model(model):
         raise OptionError(
-            f"model {model!r} is no folder, no V-MoE checkpoint and no model of timm; there are "
-            "vit_moe, the names of vmoe_routers.models.NAMES such as soft_moe_small_patch16_224, and those of "
-            "timm.list_models('*vit*')",
-            "model",
+            f"model {model!r} is no folder and no model of timm; {_similar(model)}wanted {_KINDS}", "model"
         )
     try:
         return timm.create_model(model, pretrained=pretrained, **chosen, **dict(arguments))
@@ -97,12 +127,22 @@ def _load(
         ) from error
 
 
+def _similar(name: str) -> str:
+    """Suggests the model whose name is closest, in words; returns "" if none is close."""
+    found = get_close_matches(name, ["vit_moe", *timm.list_models()], 1)
+    return f"did you mean {found[0]!r}? " if found else ""
+
+
 def _from_folder(folder: str, arguments: Mapping[str, Any]) -> nn.Module:
     from vmoe_routers.checkpoints import from_pretrained
 
     inner = Path(folder) / "model"
-    if (inner / "config.json").is_file() and not (Path(folder) / "config.json").exists():
+    if (inner / CONFIG).is_file() and not (Path(folder) / CONFIG).exists():
         raise OptionError(f"model {folder!r} is the output folder of a training; its model is {str(inner)!r}", "model")
+    if not (Path(folder) / CONFIG).exists():
+        is_study = (Path(folder) / "study.json").is_file()
+        what = "is the folder of a study" if is_study else f"is a folder without a model, {CONFIG} is missing"
+        raise OptionError(f"model {folder!r} {what}; wanted {_KINDS}", "model")
     return from_pretrained(folder, **arguments)
 
 

@@ -72,7 +72,8 @@ def few_shot(
     probe is logistic regression on all training images.
 
     Args:
-        model: a folder of save_pretrained, P of a V-MoE checkpoint (P.index), "vit_moe", or a model of timm.
+        model: a folder of save_pretrained, a study's record (runs/*-seed*.json), P of a V-MoE checkpoint (P.index),
+            "vit_moe", or a model of timm.
         data: "digits", a folder, or another name that `open_data` takes (docs/data.md).
         data_root: folder of data sets of torchvision, also for downloads.
         probe: "ridge" or "linear".

@@ -14,7 +14,8 @@ from vmoe_routers.files import write_whole
 from vmoe_routers.training.evaluation import Evaluation
 
 _LOWEST = 3  # number of classes in the line on the lowest accuracy
-_LAYERS = ("utilisation", "dropped", "load_cv", "entropy", "dead_experts")
+_LAYERS = {"utilisation": "slots used", "dropped": "dropped", "load_cv": "load cv", "entropy": "entropy"}
+_LAYERS |= {"dead_experts": "dead experts"}
 
 
 def make_table(*columns: str) -> Table:
@@ -33,7 +34,7 @@ def print_evaluation(found: Evaluation, classes: Sequence[str], console: Console
     table.add_row(*(f"{value:.4f}" for value in means), f"{found.images_per_second:.0f}")
     console.print(table)
     if found.layers:
-        table = make_table("MoE layer", *(name.replace("_", " ") for name in _LAYERS))
+        table = make_table("MoE layer", *_LAYERS.values())
         for name, metrics in found.layers.items():
             *shares, dead = (metrics[key] for key in _LAYERS)
             table.add_row(name, *(f"{value:.3f}" for value in shares), str(dead))

@@ -32,7 +32,8 @@ class TrainSettings(Optimisation, Augmentation):
         data_root: folder of data sets of torchvision, also for downloads.
         image_size: height and width of the model's images, in pixels. None: the images' own, or 224 if they differ.
         output: the folder for settings, log, checkpoints and the model. The same command continues a training there.
-        model: "vit_moe", a model of timm, a folder of save_pretrained, or P of a V-MoE checkpoint (P.index).
+        model: "vit_moe", a model of timm, a folder of save_pretrained, a study's record (runs/*-seed*.json), or P of a
+            V-MoE checkpoint (P.index).
         model_args: further arguments of the model, such as embed_dim of vit_moe.
         router: one of `vmoe_routers.ROUTERS`, package.module:factory, or "dense" for no MoE layers. None: the model's.
         num_experts: experts of every MoE layer. None: the model's own number.

@@ -13,7 +13,7 @@ from torch import nn
 
 from vmoe_routers.checkpoints.pretrained import CONFIG, read_preprocessing
 from vmoe_routers.options import OptionError
-from vmoe_routers.training.models import load_model
+from vmoe_routers.training.models import folder_of, load_model
 from vmoe_routers.training.samples import Data
 from vmoe_routers.training.settings import SETTINGS, read_settings
 from vmoe_routers.training.sources import open_data
@@ -158,6 +158,7 @@ def known_augmentation(
     model: str, found: nn.Module, pretrained: bool, default: Augmentation
 ) -> tuple[Augmentation, str]:
     """Finds normalization, crop and filter of a model's training, and their source in words; else the default."""
+    model = folder_of(model)
     settings = Path(model).parent / SETTINGS
     known = read_preprocessing(model) if Path(model).is_dir() else None
     if known is not None:
