@@ -69,21 +69,34 @@ def gpu(monkeypatch):
         yield waits
 
 
-def test_calls_are_queued_while_the_gpu_waits(gpu, monkeypatch):
-    calls = []
-    queued = timer.Queued(lambda: calls.append(time.sleep(1e-4)))
-    before = len(calls)
-    assert 1e-4 < queued() < 1e-2
-    assert len(calls) - before > 1  # a millisecond of them
-    assert len(gpu) == 1 and gpu[0] >= 2 * 5e-4 * 2e9  # cycles, of twice the time that it takes to ask for them
+@pytest.fixture
+def calls(monkeypatch):
+    """Makes a call that takes the given seconds by a clock of its own. The clock counts the calls."""
+    times = []
+
+    def call_of(seconds):
+        monkeypatch.setattr(time, "perf_counter", lambda: seconds * len(times))
+        return times, lambda: times.append(seconds)
+
+    return call_of
+
+
+def test_calls_are_queued_while_the_gpu_waits(gpu, calls, monkeypatch):
+    times, call = calls(1e-4)
+    queued = timer.Queued(call)
+    before = len(times)
+    assert queued() == pytest.approx(1e-4)
+    repeats = len(times) - before
+    assert repeats in (10, 11)  # they take a millisecond
+    assert gpu == [pytest.approx(2 * repeats * 1e-4 * 2e9)]  # cycles in twice the time of their launches
     assert not queued.waits
     monkeypatch.setattr(Event, "slow", False)
     queued(), queued()
     assert queued.waits
 
 
-def test_a_call_that_waits_for_the_gpu_does_not_keep_it_waiting_for_long(gpu):
-    timer.Queued(lambda: time.sleep(0.2))()
+def test_a_call_that_waits_for_the_gpu_does_not_keep_it_waiting_for_long(gpu, calls):
+    timer.Queued(calls(0.2)[1])()
     assert gpu == [2 * 0.05 * 2e9]
 
 
@@ -96,7 +109,7 @@ def test_the_ceilings_of_a_gpu_are_of_its_memory_and_of_bfloat16_too(gpu):
     assert found.at_least(replace(found, gemm_bfloat16=1e30)).gemm_bfloat16 == 1e30
 
 
-@pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.filterwarnings("ignore")  # warnings of the packages to compare with
 def test_a_quick_run_has_all_targets_and_its_page_says_where_it_ran(gpu, tmp_path, monkeypatch, capsys):
     # Every case of a quick run, at a tiny size under the name of its real size.
     small = []

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 120
+SECONDS = 300
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.checkpoint", "timm.task", "vmoe_routers.training", "vmoe_routers.distributed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,13 @@ def block(language: str) -> str:
 
 def script(code: str, folder: Path, port: int) -> dict[str, object]:
     """Runs a training script as torchrun does, and gives its plain variables."""
-    environment = {"RANK": dist.get_rank(), "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {
+        "RANK": dist.get_rank(),
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
     os.environ.update({name: str(value) for name, value in environment.items()})
     dist.destroy_process_group()
     os.chdir(folder)
@@ -40,10 +46,10 @@ def script(code: str, folder: Path, port: int) -> dict[str, object]:
 
 
 @pytest.fixture
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def port() -> Iterator[int]:
+    """The port of a store of this process, like that of torchrun's agent: a free port may be taken before its use."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield store.port
 
 
 def test_example_trains_on_two_ranks(tmp_path, port):

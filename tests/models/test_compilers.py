@@ -34,6 +34,7 @@ def compiler():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_compiles_once_for_every_batch_size(router, training, compiler):
+    """In training with gradients, else without. The backward is traced once: its ops do not depend on the mode."""
     model = model_of(router, depth=1).train(training)
     # dynamic=True traces a model that has numbers, such as a capacity factor, twice, and gives the same graph. So one
     # model is compiled with it, and the other models with a mark.
@@ -43,11 +44,12 @@ def test_compiles_once_for_every_batch_size(router, training, compiler):
         x = torch.randn(batch, 1, 8, 8)
         if by_mark:
             torch._dynamo.maybe_mark_dynamic(x, 0)
-        with torch.compiler.set_stance("default" if count == 0 else "fail_on_recompile"):
+        with torch.set_grad_enabled(training):
+            with torch.compiler.set_stance("default" if count == 0 else "fail_on_recompile"):
+                torch.manual_seed(1)
+                found = step(x)
             torch.manual_seed(1)
-            found = step(x)
-        torch.manual_seed(1)
-        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
         if training:
             found.square().mean().backward()
             assert all(parameter.grad is not None for parameter in model.parameters())
