@@ -67,7 +67,7 @@ def on_device(device: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen() -> None:
-    """Exclude all objects so far from garbage collection: late collections took seconds, for a million old objects."""
+    """Exclude all objects so far from garbage collection: a collection of a million old objects takes seconds."""
     gc.collect()
     gc.freeze()
 

@@ -51,8 +51,8 @@ void weighted_sum(const std::vector<Weighted<Row>>& from, Row* out, int64_t D) {
   }
 }
 
-// to[d] = weight * from[d]. Returns the dot product of `from` and `y`: kBlock sums, added as a
-// tree.
+// to[d] = weight * from[d]. Returns the dot product of `from` and `y`, from kBlock partial sums
+// that are added as a tree.
 template <bool kStream, typename Row>
 Compute<Row> scale_and_dot(const Row* from, const Row* y, Compute<Row> weight, Row* to, int64_t D) {
   using T = Compute<Row>;

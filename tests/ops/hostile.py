@@ -192,7 +192,7 @@ def mixed(value: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def guarded(value: Any, at_end: bool) -> Any:
-    """A packed tensor's copy whose first byte follows, or whose last byte precedes, a page without access."""
+    """Copies a packed tensor to memory that begins right after, or ends right before, a page without access."""
     if not isinstance(value, Tensor) or not value.is_contiguous() or value.numel() == 0 or value.is_meta:
         return value
     size, page = value.numel() * value.element_size(), mmap.PAGESIZE

@@ -45,7 +45,7 @@ def test_reference(device, dtype, k, dim):
 @pytest.mark.parametrize(("k", "dim"), CASES)
 @pytest.mark.parametrize("E", [13, 32])
 def test_it_is_topk_of_the_gates_to_the_bit(device, dtype, k, dim, E):
-    """Also with ties, of equal logits and of gates that round to the same number or underflow."""
+    """Covers ties: equal logits, and gates that round to the same number or underflow."""
     logits = torch.cat([tied(3, 40, E), spread(3, 60, E, scale=80.0)], 1).to(device, dtype)
     logits[1] = logits[1, :1]
     values, indices = softmax_topk(logits, k, dim)

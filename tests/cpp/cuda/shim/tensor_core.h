@@ -1,8 +1,8 @@
 // tensor_core -- emulates the instructions of csrc/cuda/tensor_core.h on the host.
 //
 // On a GPU an asynchronous copy may happen at any time between its start and the wait for it.
-// --schedule chooses the time: `forward` copies in the wait, `backward` at the start, `shuffled` at
-// random one or the other. If a result depends on the time, a wait is missing, or memory is
+// --schedule chooses the time: `forward` copies in the wait, `backward` at the start, `shuffled` in
+// one of them at random. If a result depends on the time, a wait is missing, or memory is
 // overwritten too early.
 #pragma once
 
