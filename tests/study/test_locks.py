@@ -1,5 +1,6 @@
 """Locks of runs that several processes share."""
 
+import errno
 import json
 import math
 import os
@@ -39,6 +40,21 @@ def test_one_at_a_time(record):
     assert not is_locked(record) and list(record.parent.iterdir()) == []
     with locked(record) as again:
         assert again
+
+
+def test_a_file_system_without_hard_links(record, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_one_at_a_time(record)
+    lock_of(record).write_text("")  # of a process that was killed before it wrote
+    with locked(record) as free:
+        assert not free
+    os.utime(lock_of(record), (0, 0))
+    with locked(record) as free:
+        assert free and is_locked(record)
+    assert list(record.parent.iterdir()) == []
 
 
 def test_an_error_frees_the_lock(record):

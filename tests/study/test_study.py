@@ -180,6 +180,8 @@ def test_transfer_gives_figure_2(tmp_path, here):
     ({"transfer_data": "digits"}, "10-shot transfer needs more than 100 training images for 10 classes, there are 40"),
     ({"transfer_data": "nowhere"}, "no folder 'nowhere'"),
     ({"training": {"rand_augment": "bogus"}}, "training: rand_augment"),
+    ({"training": {"optimizer_args": {"speed": 3}}}, "training: optimizer 'adamw' with .*speed"),
+    ({"training": {"repeats": 3}}, "batch_size must be a multiple of repeats 3 in training, got"),
 ])  # fmt: skip
 def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     with pytest.raises(ValueError, match=words):

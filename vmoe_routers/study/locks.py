@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from vmoe_routers.files import write_whole
 EXPIRY = 600.0
 """Seconds after which another machine takes over a lock that was not renewed."""
 _RENEWAL = 60.0
+_WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems such as FAT
 
 
 @contextmanager
@@ -52,14 +54,12 @@ def locked(path: Path) -> Iterator[bool]:
 
 
 def _take(lock: Path, token: str) -> bool:
-    # A link is made in one step together with its content. O_EXCL would leave an empty file if the process is killed
-    # before it writes.
     own = lock.with_name(f"{lock.name}.{uuid4().hex}")
     try:
         write_whole(own, lambda partial: partial.write_text(token))
         for _ in range(2):
             with suppress(FileExistsError):
-                os.link(own, lock)
+                _publish(own, lock)
                 return True
             found = _read(lock)
             if found is None:  # released just now
@@ -72,6 +72,23 @@ def _take(lock: Path, token: str) -> bool:
         own.unlink(missing_ok=True)
 
 
+def _publish(own: Path, lock: Path) -> None:
+    """Makes the lock, with the content of `own`.
+
+    Raises:
+        FileExistsError: There is a lock.
+    """
+    # A link is made in one step together with its content.
+    try:
+        os.link(own, lock)
+    except OSError as error:
+        if error.errno not in _WITHOUT_LINKS:
+            raise
+        # A process that is killed before it writes leaves an empty file, which expires.
+        with lock.open("x", encoding="utf-8") as file:
+            file.write(own.read_text(encoding="utf-8", errors="replace"))
+
+
 def _remove(lock: Path, stale: str) -> None:
     """Removes a stale lock; puts it back if another process replaced it in the meantime."""
     aside = lock.with_name(f"{lock.name}.{uuid4().hex}")
@@ -79,7 +96,7 @@ def _remove(lock: Path, stale: str) -> None:
         lock.rename(aside)
         if _read(aside) != stale:
             with suppress(FileExistsError):
-                os.link(aside, lock)
+                _publish(aside, lock)
         aside.unlink(missing_ok=True)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from vmoe_routers.files import make_output
 from vmoe_routers.models.cost import cost
@@ -30,6 +31,7 @@ from vmoe_routers.study.variants import Variant, ablated, make, variants
 from vmoe_routers.training import DataError, Images
 from vmoe_routers.training.data import DEFAULT_SIZE
 from vmoe_routers.training.fewshot import SHOTS
+from vmoe_routers.training.optimisation import make_optimizer
 from vmoe_routers.training.transforms import Transform
 
 
@@ -160,9 +162,18 @@ def _check_fit(settings: Settings, data: StudyData, transfer: Images | None) -> 
         raise OptionError(
             f"shift {settings.shift} moves images of {data.size} x {data.size} pixels out of the frame", "shift"
         )
+    repeats = settings.augmentation(data.size).repeats
+    if settings.batch_size % repeats:
+        raise OptionError(
+            f"batch_size must be a multiple of repeats {repeats} in training, got {settings.batch_size}",
+            "batch_size",
+            "training",
+        )
     try:
         Transform(settings.augmentation(data.size), data.channels, training=True)
-    except OptionError as error:  # timm refuses the value of rand_augment
+        # Every optimizer takes this model, so an error is about the arguments.
+        make_optimizer(nn.Linear(1, 1), replace(settings.optimisation(), layer_decay=1.0))
+    except OptionError as error:  # timm refuses the value of rand_augment, torch an argument of the optimizer
         raise OptionError(f"training: {error}", "training") from None
     if transfer is not None and len(transfer.train_labels) <= SHOTS * transfer.num_classes:
         raise DataError(
