@@ -83,13 +83,14 @@ def test_figure_3_stops_where_a_seed_does():
     assert len(figures.figure_3_data([run(sinkhorn, 0, epochs=7), run(sinkhorn, 1, epochs=5)])) == 5
 
 
-def test_figure_3_of_one_epoch_shows_points():
-    kinds = [variant("sinkhorn_token_choice", 1, "softmax"), variant("sinkhorn_token_choice", 1, "plan")]
-    figure = figures.figure_3([run(kind, epochs=1) for kind in kinds])
-    figure.draw_without_rendering()
-    for ax in figure.axes:
-        assert [(line.get_marker(), line.get_fillstyle()) for line in ax.lines] == [("o", "full"), ("o", "none")]
-        assert [tick for tick in ax.get_xticks() if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]] == [1]
+def test_figure_3_is_left_out_with_one_epoch():
+    assert figures.figure_3([run(variant("sinkhorn_token_choice", 1), epochs=1)]) is None
+
+
+def test_figure_load_shows_capacity_factor_1():
+    kinds = [variant("soft", capacity=factor) for factor in (0.5, 1.0, 2.0)]
+    assert {point["name"] for point in figures.figure_load_data(map(run, kinds))} == {"soft-c1"}
+    assert {point["name"] for point in figures.figure_load_data([run(kinds[0])])} == {"soft-c0.5"}
 
 
 def test_figure_load_draws_its_data():

@@ -157,11 +157,14 @@ def _point(row: Any, **values: Any) -> dict[str, Any]:
 
 
 def figure_3_data(runs: Iterable[Run]) -> Data:
-    """One dict per epoch and variant that has a `combine`: accuracy in [0, 1] and loss, with standard errors."""
+    """One dict per epoch and variant that has a `combine`: accuracy in [0, 1] and loss, with standard errors.
+
+    A single epoch is no curve, so such variants are left out.
+    """
     data = []
     for group in by_variant(runs):
         variant = group[0]["variant"]
-        if variant["combine"] is None:
+        if variant["combine"] is None or max(len(run["epochs"]) for run in group) < 2:
             continue
         # The curve ends with the shortest run: a mean over fewer seeds would show as a step.
         for epochs in zip(*(run["epochs"] for run in group), strict=False):
@@ -175,9 +178,14 @@ def figure_3_data(runs: Iterable[Run]) -> Data:
 
 
 def figure_load_data(runs: Iterable[Run]) -> Data:
-    """One dict per variant, MoE layer and rank: mean tokens per image, also divided by the even share."""
+    """One dict per variant, MoE layer and rank: mean tokens per image, also divided by the even share.
+
+    A study with variants of capacity factor 1 shows only these, so that the panels fit on a page.
+    """
+    runs = list(runs)
+    usual = [run for run in runs if run["variant"]["capacity_factor"] == 1]
     data = []
-    for row in summarise_layers(runs):
+    for row in summarise_layers(usual or runs):
         layer = {"name": row.name, "label": row.label, "router": row.router, "block": row.block}
         even = math.fsum(row.load) / len(row.load)
         for rank, load in enumerate(row.load, start=1):
@@ -224,7 +232,7 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
         "Load of the experts",
         "Tokens that each expert took on the images of the final accuracy, divided by the even share (dotted line). "
         "Experts are sorted by load in every seed before the mean over seeds is taken. Every MoE layer has a line, "
-        "later blocks darker ones.",
+        "later blocks darker ones. Only variants of capacity factor 1 are shown, if there are any.",
         figure_load_data,
         plots.paint_figure_load,
     ),
