@@ -31,7 +31,10 @@ template <typename T, typename V, typename Fused, typename Exp>
 VMOE_HOST_DEVICE inline Gelu<V> gelu_tanh(V x, Fused fused, Exp exp) {
   constexpr T scale = T(1.59576912160573071), cubic = T(0.044715) * scale;  // 2 sqrt(2 / pi)
   const V zero{};  // `constant - zero` has type V; the compiler folds the subtraction
-  const V square = x * x;
+  // From |x| = 100 on, the gate is exactly 0 or 1. The bound keeps the slope of larger values from
+  // becoming 0 * infinity.
+  const V exact = x * x, bound = T{10000} - zero;
+  const V square = exact < bound ? exact : bound;
   const V inner = x * fused(square, cubic - zero, scale - zero);
   const V gate = quotient<V>(T{1} - zero, T{1} + exp(-inner));
   const V inner_slope = fused(square, 3 * cubic - zero, scale - zero);

@@ -31,7 +31,8 @@ Point gelu(double x_, bool tanh) {
 
 template <typename T>
 std::vector<T> hard_values() {
-  std::vector<T> x = {0, T(-0.0), 1, -1, T(1e-30), T(-1e-6), 40, -40, 1000, -1000};
+  const T huge = std::numeric_limits<T>::max() / 4;  // its square is infinity
+  std::vector<T> x = {0, T(-0.0), 1, -1, T(1e-30), T(-1e-6), 40, -40, 1000, -1000, huge, -huge};
   for (int i = -2000; i <= 2000; ++i) x.push_back(T(i) * T(0.00611));
   return x;
 }

@@ -58,6 +58,19 @@ def arguments(E: int, N: int, D: int, H: int, out: int, *, bias: bool = True) ->
     ]
 
 
+@each_act
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_slope_of_huge_values(device, dtype, act):
+    """The square of x overflows from 1.8e19 on (float64: 1e154), and the slope is still 0 or 1."""
+    huge = torch.finfo(dtype).max / 8
+    x = torch.tensor([[[huge], [-huge], [huge**0.6], [-(huge**0.6)]]], dtype=dtype, device=device).requires_grad_()
+    one = torch.ones(1, 1, 1, dtype=dtype, device=device)
+    y = grouped_mlp(x, one, None, one, None, act)
+    y.sum().backward()
+    assert torch.equal(y, x.clamp(min=0))
+    assert x.grad.flatten().tolist() == [1, 0, 1, 0]
+
+
 @each_dtype
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -268,6 +268,17 @@ def test_metrics_of_token_choice(top_k, slots, masked):
     assert_metrics(routing.metrics, wanted)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_stays_in_the_row_of_its_token(value):
+    weights = torch.full((1, 3, 2), 0.5)
+    weights[0, 1, 0] = value
+    routing = vr.token_choice(torch.ones(1, 3, 2), 1, 3, weights=weights)
+    wanted = torch.zeros(1, 3, 2, 3)
+    wanted[0, 0, 0, 0] = wanted[0, 2, 0, 2] = 0.5
+    wanted[0, 1, 0, 1] = value
+    torch.testing.assert_close(routing.combine_tensor(), wanted, equal_nan=True)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("slots", [1, 2, 7])
 def test_metrics_of_expert_choice(slots, masked):

@@ -46,6 +46,21 @@ def test_tensors_are_the_two_softmaxes(scale, slots):
     torch.testing.assert_close(routing.combine(y), torch.einsum("gtec,egcd->gtd", B, y))
 
 
+@pytest.mark.parametrize("factor", [1e15, 1e25, 1e35])
+def test_the_size_of_phi_changes_nothing(factor):
+    """Also where the squares of Phi overflow float32."""
+    router = vr.create_router("soft", 6, 4)
+    x = torch.randn(2, 5, 6)
+    wanted = router(x).logits.detach()
+    with torch.no_grad():
+        router.phi.mul_(factor)
+    logits = router(x).logits
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+    logits.square().sum().backward()
+    assert router.phi.grad.isfinite().all()
+    assert (router.phi.grad * factor).abs().max() > 1e-3
+
+
 def test_weights_sum_to_one():
     routing = soft(scale_init=20.0)(torch.randn(3, 17, 6).double())
     D, B = routing.dispatch_tensor(), routing.combine_tensor()

@@ -186,15 +186,19 @@ class SparseRouting(_Sparse, Routing):
 
     def dispatch_tensor(self) -> Tensor:
         """Makes the dense dispatch tensor [G, T, E, C] of zeros and ones."""
-        groups, experts, slots = self.token.shape
-        # Empty slots are written to an extra row after the last token, which is cut off.
-        dense = self.gate.new_zeros(groups, self.num_tokens + 1, experts, slots)
-        row = torch.where(self.token < 0, self.num_tokens, self.token).long()
-        return dense.scatter(1, row.unsqueeze(1), 1)[:, : self.num_tokens]
+        return self._dense(torch.ones_like(self.gate))
 
     def combine_tensor(self) -> Tensor:
-        """Makes the dense combine tensor [G, T, E, C]: the dispatch tensor times the weights."""
-        return self.dispatch_tensor() * self.gate.unsqueeze(1)
+        """Makes the dense combine tensor [G, T, E, C]: the weight of every slot in the row of its token, else 0."""
+        return self._dense(self.gate)
+
+    def _dense(self, values: Tensor) -> Tensor:
+        """Writes a value per slot [G, E, C] to the row of the slot's token, [G, T, E, C]."""
+        groups, experts, slots = self.token.shape
+        # Empty slots are written to an extra row after the last token, which is cut off.
+        dense = values.new_zeros(groups, self.num_tokens + 1, experts, slots)
+        row = torch.where(self.token < 0, self.num_tokens, self.token).long()
+        return dense.scatter(1, row.unsqueeze(1), values.unsqueeze(1))[:, : self.num_tokens]
 
     def usage(self) -> Usage:
         """Counts for `metrics`, without a dense tensor [G, T, E, C]."""
