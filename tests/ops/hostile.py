@@ -117,8 +117,11 @@ ROWS: dict[str, list[Callable[[], list[Any]]]] = {
     "ops.sinkhorn": [lambda: [floats(G, T, E)]],
     "ops.ksparse_projection": [lambda: [floats(G, T), 2]],
     "ops.ksparse_transport": [lambda: [floats(G, T, E), 2]],
-    "ops.soft_logits": [lambda: [floats(G, T, D), floats(D, E, C)]],
-    "ops.soft_mix": [lambda: [floats(G, T, E, C), floats(G, T, D), 1]],
+    "ops.soft_logits": [lambda: [floats(G, T, D), floats(D, E * C)]],
+    "ops.soft_mix": [
+        lambda: [floats(G, T, E * C), floats(G, T, D), 1, E],
+        lambda: [floats(G, T, E * C), floats(E, G, C, D), 2],
+    ],
     "ops.grouped_mlp": [lambda: mlp(public=True)],
 }
 # Keyword-only integers of public functions.
