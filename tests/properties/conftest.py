@@ -1,0 +1,28 @@
+"""Profiles of hypothesis: "quick" by default, the same few examples in every run; "long" for hours, random ones.
+
+pytest tests/properties --hypothesis-profile=long -n 8
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("quick", max_examples=40, derandomize=True, **COMMON)
+settings.register_profile("long", max_examples=50_000, print_blob=True, **COMMON)
+if not any(argument.startswith("--hypothesis-profile") for argument in sys.argv):
+    settings.load_profile("quick")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Run the tests on one thread: their tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
