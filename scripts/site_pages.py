@@ -143,6 +143,11 @@ def _shown(path: Path) -> str | None:
     return path.relative_to(ROOT / "docs").as_posix() if path.is_relative_to(ROOT / "docs") else None
 
 
+def _joined(match: re.Match) -> str:
+    rest = re.sub(r"<[^>]*>|[()]", "", match[2])
+    return f"<code>{match[1]}, {rest}</code></b>"
+
+
 def on_page_content(content, page, config, files):
     """Writes equations as MathML, which browsers draw without a script or a font of the site."""
 
@@ -153,6 +158,7 @@ def on_page_content(content, page, config, files):
 
     if page.file.src_uri.startswith("api/") and "doc-heading" not in content:
         raise PluginError(f"{page.file.src_uri} documents nothing: is __all__ right?")
-    content = re.sub(_JOINT, lambda match: f"<code>{match[1]}, {re.sub('<[^>]*>|[()]', '', match[2])}</code></b>", content)
+    content = _JOINT.sub(_joined, content)
+    content = re.sub(r"<code>(--[^<]{,35})</code>", r'<code class="option">\1</code>', content)
     pattern = r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>'
     return re.sub(pattern, equation, content, flags=re.DOTALL)

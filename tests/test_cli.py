@@ -79,7 +79,7 @@ def test_options_of_convert():
     ("study --width=1.5", "--width must be a whole number, got 1.5"),
     ("study --plan-combine maybe", "--plan-combine must be true or false, got maybe"),
     ("study --top-k one", "--top-k must be a whole number, got one"),
-    ("study --colour red", "--colour red"),
+    ("study --colour red", "no option --colour"),
     ("study --device cuda", "--device 'cuda': torch finds no CUDA device"),
     ("study --device cpu:x", "--device must be 'cpu', 'cuda' or 'cuda:N', got 'cpu:x'"),
     ("study --max-images 200 --output /dev/null/x", "/dev/null/x"),
@@ -121,9 +121,15 @@ def test_options_of_convert():
     ("eval --model vit_moe --model_args x", "--model_args must be values by name, got x"),
     ("fewshot --model vit_moe --shots 1,0", "--shots must be at least 1, got [1, 0]"),
     ("fewshot --model vit_moe --probe knn", "--probe must be ridge or linear, got 'knn'"),
-    ("teach", "teach"),
-    ("--colour red", "red"),
-    ("info --colour red", "--colour red"),
+    ("teach", "no command 'teach'; there are study, train"),
+    ("trian", "no command 'trian'; did you mean train?"),
+    ("--verion", "no option --verion; did you mean --version?"),
+    ("--colour red", "no command 'red'; there are study"),
+    ("info --colour red", "no option --colour"),
+    ("study --rooters soft", "no option --rooters; did you mean --routers?"),
+    ("study photos", "'photos' follows no option; did you mean --data photos?"),
+    ("study --seeds", "--seeds needs a value"),
+    ("eval --model vit_moe runs", "'runs' follows no option; did you mean --model runs?"),
 ])  # fmt: skip
 def test_errors_are_one_line(tmp_path, capsys, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
@@ -191,8 +197,8 @@ def test_recipes_can_be_given_back(monkeypatch, recipe):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--recipe", "cake"], "--recipe 'cake' does not exist; there are digits"),
     (["--config", "nowhere.yaml"], "--config 'nowhere.yaml': No such file"),
-    (["--conf", "own.yaml"], "unrecognized arguments: --conf own.yaml"),
-    (["--rec=small"], "unrecognized arguments: --rec=small"),
+    (["--conf", "own.yaml"], "no option --conf; did you mean --config?"),
+    (["--rec=small"], "no option --rec; did you mean --recipe?"),
     (["--scale", "0.5"], "--scale must be values with commas between them, got [0.5]"),
     (["--router", "nowhere:factory"], "--router: 'nowhere:factory' cannot be imported"),
     (["--data", "hf:"], "hf:: wanted the name of a data set"),
@@ -241,10 +247,10 @@ def test_errors_of_a_study_are_one_line(capsys, monkeypatch, error, words):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["trian"], "no command 'trian' (choose from"),
+    (["trian"], "no command 'trian'; did you mean train?"),
     (["eval"], "missing: --model (the options: vmoe-routers eval --help)"),
-    (["inspect"], "missing: MODEL, IMAGES (the options"),
-    (["inspect", "model"], "missing: IMAGES (the options"),
+    (["inspect"], "missing: MODEL, IMAGE (the options"),
+    (["inspect", "model"], "missing: IMAGE (the options"),
     (["convert", "source"], "missing: FOLDER (the options"),
 ])  # fmt: skip
 def test_missing_arguments_and_unknown_commands(arguments, words, capsys):
@@ -329,6 +335,14 @@ def test_help_of_a_command(capsys, name):
 def test_help_shows_positional_arguments_in_the_usage(capsys):
     assert "usage: vmoe-routers convert [options] SOURCE FOLDER Conv" in help_of(["convert", "--help"], capsys)
     assert "usage: vmoe-routers inspect [options] MODEL IMAGE ... Draws" in help_of(["inspect", "--help"], capsys)
+
+
+def test_help_begins_with_the_command_s_own_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = re.findall(r"^  (--[\w-]+) ", capsys.readouterr().out, re.MULTILINE)
+    assert shown[:4] == ["--recipe", "--config", "--dry-run", "--data"]
+    assert shown.index("--model") < shown.index("--learning-rate") and shown.index("--ep") < shown.index("--hflip")
 
 
 def test_help_shows_defaults_of_the_recipe(capsys):

@@ -8,10 +8,11 @@ import re
 import sys
 import time
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from importlib import import_module
-from inspect import Parameter, signature
+from inspect import Parameter, get_annotations, signature
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
@@ -141,7 +142,8 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
         defaults["model_args"] = kept
     unknown = sorted(defaults.keys() - {field.name for field in fields(TrainSettings)})
     if unknown:
-        raise OptionError(f"config {given['--config']}: no option {unknown[0]!r}", "config")
+        nearest = _similar(unknown[0], [field.name for field in fields(TrainSettings)])
+        raise OptionError(f"config {given['--config']}: no option {unknown[0]!r}{nearest}", "config")
     parser.set_defaults(defaults)
 
 
@@ -163,6 +165,7 @@ class Command(NamedTuple):
         positional: arguments without a default are given by position, and not as options.
         hidden: arguments of the target that are no options.
         prepare: adds further options to the command's parser and sets defaults, from all arguments.
+        added: names of the options that `prepare` adds.
         extra: the extra of pyproject.toml with the packages that the command imports.
     """
 
@@ -174,6 +177,7 @@ class Command(NamedTuple):
     positional: bool = False
     hidden: tuple[str, ...] = ()
     prepare: Callable[[Any, Sequence[str]], None] | None = None
+    added: tuple[str, ...] = ()
     extra: str = "training"
 
     def load(self) -> Any:
@@ -192,6 +196,7 @@ COMMANDS = {
         run=_study,
         extra="study",
         prepare=_add_study_recipes,
+        added=("recipe", "compare"),
     ),
     "train": Command(
         "vmoe_routers.training.settings:TrainSettings",
@@ -201,6 +206,7 @@ COMMANDS = {
         example="vmoe-routers train --data photos --recipe photos --output runs/photos",
         run=_train,
         prepare=_add_recipes,
+        added=("recipe", "config", "dry_run"),
     ),
     "eval": Command(
         "vmoe_routers.training.evaluate:evaluate",
@@ -358,12 +364,46 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
         typed = (_as_typed(name.rpartition(".")[2], arguments) for name in missing[1].split(", "))
         shown = (name if name.startswith("--") else _METAVARS.get(name, name.upper()) for name in typed)
         return f"missing: {', '.join(shown)}"
-    message = message.replace("argument subcommand: invalid choice:", "no command")
+    unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
+    if unknown:
+        return _unknown(unknown[1].partition("=")[0], arguments)
+    no_command = re.match(r"argument subcommand: invalid choice: '(.*?)'", message)
+    if no_command:
+        return f"no command {no_command[1]!r}{_similar(no_command[1], COMMANDS)}; there are {', '.join(COMMANDS)}"
+    no_value = re.fullmatch(r"argument (--\w+): expected one argument", message)
+    if no_value:
+        return f"{_as_typed(no_value[1][2:], arguments)} needs a value"
     key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(?!NoneType)(\w+)'>", message)
     value = re.search(r"(?:Given|Got) value: (.*)", message)
     if not (key and kind and value):
         return message
     return f"{_as_typed(key[1], arguments)} must be {_KINDS.get(kind[1], kind[1])}, got {value[1]}"
+
+
+def _unknown(word: str, arguments: Sequence[str]) -> str:
+    """Describes an argument that the command does not take."""
+    command = COMMANDS.get(_command_name(arguments))
+    if command is None:
+        return f"no option {word}{_similar(word, ['--help', '--version', '--print-completion'])}"
+    parameters = signature(command.load()).parameters
+    required = [name for name in parameters if parameters[name].default is Parameter.empty]
+    if word.startswith("-"):
+        name = word.lstrip("-").replace("-", "_")
+        if command.positional and name in required:
+            usage = " ".join(_METAVARS.get(name, name.upper()) for name in required)
+            return f"{word} is no option; {name} is given without a name: {_command_name(arguments)} {usage}"
+        options = parameters.keys() - ({*command.hidden} | ({*required} if command.positional else set()))
+        options |= {*command.added}
+        word = _as_typed(name, arguments) if word.startswith("--") else word
+        return f"no option {word}{_similar(word, ['--' + name.replace('_', '-') for name in options])}"
+    likely = [] if command.positional else [*required, *({"data"} & parameters.keys())]
+    return f"{word!r} follows no option" + (f"; did you mean --{likely[0]} {word}?" if likely else "")
+
+
+def _similar(word: str, names: Iterable[str]) -> str:
+    """Suggests the name that is closest to a mistyped word; returns "" if none is close."""
+    found = get_close_matches(word.replace("_", "-"), list(names), 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
@@ -406,7 +446,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
                 flags.add("--dry_run")
                 command.prepare(options, [] if completes else _spelled_out(arguments, set(), flags))
             if completes or shows:
-                _display(options, flags)
+                _display(options, flags, target)
         commands.add_subcommand(name, options, help=command.help)
     parsed = parser.parse_args(_spelled_out(arguments, lists, flags))
     return parsed.subcommand, target, vars(parsed[parsed.subcommand])
@@ -424,8 +464,15 @@ def _document(parser: Any, target: Any) -> None:
                 action.help = texts[action.dest]
 
 
-def _display(parser: Any, flags: set[str]) -> None:
-    """Makes a parser for help and completion: names have dashes, and a letter or word shows the kind of value."""
+def _display(parser: Any, flags: set[str], target: Any) -> None:
+    """Makes a parser for help and completion: names have dashes, and a letter or word shows the kind of value.
+
+    Options of a dataclass come before the options of the classes that it extends, and --recipe before both.
+    """
+    own = list(get_annotations(target)) if isinstance(target, type) else []
+    order = own + [name for name in signature(target).parameters if own and name not in own]
+    for group in parser._action_groups:
+        group._group_actions.sort(key=lambda action: order.index(action.dest) if action.dest in order else -1)
     for action in parser._actions:
         kind = str(getattr(action, "_typehint", ""))
         if action.option_strings and kind:

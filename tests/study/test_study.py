@@ -173,7 +173,7 @@ def test_transfer_gives_figure_2(tmp_path, here):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"batch_size": 64}, "batch_size 64: 40 training images are less than one batch"),
+    ({"batch_size": 64}, "batch_size 64: 40 training images are less than one batch; wanted for example 16"),
     ({"holdout": 30}, "batch_size 16: 10 training images are less than one batch"),
     ({"patch_size": 3}, "patch_size 3 does not divide images of 8 x 8 pixels"),
     ({"shift": 8}, "shift 8 moves images of 8 x 8 pixels out of the frame"),

@@ -307,7 +307,7 @@ def test_waiting_is_measured():
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"batch_size": 21}, "batch_size must be at most the 20 training images, got 21; wanted for example 8,"),
+    ({"batch_size": 21}, "batch_size must be at most the 20 training images, got 21; wanted for example 8"),
     ({"batch_size": 0}, "batch_size must be a positive multiple of the 1 ranks, got 0"),
     ({"batch_size": 5, "world": 2}, "batch_size must be a positive multiple of the 2 ranks, got 5"),
     ({"rank": 2, "world": 2}, r"rank must be in \[0, 2\), got 2"),

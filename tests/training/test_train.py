@@ -347,7 +347,7 @@ def test_float16_is_refused_for_sharded_models():
         ({"router": "hash"}, "router 'hash' does not exist"),
         ({"group_size": 3}, "group_size 3 must divide the 256 images that run together"),
         ({"router": "no.such:factory"}, "cannot be imported"),
-        ({"batch_size": 2000}, "1437 training images are less than one batch"),
+        ({"batch_size": 2000}, "1437 training images are less than one batch; wanted for example 512"),
         ({"batch_size": 255}, "255"),
         ({"ep": 2, "parallel": "fsdp"}, "ep 2 needs parallel 'fsdp' and several processes"),
         ({"ep": 2}, "ep 2 needs parallel 'fsdp', got 'ddp'"),

@@ -82,9 +82,8 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
                 for entry in entries:
                     name = entry.filename.removesuffix(".npy")
                     if name in found or name == entry.filename:
-                        raise CheckpointError(
-                            f"{path}: {name!r} is {'in the file twice' if name in found else 'no array'}"
-                        )
+                        problem = "in the file twice" if name in found else "no array, wanted an npz file of numpy"
+                        raise CheckpointError(f"{path}: {name!r} is {problem}")
                     _check_entry(entry, size, f"{path}: {name}")
                     with archive.open(entry) as member:
                         found[name] = _read_array(member, entry.file_size, f"{path}: {name}")

@@ -193,7 +193,8 @@ def _read_config(path: str) -> dict[str, Any]:
     if not 1 <= version <= FORMAT_VERSION:
         by = config.get("vmoe_routers_version")
         raise CheckpointError(
-            f"{path}: format {version}, written by vmoe_routers {by}; this version reads up to {FORMAT_VERSION}"
+            f"{path}: format {version}, written by vmoe_routers {by}; this version reads up to {FORMAT_VERSION}; "
+            "update vmoe_routers"
         )
     return config
 

@@ -76,13 +76,15 @@ def inspect_images(
     for path in images:
         if not os.path.exists(path):
             raise OptionError(f"{path}: no such file", "images")
+        if os.path.isdir(path):
+            raise OptionError(f"{path}: is a folder, wanted image files: inspect MODEL IMAGE ...", "images")
     pictures = [read_picture(path) for path in images]
     with processes(device) as world:
         found = load(model, image_size, pretrained, model_args, world.device, "float32")
         if not any(isinstance(module, MoEMlp) for module in found.modules()):
             raise OptionError(
                 f"model {model!r} has no MoE layer; wanted a model of vit_moe, one of vmoe_routers.models.NAMES, or an "
-                "upcycled model in a folder",
+                "upcycled model in a folder (vmoe-routers train --upcycle makes one)",
                 "model",
             )
         default = Augmentation(image_size=image_size or input_size(found, model), scale=None)

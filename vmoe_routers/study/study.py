@@ -31,6 +31,7 @@ from vmoe_routers.study.variants import Variant, ablated, make, variants
 from vmoe_routers.training import DataError, Images
 from vmoe_routers.training.data import DEFAULT_SIZE
 from vmoe_routers.training.fewshot import SHOTS
+from vmoe_routers.training.loader import smaller_batch
 from vmoe_routers.training.optimisation import make_optimizer
 from vmoe_routers.training.transforms import Transform
 
@@ -140,7 +141,7 @@ def _check_device(device: str) -> None:
     if device == "cpu":
         return
     if not torch.cuda.is_available():
-        raise OptionError(f"device {device!r}: torch finds no CUDA device", "device")
+        raise OptionError(f"device {device!r}: torch finds no CUDA device; cpu runs here", "device")
     if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise OptionError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices", "device")
 
@@ -150,7 +151,8 @@ def _check_fit(settings: Settings, data: StudyData, transfer: Images | None) -> 
     trained = len(data.train_labels) - settings.holdout
     if trained < settings.batch_size:
         raise OptionError(
-            f"batch_size {settings.batch_size}: {max(trained, 0)} training images are less than one batch",
+            f"batch_size {settings.batch_size}: {max(trained, 0)} training images are less than one batch; wanted for "
+            f"example {smaller_batch(trained)}",
             "batch_size",
             *(["holdout"] if settings.holdout else []),
         )

@@ -99,7 +99,10 @@ def evaluate(
         outputs = getattr(subject.model, "num_classes", len(classes))
         if outputs != len(classes):
             raise OptionError(
-                f"model {model!r} has {outputs} classes, data {data!r} has {len(classes)}", "model", "data"
+                f"model {model!r} has {outputs} classes, data {data!r} has {len(classes)}; wanted data with the "
+                "classes of the model's training",
+                "model",
+                "data",
             )
         if world.first:
             make_output(output)

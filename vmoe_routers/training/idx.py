@@ -46,7 +46,10 @@ def _find(folder: Path, stem: str) -> Path:
     for path in (folder / stem, folder / f"{stem}.gz"):
         if path.is_file():
             return path
-    raise DataError(f"{folder}: no {stem} or {stem}.gz, and no train/ folder either")
+    raise DataError(
+        f"{folder}: no {stem} or {stem}.gz, and no train/ folder either; wanted the folders train/ and val/, each "
+        "with a folder of images per class"
+    )
 
 
 def read_idx(path: Path) -> Tensor:

@@ -116,6 +116,11 @@ class Batches(Iterator[Batch]):
             raise told from error
 
 
+def smaller_batch(images: int) -> int:
+    """Suggests a batch size for so few images: the largest power of two up to half of them, at least 1."""
+    return 1 << max(0, (max(images, 0) // 2).bit_length() - 1)
+
+
 def training_batches(
     samples: Samples,
     transform: Transform,
@@ -155,7 +160,7 @@ def training_batches(
     if len(samples) < batch_size:
         raise OptionError(
             f"batch_size must be at most the {len(samples)} training images, got {batch_size}; wanted for example "
-            f"{1 << max(0, (len(samples) // 2).bit_length() - 1)}, which makes some steps per epoch",
+            f"{smaller_batch(len(samples))}",
             "batch_size",
         )
     if batch_size % repeats:

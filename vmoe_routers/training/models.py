@@ -133,6 +133,10 @@ def _similar(name: str) -> str:
     return f"did you mean {found[0]!r}? " if found else ""
 
 
+def _channels(count: int) -> str:
+    return f"{count} channel{'' if count == 1 else 's'}"
+
+
 def _from_folder(folder: str, arguments: Mapping[str, Any]) -> nn.Module:
     from vmoe_routers.checkpoints import from_pretrained
 
@@ -160,7 +164,9 @@ def _fitted(
 ) -> nn.Module:
     """Fits head and positions of a loaded model to the data."""
     if channels is not None and channels != (expected := model.patch_embed.proj.in_channels):
-        raise OptionError(f"model {name!r} takes images of {expected} channels, the data have {channels}", "model")
+        raise OptionError(
+            f"model {name!r} takes images with {_channels(expected)}, the data have {_channels(channels)}", "model"
+        )
     wanted = (size, size) if isinstance(size, int) else size
     if wanted is not None and not hasattr(model, "patch_embed"):
         raise OptionError(

@@ -101,7 +101,7 @@ def processes(device: str) -> Iterator[World]:
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}", "device")
     if device == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device 'cuda': torch finds no CUDA device", "device")
+        raise OptionError("device 'cuda': torch finds no CUDA device; auto or cpu runs here", "device")
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     local = int(os.environ.get("LOCAL_RANK", 0))
     place = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")

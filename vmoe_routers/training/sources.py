@@ -104,7 +104,7 @@ def _open_image_folder(folder: Path) -> Data:
     torchvision = import_torchvision()
     test_folder = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
     if test_folder is None:
-        raise DataError(f"{folder}: has train/ but neither val/ nor test/")
+        raise DataError(f"{folder}: has train/ but neither val/ nor test/; move some images of every class to val/")
     parts = []
     for part in (folder / "train", test_folder):
         try:

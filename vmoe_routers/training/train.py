@@ -26,7 +26,7 @@ from vmoe_routers.training.describe import describe, draw_batch, memory_estimate
 from vmoe_routers.training.evaluation import Evaluation, evaluate_model
 from vmoe_routers.training.interrupts import asking
 from vmoe_routers.training.layout import check_groups, lay_out, make_model
-from vmoe_routers.training.loader import Batches, evaluation_batches, training_batches
+from vmoe_routers.training.loader import Batches, evaluation_batches, smaller_batch, training_batches
 from vmoe_routers.training.log import EVALUATIONS, Outputs, read_table
 from vmoe_routers.training.meter import Meter
 from vmoe_routers.training.optimisation import make_optimizer
@@ -112,8 +112,8 @@ class Plan(NamedTuple):
         steps_per_epoch = len(data.train) // settings.batch_size
         if not steps_per_epoch:
             raise OptionError(
-                f"batch_size {settings.batch_size}: {len(data.train)} training images are less than one batch; "
-                "a smaller one is needed",
+                f"batch_size {settings.batch_size}: {len(data.train)} training images are less than one batch; wanted "
+                f"for example {smaller_batch(len(data.train))}",
                 "batch_size",
             )
         evaluate_every = settings.evaluate_every or steps_per_epoch
