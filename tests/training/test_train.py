@@ -71,10 +71,12 @@ def result(output):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("train") / "out"
     with open(output.with_suffix(".txt"), "w") as file:
         assert run(output, Console(file=file, width=100)) == output / "model"
+    torch.set_num_threads(threads)
     return output
 
 
@@ -150,7 +152,7 @@ def test_killed_processes_continue_bit_for_bit(undisturbed, tmp_path):
     command = [sys.executable, "-c", code]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not checkpoint.saved(tmp_path / "checkpoints") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -250,7 +252,8 @@ def test_a_table_that_cannot_grow_is_named():
         table.add({"step": 1})
 
 
-def test_a_folder_that_only_another_user_may_write_is_refused():
+# `undisturbed` has imported every module: another user may be unable to read them.
+def test_a_folder_that_only_another_user_may_write_is_refused(undisturbed):
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's folders are closed to other users
         os.chmod(folder, 0o555)
         user = os.getuid()
