@@ -104,7 +104,7 @@ def test_calls_after_fork():
     wanted = {case: call() for case, call in calls.items()}
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(300)
         torch.set_num_threads(1)
         os._exit(0 if all(same(case[0], calls[case](), wanted[case]) for case in CASES) else 1)
     assert os.waitpid(child, 0)[1] == 0
