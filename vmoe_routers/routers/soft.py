@@ -60,9 +60,10 @@ class SoftLogits(nn.Module):
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.phi.to(dtype).flatten(1)
-            # In float32 the squares of entries beyond 1e19 would overflow, and all logits would be 0.
-            norm = torch.linalg.vector_norm(phi, dim=0, keepdim=True, dtype=torch.float64)
-            unit = phi * (norm.square() + 1e-6).rsqrt().to(dtype)
+            # The largest entry, if beyond 1, divides Phi: the squares of entries beyond 1e19 would overflow.
+            largest = phi.detach().abs().amax(0, keepdim=True).clamp(min=1)
+            phi = phi / largest
+            unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6 / largest.square()).rsqrt()
             return soft_logits_unchecked(x, self.scale.to(dtype) * unit)
 
 
