@@ -1,5 +1,5 @@
-# make study | test | compat | coverage | bench | gpu-check | lint | docs | format | sdist | wheel | wheel-check |
-# lower-bounds.
+# make study | test | compat | coverage | bench | gpu-check | lint | tidy | docs | format | sdist | wheel |
+# wheel-check | lower-bounds.
 # The first run creates .venv with the dependencies of the target; later runs compile only changed files. ARGS is passed
 # on: make study ARGS="--seeds 1", make test ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA
 # kernels for the GPUs of this machine, ON for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
@@ -17,7 +17,7 @@ MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test compat coverage bench gpu-check lint docs format sdist wheel wheel-check lower-bounds
+.PHONY: study test compat coverage bench gpu-check lint tidy docs format sdist wheel wheel-check lower-bounds
 
 study: .venv/study
 	$(bin)/vmoe-routers study $(ARGS)
@@ -51,6 +51,11 @@ lint: .venv/lint .venv/test
 	$(bin)/ruff check . && $(bin)/ruff format --check . && $(bin)/pyright --pythonpath $(bin)/python
 	$(bin)/clang-format --dry-run -Werror $(cpp_files)
 	$(bin)/python scripts/check_prose.py
+
+# The checks of .clang-tidy on the kernels, without a build.
+tidy: .venv/tidy
+	ls csrc/cpu/*.cpp csrc/common/*.cpp | xargs -P $(shell nproc) -I FILE $(bin)/clang-tidy --quiet FILE -- \
+	  -std=c++20 -Icsrc -DVMOE_ISA=v3 -march=x86-64-v3 -ffp-contract=off
 
 # The documentation site, in build/site. Broken links and pages end the command; building needs no network.
 docs: .venv/docs
