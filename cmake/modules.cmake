@@ -69,6 +69,11 @@ else()
 endif()
 
 list(TRANSFORM OPS REPLACE "(.+)" "csrc/torch/\\1.cpp" OUTPUT_VARIABLE cpu_bindings)
+# GCC puts random names into objects for link-time optimization, unless it gets a seed for each source.
+foreach(source IN ITEMS csrc/ops.cpp csrc/ops_cuda.cpp "${CMAKE_SOURCE_DIR}/csrc/common/isa.cpp" LISTS cpu_bindings)
+  cmake_path(GET source FILENAME seed)
+  set_property(SOURCE ${source} APPEND PROPERTY COMPILE_OPTIONS $<$<CXX_COMPILER_ID:GNU>:-frandom-seed=${seed}>)
+endforeach()
 pybind11_add_module(_C MODULE csrc/ops.cpp ${cpu_bindings})
 list(JOIN CMAKE_CUDA_ARCHITECTURES " " cuda_architectures)
 target_compile_definitions(_C PRIVATE
