@@ -243,3 +243,5 @@ def test_refuses():
         combine(y, gate, token, offsets, slots[:, 1:])
     with refused(OP, "slots"):
         combine(y, gate, token, offsets, slots.to("meta"))
+    with refused(OP, "token"):
+        combine(y, gate, token.to("meta"), offsets.to("meta"), slots.to("meta"))

@@ -147,3 +147,5 @@ def test_refuses():
         dispatch(x, token, offsets, slots[:, 1:])
     with refused(OP, "slots"):
         dispatch(x, token, offsets, slots.to("meta"))
+    with refused(OP, "token"):
+        dispatch(x, token.to("meta"), offsets.to("meta"), slots.to("meta"))

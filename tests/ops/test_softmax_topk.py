@@ -182,6 +182,12 @@ def test_not_contiguous(device, dim):
             assert torch.equal(got, wanted)
 
 
+def test_only_the_values_have_a_gradient():
+    logits = torch.randn(2, 5, 4, requires_grad=True)
+    values, indices, norms = torch.ops.vmoe_routers.softmax_topk(logits, 2, 2)
+    assert values.requires_grad and not indices.requires_grad and not norms.requires_grad
+
+
 def test_refuses():
     logits = torch.randn(2, 5, 4)
     with refused(OP, "logits"):

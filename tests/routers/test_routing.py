@@ -314,6 +314,48 @@ def test_metrics_of_soft(masked):
     assert_metrics(routing.metrics, wanted)
 
 
+class Dense(vr.Routing):
+    """Own routing that has the two tensors alone."""
+
+    def __init__(self, routing):
+        self.tensors = routing.dispatch_tensor(), routing.combine_tensor()
+        self.num_groups, self.num_tokens, self.num_experts, self.capacity = self.tensors[0].shape
+        self.mask = routing.mask
+
+    def dispatch(self, x):
+        return torch.einsum("gtec,gtd->egcd", self.tensors[0], x)
+
+    def combine(self, y):
+        return torch.einsum("gtec,egcd->gtd", self.tensors[1], y)
+
+    def dispatch_tensor(self):
+        return self.tensors[0]
+
+    def combine_tensor(self):
+        return self.tensors[1]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_metrics_of_an_own_routing(top_k, masked):
+    select = gates(*SHAPE)
+    select[..., 4] = 0
+    sparse = vr.token_choice(select, top_k, 1, mask=some_mask(3, 7) if masked else None)
+    # Only the experts that took a token have a weight in its output.
+    wanted = naive_metrics(sparse, sparse.combine_tensor().sum(-1), sparse.mask)
+    assert wanted["dropped"] > 0 and wanted["dead_experts"] == 1
+    assert_metrics(Dense(sparse).metrics, wanted)
+
+
+def test_metrics_of_one_token_in_one_slot():
+    one = torch.tensor([[True, False]])
+    table = gates(1, 2, 3)
+    routing = vr.token_choice(table, 1, 1, mask=one)
+    assert_metrics(routing.metrics, naive_metrics(routing, table, one) | {"dropped_requests": 0.0})
+    alone = vr.token_choice(gates(1, 1, 1), 1, 1)
+    assert alone.metrics["utilisation"] == 1
+
+
 def test_metrics_where_nothing_was_asked():
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     for routing in (
