@@ -12,6 +12,7 @@ from test_runs import TINY, made_up
 
 from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.study import Variant, execution
+from vmoe_routers.study.folders import kept_model
 from vmoe_routers.study.jobs import Job, Timing
 from vmoe_routers.study.locks import locked
 from vmoe_routers.study.records import run_path, timing_path
@@ -66,7 +67,7 @@ def test_a_record_without_its_model_is_run_again(worker, monkeypatch):
     assert execution._work(job)[1] is not None and (folder / "model.safetensors").exists()
     prepared, _ = known_augmentation(str(folder), from_pretrained(folder), False, Augmentation())
     assert (prepared.normalization, prepared.crop_pct) == ("none", 1.0)
-    assert job.read(settings, None) is not None
+    assert job.read(settings, None) is not None and kept_model(job.path)[0] == folder
 
 
 def test_the_timing_of_another_process_is_left_to_it(worker, monkeypatch):

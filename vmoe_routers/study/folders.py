@@ -12,7 +12,15 @@ from vmoe_routers.checkpoints.pretrained import CONFIG
 from vmoe_routers.files import write_whole
 from vmoe_routers.study.images import StudyData
 from vmoe_routers.study.jobs import Job, Timing
-from vmoe_routers.study.records import RECORD_VERSION, RecordError, fingerprint, read_record, some_run, timing_record
+from vmoe_routers.study.records import (
+    RECORD_VERSION,
+    RecordError,
+    fingerprint,
+    read_record,
+    run_by_name,
+    some_run,
+    timing_record,
+)
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.summary import chance_accuracy
 from vmoe_routers.study.timing import ROUNDS
@@ -116,7 +124,7 @@ def kept_model(path: Path) -> tuple[Path, dict[str, Any]]:
         OSError: The file cannot be opened.
     """
     try:
-        record = read_record(path, some_run())
+        record = read_record(path, run_by_name())
     except RecordError as error:
         raise RecordError(f"{error}; wanted the record of a run, runs/*-seed*.json in a study's folder") from None
     if record is None:

@@ -240,6 +240,11 @@ def some_run() -> dict[str, Any]:
     }
 
 
+def run_by_name() -> dict[str, Any]:
+    """Returns the kinds of the values that name a run and its result, which records of every version have."""
+    return {"variant": {"label": _TEXT}, "seed": _COUNT, "final": {"accuracy": _SHARE}}
+
+
 def timing_record(rounds: int) -> dict[str, Any]:
     """Returns the kinds of the values in the record of the timing: `rounds` times for every variant."""
     times = _Kind(
