@@ -1,4 +1,4 @@
-# make study | test | compat | coverage | bench | gpu-check | lint | tidy | docs | format | sdist | wheel |
+# make study | test | fuzz | compat | coverage | bench | gpu-check | lint | tidy | docs | format | sdist | wheel |
 # wheel-check | lower-bounds.
 # The first run creates .venv with the dependencies of the target; later runs compile only changed files. ARGS is passed
 # on: make study ARGS="--seeds 1", make test ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA
@@ -8,6 +8,8 @@ VMOE_CUDA ?= AUTO
 export VMOE_CUDA
 bin := .venv/bin
 build := build/venv
+CLANG ?= clang++
+FUZZ_ISA ?= $(if $(filter x86_64,$(shell uname -m)),v3,base)
 cuda_choice := build/cuda-$(subst ;,-,$(VMOE_CUDA))
 # Run at most eight processes: each imports torch, which takes a gigabyte of memory. Threads that wait must not
 # spin, because the processes share the cores.
@@ -15,9 +17,9 @@ workers := -n logical --maxprocesses=8 --dist=worksteal
 pytest := OMP_WAIT_POLICY=passive $(bin)/pytest $(workers)
 MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
-cpp_files := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+cpp_files := $(shell find csrc tests/cpp tests/fuzz -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: study test compat coverage bench gpu-check lint tidy docs format sdist wheel wheel-check lower-bounds
+.PHONY: study test fuzz compat coverage bench gpu-check lint tidy docs format sdist wheel wheel-check lower-bounds
 
 study: .venv/study
 	$(bin)/vmoe-routers study $(ARGS)
@@ -29,6 +31,12 @@ test: .venv/test
 	$(pytest) $(ARGS)
 	$(pytest) --cuda-on-host=$(build)/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS) || \
 	  [ $$? -eq 5 ]  # 5: ARGS selects none of these tests
+
+# Fuzzes the CPU kernels (libFuzzer, needs Clang) and the readers of checkpoints (atheris) for ARGS seconds each.
+fuzz: .venv/fuzz
+	$(bin)/cmake -S . -B build/fuzz -DVMOE_FUZZ=$(FUZZ_ISA) -DCMAKE_CXX_COMPILER=$(CLANG)
+	$(bin)/cmake --build build/fuzz --target fuzzers --parallel $(shell nproc)
+	tests/fuzz/run.sh $(bin)/python build/fuzz $(or $(ARGS),5)
 
 # Tests with the packages of the extra compat, which `make test` skips where they are missing.
 compat: .venv/compat
