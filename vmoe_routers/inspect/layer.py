@@ -116,7 +116,7 @@ class LayerTrace:
 
         Returns:
             Pairs of tensors [images, T, E], T the tokens of an image: the dispatch tensor and the combine tensor,
-            summed over the slots. For Soft MoE the combine tensor twice.
+                summed over the slots. For Soft MoE the combine tensor twice.
         """
         return [_by_image(weights_of(routing), tokens) for routing, tokens in self._pairs]
 

@@ -71,7 +71,7 @@ class RoutingStatistics:
 
         Returns:
             For every layer, `load`, the list of tokens per image in every expert's buffer, and the other metrics of
-            `vmoe_routers.routers.metrics.metrics` over all images.
+                `vmoe_routers.routers.metrics.metrics` over all images.
         """
         images, *parts = self._split()
         named = zip(self.experts, parts, strict=True)

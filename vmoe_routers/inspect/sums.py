@@ -47,7 +47,7 @@ def metrics_of(sums: Tensor, images: Tensor | int) -> dict[str, Any]:
 
     Returns:
         `load`, the list of tokens per image in every expert's buffer, and the other metrics of
-        `vmoe_routers.routers.metrics.metrics`.
+            `vmoe_routers.routers.metrics.metrics`.
     """
     load = sums[:-COUNTS] / images
     filled, slots, nats, dropped, tokens, asked, given = sums[-COUNTS:].tolist()

@@ -65,7 +65,7 @@ def upcycle(
 
     Returns:
         `model`. Its attribute `upcycled`, or `moe_config` of a `vit_moe` model, describes what was replaced, for
-        `vmoe_routers.checkpoints.save_pretrained`.
+            `vmoe_routers.checkpoints.save_pretrained`.
 
     Raises:
         TypeError, ValueError: The model has no blocks or several lists of blocks; an MLP is of another kind

@@ -47,7 +47,7 @@ def ksparse_transport(
 
     Returns:
         The plan, [G, T, E] in similarity's dtype. A group with NaN or +inf gets NaN. The gradient flows through the
-        projections, not through the potentials.
+            projections, not through the potentials.
     """
     similarity = check.floating("similarity", similarity, "G T E")
     k = check.integer("k", k, min(1, similarity.shape[1]), similarity.shape[1])

@@ -67,8 +67,8 @@ def sinkhorn(
 
     Returns:
         The plan, [G, T, E] in logits' dtype. With `return_error` a tuple of the plan, the error
-        ``max_e |sum_t plan - n/E| / (n/E)``, [G] float64, and the iterations done, [G] int32. A group with NaN or
-        +inf, or whose logits / epsilon overflow float64, gets a plan of NaN.
+            ``max_e |sum_t plan - n/E| / (n/E)``, [G] float64, and the iterations done, [G] int32. A group with NaN or
+            +inf, or whose logits / epsilon overflow float64, gets a plan of NaN.
     """
     logits = check.floating("logits", logits, "G T E")
     epsilon = check.number("epsilon", epsilon)

@@ -30,8 +30,8 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int = 1) -> 
         num_experts: E, used for dim 1; for dim 2 it is ``values.shape[0]``.
 
     Returns:
-        Slots [E, G, C, D] for dim 1, tokens [G, T, D] for dim 2, in values' dtype (under CUDA's autocast, in
-        autocast's dtype). A slot or token whose logits are all -inf gets zeros.
+        Slots [E, G, C, D] for dim 1, tokens [G, T, D] for dim 2, in values' dtype (under CUDA's autocast, in autocast's
+            dtype). A slot or token whose logits are all -inf gets zeros.
     """
     logits = check.floating("logits", logits, "G T S")
     check.choice("dim", dim, (1, 2))

@@ -30,7 +30,7 @@ def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = 
 
     Returns:
         Values, in the logits' dtype, and indices, int32; [G, T, k] for dim 2, [G, E, k] for dim 1. Absent tokens
-        neither choose nor are chosen; their entries are value 0, index -1.
+            neither choose nor are chosen; their entries are value 0, index -1.
     """
     logits = check.floating("logits", logits, "G T E")
     check.choice("dim", dim, (1, 2))

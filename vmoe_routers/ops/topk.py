@@ -25,7 +25,7 @@ def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
 
     Returns:
         Values, in x's dtype, and indices, int32; both of shape ``x.movedim(dim, -1).shape[:-1] + (k,)``: the selected
-        axis goes last. The gradient of the values flows to the selected entries.
+            axis goes last. The gradient of the values flows to the selected entries.
     """
     x = check.floating("x", x)
     if x.ndim == 0:

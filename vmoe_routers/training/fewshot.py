@@ -51,8 +51,8 @@ def fit_ridge(white: Tensor, labels: Tensor, num_classes: int, l2: tuple[float, 
     """Fits ridge regression for every regulariser.
 
     Returns:
-        Weights W [len(l2), D + 1, classes] that minimise ``|white W - targets|^2 + l2 |W|^2``, with targets
-        ``2 * onehot - 1``.
+        Weights W [len(l2), D + 1, classes] that minimise ``|white W - targets|^2 + l2 |W|^2``, with targets ``2 *
+            onehot - 1``.
     """
     targets = 2 * torch.nn.functional.one_hot(labels, num_classes).double() - 1
     values, vectors = torch.linalg.eigh(white.T @ white)
