@@ -285,6 +285,27 @@ def test_gradient_of_the_gates(name, combine):
     torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_renormalize_divides_by_what_the_tokens_got(masked):
+    mask = torch.arange(7) < 5 if masked else torch.ones(7, dtype=torch.bool)
+    gates = torch.randn(2, 7, 4).double().softmax(-1)
+    weights = torch.rand(2, 7, 4).double().requires_grad_()
+    y = torch.randn(4, 2, 3, 5).double()
+    D = torch.stack([fill(gates[g], 3, mask) for g in range(2)])
+
+    def output(weights):
+        return vr.expert_choice(gates, 3, weights=weights, renormalize=True, mask=mask.expand(2, -1)).combine(y)
+
+    def wanted(weights):
+        B = D * weights[..., None]
+        return torch.einsum("gtec,egcd->gtd", B / B.sum((2, 3), keepdim=True).clamp(min=1e-300), y)
+
+    assert D.sum((2, 3)).unique().numel() > 2, "tokens get different numbers of slots"
+    torch.testing.assert_close(output(weights), wanted(weights))
+    got, right = (torch.autograd.grad(f(weights).square().sum(), weights)[0] for f in (output, wanted))
+    torch.testing.assert_close(got, right)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "words"),
     [
@@ -319,6 +340,7 @@ def test_gradient_of_the_gates(name, combine):
             ValueError,
             "mask.*meta.*cpu",
         ),
+        ((torch.rand(2, 5, 4), 2), {"renormalize": 1}, TypeError, "renormalize.*bool.*int"),
     ],
 )
 def test_refusals(arguments, options, error, words):
