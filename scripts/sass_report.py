@@ -3,6 +3,7 @@
     python scripts/sass_report.py build/venv/libcore_cuda.a                    # prints the table
     python scripts/sass_report.py --csv docs/cuda_kernels.csv FILE ...         # replaces the rows of these kernels
     python scripts/sass_report.py --check docs/cuda_kernels.csv FILE ...       # what .ci/run does
+    python scripts/sass_report.py --path "few_of_rows_kernel<float, 4, 8>" 90 NNNNT FILE   # counts along a path
 
 FILE is an object file, a fat binary, a library or an archive of nvcc. No GPU is needed. A row is a kernel on an
 architecture:
@@ -12,6 +13,9 @@ architecture:
     shared        bytes of static shared memory
     instructions  of the whole kernel
     loop          of its longest innermost loop; the compiler may have unrolled it
+
+--path counts the instructions that a warp executes from the start of a kernel to its end. The letters say for each
+conditional branch or exit on the way, in order, whether it is taken (T) or not (N). It prints these branches.
 
 cuobjdump of the CUDA toolkit disassembles; if it is not installed, Triton's copy does, which torch with CUDA brings.
 """
@@ -122,19 +126,48 @@ def resources(path: str) -> dict[tuple[int, str], tuple[int, int, int]]:
     return found
 
 
-def counts(path: str) -> dict[tuple[int, str], tuple[int, int]]:
-    """Counts the instructions of every kernel and of its longest loop, by architecture and mangled name."""
+def disassembled(path: str) -> dict[tuple[int, str], list[tuple[int, str]]]:
+    """Reads the instructions of every kernel, as (address, text), by architecture and mangled name."""
     found = {}
     for architecture, name, part in sections(dump(path, "-sass")):
-        code = re.findall(r"(?m)^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", part)
-        addresses = [int(at, 16) for at, what in code if not re.search(r"\bNOP\b", what)]
-        branches = [
-            (int(at, 16), int(target, 16))
-            for at, what in code
-            for target in re.findall(r"\bBRA\b(?!\.DIV)[^;]*?\b0x([0-9a-f]+)", what)
-        ]
-        found[architecture, name] = len(addresses), longest_loop(addresses, branches)
+        code = re.findall(r"(?m)^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", part)
+        found[architecture, name] = [(int(at, 16), text) for at, text in code if not re.search(r"\bNOP\b", text)]
     return found
+
+
+def target_of(text: str) -> int | None:
+    """Finds the address to which an instruction branches; None if it is no branch, or one of a single lane."""
+    match = re.search(r"\bBRA\b(?!\.DIV).*?\b0x([0-9a-f]+)", text)
+    return int(match[1], 16) if match else None
+
+
+def counts(code: list[tuple[int, str]]) -> tuple[int, int]:
+    """Counts the instructions of a kernel and of its longest loop."""
+    branches = [(at, target) for at, text in code if (target := target_of(text)) is not None]
+    return len(code), longest_loop([at for at, _ in code], branches)
+
+
+def follow(code: list[tuple[int, str]], outcomes: str) -> tuple[int, list[str]]:
+    """Counts the instructions that a warp executes, and lists the conditional branches and exits on the way."""
+    step, executed, choices, left = 0, 0, [], list(outcomes)
+    while True:
+        at, text = code[step]
+        executed, step = executed + 1, step + 1
+        target, exits = target_of(text), "EXIT" in text
+        if re.search(r"\b(CALL|RET|BRX)\b", text):
+            raise SystemExit(f"sass_report: cannot follow {text!r} at {at:04x}")
+        if target is None and not exits:
+            continue
+        taken = True
+        if text.startswith("@") or re.search(r"BRA !?U?P\d", text):
+            if not left:
+                raise SystemExit("\n".join([*choices, f"sass_report: is {text!r} at {at:04x} taken? Add T or N."]))
+            taken = left.pop(0) == "T"
+            choices.append(f"{at:04x} {text}: {'taken' if taken else 'not taken'}")
+        if taken and exits:
+            return executed, choices
+        if taken:
+            step = next(i for i, (address, _) in enumerate(code) if address >= target)
 
 
 def read(paths: Iterable[str], *, disassemble: bool) -> list[Kernel]:
@@ -142,14 +175,25 @@ def read(paths: Iterable[str], *, disassemble: bool) -> list[Kernel]:
     kernels = set()
     for path in paths:
         use = resources(path)
-        code = counts(path) if disassemble else {}
+        code = disassembled(path) if disassemble else {}
         ours = [key for key in use if source_of(key[1])]
         for (architecture, name), plain in zip(ours, demangled(name for _, name in ours), strict=False):
             key = architecture, name
-            kernels.add(Kernel(source_of(name), short_name(plain), architecture, *use[key], *code.get(key, (0, 0))))
+            kernels.add(Kernel(source_of(name), short_name(plain), architecture, *use[key], *counts(code.get(key, []))))
     if not kernels:
         raise SystemExit(f"sass_report: no CUDA kernel of this package in {', '.join(paths)}")
     return sorted(kernels)
+
+
+def count_path(paths: Iterable[str], kernel: str, architecture: str, outcomes: str) -> list[str]:
+    """Counts the instructions on a path through a kernel, which is named as in the table."""
+    for path in paths:
+        code = disassembled(path)
+        for key, plain in zip(code, demangled(name for _, name in code), strict=False):
+            if key[0] == int(architecture) and short_name(plain) == kernel and source_of(key[1]):
+                executed, choices = follow(code[key], outcomes)
+                return [*choices, f"{executed} instructions"]
+    raise SystemExit(f"sass_report: no kernel {kernel!r} for sm_{architecture} in {', '.join(paths)}")
 
 
 def load(path: Path) -> dict[tuple[str, str, int], Kernel]:
@@ -199,7 +243,11 @@ def main(arguments: list[str] | None = None) -> int:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--csv", type=Path, help="replace the rows of the sources and architectures of these files")
     group.add_argument("--check", type=Path, metavar="CSV", help="fail if a kernel spills more than its row")
+    group.add_argument("--path", nargs=3, metavar=("KERNEL", "ARCHITECTURE", "LETTERS"))
     options = parser.parse_args(arguments)
+    if options.path:
+        print(*count_path(options.files, *options.path), sep="\n")
+        return 0
     kernels = read(options.files, disassemble=options.check is None)
     if options.check:
         found = faults(kernels, load(options.check))

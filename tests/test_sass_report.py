@@ -101,3 +101,21 @@ def test_the_kept_rows_name_every_kernel():
         kernels = set(re.findall(r"__global__[^;{]*?(\w+_kernel)\(", source.read_text()))
         for architecture in (80, 90):
             assert kernels <= kept[source.stem, architecture], (source.name, architecture)
+
+
+@pytest.mark.parametrize(("letters", "executed"), [("NN", 8), ("TNN", 12), ("NTTNN", 18)])
+def test_counts_the_instructions_along_a_path(monkeypatch, letters, executed):
+    monkeypatch.setattr(report, "dump", lambda path, option: CODE)
+    lines = report.count_path(["build.a"], "few_of_rows_kernel<float, 4, 8>", "80", letters)
+    assert lines[-1] == f"{executed} instructions"
+    assert len(lines) == len(letters) + 1
+    assert lines[0] == f"0050 @!P0 BRA 0x20: {'taken' if letters[0] == 'T' else 'not taken'}"
+
+
+@pytest.mark.parametrize(
+    ("name", "letters", "message"), [("few_of_rows_kernel<float, 4, 8>", "N", "0060 taken"), ("x", "", "no kernel 'x'")]
+)
+def test_says_which_branch_of_a_path_is_open(monkeypatch, name, letters, message):
+    monkeypatch.setattr(report, "dump", lambda path, option: CODE)
+    with pytest.raises(SystemExit, match=message):
+        report.count_path(["build.a"], name, "80", letters)
