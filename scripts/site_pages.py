@@ -51,6 +51,10 @@ def on_files(files, config):
     pages["notebooks.md"] = "# Notebooks\n\n" + "".join(
         f"- [{_title(path)}](notebooks/{path.stem}.md)\n" for path in NOTEBOOKS
     )
+    # Pictures of kept results, which pages show as ../results/...
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"!\[[^\]]*\]\(\.\./(results/[^)]+)\)", path.read_text()):
+            pages[name] = (ROOT / name).read_bytes()
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
@@ -125,6 +129,7 @@ def on_page_markdown(markdown, page, config, files):
         anchor = f"#{anchor or made}" if anchor or made else ""
         return f"[{text}]({os.path.relpath(ROOT / 'docs' / uri, here.parent)}{anchor})"
 
+    markdown = markdown.replace("](../results/", "](results/")
     link = re.compile(r"(?<!!)\[(?P<text>[^\]\[]*)\]\((?P<target>[^)\s]+)\)")
     pieces = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(piece if piece.startswith("```") else link.sub(lead, piece) for piece in pieces)

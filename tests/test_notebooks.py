@@ -9,20 +9,24 @@ import pytest
 from nbclient import NotebookClient
 from traitlets.config import Config
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.filterwarnings("default")  # a warning of jupyter's event loop
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
+    folder = tmp_path / "notebooks"  # one of its own, beside the kept results
+    folder.mkdir()
+    (tmp_path / "results").symlink_to(ROOT / "results")
     # Sockets in a folder with a short name: free ports may be taken by another kernel before this one opens them.
     with tempfile.TemporaryDirectory() as sockets:
         client = NotebookClient(
             notebook,
             timeout=600,
             startup_timeout=600,
-            resources={"metadata": {"path": os.fspath(tmp_path)}},
+            resources={"metadata": {"path": os.fspath(folder)}},
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
         )
         client.execute()

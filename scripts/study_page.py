@@ -1,0 +1,156 @@
+"""Writes docs/study_results.md from the kept records of a study: python scripts/study_page.py [RESULTS].
+
+Every number of the page is computed here from the records. RESULTS is a folder that `vmoe-routers study` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
+from vmoe_routers.study.ablations import ABLATIONS
+from vmoe_routers.study.claims import CLAIMS, Comparison, verdicts
+from vmoe_routers.study.summary import Row, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "2026-11-29-fashion"
+PAGE = ROOT / "docs" / "study_results.md"
+
+
+def page(folder: Path) -> str:
+    """Makes the page in Markdown."""
+    runs = read_runs(folder)
+    contents = json.loads((folder / "study.json").read_text())
+    planned, rows, found = len(set(contents["runs"])), summarise(runs), decide(runs)
+    where = f"../results/{folder.name}"
+    parts = [
+        "# Results on Fashion-MNIST",
+        _lead(runs, rows, planned),
+        _table(rows),
+        "## The claims",
+        _claims(found),
+        f"![Mean differences of all comparisons with their 95 % intervals]({where}/forest.png)",
+        "## Cost against accuracy",
+        f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
+        *_ablations(runs, where),
+        "## Limits",
+        _limits(contents["settings"], runs),
+        "## Files",
+        f"`results/{folder.name}` has the report as one HTML file (`report.html`), all numbers as CSV files, the "
+        f"figures, and a record for every run. `vmoe-routers study --report results/{folder.name}` makes the report "
+        "from the records, and `python scripts/study_page.py` makes this page.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
+    seeds = sorted({row.seeds for row in rows})
+    count = " to ".join(dict.fromkeys(str(seed) for seed in (seeds[0], seeds[-1])))
+    count += " seed" if seeds[-1] == 1 else " seeds"
+    dates = sorted(run["date"][:10] for run in runs)
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    state = "" if len(runs) == planned else f"**{len(runs)} of {planned} runs are finished.** The numbers may change. "
+    machines = ", ".join(sorted({run["machine"]["CPU"] for run in runs}))
+    return (
+        f"{state}A dense ViT and {len(rows) - 1} variants of the six routers were trained alike, with {count} each, on "
+        f"{when} ({machines}). `vmoe-routers study --recipe fashion` repeats it. [The study](study.md) has the "
+        "protocol."
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [
+        "Capacity factor 1 and K = 1, ± the standard error over seeds. *Minus dense* is the mean of the differences "
+        "seed by seed, in points, and bold where its 95 % interval excludes 0. *10-shot* is the accuracy of a probe on "
+        "frozen features, with ten digits of each kind. *Step* is the median time of a training step.",
+        "",
+        "| model | accuracy, % | minus dense | 10-shot, % | dropped, % | step, × dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        is_base = row.capacity_factor in (None, 1.0) and row.top_k in (None, 1) and row.combine in (None, "softmax")
+        if not is_base or row.batch_priority:
+            continue
+        difference = "" if row.accuracy_difference is None else row.accuracy_difference.text("+.2f", 100)
+        if row.accuracy_difference is not None and row.accuracy_difference.is_clear():
+            difference = f"**{difference}**"
+        cells = [
+            row.label,
+            row.accuracy.text(".2f", 100),
+            difference,
+            row.transfer.text(".1f", 100) if row.transfer else "-",
+            "-" if row.dropped is None else f"{100 * row.dropped:.1f}",
+            f"{row.step_ratio.mean:.2f}" if row.step_ratio else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |".replace("±", " ± "))
+    return "\n".join(lines)
+
+
+def _claims(found: Sequence[Comparison]) -> str:
+    lines = [
+        "A verdict holds at the 5 % level after Holm's correction over all comparisons. *Largest*: the largest mean "
+        "difference in points, or the rank correlation of claim vi, with its uncorrected 95 % interval. *Seeds*: with "
+        "how many seeds it would be resolved.",
+        "",
+        "| claim | verdicts | largest | seeds |",
+        "|---|---|---|---|",
+    ]
+    counted = verdicts(found)
+    for claim, text in CLAIMS.items():
+        compared = [c for c in found if c.claim == claim and c.mean is not None]
+        if not compared:
+            lines.append(f"| ({claim}) {text} | {counted[claim]} | | |")
+            continue
+        largest = max(compared, key=lambda c: abs(c.mean or 0.0))
+        scale, mean = (1.0 if claim == "vi" else 100.0), largest.mean or 0.0
+        interval = (
+            "" if largest.low is None or largest.high is None
+            else f" ({scale * largest.low:+.2f} to {scale * largest.high:+.2f})"
+        )  # fmt: skip
+        lines.append(
+            f"| ({claim}) {text} | {counted[claim]} | {largest.what}: {scale * mean:+.2f}{interval} "
+            f"| {'-' if largest.p is None else largest.needed or 'over 1,000'} |"
+        )
+    return "\n".join(lines)
+
+
+def _ablations(runs: Sequence[Run], where: str) -> list[str]:
+    rows = [row for row in ablation_rows(runs) if row.difference is not None]
+    if not rows:
+        return []
+    clear = [row for row in rows if row.difference is not None and row.difference.is_clear()]
+    lines = [
+        f"An ablation changes one setting, at capacity factor 1 and K = 1. {len(rows)} values were compared with the "
+        f"runs above, seed by seed. {len(clear)} differences have a 95 % interval that excludes 0, without a "
+        "correction for their number:",
+        "",
+        "| ablation | router | value | minus the comparison's runs, points |",
+        "|---|---|---|---|",
+    ]
+    for row in clear:
+        assert row.difference is not None
+        text = row.difference.text("+.2f", 100).replace("±", " ± ")
+        lines.append(f"| {ABLATIONS[row.ablation].title} | {row.label} | {row.arm} | {text} |")
+    return ["## Ablations", "\n".join(lines), f"![Accuracy for the values of every ablation]({where}/ablations.png)"]
+
+
+def _limits(settings: dict, runs: Sequence[Run]) -> str:
+    images = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
+    lines = [
+        f"- The models are small ({settings['depth']} blocks of width {settings['width']}, {settings['num_experts']} "
+        f"experts in the last half) and see grey images of 28 x 28 pixels for {images}. The paper trains on JFT and "
+        "ImageNet. A router that wins here need not win there.",
+        "- The learning rates come from a search with three values and one seed.",
+        "- Times hold for this machine. The CPU kernels decide them, not the routers alone.",
+    ]
+    diverged = sum(run["diverged"] is not None for run in runs)
+    if diverged:
+        lines.append(f"- {diverged} runs diverged. They are part of the means.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else RESULTS))
