@@ -41,7 +41,8 @@ VMOE_BY_ISA(assign_slots)
 
 namespace vmoe::cuda {
 
-// The largest number of experts: a block has counters for all of them in shared memory.
+// The largest number of experts. It is limited because the shared memory of a block holds the
+// counters of all experts.
 int64_t assign_slots_most_experts();
 
 // Bytes of workspace that assign_slots needs.

@@ -1,4 +1,4 @@
-// combine -- the experts' outputs, summed into their tokens.
+// combine -- for every token, the sum of the expert outputs in its slots, weighted by gates.
 //
 //   y        [E, G, C, D]  float16 | bfloat16 | float32 | float64
 //   gate     [G, E, C]     Compute<y's dtype> (common/half.h), or null: all 1
@@ -6,11 +6,12 @@
 //   slots    [G, E * C]    int32   of invert_slots
 //   out      [G, T, D]     y's dtype   out[g, t] = sum over the slots s of t: gate[g, s] y[s]
 //
-// Offsets are clamped to [0, E * C] and slots outside [0, E * C) are skipped, so that no value in
-// the lists causes a read outside y and gate.
+// Offsets are clamped to [0, E * C]. Slots outside [0, E * C) are skipped. So no value in `offsets`
+// or `slots` causes a read outside y and gate.
 //
-// Y = B Y~ in the paper's formulation, with B = D * gate. A token without a slot gets zeros. Slots
-// are added in ascending order, so the sum is deterministic. A 16-bit result is rounded once.
+// In arXiv 2401.15969, section 3, this is Y = B Y~. There B = D * gate, where D is the 0/1 matrix
+// of dispatch.h. A token without a slot gets zeros. Slots are added in ascending order, so the sum
+// is deterministic. A 16-bit result is rounded once.
 //
 // Gradient, with the tokens [G, E, C] of dispatch.h: grad_y[s] = gate[s] grad_out[token[s]],
 // grad_gate[s] = <grad_out[token[s]], y[s]>, both zero for an empty slot.

@@ -17,8 +17,9 @@
 //   grad_a = (grad_y w2^T) gelu'(a)    grad_w1 = x^T grad_a    grad_b1 = sum of grad_a
 //   grad_x = grad_a w1^T               grad_w2 = h^T grad_y    grad_b2 = sum of grad_y
 //
-// torch/{cpu,cuda}/grouped_mlp.h compute the op: matrix products by cpu/product.cpp on a CPU and by
-// torch on CUDA, and the kernels below, which are the element-wise steps between the products.
+// torch/{cpu,cuda}/grouped_mlp.h compute the op. The matrix products are computed by
+// cpu/product.cpp on a CPU, and by torch on CUDA. The kernels below are the element-wise steps
+// between the products.
 #pragma once
 
 #include <cstddef>
@@ -89,7 +90,8 @@ struct ExpertRows {
   int64_t E, N, G;
 };
 
-// 16-bit rows are computed and summed in float. GELU in float errs by 3 ulp more than on the CPU.
+// 16-bit rows are computed and summed in float. The error of GELU in float is 3 ulp larger than on
+// the CPU.
 template <typename Row>
 void bias_gelu(
     const Row* x,     // [E, N, columns]

@@ -1,8 +1,9 @@
 // manylinux -- lets _C, compiled on a newer Linux, load with glibc 2.28 and libstdc++ of GCC 8.
 //
-// Compiled into _C with VMOE_MANYLINUX only. It defines the functions of newer libraries that _C
-// needs, and none of them is exported. In a manylinux_2_28 container the compiler does the same, so
-// this file is not used there. auditwheel finds functions that are missing here.
+// Compiled into _C with VMOE_MANYLINUX only. This file defines the functions of newer libraries
+// that _C needs. None of these functions is exported. In a manylinux_2_28 container the compiler
+// adds these functions itself, so this file is not used there. auditwheel reports functions that
+// this file lacks.
 #include <dlfcn.h>
 
 #include <new>
@@ -19,11 +20,13 @@ namespace std {
 void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 }  // namespace std
 
-// false: reference counts are always atomic. glibc has had the variable since 2.32.
+// The variable is false, so reference counts are always atomic. glibc has had this variable since
+// version 2.32.
 extern "C" char __libc_single_threaded;
 [[gnu::used]] char __libc_single_threaded = 0;
 
-// The linker's --wrap sends the calls here, and .symver names the symbol of the oldest glibc.
+// The linker option --wrap redirects the calls to the functions defined here. .symver names the
+// symbol of the oldest glibc.
 #ifdef __x86_64__
 #define VMOE_OLDEST "GLIBC_2.2.5"
 #else

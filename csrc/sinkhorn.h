@@ -20,7 +20,8 @@
 // whole plan and its whole gradient are NaN.
 //
 // With tolerance > 0 a group stops when error <= tolerance. On the CPU a group also stops when an
-// iteration changes h by no more than rounding; the remaining iterations count as done.
+// iteration changes h by no more than the rounding error. The remaining iterations then count as
+// done.
 //
 // Arithmetic: potentials are float64. The iteration runs on exp(M) if no present token of the group
 // has a logit of -inf, and (max - min) / epsilon of its logits is at most
@@ -30,8 +31,8 @@
 // exact to about 1e-7 if computed in float32.
 //
 // There are two gradients. sinkhorn_backward, the unrolled gradient, differentiates the iterations
-// that were done. It needs the logits and `history`, and computes each f from h. On the CPU it
-// skips early iterations whose terms are smaller than the rounding error.
+// that were done. sinkhorn_backward reads the logits and `history`, and computes each f from h. On
+// the CPU it skips the early iterations whose terms are smaller than the rounding error.
 // sinkhorn_implicit_backward is the gradient of the fixed point, by the implicit function theorem
 // at the plan that was reached. Values of `steps` outside [0, I] are clamped.
 #pragma once

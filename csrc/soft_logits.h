@@ -8,16 +8,16 @@
 // (Puigcerver et al., arXiv 2308.00951, section 2.3.) The rows of the product x phi are scaled by r
 // instead of the tokens, so neither the forward nor the backward needs a normalised copy of the
 // tokens. The product is computed by cpu/product.cpp on a CPU, and by torch on CUDA. |x|^2 is
-// summed in float64, so that it does not overflow if the entries of x are large.
+// summed in float64, so that the sum does not overflow if the entries of x are large.
 //
 // Gradient: with P = r * grad,  grad_phi = sum_g x^T P,  U = P phi^T,
 // grad_x = U - x r^2 <x, U>.
 //
-// 16-bit tokens are multiplied in 16 bits, with sums in float32. Phi is float32 then, and is split
-// into two parts, phi = high + low, each rounded to the dtype of the tokens. Their sum has a
-// relative error of at most 2^-16 (TF32: 2^-11). For the gradients, P and phi are rounded once to
-// the dtype of the tokens: the gradient of x is rounded to that dtype anyway, and the gradient of
-// phi is a sum over all tokens. In float16, entries of phi beyond 65504 overflow.
+// 16-bit tokens are multiplied in 16 bits, with sums in float32. phi is then float32. It is split
+// into two parts, phi = high + low, each rounded to the dtype of the tokens. The sum of the two
+// parts has a relative error of at most 2^-16. (TF32 has 2^-11.) For the gradients, P and phi are
+// rounded once to the dtype of the tokens: the gradient of x is rounded to that dtype anyway, and
+// the gradient of phi is a sum over all tokens. In float16, entries of phi beyond 65504 overflow.
 #pragma once
 
 #include <cstdint>

@@ -8,11 +8,11 @@
 // The means over the tokens are softmax_t(logits)^T values, [E, G, C, D] with S = E * C. The means
 // over the slots are softmax_s(logits) values, [G, T, D] (Puigcerver et al., arXiv 2308.00951,
 // equations 1 and 2). A logit of -inf is masked. If all logits of a softmax are -inf, its weights
-// are 0, not NaN: a masked token neither contributes to slots nor receives from them.
+// are 0, not NaN. So a masked token neither contributes to slots nor receives from slots.
 //
 // On a CPU each group has its own product (cpu/product.h), so that no tensor holds the weights of
-// all groups. On CUDA one product covers all groups: in the same kernel as the softmax
-// (soft_mix_product), or by torch.
+// all groups. On CUDA one product covers all groups. It is computed in the same kernel as the
+// softmax (soft_mix_product), or by torch.
 //
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
 //

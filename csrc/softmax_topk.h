@@ -7,8 +7,8 @@
 //   norms    [2, G, T]                       same dtype   as in softmax_gather.h
 //
 // The result equals, to the bit, topk of the gates that softmax_gather computes in the logits'
-// dtype. Gates that round to the same number tie (if both underflow to 0, say), and ties go to the
-// lower index. NaN gates rank first.
+// dtype. Gates that round to the same number tie, for example two gates that underflow to 0. Ties
+// go to the lower index. NaN gates rank first.
 //
 // A token whose logits are all -inf is absent: its picks have index -1 and value 0, and no expert
 // chooses it. An expert with fewer present tokens than picks gets index -1 and value 0 for the

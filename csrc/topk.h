@@ -1,6 +1,6 @@
 // topk -- the k largest entries along one axis, in the order of order.h.
 //
-//   x        [N, n, M]  float32 | float64   N rows before the axis, M after it
+//   x        [N, n, M]  float32 | float64   N indices before the axis, M after
 //   values   [N, M, k]  same dtype           largest first; the axis of the picks is last
 //   indices  [N, M, k]  int32                distinct positions on the axis, in [0, n)
 //

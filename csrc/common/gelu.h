@@ -17,8 +17,8 @@ struct Gelu {
   V value, slope;
 };
 
-// a / b. On a GPU a float quotient has an error of up to 2 units in the last place, because an
-// exactly rounded one takes ten more instructions.
+// a / b. On a GPU a float quotient has an error of up to 2 units in the last place. An exactly
+// rounded quotient would take ten more instructions.
 template <typename V>
 VMOE_HOST_DEVICE inline V quotient(V a, V b) {
 #ifdef __CUDA_ARCH__
@@ -31,8 +31,8 @@ template <typename T, typename V, typename Fused, typename Exp>
 VMOE_HOST_DEVICE inline Gelu<V> gelu_tanh(V x, Fused fused, Exp exp) {
   constexpr T scale = T(1.59576912160573071), cubic = T(0.044715) * scale;  // 2 sqrt(2 / pi)
   const V zero{};  // `constant - zero` has type V; the compiler folds the subtraction
-  // From |x| = 100 on, the gate is exactly 0 or 1. The bound keeps the slope of larger values from
-  // becoming 0 * infinity.
+  // From |x| = 100 on, the gate is exactly 0 or 1. Clamping x^2 to the bound keeps the derivative
+  // at a larger |x| from becoming 0 * infinity.
   const V exact = x * x, bound = T{10000} - zero;
   const V square = exact < bound ? exact : bound;
   const V inner = x * fused(square, cubic - zero, scale - zero);

@@ -35,7 +35,7 @@ using Compute = typename ComputeOf<T>::type;
 template <typename T>
 constexpr bool kHalf = sizeof(T) < sizeof(Compute<T>);
 
-// instantiate(Row) for every type in which rows are stored.
+// Expands to instantiate(Row) for every type in which rows are stored.
 #define VMOE_EACH_ROW(instantiate)                                                                 \
   instantiate(float) instantiate(double) instantiate(BFloat16) instantiate(Float16)
 

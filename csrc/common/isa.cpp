@@ -15,8 +15,9 @@ std::atomic<Isa>& current() {
 }
 
 #if defined(__x86_64__)
-// Some compilers do not know F16C in __builtin_cpu_supports. The check of AVX2 includes that the
-// operating system saves the registers.
+// Some compilers do not know F16C in __builtin_cpu_supports, so this function reads CPUID. The
+// function need not check that the operating system saves the registers, because the check of AVX2
+// does.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;

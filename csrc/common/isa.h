@@ -60,8 +60,8 @@ Isa isa();
 // The best level that this CPU supports and the build contains.
 Isa best_isa();
 
-// Sets the level for all threads (for tests and benchmarks). If this CPU or build cannot run the
-// level, it changes nothing and returns false.
+// Sets the level for all threads (for tests and benchmarks). If this CPU or this build lacks the
+// level, use_isa changes nothing and returns false.
 bool use_isa(Isa isa);
 
 }  // namespace vmoe::cpu

@@ -1,8 +1,9 @@
 // parallel -- runs parts of a kernel on the threads of its caller.
 //
 // A kernel that divides one large group takes a parallel loop as an argument, from a binding or a
-// test. It divides the group into the same pieces for any number of threads, and adds up the
-// results of pieces in a fixed order. So its result does not depend on the number of threads.
+// test. The kernel divides the group into the same pieces for any number of threads, and adds up
+// the results of the pieces in a fixed order. So the result of the kernel does not depend on the
+// number of threads.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +14,8 @@ namespace vmoe {
 struct Parallel {
   using Body = void (*)(int64_t begin, int64_t end, const void* context);
 
-  // Calls body(begin, end, context) for ranges that partition [0, count). If it is null, operator()
-  // runs on the calling thread alone.
+  // Calls body(begin, end, context) for ranges that partition [0, count). If `loop` is null,
+  // operator() runs on the calling thread alone.
   void (*loop)(int64_t count, Body body, const void* context) = nullptr;
 
   // Calls f(begin, end) for ranges that partition [0, count) and begin at multiples of `grain`.

@@ -1,5 +1,6 @@
-// row_stride -- the distance between rows of n entries, in entries, so that all rows are aligned to
-// 16 bytes. Tensor-core products then load them fastest, and kernels store 16 bytes at once.
+// row_stride -- the distance from one row of n entries to the next, counted in entries. All rows
+// are then aligned to 16 bytes. Tensor-core products load aligned rows fastest. Kernels store 16
+// bytes of an aligned row at once.
 #pragma once
 
 #include <cstdint>

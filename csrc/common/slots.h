@@ -28,7 +28,7 @@ struct Slots {
   VMOE_HOST_DEVICE int64_t all_tokens() const { return G * tokens; }
 
   VMOE_HOST_DEVICE int64_t row(int64_t g, int64_t s) const { return row_of_slot(g, s, G, C); }
-  // Divisions of 64 bits are slow on a GPU, so sizes that allow it are divided in 32 bits.
+  // Divisions of 64 bits are slow on a GPU, so row numbers are divided in 32 bits if they fit.
   VMOE_HOST_DEVICE SlotRow at(int64_t row) const {
     return all() <= UINT32_MAX ? at(static_cast<uint32_t>(row), static_cast<uint32_t>(G * C),
                                     static_cast<uint32_t>(C))
