@@ -20,8 +20,8 @@ struct Weighted {
   Compute<Row> weight;
 };
 
-// out[d] = sum over `from` of weight * row[d]. Every d adds in the same order by the same fma, so
-// that a value does not depend on its position in the row.
+// out[d] = sum over `from` of weight * row[d]. Every out[d] is summed in the same order with the
+// same fma. So its value does not depend on its position in the row.
 template <bool kStream, typename Row>
 void weighted_sum(const std::vector<Weighted<Row>>& from, Row* out, int64_t D) {
   using T = Compute<Row>;
@@ -51,8 +51,8 @@ void weighted_sum(const std::vector<Weighted<Row>>& from, Row* out, int64_t D) {
   }
 }
 
-// to[d] = weight * from[d]. Returns the dot product of `from` and `y`, from kBlock partial sums
-// that are added as a tree.
+// to[d] = weight * from[d]. Returns the dot product of `from` and `y`. The dot product has kBlock
+// partial sums, which are added as a tree.
 template <bool kStream, typename Row>
 Compute<Row> scale_and_dot(const Row* from, const Row* y, Compute<Row> weight, Row* to, int64_t D) {
   using T = Compute<Row>;

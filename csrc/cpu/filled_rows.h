@@ -25,15 +25,15 @@ class FilledRows {
 
   int64_t count(int64_t expert) const { return start_[(expert + 1) * (G_ + 1) - 1]; }
 
-  // First row of the filled rows [begin, end), which must not be empty, if they are contiguous,
-  // else -1.
+  // Returns the first of the filled rows [begin, end) if these rows are contiguous, else -1. The
+  // range must not be empty.
   int64_t joined(int64_t expert, int64_t begin, int64_t end) const {
     const int64_t first = row(expert, begin);
     return row(expert, end - 1) - first == end - 1 - begin ? first : -1;
   }
 
-  // Calls body(row, at, count) for each run of [begin, end): the filled rows [at, at + count) are
-  // stored from row `row` on.
+  // Divides the filled rows [begin, end) into runs of contiguous rows. Calls body(row, at, count)
+  // for each run: its filled rows [at, at + count) are stored from row `row` on.
   template <typename Body>
   void each_run(int64_t expert, int64_t begin, int64_t end, Body&& body) const {
     const int64_t* start = &start_[expert * (G_ + 1)];

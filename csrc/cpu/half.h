@@ -24,7 +24,8 @@ inline HalfBits narrow(BFloat16, Vec<float> v) {
 
 inline Vec<float> widen(Float16, HalfBits half) {
 #if defined(__AVX512F__)
-  // The masked form, here and below, because GCC 12 warns of an uninitialised register without it.
+  // Masked intrinsics are used here and below, because GCC 12 warns of an uninitialised register in
+  // the unmasked intrinsics.
   return (Vec<float>)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)half);
 #elif defined(__F16C__)
   return (Vec<float>)_mm256_cvtph_ps((__m128i)half);
@@ -32,7 +33,7 @@ inline Vec<float> widen(Float16, HalfBits half) {
   const WideBits wide = __builtin_convertvector(half, WideBits);
   const WideBits magnitude = (wide & 0x7FFF) << 13, sign = (wide & 0x8000) << 16;
   // Changes the exponent's bias from 15 to 127. A subnormal s is computed as (2^-14 + s) - 2^-14,
-  // so that no float is subnormal: a thread may be set to flush subnormal floats.
+  // so that no intermediate float is subnormal. A thread may be set to flush subnormal floats to 0.
   const WideBits least = WideBits{} + (113u << 23);
   const WideBits normal = magnitude + (112u << 23), special = magnitude + (224u << 23);
   const auto subnormal = (WideBits)((Vec<float>)(magnitude + least) - (Vec<float>)least);

@@ -15,7 +15,7 @@ void invert_slots(
     int32_t* start = offsets + g * (tokens + 1);
     int32_t* sorted = slots + g * S;
     const auto is_filled = [&](int64_t s) { return holds[s] >= 0 && holds[s] < tokens; };
-    // A counting sort: stable, so a token's slots stay in ascending order.
+    // A counting sort is stable, so the slots of a token stay in ascending order.
     std::fill(start, start + tokens + 1, 0);
     for (int64_t e = 0; e < E; ++e) {
       int64_t last = 0;

@@ -1,7 +1,7 @@
 // keys -- the keys of order.h as vectors, and the search for the k-th key.
 //
-// Keys here are signed, because every ISA level compares signed lanes: they are order_key with its
-// top bit flipped. No value has the lowest signed integer as its key.
+// Keys in this file are signed, because every ISA level compares signed lanes. A signed key is
+// order_key with its top bit flipped. No value has the lowest signed integer as its key.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,8 @@ inline OrderKey<T> unsigned_key(SignedKey<T> key) {
   return static_cast<OrderKey<T>>(key) ^ static_cast<OrderKey<T>>(kNoKey<T>);
 }
 
-// The cut of a row: its picks are all keys above `key`, and the first `ties` keys equal to it.
+// The cut of a row. The picks of the row are all keys above `key`, and the first `ties` keys equal
+// to `key`.
 template <typename Key>
 struct Cut {
   Key key;
@@ -47,14 +48,15 @@ inline int64_t count_from(Key key, const Key* keys, int64_t n) {
   return sum<Key>(count);
 }
 
-// Returns the cut of n keys, all in [low, high], for 1 <= k <= n picks. Bisects [low, high] by
-// counting keys. Once at most half of the keys are candidates, moves the candidates to `kept`. Both
-// arrays have room for n rounded up to whole vectors and one more vector; `keys` is padded with
-// kNoKey.
+// Returns the cut of n keys for k picks, 1 <= k <= n. All keys are in [low, high]. The function
+// bisects [low, high]: each step counts the keys that are not below the middle. The candidates are
+// the keys in the remaining range. Once at most half of the keys are candidates, the candidates are
+// moved to `kept`. `keys` and `kept` have room for n keys rounded up to whole vectors, and for one
+// more vector. `keys` is padded with kNoKey.
 template <typename Key>
 Cut<Key> find_cut(const Key* keys, int64_t n, int64_t k, Key low, Key high, Key* kept) {
   using Unsigned = std::make_unsigned_t<Key>;
-  // With so few candidates, moving them saves nothing.
+  // Moving the candidates of so few keys saves nothing.
   constexpr int64_t kFew = 8 * kWidth<Key>;
   int64_t from_low = n, above_high = 0;  // number of keys >= low, number of keys > high
   int64_t gone_above = 0;                // number of keys > high that are no longer in `keys`

@@ -61,8 +61,8 @@ void ksparse_projection(
 
 namespace {
 
-// Subtracts the mean over the support of each of `columns` adjacent columns; rows are `stride`
-// apart.
+// Subtracts from each of `columns` adjacent columns its mean over its support. Rows are `stride`
+// entries apart.
 template <typename T>
 void centre_columns(
     const T* grad, const T* out, T* grad_x, int64_t n, int64_t stride, int64_t columns) {

@@ -83,8 +83,8 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
       for (size_t t = 0; t < n; ++t) direction[t] += weight * pair.step[t];
     }
     const double slope = -dot(direction, gradient);
-    // The first step has length 1, because without curvature pairs the gradient's scale does not
-    // predict a step length.
+    // Without curvature pairs, the scale of the gradient does not predict a step length. So the
+    // first step has length 1.
     double rate = memory.empty() ? 1 / length : 1;
     int halvings = 0;
     for (; halvings < kHalvings; ++halvings, rate /= 2) {
@@ -97,7 +97,8 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
       }
     }
     if (halvings == kHalvings) {
-      // At a kink the curvature pairs mislead: try steepest descent once, then stop.
+      // At a kink the curvature pairs may give a direction in which no step improves the objective.
+      // So steepest descent is tried once. If it fails too, the solver stops.
       if (memory.empty()) return;
       memory.clear();
       continue;

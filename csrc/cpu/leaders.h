@@ -1,4 +1,4 @@
-// leaders -- the K first picks of several rows, one row per vector lane, updated entry by entry.
+// leaders -- the first K picks of several rows, one row per vector lane, updated entry by entry.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,8 @@
 // The blocking of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication". A
-// tile of C stays in registers while k runs. The rows of A are packed in panels of a tile's height
-// and the columns of B in strips of a tile's width, so that the loop reads both sequentially. A
-// block of A stays in the second-level cache; each strip of B is packed once per block of A.
+// tile of C stays in registers during the loop over k. The rows of A are packed in panels with the
+// height of a tile. The columns of B are packed in strips with the width of a tile. So the loop
+// reads panels and strips sequentially. A block of A stays in the second-level cache. Each strip of
+// B is packed once per block of A.
 #include "product.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// A tile has at most kTall rows of kWide vectors: 28 of 32 registers, or 12 of 16.
+// A tile has at most kTall rows of kWide vectors. Its sums take 28 of 32 registers, or 12 of 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTall = 14;
 #else

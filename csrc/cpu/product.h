@@ -1,9 +1,9 @@
 // product -- C = A B and C += A B, on the calling thread.
 //
-// It is for loops over experts or groups: the operands fit in a cache, and the next step reads the
-// result from the cache. An entry is summed over k by multiply-adds, in parts of kDepth terms,
-// which are added in order. So its bits depend only on its row of A and its column of B, not on
-// addresses, other rows or the number of threads.
+// The product is meant for loops over experts or groups. There the operands fit in a cache, and the
+// next step reads the result from the cache. An entry of C is summed over k by multiply-adds, in
+// parts of kDepth terms. The parts are added in order. So the bits of an entry depend only on its
+// row of A and its column of B, not on addresses, other rows or the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,12 @@ struct Matrix {
   int64_t rows, columns;
   int64_t down, along;
 
-  // Matrix<T> converts to Matrix<const T>, as T* to const T*.
+  // Matrix<T> converts to Matrix<const T>, as T* converts to const T*.
   operator Matrix<const T>() const { return {data, rows, columns, down, along}; }
 };
 
-// View of [rows, columns], rows `stride` apart, or its transpose [columns, rows].
+// A view of a matrix [rows, columns] whose rows are `stride` entries apart, or of the transpose
+// [columns, rows].
 template <typename T>
 Matrix<T> matrix(T* data, int64_t rows, int64_t columns, int64_t stride) {
   return {data, rows, columns, stride, 1};

@@ -45,7 +45,8 @@ void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
   }
 }
 
-// Sorts all of value[0, n) into picks[0, n). `picks` is scratch; keeping it saves allocations.
+// Sorts all of value[0, n) into picks[0, n). The rest of `picks` is scratch. A caller that keeps
+// `picks` between calls saves allocations.
 template <typename T>
 void sort_all(const T* value, int64_t n, std::vector<Pick<OrderKey<T>>>& picks) {
   picks.resize(2 * n);  // the second half is the sort's scratch
@@ -53,7 +54,8 @@ void sort_all(const T* value, int64_t n, std::vector<Pick<OrderKey<T>>>& picks) 
   sort_picks(picks.data(), picks.data() + n, n);
 }
 
-// Writes the first k of value[0, n), sorted, to picks[0, k), by insertion; for small k.
+// Writes the first k of value[0, n), sorted, to picks[0, k). It inserts one value after another,
+// which is fast if k is small.
 template <typename T>
 void select_few(const T* value, int64_t n, int64_t k, std::vector<Pick<OrderKey<T>>>& picks) {
   using P = Pick<OrderKey<T>>;

@@ -1,8 +1,8 @@
 // simd -- a small vector layer of generic width, so that every kernel is written once.
 //
-// It uses the vector extension of GCC and Clang: the compiler picks the instructions of the ISA
-// level for which it compiles a file (../common/isa.h). Intrinsics serve only operations that the
-// extension lacks (fused multiply-add, compress).
+// The layer uses the vector extension of GCC and Clang. The compiler chooses the instructions of
+// the ISA level for which it compiles a file (../common/isa.h). Intrinsics are used only for
+// operations that the extension lacks (fused multiply-add, compress).
 #pragma once
 
 #include <cmath>
@@ -56,7 +56,8 @@ struct Lanes {
   static constexpr int64_t width = kVectorBytes / sizeof(T);
   typedef T Vec __attribute__((vector_size(kVectorBytes)));
   typedef typename IntOf<T>::type Mask __attribute__((vector_size(kVectorBytes)));
-  // The unaligned form for loads and stores. memcpy would keep stored vectors out of registers.
+  // The unaligned type, for loads and stores. If memcpy were used, the compiler would not keep the
+  // stored vectors in registers.
   typedef T Stored __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
 template <typename T>
@@ -221,7 +222,8 @@ inline Vec<float> product_error(Vec<float> a, Vec<float> b, Vec<float> product) 
 
 inline Vec<double> sqrt(Vec<double> v) {
 #if defined(__AVX512F__)
-  // The masked form, because GCC 12 warns of an uninitialised register without it.
+  // A masked intrinsic, because GCC 12 warns of an uninitialised register in the unmasked
+  // intrinsic.
   return (Vec<double>)_mm512_maskz_sqrt_pd(0xFF, (__m512d)v);
 #elif defined(__AVX2__)
   return (Vec<double>)_mm256_sqrt_pd((__m256d)v);

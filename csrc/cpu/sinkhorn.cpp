@@ -192,8 +192,8 @@ void sinkhorn_implicit_backward(
         for (int64_t j = 0; j <= e; ++j) L[e * E + j] -= share * P[t * E + j];
       }
     }
-    // Cholesky factorisation of a semi-definite matrix. Adding a constant to v and subtracting it
-    // from u changes nothing, so at least one pivot is 0, and v is set to 0 there.
+    // Cholesky factorisation of a semi-definite matrix. Adding a constant to v and subtracting the
+    // constant from u changes nothing. So at least one pivot is 0. v is set to 0 at such a pivot.
     for (int64_t j = 0; j < E; ++j) {
       double pivot = L[j * E + j];
       for (int64_t i = 0; i < j; ++i) pivot -= L[j * E + i] * L[j * E + i];

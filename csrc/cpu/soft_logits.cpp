@@ -5,8 +5,9 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The dot product of a and b, in kParts partial sums by index modulo kParts. The compiler can
-// vectorise them, and every ISA level adds in the same order.
+// The dot product of a and b, in kParts partial sums. The term with index i is added to partial sum
+// i modulo kParts. The compiler can vectorise the partial sums. Every ISA level adds in the same
+// order.
 template <typename T>
 double dot(const T* a, const T* b, int64_t D) {
   constexpr int64_t kParts = 16;

@@ -1,6 +1,6 @@
 // stream -- non-temporal stores, for outputs that are too large for the caches. An ordinary store
-// first reads the cache line, which is a third of the traffic of a copy, and evicts other lines
-// from the cache.
+// first reads the cache line. This read is a third of the memory traffic of a copy. An ordinary
+// store also evicts other lines from the cache.
 #pragma once
 
 #include <cstdint>

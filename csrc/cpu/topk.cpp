@@ -17,7 +17,8 @@ struct Axis {
   T* values;         // [N, M, k]
   int32_t* indices;  // [N, M, k]
   int64_t n, M, k;
-  // The end of the last matrix [n, M] that contains a row of this call. Loads do not pass it.
+  // The end of the last matrix [n, M] that contains a row of this call. Loads read nothing at or
+  // past `end`.
   const T* end;
 
   const T* column(int64_t row) const { return x + (row / M) * n * M + row % M; }
@@ -74,10 +75,11 @@ void few_of_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   write_leaders(leaders, axis, row, count);
 }
 
-// few_of_columns for longer columns. First finds a lower bound of the K-th largest key: the K-th
-// largest of the maxima of blocks of kBlock entries. Then ranks only the entries that reach the
-// bound; these are few, as the bound is close to the K-th largest key. Returns false, without
-// writing, if more than kRoom entries of a column reach it (ties, or a sorted column).
+// The same as few_of_columns, for longer columns. First finds a lower bound of the K-th largest
+// key: the K-th largest of the maxima of blocks of kBlock entries. Then ranks only the entries that
+// reach the bound. These entries are few, because the bound is close to the K-th largest key. If
+// more than kRoom entries of a column reach the bound (ties, or a sorted column), returns false
+// without writing.
 template <typename T, int K>
 bool few_of_long_columns(const Axis<T>& axis, int64_t row, int64_t count) {
   using Key = SignedKey<T>;

@@ -13,7 +13,7 @@ namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
 // Similarities [T, E] stored by expert as [E, stride], because every step of a solver reads each
-// column from top to bottom. Entries after the last token are -inf.
+// column from its first token to its last. Entries after the last token are -inf.
 template <typename T>
 class Columns {
  public:

@@ -55,8 +55,8 @@ class Projection {
     return find_cut(keys, n, k, least, most, left_.get());
   }
 
-  // Keeps the k first of the candidates (value descending, then token ascending), in order of
-  // token. Returns the k-th value, or -inf if there are fewer candidates.
+  // Keeps the first k candidates (value descending, then token ascending), in order of token.
+  // Returns the k-th value, or -inf if there are fewer candidates.
   double keep_first(int64_t count, int64_t k) {
     kept_ = count;
     if (count < k) return -kInfinity;
@@ -81,9 +81,9 @@ class Projection {
   }
 
   // Projects the kept values, divided by `scale`, onto the simplex. Returns the threshold: a value
-  // above it gets a share. The support has all entries at first. Entries at or below the threshold
-  // are dropped until none is left to drop; most often none is dropped at all. No sorting is
-  // needed.
+  // above the threshold gets a share. At first the support has all kept values. Each round drops
+  // the values at or below the threshold of the current support, until a round drops no value. Most
+  // often no value is dropped at all. The values need not be sorted.
   double threshold(double scale) {
     tau_ = kUndefined;
     if (kept_ == 0) return -kInfinity;
@@ -117,7 +117,8 @@ class Projection {
 
   int64_t kept() const { return kept_; }
   int32_t kept_token(int64_t i) const { return token_[i]; }
-  // Valid after threshold(). If it is not positive, the entry is not in the support.
+  // The share of kept entry i, valid after threshold(). If the share is not positive, the entry is
+  // not in the support.
   double kept_share(int64_t i) const { return share_[i] - tau_; }
   Key key(int64_t i) const { return key_[i]; }
 

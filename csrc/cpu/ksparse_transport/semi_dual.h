@@ -14,7 +14,7 @@ namespace {
 
 using Vector = std::vector<double>;
 
-// The length of the vectors is a multiple of the vector width.
+// The dot product of two vectors. Their length is a multiple of the vector width.
 double dot(const Vector& a, const Vector& b) {
   Vec<double> total{};
   for (size_t i = 0; i < a.size(); i += kWidth<double>) {
@@ -64,8 +64,8 @@ class SemiDual {
     differentiate(alpha, gradient, [](int64_t, int64_t) {});
   }
 
-  // Also calls use(begin, end) for every piece of the tokens when its gradient is ready, on the
-  // thread that has it in its cache.
+  // The same as above. It also calls use(begin, end) for every piece of the tokens as soon as the
+  // gradient of the piece is computed, on the thread that has this gradient in its cache.
   template <typename Use>
   void differentiate(const Vector& alpha, Vector& gradient, const Use& use) {
     project(alpha);
@@ -100,8 +100,8 @@ class SemiDual {
  private:
   static constexpr int64_t kLongest = Columns<T>::kLongest;
 
-  // The largest decrease of an entry of alpha, and its largest absolute value, over one range of
-  // tokens. Stored at the range's first piece.
+  // The largest decrease of an entry of alpha, and the largest absolute value of an entry, over one
+  // range of tokens. Stored at the index of the first piece of the range.
   struct Moved {
     double fall = 0, size = 0;
   };
@@ -109,7 +109,7 @@ class SemiDual {
   int64_t E() const { return columns_.E(); }
 
   // The smallest number of columns per range. A range has some microseconds of work. There are at
-  // most 64 ranges, because each needs scratch memory.
+  // most 64 ranges, because each range needs scratch memory.
   int64_t grain() const { return std::max({int64_t{1}, 16384 / (size() + 1), (E() + 63) / 64}); }
 
   // Calls body(begin, end) for ranges of tokens. Results must not depend on the number of ranges.
@@ -130,8 +130,8 @@ class SemiDual {
     }
   }
 
-  // Computes what all columns need to know of alpha: alpha in type T for collect(), its largest
-  // absolute value, and the largest decrease of an entry since the last alpha.
+  // Computes the values of alpha that all columns use: alpha in type T for collect(), the largest
+  // absolute value of an entry, and the largest decrease of an entry since the last alpha.
   void move_to(const Vector& alpha) {
     std::fill(moved_.begin(), moved_.end(), Moved{});
     each_range([&](int64_t begin, int64_t end) {
@@ -173,9 +173,9 @@ class SemiDual {
   // Only entries at or above a floor are candidates. Since the last step, no entry has decreased by
   // more than the largest decrease of alpha. So at least k entries are at or above the last floor
   // minus that decrease. The new floor is low enough if the k-th entry, or the threshold of the
-  // shares, is not below it. Otherwise a second pass takes all entries as candidates.
+  // shares, is not below the new floor. Otherwise a second pass takes all entries as candidates.
   void project(const Vector& alpha, int64_t e, Projection& projection) {
-    // Bounds the error of u in type T: its own rounding and alpha's.
+    // A bound on the error of u in type T, from the rounding of u and the rounding of alpha.
     const double slack = 2 * static_cast<double>(std::numeric_limits<T>::epsilon()) *
                          (largest_alpha_ + columns_.largest());
     double before = floor_[e];
@@ -203,8 +203,8 @@ class SemiDual {
     count_[e] = count;
   }
 
-  // A floor for the first step, at an alpha of 0 or near it: estimated from every 16th entry, and
-  // so low that rarely fewer than k entries reach it.
+  // A floor for the first step, where alpha is 0 or near 0. The floor is estimated from every 16th
+  // entry. It is low enough that fewer than k entries reach the floor only rarely.
   double sampled_floor(int64_t e, Projection& projection) const {
     constexpr int64_t kStride = 16;
     const T* column = columns_[e];

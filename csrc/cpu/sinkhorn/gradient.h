@@ -11,12 +11,13 @@ namespace {
 // The backward pass of one group (sinkhorn.cpp has the formulas). Between steps, only the
 // potentials of P_i and Q_i change, so step i subtracts from the gradient at entry (t, e)
 //   K[t, e] (a_i[t] v_i[e] + u_{i-1}[t] c_i[e]),   a_i = df_i u_i,  c_i = dh_i v_i / (n/E)
-// Each step makes one pass over K to compute its vectors a, u, v and c. The vectors are collected,
-// and the sum over the steps is multiplied by K at the end.
+// Each step makes one pass over K to compute its vectors a, u, v and c. The vectors of the steps
+// are collected. The sum over the steps is multiplied by K at the end.
 //
 // The columns of Q_i and the rows of P_i sum to 1. Hence the 1-norms |dh_i|, |df_{i-1}|,
-// |dh_{i-1}|, ... never grow, and each bounds what its step adds to the gradient. The remaining
-// steps are skipped when their sum cannot exceed the rounding error of the first.
+// |dh_{i-1}|, ... never grow. Each norm bounds the terms that its step adds to the gradient. The
+// remaining steps are skipped when the sum of their terms cannot exceed the rounding error of the
+// first step.
 template <typename T, typename C>
 class ScalingGradient {
   using Matrix = ScalingMatrix<T, C>;
@@ -116,7 +117,8 @@ class ScalingGradient {
   }
 
   // Computes dh from the column sums and returns its 1-norm. Adding a constant to h changes no
-  // plan, so the sum of dh is 0; subtracts the mean, a rounding error that would never decay.
+  // plan, so the exact sum of dh is 0. The mean of the computed dh is a rounding error that would
+  // never decay. So the mean is subtracted.
   double set_dh(double sign) {
     for (int64_t e = 0; e < E(); ++e) dh_[e] = sign * v_[e] * matrix_.total()[e];
     const double mean = std::accumulate(dh_.begin(), dh_.end(), 0.0) / static_cast<double>(E());

@@ -18,11 +18,11 @@ double max_or_nan(double high, double value) {
   return !(value <= high) && !std::isnan(high) ? value : high;
 }
 
-// Tokens per piece. Sums over the tokens of a group are taken within pieces first, one thread per
-// piece, and then over the pieces: the bits do not depend on the number of threads.
+// Tokens per piece. A sum over the tokens of a group is first taken within each piece, with one
+// thread per piece, and then over the pieces. So its bits do not depend on the number of threads.
 constexpr int64_t kPiece = 512;
 
-// The fewest pieces per thread: 64k entries, some microseconds of work.
+// The fewest pieces per thread. They have 64k entries in all, which take some microseconds.
 int64_t grain(int64_t E) {
   return std::max<int64_t>(1, 65536 / (kPiece * std::max<int64_t>(1, E)));
 }
@@ -74,12 +74,13 @@ struct Group {
   double marginal() const { return static_cast<double>(present) / static_cast<double>(E); }
   double M(int64_t t, int64_t e) const { return logits[t * E + e] * inverse_epsilon; }
 
-  // Whether exp(M) and its products with the potentials fit type C. Let S = max M - min M. Entries
-  // are shifted by max M, so they are in [exp(-S), 1]. So is v / max v, because the column sums for
-  // one u differ by no more than the entries of a row do. Products of both are in [exp(-2 S), 1],
-  // and u is in [1/E, exp(S)]. The smallest normal number is exp(-87) in float32 and exp(-708) in
-  // float64. Groups in which a present token has a logit of -inf do not qualify: they may have no
-  // plan, and then the potentials grow with the iterations.
+  // Whether exp(M) and its products with the potentials fit type C. Let S = max M - min M. The
+  // entries of exp(M) are divided by exp(max M), so they are in [exp(-S), 1]. v / max v is in
+  // [exp(-S), 1] too, because the column sums for one u differ by no larger factor than the entries
+  // of a row. The products of an entry and v / max v are in [exp(-2 S), 1]. u is in [1/E, exp(S)].
+  // The smallest normal number is exp(-87) in float32 and exp(-708) in float64. A group in which a
+  // present token has a logit of -inf does not fit. Such a group may have no plan, and then its
+  // potentials grow with the iterations.
   template <typename C>
   bool fits_scaling() const {
     constexpr double spread = sizeof(C) == sizeof(float) ? 40 : 200;

@@ -9,9 +9,9 @@ namespace {
 // The iteration on the logarithms of the potentials. It is correct for any logits, and takes one
 // exp per entry and update.
 //
-// f_t is stored as two numbers, -top_t - log_sum_t: top_t is the largest M[t, e] + h_e, and
-// log_sum_t the logarithm of sum_e exp(M[t, e] + h_e - top_t). If top_t is so large that the sum of
-// the two would round log_sum_t away, the rows of the plan still sum to 1. A column update adds
+// f_t = -top_t - log_sum_t is stored as two numbers. top_t is the largest M[t, e] + h_e. log_sum_t
+// is the logarithm of sum_e exp(M[t, e] + h_e - top_t). So the rows of the plan sum to 1 even if
+// top_t is so large that rounding top_t + log_sum_t would lose log_sum_t. A column update adds
 // log(n/E) minus the logarithm of the plan's column sum to h_e.
 template <typename T>
 class LogDomain {

@@ -26,26 +26,26 @@ Vec<double> widen(const C* from) {
 // K[t, e] = exp(M[t, e] - max M), in numbers of type C, for groups with fits_scaling<C>().
 //
 // K is stored in blocks of one vector of tokens, [blocks, E, width]. Then a row sum adds vectors,
-// every token gets the same arithmetic at any position, and E needs no padding. An absent token,
-// and a lane after the last token, has K = 0. If C is T, a block of K is as large as its rows of
-// the output; K is stored there until the rows are written, so an iteration needs no further
-// memory.
+// every token gets the same arithmetic at any position, and E needs no padding. K is 0 for absent
+// tokens and in lanes after the last token. If C is T, a block of K is as large as its rows of the
+// output. K is then stored in the output until the rows are written, so an iteration needs no
+// further memory.
 //
 // One object serves many groups, to reuse its memory.
 template <typename T, typename C>
 class ScalingMatrix {
  public:
   static constexpr int64_t W = kWidth<C>;
-  // Blocks that a pass handles together: more independent sums, and fewer loads and stores of the
-  // column sums.
+  // Blocks that a pass computes together. This gives more independent sums, and fewer loads and
+  // stores of the column sums.
   static constexpr int64_t kTogether = 4;
 
   void reset(const Group<T>& group, T* out) {
     group_ = &group;
     out_ = out;
     E_ = group.E;
-    // The distance to prefetch, in entries: one visit, if that is small enough to stay in the
-    // first-level cache.
+    // The distance to prefetch, in entries. The distance is one visit, if the entries of a visit
+    // are few enough to stay in the first-level cache. Otherwise the distance is eight vectors.
     ahead_ = kTogether * E_ * kVectorBytes <= 8192 ? kTogether * E_ * W : 8 * W;
     blocks_ = (group.tokens + W - 1) / W;
     in_place_ = std::is_same_v<T, C> ? group.tokens / W : 0;
@@ -74,8 +74,9 @@ class ScalingMatrix {
     }
     return own_.get() + (b - in_place_) * E_ * W;
   }
-  // Loads from K and prefetches, for the first read of K in a pass. K barely fits in the
-  // second-level cache, if at all, and waiting for K would take half of the pass.
+  // Loads from K and prefetches, for the first read of K in a pass. K fits barely or not at all in
+  // the second-level cache. Without the prefetch, half of the time of a pass would be spent waiting
+  // for K.
   Vec<C> load_ahead(const C* p) const {
     __builtin_prefetch(p + ahead_);
     return load(p);
@@ -196,8 +197,8 @@ class ScalingMatrix {
     const int64_t stride = padded_columns();
     const int64_t room = (E_ + scratch_vectors) * W;
     room_.make((group_->pieces / grain(E_) + 1) * room);
-    // A pass that ended with the last piece leaves the last pieces in the cache, so the next pass
-    // begins with them and goes backwards; the pass after that goes forwards again.
+    // A pass that ended with the last piece leaves the last pieces in the cache. So the next pass
+    // begins with the last pieces and goes backwards. The pass after that goes forwards again.
     backwards_ = !backwards_;
     group_->parallel(group_->pieces, grain(E_), [&](int64_t first, int64_t last) {
       // Each range has its own memory: no two ranges begin between the same multiples of the grain.
@@ -272,9 +273,10 @@ class ScalingMatrix {
   }
 
   // exp(M - max M) of one vector. In float32, rounding M - max M would change the result by up to
-  // 2e-6. If exp(M) fits the type, from_ is 0 and factor_ is exp(-max M). Otherwise the logits are
-  // within a factor of 2 of each other, so their difference is exact. `rest` corrects the rounding
-  // of the product with 1 / epsilon. exp_negative is also valid for positive arguments up to 88.
+  // 2e-6. So x - from_ must be exact. If exp(M) fits the type, factor_ is exp(-max M) and from_ is
+  // 0. Otherwise the logits are within a factor of 2 of each other, so their difference is exact.
+  // `rest` corrects the rounding error of the product with 1 / epsilon. exp_negative is also valid
+  // for positive arguments up to 88.
   Vec<C> power(Vec<C> x) const {
     const Vec<C> difference = x - from_;
     const Vec<C> exponent = difference * inverse_;

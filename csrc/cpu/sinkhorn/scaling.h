@@ -1,4 +1,4 @@
-// sinkhorn/scaling -- the iteration on exponentials, for groups that they fit.
+// sinkhorn/scaling -- the iteration on exponentials, for groups whose exponentials fit their type.
 #pragma once
 
 #include "matrix.h"
@@ -50,10 +50,10 @@ class ScalingDomain {
     return moved;
   }
 
-  // The row update and the column sums for the next column update in one pass; in the last step
-  // also the plan. A visit computes the row sums of some blocks and adds the blocks before them to
-  // the column sums. The two do not depend on each other, and the earlier blocks are still in the
-  // cache.
+  // One pass computes the row update and the column sums for the next column update. In the last
+  // step it also computes the plan. A visit computes the row sums of some blocks, and adds the
+  // blocks before these to the column sums. Row sums and column sums of a visit do not depend on
+  // each other. The earlier blocks are still in the cache.
   void step_rows(bool last) {
     matrix_.sum_pieces(last ? E() : 0, [&](int64_t begin, int64_t end, C* sums, C* tile) {
       Vec<C> before[kTogether]{};  // initialised, because the compiler warns otherwise
