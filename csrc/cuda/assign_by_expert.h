@@ -1,8 +1,9 @@
 // assign_by_expert -- assigns the slots of a large group with priorities, without sorting its
 // tokens.
 //
-// list_kernel lists the requests of each expert, by the ranks of requests.h. In select_kernel one
-// block per expert selects the C requests of its list that are served first.
+// list_kernel writes the list of requests of each expert, which it orders by the ranks of
+// requests.h. In select_kernel one block per expert selects the C requests of the list that are
+// served first.
 #pragma once
 
 #include <algorithm>
@@ -60,8 +61,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 4) list_kernel(
 }
 
 // The order in which the requests of an expert are served: first by choice, then by descending
-// priority, then by token. Keys order them by choice and priority; equal keys keep the order of the
-// list, which is by token.
+// priority, then by token. Keys order the requests by choice and then by priority. Requests with
+// equal keys keep the order of the list, which is by token.
 template <typename T>
 struct Serving {
   const int32_t* requests;  // the list of an expert

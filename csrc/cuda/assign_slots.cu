@@ -1,7 +1,7 @@
 // The rank of a request (requests.h) is its position in the buffer of its expert. A group of up to
-// 2048 requests (fewer if there are very many experts) is one chunk, and takes one launch. With
-// priorities, topk sorts the tokens of every group first. In large groups each expert selects its
-// requests instead (assign_by_expert.h).
+// 2048 requests is one chunk, and takes one launch. (The limit is lower if there are very many
+// experts.) With priorities, topk sorts the tokens of every group first. In large groups each
+// expert selects its requests instead (assign_by_expert.h).
 #include <algorithm>
 
 #include "../assign_slots.h"
@@ -11,7 +11,8 @@
 namespace vmoe::cuda {
 namespace {
 
-// Writes the slot of every request, which is its rank if that is below C.
+// Writes the slot of every request. The rank of a request is its position in the buffer if the rank
+// is below C. Otherwise the request is dropped.
 __global__ void __launch_bounds__(kMostWarps* kWarp, 4) place_kernel(
     const int32_t* __restrict__ expert,   // [G, T, K]
     const int32_t* __restrict__ order,    // [G, T] or null
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 4) place_kernel(
     slot[at.group * shape.tokens * shape.K + id] = placed ? s : -1;
     if (placed) holder[s] = id;
   });
-  // Marks the empty slots. Every block has the total of every expert, and marks its share of the
+  // Marks the empty slots. Every block has the total of every expert, and marks a part of the
   // slots.
   for (int64_t s = at.chunk * blockDim.x + threadIdx.x; s < shape.E * shape.C;
        s += shape.chunks * blockDim.x) {

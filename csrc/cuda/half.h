@@ -1,5 +1,5 @@
 // half -- loads and stores of rows in any dtype of common/half.h. 16-bit values are widened to
-// float in registers. When narrowed they are rounded to nearest, ties to even.
+// float in registers. Stores round float values to nearest, ties to even.
 #pragma once
 
 #include <cuda_bf16.h>

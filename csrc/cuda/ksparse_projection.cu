@@ -5,7 +5,7 @@ namespace vmoe::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kShort = 1024;  // up to this length a row has one warp or less, then one block
+constexpr int64_t kShort = 1024;  // up to this length a row takes at most a warp, else a block
 
 template <typename T, typename Team>
 __device__ void project_row(

@@ -7,10 +7,11 @@
 // group, because its steps need many sums over all tokens, one after another.
 //
 // Projections are stored in compact form (simplex.h); their entries are computed when needed. In
-// shared memory, a bit mask per token names the experts that picked the token, which are few.
+// shared memory, a bit mask per token names the experts that picked the token. These experts are
+// few.
 //
-// The cut of a column moves little in a step of Adam, so its search begins at the cut of the step
-// before (Guess).
+// The cut of a column moves little in a step of Adam. So the search for the cut begins at the cut
+// of the step before (Guess).
 #include <algorithm>
 
 #include "../ksparse_transport.h"
@@ -94,8 +95,8 @@ struct SemiDual {
     __syncthreads();
   }
 
-  // Calls body(value, share) for every expert that may have picked token t, in ascending order, and
-  // forgets the pickers of the token.
+  // Calls body(value, share) for every expert that may have picked token t, in ascending order.
+  // Then clears the pickers of the token.
   template <typename Body>
   __device__ void each_share(int64_t t, Body&& body) const {
     if (!pickers) {
@@ -113,8 +114,8 @@ struct SemiDual {
     }
   }
 
-  // The gradient of the negated objective with respect to alpha[t]. Writes the terms of token t in
-  // that objective to `part`, if not null.
+  // The gradient of the negated objective with respect to alpha[t]. If `part` is not null, writes
+  // the terms of token t in the negated objective to `part`.
   __device__ double differentiate(int64_t t, double* part = nullptr) const {
     const double present = is_present ? is_present[t] : 1;
     double gradient = -present, sum = -present * alpha[t];
@@ -270,7 +271,7 @@ __device__ void solve_lbfgs(
       each([&](int64_t t) { direction[t] += by * step_of(slot)[t]; });
     }
     const double slope = -dot(direction, gradient);
-    // Without a pair the curvature is unknown: the first step has length 1.
+    // Without a pair the curvature is unknown, so the first step has length 1.
     double rate = kept == 0 ? 1 / length : 1;
     int halvings = 0;
     for (; halvings < kHalvings; ++halvings, rate /= 2) {
@@ -282,7 +283,8 @@ __device__ void solve_lbfgs(
       }
     }
     if (halvings == kHalvings) {
-      // At a kink the curvature pairs mislead: try steepest descent once, then stop.
+      // At a kink the pairs may give a direction in which no step improves the objective. So
+      // steepest descent is tried once. If it fails too, the solver stops.
       if (kept == 0) break;
       kept = 0;
       continue;
@@ -315,9 +317,9 @@ size_t shared_of_group(int64_t tokens, int64_t E) {
          static_cast<size_t>(ceil_div(E, kWarp) * tokens) * sizeof(uint32_t);
 }
 
-// A group in the block's shared memory. Absent tokens are removed from the columns, so that results
-// are equal to the bit to those of the group without these tokens: at a kink of the objective,
-// other rounding errors could lead to another result.
+// A group in the block's shared memory. Absent tokens are removed from the columns. So the result
+// equals, to the bit, the result of the group without these tokens. This matters at a kink of the
+// objective, where other rounding errors could lead to another result.
 template <typename T>
 class StagedGroup {
  public:
@@ -532,9 +534,9 @@ __global__ void __launch_bounds__(kPieceThreads) plan_kernel(Task<T> task) {
       [](int64_t t) { return t; });
 }
 
-// The task and the workspace of a call; ksparse_transport adds the tensors.
-// ksparse_transport_workspace and ksparse_transport both use it, so that they agree on the size of
-// the workspace.
+// The task and the workspace of a call, without the tensors, which ksparse_transport adds.
+// ksparse_transport_workspace and ksparse_transport both use this struct, so that they agree on the
+// size of the workspace.
 template <typename T>
 struct Layout {
   Layout(int64_t G, int64_t tokens, int64_t E, const TransportOptions& options, void* memory) {

@@ -25,9 +25,9 @@ inline int64_t shared_limit() {
 }
 
 // Launches a kernel by a function of the CUDA runtime instead of <<<>>>, because tests also compile
-// the kernels as C++ for the host emulator (tests/cpp/cuda/shim). The runtime stores a launch
-// error; the caller checks for it once, after all launches of an op. With `cooperative` all blocks
-// are co-resident, so they may wait for each other (block_barrier.h).
+// the kernels as C++ for the host emulator (tests/cpp/cuda/shim). The runtime stores the error of a
+// launch. The caller checks for errors once, after all launches of an op. With `cooperative` all
+// blocks are co-resident, so they may wait for each other (block_barrier.h).
 template <typename... Params, typename... Args>
 void launch_blocks(
     bool cooperative, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared,
@@ -84,7 +84,8 @@ __device__ T* dynamic_shared() {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The entries of 16 bytes, which is the most that a thread loads or stores in one instruction.
+// Number of entries in 16 bytes, which is the most that a thread loads or stores in one
+// instruction.
 template <typename T>
 constexpr int kWideEntries = 16 / sizeof(T);
 template <typename T>
@@ -92,8 +93,8 @@ struct alignas(16) Wide {
   T entry[kWideEntries<T>];
 };
 
-// Divides one allocation into arrays, aligned to 256 bytes. Constructed with null, it returns null
-// arrays and only adds up their sizes.
+// Divides one allocation into arrays, aligned to 256 bytes. A Workspace that is constructed with
+// null returns null arrays, and only adds up their sizes.
 class Workspace {
  public:
   explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}

@@ -38,8 +38,8 @@ __device__ void each_entry(int64_t count, int64_t E, Body&& body) {
 }
 
 // Reduces every column in a fixed order; `step` threads share a column. fold(e, first, step)
-// reduces the rows first, first + step, ... of column e. out[e] joins its results for first = 0 to
-// step - 1. Ends with a barrier. `storage` has one number per thread.
+// reduces the rows first, first + step, ... of column e. out[e] is the join of the results of fold
+// for first = 0, ..., step - 1. Ends with a barrier. `storage` has one number per thread.
 template <typename Join, typename Fold>
 __device__ void each_column(int64_t E, double* storage, double* out, Join join, Fold&& fold) {
   constexpr int kMostSegments = 32;
@@ -61,8 +61,8 @@ __device__ void each_column(int64_t E, double* storage, double* out, Join join, 
   __syncthreads();
 }
 
-// Lanes per row for `count` rows in shared memory: as many as possible while the block still has
-// all rows at once, at most one per entry and at most a warp.
+// Lanes per row for `count` rows in shared memory: the largest number with which the block computes
+// all rows at the same time, but at most one lane per entry and at most a warp.
 inline int lanes_of_rows(int64_t count, int64_t E, int threads) {
   int lanes = 1;
   while (lanes < kWarp && 2 * lanes <= E && 2 * lanes * count <= threads) lanes *= 2;
@@ -78,7 +78,8 @@ inline int lanes_of_rows(int64_t E) {
 }
 
 // Entries from row to row in shared memory. An odd multiple of the lanes avoids bank conflicts
-// between the rows of a warp. If a row takes a whole warp, a warp has one row, and no conflicts.
+// between the rows of a warp. If a row takes a whole warp, a warp has only one row, so there are no
+// conflicts.
 inline int64_t stride_of_rows(int64_t E, int lanes) {
   if (lanes == kWarp) return E;
   const int64_t pieces = ceil_div(E, lanes);

@@ -1,12 +1,12 @@
 // requests -- finds the rank of every request: the number of requests for the same expert that are
-// served before it. (A multisplit.)
+// served before it. The algorithm is known as multisplit.
 //
 // The requests of a group are in the order in which they are served. They are divided into chunks,
 // one block per chunk, and each chunk into runs, one warp per run. First every warp counts the
 // requests of its run per expert, in its own counters in shared memory, without atomics. The sum of
 // the counts of all earlier runs is the rank of its first request for each expert. With these ranks
-// as counters, the warp then passes over its run again and gets the rank of every request. It reads
-// the run once and keeps it in registers.
+// as counters, the warp then passes over its run again and gets the rank of every request. The warp
+// keeps its run in registers, so it reads the run from memory only once.
 #pragma once
 
 #include "../common/slots.h"
@@ -30,7 +30,7 @@ struct Requests {
     const uint32_t k = of_all / size, t = of_all - k * size;  // ids fit in 32 bits
     return static_cast<int32_t>((order ? order[t] : t) * K + k);
   }
-  // The requested expert, or -1 if `id` requests none.
+  // The expert that request `id` names, or -1 if it names no expert.
   __device__ int32_t expert_of(int32_t id) const {
     const int32_t e = expert[id];
     return e >= 0 && e < E ? e : -1;

@@ -23,7 +23,8 @@ bool in_wide_pieces(int64_t D, const Rows*... rows) {
 }
 
 // Loads entries [at, at + kWideEntries) of a row of n entries; entries from n on are `otherwise`.
-// With `wide` it is one load of 16 bytes, which may also read memory after the end of the row.
+// With `wide` this is a single load of 16 bytes, which may also read memory after the end of the
+// row.
 template <typename T, typename Index>
 __device__ Wide<T> load_entries(
     const T* row, Index at, std::type_identity_t<Index> n, bool wide, T otherwise) {
@@ -41,7 +42,7 @@ __device__ Wide<T> load_entries(
 }
 
 // Rounds `from` to Row and stores it to entries [at, at + kWideEntries) of a row of n entries. With
-// `wide` it is one store, which may also write memory after the end of the row.
+// `wide` this is a single store, which may also write memory after the end of the row.
 template <typename Row>
 __device__ void store_entries(
     Row* row, int64_t at, int64_t n, bool wide, const Wide<Compute<Row>>& from) {

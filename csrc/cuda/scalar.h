@@ -1,5 +1,5 @@
-// scalar -- multiply-add and exponential of scalars, as arguments for the functions of common/ that
-// CPU kernels call with vectors.
+// scalar -- multiply-add and exponential of scalars. They are arguments for the functions of
+// common/, which CPU kernels call with vectors.
 #pragma once
 
 #include "../common/order.h"

@@ -117,11 +117,11 @@ __device__ void sort_picks(Pick<Key>* picks, int size) {
   __syncthreads();
 }
 
-// Selects the first k of n entries, 1 <= k <= n, in order, by a block of kThreads threads. It finds
-// a cut: a key such that the entries with larger or equal keys include all k picks, and fit in
-// `places` positions in shared memory. These entries are then sorted. If too many keys tie with the
-// k-th, only the first of them are taken. The cut is found digit by digit, from the highest bit in
-// which the keys differ, by a histogram of the digit.
+// Selects the first k of n entries, 1 <= k <= n, in order, by a block of kThreads threads. The
+// block finds a cut: a key such that the entries with larger or equal keys include all k picks, and
+// fit in `places` positions in shared memory. These entries are then sorted. If too many keys tie
+// with the k-th, only the first of them are taken. The cut is found digit by digit, from the
+// highest bit in which the keys differ, by a histogram of the digit.
 template <typename Key, int kThreads>
 class BlockSelect {
   static constexpr int kEach = 2;  // bins per thread

@@ -65,7 +65,7 @@ struct Entries {
 };
 
 // Up to kEach entries per thread without NaN, which the threads keep in registers. The registers
-// after the end of the row hold -inf. Such an entry is no pick, and not above any value.
+// after the end of the row hold -inf. Such an entry is not a pick, and is not above any value.
 template <typename T, int kEach, typename Team, typename ValueAt>
 struct HeldEntries {
   static constexpr bool kHasNan = false;
@@ -109,7 +109,7 @@ struct HeldEntries {
 };
 
 // Projects entries / scale, 1 <= k <= n. Bisection on the keys of the entries (order.h) finds the
-// cut, with k entries at or above it. Each step counts the entries at or above the middle.
+// cut, which has k entries at or above it. Each step counts the entries at or above the middle.
 template <typename T, typename Team, typename Row>
 __device__ Projection<T> project(
     const Team& team, const Row& row, int64_t n, int64_t k, double scale, Guess<T> guess) {

@@ -102,8 +102,8 @@ struct Task {
 // One block's view of its crew: the one or more blocks that compute a group, one piece each.
 //
 // The buffers of the exchange are double-buffered. Data written in turn i is read after the barrier
-// of turn i. Its buffer is written again in turn i + 2, after the barrier of turn i + 1, which no
-// block reaches before it has read the data.
+// of turn i. Its buffer is written again in turn i + 2, after the barrier of turn i + 1. No block
+// reaches that barrier before it has read the data of turn i.
 template <typename T>
 class Crew {
  public:
@@ -114,7 +114,7 @@ class Crew {
         barrier_(alone() ? nullptr : task.arrived + index_, task.pieces) {}
 
   __device__ int64_t index() const { return index_; }
-  // Whether this block writes the results that a group has once.
+  // Whether this block writes the results that are written once per group.
   __device__ bool leads() const { return piece_ == 0; }
   // This block's tokens of the group are [begin, begin + count).
   __device__ int64_t begin() const { return piece_ * task_.piece_tokens; }
@@ -133,13 +133,13 @@ class Crew {
     return join_all(each, task_.pieces);
   }
 
-  // Where this block writes its partial column sums and peaks. A block that is alone has the whole
-  // sums, and writes them to `total`.
+  // Where this block writes its partial column sums and peaks. If the crew has only this block, its
+  // sums are the whole sums, so it writes them to `total`.
   __device__ double* sum(double* total) const { return alone() ? total : parts().sum(piece_); }
   __device__ double* peak(double* total) const { return alone() ? total : parts().peak(piece_); }
 
-  // Waits for all blocks, then calls gather(parts), which adds up their partial sums and ends with
-  // a barrier of the block.
+  // Waits for all blocks of the crew. Then calls gather(parts), which adds up the partial sums of
+  // these blocks and ends with a barrier of this block.
   template <typename Gather>
   __device__ void meet(Gather&& gather) {
     if (alone()) return;
@@ -160,9 +160,10 @@ class Crew {
   BlockBarrier barrier_;
 };
 
-// The piece of this block, with memory for its vectors. With kInShared all of them are in shared
-// memory, and `matrices` is set to shared memory for the matrices. Else the vectors of the rows,
-// and the vectors of the columns if they are too large, are in device memory.
+// The piece of this block, with memory for its vectors. With kInShared all vectors are in shared
+// memory, and `matrices` is set to shared memory for the matrices. Without kInShared the vectors of
+// the rows are in device memory. The vectors of the columns are then in device memory only if they
+// are too large for shared memory.
 template <bool kInShared, typename T>
 __device__ Piece piece_of(const Task<T>& task, const Crew<T>& crew, int row_vectors, T*& matrices) {
   const int64_t count = crew.count();
@@ -340,7 +341,7 @@ struct Launch {
   bool in_shared;  // whether the matrices are in shared memory
 };
 
-// Divides the groups among crews and blocks, and takes the memory for that from the workspace.
+// Divides the groups among crews and blocks, and takes the memory of the crews from the workspace.
 template <typename T>
 Launch prepare(Task<T>& task, int row_vectors, int matrices, Workspace& workspace) {
   const int64_t tokens = task.tokens, E = task.E, G = std::max<int64_t>(task.groups, 1);
@@ -358,8 +359,8 @@ Launch prepare(Task<T>& task, int row_vectors, int matrices, Workspace& workspac
         shared_of_piece<T>(task.piece_tokens, E, task.stride, threads, row_vectors, matrices);
     launch.in_shared = launch.shared <= limit;
   };
-  // Forms at most `most` crews. It takes the smallest number of crews that needs no more rounds,
-  // because fewer crews have more blocks each.
+  // Forms at most `most` crews: the smallest number of crews that needs as few rounds as `most`
+  // crews. Fewer crews have more blocks each.
   const auto form_crews = [&](int64_t most) {
     constexpr int64_t kLeastPiece = 64;
     const int64_t crews = ceil_div(G, ceil_div(G, most));
@@ -419,8 +420,8 @@ Task<T> task_of(
   return task;
 }
 
-// The task, the launch and the workspace of a call. <op>_workspace and <op> both use it, so that
-// they agree on the size of the workspace.
+// The task, the launch and the workspace of a call. <op>_workspace and <op> both use this struct,
+// so that they agree on the size of the workspace.
 template <typename T>
 struct Layout {
   Layout(Task<T> task_, int row_vectors, int matrices, void* memory) : task(task_) {

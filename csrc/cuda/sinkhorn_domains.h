@@ -48,7 +48,7 @@ __device__ inline void gather_sums(const Piece& piece, const Parts& parts, doubl
   });
 }
 
-// The largest of `size` values. Every warp computes it for itself.
+// The largest of `size` values. Every warp computes the result for itself.
 __device__ inline double largest_of(const double* values, int64_t size) {
   return join_all(WarpTeam{}, size, -kInfinity, Largest{}, [=](int64_t i) { return values[i]; });
 }
@@ -75,8 +75,9 @@ class ScalingDomain {
   __device__ void gather(const Parts& parts) { gather_sums(piece_, parts, total()); }
   __device__ void close() {}
 
-  // One block of a group gets an h to write to, the other blocks get null. The last threads write
-  // h, because most of them have no row in step_rows. Only they keep log_scale_ up to date.
+  // One block of a group gets an h to write to. All other blocks get null. The last threads of the
+  // block write h, because most of these threads have no row in step_rows. Only the threads that
+  // write h keep log_scale_ up to date.
   __device__ void step_columns(double* h) {
     const double least =
         join_all(WarpTeam{}, piece_.E, kInfinity, Least{}, [&](int64_t e) { return total()[e]; });
@@ -103,7 +104,7 @@ class ScalingDomain {
     __syncthreads();
   }
 
-  // max_e |column sum / (n/E) - 1|. Every warp computes it for itself.
+  // max_e |column sum / (n/E) - 1|. Every warp computes the result for itself.
   __device__ double error() const {
     return join_all(WarpTeam{}, piece_.E, 0.0, Largest{}, [&](int64_t e) {
       return fabs(total()[e] * v()[e] / facts_.marginal - 1);
@@ -215,8 +216,8 @@ class ScalingDomain {
   __device__ double first_log_scale() const { return -facts_.high * piece_.inverse_epsilon; }
   static __device__ T inverse(T x) { return x > 0 ? 1 / x : 0; }
 
-  // exp((x - from) / epsilon). Rounding an exponent of 40 to float32 alone would be a relative
-  // error of 2e-6 in the result. So the result is multiplied by 1 + the rest of the exponent.
+  // exp((x - from) / epsilon). Rounding an exponent of 40 to float32 would cause a relative error
+  // of 2e-6 in the result. So the result is multiplied by 1 + the rest that the rounding removed.
   __device__ T power(double x, double from) const {
     const double exponent = (x - from) * piece_.inverse_epsilon;
     if constexpr (sizeof(T) == sizeof(double)) {
@@ -252,7 +253,8 @@ class ScalingDomain {
     __syncthreads();
   }
 
-  // Sums value(t), value(t + step), ...: kChain values at a time in T, their sums in float64.
+  // Sums value(t), value(t + step), .... Each sum of kChain values is computed in T. These sums are
+  // added up in float64.
   template <typename Value>
   __device__ double in_chains(int64_t t, int step, Value&& value) const {
     constexpr int kChain = 32;
@@ -282,9 +284,9 @@ class ScalingDomain {
 // The updates on logarithms, in float64. They are correct for any logits, and take one exp per
 // entry and update.
 //
-// f_t is kept as two numbers, f_t = -top_t - log_sum_t. top_t is the largest M[t, e] + h_e, and
-// log_sum_t the logarithm of sum_e exp(M[t, e] + h_e - top_t). If top_t is so large that the sum of
-// the two would round log_sum_t away, the rows of the plan still sum to 1. A column update adds
+// f_t = -top_t - log_sum_t is stored as two numbers. top_t is the largest M[t, e] + h_e. log_sum_t
+// is the logarithm of sum_e exp(M[t, e] + h_e - top_t). So the rows of the plan sum to 1 even if
+// top_t is so large that rounding top_t + log_sum_t would lose log_sum_t. A column update adds
 // log(n/E) minus the logarithm of the plan's column sum to h_e.
 template <typename T>
 class LogDomain {
@@ -379,7 +381,7 @@ class LogDomain {
 
   // Starts at the column potentials `from`, which is null if no iteration was done, with grad in
   // `rest`. Writes -sum_t (grad - df) * plan over this piece to `sums`. From then on `rest` is the
-  // gradient of M that remains.
+  // gradient of M without the terms of the steps that were already taken.
   __device__ void begin_gradient(
       const double* from, T* rest, int64_t rest_stride, double* sums) const {
     set(h(), from);

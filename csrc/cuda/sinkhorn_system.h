@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(kSystemThreads) system_products_kernel(System<
 
 // The lower triangle of the system of one group. Columns are eliminated from the first to the last
 // (L D L^T, where the columns of L are not divided by D). The system is positive semi-definite:
-// adding a constant to v and subtracting it from u changes nothing. At least one pivot is therefore
-// 0, and v is set to 0 there.
+// adding a constant to v and subtracting the constant from u changes nothing. So at least one pivot
+// is 0. v is set to 0 at such a pivot.
 struct Triangle {
   double* A;  // [E, stride]
   int64_t stride, E;
@@ -266,8 +266,9 @@ __global__ void __launch_bounds__(kSystemThreads) system_apply_kernel(System<T> 
   });
 }
 
-// The sizes and the workspace of a call; run_system adds the tensors. Both
-// sinkhorn_implicit_backward_workspace and run_system use it, so that they agree on the size.
+// The sizes and the workspace of a call; run_system adds the tensors.
+// sinkhorn_implicit_backward_workspace and run_system both use this struct, so that they agree on
+// the size.
 template <typename T>
 struct SystemLayout {
   SystemLayout(int64_t G_, int64_t tokens, int64_t E, void* memory) : G(G_) {

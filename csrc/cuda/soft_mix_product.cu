@@ -1,15 +1,15 @@
-// A line is one row of the result: a slot, which is a mean of the values of all tokens, or a token,
-// which is a mean of the values of all slots. A block computes up to 128 lines of a group. First it
-// computes their weights, in shared memory. Then it multiplies the weights by the values on tensor
-// cores.
+// A line is one row of the result. In means over tokens a line is a slot: the mean of the values of
+// all tokens. In means over slots a line is a token: the mean of the values of all slots. A block
+// computes up to 128 lines of a group. First it computes their weights, in shared memory. Then it
+// multiplies the weights by the values on tensor cores.
 //
-// Values are copied to shared memory in stages of 32 rows and 128 columns. There is memory for two
-// stages, so that one is copied while the other is multiplied. The first stage is copied while the
-// weights are computed. Two or three blocks share a multiprocessor, so that one can compute weights
-// while another multiplies.
+// Values are copied to shared memory in stages of 32 rows and 128 columns. Shared memory holds two
+// stages, so that one stage is copied while the other stage is multiplied. The first stage is
+// copied while the weights are computed. Two or three blocks share a multiprocessor, so that one
+// block can compute weights while another block multiplies.
 //
-// The weights in shared memory are exponentials, not divided by their sums, so at most 1. The
-// float32 sums of products are scaled at the end.
+// The weights in shared memory are exponentials that are not divided by their sums, so they are at
+// most 1. Instead the float32 sums of products are scaled at the end.
 #include "../common/slots.h"
 #include "../soft_mix.h"
 #include "softmax.h"
@@ -25,8 +25,8 @@ constexpr int kOfWarp = 32;    // columns per warp
 constexpr int kStages = 2;
 constexpr int kStageRows = 32;
 constexpr int kEntries = 8;  // entries in 16 bytes
-// The distance of rows in shared memory is an odd multiple of 16 bytes, so that eight adjacent rows
-// are in different banks.
+// The distance between rows in shared memory is an odd multiple of 16 bytes, so that eight adjacent
+// rows are in different banks.
 constexpr int kStageStride = kColumns + kEntries;
 // The most values per line. Longer means are left to cuBLAS (docs/cuda.md says why).
 constexpr int64_t kMostValues = 256;
@@ -72,7 +72,8 @@ __device__ void weights_over_tokens(
     const int64_t n = t < mix.tokens ? mix.S : 0;
     return load_entries(logits + t * mix.S, first + column, n, mix.wide, kAbsent<float>);
   };
-  // Reduces the values of the threads of each column in a fixed order. All of them get the result.
+  // Reduces the values of the threads of each column in a fixed order. All threads of a column get
+  // its result.
   const auto join = [&](Wide<float>& value, auto&& join) {
     __syncthreads();  // all threads have read `shared` in an earlier call
     if (down < kDown) {

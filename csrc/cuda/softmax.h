@@ -41,7 +41,8 @@ __device__ T exp_negative(T x) {
 template <typename T>
 constexpr T kAbsent = -std::numeric_limits<T>::infinity();
 
-// The larger of two values; `than` if `value` is NaN. A row with NaN becomes NaN by its sum.
+// The larger of two values, or `than` if `value` is NaN. A row with a NaN still becomes NaN,
+// because the sum of its exponentials is NaN.
 template <typename T>
 __device__ T larger(T value, T than) {
   return value > than ? value : than;
@@ -80,8 +81,8 @@ __device__ T sum_of_lanes(T value) {
   return value;
 }
 
-// Number of sums of a lane that holds kEach entries of a row. If the row has fewer lanes than a
-// warp, each sum has 4 entries: the result is the same as with one lane per 4 entries.
+// Number of sums of a lane that holds kEach entries of a row. If a row has fewer lanes than a warp,
+// each sum has 4 entries. So the result has the same bits as with one lane per 4 entries.
 template <int kLanes, int kEach>
 constexpr int kSumsOfLane = kLanes < kWarp ? kEach / 4 : 1;
 

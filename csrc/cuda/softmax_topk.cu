@@ -276,8 +276,8 @@ void with_experts_in_tile(int64_t E, Body&& body) {
   });
 }
 
-// The kernel and the workspace for a shape. softmax_topk_workspace and softmax_topk both use it, so
-// that they agree on the size of the workspace.
+// The kernel and the workspace for a shape. softmax_topk_workspace and softmax_topk both use this
+// struct, so that they agree on the size of the workspace.
 template <typename T>
 struct Layout {
   enum class Way { kFewOfRows, kFewOfLongRows, kFewOfColumns, kMemory };

@@ -50,8 +50,8 @@ struct SortLayout {
   int64_t rows_together() const { return std::min(rows, std::max<int64_t>(1, INT32_MAX / n)); }
 
   // Sorts the rows [begin, begin + count). With null `memory` it only sets `bytes` to the memory
-  // that the sort needs. Throws if CUB fails, because CUB clears the error of the runtime, so that
-  // the check after the launches would miss it.
+  // that the sort needs. Throws if CUB fails. CUB clears the error of the runtime, so the check
+  // after the launches would miss the failure.
   void call_cub(
       void* memory, size_t& bytes, int64_t begin, int64_t count, cudaStream_t stream) const {
     constexpr int kBits = 8 * sizeof(Key);

@@ -1,5 +1,6 @@
-// team -- reductions over a team, the threads that compute one row or column: some lanes of a warp,
-// or a block. A reduction has a fixed order, and every thread of the team gets its result.
+// team -- reductions over a team. A team is the threads that compute one row or column: some lanes
+// of a warp, or a block. A reduction has a fixed order, and every thread of the team gets its
+// result.
 #pragma once
 
 #include <cstring>

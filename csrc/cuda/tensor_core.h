@@ -2,11 +2,11 @@
 // memory, and asynchronous copies to shared memory.
 //
 // One instruction multiplies a [16, 16] by b [16, 8], which have 16-bit entries, and adds the
-// product to sums [16, 8] in float32. It is an instruction of a whole warp, whose lanes hold the
-// operands. Operands consist of 8 x 8 matrices: a of four (upper left, lower left, upper right,
-// lower right), b of two (upper, lower, each transposed), sums of two (upper, lower). Lane 4 * row
-// + pair holds the entries 2 * pair and 2 * pair + 1 of row `row` of each matrix. (PTX ISA, "Matrix
-// Fragments for mma.m16n8k16".)
+// product to sums [16, 8] in float32. A whole warp executes the instruction, and its lanes hold the
+// operands. Each operand consists of 8 x 8 matrices. a consists of four matrices (upper left, lower
+// left, upper right, lower right), b of two (upper, lower, each transposed), and sums of two
+// (upper, lower). Lane 4 * row + pair holds the entries 2 * pair and 2 * pair + 1 of row `row` of
+// each matrix. (PTX ISA, "Matrix Fragments for mma.m16n8k16".)
 #pragma once
 
 #include "half.h"
@@ -20,8 +20,8 @@ __device__ inline Shared shared_place(const void* at) {
   return static_cast<Shared>(__cvta_generic_to_shared(at));
 }
 
-// Starts an asynchronous copy of 16 bytes from device memory. If not `valid`, it writes zeros and
-// does not read `from`.
+// Starts an asynchronous copy of 16 bytes from device memory. If not `valid`, the copy writes zeros
+// and does not read `from`.
 __device__ inline void copy_async(Shared to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0)

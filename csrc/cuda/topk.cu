@@ -167,8 +167,8 @@ void many(
       many_shared<T>(n, places, staged), stream, x, values, indices, n, k, places);
 }
 
-// The kernel and the workspace for a shape. topk_workspace and topk both use it, so that they agree
-// on the size of the workspace.
+// The kernel and the workspace for a shape. topk_workspace and topk both use this struct, so that
+// they agree on the size of the workspace.
 template <typename T>
 struct Layout {
   enum class Kernel { kNone, kFewOfRows, kFewOfColumns, kMany, kSort };
