@@ -5,8 +5,8 @@
 namespace vmoe {
 namespace {
 
-// offsets and slots are not read here. The gradient of dispatch, a combine with every gate 1, needs
-// them.
+// `offsets` and `slots` are not read here. The gradient of dispatch needs them, because it is a
+// combine in which every gate is 1.
 Tensor dispatch(
     const Tensor& x_, const Tensor& token_, const Tensor& offsets, const Tensor& slots) {
   check_dim("dispatch", "x", x_, 3);

@@ -64,8 +64,8 @@ std::tuple<Tensor, Tensor> grouped_mlp(
   return {y, hidden};
 }
 
-// If `hidden` has no rows, it is computed again. Gradients that are not asked for (of_x,
-// of_weights) are returned as empty tensors.
+// If `hidden` has no rows, the hidden rows are computed again. Gradients that are not asked for
+// (of_x, of_weights) are returned as empty tensors.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> grouped_mlp_backward(
     const Tensor& grad, const Tensor& x, const Tensor& w1, std::optional<Tensor> b1,
     const Tensor& w2, std::optional<Tensor> filled, const Tensor& hidden, const std::string& act,

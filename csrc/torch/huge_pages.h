@@ -1,12 +1,12 @@
 // huge_pages -- asks Linux for 2 MiB pages for new memory.
 //
-// Linux allocates memory page by page, when a page is first touched. With pages of 4 KiB this takes
-// longer than the writes. Every large tensor has this cost again, because the C library returns the
-// memory of a large tensor to the system when the tensor is freed. With the setting "madvise", a
-// common default, Linux uses 2 MiB pages where a program asks for them.
+// Linux allocates memory page by page, when a page is first touched. With pages of 4 KiB this
+// allocation takes longer than the writes. Every large tensor has this cost again, because the C
+// library returns the memory of a large tensor to the system when the tensor is freed. With the
+// setting "madvise", a common default, Linux uses 2 MiB pages where a program asks for them.
 //
-// torch does the same for all its CPU tensors if THP_MEM_ALLOC_ENABLE=1 is set. Here it is done for
-// the results of our ops. They are written in full, so huge pages waste no memory.
+// torch does the same for all its CPU tensors if THP_MEM_ALLOC_ENABLE=1 is set. This file does so
+// for the results of our ops. These results are written in full, so huge pages waste no memory.
 #pragma once
 
 #include <cstddef>

@@ -5,8 +5,9 @@
 namespace vmoe {
 namespace {
 
-// Work per group, in elements, for parallel_groups. An entry takes an exp in both updates of an
-// iteration. Iterations are clamped, so that the product does not overflow.
+// Work per group, in elements, for parallel_groups. An entry takes one exp in each of the two
+// updates of an iteration. The number of iterations is clamped, so that the product does not
+// overflow.
 [[maybe_unused]] int64_t work_of(int64_t tokens, int64_t E, int64_t iterations) {
   return 16 * tokens * E * std::min<int64_t>(iterations, 1 << 10);
 }

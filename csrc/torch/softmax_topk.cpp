@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_topk(const Tensor& logits_, int64_t k
       });
       return;
     }
-    // Long columns of gates are read faster if each is contiguous. Short ones are read several at a
-    // time, one per lane of a vector.
+    // Long columns of gates are read faster if each column is contiguous. Several short columns are
+    // read at the same time, one column per lane of a vector.
     const bool by_expert = tokens > 1024;
     Tensor gates = empty({G, tokens, E}, logits);
     parallel(G * tokens, E, [&](int64_t begin, int64_t end) {

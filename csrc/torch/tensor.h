@@ -159,8 +159,8 @@ inline ScalarType compute_dtype(const Tensor& rows) {
 }
 
 // Calls body(begin, end) on ranges that partition [0, count), in parallel. `elements_each` is the
-// work of one index in elements; a range has at least about 16k elements, so that it is worth a
-// thread.
+// work of one index in elements. A range has at least about 16k elements, because less work is not
+// worth a thread.
 template <typename Body>
 void parallel(int64_t count, int64_t elements_each, Body&& body) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_each));
@@ -203,8 +203,8 @@ void on_device(
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Scratch memory for one call. torch's allocator reuses it in the order of the stream, also while a
-// CUDA graph is captured.
+// Scratch memory for one call. The allocator of torch reuses the memory in the order of the stream,
+// also while a CUDA graph is captured.
 inline Tensor workspace(const Tensor& like, size_t bytes) {
   return empty({static_cast<int64_t>(bytes)}, like, ScalarType::Byte);
 }

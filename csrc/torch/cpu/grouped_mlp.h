@@ -1,5 +1,5 @@
-// grouped_mlp on a CPU -- computes blocks of filled rows, so small that the hidden rows of a block
-// stay in cache between the two products.
+// grouped_mlp on a CPU -- computes the filled rows in blocks. A block is so small that its hidden
+// rows stay in cache between the two products.
 #pragma once
 
 #include <atomic>
@@ -14,9 +14,10 @@
 namespace vmoe {
 namespace {
 
-// Rows per block. The forward has few, so that the hidden rows stay in cache from one product to
-// the next. The backward has many, because every block adds to the whole gradient of the weights.
-// There the hidden rows are divided into columns instead, to stay in cache.
+// Rows per block. Blocks of the forward have few rows, so that the hidden rows stay in cache from
+// one product to the next. Blocks of the backward have many rows, because every block adds to the
+// whole gradient of the weights. There the hidden rows are computed in ranges of columns instead,
+// to stay in cache.
 constexpr int64_t kRows = 128, kRowsBackward = 1024, kColumnsBackward = 384;
 
 FilledRows rows_of(const ExpertMlps& mlp) {
@@ -90,8 +91,8 @@ void scatter(
   });
 }
 
-// Memory for the rows of a block: in the matrix `expert` if the rows are contiguous there, else
-// `scratch`. scatter() then copies them.
+// Memory for the rows of a block. It is in the matrix `expert` if the rows are contiguous in that
+// matrix. Otherwise it is `scratch`, and scatter() copies the rows to the matrix.
 template <typename T>
 T* place(const FilledRows& rows, const Block& block, T* expert, int64_t columns, T* scratch) {
   const int64_t joined = rows.joined(block.expert, block.begin, block.end);
@@ -116,7 +117,7 @@ const T* at(const std::optional<Tensor>& bias, int64_t i) {
   return bias ? read<T>(*bias) + i : nullptr;
 }
 
-// If `hidden` has no rows, it is not kept.
+// If `hidden` has no rows, the hidden rows are not kept.
 void run_forward(
     const ExpertMlps& mlp, const std::optional<Tensor>& b2, const Tensor& y, const Tensor& hidden) {
   const int64_t E = mlp.E, N = mlp.N, D = mlp.D, F = mlp.F, out = mlp.out;
@@ -148,7 +149,7 @@ void run_forward(
   });
 }
 
-// If `hidden` has no rows, it is computed again.
+// If `hidden` has no rows, the hidden rows are computed again.
 void run_backward(
     const ExpertMlps& mlp, const Tensor& grad, const Tensor& hidden, const ExpertMlpGradients& to) {
   const int64_t E = mlp.E, N = mlp.N, D = mlp.D, F = mlp.F, out = mlp.out;

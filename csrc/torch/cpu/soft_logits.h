@@ -24,9 +24,9 @@ void run_forward(const SoftLogits& product, const Tensor& logits) {
 }
 
 // Writes the gradient of x to grad_x and returns the gradient of phi, which is a sum over groups.
-// The groups are divided into up to kParts parts with a total each, and the totals are added in
-// order. The number of parts does not depend on the number of threads, and so neither does the
-// result.
+// The groups are divided into up to kParts parts. Each part has its own total, and the totals are
+// added in order. The number of parts does not depend on the number of threads, so the result does
+// not depend on it either.
 Tensor run_backward(const SoftLogits& product, const Tensor& grad, const Tensor& grad_x) {
   const int64_t G = product.G, tokens = product.tokens, D = product.D, S = product.S;
   constexpr int64_t kParts = 16;

@@ -11,9 +11,9 @@
 namespace vmoe {
 namespace {
 
-// Copies slots [E, G, C, D], the order in which experts read them, to rows [S, D] of one group, the
-// order in which products read them, and back. The thread that multiplies them copies them, so no
-// tensor for the rows of all groups is needed.
+// Copies slots to rows and back. Slots [E, G, C, D] are in the order in which experts read them.
+// Rows [S, D] of one group are in the order in which products read them. The thread that multiplies
+// rows also copies them, so no tensor for the rows of all groups is needed.
 template <typename T>
 struct SlotRows {
   int64_t E, G, C, D;

@@ -1,5 +1,5 @@
-// grouped_mlp on CUDA -- torch's batched products over all rows, also those that are not filled.
-// docs/cuda.md compares this with grouped products over the filled rows alone.
+// grouped_mlp on CUDA -- batched products by torch over all rows, including rows that are not
+// filled. docs/cuda.md compares these products with grouped products over the filled rows alone.
 #pragma once
 
 #include "../grouped_mlp.h"
@@ -36,7 +36,7 @@ void run_forward(
   });
 }
 
-// If `hidden` has no rows it is computed again.
+// If `hidden` has no rows, x w1 is computed again.
 void run_backward(
     const ExpertMlps& mlp, const Tensor& grad, const Tensor& hidden, const ExpertMlpGradients& to) {
   const Tensor& x = mlp.x;
@@ -52,8 +52,8 @@ void run_backward(
     on_device("grouped_mlp_backward", x, others, [&](auto stream) {
       Tensor grad_y = grad;
       if (to.of_weights) {
-        // The gradient of rows that are not filled may be infinite, which must not reach the
-        // gradient of w2: sum_rows copies the gradient with zeros in these rows.
+        // The gradient of rows that are not filled may be infinite. Infinities must not reach the
+        // gradient of w2, so sum_rows copies the gradient with zeros in these rows.
         if (mlp.filled) grad_y = empty({mlp.E, mlp.N, mlp.out}, x);
         const Tensor memory = workspace(x, cuda::sum_workspace<Row>(rows, mlp.out));
         cuda::sum_rows(

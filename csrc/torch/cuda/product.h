@@ -1,9 +1,9 @@
 // product on CUDA -- torch's matrix products (cuBLAS), on the current device and its current
 // stream.
 //
-// They obey torch's settings (TF32, reduced-precision sums of 16-bit products). They ignore
-// autocast: aoti_torch_cuda_mm_out and bmm_out do not go through the dispatcher, and autocast has
-// no rule for the overload dtype_out.
+// The products obey the settings of torch (TF32, reduced-precision sums of 16-bit products). The
+// products ignore autocast: aoti_torch_cuda_mm_out and bmm_out do not go through the dispatcher,
+// and autocast has no rule for the overload dtype_out.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>

@@ -1,5 +1,5 @@
 // soft_logits on CUDA -- one product by torch over the tokens of all groups, and our kernels before
-// and after it.
+// and after the product.
 #pragma once
 
 #include "../../common/row_stride.h"

@@ -1,5 +1,6 @@
-// soft_mix on CUDA -- our kernel for softmax and product together (soft_mix_product) for the shapes
-// that it serves; for other shapes our softmax, and torch's batched product over all groups.
+// soft_mix on CUDA -- the softmax and the product over all groups. For shapes that soft_mix_product
+// takes, this kernel computes both. For other shapes our kernel computes the softmax, and torch
+// computes the batched product.
 #pragma once
 
 #include "../../common/row_stride.h"
@@ -12,9 +13,9 @@ namespace {
 using torch::stable::narrow;
 using torch::stable::transpose;
 
-// Converts slots [E, G, C, D], the order in which experts read them, to rows [G, S, D], the order
-// in which products read them, and back. If the distance between adjacent slots of a group is
-// constant, the rows are a view of the slots. Else they are copied.
+// Converts slots to rows and back. Slots [E, G, C, D] are in the order in which experts read them.
+// Rows [G, S, D] are in the order in which products read them. If the distance between adjacent
+// slots of a group is constant, the rows are a view of the slots. Otherwise the rows are a copy.
 template <typename Row>
 struct SlotRows {
   int64_t E, G, C, D;
