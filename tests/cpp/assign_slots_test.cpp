@@ -50,7 +50,7 @@ TYPED_TEST(AssignSlots, RanksRequests) {
 
 TYPED_TEST(AssignSlots, ServesFirstChoicesFirst) {
   using T = TypeParam;
-  // Three tokens want expert 0: token 2 as its first choice, 0 and 1 as their second.
+  // Three tokens request expert 0: token 2 as its first choice, tokens 0 and 1 as their second.
   const std::vector<int32_t> expert{1, 0, 1, 0, 0, 1};
   std::vector<int32_t> slot(6), source(4);
   cpu::assign_slots(

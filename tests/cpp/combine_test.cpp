@@ -150,7 +150,7 @@ TYPED_TEST(Combine, ListsOutOfRange) {
 TYPED_TEST(Combine, TokenWithoutSlotGetsZeros) {
   using T = TypeParam;
   const Shape shape{1, 3, 2, 1, 2};
-  // The contents of an empty slot must not change the result, not even if they are NaN.
+  // The entries of an empty slot must not change the result, not even if the entries are NaN.
   const std::vector<T> y{1, 2, kNaN<T>, kInf<T>}, gate{2, kNaN<T>};
   EXPECT_EQ(combine(shape, y, &gate, {1, -1}), (std::vector<T>{0, 0, 2, 4, 0, 0}));
   const auto gradients = combine_backward(shape, {5, 6, 7, 8, 9, 10}, y, gate, {1, -1});

@@ -25,8 +25,8 @@ double squared_distance(const std::vector<T>& p, const std::vector<T>& x) {
 }
 
 // The best projection over all supports of at most k entries. On one support, the projection onto
-// the plane sum p = 1 subtracts the same number from every entry; it is a candidate if no entry
-// becomes negative.
+// the plane sum p = 1 subtracts the same number from every entry. This projection is a candidate if
+// no entry becomes negative.
 template <typename T>
 std::vector<double> best_of_supports(const std::vector<T>& x, int64_t k) {
   const std::vector<double> exact(x.begin(), x.end());
@@ -80,7 +80,7 @@ TYPED_TEST(KsparseProjection, IsTheNearestPointOverAllSupports) {
           const auto p = project(x, 1, k);
           expect_feasible(p, k);
           expect_near(p, best_of_supports(x, k), kRounding<T>);
-          // With ties, the nearest point is not unique; only the distance is.
+          // With ties, the distance is unique, but the nearest point is not.
           const auto ties = tied<T>(n, seed);
           const auto q = project(ties, 1, k);
           expect_feasible(q, k);

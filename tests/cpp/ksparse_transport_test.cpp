@@ -108,9 +108,9 @@ struct SemiDual {
     return alpha;
   }
 
-  // Computes alpha from the plan `moved`, up to a constant, which changes no plan. Within a column,
-  // alpha[t] + S[t, e] - gamma plan[t, e] is the same number at all positive entries. Returns an
-  // empty vector if the plan consists of separate blocks.
+  // Computes alpha from the plan `moved`, up to a constant. Adding a constant to alpha changes no
+  // plan. Within a column, alpha[t] + S[t, e] - gamma plan[t, e] is the same number at all positive
+  // entries. Returns an empty vector if the plan consists of separate blocks.
   std::vector<double> alpha_of(const std::vector<double>& moved) const {
     std::vector<double> alpha(n, kNaN<double>), column(E, kNaN<double>);
     alpha[0] = 0;
@@ -352,7 +352,7 @@ TEST(KsparseTransportAdam, StopsAfterTheUpdateThatMetTheTolerance) {
   const Shape shape{1, 8, 2};
   const auto similarity = uniform<double>(shape.size(), 10, 0, 1);
   auto options = with_iterations(with_k(kAdam, 8), 1000);
-  options.tolerance = 1e9;  // the first gradient is below it; its update is still applied
+  options.tolerance = 1e9;  // the first gradient meets this, and its update is applied
   EXPECT_EQ(
       transport(shape, similarity, options),
       transport(shape, similarity, with_iterations(with_k(kAdam, 8), 1)));

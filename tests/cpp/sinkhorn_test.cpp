@@ -61,7 +61,7 @@ std::vector<T> implicit(
   return out.values();
 }
 
-// The definition without logarithms, for one group with small |M| and no absent token: scales
+// The definition without logarithms, for one group with small |M| and no absent token. It scales
 // exp(M) by columns, then by rows.
 template <typename T>
 std::vector<double> scaled_kernel(
@@ -227,15 +227,15 @@ TYPED_TEST(Sinkhorn, WideLogitsMatchTheDefinition) {
 
 TYPED_TEST(Sinkhorn, MasksLetPotentialsGrow) {
   using T = TypeParam;
-  // Every token reaches two experts, and all but the last prefer the second. The potentials grow
-  // from expert to expert, far beyond the range of the logits.
+  // Every token reaches two experts, and every token except the last prefers the second of the two.
+  // The potentials grow from expert to expert, far beyond the range of the logits.
   const int64_t E = 12;
   std::vector<T> chain(E * E, -kInf<T>);
   for (int64_t t = 0; t < E; ++t) {
     chain[t * E + t] = -90;
     if (t + 1 < E) chain[t * E + t + 1] = 90;
   }
-  // Three of four tokens reach only one expert, which has two places: no plan exists, and the
+  // Three of four tokens reach only one expert, which has two places. So no plan exists, and the
   // potentials diverge by log(3/2) per iteration.
   std::vector<T> crowd{0, -kInf<T>, 0, -kInf<T>, 0, -kInf<T>, 0, 0};
   for (const int64_t iterations : {1, 20, 500, 5000}) {
@@ -603,8 +603,8 @@ TEST(SinkhornImplicitBackward, BlockDiagonalPlan) {
 }
 
 TEST(SinkhornImplicitBackward, RowsAndColumnsOfTheGradientSumToZero) {
-  // Adding a constant to the logits of a token or an expert changes no converged plan, so rows and
-  // columns of the gradient sum to 0, even if the plan has not converged.
+  // Adding a constant to the logits of a token or an expert changes no converged plan. So the rows
+  // and the columns of the gradient sum to 0. They do so even if the plan has not converged.
   const Shape shape{1, 9, 4};
   const auto plan = sinkhorn(shape, uniform<double>(shape.size(), 23, -5, 5), {2, 1, 0}).plan;
   const auto grad = implicit(shape, uniform<double>(shape.size(), 24), plan);

@@ -1,5 +1,5 @@
-// Kernels on several threads: equal to the result of one thread, and without a data race if the
-// build has ThreadSanitizer (-DVMOE_SANITIZE=thread).
+// Tests of kernels on several threads. Results must equal the results of one thread. A build with
+// ThreadSanitizer (-DVMOE_SANITIZE=thread) also reports data races.
 #include <thread>
 
 #include "assign_slots.h"

@@ -13,9 +13,9 @@ inline void expect_success(cudaError_t error) {
   ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error);
 }
 
-// An array in device memory. Its allocation has exactly its size, so that a sanitizer checks the
-// bounds. It is filled with a byte that kernels are unlikely to write. An empty array is a null
-// pointer, which functions of the runtime may reject even for a size of 0.
+// An array in device memory. Its allocation has exactly the size of the array, so that a sanitizer
+// checks the bounds. The array is filled with a byte that kernels are unlikely to write. An empty
+// array is a null pointer, which functions of the runtime may reject even for a size of 0.
 template <typename T>
 class DeviceArray {
  public:
@@ -89,7 +89,8 @@ std::vector<Row> rows(int64_t size, uint64_t seed) {
   return out;
 }
 
-// The inverse of `set`. It converts every value, including infinities, NaN and subnormal numbers.
+// The inverse of `set`. value_of converts every value, including infinities, NaN and subnormal
+// numbers.
 inline float value_of(float row) { return row; }
 inline double value_of(double row) { return row; }
 inline float value_of(BFloat16 row) {

@@ -15,8 +15,8 @@ template <typename Row>
 class CudaGroupedMlp : public ::testing::Test {
  public:
   using T = Compute<Row>;
-  // The error bound of GELU in grouped_mlp.h, times the largest |x| here; or one rounding to 16
-  // bits.
+  // For double and float, the error bound of GELU in grouped_mlp.h times the largest |x| here. For
+  // 16-bit types, the error of one rounding to 16 bits.
   static constexpr double kError = std::is_same_v<Row, double>     ? 8e-14
                                    : std::is_same_v<Row, float>    ? 8e-6
                                    : std::is_same_v<Row, BFloat16> ? 0x1p-8

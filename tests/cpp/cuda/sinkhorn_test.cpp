@@ -17,7 +17,7 @@ struct Options {
 };
 
 // Tolerance for results that are summed in another order than on the CPU. Numbers around 1e4
-// cancel, so it is 1e-11 for float64.
+// cancel, so the tolerance is 1e-11 for float64.
 template <typename T>
 constexpr double kOtherOrder = std::max(4 * kRounding<T>, 1e-11);
 
@@ -172,9 +172,9 @@ class SmallDevice {
   size_t shared_limit_before_ = shim::shared_limit;
 };
 
-// Little shared memory and few multiprocessors, so that small shapes cover: one and several blocks
-// per group; matrices and column vectors in shared memory and in device memory; one and several
-// groups per crew; and more blocks than are needed.
+// The device has little shared memory and few multiprocessors, so that small shapes cover: one and
+// several blocks per group; matrices and column vectors in shared memory and in device memory; one
+// and several groups per crew; and more blocks than are needed.
 TYPED_TEST(CudaSinkhorn, OnSmallDevices) {
   using T = TypeParam;
   for (const auto& [multiprocessors, shared_kib] : {std::pair{2, 25}, {5, 32}, {7, 48}}) {

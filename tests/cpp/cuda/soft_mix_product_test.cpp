@@ -12,8 +12,8 @@ struct Shape {
   int64_t S() const { return E * C; }
   int64_t lines() const { return over_tokens ? S() : tokens; }
   int64_t count() const { return over_tokens ? tokens : S(); }
-  // The row of line i in the result, and of value i in the values. Lines are the rows of the result
-  // of a group: its slots over tokens, else its tokens.
+  // The row of line i in the result, and the row of value i in the values. The lines of a group are
+  // the rows of its result: slots in means over tokens, tokens in means over slots.
   int64_t line_row(int64_t g, int64_t i) const { return row(g, i, !over_tokens); }
   int64_t value_row(int64_t g, int64_t i) const { return row(g, i, over_tokens); }
   int64_t logit(int64_t g, int64_t line, int64_t value) const {

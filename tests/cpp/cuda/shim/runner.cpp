@@ -1,9 +1,9 @@
 // runner -- runs the threads of a block, or of all co-resident blocks, as fibers of one host thread
 // (cuda_runtime.h).
 //
-// Sanitizers instrument the kernels and not this file, which runs at every switch of a fiber. They
-// are not told about the switches: they check addresses on any stack, and would only describe an
-// address on the stack of a fiber better.
+// Sanitizers instrument the kernels and not this file, which runs at every switch of a fiber. The
+// sanitizers are not told about the switches. They check addresses on any stack anyway. If they
+// knew the switches, they would only describe an address on the stack of a fiber better.
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -248,7 +248,7 @@ void release_block() {
 }
 
 // Fills, saves and restores the __shared__ variables, with the red zones of ASan between them.
-// Loops, because ASan would check memset and memcpy.
+// These functions use loops, because ASan would check memset and memcpy.
 void fill_declared(uint64_t garbage) {
   for (volatile uint64_t* p = __start_cuda_shared; p < __stop_cuda_shared; ++p) *p = garbage;
 }
@@ -343,8 +343,8 @@ void begin_block(Block& next, size_t i, size_t shared) {
   for (size_t i = 0; i < block_size; ++i) prepare(next.fibers[i], i);
 }
 
-// Resumes the threads of the block that need not wait. Returns whether there was one. In the
-// schedules forward and backward, each warp runs as far as it can before the next warp, which
+// Resumes the threads of the block that need not wait. Returns whether there was such a thread. In
+// the schedules forward and backward, each warp runs as far as it can before the next warp, which
 // reveals missing barriers. In the schedule shuffled, every thread is resumed once.
 bool run_block(Order& order) {
   std::vector<Fiber>& fibers = block->fibers;
@@ -355,7 +355,7 @@ bool run_block(Order& order) {
   const auto resume_all = [&](const std::vector<size_t>& order) {
     bool any = false;
     for (auto i = order.begin(); i != order.end(); ++i) {
-      if (i + 1 != order.end()) {  // fetch the stack of the next fiber, which no cache predicts
+      if (i + 1 != order.end()) {  // prefetches the next fiber's stack, which hardware cannot predict
         const char* next = static_cast<const char*>(fibers[i[1]].registers[2]);
         __builtin_prefetch(next);
         __builtin_prefetch(next + 64);

@@ -30,7 +30,7 @@ inline AOTITorchError no_stream(int32_t, void** stream) {
 }
 
 // On a CPU, torch has no product with another dtype than its factors. For such a product this
-// converts the factors to the dtype of the result first.
+// function first converts the factors to the dtype of the result.
 inline AOTITorchError call_dispatcher(
     const char* op, const char* overload, StableIValue* stack, uint64_t version) {
   using torch::stable::Tensor;
