@@ -355,7 +355,7 @@ bool run_block(Order& order) {
   const auto resume_all = [&](const std::vector<size_t>& order) {
     bool any = false;
     for (auto i = order.begin(); i != order.end(); ++i) {
-      if (i + 1 != order.end()) {  // prefetches the next fiber's stack, which hardware cannot predict
+      if (i + 1 != order.end()) {  // prefetch the next stack: hardware does not predict it
         const char* next = static_cast<const char*>(fibers[i[1]].registers[2]);
         __builtin_prefetch(next);
         __builtin_prefetch(next + 64);
