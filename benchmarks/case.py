@@ -15,7 +15,7 @@ OURS = "ours"
 
 # "ours": this package. "naive": the first code that a user would write. "index": well-written torch code. "compiled":
 # torch.compile of the index form. "peer": an installed package. "dense": the dense MLP of the same FLOPs. "yardstick":
-# torch.add or a dense MLP, beside the call overhead of ours.
+# torch.add or a dense MLP, whose call time is compared with the call overhead of ours.
 ROLES = ("ours", "naive", "index", "compiled", "peer", "dense", "yardstick")
 
 
@@ -52,9 +52,9 @@ class Size:
         return self.torch_dtype.itemsize
 
     def tolerance(self, of_float32: float) -> float:
-        """Returns the tolerance of results: `of_float32`, or ten roundings of bfloat16 for 16-bit dtypes.
+        """Returns the tolerance of results: `of_float32` for float32, otherwise ten rounding errors of bfloat16.
 
-        Variants round to 16 bits at different places.
+        Variants round to 16 bits at different steps of the computation.
         """
         return of_float32 if self.dtype == "float32" else 10 * torch.finfo(torch.bfloat16).eps / 2
 
@@ -100,8 +100,8 @@ class Variant:
         leaves: Tensors whose gradients are computed; empty for a variant without gradients.
         canonical: Brings the outputs into the layout of our outputs.
         canonical_gradients: Brings the gradients into the layout of our gradients.
-        different: Reason why the variant computes a different function. If empty, its results must equal ours.
-        different_gradient: The same for the gradients alone.
+        different: Reason why the variant computes a different function. If empty, the results must equal ours.
+        different_gradient: Reason why only the gradients differ. If empty, the gradients must equal ours.
     """
 
     name: str
@@ -125,8 +125,8 @@ class Case:
         variants: The variants; the first is ours.
         floors: Lower bound of the work, per direction.
         tolerance: Largest difference between results, relative to the largest entry of our result.
-        allowed: Share of the entries that may differ by more. It is above 0 only if the function chooses between nearly
-            equal values.
+        allowed: Share of the entries that may differ by more than `tolerance`. The share is above 0 only if the
+            function chooses between nearly equal values.
         skipped: Lines "name: reason" for variants that are not measured.
     """
 

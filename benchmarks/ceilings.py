@@ -1,4 +1,7 @@
-"""Ceilings of the machine, measured in every run, and the floors of cases: the least time that they take there."""
+"""Ceilings, the highest rates of the machine, and floors, the least times of the cases at these rates.
+
+Every run measures the ceilings.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,12 @@ class Ceilings:
     def level(self, working_set: float) -> str:
         """Returns the smallest level that holds the working set.
 
-        A level holds twice the size that was measured in it.
+        A level counts as twice as large as the working set with which its rates were measured.
         """
         return next((name for name, size in self.sizes.items() if working_set <= 2 * size), list(self.sizes)[-1])
 
     def seconds(self, floor: Floor) -> dict[str, float]:
-        """Returns the seconds that each resource alone would take; the largest is the floor."""
+        """Returns the seconds that each resource alone would take; the largest number is the floor."""
         level = self.level(floor.bytes)
         gemm = self.gemm_bfloat16 if floor.dtype == "bfloat16" and self.gemm_bfloat16 else self.fastest_gemm
         return {
@@ -63,7 +66,7 @@ class Ceilings:
         }
 
     def at_least(self, other: Ceilings) -> Ceilings:
-        """Returns the higher of two measurements of every rate: other processes disturbed the lower one."""
+        """Returns the higher of two measurements of every rate, because other processes slowed the lower one."""
 
         def levels(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
             return {level: max(a[level], b[level]) for level in a}
@@ -79,7 +82,7 @@ class Ceilings:
         )
 
     def floor(self, floor: Floor) -> dict:
-        """Returns the entry of a result: seconds, the resource that sets them, and the counts of `floor`."""
+        """Returns the floor as the entry of a result: seconds, the slowest resource, and the counts of `floor`."""
         by_resource = self.seconds(floor)
         by = max(by_resource, key=lambda name: by_resource[name])
         return {"seconds": by_resource[by], "by": by, **asdict(floor)}
@@ -89,7 +92,7 @@ class Ceilings:
 
 
 def cache_sizes() -> dict[str, int]:
-    """Returns the bytes of L2 and L3 of the first core; common sizes if the system does not tell."""
+    """Returns the bytes of L2 and L3 of the first core; common sizes if the system does not report them."""
     sizes = {"L2": 1 << 20, "L3": 32 << 20}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind = ((index / name).read_text().strip() for name in ("level", "type"))

@@ -11,7 +11,7 @@ from benchmarks.case import BACKWARD, FORWARD, RECORDED, Case, Variant
 
 
 def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Draws a fixed gradient for every output, from seeds of its own: the inputs of cases use the global seed."""
+    """Draws a fixed gradient for every output, independent of the global seed, which the inputs of cases use."""
     made = []
     for output in outputs:
         generator = torch.Generator(output.device).manual_seed(1 + len(made))
@@ -29,7 +29,10 @@ def applies(variant: Variant, direction: str) -> bool:
 
 
 def recording(direction: str) -> torch.set_grad_enabled:
-    """Returns the grad mode of a direction. Enter it around the timed loop: entering takes as long as a small call."""
+    """Returns the grad mode of a direction.
+
+    Enter the mode outside the timed loop, because entering takes as long as a small call.
+    """
     return torch.set_grad_enabled(direction != FORWARD)
 
 

@@ -1,6 +1,6 @@
 """Results as CSV files.
 
-Lines `# key: JSON` describe the machine and the run. Then come a row per case, direction and variant.
+Lines `# key: JSON` describe the machine and the run. One row per case, direction and variant follows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ CASE = ("op", "title", "size", "default", "threads", "direction")
 VARIANT = ("name", "role", "seconds", "called_seconds", "waits", "saved_bytes", "peak_bytes", "different")
 RATIO = ("median", "low", "high")
 FLOOR = ("seconds", "by", "flops", "bytes", "exps")
-# Columns of a row. ratio_* belong to the variant; floor_* and again (the median of the A/A ratios) to its case.
+# Columns of a row. The columns ratio_* belong to the variant. The columns floor_* and again (the median of the A/A
+# ratios) belong to the case.
 COLUMNS = (
     *CASE,
     *VARIANT,

@@ -37,8 +37,8 @@ def without_naive(case: Case) -> Case:
 def usable(case: Case, direction: str, skipped: list[str], device: str) -> list[Variant]:
     """Returns the variants that run and compute correct results; adds the rest to `skipped`.
 
-    On a CPU every variant but a compiled one must run. On a GPU only ours must: other variants may lack a kernel or
-    memory.
+    On a CPU every variant that is not compiled must run. On a GPU only our variant must run, because other variants may
+    lack a kernel or memory.
 
     Raises:
         AssertionError: The results of a variant that is not compiled differ from ours.
@@ -81,7 +81,10 @@ def measure_job(job: Job, options: argparse.Namespace, ceilings: Ceilings) -> li
 def measure_case(
     case: Case, direction: str, job: Job, options: argparse.Namespace, ceilings: Ceilings, peak: dict[str, int]
 ) -> dict:
-    """Measures times, ratios, floor and memory. On a GPU: by the GPU's clock, and per call from Python, too."""
+    """Measures times, ratios, floor and memory.
+
+    On a GPU, times are measured twice: by the clock of the GPU, and per call from Python.
+    """
     skipped = list(case.skipped)
     variants = usable(case, direction, skipped, options.device)
     calls = {variant.name: runner(variant, direction) for variant in variants}

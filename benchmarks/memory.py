@@ -28,7 +28,7 @@ def saved_bytes(variant: Variant) -> int:
     def pack(x: torch.Tensor) -> torch.Tensor:
         pointer = x.untyped_storage().data_ptr()
         if pointer not in own:
-            storages[pointer] = x  # keeps the storage alive: a new one could get the address of a freed one
+            storages[pointer] = x  # keeps the storage alive: a new storage could get the address of a freed one
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):

@@ -1,8 +1,8 @@
 """Cost of recording a layer's routing: `python -m benchmarks.recording [--rounds N]`.
 
-Prints milliseconds of CPU time of a forward of one layer of every router (D = 384, E = 32, T = 196, 8 images), and the
-ratios of three calls to it, measured in the same rounds: again after recording, within `record`, and within `record`
-with all statistics.
+Prints the milliseconds of CPU time of a forward, for one layer of every router (D = 384, E = 32, T = 196, 8 images).
+Prints the ratios of three further forwards to this time: outside `record` after a recording, within `record`, and
+within `record` with all statistics. All forwards are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def plain(layer: MoEMlp, x: Tensor) -> None:
 
 
 def measure(router: str, rounds: int, width: int = 384, images: int = 8) -> tuple[float, list[Ratio]]:
-    """Returns the seconds of a forward, and the ratios of `CALLS` to it."""
+    """Returns the seconds of a forward, and the ratios of the times of `CALLS` to these seconds."""
     torch.manual_seed(0)
     layer = MoEMlp(width, num_experts=32, router=router).eval()
     x = torch.randn(images, 196, width)

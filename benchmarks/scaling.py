@@ -30,7 +30,7 @@ from benchmarks.timer import is_unstable, measure, once
 
 THREADS = (1, 2)
 BYTES, FLOPS = 1 << 30, 1e11  # a point that moves or computes more than this is left out
-SLACK = 0.15  # a slope this far above the algorithm's is too steep
+SLACK = 0.15  # a slope is too steep if it exceeds the algorithm's exponent by more
 GAIN = 1.7  # wanted speedup of two threads over one, if arithmetic sets the floor and not memory
 LONG = 0.25  # a call of more seconds gets fewer rounds
 LEAVE_OUT = ("layer", "overhead")
@@ -38,7 +38,7 @@ LEAVE_OUT = ("layer", "overhead")
 
 @dataclass(frozen=True)
 class Axis:
-    """A number that grows: its name, its values, and the size for each value."""
+    """A number that grows, such as the tokens: its name, its values, and the size of the case for each value."""
 
     name: str
     values: tuple[int, ...]
@@ -159,7 +159,7 @@ def gains(found: Ceilings, only: str | None, rounds: int) -> list[dict]:
 
 
 def is_compute_bound(gain: dict) -> bool:
-    """Tells whether arithmetic sets the floor; then two threads should bring `GAIN`."""
+    """Tells whether arithmetic sets the floor; if so, two threads should reach the speedup `GAIN`."""
     return "bandwidth" not in gain["by"]
 
 

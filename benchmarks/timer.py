@@ -13,7 +13,7 @@ import torch
 
 AGAIN = "ours (again)"
 UNSTABLE = 0.10  # largest deviation of the median A/A ratio from 1
-WIDE = 0.30  # largest deviation of the ends of its interval from 1
+WIDE = 0.30  # largest deviation of the ends of the median's interval from 1
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and least seconds, and the ratio to the time of the base: above 1 the base is faster."""
+    """Median and least seconds, and the ratio to the time of the base.
+
+    A ratio above 1 means that the base is faster.
+    """
 
     seconds: float
     fastest: float
@@ -42,7 +45,10 @@ def bootstrap(values: list[float], draws: int = 1000, seed: int = 0) -> Ratio:
 
 
 def once(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Returns the mean seconds per call of `repeats` calls; on a GPU by its clock, with the launches of Python."""
+    """Returns the mean seconds per call of `repeats` calls.
+
+    On a GPU, the clock of the GPU measures them, and they include the time in which Python launches the calls.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         return _between_events(call, repeats)[0]
@@ -70,9 +76,9 @@ class Queued:
     The GPU sleeps until enough calls are in its queue, and then runs them one after another.
     """
 
-    LEAST = 1e-3  # the least seconds of a measurement: some hundred kernels; a queue holds a thousand
+    LEAST = 1e-3  # the least seconds of a measurement, some hundred kernels; a queue holds a thousand kernels
     LONGEST = 0.05  # the most seconds of launches for which the GPU sleeps
-    CYCLES = 2e9  # per second, of the fastest GPU
+    CYCLES = 2e9  # cycles per second of the fastest GPU
 
     def __init__(self, call: Callable[[], object]):
         self._call, self._repeats = call, repeats_for(call, "cuda", self.LEAST)
@@ -93,7 +99,7 @@ class Queued:
 
     @property
     def waits(self) -> bool:
-        """Whether the time includes Python: the call synchronises with the GPU, or has too many kernels to queue."""
+        """Whether the time includes Python, because the call synchronises or has too many kernels to queue."""
         return 2 * sum(self._ahead) < len(self._ahead)
 
 
@@ -122,8 +128,8 @@ def paired(
     """Runs the measurements in shuffled rounds.
 
     Returns:
-        The timing of every measurement, with the first as the base of the ratios; and the A/A ratio, of a second
-        measurement of the base in every round.
+        The timing of every measurement, with the first measurement as the base of the ratios; and the A/A ratio, the
+        ratio of a second measurement of the base in every round to the first.
     """
     base = next(iter(measurements))
     measurements = {**measurements, AGAIN: measurements[base]}

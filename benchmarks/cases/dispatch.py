@@ -24,9 +24,10 @@ class Drawn:
         x: Tokens [G, T, D].
         token: Token of every slot [G, E, C], for our ops.
         gate: Gate of every slot [G, E, C].
-        rows: Row in the batch of every slot [G * E * C], G * T for an empty slot; for the other variants.
-        places: Slots of every token [G * T, K], numbered over all groups, -1 for a dropped request; for the other
-            variants.
+        rows: Position of every slot's token in the batch [G * E * C]; G * T for an empty slot. For variants other than
+            ours.
+        places: Slots of every token [G * T, K], numbered over all groups; -1 for a dropped request. For variants other
+            than ours.
     """
 
     x: Tensor

@@ -44,7 +44,7 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
             BACKWARD: Floor(bytes=size.itemsize * G * E * (3 * T + 2 * C) + 8 * G * E * C, exps=2 * G * T * E),
         },
         tolerance=size.tolerance(1e-5),
-        # Among equal probabilities, ours takes the lower index and torch.topk any.
+        # Among equal probabilities, our op takes the lower index, and torch.topk takes any index.
         allowed=5e-3,
     )
 

@@ -35,7 +35,7 @@ def build(size: Size, device: str, *, one_group: bool) -> Case:
             variant("torch topk, batched", "index", lambda: [forms.ksparse_transport(similarity, k, ITERATIONS)]),
         ),
         floors=floors(G, T, E),
-        # Rounding decides whether the token at the k-th place of a column is chosen.
+        # Rounding errors decide which token is the k-th and last chosen token of a column.
         tolerance=1e-3,
         allowed=1e-2,
     )

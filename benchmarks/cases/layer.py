@@ -24,7 +24,10 @@ def make(size: Size, device: str, **options: Any) -> MoEMlp:
 
 
 def floors(rows: int, size: Size, extra: int = 0) -> dict[str, Floor]:
-    """Counts two products over `rows` rows, each reading its weights and rows once; with gradients three times that."""
+    """Counts two products over `rows` rows.
+
+    Each product reads its weights and rows once. With gradients, all counts are three times as high.
+    """
     D, E = size.width, size.experts
     flops = 2 * 2 * rows * D * 4 * D + extra
     moved = size.itemsize * (2 * size.rows * D + 8 * E * D * D)
@@ -72,7 +75,7 @@ def sparse(size: Size, device: str, *, router: str, one_group: bool = True, top_
         size=size,
         variants=tuple(variants),
         floors=floors(size.rows * top_k, size),
-        # If the gates of two experts differ by a rounding, a variant may send a token to the other expert.
+        # If the gates of two experts differ by a rounding error, a variant may send a token to the other expert.
         tolerance=size.tolerance(1e-3),
         allowed=1e-2,
         skipped=tuple(skipped),
@@ -86,7 +89,7 @@ def soft(size: Size, device: str) -> Case:
     x = F.normalize(torch.randn(size.images, size.tokens, size.width, device=device), dim=-1) * size.width**0.5
     x = x.to(size.torch_dtype).requires_grad_()
     experts = layer.experts
-    # In 16 bits the gradient of the scale is left out: it is one sum over all entries, whose terms nearly cancel.
+    # In 16 bits the gradient of the scale is left out, because it is a sum over all entries whose terms nearly cancel.
     scale = (layer.router.scale,) if size.dtype == "float32" else ()
     leaves = (x, layer.router.phi, *scale, experts.w1, experts.b1, experts.w2, experts.b2)
     variant = partial(Variant, leaves=leaves)

@@ -22,7 +22,7 @@ def build(size: Size, device: str, title: str, torch_forms: Sequence[tuple[str, 
     """Makes our layer and the parts of its case.
 
     Returns:
-        The layer; its input; the variants of ours and of torch, to which packages are added; the lines of skipped
+        The layer; its input; the variants of ours and of torch, to which the caller adds packages; the lines of skipped
         packages; and a function that makes the case.
     """
     layer = make(size, device, router="softmax_token_choice", act_layer=nn.GELU, bias=False, **options)
@@ -45,7 +45,7 @@ def build(size: Size, device: str, title: str, torch_forms: Sequence[tuple[str, 
             size=size,
             variants=(*variants, layers.dense(x, rows)),
             floors=floors(rows, size),
-            # If the gates of two experts differ by a rounding, a variant may send a token to the other expert.
+            # If the gates of two experts differ by a rounding error, a variant may send a token to the other expert.
             tolerance=1e-3,
             allowed=1e-2,
             skipped=tuple(skipped),

@@ -56,8 +56,8 @@ def build(size: Size, device: str, *, one_group: bool, sigma: int = 1) -> Case:
     )
 
 
-# An untrained router has about standard normal logits: the iteration converges to rounding, and the CPU kernel skips
-# the rest. At 4 sigma it does not converge, and all iterations run.
+# An untrained router has about standard normal logits. The iteration converges to rounding error, and the CPU kernel
+# skips the remaining iterations. At a standard deviation of 4 it does not converge, and all iterations run.
 ENTRIES = (
     Entry("sinkhorn", partial(build, one_group=True), quick=Size(), sweep=("experts",), cuda_quick=(VIT_B,)),
     Entry("sinkhorn", partial(build, one_group=True, sigma=4), quick=Size()),

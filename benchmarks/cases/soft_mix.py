@@ -17,7 +17,7 @@ def build(size: Size, device: str) -> Case:
     G, T, E, D = size.images, size.tokens, size.experts, size.width
     S = E * max(1, round(T / E))
     x = torch.randn(G, T, D, device=device).to(size.torch_dtype).requires_grad_()
-    # Phi as the router makes it, at a scale where logits are about 1.
+    # Phi as the router makes it, with a scale at which the logits are about 1 in size.
     phi = (D**0.5 * F.normalize(torch.randn(D, S, device=device), dim=0)).to(size.torch_dtype).requires_grad_()
     variant = partial(Variant, leaves=(x, phi))
 

@@ -13,7 +13,7 @@ from vmoe_routers import ops
 
 
 def draw(size: Size, device: str) -> torch.Tensor:
-    """Draws logits [1, n, E]. In 16 bits, the logits of a row all differ: among equal ones torch may choose any."""
+    """Draws logits [1, n, E]. In 16 bits, the logits of a row all differ, because torch breaks ties arbitrarily."""
     logits = torch.randn(1, size.rows, size.experts, device=device)
     if size.dtype != "float32":
         logits = logits.argsort(-1) * (4 / size.experts)
@@ -41,13 +41,13 @@ def build(size: Size, device: str) -> Case:
         variants=tuple(variants),
         floors={FORWARD: forward, BACKWARD: forward + Floor(bytes=2 * size.itemsize * n * E, exps=n * E)},
         tolerance=size.tolerance(1e-5),
-        # Variants may swap probabilities that differ by a rounding.
+        # Variants may swap probabilities that differ by a rounding error.
         allowed=1e-3,
         skipped=tuple(skipped),
     )
 
 
-# Too many rows for any cache.
+# So many rows that no cache holds them.
 MILLION = Size(images=4096, tokens=256, top_k=1)
 TARGETED = (VIT_B, MILLION, replace(MILLION, experts=64))
 ENTRIES = (

@@ -63,7 +63,7 @@ def slots(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tup
 
 
 def _in_order(expert: Tensor, priority: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the experts of all requests [G, K * T] in the order of service, and the tokens in that order."""
+    """Returns the experts of all requests [G, K * T] in the order in which requests are served, and their tokens."""
     G, T, K = expert.shape
     if priority is None:
         return expert.long().transpose(1, 2).reshape(G, K * T), torch.arange(T, device=expert.device).expand(G, T)
@@ -161,7 +161,7 @@ def ksparse_plan(alpha: Tensor, S: Tensor, k: int, b: float) -> Tensor:
 def ksparse_transport(
     S: Tensor, k: int, iterations: int = 20, learning_rate: float = 0.01, tolerance: float = 1e-3
 ) -> Tensor:
-    """Runs Adam on the semi-dual of all groups, one batched top-k per iteration; backward sees the last projection."""
+    """Runs Adam on the semi-dual of all groups, one batched top-k per iteration; backward uses the last projection."""
     b = S.shape[1] / S.shape[2]
     with torch.no_grad():
         alpha = torch.zeros_like(S[..., 0])
@@ -215,7 +215,7 @@ def soft_mix_one_exp(x: Tensor, phi: Tensor) -> Tensor:
 
 
 def soft_mix_attention(x: Tensor, phi: Tensor) -> Tensor:
-    """Runs two attentions: slots attend to tokens, then tokens to slots. It keeps no logits."""
+    """Runs two attentions: slots attend to tokens, then tokens to slots. No logits are stored."""
     tokens, slots = F.normalize(x, dim=-1)[:, None], phi.t().expand(x.shape[0], 1, -1, -1)
     mixed = F.scaled_dot_product_attention(slots, tokens, x[:, None], scale=1.0)
     return F.scaled_dot_product_attention(tokens, slots, mixed, scale=1.0)[:, 0]

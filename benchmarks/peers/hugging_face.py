@@ -1,4 +1,4 @@
-"""MoE blocks of transformers with our weights: the layer of Switch Transformers, and its interface for experts."""
+"""MoE blocks of transformers with our weights: Switch Transformers, Mixtral, and the interface for experts."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def transformers_experts(layer: MoEMlp, x: Tensor, implementation: str) -> Varia
 
 
 def transformers_mixtral(layer: MoEMlp, x: Tensor) -> Variant:
-    """Makes Mixtral's block in its fastest form: three matrices of 2/3 of the width have the same FLOPs."""
+    """Makes Mixtral's block in its fastest form.
+
+    Its three matrices have 2/3 of our hidden width, and so the FLOPs of our two matrices.
+    """
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 

@@ -1,7 +1,7 @@
 """Layers and ops of installed packages, with our weights.
 
-The output names packages that are not installed; `pip install -e '.[bench]'` installs all. Blocks of transformers are
-in `benchmarks.peers.hugging_face`.
+The output names packages that are not installed; `pip install -e '.[bench]'` installs all packages. Blocks of
+transformers are in `benchmarks.peers.hugging_face`.
 """
 
 from __future__ import annotations

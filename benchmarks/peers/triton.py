@@ -16,7 +16,7 @@ TOKENS = 8  # tokens or slots per program in the other kernels
 def _softmax_topk(logits, values, indices, n, E, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < n
-    # Rows past the end read the last row again: a row of -inf alone has no softmax.
+    # Rows past the end read the last row again, because a row that is all -inf has no softmax.
     source = tl.minimum(row, n - 1).to(tl.int64) * E
     column = tl.arange(0, BLOCK_E)[None, :]
     x = tl.load(logits + source[:, None] + column, mask=column < E, other=float("-inf")).to(tl.float32)

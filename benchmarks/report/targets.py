@@ -65,7 +65,7 @@ class Target(Aim):
 
     Attributes:
         versus: Name of a variant, or `BEST`.
-        ratio: The least time of the variant over ours.
+        ratio: The least ratio of the variant's time to our time.
         memory: Compares peak memory instead of time.
     """
 
@@ -94,8 +94,8 @@ class Limit(Aim):
     """Longest time.
 
     Attributes:
-        seconds: The most seconds of ours.
-        beyond: Direction whose time is subtracted first, if not empty.
+        seconds: The most seconds that our variant may take.
+        beyond: Direction whose time is subtracted first; empty: nothing is subtracted.
     """
 
     seconds: float
@@ -126,7 +126,8 @@ class Share(Aim):
     """Wanted bandwidth.
 
     Attributes:
-        share: The least share of the copy bandwidth of memory, for the bytes of the floor.
+        share: The least bandwidth with which the bytes of the floor are moved, as a share of the copy bandwidth of
+            memory.
     """
 
     share: float
@@ -182,7 +183,7 @@ CUDA = (
     Limit("expert choice, per image", FORWARD, 8e-6, **hopper),
     Limit("Sinkhorn, one group", FORWARD, 60e-6, **hopper),
     Limit("Sinkhorn, per image", FORWARD, 25e-6, **hopper),
-    # 20 iterations of 3 us: all 256 images run at once, several per multiprocessor.
+    # 20 iterations of 3 us each. All 256 images run at once, several per multiprocessor.
     Limit("k-sparse transport, Adam, per image", FORWARD, 60e-6, **hopper),
     Share("dispatch, one group", FORWARD, 0.8, device="cuda", size=VIT_B_BFLOAT16),
     Share("combine, one group", FORWARD, 0.8, device="cuda", size=VIT_B_BFLOAT16),
