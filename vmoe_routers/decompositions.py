@@ -123,7 +123,7 @@ def _stable_sort(
     if x.is_floating_point():
         nan = x.isnan()
         comparable = x.masked_fill(nan, math.inf)
-        last = (nan ^ descending).long()  # NaN comes after the infinity that replaces it; first if descending
+        last = (nan ^ descending).long()  # NaN is sorted after infinity; if descending, before
     ordered, place = comparable.sort(dim=-1, descending=descending)
     before = torch.cat([ordered[..., :1], ordered[..., :-1]], -1)
     key = (ordered != before).long().cumsum(-1)
@@ -135,7 +135,7 @@ def _stable_sort(
 
 
 def _laid_out(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the results of `function` contiguous, as ops do. Later nodes of a program may rely on it."""
+    """Makes the results of `function` contiguous, as ops do. Later nodes of a program may rely on contiguous inputs."""
 
     def decomposition(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)

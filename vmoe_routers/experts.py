@@ -49,7 +49,8 @@ class Experts(nn.Module):
         w1, b1, w2, b2: [E, D, F], [E, F], [E, F, D'] and [E, D']. Weights are Xavier uniform (w_gate and w_value
             separately), biases 0. With `glu`, w1 is [E, D, 2F] and b1 [E, 2F].
         norm: An `ExpertsNorm`, or None.
-        local: Set by `distributed.ExpertParallel`: maps a parameter, a DTensor, to the part of this rank.
+        local: Function set by `distributed.ExpertParallel`, which maps a parameter (a DTensor) to the part of this
+            rank.
 
     Raises:
         TypeError, ValueError: An argument is out of range.

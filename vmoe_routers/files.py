@@ -35,8 +35,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: The file cannot be written. The error names `path`.
     """
-    # The name contains the process id, because two processes may write the same file. Remove a link of this name first:
-    # `write` would follow it.
+    # The name contains the process id, because two processes may write the same file. Remove a link of this name first,
+    # because `write` would follow the link.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     Args:
         path: The file. Its folder must exist.
         rows: Values by column.
-        columns: Names of the columns; None: those of the first row.
+        columns: Names of the columns; None: the columns of the first row.
 
     Raises:
         OSError: The file cannot be written.

@@ -22,7 +22,10 @@ def here_and_now() -> dict[str, Any]:
 
 @cache
 def machine_description() -> dict[str, str]:
-    """Returns the machine and the versions that a measurement depends on, as text. `GPU` is there only with a GPU."""
+    """Returns the machine and the versions that a measurement depends on, as text.
+
+    The entry `GPU` exists only on a machine with a GPU.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
     found = {
@@ -54,7 +57,7 @@ def cpu_model() -> str:
 def _memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (AttributeError, OSError, ValueError):  # some systems do not report it
+    except (AttributeError, OSError, ValueError):  # some systems do not report the name
         return "unknown"
 
 

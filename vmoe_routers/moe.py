@@ -28,10 +28,10 @@ class MoEMlp(nn.Module):
         router: One of `vmoe_routers.ROUTERS`; a router, a module with the attributes `dim` and `num_experts` and
             ``forward(x, mask=None) -> Routing``; or a function ``(dim, num_experts)`` that makes a router.
         group_size: Images that are routed together. With 1, the result for an image does not depend on other images.
-        experts: None: `Experts` with the arguments `hidden_features` to `drop` and `bias` to `norm_layer`, which only
-            these experts take; a sequence of E modules from rows [N, D] to rows [N, D']; or a module with the attribute
-            `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots [E, G, C, D'], with
-            `filled` [G, E] int32, the number of leading slots that may hold a token, or None.
+        experts: None makes `Experts` with the arguments `hidden_features` to `drop` and `bias` to `norm_layer`, which
+            no other experts take. A sequence has E modules from rows [N, D] to rows [N, D']. A module has the attribute
+            `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots [E, G, C, D']. There
+            `filled` [G, E] int32 is the number of leading slots that may hold a token, or None.
         bias, same_init, glu, norm_layer: Arguments of `Experts`; ``glu=True, act_layer=nn.SiLU`` makes SwiGLU experts.
         router_options: Options of `vmoe_routers.create_router`.
 
@@ -153,7 +153,7 @@ class MoEMlp(nn.Module):
 
     def _forward_groups(self, x: Tensor, mask: Tensor | None, images: int) -> Tensor:
         batch, tokens, width = x.shape
-        tokens = traced_size(tokens)  # a traced layer has the capacity for this number; any other number must fail
+        tokens = traced_size(tokens)  # a traced layer has the capacity for this number; another number must fail
         groups = batch // images
         x = x.reshape(groups, images * tokens, width)
         if torch.compiler.is_exporting():
@@ -191,7 +191,7 @@ class MoEMlp(nn.Module):
         return self
 
     def _follow_parameters(self) -> None:
-        """Moves the losses of compiled forwards to the parameters, which may be new ones on another device."""
+        """Connects the losses of compiled forwards with the parameters, which may be new and on another device."""
         parameter = next(self.parameters(), None)
         if parameter is not None:
             self.pending_losses.move(parameter.device)

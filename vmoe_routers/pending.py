@@ -60,7 +60,7 @@ class _Loss:
 
 
 class _Output:
-    """Hook on the node of a layer's output; it lives as long as the graph of that output."""
+    """Hook on the node of a layer's output. The hook exists as long as the graph of that output."""
 
     __slots__ = ("__weakref__", "loss")
 
@@ -123,7 +123,8 @@ class PendingLosses:
         """Takes the loss of the forward that runs again: the last loss with a gradient, or the last loss."""
         if not self.repeated:
             return None
-        # If several micro-batches are pending, the one in backward has its gradient; a later one may have none.
+        # If several micro-batches are pending, the loss of the micro-batch in backward has its gradient. The loss of a
+        # later micro-batch may have none.
         index = max(range(len(self.repeated)), key=lambda i: (self.repeated[i].scale is not None, i))
         return self.repeated.pop(index)
 
@@ -144,14 +145,17 @@ class PendingLosses:
         return [loss for loss in losses if loss.value is not None]
 
     def forget_before(self, since: int) -> None:
-        """Drops the loss of the last forward if it ran before `since`. It still counts while its output exists."""
+        """Drops the loss of the last forward if that forward ran before `since`.
+
+        The loss still counts while the output of the forward exists.
+        """
         if self.time < since:
             self._last = None
 
     def _compiled(self) -> list[_Loss]:
-        """Moves the sum of the compiled forwards, if there were any, to `_taken`; returns `_taken`.
+        """Moves the sum of the losses of compiled forwards, if there were any, to `_taken`; returns `_taken`.
 
-        Without gradients, the sum is returned but stays.
+        Without gradients, the sum is returned but not moved.
         """
         self._taken = [loss for loss in self._taken if loss.value is not None]
         if not self.compiled.requires_grad:
@@ -204,9 +208,9 @@ class PendingLosses:
 def _compiled_graphs(total: Tensor) -> list[Any]:
     """Lists the backward nodes of the compiled graphs that added to the sum, the last graph first.
 
-    ``total.add_(loss)`` gives `total` a new node, with two inputs: the node of the sum before, and the node of the
-    compiled graph that computed the loss. Nodes of sums have the same name. So the function follows this name from sum
-    to sum, and collects the other input of each.
+    ``total.add_(loss)`` gives `total` a new node, with two inputs: the node of the previous sum, and the node of the
+    compiled graph that computed the loss. All nodes of sums have the same name. So the function follows nodes of this
+    name, and collects the other input of each node.
     """
     graphs, node = [], cast(Any, total.grad_fn)
     while node is not None:
@@ -278,8 +282,8 @@ def total_loss(model: nn.Module, modules: Sequence[Any]) -> Tensor:
         if layer.compiled.requires_grad:
             layer.end_compiled_by(module)
     pending = [layer.losses() for layer in layers]
-    # A loss counts once: in the first value read after its forward, as long as that value exists. Until another forward
-    # runs, every reading returns the same losses, also a reading of a part of the model.
+    # A loss counts once: in the first value of `aux_loss` after its forward, as long as that value exists. Until
+    # another forward runs, every reading returns the same losses, also a reading of a part of the model.
     newest = max((loss.time for losses in pending for loss in losses), default=-1)
 
     def current(loss: _Loss) -> bool:
@@ -307,7 +311,8 @@ def total_loss(model: nn.Module, modules: Sequence[Any]) -> Tensor:
         def end(grad: Tensor) -> None:
             for loss in claim.losses:
                 loss.end()
-            # Reset after the pass: a checkpoint around a compiled region repeats the region and adds to the sums again.
+            # Reset after the pass, because a checkpoint around a compiled region repeats the region and adds to the
+            # sums again.
             Variable._execution_engine.queue_callback(lambda: [layer.reset_compiled() for layer in layers])  # type: ignore[attr-defined]
 
         total.register_hook(end)

@@ -77,7 +77,7 @@ class DenseMlp:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.Sequential | nn.ModuleList]:
-    """Finds the transformer blocks of a model: a list of modules that all have an `mlp`; gives its name, too.
+    """Finds the transformer blocks of a model, a list of modules that all have an `mlp`, and the name of the list.
 
     Raises:
         TypeError, ValueError: The model has no such list, or several.

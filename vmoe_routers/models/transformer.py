@@ -75,7 +75,7 @@ class MoEVisionTransformer(VisionTransformer):
         return self.attn_pool(x[:, self.num_prefix_tokens :], attn_mask=attention_mask(x, None, mask, 0))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, *, mask: Tensor | None = None) -> Tensor:
-        """Maps the encoder's tokens to logits; to the values before the last layer with `pre_logits`."""
+        """Maps the encoder's tokens to logits; with `pre_logits`, to the inputs of the last layer."""
         x = self.head_drop(self.fc_norm(self.pool(x, mask=mask)))
         return x if pre_logits else self.head(x)
 

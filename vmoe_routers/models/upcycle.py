@@ -51,9 +51,9 @@ def upcycle(
 
     Args:
         model: A vision transformer of timm (ViT, DeiT, DINOv2, DINOv3, EVA-02, ...), of torchvision, or of Hugging Face
-            transformers 5.10 or later (ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP): a model with one list of blocks whose
-            `mlp` is an MLP of that package, gated or not, with a LayerNorm inside or no norm. For a model of several
-            towers give the vision tower: ``upcycle(clip.vision_model, ...)``.
+            transformers 5.10 or later (ViT, DeiT, DINOv2, DINOv3, SigLIP, CLIP). The model must have one list of
+            blocks. The `mlp` of a block must be an MLP of that package, gated or not, with a LayerNorm inside or no
+            norm. For a model of several towers give the vision tower: ``upcycle(clip.vision_model, ...)``.
         router: One of `vmoe_routers.ROUTERS`, or a function ``(dim, num_experts)`` that makes a router, called once per
             MoE layer.
         num_experts: E.

@@ -112,8 +112,9 @@ def vit_moe(
     start at 0.
 
     The trunk is drawn before the MoE layers: with one `torch.manual_seed`, all routers and the dense model start from
-    the same trunk. `model.init_weights()` draws the model again, the same numbers for the same seed: make a model on
-    the meta device, shard it, call `to_empty`, and then `init_weights`.
+    the same trunk. `model.init_weights()` draws the model again, with the same numbers for the same seed. To draw a
+    model that is already sharded, make the model on the meta device, shard it, call `to_empty`, and then
+    `init_weights`.
 
     The model keeps these arguments as `moe_config`, which `vmoe_routers.checkpoints.save_pretrained` writes.
 

@@ -1,8 +1,8 @@
 """Model names for timm: ``timm.create_model("soft_moe_base_patch16_224", num_experts=32)``.
 
 Importing `vmoe_routers.models` registers ``<router>_moe_<size>_patch<p>_224`` for the six routers and every size and
-patch of `PATCHES`. Keywords are arguments of `vit_moe` and override the name. No weights come with the names; load
-them by `vmoe_routers.checkpoints`, or make them by `upcycle`.
+patch of `PATCHES`. Keywords are arguments of `vit_moe` and override the arguments that the name implies. The names have
+no pretrained weights. Load weights by `vmoe_routers.checkpoints`, or make them by `upcycle`.
 """
 
 from __future__ import annotations

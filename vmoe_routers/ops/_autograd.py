@@ -27,7 +27,7 @@ def call(op: OpOverload, *args: object) -> Any:
         _refuse_tangents(op, args)
     if torch.is_grad_enabled() and torch._C._are_functorch_transforms_active() and op in _FUNCTIONS:
         return _FUNCTIONS[op].apply(*args)
-    # Our autograd formulas are written in Python: the key takes as long as the rest of a small call.
+    # Our autograd formulas are written in Python, so the autograd key takes as long as the rest of a small call.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with _below_autograd():
@@ -45,7 +45,7 @@ def _refuse_tangents(op: OpOverload, args: tuple[object, ...]) -> None:
 
 
 def register_gradient(op: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-    """Registers the gradient of an op: with the dispatcher, and as a function for `torch.func`, which needs its own.
+    """Registers the gradient of an op with the dispatcher, and as a separate function for `torch.func`.
 
     Args:
         op: Name of the op.

@@ -1,4 +1,4 @@
-"""Checks of arguments. An error names the function, the argument, the wanted value and the value it got."""
+"""Checks of arguments. An error names the function, the argument, the wanted value and the given value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def smaller(a: int, b: int) -> int:
 class Check:
     """Checks the arguments of one function or class.
 
-    The function that the user called checks a tensor, once. Internal callers trust each other.
+    The function that the user calls checks its tensors. Internal functions do not check them again.
 
     Args:
         where: Name of the function or class; every message begins with this name.
@@ -112,7 +112,8 @@ class Check:
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{self.where}: {name} must be a number, got {type(value).__name__}")
-        # Only comparisons, which are false for NaN: under torch.compile(dynamic=True) a float may be symbolic.
+        # Use only comparisons, because a float may be symbolic under torch.compile(dynamic=True). They are false for
+        # NaN.
         if not 0 <= value < math.inf or (value == 0 and not zero):
             raise ValueError(f"{self.where}: {name} must be {'>=' if zero else '>'} 0, got {value}")
         return float(value)

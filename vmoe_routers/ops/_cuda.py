@@ -11,7 +11,7 @@ from vmoe_routers import _C
 if _C.cuda_built and torch.version.cuda:
     from vmoe_routers import _C_cuda  # noqa: F401  (registers the CUDA kernels)
 
-# Keeps the registrations: they end when this object is freed.
+# The registrations of this library end when this object is freed.
 _library = torch.library.Library("vmoe_routers", "IMPL")
 
 

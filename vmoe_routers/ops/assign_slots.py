@@ -22,9 +22,9 @@ def assign_slots(
 ) -> tuple[Tensor, Tensor]:
     """Fills the experts' buffers with the tokens' requests (V-MoE, arXiv 2106.05974, alg. 1, 2).
 
-    First choices of all tokens are served before second choices, and so on. Within a choice, tokens are served in
-    index order, or with `priority` in descending order of it (batch prioritised routing; equal priorities in index
-    order). A request for a full buffer is dropped.
+    First choices of all tokens are served before second choices, and so on. Within a choice, tokens are served in index
+    order. With `priority` they are served in descending order of priority (batch prioritised routing), and tokens of
+    equal priority in index order. A request for a full buffer is dropped.
 
     Args:
         expert: [G, T, K] int32, the expert of every request, in [0, E). Any other value, such as -1, is no request.

@@ -24,7 +24,7 @@ GELU_TANH = partial(F.gelu, approximate="tanh")
 
 
 def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Selects the `k` largest entries along `dim`, in order, ties by the lower index; that axis goes last."""
+    """Selects the `k` largest entries along `dim`, in descending order, ties by the lower index; the axis goes last."""
     x = x.movedim(dim, -1)
     indices = x.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return x.gather(-1, indices), indices.int()
@@ -128,7 +128,7 @@ def sinkhorn(
     gradient: str = "unrolled",
     return_error: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Computes the entropic plan with row sums 1 and column sums towards n / E (Cuturi, arXiv 1306.0895).
+    """Computes the entropic plan with row sums 1; column sums converge to n / E (Cuturi, arXiv 1306.0895).
 
         h_e = log(n / E) - logsumexp_t(M[t, e] + f_t)
         f_t =            - logsumexp_e(M[t, e] + h_e)

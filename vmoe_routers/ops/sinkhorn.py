@@ -61,8 +61,8 @@ def sinkhorn(
         iterations: Number of iterations; with `tolerance`, the largest number.
         tolerance: Stops a group when its error, defined under Returns, is at most this.
         mask: [G, T] bool, True = real token. Masked tokens get 0 and do not count in n.
-        gradient: "unrolled": exact gradient of the iterations done. "implicit": gradient of the fixed point, at the
-            plan reached.
+        gradient: "unrolled": exact gradient of the iterations done. "implicit": gradient of the fixed point, computed
+            at the plan after the last iteration.
         return_error: Also returns the error and the number of iterations.
 
     Returns:

@@ -28,7 +28,7 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
         phi: [D, S] floating point, already normalised and scaled by the caller.
 
     Returns:
-        [G, T, S] in float32; in float64 if x or phi is.
+        [G, T, S] in float32, or in float64 if x or phi is float64.
     """
     x = check.floating("x", x, "G T D")
     phi = check.floating("phi", phi, "D S")

@@ -21,7 +21,7 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int = 1) -> 
 
     On CUDA, 16-bit values are multiplied in 16 bits and accumulated in float32: the softmax is computed in float32,
     and its weights are rounded to the values' dtype. Float32 values are multiplied by torch's products, in TF32 where
-    `torch.set_float32_matmul_precision` allows it. Autocast applies to them as to `torch.bmm`.
+    `torch.set_float32_matmul_precision` allows it. Autocast applies to these products as to `torch.bmm`.
 
     Args:
         logits: [G, T, S] floating point, S = E * C, ordered by expert; -inf marks an absent token or slot.

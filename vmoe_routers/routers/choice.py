@@ -56,8 +56,9 @@ def slots_per_expert(tokens: int, num_experts: int, factor: float, rounding: str
 def _exported_slots(tokens: torch.SymInt, num_experts: int, factor: float, rounding: str, multiple_of: int) -> int:
     """Computes `slots_per_expert` by ops on a tensor, with the same rounding, for torch.export.
 
-    A symbolic formula would fail: torch cannot prove its guards for every number of tokens (the capacity is not 1, and
-    does not divide the slots of all groups), and cannot save `ceil` and `round`. The value of a tensor needs no guards.
+    A symbolic formula would fail for two reasons. torch cannot prove the guards of the formula for every number of
+    tokens: that the capacity is not 1, and that it does not divide the slots of all groups. torch also cannot save
+    `ceil` and `round`. The value of a tensor needs no guards.
     """
     slots = torch.scalar_tensor(tokens, dtype=torch.float64, device="cpu") * factor / num_experts
     slots = (slots.ceil() if rounding == "ceil" else slots.round()).clamp(min=1)
@@ -238,7 +239,7 @@ def _share(kept: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tenso
     """Divides the weights `kept` [G, E, C] by the sum of the weights of the same token; empty slots stay 0."""
     groups, experts, capacity = kept.shape
     ones = kept.new_ones(experts, groups, capacity, 1)
-    # Dispatch the sums: the gradient of dispatch is a combine, which adds in a fixed order on every device.
+    # Dispatch the sums, because the gradient of dispatch is a combine, which adds in a fixed order on every device.
     total = dispatch_unchecked(combine_unchecked(ones, kept, token, offsets, slots), token, offsets, slots)
     return kept / total.squeeze(3).transpose(0, 1).clamp(min=torch.finfo(kept.dtype).tiny)
 

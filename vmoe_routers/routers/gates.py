@@ -22,7 +22,7 @@ class Gates(ABC):
     """Values [G, T, E] for every token and expert.
 
     Attributes:
-        source: [G, T, E], the tensor from which the gates are computed. It has their dtype and device.
+        source: [G, T, E], the tensor from which the gates are computed. The gates have its dtype and device.
     """
 
     __slots__ = ()

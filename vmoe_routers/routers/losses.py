@@ -98,7 +98,7 @@ def _tokens(like: Tensor, mask: Tensor | None) -> Tensor | int:
 
 
 def _squared_cv(values: Tensor) -> Tensor:
-    """Computes var / mean^2 over the last axis. A square root would have a NaN gradient at balance."""
+    """Computes var / mean^2 over the last axis. A square root would have a NaN gradient where all values are equal."""
     mean = values.mean(-1, keepdim=True)
     variance = (values - mean).square().mean(-1)
     return variance / mean.squeeze(-1).square().clamp(min=torch.finfo(values.dtype).tiny)

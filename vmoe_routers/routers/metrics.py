@@ -61,7 +61,7 @@ def metrics(routing: Routing) -> dict[str, Tensor]:
 
 
 def entropy(gates: Tensor) -> Tensor:
-    """Computes the entropy in nats over the experts, [G, T], of a token's gates [G, T, E], divided by their sum."""
+    """Divides a token's gates [G, T, E] by their sum, and computes their entropy over the experts in nats, [G, T]."""
     share = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
     return -torch.xlogy(share, share).sum(-1)
 

@@ -60,7 +60,8 @@ class SoftLogits(nn.Module):
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.phi.to(dtype).flatten(1)
-            # The largest entry, if beyond 1, divides Phi: the squares of entries beyond 1e19 would overflow.
+            # Divide Phi by its largest entry, if this is above 1, because the squares of entries above 1e19 would
+            # overflow.
             largest = phi.detach().abs().amax(0, keepdim=True).clamp(min=1)
             phi = phi / largest
             unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6 / largest.square()).rsqrt()
@@ -76,8 +77,8 @@ class SoftRouter(nn.Module):
         slots_per_expert: C, 1 by default.
         capacity_factor: Alternative to `slots_per_expert`; requires `num_tokens`, because C fixes the shape of Phi.
         num_tokens: Tokens of a group, only with `capacity_factor`.
-        scale_init: Initial scale. At 1 and small width, all slots start close to the mean token and stay there in
-            short trainings; about 2 sqrt(D) avoids this.
+        scale_init: Initial scale. With the scale 1 and a small width, all slots start close to the mean token and stay
+            there in short trainings. A scale of about 2 sqrt(D) avoids this.
         noise_std: Standard deviation of the noise on the logits in training.
 
     Attributes:

@@ -258,8 +258,8 @@ class TokenChoiceRouter(SparseRouter):
 class ExpertChoiceRouter(SparseRouter):
     """Router in which every expert chooses its C best tokens of the group (Expert Choice, arXiv 2202.09368).
 
-    By default the capacity is rounded to the nearest integer (half to even), and not to a multiple, so that it costs as
-    much as Soft MoE with the same capacity factor.
+    By default the capacity is rounded to the nearest integer (half to even), and not to a multiple of a number. So the
+    router costs as much as Soft MoE with the same capacity factor.
 
     Args:
         dim, num_experts, affinity: Arguments of `SparseRouter`.
