@@ -19,7 +19,7 @@ _TICKS = itertools.count()
 
 
 class _Claim:
-    """Claim of a value that `aux_loss` returned on the losses in it. It lives as long as the graph of the value."""
+    """Claim on the losses that a value of `aux_loss` contains. The claim exists as long as the graph of the value."""
 
     __slots__ = ("__weakref__", "losses", "time")
 

@@ -126,7 +126,10 @@ def hide_patches(x: Tensor, mask: Tensor | None, grid: tuple[int, int], patch: t
 
 
 def attention_mask(x: Tensor, attn_mask: Tensor | None, mask: Tensor | None, prefix: int) -> Tensor | None:
-    """Makes the term added to the scores [N, heads, queries, T], in the dtype of x; `prefix` tokens are real."""
+    """Makes the term added to the scores [N, heads, queries, T], in the dtype of x.
+
+    The first `prefix` tokens are never masked.
+    """
     if mask is None:
         return attn_mask
     if attn_mask is not None:

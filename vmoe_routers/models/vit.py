@@ -225,7 +225,7 @@ def needs_num_tokens(router: str | RouterFactory, options: Mapping[str, Any]) ->
 
 
 def _check_names(options: Iterable[str], given: Iterable[str], router: str | RouterFactory | None) -> None:
-    """Refuses options that no router and no layer has. The router refuses those that it alone does not have."""
+    """Refuses options that no router and no layer has. The router refuses options that only other routers have."""
     if router not in ROUTERS:
         return
     known = {*signature(MoEMlp.__init__).parameters}.union(*map(router_options, ROUTERS))

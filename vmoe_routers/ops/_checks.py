@@ -112,8 +112,7 @@ class Check:
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{self.where}: {name} must be a number, got {type(value).__name__}")
-        # Use only comparisons, because a float may be symbolic under torch.compile(dynamic=True). They are false for
-        # NaN.
+        # A float may be symbolic under torch.compile(dynamic=True), so use only comparisons, which are false for NaN.
         if not 0 <= value < math.inf or (value == 0 and not zero):
             raise ValueError(f"{self.where}: {name} must be {'>=' if zero else '>'} 0, got {value}")
         return float(value)

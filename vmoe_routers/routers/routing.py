@@ -32,8 +32,9 @@ Losses = Mapping[str, Callable[[], Tensor]]
 
 
 class Routing(ABC):
-    """Result of a router. A subclass provides the attributes and four abstract methods. All other members use only
-    these.
+    """Result of a router.
+
+    A subclass provides the attributes and four abstract methods. All other members use only these.
 
     Attributes:
         num_groups, num_tokens, num_experts, capacity: G, T, E and C.

@@ -60,7 +60,7 @@ class SoftLogits(nn.Module):
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.phi.to(dtype).flatten(1)
-            # Divide Phi by its largest entry, if this is above 1, because the squares of entries above 1e19 would
+            # Divide every column of Phi by its largest entry if that is above 1: squares of entries above 1e19 would
             # overflow.
             largest = phi.detach().abs().amax(0, keepdim=True).clamp(min=1)
             phi = phi / largest
