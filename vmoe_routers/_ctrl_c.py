@@ -1,7 +1,8 @@
 """Lets Ctrl-C end a starting command of this package at once, without a traceback.
 
 The package imports this module first: importing torch takes seconds, and Ctrl-C during an import prints a traceback.
-Programs that import the package keep their handling of Ctrl-C, and so do processes that ignore or handle it already.
+A program that imports the package keeps its handling of Ctrl-C. A process that already ignores or handles Ctrl-C keeps
+doing so.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 def _is_command() -> bool:
     """Tells whether this process runs ``vmoe-routers`` or ``python -m vmoe_routers``."""
     program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # while Python looks for the module
+    if program == "-m":  # the value while Python looks for the module
         following = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
         return following[:1] == ["vmoe_routers"]
     return program.replace("\\", "/").rpartition("/")[2] in ("vmoe-routers", "vmoe-routers.exe")

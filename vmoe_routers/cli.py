@@ -29,7 +29,10 @@ _MOST_SHOWN = 2000  # longest message, in characters
 
 
 def _search_here(routers: Sequence[str | None]) -> None:
-    """Adds the current folder to Python's path, which an installed command lacks, to import the user's own routers."""
+    """Adds the current folder to Python's path, to import the user's own routers.
+
+    The path of an installed command does not have the current folder.
+    """
     from vmoe_routers.study.own import is_own
 
     if any(map(is_own, routers)) and os.getcwd() not in sys.path:
@@ -148,7 +151,7 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
 
 
 def _add_images(parser: Any, arguments: Sequence[str]) -> None:
-    """Adds the images of `inspect`, which are positional and any number."""
+    """Adds the images of `inspect`, any number of positional arguments."""
     parser.add_argument("images", nargs="+", type=str, metavar=_METAVARS["images"], help="image files")
 
 
@@ -162,7 +165,7 @@ class Command(NamedTuple):
         description: the first paragraph of the command's help.
         example: a command line, for the command's help.
         run: runs the command, from the target and the options by name.
-        positional: arguments without a default are given by position, and not as options.
+        positional: whether arguments without a default are given by position instead of as options.
         hidden: arguments of the target that are no options.
         prepare: adds further options to the command's parser and sets defaults, from all arguments.
         added: names of the options that `prepare` adds.
@@ -311,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):  # torch's error of an allocation
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):  # torch's error for a failed allocation
             raise
         message = f"not enough memory {str(error)[:200]}"
     except KeyboardInterrupt:
@@ -325,9 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(error: str) -> None:
-    """Prints the error. A process of torchrun writes it to a file, and torchrun prints the first error at the end.
+    """Prints the error. A process of torchrun writes the error to a file; at the end torchrun prints the first error.
 
-    Otherwise every process would print the error, and a report of torchrun without the error would follow.
+    Without the file, every process would print the error, and torchrun would add a report that lacks the error.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
@@ -515,7 +518,7 @@ def _help_formatter() -> Any:
 
 
 def _with_null(text: str) -> str:
-    """Writes None of Python as the command line takes it."""
+    """Replaces None, Python's word, by null, the command line's word."""
     return re.sub(r"\bNone\b", "null", text)
 
 

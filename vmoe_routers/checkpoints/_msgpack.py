@@ -1,8 +1,8 @@
 """MessagePack pull parser for untrusted files (github.com/msgpack/msgpack, spec.md).
 
-The caller asks for the kind of object that its format has next; any other kind is an error. Every length is checked
-against the bytes that remain before anything is allocated, so memory is limited to what the caller keeps. Long binaries
-are skipped, and their position is returned.
+The caller asks for the kind of object that must come next in its format. Any other kind is an error. Before anything is
+allocated, every length is checked against the bytes that remain. So memory is limited to the objects that the caller
+keeps. Long binaries are skipped, and their position is returned.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ class Reader:
 
     @contextmanager
     def binary(self, what: str) -> Iterator[None]:
-        """Enters a binary that holds objects; the objects read in the context must end with the binary."""
+        """Enters a binary that holds objects; the last object read in the context must end where the binary ends."""
         with self._within(self._wanted("bin", what), what):
             yield
 
     @contextmanager
     def extension(self, what: str, *codes: int) -> Iterator[int]:
-        """Enters an extension of one of these codes that holds objects, as `binary` does; gives the code."""
+        """Enters an extension that has one of these codes and holds objects, as `binary` does; gives the code."""
         kind, n, code = self._header()
         if kind != "ext":
             self.fail(f"{what} is {_a(kind)}, wanted an extension of code {' or '.join(map(str, codes))}")

@@ -82,7 +82,7 @@ def convert(
         raise CheckpointError(f"{source}: a dense model has no router, got router {router!r}")
     from vmoe_routers.models import vit_moe
 
-    # Build on the meta device first: absurd shapes in a bad file must not exhaust memory.
+    # Build on the meta device first, because huge shapes in an untrusted file must not exhaust memory.
     empty = make_empty({**arguments, **options}, source)
     # Resizing makes two more copies of the position embeddings, in float64.
     wanted = sum(tensor.nbytes for tensor in empty.state_dict().values()) + 4 * empty.pos_embed.nbytes

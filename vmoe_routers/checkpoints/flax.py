@@ -46,7 +46,7 @@ class _Entry(NamedTuple):
     parameter: Tensor
     rows: slice = slice(None)
     layout: Callable[[Tensor], Tensor] | None = None
-    resize: Callable[[Tensor], Tensor | None] | None = None  # converts an array of another shape; None if it cannot
+    resize: Callable[[Tensor], Tensor | None] | None = None  # converts an array of another shape, or gives None
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def _tensor(array: Any) -> Tensor | None:
         two_bytes = getattr(dtype, "name", None) == "bfloat16" or getattr(dtype, "str", None) == "|V2"
         if not two_bytes and (getattr(dtype, "kind", None) != "f" or getattr(dtype, "itemsize", 16) > 8):
             return None
-        import numpy as np  # whoever has such an array has numpy; the package does not depend on it
+        import numpy as np  # an array of this kind needs numpy, so numpy is installed
 
         array = np.asarray(array)
         # torch requires native byte order and strides >= 0, and warns about read-only memory.
@@ -195,7 +195,7 @@ def _vit(model: Any) -> Iterator[_Entry]:
     yield _same("embedding/bias", model.patch_embed.proj.bias)
     if model.cls_token is not None:
         yield _same("cls", model.cls_token)
-    if isinstance(model.pos_embed, nn.Parameter):  # a fixed table is no parameter, and the reference stores none
+    if isinstance(model.pos_embed, nn.Parameter):  # a fixed table is no parameter, and the reference does not store it
         resize = partial(_resize_positions, grid=model.patch_embed.grid_size, like=model.pos_embed)
         yield _same("Encoder/posembed_input/pos_embedding", model.pos_embed)._replace(resize=resize)
     for i, block in enumerate(model.blocks):
@@ -222,7 +222,7 @@ def _vit(model: Any) -> Iterator[_Entry]:
 
 
 def _resize_positions(table: Tensor, grid: tuple[int, int], like: Tensor) -> Tensor | None:
-    """Resizes a table [1, n, D] of a square grid, bilinear with aligned corners; None if it is not such a table."""
+    """Resizes a table [1, n, D] of a square grid, bilinear with aligned corners; None for any other table."""
     prefix = like.shape[1] - grid[0] * grid[1]  # the class token
     if table.ndim != 3 or (table.shape[0], table.shape[2]) != (1, like.shape[2]) or table.shape[1] <= prefix:
         return None

@@ -39,8 +39,8 @@ def save_pretrained(
 ) -> None:
     """Writes a model of `vit_moe`, or a model that `upcycle` changed, to a folder, for `from_pretrained`.
 
-    The files keep dtypes, and store shared tensors separately. They do not keep which parameters are frozen, hooks, or
-    dropout rates of a `vit_moe` model that were changed after construction.
+    The files keep dtypes, and store a shared tensor once per name. They do not record which parameters are frozen, and
+    have no hooks. Dropout rates of a `vit_moe` model that were changed after construction are lost.
 
     The model may be wrapped by torch.compile, DistributedDataParallel, DataParallel, or an average of weights
     (`AveragedModel`, timm's `ModelEma`). The tensors of a model sharded by FSDP2 are gathered: every process calls this
@@ -48,12 +48,12 @@ def save_pretrained(
 
     Args:
         model: The model. Later calls of `reset_classifier` and `set_input_size` are taken into account. A model of
-            another package is one that ``timm.create_model`` made, torchvision's `VisionTransformer`, or a ViT, DeiT,
-            DINOv2, DINOv3, SigLIP or CLIP of transformers.
+            another package must be made by ``timm.create_model``, or be torchvision's `VisionTransformer`, or a ViT,
+            DeiT, DINOv2, DINOv3, SigLIP or CLIP of transformers.
         folder: Created if missing. Existing files of these names are replaced atomically.
         state_dict: Tensors that replace `model.state_dict()`, for a model sharded by another library.
-        model_args: Arguments with which ``timm.create_model`` made an upcycled model, if the model does not tell them.
-            Name, sizes, head and pooling are known.
+        model_args: Arguments with which ``timm.create_model`` made an upcycled model, if the model does not record
+            them. Every model records its name, sizes, head and pooling.
         preprocessing: How images become the model's input, such as the normalization, for `read_preprocessing`.
 
     Raises:
@@ -101,7 +101,7 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         write_whole(folder / CONFIG, lambda path: path.write_text(text + "\n"))
-        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets only the owner read it
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors makes it readable by the owner only
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{str(folder)!r}: cannot be written ({error})") from error
 
@@ -225,7 +225,7 @@ def _load(architecture: str, arguments: dict[str, Any], config_path: str, weight
                 if stored[name] != name and not shape:
                     shapes[name] = (1,)
             _check_counts(arguments, shapes, config_path)
-            # Build on the meta device first: absurd arguments in a bad file must not exhaust memory.
+            # Build on the meta device first, because huge arguments in an untrusted file must not exhaust memory.
             model = _make_empty(architecture, arguments, config_path)
             _compare(model, shapes, f"{weights_path}: not the model of {config_path}")
             tensors = {name: file.get_tensor(old).clone().reshape(shapes[name]) for name, old in stored.items()}
@@ -237,7 +237,8 @@ def _load(architecture: str, arguments: dict[str, Any], config_path: str, weight
                 f"{weights_path}: {name} is {tensor.dtype}, wanted one of {', '.join(map(str, FLOATS))}"
             )
     if architecture == "upcycled":
-        # Other packages have buffers that no file holds, so the model is made a second time with its values.
+        # Models of other packages have buffers that no file holds. So make the model again, with the values of its
+        # buffers.
         with torch.random.fork_rng([]):
             model = upcycled.make(arguments)
     model.load_state_dict(tensors, assign=True)
@@ -310,7 +311,7 @@ def _unwrapped(model: nn.Module, sharded: bool) -> nn.Module:
                 "save_pretrained: model is sharded by FullyShardedDataParallel, wanted state_dict=model.state_dict(), "
                 "called within FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT)"
             )
-        # A compiled model forwards the attributes of the model within, so look for _orig_mod first.
+        # A compiled model also has the attributes of the model that it wraps, so look for _orig_mod first.
         inner = getattr(model, "_orig_mod", None) or getattr(model, "_fsdp_wrapped_module", None)
         inner = inner or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):

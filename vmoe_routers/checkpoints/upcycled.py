@@ -1,4 +1,6 @@
-"""Descriptions of models that `upcycle` changed, in plain values: how another package made them, and what it replaced.
+"""Descriptions of models that `upcycle` changed, in plain values.
+
+A description has the arguments with which another package made the model, and the modules that `upcycle` replaced.
 
 A description from a file is untrusted: it may name only a few classes, and its arguments may load no file and no code.
 """

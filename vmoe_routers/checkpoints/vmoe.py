@@ -247,7 +247,7 @@ def _read_slice(reader: Reader, path: str, shape: tuple[int, ...]) -> Slice:
 
 def _check_sizes(index: Reader, arrays: list[_Array], available: int) -> None:
     for array in arrays:
-        # Multiply the extents that are not 0: an empty array must not have absurd extents either.
+        # Multiply the extents that are not 0, because an empty array must not have huge extents either.
         if prod(extent or 1 for extent in array.shape) * array.dtype.itemsize > max(available, 1 << 16):
             index.fail(
                 f"{array.path}: {array.dtype} of shape {list(array.shape)} is more than the data files hold,"
@@ -259,7 +259,7 @@ def _check_sizes(index: Reader, arrays: list[_Array], available: int) -> None:
 
 
 def _read_contents(shard: Reader, number: int, arrays: list[_Array], chunks: Chunks, room: int) -> int:
-    """Adds the chunks of the parts in this shard; a part that the index has elsewhere is an error.
+    """Adds the chunks of the parts in this shard. A part that the index assigns to another shard is an error.
 
     Args:
         shard: The data file.
@@ -328,7 +328,7 @@ def _read_array(leaf: int, array: _Array, chunks: Chunks, shards: list[Reader], 
     if len(array.parts) == 1:  # the part covers the array
         ((part, shard),) = array.parts.items()
         return _read_part(array.dtype, array.shape, chunks[leaf, part], shards[shard])
-    # The volumes of the parts add up to the volume of the array: without overlaps, no element is missing.
+    # The volumes of the parts add up to the volume of the array. So if no parts overlap, no element is missing.
     covered = torch.zeros(array.shape, dtype=torch.bool)
     for part in array.parts:
         view = covered[_indices(part)]

@@ -17,8 +17,8 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
     """Clips the norm of all gradients together, as `torch.nn.utils.clip_grad_norm_` does in one process.
 
     The gradients may be plain tensors (one process, or DDP), DTensors of FSDP2, and DTensors of expert parallelism,
-    which are on another mesh; torch's function refuses several meshes. If a parameter is a DTensor, all ranks of the
-    default process group must call this function. It needs one all-reduce of a scalar.
+    which are on another mesh. torch's function refuses several meshes. If a parameter is a DTensor, all ranks of the
+    default process group must call this function. The function needs one all-reduce of a scalar.
 
     Args:
         parameters: The parameters. Parameters without a gradient are skipped.
@@ -45,7 +45,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
     total = torch.zeros((), dtype=dtype, device=local(parameters[0]).device)
     infinite = math.isinf(norm_type)
     for copies, same in by_copies.items():
-        # A rank has no rows of a parameter that has fewer rows than ranks.
+        # If a parameter has fewer rows than there are ranks, some ranks have no rows of it.
         norm = get_total_norm([grad for grad in same if grad.numel()], norm_type).to(total)
         total = torch.maximum(total, norm) if infinite else total + norm**norm_type / copies
     dist.all_reduce(total, dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM)

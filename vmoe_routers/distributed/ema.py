@@ -15,7 +15,8 @@ from vmoe_routers.distributed.clip import local
 class Ema:
     """Exponential moving average of the parameters and buffers of a model; each rank averages the part that it has.
 
-    Make it after `parallelize`. It keeps tensors, not a copy of the model, because FSDP2 refuses copies.
+    Make the average after `parallelize`. The average keeps tensors, not a copy of the model, because FSDP2 refuses
+    copies.
 
     Args:
         model: The model.
@@ -88,5 +89,5 @@ class Ema:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Gives the parameters and buffers of the model. FSDP2 shards them again first."""
+    """Gives the parameters and buffers of the model. Before that, FSDP2 shards gathered parameters again."""
     return {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}

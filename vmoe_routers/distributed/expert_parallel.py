@@ -39,7 +39,7 @@ class ExpertParallel(ParallelStyle):
 
     ``parallelize_module(layer, mesh["ep"], {"experts": ExpertParallel()})``. Every rank routes its own images, sends
     each slot to the rank that has its expert, and gets the result back: one all-to-all each way, without a wait for
-    the device. The parameters become DTensors [E, ...], sharded over their first axis, from the values of rank 0.
+    the device. The parameters become DTensors [E, ...], sharded over their first axis. They get the values of rank 0.
 
     All ranks must call the layer equally often, with equal shapes.
 
@@ -69,7 +69,7 @@ class ExpertParallel(ParallelStyle):
 
 
 def check_experts(where: str, experts: nn.Module, ranks: int) -> None:
-    """Checks that `ExpertParallel` can distribute the experts over so many ranks."""
+    """Checks that `ExpertParallel` can distribute the experts over this number of ranks."""
     if not isinstance(experts, Experts):
         raise TypeError(f"{where}: experts must be a vmoe_routers.Experts, got {type(experts).__name__}")
     if experts.num_experts % ranks:
@@ -97,7 +97,7 @@ def _send_back(module: nn.Module, y: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def _local(factor: float, parameter: Any) -> Tensor:
-    """Gives this rank's part of a parameter, whose gradient is multiplied by `factor`."""
+    """Gives this rank's part of a parameter; backward multiplies the gradient of the parameter by `factor`."""
     part = parameter.to_local()
     return part if factor == 1.0 else cast(Tensor, _ScaleGradient.apply(part, factor))
 

@@ -28,8 +28,8 @@ class Meshes:
         Args:
             device_type: "cuda", "cpu", ...; None: the accelerator of this machine, else "cpu".
             replicate: Copies of the sharded model. 1: FSDP over all ranks.
-            ep: Ranks among which the experts of a layer are distributed. Neighbouring ranks share experts, so keep ep
-                at most the number of devices of a node, and let it divide that number.
+            ep: Ranks among which the experts of a layer are distributed. Neighbouring ranks share the experts of a
+                layer, so choose a divisor of the number of devices of a node.
 
         Raises:
             RuntimeError: There is no process group.

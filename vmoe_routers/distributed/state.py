@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Gathers a copy of a model's values on the CPU, with the names that they have in one process.
 
-    All ranks must call it. ``save_pretrained(model, folder, state_dict=whole_state_dict(model))`` on rank 0 writes the
-    same file under every layout.
+    All ranks must call this function. ``save_pretrained(model, folder, state_dict=whole_state_dict(model))`` on rank 0
+    writes the same file under every layout.
 
     Returns:
         The values by name on rank 0; an empty dict on every other rank.
@@ -30,7 +30,10 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Silences the advice to gather in one collective, which torch cannot do for experts over two axes of a mesh."""
+    """Silences torch's advice to gather in one collective.
+
+    torch cannot do this for experts that are sharded over two axes of a mesh.
+    """
     logger = logging.getLogger("torch.distributed.tensor._redistribute")
     level = logger.level
     logger.setLevel(logging.ERROR)

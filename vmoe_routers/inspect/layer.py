@@ -19,7 +19,9 @@ _CHOICES = {"TokenChoiceRouter": "Token Choice", "ExpertChoiceRouter": "Expert C
 
 
 class LayerTrace:
-    """Recorded routings of one MoE layer. Statistics are over all of them, without gradient, and leave out padding.
+    """Recorded routings of one MoE layer.
+
+    Statistics are over all routings. They have no gradient and leave out padding.
 
     Attributes:
         name: Name of the layer in the model.
@@ -88,7 +90,7 @@ class LayerTrace:
 
     @property
     def load_cv(self) -> float:
-        """Coefficient of variation of the load over the experts; 0: every expert gets the same."""
+        """Coefficient of variation of the load over the experts; 0: every expert gets the same load."""
         return self._metrics["load_cv"]
 
     @property
@@ -112,7 +114,7 @@ class LayerTrace:
         return self._metrics["dead_experts"]
 
     def weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Computes for every routing which expert takes which token, and how much of its output the expert has.
+        """Computes for every routing which expert takes which token, and the expert's weight in the token's output.
 
         Returns:
             Pairs of tensors [images, T, E], T the tokens of an image: the dispatch tensor and the combine tensor,
@@ -140,10 +142,12 @@ class LayerTrace:
 
     @cached_property
     def agreement(self) -> float | None:
-        """Normalised mutual information with the previous layer, of the experts of the tokens that both layers took.
+        """Normalised mutual information of a token's expert in this layer and in the previous layer.
 
-        0: the expert in one layer says nothing about the expert in the other layer; 1: it determines it. None for the
-        first layer, and if the layers have different tokens.
+        Only the tokens that both layers took are counted.
+
+        0: the expert in one layer says nothing about the expert in the other layer; 1: each determines the other. None
+        for the first layer, and if the layers have different tokens.
         """
         if self.previous is None:
             return None
@@ -195,7 +199,10 @@ class LayerTrace:
 
     @property
     def expert_error(self) -> float | None:
-        """Error of a transport plan's sums of the experts, ``max_e |sum_t plan - n/E| / (n/E)``, mean; else None."""
+        """Error of a transport plan's sum per expert, ``max_e |sum_t plan - n/E| / (n/E)``; None without plan.
+
+        The error is a mean over the groups.
+        """
         return None if self._errors is None else self._errors[1]
 
     def by_class(self, labels: Tensor | Sequence[int], num_classes: int | None = None) -> Tensor:
@@ -203,10 +210,10 @@ class LayerTrace:
 
         Args:
             labels: The class of every recorded image, [images] int.
-            num_classes: Number of classes; None: the largest label and one.
+            num_classes: Number of classes; None: the largest label plus one.
 
         Returns:
-            [classes, E] float64. A row sums to 1; it is 0 for a class without a token in a buffer.
+            [classes, E] float64. A row sums to 1; the row of a class without a token in a buffer is 0.
         """
         check = Check("LayerTrace.by_class")
         labels = torch.as_tensor(labels)
@@ -256,7 +263,7 @@ def weights_of(routing: Routing) -> tuple[Tensor, Tensor]:
         return weight, weight
     if not isinstance(routing, SparseRouting):
         return routing.dispatch_tensor().sum(-1), routing.combine_tensor().sum(-1)
-    # Without the dense tensors. Empty slots are written to an extra row after the last token, which is cut off.
+    # Do not make the dense tensors. Empty slots are written to an extra row after the last token; the row is cut off.
     token = torch.where(routing.token < 0, routing.num_tokens, routing.token).long().transpose(1, 2)  # [G, C, E]
     zeros = routing.gate.new_zeros(routing.num_groups, routing.num_tokens + 1, routing.num_experts)
     gate = routing.gate.transpose(1, 2)
@@ -277,7 +284,7 @@ def normalised_mutual_information(table: Tensor) -> float:
     """Computes the mutual information of two partitions, over the mean of their entropies.
 
     Args:
-        table: [A, B] float64, number of items by their parts in both partitions.
+        table: [A, B] float64, number of items in part a of the first partition and part b of the second.
 
     Returns:
         A number in [0, 1]; 1 if both partitions have one part, 0 without items.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from vmoe_routers.inspect.trace import HEADERS, Trace, as_text
 
-SCALE = 0.75  # pixels of the page per pixel of a picture; screens have up to two pixels of their own for one
+SCALE = 0.75  # CSS pixels per pixel of a picture; screens have up to two physical pixels per CSS pixel
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 75rem; margin: 0 auto; padding: 1rem; }
@@ -45,7 +45,7 @@ _TERMS = {
     "plan, token error, expert error": "Sinkhorn and sparse transport: every token should have the sum 1, and every "
     "expert the same sum. The errors are the largest deviations, relative to these sums.",
 }
-"""Explanations of pictures and of columns. The last of the names in a term is the column, where it has one."""
+"""Explanations of pictures and of columns. If a term has a column, the last name in the term is the column's."""
 
 
 class Section(NamedTuple):

@@ -23,7 +23,7 @@ _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#
 _MOST_SLOTS = 15
 _MOST_NAMED = 16  # experts in a legend
 _MOST_NUMBERED = 256  # patches with the number of their expert
-_MOST_PREFIX = 8  # tokens before the patches: of class and distillation, and registers
+_MOST_PREFIX = 8  # tokens before the patches: class token, distillation token and registers
 _PANEL = 3.2  # inches
 
 
@@ -67,8 +67,8 @@ def _overlay(ax: Axes, layer: LayerTrace, picture: np.ndarray, index: int, grid:
     real = torch.ones_like(expert, dtype=torch.bool) if mask is None else mask
     dropped = (taken.sum(-1) == 0) & real
     drawn = real & ~dropped
-    # The weight from an even share, 1/E, to 1. A slot of a sparse router takes a token or not, so its colour is never
-    # pale; Soft MoE gives an expert more or less.
+    # Strength grows with the weight, from the even share 1/E to 1. A sparse router takes a token or not, so its palest
+    # colour is stronger than in Soft MoE, where an expert takes more or less of a token.
     even, palest = 1 / layer.num_experts, 0.1 if isinstance(routing, SoftRouting) else 0.35
     strength = palest + (0.8 - palest) * ((best - even) / max(1 - even, even)).clamp(0, 1).sqrt()
 
@@ -82,7 +82,7 @@ def _overlay(ax: Axes, layer: LayerTrace, picture: np.ndarray, index: int, grid:
     ax.imshow(overlay.view(rows, columns, 4).numpy(), extent=extent, interpolation="nearest")
     ax.set_aspect(picture.shape[0] / rows / (picture.shape[1] / columns))
     y, x = np.divmod(np.flatnonzero(dropped.numpy()), columns)
-    size = 72 * _PANEL / max(rows, columns)  # of a patch, in points
+    size = 72 * _PANEL / max(rows, columns)  # side of a patch, in points
     ax.plot(x + 0.5, y + 0.5, ls="", marker="x", ms=min(0.35 * size, 6), mew=0.8, color="0.8")
     numbered = layer.num_experts > len(_COLOURS) and rows * columns <= _MOST_NUMBERED
     if numbered:
@@ -136,12 +136,12 @@ def slots(layer: LayerTrace, image: Any, index: int, grid: Any) -> Figure:
     rows, columns = _grid("plot_slots", where.stop - where.start, picture, grid)
     first = where.stop - rows * columns
     weights = routing.dispatch_tensor()[group].detach().float().cpu()  # [T, E, C], over the tokens of the group
-    # The first slot of every expert, then the second, as far as there is room.
+    # Take the first slot of every expert, then the second slots, and so on, up to `_MOST_SLOTS`.
     order = [(e, c) for c in range(routing.capacity) for e in range(routing.num_experts)][:_MOST_SLOTS]
     order.sort()
     maps = [weights[first : where.stop, e, c].view(rows, columns).numpy() for e, c in order]
     even = 1 / (routing.num_tokens if routing.mask is None else max(int(routing.mask[group].sum()), 1))
-    # Single large weights would make all other maps dark.
+    # Scale to a quantile, because the maximum may be a single large weight, which would make all other maps dark.
     most = max(float(np.quantile(np.stack(maps), 0.99)) / even, 2.0)
     figure, (first_ax, *axes) = _panels(1 + len(order), 2.2, 2.2 * picture.shape[0] / picture.shape[1] + 0.3)
     width, height = figure.get_size_inches()
@@ -278,7 +278,10 @@ def _image(where: str, layer: LayerTrace, index: int) -> Any:
 
 
 def _grid(where: str, count: int, picture: np.ndarray, grid: Any) -> tuple[int, int]:
-    """Finds rows and columns of patches: all but the fewest first tokens, in the ratio of the picture's sides."""
+    """Finds rows and columns of patches in the ratio of the picture's sides.
+
+    The tokens before the patches are as few as possible.
+    """
     if grid is not None:
         rows, columns = grid
         if not (rows > 0 and columns > 0 and rows * columns <= count):

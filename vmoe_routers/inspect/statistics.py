@@ -39,8 +39,8 @@ class RoutingStatistics:
         """Adds the routings of a forward within the context.
 
         Args:
-            valid: [B] bool, True for images that count, False for padding. A group with both has the weight of its
-                share of valid images.
+            valid: [B] bool, True for images that count, False for padding. A group with images of both kinds is
+                weighted by its share of valid images.
         """
         if not self.experts:
             yield

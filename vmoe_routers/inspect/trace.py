@@ -34,7 +34,7 @@ class Trace:
     """Routings that `record` collected.
 
     The methods `plot_...` need matplotlib and return a figure, which they do not show. Their argument `index` counts
-    the recorded images from 0, `layer` and `layers` are positions in the list `layers`.
+    the recorded images from 0. Their arguments `layer` and `layers` are positions in `Trace.layers`.
 
     Attributes:
         routings: Routings of the forwards of every MoE layer in order, by the name of the layer. In eval, a batch that
@@ -109,7 +109,7 @@ class Trace:
     def plot_tokens(self, image: Any, index: int = 0, layers: Iterable[int] | None = None, grid: Any = None) -> Figure:
         """Draws the image, and for every layer the image with its patches in the colours of their experts.
 
-        A patch has the colour of the expert with the largest weight; a stronger colour is a larger weight. Dropped
+        A patch has the colour of the expert with the largest weight. A stronger colour means a larger weight. Dropped
         patches and padding are marked. For more than eight experts, patches also have the number of their expert.
 
         Args:
@@ -144,13 +144,15 @@ class Trace:
         return plots.load(self._chosen("plot_load", layers))
 
     def plot_plan(self, layer: int = -1, group: int = 0) -> Figure:
-        """Draws the gates that selected in a group, tokens by experts, with their sums: for transport, the plan.
+        """Draws the gates that selected in a group, tokens by experts, with their sums.
+
+        With transport, these gates are the plan.
 
         Tokens are sorted by the expert of their largest gate; tokens without a gate are last. Dots mark the tokens that
         got a slot. Dashed lines are the sums that a transport plan should have.
 
         Raises:
-            ValueError: The layer has no gates, as Soft MoE.
+            ValueError: The layer has no gates, such as Soft MoE.
         """
         from vmoe_routers.inspect import plots
 
