@@ -194,7 +194,10 @@ class LayerTrace:
 
     @property
     def token_error(self) -> float | None:
-        """Error of a transport plan's sums of the tokens, ``max_t |sum_e plan - 1|``, mean over groups; else None."""
+        """Error of a transport plan's sum per token, ``max_t |sum_e plan - 1|``; None without plan.
+
+        The error is a mean over the groups.
+        """
         return None if self._errors is None else self._errors[0]
 
     @property

@@ -19,10 +19,11 @@ class AblationRow:
         ablation, arm: Names of the ablation and of its value.
         router: The router's name; None: the dense ViT.
         label: The router's title.
-        is_base: Whether the runs are those of the comparison.
+        is_base: Whether the runs are runs of the comparison.
         seeds: Number of seeds.
         accuracy, loss: On the final images.
-        difference, loss_difference: Minus the comparison's runs, seed by seed; None for these runs themselves.
+        difference, loss_difference: Differences of accuracy and loss to the comparison's runs, taken seed by seed; None
+            for a row of the comparison's runs.
         dropped: Mean share of dropped tokens over seeds and layers; None for the dense ViT.
     """
 
@@ -42,7 +43,7 @@ class AblationRow:
 def ablation_rows(runs: Sequence[Run]) -> list[AblationRow]:
     """Makes one row per ablation, router and value that was run.
 
-    A value that changes nothing has the runs of the comparison, of the seeds that the ablation's own runs have.
+    The row of a value that changes nothing has the comparison's runs, with the seeds of the ablation's other runs.
     """
     base = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
     found: dict[tuple[str, str | None, str], list[Run]] = {}

@@ -4,9 +4,9 @@ A claim has one or more comparisons. Each compares the final accuracy of two var
 seed share the trunk's initialisation, data order and augmentation. A paired t-test gives the interval and the p-value.
 Holm's correction covers the comparisons of all claims.
 
-Two budgets are compared: FLOPs of a forward pass, and the time of a training step. A router whose capacity factors
-surround the other model's budget is compared by linear interpolation of its accuracy over the logarithm of the budget.
-A budget at most 15 % outside of the router's range counts as the nearest value.
+Two budgets are compared: FLOPs of a forward pass, and the time of a training step. If the other model's budget is
+between the budgets of the router's capacity factors, the router's accuracy is interpolated linearly over the logarithm
+of the budget. A budget at most 15 % outside of the router's range counts as the nearest value.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ CLAIMS: dict[str, str] = {
     "v": "Softmax Token Choice is more accurate with batch priority than without.",
     "vi": "Variants that are more accurate are also better in 10-shot transfer.",
 }
-"""The claims. Claims i to iii are those of the paper's abstract (arXiv 2401.15969)."""
+"""The claims. Claims i to iii are claims of the paper's abstract (arXiv 2401.15969)."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of a claim. Differences of accuracy are in [-1, 1]; those of claim vi are rank correlations.
+    """Comparison of a claim. Differences of accuracy are in [-1, 1]. Claim vi has rank correlations instead.
 
     Attributes:
         claim: Key of `CLAIMS`.
@@ -227,7 +227,7 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
             if dense and series:
                 yield f"i{key}", _at_budget(series, dense, budget)
     for kind in ("softmax", "sinkhorn"):
-        # Expert Choice has as many slots as Token Choice of a K times smaller capacity factor.
+        # Expert Choice has as many slots as Token Choice with a K times smaller capacity factor.
         every_k = {key: value for key, value in _base(f"{kind}_token_choice").items() if key != "top_k"}
         for token in study.find(router=f"{kind}_token_choice", **every_k):
             slots = _variant(token)["top_k"] * _variant(token)["capacity_factor"]

@@ -1,4 +1,4 @@
-"""Sets two studies side by side: a new router against kept records, or one study on two machines."""
+"""Compares two studies: a new router with kept records, or one study on two machines."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ from vmoe_routers.study.timing import ROUNDS, WARM_UP, time_steps
 from vmoe_routers.study.workers import Workers
 
 POLL = 5.0
-"""Seconds between two looks at the runs of another process."""
+"""Seconds between two checks whether another process has finished its runs."""
 
 
 def run_all(settings: Settings, jobs: list[Job], timing: Timing | None, workers: int, console: Console) -> None:
     """Runs the jobs in parallel, then times the steps. A job has one thread: small models gain nothing from more.
 
-    Other processes may share the folder. A job that another process has at work is left to it, and run here if that
-    process ends without a record.
+    Other processes may share the folder. A job that another process is running is left to that process. If that process
+    ends without a record, the job runs here.
     """
     finished = multiprocessing.get_context("spawn").SimpleQueue()
     try:
@@ -81,7 +81,7 @@ def _finish(
     advance: Callable[[], None],
     console: Console,
 ) -> None:
-    """Submits the jobs, and submits those again that another process had at work, until all are done."""
+    """Submits the jobs until all are done. A job that another process was running is submitted again."""
     waiting, was_told = list(jobs), False
     while waiting:
         futures = {submit(work, job): job for job in waiting}
@@ -96,7 +96,7 @@ def _finish(
 def _watch(
     futures: dict[Future, Any], finished: SimpleQueue, advance: Callable[[], None], console: Console
 ) -> list[Any]:
-    """Shows every finished epoch and run, until all jobs are over. Returns the jobs that another process has."""
+    """Shows every finished epoch and run, until all jobs are over. Returns the jobs that another process is running."""
     pending, elsewhere = set(futures), []
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)

@@ -44,7 +44,7 @@ def write_contents(settings: Settings, data: StudyData, jobs: Sequence[Job], tim
 
 
 def add_timing(run: dict[str, Any], timed: dict[str, Any]) -> None:
-    """Adds the times of the variant's steps to the record of its run. Runs of ablations have none."""
+    """Adds the times of the variant's steps to the record of its run. Runs of ablations have no times."""
     if run["variant"]["name"] in timed["step_ms"]:
         run["timing"] = timed | {"step_ms": timed["step_ms"][run["variant"]["name"]]}
 

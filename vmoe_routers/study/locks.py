@@ -18,7 +18,7 @@ from vmoe_routers.files import write_whole
 EXPIRY = 600.0
 """Seconds after which another machine takes over a lock that was not renewed."""
 _RENEWAL = 60.0
-_WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of file systems such as FAT
+_WITHOUT_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # errors of file systems such as FAT
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def _publish(own: Path, lock: Path) -> None:
 
 
 def _remove(lock: Path, stale: str) -> None:
-    """Removes a stale lock; puts it back if another process replaced it in the meantime."""
+    """Removes a stale lock. If another process replaced the lock in the meantime, puts the new lock back."""
     aside = lock.with_name(f"{lock.name}.{uuid4().hex}")
     with suppress(FileNotFoundError):
         lock.rename(aside)
@@ -118,7 +118,7 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # a process of another user; no number of a process
+    except (OSError, OverflowError):  # a process of another user; a number that no process can have
         return True
     return True
 
@@ -132,5 +132,5 @@ def _read(lock: Path) -> str | None:
 
 def _renew(lock: Path, ended: threading.Event) -> None:
     while not ended.wait(_RENEWAL):
-        with suppress(OSError):  # the next turn may succeed, for example on a network drive
+        with suppress(OSError):  # the next renewal may succeed, for example on a network drive
             os.utime(lock)

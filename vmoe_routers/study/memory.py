@@ -54,8 +54,8 @@ def check_memory(
         images: Bytes of all images. Every worker holds a copy.
 
     Raises:
-        OptionError: A model does not fit, or all models during the timing, or all workers. The error names the option
-            that costs most.
+        OptionError: One model, all models during the timing, or all workers together do not fit. The error names the
+            option that costs most.
     """
     shape, available = (size, channels, classes), available_memory(settings.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -34,7 +34,7 @@ def load_factory(router: str, option: str = "routers") -> RouterFactory:
     module_name, _, name = router.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # code of the module may raise anything
+    except Exception as error:  # the module's code may raise any error
         reason = f"{type(error).__name__}: {error}"
         raise OptionError(f"{option}: {router!r} cannot be imported: {reason}", option) from error
     factory = getattr(module, name, None)

@@ -41,7 +41,7 @@ def paint_figure_1(data: Data) -> Figure:
 
 
 def paint_figure_2(data: Data) -> Figure:
-    """Draws training time against 10-shot transfer accuracy; FLOPs in its place if no step was timed."""
+    """Draws training time against 10-shot transfer accuracy; FLOPs instead of training time if no step was timed."""
     label = f"10-shot accuracy on {', '.join(sorted({point['data'] for point in data}))} (%)"
     return _scatter(data, [[(_cost(data), ("transfer_accuracy", label, 100.0, "upper"))]])
 
@@ -74,7 +74,7 @@ def _scatter(data: Data, grid: list[list[tuple]]) -> Figure:
 
 
 def front(points: list[tuple[float, float]], best: str) -> list[tuple[float, float]]:
-    """Returns the points that no other point beats in both values: a smaller first one and a better second one.
+    """Returns the points for which no other point has both a smaller cost and a better value.
 
     Args:
         points: Cost and value.
@@ -232,7 +232,7 @@ def paint_figure_load(data: Data) -> Figure:
         ax.tick_params(labelbottom=True)
     for ax, (name, blocks) in zip(grid.flat, variants.items(), strict=False):
         _draw_load(ax, name, blocks)
-    grid[0, 0].set_ylim(bottom=0)  # last, since the panels share the axis and a limit turns autoscaling off
+    grid[0, 0].set_ylim(bottom=0)  # last, because the panels share the axis and a limit turns autoscaling off
     figure.supxlabel("expert, from most to least loaded", fontsize=10)
     figure.supylabel("load / even share", fontsize=10)
     return figure

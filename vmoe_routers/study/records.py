@@ -54,7 +54,7 @@ def fingerprint(data: StudyData, transfer: StudyData | None) -> str:
     return digest.hexdigest()
 
 
-# Settings that do not change a single run. The fingerprint covers the images, so the place of the data does not matter.
+# Settings on which no single run depends. The fingerprint covers the images, so the place of the data does not matter.
 _OF_STUDY = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "batch_priority", "ablations", "seeds")
 _OF_STUDY += ("workers", "data_workers", "stream", "save_models", "learning_rates", "data", "transfer_data")
 
@@ -76,7 +76,7 @@ def run_path(settings: Settings, inputs: str, variant: Variant, seed: int) -> Pa
         variant, seed: The run.
     """
     own = [source_digest(variant.router)] if is_own(variant.router) else []
-    # The ablation's name and arm are not part of the hash: settings and options are.
+    # The settings and options are part of the hash. The ablation's name and arm are not.
     of = [inputs, of_run(settings, variant), asdict(replace(variant, ablation=None, arm=None)), seed, *own]
     return _path(settings, f"{variant.name}-seed{seed}", of)
 
@@ -201,7 +201,7 @@ def run_record(settings: Settings, variant: Variant, seed: int, transfer: str | 
     A record must have at least the keys of a mapping, and exactly the elements of a tuple.
 
     Args:
-        settings, variant, seed: What was run.
+        settings, variant, seed: The run.
         transfer: The name of the second data set.
     """
     wanted = of_run(settings, variant)

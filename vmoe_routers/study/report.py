@@ -195,7 +195,7 @@ def unlearned(rows: Sequence[Row], chance: float | None) -> list[str]:
 
 
 def _diverged(runs: Sequence[Run]) -> list[str]:
-    """Names the runs that diverged. Their final values are those of the model at its last step."""
+    """Names the runs that diverged. Their final values are from the model at its last step."""
     found = [f"{run['variant']['label']}, seed {run['seed']}" for run in runs if run["diverged"]]
     return [f"Diverged: {'; '.join(found)}. These runs are part of the means."] if found else []
 

@@ -41,8 +41,8 @@ def run(
 
     Args:
         settings: The study's settings.
-        variant, seed: What to run.
-        data, transfer: The images, and those of the second data set.
+        variant, seed: The run.
+        data, transfer: The images, and the images of the second data set.
         on_epoch: A function that is called after every epoch.
         folder: The folder for the trained model, for `from_pretrained`; None keeps no model.
 
@@ -79,7 +79,7 @@ def run(
                 values = {"train_loss": train_loss, "accuracy": measured.top1, "loss": measured.loss}
                 epochs.append({"epoch": epoch, "seconds": seconds, **values})
             on_epoch()
-    # The last evaluation of the curve is the final one where both use the same images.
+    # If the curve and the final evaluation use the same images, the last evaluation of the curve is the final one.
     if measured is None or diverged or final is not curve:
         measured = _measure(model, settings, data, final, batch)
     if folder is not None:

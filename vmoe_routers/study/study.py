@@ -173,7 +173,7 @@ def _check_fit(settings: Settings, data: StudyData, transfer: Images | None) -> 
         )
     try:
         Transform(settings.augmentation(data.size), data.channels, training=True)
-        # Every optimizer takes this model, so an error is about the arguments.
+        # Every optimizer takes this model, so an error means wrong arguments.
         make_optimizer(nn.Linear(1, 1), replace(settings.optimisation(), layer_decay=1.0))
     except OptionError as error:  # timm refuses the value of rand_augment, torch an argument of the optimizer
         raise OptionError(f"training: {error}", "training") from None
@@ -204,7 +204,7 @@ def _check_model(variant: Variant, settings: Settings, data: StudyData) -> None:
         cost(model)
     except OptionError:
         raise
-    except Exception as error:  # the router's own code may raise anything
+    except Exception as error:  # the router's own code may raise any error
         reason = f"{type(error).__name__}: {error}"
         raise OptionError(f"routers: {variant.router!r} fails: {reason}", "routers") from error
 

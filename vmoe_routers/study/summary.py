@@ -68,7 +68,7 @@ class Stat(NamedTuple):
         return f"{self.mean * scale:{form}}{error}"
 
     def is_clear(self) -> bool:
-        """Tells whether the 95 % interval by Student's t excludes 0; False without a spread."""
+        """Tells whether the 95 % interval by Student's t excludes 0; False if the error is None or 0."""
         if self.error is None or self.error <= _ROUNDING:
             return False
         return abs(self.mean) > float(student_t.ppf(0.975, self.count - 1)) * self.error
@@ -145,8 +145,9 @@ def stat(values: Iterable[float]) -> Stat:
 def chance_accuracy(labels: Tensor) -> float:
     """Returns the accuracy up to which a model may have learned nothing.
 
-    This is the share of the most frequent class plus two standard errors of an accuracy on so many images. A study that
-    chooses hyperparameters measures held-out images, whose classes are as frequent as those of the test images.
+    This is the share of the most frequent class plus two standard errors of an accuracy on this number of images. A
+    study that chooses hyperparameters measures held-out images, in which every class is as frequent as in the test
+    images.
     """
     share = float(labels.bincount().max()) / len(labels)
     return share + 2 * math.sqrt(share * (1 - share) / len(labels))

@@ -1,6 +1,7 @@
 """Measures the time of a training step of every variant, in turns in one process.
 
-Times measured during the runs cannot be compared: several runs train at once, and the load of the machine changes.
+Times measured during the runs cannot be compared, because several runs train at once and the load of the machine
+changes.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Variant:
 
     @property
     def has_phi(self) -> bool:
-        """Whether the slots are parameters. Their number depends on the number of tokens."""
+        """Whether the slots are parameters. The number of slots depends on the number of tokens."""
         return "num_tokens" in router_options(self.router)
 
     def describe(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Variant:
         return {**self._arm().options}
 
     def settings(self, settings: Settings) -> Settings:
-        """Returns the settings of the variant's runs: its own learning rate, and what its ablation changes."""
+        """Returns the settings of the variant's runs, with its learning rate and the changes of its ablation."""
         arm, rates = self._arm(), settings.learning_rates
         rate = rates.get(self.router or "dense", settings.learning_rate) * arm.factor
         return replace(settings, learning_rate=rate, learning_rates={}, **arm.settings)

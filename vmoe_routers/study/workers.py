@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 # A worker cannot watch its parent during the import of torch, which takes seconds. The guard is a process without such
-# imports. It reads the process ids of the workers until the end of the parent closes its input; then it kills them.
+# imports. The guard reads the process ids of the workers. When the parent ends, the guard's input closes, and the guard
+# kills the workers.
 _GUARD = """
 import os, signal, sys
 for process in sys.stdin.read().split():

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_state
 from vmoe_routers.training.trainer import Trainer
 
 FORMAT_VERSION = 1
-_INFO = "training.json"  # in the folder of torch's files; written last
+_INFO = "training.json"  # written last, into the folder of torch's files
 
 
 class TrainingCheckpointError(ValueError):
@@ -136,7 +136,7 @@ def load(checkpoint: Path, trainer: Trainer) -> None:
     with _quiet():
         try:
             read_state(state, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
-        except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
             reason = _cause(error)
             raise TrainingCheckpointError(f"{checkpoint}: damaged, or of another model: {reason}") from error
     trainer.load_state_dict(state)

@@ -77,8 +77,8 @@ def load(
     Args:
         data: the name or folder, as `open_data` takes it.
         image_size: resize to this height and width. None keeps the size; images in files are resized to 32.
-        max_images: keep at most this many training images and this many test images: evenly spaced images in files,
-            the first images of all other data.
+        max_images: keep at most this many training images and this many test images. Data in files keep evenly spaced
+            images, all other data their first images.
         data_root: the folder for downloads of torchvision.
 
     Raises:

@@ -42,7 +42,7 @@ def describe(settings: TrainSettings, data: Data, plan: Plan, model: nn.Module, 
 
 
 def _changed(settings: TrainSettings, image_size: int) -> str:
-    """Returns arguments that the name of the model does not tell, such as other pixels than vit_tiny_patch16_224's."""
+    """Returns arguments that the model's name does not state, such as a size other than vit_tiny_patch16_224 has."""
     if settings.model == "vit_moe":
         return ""
     given = dict(settings.model_args)
@@ -72,7 +72,7 @@ def memory_estimate(model: nn.Module, settings: TrainSettings, data: Data, image
 
     Args:
         model: The model before `lay_out`, which shards it.
-        settings, data, image_size, world: The training's.
+        settings, data, image_size, world: The values of the training.
     """
     sharded = world.size // settings.replicate if settings.parallel == "fsdp" else 1
     parameters = sum(p.numel() * p.element_size() for p in model.parameters()) / sharded
@@ -111,7 +111,7 @@ def draw_batch(images: Tensor, augmentation: Augmentation, path: Path) -> None:
 
     Args:
         images: [N, channels, height, width], normalized by `augmentation`.
-        augmentation: the training's.
+        augmentation: the augmentation of the training.
         path: the PNG file.
     """
     from torchvision.utils import save_image

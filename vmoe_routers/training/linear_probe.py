@@ -15,9 +15,10 @@ _EVERY = 10  # one training example in ten is held out
 def linear_probe(train: Examples, test: Examples) -> tuple[float, float]:
     """Fits logistic regression to the training examples, standardised by their mean and standard deviation.
 
-    The weights minimise the mean cross-entropy plus ``l2 / 2 |W|^2``; the bias is not regularised. Every tenth training
-    example of the examples sorted by class is held out. The regulariser with the best accuracy on these examples is
-    chosen; among equal accuracies, the one with the smallest loss. The final fit uses all training examples.
+    The weights minimise the mean cross-entropy plus ``l2 / 2 |W|^2``; the bias is not regularised. The training
+    examples are sorted by class, and every tenth is held out. The regulariser with the best accuracy on the held-out
+    examples is chosen; among equal accuracies, the regulariser with the smallest loss. The final fit uses all training
+    examples.
 
     Returns:
         The accuracy on the test examples in [0, 1], and the regulariser.

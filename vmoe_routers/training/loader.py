@@ -100,8 +100,8 @@ class Batches(Iterator[Batch]):
     def close(self) -> None:
         """Ends the workers.
 
-        torch ends them when its iterator is deleted, which a traceback may hold. Python would then wait forever at its
-        exit, because the workers ignore SIGTERM.
+        torch ends the workers when its iterator is deleted. A traceback may keep the iterator alive. Python would then
+        wait forever at its exit, because the workers ignore SIGTERM.
         """
         getattr(self._source, "_shutdown_workers", lambda: None)()
         self._source, self._left = iter(()), 0
@@ -338,7 +338,10 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ignores signals in a worker: the main process ends it after saving. torchrun and Slurm signal workers, too."""
+    """Ignores signals in a worker, because the main process ends the worker after saving.
+
+    torchrun and Slurm send signals to workers, too.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -363,7 +366,7 @@ def _tensor_training(
     while True:
         epoch, indices, copies = order.batch(step)
         if epoch != drawn:
-            # For all images: a draw is a function of (seed, epoch, index, copy).
+            # Draw for all images, because a draw is a function of (seed, epoch, index, copy).
             generator = generator_of(order.seed, "shift", epoch)
             draws = transform.draw(order.repeats * order.size, generator).view(order.repeats, order.size, -1)
             drawn = epoch

@@ -115,7 +115,7 @@ class Table:
                 if len(self.rows) == 1:
                     writer.writeheader()
                 writer.writerow(self.rows[-1])
-        except OSError as error:  # of a full disk, without the name of the file
+        except OSError as error:  # a full disk; the error does not name the file
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 

@@ -71,10 +71,10 @@ def load_model(
 
 
 def folder_of(model: str) -> str:
-    """Returns the folder of the model that a study kept, for the record of a run; any other name as it is.
+    """Returns the folder of the model that a study kept, for the record of a run; returns any other name unchanged.
 
     Raises:
-        OptionError: The name is that of a file within the folder of a model, or of a file that is no record.
+        OptionError: The name is a file within the folder of a model, or a file that is no record.
         RecordError: The study kept no model.
     """
     path = Path(model)

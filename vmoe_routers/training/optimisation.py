@@ -226,5 +226,5 @@ def make_optimizer(model: nn.Module, o: Optimisation) -> torch.optim.Optimizer:
             fused = not any(isinstance(p, DTensor) for group in groups for p in group["params"])
             return torch.optim.SGD(groups, lr=o.learning_rate, **{"momentum": 0.9, "fused": fused, **o.optimizer_args})
         return create_optimizer_v2(groups, o.optimizer, lr=o.learning_rate, **o.optimizer_args)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # the last where it needs CUDA
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # AssertionError: no CUDA device
         raise OptionError(f"optimizer {o.optimizer!r} with {o.optimizer_args}: {error}", "optimizer_args") from error

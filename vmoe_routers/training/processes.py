@@ -72,7 +72,7 @@ class Vote:
         self._previous: tuple[Tensor, Any] | None = None
 
     def __call__(self, value: bool) -> bool:
-        """Tells whether `value` was true in at least one process in the call before; with one process, in this call.
+        """Tells whether `value` was true in at least one process in the previous call; with one process, in this call.
 
         Every process must make the same number of calls.
         """
@@ -110,7 +110,7 @@ def processes(device: str) -> Iterator[World]:
     starts = "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized()
     if starts:
         store, rank, size = next(rendezvous("env://"))
-        # torchrun's store keeps the addresses of earlier groups: from before a restart, and of earlier calls.
+        # torchrun's store keeps the addresses of earlier groups, from before a restart and from earlier calls.
         restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
         number = store.add(f"vmoe_routers: groups of rank {rank}, restart {restart}", 1)
         store = PrefixStore(f"restart {restart}, group {number}", store)

@@ -19,7 +19,10 @@ def generator_of(*key: int | str) -> torch.Generator:
 
 
 def seed_cpu(*key: int | str) -> None:
-    """Seeds the generators of random, numpy and torch (CPU) by the key. CUDA is left alone: workers must not use it."""
+    """Seeds the generators of random, numpy and torch (CPU) by the key.
+
+    The generators of CUDA are not seeded, because workers must not use CUDA.
+    """
     seed = seed_of(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)

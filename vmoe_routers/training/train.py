@@ -38,7 +38,7 @@ from vmoe_routers.training.trainer import Trainer
 from vmoe_routers.training.transforms import PREPROCESSING, Mixing, Transform
 
 CHECKPOINTS, MODEL = "checkpoints", "model"
-_LOCK_TIMEOUT = 15.0  # seconds; the workers of a killed process keep its lock until they notice, after about 5
+_LOCK_TIMEOUT = 15.0  # seconds; the workers of a killed process keep its lock until they notice its end, after about 5
 
 
 def train(
@@ -188,7 +188,7 @@ def _run(settings: TrainSettings, world: World, console: Console, data: Data, pl
                     f"interrupted; saved at step {step}, and the same command continues from there", soft_wrap=True
                 )
                 raise KeyboardInterrupt
-        if world.any(outputs.lack_evaluation):  # a finished training that continues without its file of evaluations
+        if world.any(outputs.lack_evaluation):  # a finished training continues without its evaluations
             outputs.evaluated(trainer.step, settings.epochs, _evaluate(settings, data, plan, trainer, world))
     for error in batches.bad_images:
         console.print(f"skipped: {error}", soft_wrap=True)
@@ -301,8 +301,8 @@ def _evaluate(settings: TrainSettings, data: Data, plan: Plan, trainer: Trainer,
 def _export(settings: TrainSettings, plan: Plan, trainer: Trainer, world: World, console: Console) -> Path:
     """Writes the model and the curve, and prints the next command. Returns the model's folder.
 
-    The parameters alone are written for a model that save_pretrained cannot describe: one with a router of the user's
-    own, or without MoE layers.
+    The parameters alone are written for a model that save_pretrained cannot describe: a model with a router of the
+    user's own, or without MoE layers.
     """
     folder = settings.output / MODEL
     with trainer.averaged():
@@ -323,7 +323,10 @@ def _export(settings: TrainSettings, plan: Plan, trainer: Trainer, world: World,
 
 
 def _save_model(settings: TrainSettings, model: nn.Module, folder: Path, state: dict[str, Tensor]) -> str:
-    """Writes the model; its parameters alone if from_pretrained cannot make it. Returns the reason for that, or ""."""
+    """Writes the model, or its parameters alone if from_pretrained cannot make the model.
+
+    Returns the reason why only the parameters were written, or "".
+    """
     is_upcycled, values = settings.upcycle is not None and timm.is_model(settings.model), settings.to_dict()
     try:
         save_pretrained(

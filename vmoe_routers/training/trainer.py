@@ -85,7 +85,7 @@ class Trainer:
         self.dtype = DTYPES[optimisation.precision] if autocast else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         # On the device, so that counting does not wait for the device.
-        self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # in all; and the last in a row
+        self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # in all; in a row until now
         # Fused optimizers skip a step by a flag on the device. All other optimizers need the flag on the host.
         sharded = any(hasattr(parameter, "device_mesh") for parameter in self.parameters)
         self._skips_on_device = getattr(self.optimizer, "_step_supports_amp_scaling", False) and not sharded
@@ -114,7 +114,7 @@ class Trainer:
                 losses.append(self._backward(x, y, len(parts)))
         loss, auxiliary = torch.stack(losses).mean(0)
         self.scaler.unscale_(self.optimizer)
-        # Infinity as the largest norm clips nothing.
+        # If the largest norm is infinity, nothing is clipped.
         norm = clip_grad_norm_(self.parameters, o.clip or float("inf"))
         self._apply(norm)
         self.step += 1
@@ -128,7 +128,7 @@ class Trainer:
         loss = criterion(logits, targets, o.loss, o.label_smoothing)
         auxiliary = aux_loss(self.plain).to(loss.dtype)
         total = loss + auxiliary
-        # A gradient can be finite where the loss is infinite. NaN in it makes all ranks skip the step.
+        # A gradient can be finite although the loss is infinite. NaN in the gradient makes all ranks skip the step.
         weight = torch.where(torch.isfinite(total.detach()), 1.0, float("nan"))
         self.scaler.scale(total / parts * weight).backward()
         return torch.stack([loss.detach(), auxiliary.detach()])
@@ -146,7 +146,8 @@ class Trainer:
         bad = ~torch.isfinite(norm)
         self._skipped[0] += bad
         self._skipped[1] = (self._skipped[1] + 1) * bad
-        # Not scaler.step, which would apply a finite gradient whose norm overflows: clipping made this gradient 0.
+        # Do not call scaler.step: if the norm overflows, clipping makes a finite gradient 0, and scaler.step would
+        # apply that.
         if self._skips_on_device:
             optimizer: Any = self.optimizer
             optimizer.found_inf = bad.to(torch.float32)
@@ -155,7 +156,7 @@ class Trainer:
         elif not bad:
             self.optimizer.step()
         if self.scaler.is_enabled():
-            self.scaler.update()  # `unscale_` has told it whether the gradient was finite
+            self.scaler.update()  # `unscale_` has recorded whether the gradient was finite
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.plain)
@@ -200,7 +201,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a state of `state_dict`."""
-        # Keep the optimizer's implementation: the one in the state belongs to the layout that wrote it.
+        # Keep the optimizer's implementation: the implementation in the state belongs to the layout that wrote the
+        # state.
         forms = [{name: g[name] for name in _FORMS if name in g} for g in self.optimizer.param_groups]
         set_state_dict(self.plain, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for group, form in zip(self.optimizer.param_groups, forms, strict=True):

@@ -279,7 +279,7 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 
 
 class _Erasing:
-    """timm's random erasing for uint8 pixels. The fill has the distribution that it has after normalization."""
+    """timm's random erasing for uint8 pixels. After normalization, the fill has timm's distribution."""
 
     def __init__(self, probability: float, mode: str, mean: Tensor, std: Tensor):
         from timm.data.random_erasing import RandomErasing
