@@ -41,8 +41,8 @@ VMOE_BY_ISA(assign_slots)
 
 namespace vmoe::cuda {
 
-// The largest number of experts. It is limited because the shared memory of a block holds the
-// counters of all experts.
+// The largest number of experts. The number is limited because the shared memory of a block holds
+// the counters of all experts.
 int64_t assign_slots_most_experts();
 
 // Bytes of workspace that assign_slots needs.

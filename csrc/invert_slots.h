@@ -5,9 +5,9 @@
 //   slots    [G, E * C]  int32   slots by token, ascending within a token; -1 after the last
 //   filled   [G, E]      int32   1 + the position of an expert's last slot that is not empty, or 0
 //
-// With the maps in both directions, the forward and backward of dispatch and combine are gathers.
-// They need no atomics and no zero fill, and sum in a fixed order. The result is deterministic. The
-// cost per group is O(E * C + T).
+// With the maps from slots to tokens and from tokens to slots, the forward and backward of dispatch
+// and combine are gathers. Gathers need no atomics and no zero fill, and sum in a fixed order. The
+// result is deterministic. The cost per group is O(E * C + T).
 #pragma once
 
 #include <cstddef>

@@ -31,7 +31,7 @@ namespace vmoe::cpu {
 
 VMOE_EACH_ISA(
 
-    // scaled = r * products, row by row; both may be the same memory.
+    // scaled = r * products, row by row. `scaled` and `products` may be the same memory.
     template <typename T> void soft_logits(
         const T* x,         // [rows, D]
         const T* products,  // [rows, S]
@@ -58,7 +58,7 @@ VMOE_BY_ISA(soft_logits_backward)
 
 namespace vmoe::cuda {
 
-// Splits phi into two parts for 16-bit tokens. Rows of both are padded with zeros.
+// Splits phi into two parts for 16-bit tokens. Rows of both parts are padded with zeros.
 template <typename Row>
 void soft_logits_parts(
     const Compute<Row>* phi,  // [D, S]

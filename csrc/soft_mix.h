@@ -63,7 +63,7 @@ VMOE_BY_ISA(soft_mix_backward)
 namespace vmoe::cuda {
 
 // Weights have the dtype of the values. Their rows are row_stride<Row>(S) entries apart and aligned
-// to 16 bytes (common/row_stride.h); columns from S on are padding.
+// to 16 bytes (common/row_stride.h). Columns from S on are padding.
 template <typename Row>
 void soft_mix(
     const Compute<Row>* logits,  // [G, T, S]

@@ -17,7 +17,7 @@ struct ExpOf<float> {
   static constexpr float log2_e = 1.44269504f, ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;
   static constexpr int mantissa = 23, bias = 127;
 
-  // e^r. V is a float or a vector of floats; fused(a, b, c) is a * b + c.
+  // e^r. V is a float or a vector of floats. fused(a, b, c) is a * b + c.
   template <typename V, typename Fused>
   static VMOE_HOST_DEVICE inline V reduced(V r, Fused fused) {
     const V zero{};  // `constant - zero` has type V; the compiler folds the subtraction

@@ -2,8 +2,8 @@
 //
 // csrc/cpu/<op>.cpp is compiled once per level, each time into another namespace: cpu::v2, cpu::v3
 // and cpu::v4 (the x86-64 levels), or cpu::base on other CPUs. A contract declares each kernel in
-// all of these namespaces. It also declares a function of the same name in cpu, which calls the
-// kernel of the level in use:
+// all of these namespaces. The contract also declares a function of the same name in cpu. This
+// function calls the kernel of the level in use:
 //
 //   VMOE_EACH_ISA(template <typename T> void topk(const T* x, ...);)
 //   VMOE_BY_ISA(topk)

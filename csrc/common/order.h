@@ -27,8 +27,8 @@ struct Pick {
   }
 };
 
-// Converts a value to an unsigned integer, its key. The value with the larger key comes first;
-// values with equal keys tie. Comparisons of keys need no case for NaN. Keys are larger than 0.
+// Converts a value to an unsigned integer, its key. The value with the larger key comes first.
+// Values with equal keys tie. Comparisons of keys need no case for NaN. Keys are larger than 0.
 VMOE_HOST_DEVICE inline uint32_t order_key(float value) {
   if (value != value) return UINT32_MAX;
   value += 0.0f;  // turns -0 into +0, so that they tie

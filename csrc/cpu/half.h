@@ -1,5 +1,5 @@
 // half -- loads and stores of rows of any type, 16-bit types included. Loading widens 16-bit values
-// to float. Storing rounds to nearest, ties to even; NaN stays NaN, and overflow gives infinity.
+// to float. Storing rounds to nearest, ties to even. NaN stays NaN. Overflow gives infinity.
 #pragma once
 
 #include "../common/half.h"
@@ -89,7 +89,7 @@ inline void store_narrow(Row* p, Vec<Compute<Row>> v) {
   }
 }
 
-// Loads the first `count` < width entries; the rest of the vector is 0.
+// Loads the first `count` < width entries. The remaining lanes of the vector are 0.
 template <typename Row>
 inline Vec<Compute<Row>> load_wide(const Row* p, int64_t count) {
   if constexpr (sizeof(Row) == 2) {

@@ -23,7 +23,7 @@ template <typename T>
 inline Vec<SignedKey<T>> signed_key(Vec<T> value) {
   using Keys = Vec<SignedKey<T>>;
   constexpr SignedKey<T> kLast = std::numeric_limits<SignedKey<T>>::max();
-  const Keys bits = (Keys)(value + T{0});  // -0 becomes +0: the two tie
+  const Keys bits = (Keys)(value + T{0});  // -0 becomes +0, so that -0 and +0 tie
   const Keys key = bits ^ ((bits < 0) & kLast);
   return value == value ? key : splat<SignedKey<T>>(kLast);
 }

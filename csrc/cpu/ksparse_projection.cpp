@@ -13,7 +13,7 @@ namespace {
 
 // Returns tau - values[0], where tau is the threshold of the simplex projection of the descending
 // `values`. Differences from values[0] avoid cancellation if all values are large. The result is
-// computed in float64. It is NaN if values[0] is not finite.
+// computed in float64. The result is NaN if values[0] is not finite.
 template <typename T>
 double simplex_threshold(const T* values, int64_t k) {
   const double largest = values[0];

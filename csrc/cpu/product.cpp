@@ -33,8 +33,8 @@ int64_t rows_together(int64_t depth) {
   return kBlockBytes / sizeof(T) / depth / kTall * kTall;
 }
 
-// The packed operands of a thread. They are kept between calls, because allocation takes longer
-// than a small product.
+// The packed operands of a thread. The memory is kept between calls, because allocation takes
+// longer than a small product.
 template <typename T>
 struct Packed {
   alignas(64) T a[kBlockBytes / sizeof(T)];

@@ -12,7 +12,7 @@
 
 namespace vmoe {
 
-// Non-owning matrix view. Entry (i, j) is data[i * down + j * along]; one of the strides is 1.
+// Non-owning matrix view. Entry (i, j) is data[i * down + j * along]. One of the two strides is 1.
 template <typename T>
 struct Matrix {
   T* data;

@@ -10,7 +10,8 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// A radix sort by digits of kBits, the lowest first. It is stable, so ties need no comparison.
+// A radix sort by digits of kBits, the lowest first. A radix sort is stable, so ties need no
+// comparison.
 template <int kBits, typename Key>
 void sort_by_digits(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
   constexpr int kValues = 1 << kBits, kDigits = (8 * sizeof(Key) + kBits - 1) / kBits;
@@ -54,8 +55,8 @@ void sort_all(const T* value, int64_t n, std::vector<Pick<OrderKey<T>>>& picks) 
   sort_picks(picks.data(), picks.data() + n, n);
 }
 
-// Writes the first k of value[0, n), sorted, to picks[0, k). It inserts one value after another,
-// which is fast if k is small.
+// Writes the first k of value[0, n), sorted, to picks[0, k). Inserts one value after another, which
+// is fast if k is small.
 template <typename T>
 void select_few(const T* value, int64_t n, int64_t k, std::vector<Pick<OrderKey<T>>>& picks) {
   using P = Pick<OrderKey<T>>;

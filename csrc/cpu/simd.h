@@ -90,8 +90,8 @@ inline Mask<T> lane_index() {
   }(std::make_integer_sequence<int, kWidth<T>>{});
 }
 
-// Loads the first `count` < width entries; the rest is `fill`. Uses masked loads if the ISA level
-// has them, because a vector assembled in memory is slow to load.
+// Loads the first `count` < width entries. The remaining lanes are `fill`. Uses masked loads if the
+// ISA level has them, because a vector assembled in memory is slow to load.
 template <typename T>
 inline Vec<T> load_some(const T* p, int64_t count, T fill) {
 #if defined(__AVX512F__)
@@ -253,8 +253,8 @@ inline T sum(Vec<T> v) {
   }
 }
 
-// fma as an argument for the functions of common/. It is a type in the namespace of this ISA level,
-// so that instances of templates differ between levels.
+// fma as an argument for the functions of common/. Fused is a type in the namespace of this ISA
+// level, so that instances of templates differ between levels.
 struct Fused {
   template <typename V>
   V operator()(V a, V b, V c) const {
@@ -263,7 +263,7 @@ struct Fused {
 };
 
 // e^x. The relative error is below 2e-7 (float) and 5e-16 (double) if the result is a normal
-// number. Smaller results are 0, larger results are infinity; NaN stays NaN.
+// number. Smaller results are 0. Larger results are infinity. NaN stays NaN.
 template <typename V, typename T = std::remove_reference_t<decltype(V{}[0])>>
 inline V exp(V x) {
   using Of = ExpOf<T>;
@@ -353,7 +353,7 @@ inline int64_t compress(T* out, Mask<T> mask, Vec<T> v) {
 #endif
 }
 
-// Writes index + lane for the lanes set in `mask`; otherwise like compress.
+// The same as compress, but writes index + lane for the lanes set in `mask`.
 template <typename T>
 inline int64_t compress_index(int32_t* out, Mask<T> mask, int32_t index) {
 #if defined(__AVX512F__)

@@ -10,11 +10,11 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// softmax_shift: the value that is subtracted before exp. It is the row's maximum, or 0 if the
-// whole row is -inf: exp then gives 0, not NaN.
+// softmax_shift: the value that is subtracted before exp. The value is the maximum of the row, or 0
+// if the whole row is -inf. With 0, exp gives 0 for -inf, not NaN.
 //
-// softmax_scale: the factor of the exponentials. It is 1 over their sum, or 0 if the whole row is
-// -inf. Other sums are at least 1.
+// softmax_scale: the factor of the exponentials. The factor is 1 over their sum, or 0 if the whole
+// row is -inf. Other sums are at least 1.
 //
 // The maximum may ignore a NaN. The sum does not, so the whole row becomes NaN.
 template <typename T>

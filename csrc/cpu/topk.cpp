@@ -210,7 +210,7 @@ class Many {
       compress<Key>(chosen + passed, passes, key);
       passed += compress_index<Key>(places + passed, passes, static_cast<int32_t>(i));
     }
-    if (passed > k) {  // more ties than picks left for them
+    if (passed > k) {  // more entries tie with the k-th than remain to pick
       int64_t stay = 0;
       for (int64_t i = 0; i < passed; ++i) {
         if (chosen[i] == cut && ties-- <= 0) continue;

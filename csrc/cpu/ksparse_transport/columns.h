@@ -1,4 +1,4 @@
-// ksparse_transport/columns -- the similarities of one group, by expert.
+// ksparse_transport/columns -- the similarities of one group, stored by expert.
 #pragma once
 
 #include <algorithm>

@@ -204,7 +204,7 @@ class SemiDual {
   }
 
   // A floor for the first step, where alpha is 0 or near 0. The floor is estimated from every 16th
-  // entry. It is low enough that fewer than k entries reach the floor only rarely.
+  // entry. The estimate is low, so fewer than k entries reach the floor only rarely.
   double sampled_floor(int64_t e, Projection& projection) const {
     constexpr int64_t kStride = 16;
     const T* column = columns_[e];

@@ -187,7 +187,7 @@ class ScalingGradient {
     });
   }
 
-  // taken[e] += sum over the collected steps of a v[e] + u c[e]; taken starts at 0. Loads a and u
+  // taken[e] += sum over the collected steps of a v[e] + u c[e]. `taken` starts at 0. Loads a and u
   // once per four columns.
   void take_collected(int64_t b, C* taken) const {
     constexpr int64_t kColumns = 4;

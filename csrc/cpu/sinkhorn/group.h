@@ -22,7 +22,7 @@ double max_or_nan(double high, double value) {
 // thread per piece, and then over the pieces. So its bits do not depend on the number of threads.
 constexpr int64_t kPiece = 512;
 
-// The fewest pieces per thread. They have 64k entries in all, which take some microseconds.
+// The fewest pieces per thread. These pieces have 64k entries in all, which take some microseconds.
 int64_t grain(int64_t E) {
   return std::max<int64_t>(1, 65536 / (kPiece * std::max<int64_t>(1, E)));
 }
@@ -102,7 +102,7 @@ struct Group {
     constexpr T inf = std::numeric_limits<T>::infinity();
     if (size == 0) return false;
     Vec<T> top = splat(-inf), bottom = splat(inf);
-    // x - x is 0, or NaN if x is infinite or NaN; a NaN stays in the sum.
+    // x - x is 0, or NaN if x is infinite or NaN. A NaN stays in the sum.
     Vec<T> poison{};
     const auto visit = [&](Vec<T> x) {
       top = x > top ? x : top;

@@ -6,8 +6,8 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The iteration on the logarithms of the potentials. It is correct for any logits, and takes one
-// exp per entry and update.
+// The iteration on the logarithms of the potentials. This iteration is correct for any logits. It
+// takes one exp per entry and update.
 //
 // f_t = -top_t - log_sum_t is stored as two numbers. top_t is the largest M[t, e] + h_e. log_sum_t
 // is the logarithm of sum_e exp(M[t, e] + h_e - top_t). So the rows of the plan sum to 1 even if

@@ -36,8 +36,8 @@ template <typename T, typename C>
 class ScalingMatrix {
  public:
   static constexpr int64_t W = kWidth<C>;
-  // Blocks that a pass computes together. This gives more independent sums, and fewer loads and
-  // stores of the column sums.
+  // Blocks that a pass computes together. Several blocks at a time give more independent sums, and
+  // fewer loads and stores of the column sums.
   static constexpr int64_t kTogether = 4;
 
   void reset(const Group<T>& group, T* out) {
