@@ -12,8 +12,8 @@ namespace vmoe::cuda {
 //
 // Memory order: the first __syncthreads orders the writes of a block before the increment by its
 // first thread. The increment releases them to the device. All increments form one release
-// sequence, so the thread that acquires the last increment sees the writes before each of them. The
-// second __syncthreads orders the acquire before the loads of the other threads of the block.
+// sequence. So the thread that acquires the last increment sees the writes before every increment.
+// The second __syncthreads orders the acquire before the loads of the other threads of the block.
 //
 // The counter is never reset. The n-th barrier ends when the counter reaches n * blocks, modulo
 // 2^32.

@@ -7,10 +7,10 @@
 //   rank    writes every slot to its final position: the offset of its token plus the number of
 //           smaller slots of that token. The result is therefore deterministic
 //
-// Ranking compares all pairs of slots of a token. It is fast because a token has few slots.
+// Ranking compares all pairs of slots of a token. Ranking is fast because a token has few slots.
 //
-// A group that fits in shared memory takes one block, and all groups one launch (whole_kernel).
-// Larger groups take several blocks, and one launch per phase (phase_kernel).
+// A group that fits in shared memory takes one block. All groups then take one launch
+// (whole_kernel). Larger groups take several blocks, and one launch per phase (phase_kernel).
 #include <algorithm>
 #include <cub/block/block_scan.cuh>
 
@@ -23,8 +23,8 @@ namespace {
 constexpr int kThreads = 512;
 using Scan = cub::BlockScan<int32_t, kThreads>;
 
-// One group, and the memory of its phases. `step` threads work on the group; `first` is the number
-// of this thread among them.
+// One group, and the memory of its phases. `step` threads work on the group. `first` is the number
+// of this thread among these threads.
 struct Group {
   const int32_t* token;  // [E, C]
   int32_t* offsets;      // [T + 1]

@@ -6,7 +6,7 @@
 // column projects, and one block per kPieceThreads tokens updates. L-BFGS still takes one block per
 // group, because its steps need many sums over all tokens, one after another.
 //
-// Projections are stored in compact form (simplex.h); their entries are computed when needed. In
+// Projections are stored in compact form (simplex.h). Their entries are computed when needed. In
 // shared memory, a bit mask per token names the experts that picked the token. These experts are
 // few.
 //

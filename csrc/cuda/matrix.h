@@ -5,7 +5,7 @@
 
 namespace vmoe::cuda {
 
-// Calls body(t, lane, width) for every row t < count on `lanes` adjacent lanes; `lanes` is a power
+// Calls body(t, lane, width) for every row t < count on `lanes` adjacent lanes. `lanes` is a power
 // of two. Lane j takes the entries j, j + lanes, ... of the row that are below `width` = E. All
 // lanes of a warp call body, so that body may use join_lanes. Lanes without a row have t >= count
 // and a width of 0.
@@ -37,7 +37,7 @@ __device__ void each_entry(int64_t count, int64_t E, Body&& body) {
   }
 }
 
-// Reduces every column in a fixed order; `step` threads share a column. fold(e, first, step)
+// Reduces every column in a fixed order. `step` threads share a column. fold(e, first, step)
 // reduces the rows first, first + step, ... of column e. out[e] is the join of the results of fold
 // for first = 0, ..., step - 1. Ends with a barrier. `storage` has one number per thread.
 template <typename Join, typename Fold>

@@ -1,12 +1,12 @@
 // requests -- finds the rank of every request: the number of requests for the same expert that are
 // served before it. The algorithm is known as multisplit.
 //
-// The requests of a group are in the order in which they are served. They are divided into chunks,
-// one block per chunk, and each chunk into runs, one warp per run. First every warp counts the
-// requests of its run per expert, in its own counters in shared memory, without atomics. The sum of
-// the counts of all earlier runs is the rank of its first request for each expert. With these ranks
-// as counters, the warp then passes over its run again and gets the rank of every request. The warp
-// keeps its run in registers, so it reads the run from memory only once.
+// The requests of a group are in the order in which they are served. The requests are divided into
+// chunks, one block per chunk. Each chunk is divided into runs, one warp per run. First every warp
+// counts the requests of its run per expert, in its own counters in shared memory, without atomics.
+// The sum of the counts of all earlier runs is the rank of its first request for each expert. With
+// these ranks as counters, the warp then passes over its run again and gets the rank of every
+// request. The warp keeps its run in registers, so it reads the run from memory only once.
 #pragma once
 
 #include "../common/slots.h"

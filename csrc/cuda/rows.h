@@ -22,7 +22,7 @@ bool in_wide_pieces(int64_t D, const Rows*... rows) {
   return D % kWideEntries<Row> == 0 && (aligned(rows) && ...);
 }
 
-// Loads entries [at, at + kWideEntries) of a row of n entries; entries from n on are `otherwise`.
+// Loads entries [at, at + kWideEntries) of a row of n entries. Entries from n on are `otherwise`.
 // With `wide` this is a single load of 16 bytes, which may also read memory after the end of the
 // row.
 template <typename T, typename Index>

@@ -25,7 +25,7 @@ __device__ bool precedes(const Pick<Key>& a, const Pick<Key>& b) {
   return (a.key > b.key) | ((a.key == b.key) & (a.index < b.index));
 }
 
-// The first of the picks of kLanes adjacent lanes, one pick per lane. All lanes get it.
+// The first of the picks of kLanes adjacent lanes, one pick per lane. All lanes get the result.
 template <int kLanes, typename Key>
 __device__ Pick<Key> first_of_lanes(Pick<Key> pick) {
   if constexpr (kLanes == kWarp && sizeof(Key) == sizeof(unsigned)) {
@@ -88,9 +88,9 @@ class Few {
   }
 };
 
-// Sorts `size` picks in shared memory by a bitonic sort; size is a power of two. A stage with steps
-// of up to a warp moves picks only between the threads of a warp, because 32 adjacent pairs are 64
-// adjacent picks. Two such stages need no barrier of the block between them.
+// Sorts `size` picks in shared memory by a bitonic sort. `size` is a power of two. A stage with
+// steps of up to a warp moves picks only between the threads of a warp, because 32 adjacent pairs
+// are 64 adjacent picks. Two such stages need no barrier of the block between them.
 template <typename Key>
 __device__ void sort_picks(Pick<Key>* picks, int size) {
   int before = kWarp + 1;  // the step of the stage before; the first stage waits for all threads
@@ -120,7 +120,7 @@ __device__ void sort_picks(Pick<Key>* picks, int size) {
 // Selects the first k of n entries, 1 <= k <= n, in order, by a block of kThreads threads. The
 // block finds a cut: a key such that the entries with larger or equal keys include all k picks, and
 // fit in `places` positions in shared memory. These entries are then sorted. If too many keys tie
-// with the k-th, only the first of them are taken. The cut is found digit by digit, from the
+// with the k-th, only the first of these keys are taken. The cut is found digit by digit, from the
 // highest bit in which the keys differ, by a histogram of the digit.
 template <typename Key, int kThreads>
 class BlockSelect {
@@ -163,7 +163,7 @@ class BlockSelect {
       cut = find(storage, places, n, k, differ, key_at);
     }
     __syncthreads();
-    // The order in which entries are taken is arbitrary; they are sorted below.
+    // The order in which entries are taken is arbitrary. The entries are sorted below.
     const auto take = [&](int64_t i, Key key) {
       picks[atomicAdd(&storage.taken, 1)] = {key, index_at(i)};
     };
@@ -172,7 +172,8 @@ class BlockSelect {
       const Key key = key_at(i);
       if (key > cut.key || (cut.all && key == cut.key)) take(i, key);
     }
-    // If only some of the entries with the key of the cut are picks, takes the first of them.
+    // If only some of the entries with the key of the cut are picks, takes the first of these
+    // entries.
     int32_t before = 0;
     for (int64_t begin = 0; before < cut.ties; begin += kThreads) {
       const int64_t i = begin + tid;

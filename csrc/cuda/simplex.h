@@ -1,5 +1,5 @@
 // simplex -- projection onto the simplex with at most k non-zeros, by a team of threads (team.h).
-// Both ksparse ops use it; ksparse_projection.h has the formula.
+// Both ksparse ops use this projection. ksparse_projection.h has the formula.
 //
 // Most of the work is counting the entries at or above a value. Values are compared, not keys: a
 // comparison of float64 values is one instruction, and a key takes six.
@@ -97,8 +97,8 @@ struct HeldEntries {
       const bool ties = (values[j] == projection.cut) & (index(j) <= last);
       picks |= static_cast<unsigned>(above | ties) << j;
     }
-    // Most threads have at most one pick, so a loop over the picks takes fewer turns than one over
-    // all entries.
+    // Most threads have at most one pick, so a loop over the picks takes fewer turns than a loop
+    // over all entries.
     return [this, picks](auto&& body) {
       for (unsigned left = picks; left != 0; left &= left - 1) {
         const int i = index(__ffs(static_cast<int>(left)) - 1);

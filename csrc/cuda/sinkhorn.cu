@@ -1,4 +1,4 @@
-// sinkhorn and sinkhorn_backward are one launch each; sinkhorn_system.h has the implicit backward.
+// sinkhorn and sinkhorn_backward are one launch each. sinkhorn_system.h has the implicit backward.
 // A group that fits in a block's shared memory is computed by one block: the matrix, the potentials
 // and the column sums stay in shared memory for all iterations.
 //

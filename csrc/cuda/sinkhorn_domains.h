@@ -1,9 +1,9 @@
 // sinkhorn_domains -- the updates of sinkhorn.h and their gradients, by one block. ScalingDomain
-// computes them on exp(M), LogDomain on logarithms; both have the same interface.
+// computes the updates on exp(M), LogDomain on logarithms. Both domains have the same interface.
 //
-// A block has all tokens of a group, or one piece of them. A function that sums over tokens writes
-// the partial sums of this block's piece. If a group has several pieces, the pieces' partial sums
-// are added up (gather, gather_sums) before the next update.
+// A block has all tokens of a group, or one piece of the tokens. A function that sums over tokens
+// writes the partial sums of this block's piece. If a group has several pieces, the pieces' partial
+// sums are added up (gather, gather_sums) before the next update.
 #pragma once
 
 #include "matrix.h"
@@ -118,7 +118,7 @@ class ScalingDomain {
   }
 
   // The gradient, from the last step to the first. Step i, with the potentials h_i and f_i, has the
-  // gradients dh_i and df_i. It subtracts from the gradient of M[t, e]
+  // gradients dh_i and df_i. Step i subtracts from the gradient of M[t, e]
   //   K[t, e] (a_i[t] v_i[e] + u_{i-1}[t] c_i[e]),   a_i = df_i u_i,  c_i = dh_i v_i / (n/E)
   // `rest` [count, rest_stride] is the gradient that remains, divided by K.
 
@@ -281,8 +281,8 @@ class ScalingDomain {
   double log_scale_ = 0;
 };
 
-// The updates on logarithms, in float64. They are correct for any logits, and take one exp per
-// entry and update.
+// The updates on logarithms, in float64. These updates are correct for any logits. They take one
+// exp per entry and update.
 //
 // f_t = -top_t - log_sum_t is stored as two numbers. top_t is the largest M[t, e] + h_e. log_sum_t
 // is the logarithm of sum_e exp(M[t, e] + h_e - top_t). So the rows of the plan sum to 1 even if
@@ -336,7 +336,7 @@ class LogDomain {
     });
   }
 
-  // total()[e] = the logarithm of the column sum; -inf for a column that no token can reach.
+  // total()[e] = the logarithm of the column sum, or -inf for a column that no token can reach.
   __device__ void close() {
     for (int64_t e = threadIdx.x; e < piece_.E; e += blockDim.x) {
       total()[e] = peak()[e] == -kInfinity ? -kInfinity : peak()[e] + log(total()[e]);
@@ -353,7 +353,7 @@ class LogDomain {
     __syncthreads();
   }
 
-  // f = -logsumexp_e(M + h); -inf for an absent token, so that its plan is 0.
+  // f = -logsumexp_e(M + h), or -inf for an absent token, so that its plan is 0.
   __device__ void step_rows() const {
     each_row(piece_.count, piece_.E, piece_.lanes, [&](int64_t t, int lane, int64_t width) {
       const RowPotential potential = row_potential(t, lane, width, h());
@@ -486,7 +486,7 @@ class LogDomain {
     __syncthreads();
   }
 
-  // The potential f_t for the column potentials `of_column`; all lanes of the row get it.
+  // The potential f_t for the column potentials `of_column`. All lanes of the row get f_t.
   __device__ RowPotential
   row_potential(int64_t t, int lane, int64_t width, const double* of_column) const {
     double top = -kInfinity, sum = 0;

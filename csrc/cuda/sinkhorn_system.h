@@ -206,9 +206,9 @@ __global__ void __launch_bounds__(kSystemThreads) solve_kernel(System<T> system)
   }
 }
 
-// A system that is too large for shared memory overwrites the products in device memory. It is
-// solved by system_columns_kernel, system_entries_kernel, one eliminate_kernel per column, and
-// substitute_kernel.
+// A system that is too large for shared memory overwrites the products in device memory. This
+// system is solved by system_columns_kernel, system_entries_kernel, one eliminate_kernel per
+// column, and substitute_kernel.
 template <typename T>
 __device__ Triangle triangle_of(const System<T>& system, int64_t g) {
   const int64_t E = system.E;
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kSystemThreads) system_apply_kernel(System<T> 
   });
 }
 
-// The sizes and the workspace of a call; run_system adds the tensors.
+// The sizes and the workspace of a call, without the tensors, which run_system adds.
 // sinkhorn_implicit_backward_workspace and run_system both use this struct, so that they agree on
 // the size.
 template <typename T>

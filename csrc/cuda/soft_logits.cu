@@ -7,7 +7,7 @@
 namespace vmoe::cuda {
 namespace {
 
-// The dot product of two rows in float64, as on the CPU. All lanes get it.
+// The dot product of two rows in float64, as on the CPU. All lanes get the result.
 template <int kEntries, typename Row>
 __device__ double dot_of_warp(const Row* a, const Row* b, int64_t D) {
   double total = 0;

@@ -2,8 +2,8 @@
 //
 // In the softmax over the tokens, a block computes 32 adjacent slots of a group. A thread computes
 // every kDown-th token of one slot or, if the rows allow it, of as many adjacent slots as 16 bytes
-// hold. A thread with few tokens keeps their logits in registers. Otherwise each pass reads them
-// from memory again.
+// hold. A thread with few tokens keeps their logits in registers. A thread with more tokens reads
+// their logits from memory again in each pass.
 //
 // The same kernels compute forward and backward. The backward computes the weights again, and then
 // the gradient.
@@ -257,7 +257,7 @@ void softmax(
   }
 }
 
-// Unit: the type that a lane copies at once; its size depends on the size and address of the rows.
+// Unit: the type that a lane copies at once. Its size depends on the size and address of the rows.
 template <typename Unit, bool kToSlots>
 __global__ void __launch_bounds__(kRowThreads) move_kernel(
     const Unit* __restrict__ from, Unit* __restrict__ to, int64_t G, int64_t E, int64_t C,

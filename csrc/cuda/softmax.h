@@ -62,7 +62,7 @@ __device__ T softmax_scale(T total) {
   return total == 0 ? T{0} : T{1} / total;
 }
 
-// The maximum over kLanes adjacent lanes, by `larger`; all lanes get it.
+// The maximum over kLanes adjacent lanes, by `larger`. All lanes get the maximum.
 template <int kLanes, typename T>
 __device__ T max_of_lanes(T value) {
   for (int turn = kLanes / 2; turn > 0; turn /= 2) {

@@ -1,7 +1,7 @@
 // The backward is one pass over the logits, with a few lanes per token and without atomics. The
 // picks of a token are its row of indices or, if experts chose tokens, its list from invert_slots,
 // in ascending order. If an expert is picked twice for a token, the lane of the first pick writes
-// the gradient of both.
+// the gradient of both picks.
 #include <algorithm>
 
 #include "../invert_slots.h"

@@ -18,8 +18,8 @@
 namespace vmoe::cuda {
 namespace {
 
-// order_key (common/order.h) of the gates of a row, in one instruction. The gates are at least +0,
-// or all of them are NaN, because their scale is.
+// order_key (common/order.h) of the gates of a row, in one instruction. The gates of a row are at
+// least +0. If the scale of the row is NaN, all its gates are NaN.
 template <typename T>
 class GateKeys {
  public:
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_rows_kernel(
   // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
   softmax.read(logits + (row < rows ? row : rows - 1) * E, E, wide);
   typename Softmax::Picks few;
-  // Positions after the end of the row have the gate 0, or NaN like the row. They are never picked,
-  // because they come after the E entries of the row, of which k <= E are picked.
+  // Positions after the end of the row have the gate 0, or NaN like the row. These positions are
+  // never picked, because they come after the E entries of the row, of which k <= E are picked.
   const GateKeys<T> key_of(softmax.scale);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) few.keys[i] = key_of(softmax.gate(i));

@@ -38,7 +38,7 @@ struct Least {
     return b < a ? b : a;
   }
 };
-// The maximum; NaN if either argument is NaN.
+// The maximum, or NaN if either argument is NaN.
 struct Largest {
   template <typename V>
   __device__ V operator()(V a, V b) const {
@@ -71,7 +71,7 @@ __device__ uint64_t extreme(uint64_t key) {
   return uint64_t{first} << 32 | rest;
 }
 
-// Reduces the values of `lanes` adjacent lanes by `join`; `lanes` is a power of two. All lanes of
+// Reduces the values of `lanes` adjacent lanes by `join`. `lanes` is a power of two. All lanes of
 // the warp must call this.
 template <typename V, typename Join>
 __device__ V join_lanes(V value, int lanes, Join join) {

@@ -14,7 +14,8 @@
 namespace vmoe::cuda {
 
 #ifdef __CUDACC__
-// An address in shared memory. It has 32 bits, so it takes half as many registers as a pointer.
+// An address in shared memory. A Shared has 32 bits, so it takes half as many registers as a
+// pointer.
 using Shared = uint32_t;
 __device__ inline Shared shared_place(const void* at) {
   return static_cast<Shared>(__cvta_generic_to_shared(at));

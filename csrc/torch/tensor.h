@@ -184,9 +184,9 @@ void parallel_groups(int64_t groups, int64_t elements_each, Body&& body) {
 }
 
 #ifdef VMOE_DEVICE_CUDA
-// Calls body(stream) while the device of `tensor` is the current device; `stream` is torch's
-// current stream on it. Throws if one of `others` is on another device, or if a launch in body
-// failed.
+// Calls body(stream) while the device of `tensor` is the current device. `stream` is the current
+// stream of torch on that device. Throws if one of `others` is on another device, or if a launch in
+// body failed.
 template <typename Body>
 void on_device(
     const char* op, const Tensor& tensor, std::initializer_list<Tensor> others, Body&& body) {
@@ -213,7 +213,7 @@ namespace device = cuda;
 
 // Calls body(where...) with the last arguments of a kernel that computes rows. On CUDA there is one
 // call, with the stream. On a CPU there are parallel calls, each with a range [begin, end) of the
-// rows; `elements_each` is the work per row. Throws if the tensors are not on one CUDA device.
+// rows. `elements_each` is the work per row. Throws if the tensors are not on one CUDA device.
 template <typename Body>
 void each_row(
     const char* op, int64_t, int64_t, std::initializer_list<Tensor> tensors, Body&& body) {

@@ -91,8 +91,8 @@ void scatter(
   });
 }
 
-// Memory for the rows of a block. It is in the matrix `expert` if the rows are contiguous in that
-// matrix. Otherwise it is `scratch`, and scatter() copies the rows to the matrix.
+// Memory for the rows of a block. The memory is in the matrix `expert` if the rows are contiguous
+// in that matrix. Otherwise the memory is `scratch`, and scatter() copies the rows to the matrix.
 template <typename T>
 T* place(const FilledRows& rows, const Block& block, T* expert, int64_t columns, T* scratch) {
   const int64_t joined = rows.joined(block.expert, block.begin, block.end);

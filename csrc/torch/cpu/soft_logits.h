@@ -54,7 +54,7 @@ Tensor run_backward(const SoftLogits& product, const Tensor& grad, const Tensor&
       }
     });
   });
-  const std::vector<int64_t> axes{0};  // named, because sum() keeps a reference to it
+  const std::vector<int64_t> axes{0};  // named, because sum() keeps a reference to `axes`
   return torch::stable::sum(totals, axes);
 }
 
