@@ -1,5 +1,5 @@
 // Tests cpu/half.h against the definitions, in double: widens every 16-bit value, and narrows
-// floats around every one of them.
+// floats around every 16-bit value.
 #include "common/half.h"
 
 #include "simd_probe.h"
@@ -104,8 +104,8 @@ TYPED_TEST(Halves, EveryValueSurvivesTheRoundTrip) {
 
 TYPED_TEST(Halves, RoundsToNearestAndTiesToEven) {
   // Each value, the midpoints between it and its neighbours, and the floats next to all of these.
-  // They include zero, subnormal numbers, the largest number, and the midpoint from which rounding
-  // gives infinity.
+  // These floats include zero, subnormal numbers, the largest number, and the midpoint from which
+  // rounding gives infinity.
   std::vector<float> x;
   for (const auto half : this->all()) {
     const double value = this->value(half);

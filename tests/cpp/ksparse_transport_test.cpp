@@ -80,8 +80,8 @@ struct SemiDual {
     return out;
   }
 
-  // The objective for the plan `moved`. It is the semi-dual if the columns of the plan are the
-  // maximisers b p.
+  // The objective for the plan `moved`. This value is the semi-dual if the columns of the plan are
+  // the maximisers b p.
   double value(const std::vector<double>& alpha, const std::vector<double>& moved) const {
     double sum = 0;
     for (int64_t t = 0; t < n; ++t) sum += alpha[t];

@@ -17,10 +17,10 @@ VMOE_EACH_ISA(
 
     template <typename T> void exp_negative_each(const T* x, T* out, int64_t n);
 
-    // x are normal numbers; n is a multiple of the width.
+    // x are normal numbers. n is a multiple of the width.
     void log_each(const double* x, double* out, int64_t n);
 
-    // The rounding error of each product; n is a multiple of the width.
+    // The rounding error of each product. n is a multiple of the width.
     void product_error_each(const float* a, const float* b, float* out, int64_t n);
 
     // [width, width]
@@ -33,7 +33,7 @@ VMOE_EACH_ISA(
         const T* x, const int32_t* chosen, int32_t first, T* entries, int32_t* places,
         uint32_t* bits);
 
-    // Loads and stores `count` < width entries; `all` gets the whole loaded vector.
+    // Loads and stores `count` < width entries. `all` gets the whole loaded vector.
     template <typename T> void copy_some(const T* x, int64_t count, T fill, T* all, T* out);
 
     // The sum of one vector's entries.

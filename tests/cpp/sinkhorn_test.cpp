@@ -61,7 +61,7 @@ std::vector<T> implicit(
   return out.values();
 }
 
-// The definition without logarithms, for one group with small |M| and no absent token. It scales
+// The definition without logarithms, for one group with small |M| and no absent token. Scales
 // exp(M) by columns, then by rows.
 template <typename T>
 std::vector<double> scaled_kernel(
@@ -178,8 +178,8 @@ TYPED_TEST(Sinkhorn, EqualLogitsGetEqualShares) {
 
 TYPED_TEST(Sinkhorn, SmallDifferencesOfLogitsStayExact) {
   using T = TypeParam;
-  // Logits small enough for exp(M), near 0 or far from it; in 64ths, so that they are exact in
-  // float32, too.
+  // Logits small enough for exp(M), near 0 or far from 0. They are multiples of 1/64, so that they
+  // are exact in float32, too.
   const Shape shape{1, 40, 8};
   auto logits = uniform<T>(shape.size(), 26, 0, 38);
   for (T& logit : logits) logit = std::round(logit * 64) / 64;

@@ -43,7 +43,7 @@ void mark_absent(const std::vector<T>& scale, int64_t E, std::vector<T>& gates) 
   }
 }
 
-// topk of gates [G, tokens, E]; a pick of -inf becomes value 0 and index -1.
+// topk of gates [G, tokens, E]. A pick of -inf becomes value 0 and index -1.
 template <typename T>
 Chosen<T> chosen_by_definition(const Choice& choice, const std::vector<T>& gates) {
   const int64_t size = choice.rows() * choice.k;

@@ -89,7 +89,7 @@ TYPED_TEST(Topk, ManyPicks) {
   }
 }
 
-// One entry is far from the rest: almost all keys in between are unused.
+// One entry is far from all other entries, so almost all keys in between are unused.
 TYPED_TEST(Topk, ManyPicksOfAWideRange) {
   using T = TypeParam;
   for (const T far : {kInf<T>, -kInf<T>, kNaN<T>, std::numeric_limits<T>::lowest()}) {

@@ -1,5 +1,5 @@
-// Tests of the emulator. It must report errors in kernels that would give a wrong result or a hang
-// on a GPU.
+// Tests of the emulator. The emulator must report errors in kernels that would give a wrong result
+// or a hang on a GPU.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 

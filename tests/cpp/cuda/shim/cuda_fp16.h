@@ -21,7 +21,7 @@ inline __half __float2half_rn(float value) {
   if (std::isnan(value)) return {0x7FFF};
   const float size = std::abs(value);
   if (size >= 65520) return {static_cast<unsigned short>(sign | 0x7C00)};
-  // Rounds to units in the last place; the unit does not shrink below 2^-14 (subnormal numbers).
+  // Rounds to units in the last place. The unit does not shrink below 2^-14 (subnormal numbers).
   // nearbyint rounds ties to even. A carry into the exponent gives the correct bits.
   const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
   const auto units = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));

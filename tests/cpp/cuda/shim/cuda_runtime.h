@@ -1,10 +1,10 @@
-// cuda_runtime -- an emulator that runs the kernels of csrc/cuda on the host. It replaces the
-// header of the same name of the CUDA toolkit.
+// cuda_runtime -- an emulator that runs the kernels of csrc/cuda on the host. This header replaces
+// the header of the same name of the CUDA toolkit.
 //
 // This folder comes first in the include path, so that a .cu file compiles as plain C++. A launch
-// runs its blocks one after another; a cooperative launch switches between all of them. The threads
-// of a block are fibers (runner.cpp). A fiber runs until it has to wait: in __syncthreads, in a
-// warp operation, or for another block to change an atomic (cuda/atomic).
+// runs its blocks one after another. A cooperative launch switches between all its blocks. The
+// threads of a block are fibers (runner.cpp). A fiber runs until it has to wait: in __syncthreads,
+// in a warp operation, or for another block to change an atomic (cuda/atomic).
 //
 // Errors that would give a wrong result or a hang on a GPU end the program, and print the state of
 // each thread: a barrier that not all threads reach; a warp operation whose mask names lanes that
@@ -33,7 +33,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // shared.ld places all of them in one section
+#define __shared__ static  // shared.ld places all these variables in one section
 
 struct uint3 {
   unsigned x, y, z;
@@ -180,7 +180,7 @@ inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 inline int __clzll(long long bits) { return bits ? __builtin_clzll(bits) : 64; }
 
 // The functions of the CUDA runtime. Device memory is on the heap, so that ASan checks its bounds.
-// An allocation of 0 bytes is a null pointer; copies from or to a null pointer are errors.
+// An allocation of 0 bytes is a null pointer. Copies from or to a null pointer are errors.
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
