@@ -14,7 +14,7 @@
 //   f_t =          - logsumexp_e(M[t, e] + h_e)       plan = exp(M + f + h)
 //
 // (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so rows sum to 1 up
-// to one rounding, however large the logits are. Column sums have an error of about 2^-52 max |M|.
+// to one rounding error for logits of any size. Column sums have an error of about 2^-52 max |M|.
 //
 // A token whose logits are all -inf is absent: its plan is 0. If a group contains NaN or +inf, its
 // whole plan and its whole gradient are NaN.

@@ -17,10 +17,10 @@
 // Gradient of the softmax: grad_logits = weights (grad - sum over the axis of weights * grad).
 //
 // 16-bit values are multiplied in 16 bits, with sums in float32. The softmaxes are computed in
-// float32, and each weight is rounded to the dtype of the values, as in torch's own softmax and
-// bmm. The error of a result is at most epsilon * sum |weight * value|. If torch computes the
-// product, small float16 weights are subnormal numbers, with an absolute error of up to 3e-8. The
-// gradient of the logits is computed from unrounded weights and a float32 gradient of the weights.
+// float32. Each weight is rounded to the dtype of the values, as with the softmax and bmm of torch.
+// The error of a result is at most epsilon * sum |weight * value|. If torch computes the product,
+// small float16 weights are subnormal numbers, with an absolute error of up to 3e-8. The gradient
+// of the logits is computed from unrounded weights and a float32 gradient of the weights.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
 // parallel -- runs parts of a kernel on the threads of its caller.
 //
-// A kernel that divides one large group takes a parallel loop as an argument, from a binding or a
-// test. The kernel divides the group into the same pieces for any number of threads, and adds up
-// the results of the pieces in a fixed order. So the result of the kernel does not depend on the
-// number of threads.
+// A kernel that divides one large group takes a parallel loop as an argument. A binding or a test
+// passes the loop. The kernel divides the group into the same pieces for any number of threads. It
+// adds up the results of the pieces in a fixed order. So the result of the kernel does not depend
+// on the number of threads.
 #pragma once
 
 #include <algorithm>

@@ -156,7 +156,7 @@ void product(Matrix<const T> a, Matrix<const T> b, Matrix<T> out, bool add) {
     const int64_t depth = std::min(kDepth, K - first);
     const int64_t together = rows_together<T>(depth);
     for (int64_t row = 0; row < M; row += together) {
-      // Panels of nearly equal height, because a low panel costs nearly as much as a tall one.
+      // Panels of nearly equal height, because a low panel costs nearly as much as a tall panel.
       const int64_t rows = std::min(together, M - row), panels = (rows + kTall - 1) / kTall;
       const auto begin = [&](int64_t panel) { return rows * panel / panels; };
       for (int64_t panel = 0; panel < panels; ++panel) {

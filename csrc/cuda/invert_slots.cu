@@ -77,7 +77,7 @@ struct Group {
     }
   }
 
-  // Computes the offsets from the counts in `next`, and sets `next` to the offsets, by one block. A
+  // One block computes the offsets from the counts in `next`, and sets `next` to the offsets. A
   // thread adds up kEach tokens between barriers, so that many tokens need few barriers.
   template <int kEach>
   __device__ void add_up(Scan::TempStorage& storage) const {

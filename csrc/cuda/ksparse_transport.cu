@@ -1,10 +1,10 @@
-// A step of the solver projects the columns, with one warp or block per column, and then updates
-// alpha, with one thread per token.
+// A step of the solver first projects the columns, with one warp or block per column. Then it
+// updates alpha, with one thread per token.
 //
 // Groups that fit in a block's shared memory take one launch, with one block per group for all
 // steps. Larger groups are in device memory. Adam then takes two launches per step: one block per
 // column projects, and one block per kPieceThreads tokens updates. L-BFGS still takes one block per
-// group, because its steps need many sums over all tokens, one after another.
+// group, because a step of L-BFGS needs many sums over all tokens, one after another.
 //
 // Projections are stored in compact form (simplex.h). Their entries are computed when needed. In
 // shared memory, a bit mask per token names the experts that picked the token. These experts are

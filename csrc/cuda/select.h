@@ -49,7 +49,7 @@ constexpr int kFew = 16;
 
 // Selects k <= kFew picks from a short row, whose keys are in the registers of kLanes lanes: kEach
 // keys per lane, in runs of kTogether keys that are adjacent in memory. Round j finds the first
-// remaining key of every lane, and then the first among the lanes, which is pick j.
+// remaining key of every lane. Pick j is the first among these keys.
 template <typename Key, int kLanes, int kEach, int kTogether>
 class Few {
  public:
@@ -90,7 +90,7 @@ class Few {
 
 // Sorts `size` picks in shared memory by a bitonic sort. `size` is a power of two. A stage with
 // steps of up to a warp moves picks only between the threads of a warp, because 32 adjacent pairs
-// are 64 adjacent picks. Two such stages need no barrier of the block between them.
+// are 64 adjacent picks. So two such stages need no barrier of the block between them.
 template <typename Key>
 __device__ void sort_picks(Pick<Key>* picks, int size) {
   int before = kWarp + 1;  // the step of the stage before; the first stage waits for all threads

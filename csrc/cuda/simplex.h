@@ -174,8 +174,9 @@ __device__ Projection<T> project(
 
   // Finds tau without sorting. u is the entry minus the largest entry, divided by `scale`. Each
   // round removes the entries at or below the threshold, and computes the threshold of the
-  // remaining entries, until no entry is removed. No share exceeds 1, so tau is at least -1, which
-  // is the first threshold. A u that is NaN is not above any threshold.
+  // remaining entries. The rounds end with the first round that removes no entry. No share exceeds
+  // 1, so tau is at least -1, which is the first threshold. A u that is NaN is not above any
+  // threshold.
   const auto picks = row.picks_of(projection);
   double threshold = -1;
   for (int32_t support = 0;;) {

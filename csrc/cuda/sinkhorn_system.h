@@ -1,5 +1,5 @@
-// sinkhorn_system -- the gradient at the fixed point (sinkhorn.h). With A = grad * plan, and r and
-// c the row and column sums of the plan, it solves
+// sinkhorn_system -- the gradient at the fixed point (sinkhorn.h). Let A = grad * plan, and let r
+// and c be the row and column sums of the plan. The kernels solve
 //   r_t u_t + sum_e plan[t, e] v_e = sum_e A[t, e]
 //   sum_t plan[t, e] u_t + c_e v_e = sum_t A[t, e]
 // for u and v. Eliminating u leaves an E x E system (diag(c) - plan^T diag(1/r) plan) v = b. The

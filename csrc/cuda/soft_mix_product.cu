@@ -31,8 +31,8 @@ constexpr int kStageStride = kColumns + kEntries;
 // The most values per line. Longer means are left to cuBLAS (docs/cuda.md says why).
 constexpr int64_t kMostValues = 256;
 // If there are fewer blocks than this per multiprocessor, the columns of the same lines are divided
-// among several blocks, which all compute the same weights. With few blocks, multiprocessors would
-// be idle while the last blocks run.
+// among several blocks. All these blocks compute the same weights. With few blocks, multiprocessors
+// would be idle while the last blocks run.
 constexpr int64_t kBlocksEach = 6;
 
 struct Mix {

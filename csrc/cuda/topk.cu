@@ -1,4 +1,4 @@
-// Four methods; n, M and k choose one:
+// There are four methods. n, M and k determine the method:
 //
 //   few_of_rows     k <= 16, n <= 1024, M = 1 (experts of a token): kLanes lanes per row hold its
 //                   keys in registers.

@@ -36,9 +36,9 @@ Tensor soft_mix(const Tensor& logits, const Tensor& values, int64_t dim, int64_t
   return out;
 }
 
-// The backward takes logits and values, which the caller keeps anyway, and recomputes the weights.
-// Recomputing the logits, too, would save the memory of [G, T, S] numbers, but take another product
-// of T * S * D multiply-adds per group.
+// The backward takes logits and values, which the caller keeps anyway. It recomputes the weights.
+// Recomputing the logits, too, would save the memory of [G, T, S] numbers. But it would take
+// another product of T * S * D multiply-adds per group.
 std::tuple<Tensor, Tensor> soft_mix_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& values, int64_t dim,
     int64_t num_experts) {

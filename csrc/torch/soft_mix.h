@@ -9,7 +9,7 @@ namespace vmoe {
 // The checked arguments. Tensors are contiguous.
 struct SoftMix {
   int64_t G, tokens, E, C, D;
-  bool over_tokens;  // true: the values are tokens, the means are slots (dispatch); false: reverse
+  bool over_tokens;  // true: values are tokens, means are slots (dispatch); false: the reverse
   Tensor logits;     // [G, T, S]
   Tensor values;     // [G, T, D] or [E, G, C, D]
 

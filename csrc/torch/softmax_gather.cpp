@@ -110,8 +110,8 @@ Tensor softmax_gather_backward(
       parallel(shape.rows(), shape.K, scatter);
       return;
     }
-    // Each row has the picks of one token, so few rows at a time go through all three steps while
-    // they are in the first-level cache.
+    // Each row has the picks of one token. So a few rows at a time go through all three steps while
+    // these rows are in the first-level cache.
     constexpr int64_t kTogether = 64;
     parallel(shape.rows(), shape.E, [&](int64_t begin, int64_t end) {
       for (int64_t first = begin; first < end; first += kTogether) {

@@ -64,8 +64,9 @@ class SemiDual {
     differentiate(alpha, gradient, [](int64_t, int64_t) {});
   }
 
-  // The same as above. It also calls use(begin, end) for every piece of the tokens as soon as the
-  // gradient of the piece is computed, on the thread that has this gradient in its cache.
+  // The same as above. As soon as the gradient of a piece of the tokens is computed, this function
+  // also calls use(begin, end) for the piece. The call is on the thread that has the gradient in
+  // its cache.
   template <typename Use>
   void differentiate(const Vector& alpha, Vector& gradient, const Use& use) {
     project(alpha);

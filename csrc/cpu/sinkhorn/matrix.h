@@ -167,7 +167,7 @@ class ScalingMatrix {
     visit<kCount, 0>(b + kCount, nullptr, u, nullptr, sums);
   }
 
-  // Calls body(count, block) for the blocks [begin, end), kTogether or one at a time.
+  // Calls body(count, block) for the blocks [begin, end). count is kTogether or 1.
   template <typename Body>
   void each_few(int64_t begin, int64_t end, Body&& body) const {
     const int64_t in_a_row = std::min(end, in_place_ > 0 ? in_place_ : blocks_);

@@ -25,9 +25,9 @@ FilledRows rows_of(const ExpertMlps& mlp) {
   return {read_or_null<int32_t>(mlp.filled), mlp.E, mlp.G, C};
 }
 
-// Calls body(task, scratch) for every task, in parallel. A thread takes the next task when it has
-// finished one, because experts have different numbers of rows. The result does not depend on which
-// thread runs a task.
+// Calls body(task, scratch) for every task, in parallel. A thread that has finished a task takes
+// the next task, because experts have different numbers of rows. The result does not depend on
+// which thread runs a task.
 template <typename T, typename Body>
 void each_task(int64_t tasks, int64_t scratch_elements, const Tensor& like, Body&& body) {
   constexpr int64_t line = 64 / sizeof(T);
