@@ -1,5 +1,5 @@
-// main -- runs the tests on one ISA level: cpp_tests --isa=v3. Without the option, on the best
-// level of this CPU. Exits with 77 if this CPU or this build lacks the level.
+// main -- runs the tests on one ISA level: cpp_tests --isa=v3. Without the option, the tests run on
+// the best level of this CPU. Exits with 77 if this CPU or this build lacks the level.
 #include <gtest/gtest.h>
 
 #include <iostream>

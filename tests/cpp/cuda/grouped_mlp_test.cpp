@@ -143,8 +143,8 @@ class CudaGroupedMlp : public ::testing::Test {
 };
 TYPED_TEST_SUITE(CudaGroupedMlp, Rows);
 
-// Rows are read in pieces of 16 bytes or entry by entry. There are less than one, exactly one and
-// several tiles of rows.
+// Rows are read in pieces of 16 bytes or entry by entry. The rows take less than one tile, exactly
+// one tile, and several tiles.
 TYPED_TEST(CudaGroupedMlp, AllRows) {
   for (const int64_t columns : {1, 3, 8, 33, 40, 256, 264}) {
     for (const int64_t N : {1, 5, 32, 33, 70}) {

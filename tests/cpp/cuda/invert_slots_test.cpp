@@ -29,8 +29,8 @@ void expect_as_on_cpu(const Slots& shape, const std::vector<int32_t>& token) {
   }
 }
 
-// The shapes cover groups in shared memory and groups with one launch per phase, and experts with
-// fewer and with more slots than a warp has lanes.
+// The shapes cover groups in shared memory and groups with one launch per phase. In some shapes an
+// expert has fewer slots than a warp has lanes, in some shapes it has more.
 TEST(CudaInvertSlots, SortsSlotsByToken) {
   for (const Slots& shape :
        {Slots{1, 1, 1, 1},

@@ -1,5 +1,6 @@
-// main -- runs the tests of the CUDA kernels. On the emulator, --schedule=forward (the default),
-// backward or shuffled sets the order in which the threads of a block and the blocks of a grid run.
+// main -- runs the tests of the CUDA kernels. On the emulator, --schedule sets the order in which
+// the threads of a block and the blocks of a grid run. The order is forward (the default), backward
+// or shuffled.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 

@@ -429,7 +429,8 @@ void run(
     for (const size_t i : in_grid.next()) {
       enter_block(blocks[i]);
       restore_declared();
-      // In the schedules forward and backward, a block runs as far as it can before the next one.
+      // In the schedules forward and backward, a block runs as far as it can before the next block
+      // runs.
       while (run_block(in_block)) {
         any = true;
         if (schedule == Schedule::kShuffled) break;

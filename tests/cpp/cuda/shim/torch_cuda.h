@@ -1,6 +1,6 @@
-// torch_cuda -- emulates the CUDA functions of torch that the bindings of csrc/torch call. Included
-// before all other headers, it makes the bindings register the CUDA kernels, which run on the
-// emulator, for CPU tensors.
+// torch_cuda -- emulates the CUDA functions of torch that the bindings of csrc/torch call. This
+// header is included before all other headers. It makes the bindings register the CUDA kernels for
+// CPU tensors. The kernels then run on the emulator.
 //
 // Matrix products are torch's CPU products. Streams, the current device, the CUDA allocator and the
 // asynchronous execution of kernels are not modelled.

@@ -26,7 +26,7 @@ class BlockScan {
       sum = sum + storage_.values[i];
     }
     output = before;
-    total = sum;  // without a barrier, as in CUB: callers need one before they reuse the storage
+    total = sum;  // no barrier, as in CUB: callers need a barrier before they reuse the storage
   }
 
  private:
