@@ -69,7 +69,7 @@ def alone(batches: Batches, steps: int) -> float:
 
 
 def trained(batches: Batches, device: torch.device) -> tuple[float, float]:
-    """Returns milliseconds per training step of a ViT-Ti/16, and the share of time that it waits for data."""
+    """Returns milliseconds per training step of a ViT-Ti/16, and the share of time that a step waits for data."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     steps = len(batches) - 1

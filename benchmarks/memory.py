@@ -53,7 +53,7 @@ def peak_bytes(run) -> int:
 
 
 def peaks(op: str, index: int, size: Size, threads: int) -> dict[str, int]:
-    """Returns `peak_bytes` by "name, direction" of a case, measured in a new process; empty if it fails."""
+    """Returns `peak_bytes` by "name, direction" of a case, measured in a new process; empty if the process fails."""
     request = {"op": op, "index": index, "size": asdict(size), "threads": threads}
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(request)]
     root = Path(__file__).resolve().parent.parent

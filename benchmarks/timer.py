@@ -47,7 +47,7 @@ def bootstrap(values: list[float], draws: int = 1000, seed: int = 0) -> Ratio:
 def once(call: Callable[[], object], repeats: int, device: str) -> float:
     """Returns the mean seconds per call of `repeats` calls.
 
-    On a GPU, the clock of the GPU measures them, and they include the time in which Python launches the calls.
+    On a GPU, the clock of the GPU measures these seconds. They include the time in which Python launches the calls.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -501,7 +501,7 @@ def _metavar(kind: str) -> str:
 
 
 def _help_formatter() -> Any:
-    """Makes the class that writes an option's help: its text, and its default where it has one."""
+    """Makes the class that writes the help of an option: its text, and its default if the option has one."""
     from jsonargparse import DefaultHelpFormatter
 
     class Formatter(DefaultHelpFormatter):

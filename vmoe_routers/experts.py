@@ -25,7 +25,7 @@ class Experts(nn.Module):
     """E two-layer MLPs, ``act(x w1 + b1) w2 + b2``, computed at once by `ops.grouped_mlp`.
 
     The op computes experts with ``nn.GELU`` and without dropout, in the dtypes of its kernels and under CUDA's
-    autocast. It does not call the activation module. Two batched products of torch compute all other cases: other
+    autocast. The op does not call the activation module. Two batched products of torch compute all other cases: other
     activations, gated experts, a norm, dropout, 16-bit values and autocast on a CPU, `torch.func` transforms and
     forward-mode derivatives.
 
@@ -123,8 +123,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
         """Maps slots x [E, G, C, D] to [E, G, C, D'].
 
-        Computes only the first `filled` [G, E] int32 slots of each buffer; the rest are zeros. None: computes all.
-        Under expert parallelism E is the number of experts of this rank.
+        Computes only the first `filled` [G, E] int32 slots of each buffer; all other slots are zeros. None: computes
+        all slots. Under expert parallelism E is the number of experts of this rank.
         """
         w1, b1, w2, b2 = _on_this_rank(self, self.w1, self.b1, self.w2, self.b2)
         check = Check("Experts")

@@ -238,7 +238,7 @@ def _own_router(
     device: Any,
     dtype: torch.dtype | None,
 ) -> nn.Module:
-    """Checks the user's router. If the user gave a factory, it first makes the router on the layer's device."""
+    """Checks the user's router. If the user gave a factory, first makes the router on the layer's device."""
     if options:
         raise TypeError(
             f"MoEMlp: {', '.join(options)} must be given to the router itself, because router is not a name"
@@ -296,8 +296,8 @@ def aux_loss(model: nn.Module) -> Tensor:
     """Sums the auxiliary losses of the MoE layers of `model` over their training forwards.
 
     Add the result to the training loss: ``(loss + aux_loss(model)).backward()``. A forward in training mode counts
-    until a backward pass has used it. Reading the loss has no effect, so it can be logged first. The loss works with
-    gradient accumulation and scaling, both kinds of activation checkpointing, torch.compile, DataParallel, DDP and
+    until a backward pass has used it. Reading the loss has no effect, so the loss can be logged first. The loss works
+    with gradient accumulation and scaling, both kinds of activation checkpointing, torch.compile, DataParallel, DDP and
     FSDP2 (docs/auxiliary_losses.md).
 
     Returns:

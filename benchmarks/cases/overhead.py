@@ -16,7 +16,7 @@ TINY_LAYER = Size(images=1, tokens=16, experts=4, width=8, top_k=1)
 
 
 def calls(size: Size, device: str) -> dict[str, tuple[Callable[[], Sequence[Tensor]], tuple[Tensor, ...]]]:
-    """Returns a call of every op on one tiny group, and the tensors whose gradients it computes."""
+    """Returns a call of every op on one tiny group, and the tensors whose gradients the call computes."""
     T, E, D = size.tokens, size.experts, size.width
     scores = torch.randn(1, T, E, device=device, requires_grad=True)
     x = torch.randn(1, T, D, device=device, requires_grad=True)

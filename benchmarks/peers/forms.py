@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def topk_one_hot(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Takes k times the argmax and masks it out, as early MoE code does."""
+    """Takes the argmax k times, and masks the taken entry each time, as early MoE code does."""
     gates = softmax(logits)
     left, values, indices = gates, [], []
     for _ in range(k):
@@ -134,7 +134,7 @@ def sinkhorn(logits: Tensor, iterations: int = 20) -> Tensor:
 
 
 def sinkhorn_megatron(logits: Tensor, iterations: int = 20) -> Tensor:
-    """Runs the loop of Megatron-LM's router, with a fixed number of iterations instead of its tolerance."""
+    """Runs the loop of Megatron-LM's router, with a fixed number of iterations instead of a tolerance."""
     cost = logits[0].exp()
     d0, d1 = torch.ones_like(cost[:, 0]), torch.ones_like(cost[0])
     for _ in range(iterations):

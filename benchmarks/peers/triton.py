@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 32  # rows per program in softmax_topk
-COLUMNS = 256  # columns per program in the other kernels; a thread loads 16 bytes of 16-bit values at once
-TOKENS = 8  # tokens or slots per program in the other kernels
+COLUMNS = 256  # columns per program in `gather_rows` and `sum_slots`; a thread loads 16 bytes of 16-bit values at once
+TOKENS = 8  # tokens or slots per program in these two kernels
 
 
 @triton.jit

@@ -18,8 +18,8 @@ The map from paths to parameters (H width, h heads, d = H / h, M hidden width, E
     pre_logits/{kernel, bias}                        (H, H), (H)                     fc_norm.dense
     head/{kernel, bias}                              (H, classes), (classes)         head
 
-Dense kernels are (in, out) in the reference and [out, in] in this package; expert kernels have one layout in both. Npz
-files of dense ViTs use other names (Transformer for Encoder, MlpBlock_3 for Mlp), which are accepted too.
+Dense kernels are (in, out) in the reference and [out, in] in this package; expert kernels have the same layout in both.
+Npz files of dense ViTs use other names (Transformer for Encoder, MlpBlock_3 for Mlp), which are accepted too.
 """
 
 from __future__ import annotations

@@ -364,7 +364,7 @@ def _changed_since(model: Any) -> dict[str, Any]:
 
 
 def _compare_structure(made: nn.Module, model: nn.Module) -> None:
-    """Refuses a model whose modules differ from those that its description makes."""
+    """Refuses a model whose modules differ from the modules that its description makes."""
     ours, wanted = upcycled.structure(model), upcycled.structure(made)
     for name in ours.keys() | wanted.keys():
         if ours.get(name) != wanted.get(name):

@@ -57,7 +57,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Gives the part of a tensor that this rank has. It shares the memory of a DTensor."""
+    """Gives the part of a tensor that this rank has. The part of a DTensor shares its memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined]
 
 

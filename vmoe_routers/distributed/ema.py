@@ -51,7 +51,7 @@ class Ema:
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """Gives `model` the averages, in place, within the context. Do not call `update` within it."""
+        """Gives `model` the averages, in place, within the context. Do not call `update` within the context."""
         self._swap(model)
         try:
             yield

@@ -61,7 +61,7 @@ def parallelize(
         The model.
 
     Raises:
-        TypeError, ValueError, RuntimeError: The model cannot be sharded. It is unchanged.
+        TypeError, ValueError, RuntimeError: The model cannot be sharded. The model is unchanged.
     """
     if checkpointing not in get_args(Checkpointing):
         raise ValueError(f"parallelize: checkpointing must be one of {get_args(Checkpointing)}, got {checkpointing!r}")
@@ -79,7 +79,7 @@ def parallelize(
             block.forward = _checkpointed(block.forward, keep_exchanged=checkpointing == "exchange_saved")
         if compile:
             block.compile(**(compile if isinstance(compile, dict) else {}))
-    # FSDP2 tells FSDP from HSDP by the number of axes: a mesh with one replica has one axis.
+    # FSDP2 distinguishes FSDP and HSDP by the number of axes, so a mesh with one replica has one axis.
     mesh = meshes.dense if replicated else meshes.dense["dp_shard"]
     policy = MixedPrecisionPolicy(param_dtype, None if param_dtype is None else reduce_dtype)
     for block in blocks:

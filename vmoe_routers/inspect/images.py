@@ -125,7 +125,7 @@ def _recorded(model: nn.Module, batch: Tensor, name: str) -> Trace:
         try:
             model(batch)
         except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            if "allocate" in str(error):  # the command line reports it
+            if "allocate" in str(error):  # the command line reports this error
                 raise
             raise OptionError(f"model {name!r} does not take images {list(batch.shape)}: {error}", "model") from error
     if not trace.layers:

@@ -106,4 +106,4 @@ def real_tokens(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
     return seen[(None,) * (4 - seen.ndim)].any(2).any(1).expand(x.shape[:2])
 
 
-torch.fx.wrap("real_tokens")  # symbolic tracing keeps it as one node, with and without a mask
+torch.fx.wrap("real_tokens")  # symbolic tracing keeps the function as one node, with and without a mask

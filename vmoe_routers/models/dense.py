@@ -102,7 +102,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.Sequential | nn.ModuleList]:
 
 
 def parts_of(mlp: Any, where: str) -> DenseMlp:
-    """Finds the parts of an MLP, and checks that they compute what the MLP computes.
+    """Finds the parts of an MLP, and checks that the parts compute the same function as the MLP.
 
     Raises:
         TypeError, ValueError: The MLP has other children, or computes something else.

@@ -64,7 +64,7 @@ def upcycle(
         router_options: Options of `vmoe_routers.create_router`.
 
     Returns:
-        `model`. Its attribute `upcycled`, or `moe_config` of a `vit_moe` model, describes what was replaced, for
+        `model`. Its attribute `upcycled`, or `moe_config` of a `vit_moe` model, describes the replaced MLPs, for
             `vmoe_routers.checkpoints.save_pretrained`.
 
     Raises:

@@ -128,7 +128,7 @@ def vit_moe(
             per MoE layer. None makes the dense ViT with the same trunk.
         num_experts: E, of every MoE layer.
         moe_blocks: The blocks with a MoE layer, as in `moe_block_indices`.
-        group_size: Images that are routed together. In training, the batch must be a multiple of it.
+        group_size: Images that are routed together. In training, the batch must be a multiple of this number.
         global_pool: "avg": mean of the encoder's normalised tokens; "token": class token; "map": attention pooling.
         qk_norm: Normalises queries and keys by LayerNorm over the head width (scale, no bias).
         pre_logits: Adds a dense layer of the model's width and tanh between pooling and head, as older ViTs have.

@@ -34,7 +34,7 @@ class Gates(ABC):
 
         Returns:
             Values, with a gradient, and int32 indices; [G, T, k] for dim 2, [G, E, k] for dim 1. Where fewer than k
-                entries are present, the rest have value 0 and index -1.
+                entries are present, the remaining places have value 0 and index -1.
         """
 
     @abstractmethod

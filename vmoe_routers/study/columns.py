@@ -1,4 +1,4 @@
-"""Columns of the study's table. Writes the table as CSV and prints it; `tables` makes it in HTML."""
+"""Columns of the study's table. Writes the table as CSV and prints the table; `tables` makes the HTML table."""
 
 from __future__ import annotations
 

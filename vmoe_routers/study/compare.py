@@ -21,7 +21,7 @@ _OF_RUN = ("learning_rate", "options", "device")  # settings that may differ bet
 
 
 class StudiesDiffer(ValueError):
-    """Two studies that cannot be compared. The message names what differs."""
+    """Two studies that cannot be compared. The message names the difference."""
 
 
 def compare_studies(first: Path, second: Path, console: Console | None = None) -> None:

@@ -36,7 +36,7 @@ _FLOPS = ("flops", "FLOPs of a forward pass, per image (M)", 1e-6)
 
 
 def paint_figure_1(data: Data) -> Figure:
-    """Draws training time and FLOPs against accuracy and loss; FLOPs alone if no step was timed."""
+    """Draws training time and FLOPs against accuracy and loss; only FLOPs if no step was timed."""
     return _scatter(data, [[(x, y) for y in (_ACCURACY, _LOSS)] for x in dict.fromkeys((_cost(data), _FLOPS))])
 
 

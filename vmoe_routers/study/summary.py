@@ -9,12 +9,12 @@ Every variant and seed has one record, a dict that JSON can hold:
     epochs         a list of dicts: epoch, seconds (of training so far), train_loss, and accuracy (in [0, 1]) and loss
                    on the held-out images, or on the test images of a study without held-out images
     final          accuracy and loss after the last epoch, on the test images. A study that chooses hyperparameters has
-                   no test images: its final values are from the held-out ones.
+                   no test images: its final values are from the held-out images.
     diverged       the reason why the training ended early, or None
     steps          number of training steps
     timing         step_ms: times of a training step, one per round. All variants took turns in one process, so they
                    have the same rounds. machine, date: where and when the steps were timed. The runs of ablations, and
-                   those of a study without timed steps, lack this key.
+                   all runs of a study without timed steps, lack this key.
     cost           slots (per image and MoE layer; for the dense ViT its tokens), mlp_flops, flops (of a forward pass,
                    per image), parameters
     layers         a list of dicts: block, load (tokens per image of each expert), utilisation, load_cv, dropped,

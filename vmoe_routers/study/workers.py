@@ -26,7 +26,7 @@ for process in sys.stdin.read().split():
 
 
 class Workers:
-    """Pool of processes, which start with the first calls. Leaving the context ends them.
+    """Pool of processes, which start with the first calls. Leaving the context ends the processes.
 
     Args:
         count: The largest number of processes.

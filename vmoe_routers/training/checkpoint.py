@@ -33,7 +33,7 @@ class TrainingCheckpointError(ValueError):
 
 
 def save(folder: Path, trainer: Trainer, info: dict[str, Any]) -> Path:
-    """Writes the checkpoint ``folder / <step>``, completely or not at all. Every rank must call it.
+    """Writes the checkpoint ``folder / <step>``, completely or not at all. Every rank must call this function.
 
     Args:
         folder: The folder of all checkpoints.
@@ -98,7 +98,7 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore(folder: Path, trainer: Trainer, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Loads the newest checkpoint that can be read. Every rank must call it.
+    """Loads the newest checkpoint that can be read. Every rank must call this function.
 
     Args:
         folder: The folder of all checkpoints.

@@ -42,7 +42,7 @@ def describe(settings: TrainSettings, data: Data, plan: Plan, model: nn.Module, 
 
 
 def _changed(settings: TrainSettings, image_size: int) -> str:
-    """Returns arguments that the model's name does not state, such as a size other than vit_tiny_patch16_224 has."""
+    """Returns arguments that the model's name does not state, such as image size 192 for vit_tiny_patch16_224."""
     if settings.model == "vit_moe":
         return ""
     given = dict(settings.model_args)

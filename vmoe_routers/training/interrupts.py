@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and SIGTERM in a training: the first saves and ends, the second ends at once."""
+"""Handles Ctrl-C and SIGTERM: the first signal ends the training after saving, the second ends it at once."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class Batches(Iterator[Batch]):
 
 
 def smaller_batch(images: int) -> int:
-    """Suggests a batch size for so few images: the largest power of two up to half of them, at least 1."""
+    """Suggests a batch size for few images: the largest power of two up to half of their number, at least 1."""
     return 1 << max(0, (max(images, 0) // 2).bit_length() - 1)
 
 
@@ -141,7 +141,8 @@ def training_batches(
     ``[rank * batch_size / world, (rank + 1) * batch_size / world)``. An incomplete last batch of an epoch is left out.
 
     Args:
-        samples: the data set. `Tensors` are augmented in whole batches, without workers, if the transform can do so.
+        samples: the data set. `Tensors` are augmented in whole batches, without workers, if the transform supports
+            whole batches.
         transform: a transform for training. Its `repeats` is the number of copies of an image in a batch.
         batch_size: images per step on all ranks.
         steps: steps of the whole training.
@@ -192,7 +193,7 @@ def evaluation_batches(
 ) -> Batches:
     """Makes batches of all images in order, for one rank. All ranks have equally many batches of equal sizes.
 
-    The last batches are padded with the last image. `Batch.valid` tells padding from images, so that every image counts
+    The last batches are padded with the last image. `Batch.valid` is False for padding, so that every image counts
     once. One rank has no padding.
 
     Args:

@@ -58,7 +58,7 @@ class Meter:
         self.images += images * self.world.size
 
     def row(self, steps_per_epoch: int) -> dict[str, Any]:
-        """Computes the values since the last row. Every process must call it."""
+        """Computes the values since the last row. Every process must call this method."""
         trainer = self.trainer
         losses = torch.stack([torch.stack([r.loss.float(), r.aux_loss.float()]) for r in self.reports]).mean(0)
         loss, auxiliary = self.world.mean(losses).tolist()

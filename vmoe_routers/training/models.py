@@ -34,7 +34,7 @@ def load_model(
     pretrained: bool = False,
     **arguments: Any,
 ) -> nn.Module:
-    """Makes the model, or loads it and fits its head and positions to the data.
+    """Makes the model, or loads the model and fits its head and positions to the data.
 
     A model that is made draws its parameters from torch's generator.
 

@@ -59,7 +59,7 @@ class World:
 
 
 class Vote:
-    """Asks all processes in every step whether one of them wants something.
+    """Asks all processes in every step whether a value is true in at least one of them.
 
     The answer comes one step later, so that no process waits for the slowest one or for the device.
 

@@ -216,7 +216,7 @@ def _dry_run(settings: TrainSettings, world: World, console: Console) -> Path:
 
 @contextmanager
 def _claimed(settings: TrainSettings, world: World) -> Iterator[None]:
-    """Locks the output folder and writes the settings to it, if a training in it has the same settings.
+    """Locks the output folder and writes the settings to it. A training in the folder must have the same settings.
 
     Raises:
         OptionError: The folder has a training with other settings, cannot be written, or another process trains in it.
