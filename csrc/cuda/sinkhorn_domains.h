@@ -380,8 +380,8 @@ class LogDomain {
   __device__ void start_gradient(const T*, int64_t) const {}
 
   // Starts at the column potentials `from`, which is null if no iteration was done, with grad in
-  // `rest`. Writes -sum_t (grad - df) * plan over this piece to `sums`. From then on `rest` is the
-  // gradient of M without the terms of the steps that were already taken.
+  // `rest`. Writes -sum_t (grad - df) * plan over this piece to `sums`. Sets `rest` to grad * plan,
+  // from which each later take_step subtracts its terms. At the end `rest` is the gradient of M.
   __device__ void begin_gradient(
       const double* from, T* rest, int64_t rest_stride, double* sums) const {
     set(h(), from);
@@ -410,7 +410,8 @@ class LogDomain {
     });
   }
 
-  // Goes back over the iteration that computed the potentials `from`; `before` as in ScalingDomain.
+  // Goes back over the iteration that computed the potentials `from`. `before` is as in
+  // ScalingDomain.
   __device__ void take_step(
       const double* from, const double* before, T* rest, int64_t rest_stride, double* sums) const {
     set(h(), from);
@@ -423,7 +424,8 @@ class LogDomain {
       const double d_potential = width > 0 ? df()[t] : 0;
       double sum = 0;
       for (int64_t e = lane; e < width; e += piece_.lanes) {
-        // `taken` is the gradient through the row update, d through the column update before it.
+        // `taken` is the gradient through the row update. d is the gradient through the column
+        // update before that row update.
         const double taken = d_potential * exp(log_weight(t, e, potential, h()));
         const double d =
             -total()[e] * exp(log_weight(t, e, potential_before, h())) * inverse_marginal;

@@ -19,7 +19,7 @@ namespace vmoe::cuda {
 namespace {
 
 // order_key (common/order.h) of the gates of a row, in one instruction. The gates of a row are at
-// least +0. If the scale of the row is NaN, all its gates are NaN.
+// least +0, except if the scale of the row is NaN. Then all its gates are NaN.
 template <typename T>
 class GateKeys {
  public:
