@@ -1,4 +1,4 @@
-"""Fuzzes the readers of checkpoints with atheris: any file is read, or raises CheckpointError.
+"""Fuzzes the readers of checkpoints with atheris: a reader reads any file, or raises CheckpointError.
 
     python tests/fuzz/readers.py tests/fuzz/corpus            # until Ctrl-C or a fault; options are libFuzzer's
     python tests/fuzz/readers.py tests/fuzz/corpus/npz        # one input again
@@ -23,7 +23,7 @@ from types import FunctionType, ModuleType
 import torch
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-checkpoints-"))
-READERS = (  # the function, its path, and the files that it reads
+READERS = (  # per reader: the function, its path, and the files that it reads
     ("read_npz", "a.npz", ("a.npz",)),
     ("read_vmoe", "a", ("a.index", "a.data-00000-of-00001")),
     ("from_pretrained", "", ("config.json", "model.safetensors")),
@@ -88,7 +88,7 @@ if __name__ == "__main__":
         for module in ("_files", "_msgpack", "npz", "pretrained", "vmoe"):
             for function in functions(importlib.import_module(f"vmoe_routers.checkpoints.{module}")):
                 atheris.instrument_func(function)
-        importlib.import_module("vmoe_routers.models")  # else the first input would take seconds
+        importlib.import_module("vmoe_routers.models")  # otherwise the first input would take seconds
 
         atheris.Setup(sys.argv, read)
         atheris.Fuzz()

@@ -45,17 +45,17 @@ def assert_close(actual: Tensor, expected: Tensor, *, slack: float = 1.0, dtype:
 
 
 def spread(*shape: int, scale: float = 3.0) -> Tensor:
-    """Logits as far apart as in a trained router: gates of one token differ by factors of about e^15."""
+    """Return logits with the spread of a trained router: gates of one token differ by factors of about e^15."""
     return torch.randn(shape, dtype=torch.float64) * scale
 
 
 def tied(*shape: int, levels: int = 3) -> Tensor:
-    """Values with many ties, which every dtype represents exactly."""
+    """Return values with many ties. Every dtype represents these values exactly."""
     return torch.randint(levels, shape).double() - 1
 
 
 def rounded(inputs: Sequence[Any], dtype: torch.dtype, device: str) -> list[Any]:
-    """Copies of the inputs on ``device``; floating-point tensors in ``dtype``, as leaves that require grad."""
+    """Copy the inputs to ``device``. Floating-point tensors get ``dtype`` and are leaves that require grad."""
 
     def one(x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -84,8 +84,8 @@ def check_reference(
 ) -> None:
     """Compare values and gradients of ``op`` with ``reference`` in float64, on the same rounded inputs.
 
-    Integers must be equal. A gradient may differ by ``gradient_slack`` times the tolerance, whose absolute part is
-    relative to the gradient's largest entry, if that exceeds 1.
+    Integers must be equal. A gradient may differ by ``gradient_slack`` times the tolerance. If the gradient's largest
+    entry exceeds 1, the absolute part of the tolerance is relative to this entry.
     """
     ours = rounded(inputs, dtype, device)
     exact = [x.detach().cpu() if isinstance(x, Tensor) else x for x in ours]
@@ -147,7 +147,7 @@ def check_gradient(op: Callable[..., Result], inputs: Sequence[Any], device: str
     cotangents = [torch.randn_like(y, requires_grad=True) for y in outputs]
     try:
         grads = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
-        # Every gradient depends at least on the cotangents: without requires_grad it was cut off.
+        # Every gradient depends at least on the cotangents. Without requires_grad its graph was cut off.
         assert all(g.requires_grad for g in grads)
         torch.autograd.grad([g.sum() for g in grads], cotangents)
     except (RuntimeError, NotImplementedError) as error:
@@ -187,7 +187,7 @@ def check_compile(op: Callable[..., Result], inputs: Sequence[Any], device: str,
 
 
 def with_threads(run: Callable[[], Sequence[Tensor]]) -> list[Sequence[Tensor]]:
-    """Results of `run` with 1, 2 and 3 threads."""
+    """Return the results of `run` with 1, 2 and 3 threads."""
     threads = torch.get_num_threads()
     results = []
     try:
@@ -205,7 +205,7 @@ def refused(op: str, argument: str) -> Any:
 
 
 def strided(x: Tensor) -> Tensor:
-    """The values of ``x`` in a tensor without a contiguous axis."""
+    """Return the values of ``x`` in a tensor without a contiguous axis."""
     wide = x.new_empty([2 * size for size in x.shape])
     view = wide[tuple(slice(None, None, 2) for _ in x.shape)]
     return view.copy_(x)

@@ -32,7 +32,7 @@ INTS = [-(2**63), -(2**31), -1, 0, 1, 2, 7, 100, 10**6, 2**31 - 1, 2**31, 2**33 
 INT32 = [-(2**31), -(10**6), -1, 0, 1, 2, 11, 12, 13, 100, 10**6, 2**31 - 1]
 FLOATS = [float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e-30, 1e30]
 DTYPES = [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64, torch.cfloat]
-# The most iterations that are run. More are valid, but take longer.
+# The largest number of iterations of a call. Larger numbers are valid, but take longer.
 LONG = {"iterations": 10**3}
 CPU_SECONDS = 5
 LIBC = ctypes.CDLL(None)
@@ -48,7 +48,7 @@ def ints(*shape: int, below: int) -> Tensor:
 
 
 def lists() -> list[Tensor]:
-    """token, and offsets and slots of `invert_slots`."""
+    """Returns token, and the offsets and slots that `invert_slots` computes from it."""
     token = ints(G, E, C, below=T)
     return [token, *ops.invert_slots(token, T)[:2]]
 
@@ -75,7 +75,7 @@ def mlp_backward() -> list[Any]:
     return [floats(E, G * C, D), x, w1, b1, w2, filled, floats(E, G * C, 7), act, True, True]
 
 
-# Good arguments of every op, raw and public; the test asks for a row of each.
+# Valid arguments of every raw op and every public op. The test fails if an op has no row.
 ROWS: dict[str, list[Callable[[], list[Any]]]] = {
     "raw.topk": [lambda: [floats(G, T, E), 2, 1]],
     "raw.softmax_gather": [
@@ -223,7 +223,7 @@ def cases(name: str) -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
         for key, value in keywords.items():
             for words, bad in hostile(value, key):
                 yield f"{row}: {key} {words}", arguments, {**keywords, key: bad}
-        # Lists that contradict each other.
+        # Combine lists that contradict each other.
         for seed in range(8):
             generator = torch.Generator().manual_seed(seed)
 
@@ -240,7 +240,7 @@ def parameter_names(name: str) -> list[str]:
 
 
 def call(name: str, arguments: list[Any], keywords: dict[str, Any]) -> None:
-    """The op and, where it has one, its backward. An exception is a correct result."""
+    """Calls the op and, if the op has one, its backward. An exception is a correct result."""
     space, op = name.split(".")
     function = getattr(raw, op).default if space == "raw" else getattr(ops, op)
     for at_end in (True, False):

@@ -11,14 +11,14 @@ OP = "assign_slots"
 
 
 def requests(G: int, T: int, K: int, E: int, *, skew: float = 1.0, none: float = 0.1) -> Tensor:
-    """Different experts per token, some in higher demand, and some invalid requests."""
+    """Returns requests: different experts per token, some experts more often requested, and some invalid requests."""
     demand = torch.rand(G, T, E) ** (1 + skew * torch.arange(E)) if skew else torch.rand(G, T, E)
     expert = demand.argsort(-1, descending=True)[..., :K].int()
     return torch.where(torch.rand(G, T, K) < none, -1, expert)
 
 
 def serve(expert: Tensor, E: int, C: int, priority: Tensor | None = None) -> tuple[list, list]:
-    """The definition in plain Python, one request after another."""
+    """Assigns slots by the definition in plain Python, one request after another."""
     G, T, K = expert.shape
     slot = [[[-1] * K for _ in range(T)] for _ in range(G)]
     source = [[[-1] * C for _ in range(E)] for _ in range(G)]
@@ -46,7 +46,7 @@ CASES = [
     (2, 3, 2, 7, 1),  # E > T
     (1, 1, 1, 1, 1),
     (1, 6, 1, 1, 4),
-    (2, 8, 2, 4, 0),  # no room at all
+    (2, 8, 2, 4, 0),  # no slots at all
     (1, 5000, 2, 8, 700),
 ]
 
@@ -68,7 +68,7 @@ def test_definition(device, G, T, K, E, C, priorities):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(device, dtype):
-    """At a size where groups are divided among threads."""
+    """The size is large enough that groups are divided among threads."""
     expert = requests(16, 300, 2, 16).to(device)
     priority = tied(16, 300, levels=50).to(device, dtype)
     for got, wanted in zip(
@@ -188,7 +188,7 @@ def test_permuted_tokens_with_distinct_priorities(device):
 
 
 def test_capacity_beyond_the_requests(device):
-    """A larger capacity than requests is accepted if the group has few slots; else it is refused."""
+    """A capacity above the number of requests is accepted if the group has few slots. Otherwise it is refused."""
     expert = torch.zeros(1, 5, 2, dtype=torch.int32, device=device)
     slot, source = assign_slots(expert, 4, 2**18)
     assert slot.flatten().tolist() == [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]

@@ -23,7 +23,7 @@ OP = "combine"
 
 
 def combine(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """The public function, or the raw op without a gate, as the gradient of dispatch calls it."""
+    """Calls the public function or, without a gate, the raw op, as the gradient of dispatch does."""
     if gate is None:
         return torch.ops.vmoe_routers.combine(y, None, token, offsets, slots)
     return ops.combine(y, gate, token, offsets, slots)
@@ -59,7 +59,7 @@ def test_without_a_gate(device, dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gates_of_float32_with_experts_in_half(device, dtype):
-    """The dtypes of autocast: the gate is not rounded, and each gradient has the dtype of its tensor."""
+    """With the dtypes of autocast, the gate is not rounded, and each gradient has the dtype of its tensor."""
     y, gate, token, offsets, slots = (a.to(device) for a in arguments(2, 7, 16, 3, 4))
     y, gate = y.to(dtype).requires_grad_(), gate.float().requires_grad_()
     y64, gate64 = y.detach().double().requires_grad_(), gate.detach().double().requires_grad_()
@@ -90,7 +90,7 @@ def test_half_rows_are_summed_in_float32_and_rounded_once(device, dtype):
 
 
 def test_equal_tokens_get_equal_sums(device):
-    """At any position: rows of one value, at widths with and without a remainder after whole vectors."""
+    """Equal rows give equal sums at any position, for widths with and without a remainder after whole vectors."""
     for width in (1, 17, 64, 131):
         token = torch.arange(6, dtype=torch.int32, device=device).view(1, 2, 3).flip(2)
         row, gate = torch.randn(1, 1, 1, width, device=device), torch.full((1, 2, 3), 0.3, device=device)
@@ -190,7 +190,7 @@ def test_not_contiguous(device):
     wanted = combine(*inputs)
     assert torch.equal(combine(*(strided(a) for a in inputs)), wanted)
     y, gate, token, *csr = inputs
-    # Experts' outputs stored as [G, E, C, D], and an expanded cotangent.
+    # The experts' outputs are stored as [G, E, C, D], and the cotangent is expanded.
     view = y.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     combine(view, gate, token, *csr).sum().backward()
     expected = torch.where(token < 0, 0, gate).transpose(0, 1)[..., None].expand_as(y)

@@ -1,4 +1,4 @@
-"""CUDA tensors: a clear refusal without a GPU, and with one the properties that only a GPU can show."""
+"""CUDA tensors: a clear error without CUDA kernels, and on a GPU the properties that only a GPU can show."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_op_without_a_kernel_says_how_to_get_it():
 def test_on_the_host_it_is_the_cuda_kernels_that_run(request):
     if not request.config.getoption("--cuda-on-host"):
         pytest.skip("needs --cuda-on-host")
-    # The CPU's kernels take no 16-bit tensors.
+    # The CPU kernel takes no 16-bit tensors.
     out = torch.ops.vmoe_routers.soft_mix(torch.zeros(1, 4, 3), torch.ones(1, 4, 8, dtype=torch.bfloat16), 1, 3)
     assert torch.equal(out, torch.ones(3, 1, 1, 8, dtype=torch.bfloat16))
 
@@ -76,7 +76,7 @@ class WithLoss(torch.nn.Module):
 @pytest.mark.parametrize("masked", [False, True])
 @on_every_layer
 def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, masked):
-    """On fake tensors, without a GPU: reading a value is an error, and so is mixing devices."""
+    """Runs on fake tensors, without a GPU. Reading a value is an error, and mixing devices is an error."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
         model = WithLoss(layer)
@@ -93,7 +93,7 @@ def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, maske
 
 @on_every_layer
 def test_a_gradient_asks_for_nothing(router, options):
-    """The backward on fake tensors, which torch runs only on the CPU."""
+    """Runs the backward on fake tensors of the CPU, because torch runs a backward of fake tensors only there."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
         model = WithLoss(layer)
@@ -123,7 +123,7 @@ class Step:
         return loss.detach()
 
     def load(self, other: Step) -> None:
-        """Continue where `other` is."""
+        """Copy the state of `other`, so that this object continues from it."""
         self.model.load_state_dict(other.model.state_dict())
         self.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))  # load_state_dict does not copy
 
@@ -134,7 +134,7 @@ class Step:
 
 @on_every_layer
 def test_a_model_asks_the_gpu_for_nothing(router, options):
-    """A whole model on fake tensors, without a GPU."""
+    """Runs a whole model on fake tensors, without a GPU."""
     model = Step(router, options, "meta").model
     with FakeTensorMode():
         parameters = {name: torch.empty(p.shape, device="cuda") for name, p in model.named_parameters()}
@@ -157,7 +157,7 @@ def test_a_step_of_a_model_can_be_continued(router, options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_soft_mixes_in_16_bits_what_it_routes_in_float32(dtype):
-    """On fake tensors: 16-bit tokens reach the kernels unconverted, and results have their dtype."""
+    """Runs on fake tensors: 16-bit tokens reach the kernels unconverted, and results have the dtype of the tokens."""
     layer = make_layer("soft", {"slots_per_expert": 3}, "meta")
     with FakeTensorMode():
         parameters = {name: torch.empty(p.shape, dtype=dtype, device="cuda") for name, p in layer.named_parameters()}
@@ -331,7 +331,7 @@ class TestOnAGpu:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("tokens_dtype", [None, torch.float32])
     def test_a_soft_layer_under_autocast(self, dtype, tokens_dtype):
-        """Mixes in autocast's dtype, also for float32 tokens, without synchronisation; close to float32."""
+        """Mixes in autocast's dtype, also for float32 tokens, without synchronisation. Results are close to float32."""
         layer = make_layer("soft", {"slots_per_expert": 3}, "cuda")
         x = torch.randn(4, 49, 16, device="cuda", dtype=tokens_dtype or dtype, requires_grad=True)
         leaves = [x, *layer.parameters()]
@@ -395,7 +395,7 @@ class TestOnAGpu:
     def test_runs_on_the_current_stream(self):
         x = torch.randn(8, 4096, 64, device="cuda")
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())  # until x is made
+        stream.wait_stream(torch.cuda.current_stream())  # waits until x is computed
         with torch.cuda.stream(stream):
             values, _ = ops.topk(torch.cumsum(x.abs(), 1), 3, 1)
         stream.synchronize()

@@ -1,4 +1,4 @@
-"""Every decomposition against its op on the CPU, traced as in an exported program: no op of this package remains."""
+"""Every decomposition against its op on the CPU. Traced as in an exported program, no op of this package remains."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def decomposed(op, *arguments, **options):
-    """Results of the decomposition, which uses plain torch alone."""
+    """Returns the results of the decomposition, which uses plain torch only."""
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
 
     def call(*tensors):
@@ -45,13 +45,13 @@ def check(op, *arguments, read=None, slack=1.0):
 
 
 def specials(dtype):
-    """All orders of NaN, infinities, zeros of both signs and other numbers."""
+    """Returns rows with all orders of NaN, infinities, zeros of both signs and other numbers."""
     values = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1.0, 1.0], dtype=dtype)
     return torch.stack([values[torch.randperm(7)] for _ in range(50)])
 
 
 def slots_of(G, T, E, C):
-    """token, offsets and slots, with empty slots and repeated tokens."""
+    """Returns token, offsets and slots, with empty slots and repeated tokens."""
     token = torch.randint(-2, T + 2, (G, E, C), dtype=torch.int32)
     return token, *OPS.invert_slots(token, T)[:2]
 

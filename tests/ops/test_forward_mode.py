@@ -1,4 +1,4 @@
-"""Forward-mode AD: refused by every op that has no rule for it, never a silent tangent of 0."""
+"""Forward-mode AD: every op without a rule raises an error, and none returns a silent tangent of 0."""
 
 import pytest
 import torch

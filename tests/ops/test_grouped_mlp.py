@@ -36,7 +36,7 @@ each_act = pytest.mark.parametrize("act", GELU)
 
 
 def served(device: str, dtype: torch.dtype) -> bool:
-    """Whether the op has a kernel; `vr.Experts` computes the rest (tests/test_experts.py)."""
+    """Tells whether the op has a kernel. `vr.Experts` computes all other cases (tests/test_experts.py)."""
     if serves(torch.empty(0, dtype=dtype, device=device)):
         return True
     with refused(OP, "x"):

@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def advised(address: int) -> bool:
-    """Whether the mapping that holds `address` was asked for huge pages."""
+    """Tells whether huge pages were requested for the mapping that holds `address`."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = line.split()[0]
@@ -36,6 +36,6 @@ def test_a_large_result_asks_for_huge_pages():
     result = ops.dispatch(x, token, *ops.invert_slots(token, 8192)[:2])
     assert result.nbytes == 16 << 20
     assert advised(result.data_ptr() + (8 << 20))
-    # A mapping of its own: small tensors may share a heap that an earlier large result was part of.
+    # Use a separate mapping: small tensors may share a heap that an earlier large result was part of.
     with_small_pages = torch.frombuffer(mmap(-1, 16 << 20), dtype=torch.uint8)
     assert not advised(with_small_pages.data_ptr() + (8 << 20))

@@ -27,7 +27,7 @@ OP = "ksparse_projection"
 
 
 def onto_support(x: Tensor, support: tuple[int, ...]) -> Tensor:
-    """Projection of x [n] onto the simplex over ``support``, by bisection for its threshold."""
+    """Projects x [n] onto the simplex over ``support``, by bisection for the threshold."""
     u = x[list(support)]
     low, high = u.max() - 1, u.max()
     for _ in range(100):
@@ -41,7 +41,7 @@ def onto_support(x: Tensor, support: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("k", range(1, 7))
 @pytest.mark.parametrize("scale", [0.1, 1.0])
 def test_brute_force(device, k, scale):
-    """The nearest of the projections onto the simplices of all supports of k entries."""
+    """Returns the nearest of the projections onto the simplices of all supports of k entries."""
     x = spread(8, 6, scale=scale)
     for project in (reference.ksparse_projection, ksparse_projection):
         p = project(x.to(device), k).cpu()
@@ -120,14 +120,14 @@ def test_ties_at_the_edge_of_the_k_go_to_the_lower_index(device):
 def test_extreme_values(device, dtype, size):
     x = torch.tensor([[1.0, 1.0, 0.0, -1.0], [1.0, 0.5, 0.25, -1.0]], dtype=torch.float64) * size
     check_reference(ksparse_projection, reference.ksparse_projection, [x, 3], dtype, device)
-    # A shift changes nothing, however large: 0, 1/4 and 1/2 above 4096 are exact in float32.
+    # A shift of any size changes nothing: 0, 1/4 and 1/2 above 4096 are exact in float32.
     if dtype in (torch.float32, torch.float64):
         low = torch.tensor([[0.5, 0.25, 0.0, 0.25]], dtype=dtype, device=device)
         assert_close(ksparse_projection(low + 4096, 4), ksparse_projection(low, 4))
 
 
 def test_minus_infinity_gets_no_mass(device):
-    """Also if k exceeds the number of finite entries."""
+    """Entries of -inf are 0 in the projection, also if k exceeds the number of finite entries."""
     x = torch.tensor([[-INF, 0.25, -INF, 0.0], [-INF, -INF, -INF, -9.0]], device=device, requires_grad=True)
     p = ksparse_projection(x, 3)
     assert_close(p, torch.tensor([[0, 0.625, 0, 0.375], [0, 0, 0, 1]]))

@@ -35,7 +35,7 @@ SHAPES = [
 
 
 def similarities(G: int, T: int, E: int, *, scale: float = 1.5) -> Tensor:
-    """Similarities as the router passes them: a softmax over the experts."""
+    """Returns similarities as the router passes them: a softmax over the experts."""
     return spread(G, T, E, scale=scale).softmax(2)
 
 
@@ -81,7 +81,7 @@ def test_options(device, dtype, options):
 
 
 def test_a_group_stops_by_itself_after_the_update(device):
-    """Group 0 is solved at the start, group 1 is not; a large tolerance stops after one update."""
+    """Group 0 has converged at the start, and group 1 has not. A large tolerance stops after one update."""
     similarity = similarities(2, 12, 3)
     similarity[0] = torch.eye(3).double().repeat(4, 1)
     similarity = similarity.to(device)
@@ -169,7 +169,7 @@ def test_groups_do_not_see_each_other(device):
 @pytest.mark.parametrize("gamma", [0.1, 1.0])
 @pytest.mark.parametrize("G, T, E", [(2, 12, 4), (1, 30, 5), (2, 3, 6)])
 def test_lbfgs_without_sparsity_is_the_one_optimal_plan(device, G, T, E, gamma):
-    """k = T: the semi-dual is smooth, the plan unique, and its rows sum to 1."""
+    """For k = T the semi-dual is smooth, the plan is unique, and its rows sum to 1."""
     similarity = similarities(G, T, E).to(device)
     plan = ksparse_transport(similarity, T, solver="lbfgs", iterations=1000, tolerance=1e-9, gamma=gamma)
     assert (plan.sum(2) - 1).norm(dim=1).max() <= 1e-6
@@ -178,8 +178,8 @@ def test_lbfgs_without_sparsity_is_the_one_optimal_plan(device, G, T, E, gamma):
 
 
 def test_lbfgs_is_optimal_where_it_arrives(device):
-    """Sparse: the semi-dual has kinks, and a solver may stop at one. But rows that sum to 1 prove
-    the optimum: the plan is feasible, and its cost meets the bound that no feasible one passes."""
+    """For k < T the semi-dual is not differentiable everywhere, and a solver may stop at such a point. But rows that
+    sum to 1 prove the optimum: the plan is feasible, and its cost equals the lower bound of all feasible plans."""
     similarity, k, gamma = similarities(8, 24, 4), 6, 1.0
     plan = ksparse_transport(similarity.to(device), k, solver="lbfgs", iterations=1000, tolerance=1e-8).cpu()
     arrived = (plan.sum(2) - 1).norm(dim=1) <= 1e-7

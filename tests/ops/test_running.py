@@ -21,7 +21,7 @@ from vmoe_routers import ops
 
 pytestmark = pytest.mark.cpu_kernels
 CASES = [(name, row) for name, rows in ROWS.items() for row in range(len(rows))]
-# The calls of each op that must not keep memory. More than a few hundred take long: VMOE_CALLS=20000.
+# The number of calls of each op that must not keep memory. VMOE_CALLS=20000 sets a larger number, which takes long.
 CALLS = int(os.environ.get("VMOE_CALLS", "200"))
 
 each_case = pytest.mark.parametrize(("name", "row"), CASES, ids=[f"{name}-{row}" for name, row in CASES])
@@ -29,7 +29,7 @@ each_case = pytest.mark.parametrize(("name", "row"), CASES, ids=[f"{name}-{row}"
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes of the arguments that several threads share."""
+    """Returns sizes of the arguments that several threads share."""
     for size, value in {"G": 7, "T": 700, "E": 24, "C": 40, "K": 3, "D": 96}.items():
         monkeypatch.setattr(hostile, size, value)
 
@@ -59,7 +59,7 @@ def prepared(name: str, row: int) -> Callable[[], list[Tensor]]:
 
 
 def defined(name: str, results: list[Tensor]) -> list[Tensor]:
-    """The results whose every entry is defined: all but `hidden` of grouped_mlp, which has undefined rows."""
+    """Returns the results whose entries are all defined. `hidden` of grouped_mlp is left out: it has undefined rows."""
     return [r for at, r in enumerate(results) if not (name == "raw.grouped_mlp" and at == 1)]
 
 
@@ -79,7 +79,7 @@ def test_equal_in_every_run_and_for_every_number_of_threads(large, monkeypatch, 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_calls_from_many_python_threads(threads):
-    """Eight threads call all ops at once; every result equals that of a call alone."""
+    """Eight threads call all ops at once. Every result equals the result of a single call."""
     calls = {(name, row): prepared(name, row) for name, row in CASES}
     wanted = {case: call() for case, call in calls.items()}
     before = torch.get_num_threads()
@@ -123,7 +123,7 @@ class Mallinfo(ctypes.Structure):
 
 
 def held() -> tuple[int, int]:
-    """Bytes that malloc has given out, and blocks that Python has."""
+    """Returns the bytes that malloc has allocated, and the number of blocks that Python has allocated."""
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = Mallinfo
     gc.collect()

@@ -51,7 +51,7 @@ def test_reference(device, dtype, gradient, shape):
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_thousands_of_experts(device, tokens):
-    """Entries have the same relative error as with few experts."""
+    """With 4096 experts, entries have the same relative error as with few experts."""
     logits = spread(1, tokens, 4096, scale=1.0).float()
     plan = reference.sinkhorn(logits.double())
     assert ((sinkhorn(logits.to(device)).cpu() - plan).abs() <= 3e-6 * plan).all()
@@ -149,7 +149,7 @@ def test_gradients_agree_at_convergence(device):
 
 @each_gradient
 def test_gradient_of_a_plan_in_blocks(device, gradient):
-    """Experts that share no token: the null space of the implicit gradient's system has several dimensions."""
+    """If experts share no token, the null space of the implicit gradient's system has several dimensions."""
     logits = torch.full((1, 6, 4), -1e4, dtype=torch.float64)
     logits[:, :3, :2] = spread(1, 3, 2, scale=1.0)
     logits[:, 3:, 2:] = spread(1, 3, 2, scale=1.0)
@@ -159,7 +159,7 @@ def test_gradient_of_a_plan_in_blocks(device, gradient):
 @each_gradient
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_logits(device, dtype, gradient):
-    """|logits| of 1e4: exact to the rounding of the dtype, without overflow."""
+    """With |logits| up to 1e4 the plan is exact to the rounding of the dtype, without overflow."""
     logits = torch.rand(2, 16, 4, dtype=torch.float64) * 2e4 - 1e4
     check_reference(sinkhorn, reference.sinkhorn, [logits], dtype, device, gradient=gradient)
 
@@ -315,7 +315,7 @@ def test_group_without_any_token(device, gradient, masked_by):
 
 @each_gradient
 def test_forbidden_pairs(device, gradient):
-    """Single -inf entries, and an expert that no token can reach: plan 0, and no gradient."""
+    """Single -inf entries, and an expert that is masked for every token, have a plan of 0 and no gradient."""
     logits = spread(2, 8, 4)
     logits[0, torch.arange(8), torch.arange(8) % 4] = -INF
     logits[1, :, 2] = -INF

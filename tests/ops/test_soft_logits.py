@@ -40,7 +40,7 @@ def arguments(G: int, T: int, D: int, S: int) -> list[Tensor]:
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference(device, dtype, shape):
-    """For 16-bit dtypes the logits of the rounded inputs are float32."""
+    """For inputs of 16-bit dtypes, the logits of the rounded inputs are float32."""
     x, phi = (a.to(device, dtype) for a in arguments(*shape))
     if dtype in (torch.float32, torch.float64):
         check_reference(soft_logits, reference.soft_logits, [x, phi], dtype, device, slack=2, gradient_slack=4)
@@ -55,7 +55,7 @@ def test_reference(device, dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_in_half_with_phi_in_float32(device, dtype, shape):
-    """As in a router: neither phi nor the sum over tokens in its gradient is rounded to the tokens' dtype."""
+    """As in a router: phi is not rounded to the tokens' dtype, and neither is the sum over tokens in its gradient."""
     x, phi = arguments(*shape)
     x, phi = x.to(device, dtype).requires_grad_(), phi.to(device).float().requires_grad_()
     x64, phi64 = (a.detach().double().cpu().requires_grad_() for a in (x, phi))
@@ -139,7 +139,7 @@ def test_does_not_depend_on_threads_or_neighbours(G):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [0.0, 1e-20, 1e-4, 1e4, 1e18, 1e30])
 def test_tokens_of_any_length(device, dtype, length):
-    """At |x| = 1e30, |x|^2 overflows float32."""
+    """|x| = 1e30 is used because |x|^2 overflows float32 there."""
     x, phi = (a.to(device, dtype) for a in arguments(2, 9, 6, 5))
     x = (x * length).requires_grad_()
     out = soft_logits(x, phi)

@@ -44,17 +44,17 @@ def arguments(G: int, T: int, S: int, D: int, dim: int, E: int = 1) -> list[Tens
 
 
 def by_group(values: Tensor, groups: int) -> Tensor:
-    """Tokens [G, T, D] unchanged; slots of one expert [1, G, S, D] as [G, S, D]."""
+    """Returns tokens [G, T, D] unchanged, and slots of one expert [1, G, S, D] as [G, S, D]."""
     return values.reshape(groups, -1, values.shape[-1])
 
 
 def multiplied_in_half(device: str, dtype: torch.dtype) -> bool:
-    """Whether weights are rounded to the values' dtype for products in 16 bits."""
+    """Tells whether weights are rounded to the values' dtype for products in 16 bits."""
     return device in HALF_PRODUCTS and dtype in HALVES
 
 
 def check_in_half(logits: Tensor, values: Tensor, dim: int) -> None:
-    """16-bit values: an error of at most an epsilon of the summands; the logits' gradient is exact as in float32."""
+    """16-bit values err by at most an epsilon of the summands. The logits' gradient is exact as in float32."""
     logits64, values64 = (x.detach().double().cpu().requires_grad_() for x in (logits, values))
     logits, values = logits.detach().requires_grad_(), values.detach().requires_grad_()
     epsilon = torch.finfo(values.dtype).eps
@@ -96,7 +96,7 @@ def test_reference(device, dtype, dim, shape):
 @pytest.mark.parametrize("dtype", HALVES)
 @each_dim
 def test_logits_of_float32_with_values_in_half(device, dtype, dim):
-    """The dtypes of autocast: the logits are not rounded, and each gradient has the dtype of its tensor."""
+    """With the dtypes of autocast, the logits are not rounded, and each gradient has the dtype of its tensor."""
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     if multiplied_in_half(device, dtype):
         return check_in_half(logits.to(device).float(), values.to(device, dtype), dim)
@@ -196,7 +196,7 @@ def test_slots_by_expert_are_the_same_slots(device, dtype, dim, E, C, D):
 
 
 def test_slots_by_expert_are_not_copied(device):
-    """Experts are the first axis in memory, too, as the experts' products want them."""
+    """Experts are the first axis in memory, too, as the products of the experts need."""
     logits, x = torch.randn(2, 9, 12, device=device), torch.randn(2, 9, 7, device=device)
     assert soft_mix(logits, x, 1, 3).is_contiguous()
     y = torch.randn(3, 2, 4, 7, device=device, requires_grad=True)
@@ -291,7 +291,7 @@ def test_extreme_logits(device, dim, dtype):
 
 @each_dim
 def test_nothing_there_gives_zeros(device, dim):
-    """A token or slot of -inf is masked: it neither contributes nor receives, over both axes."""
+    """A token or slot of -inf is masked: over both axes, a masked row neither contributes nor receives."""
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     logits[0, 4] = -INF
     logits[0, :, 1] = -INF
@@ -315,7 +315,7 @@ def test_nothing_there_gives_zeros(device, dim):
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("place", [0, 2, 3])
 def test_not_a_number_is_not_hidden(device, dim, others, value, place):
-    """NaN and inf show at any position in a line, and beside any other entries."""
+    """NaN and inf reach the result from any position in a line, and beside any other entries."""
     logits = torch.full((1, 4, 4), others, device=device)
     logits[0, place, place] = value
     ones = torch.ones((1, 4, 2) if dim == 1 else (1, 1, 4, 2), device=device)

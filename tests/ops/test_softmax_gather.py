@@ -21,7 +21,7 @@ OP = "softmax_gather"
 
 
 def some_indices(shape, dim, picks):
-    """Random indices, some repeated, some outside of the axis."""
+    """Returns random indices, some repeated, some outside of the axis."""
     G, n, places = shape[0], shape[3 - dim], shape[dim]
     return torch.randint(-1, places + 1, (G, n, picks), dtype=torch.int32)
 
@@ -36,7 +36,7 @@ def test_reference(device, dtype, shape, dim):
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_large_logits_lose_nothing(device, dim):
-    """A logsumexp of 1e4 in float32 would have an error of 5e-4."""
+    """In float32, a logsumexp of 1e4 would have an error of 5e-4."""
     logits = (torch.randn(2, 30, 7) + 1e4).float().double()
     inputs = [logits, some_indices((2, 30, 7), dim, 4), dim]
     check_reference(softmax_gather, reference.softmax_gather, inputs, torch.float32, device)

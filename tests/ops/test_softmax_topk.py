@@ -24,7 +24,7 @@ CASES = [(1, 2), (2, 2), (8, 2), (9, 2), (13, 2), (1, 1), (6, 1), (9, 1), (70, 1
 
 
 def gates_of(logits):
-    """All gates [G, T, E] as the kernels compute them."""
+    """Returns all gates [G, T, E] as the kernels compute them."""
     every = torch.arange(logits.shape[2], dtype=torch.int32, device=logits.device)
     return softmax_gather(logits, every.expand(logits.shape).contiguous())
 
@@ -32,7 +32,7 @@ def gates_of(logits):
 @each_dtype
 @pytest.mark.parametrize(("k", "dim"), CASES)
 def test_reference(device, dtype, k, dim):
-    if dtype.itemsize == 2:  # rounding makes gates equal; the test of ties covers them
+    if dtype.itemsize == 2:  # rounding makes gates equal, which the test of ties covers
         inputs = [torch.randperm(2 * 70 * 13).view(2, 70, 13).double() / 256, k, dim]
         values, _ = softmax_topk(inputs[0].to(device, dtype), k, dim)
         wanted, _ = reference.softmax_topk(inputs[0].to(dtype).double(), k, dim)

@@ -63,7 +63,7 @@ def make(made: Made, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         x = x.round()
     elif made.values == "constant":
         x = torch.ones_like(x)
-    elif made.values == "near":  # neighbours that differ in their last bits
+    elif made.values == "near":  # neighbouring entries that differ in their last bits
         x = 1 + 2.0**-22 * x.round()
     elif made.values == "wide":
         x = x * 10 ** torch.empty_like(x).uniform_(-8, 8, generator=generator)

@@ -35,7 +35,7 @@ def indices(draw: st.DrawFn, *shape: int, below: int) -> torch.Tensor:
 
 
 def largest(x: torch.Tensor) -> float:
-    """The largest absolute value; infinity if NaN or infinity is among the values."""
+    """Returns the largest absolute value, or infinity if NaN or infinity is among the values."""
     return x.detach().double().abs().nan_to_num(nan=INF, posinf=INF).max().item() if x.numel() else 0.0
 
 
@@ -75,7 +75,7 @@ def test_softmax_topk(data):
     mask = data.draw(masks(groups, tokens))
     x = leaf(data.draw(tensors(groups, tokens, experts, dtype=data.draw(dtypes))))
     values, picks = ops.softmax_topk(x, k, dim, mask=mask)
-    # Gates compare as computed, so the picks are the top-k of the op's own gates, to the bit.
+    # The op compares its computed gates, so the picks are the top-k of these gates, to the bit.
     wide = x.detach().to(ops._dtypes.compute_dtype(x.dtype))
     wide = wide if mask is None else wide.masked_fill(~mask[..., None], -INF)
     every = torch.arange(experts, dtype=torch.int32).expand(x.shape).contiguous()
@@ -189,7 +189,7 @@ def test_sinkhorn(data):
     if 1e3 * max(1, tokens) < epsilon * torch.finfo(x.dtype).max:
         assert grad[sound].isfinite().all()
     assert (grad[sound][~present[sound]] == 0).all()
-    # The reference loses the plan to rounding where |M| is large.
+    # If |M| is large, rounding errors in the reference are larger than the plan.
     small = sound & (M.masked_fill(M == -INF, 0).abs().flatten(1).amax(1) < 1e3 if M[0:1].numel() else sound)
     if small.any():
         chosen = {**options, "mask": None if mask is None else mask[small]}
@@ -210,7 +210,7 @@ def test_ksparse_projection(data):
     weight = noise((rows, n)).to(x.dtype)
     got, (grad,) = gradients(lambda x: ops.ksparse_projection(x, k), [x], weight)
     close(got, reference.ksparse_projection(x.detach().double(), k))
-    # The support may differ by entries that round to 0, so the gradient is that of the op's own support.
+    # The support may differ by entries that round to 0, so the gradient is computed on the support that the op found.
     sound = ~got.isnan().any(1)
     support = (got != 0).double()
     assert (support[sound].sum(1) <= k).all()

@@ -22,13 +22,13 @@ each_router = pytest.mark.parametrize(("name", "fixed"), CASES)
 
 
 def dense(source: torch.Tensor, weights: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dispatch and combine tensor [G, T, E, C] from the token [G, E, C] of every slot (-1: empty) and its weight."""
+    """Makes dispatch and combine tensor [G, T, E, C] from every slot's token [G, E, C] (-1: empty) and weight."""
     dispatch = (source[:, None] == torch.arange(tokens)[None, :, None, None]).to(weights.dtype)
     return dispatch, torch.where(dispatch == 0, 0, weights[:, None])
 
 
 def token_choice(gates, weights, k, capacity, batch_priority, renormalize):
-    """Definition of `vr.token_choice`."""
+    """Computes `vr.token_choice` by its definition."""
     (G, T, E), chosen = gates.shape, reference.topk(gates, k)
     absent = chosen[0] == -INF
     expert = chosen[1].masked_fill(absent, -1)
@@ -44,7 +44,7 @@ def token_choice(gates, weights, k, capacity, batch_priority, renormalize):
 
 
 def expert_choice(gates, weights, capacity, renormalize):
-    """Definition of `vr.expert_choice`."""
+    """Computes `vr.expert_choice` by its definition."""
     (_G, T, _E), (values, token) = gates.shape, reference.topk(gates, capacity, 1)
     token = token.masked_fill(values == -INF, -1)
     kept = weights.transpose(1, 2).gather(2, token.clamp(min=0).long()).masked_fill(token < 0, 0)
@@ -91,12 +91,12 @@ def test_expert_choice(data):
     usable = wanted[1].isfinite() & (wanted[1].abs() < 1e30)
     if not renormalize:
         identical(combine.nan_to_num(7), wanted[1].nan_to_num(7))
-    elif weights is None and (gates >= 0).all():  # else the sum may cancel
+    elif weights is None and (gates >= 0).all():  # otherwise the sum may cancel
         close(combine[usable], wanted[1][usable].double())
 
 
 def gates_of(router, name, fixed, logits, mask, capacity):
-    """The gates that select and weigh, by the reference."""
+    """Returns the gates that select and the gates that weigh, by the reference."""
     logits = logits if mask is None else logits.masked_fill(~mask[..., None], -INF)
     softmax = reference._gates(logits)
     if name.startswith("softmax"):
@@ -133,7 +133,7 @@ def test_router(name, fixed, data):
     plain = x if mask is None else x.masked_fill(~mask[..., None], 0)
     logits = router.logits(plain)
     selecting, weighing = gates_of(router, name, fixed, logits, mask, routing.capacity)
-    # Gates that differ by rounding alone may be ranked either way.
+    # Gates that differ only by rounding may have either order.
     if name.startswith("softmax"):
         selecting = vr.ops.softmax_gather(logits, torch.arange(experts).expand(logits.shape).int().contiguous())
     else:
@@ -193,7 +193,7 @@ def test_layer(name, fixed, data):
 @each_router
 @given(data=st.data())
 def test_hostile_tokens(name, fixed, data):
-    """Tokens of any scale, NaN and infinities: no group affects another, and finite gates stay finite."""
+    """With tokens of any scale, NaN and infinities, no group affects another group, and finite gates stay finite."""
     tokens, experts = data.draw(TOKENS), data.draw(EXPERTS)
     router = vr.create_router(name, 5, experts, **fixed)
     if name != "soft":
