@@ -34,10 +34,10 @@ def compiler():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_compiles_once_for_every_batch_size(router, training, compiler):
-    """In training with gradients, else without. The backward is traced once: its ops do not depend on the mode."""
+    """Training has gradients, and eval has none. The backward is traced once: its ops do not depend on the mode."""
     model = model_of(router, depth=1).train(training)
-    # dynamic=True traces a model that has numbers, such as a capacity factor, twice, and gives the same graph. So one
-    # model is compiled with it, and the other models with a mark.
+    # With dynamic=True, a model that has numbers, such as a capacity factor, is traced twice and gives the same graph.
+    # So # one model is compiled with dynamic=True. For the other models, the dynamic axis is marked.
     by_mark = (router, training) != ("soft", True)
     step = torch.compile(model, fullgraph=True, dynamic=None if by_mark else True, backend="aot_eager")
     for count, batch in enumerate((4, 8, 6)):
@@ -59,7 +59,7 @@ def test_compiles_once_for_every_batch_size(router, training, compiler):
 def test_exports_saves_and_reloads(router, tmp_path):
     model = model_of(router, depth=1).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
-    # In groups of two images; of one for Soft MoE.
+    # A group has two images, or one image in Soft MoE and in the dense model.
     shapes = {"x": {0: 2 * batch if router not in (None, "soft") else batch}}
     program = torch.export.export(model, (torch.randn(4, 1, 8, 8),), dynamic_shapes=shapes)
     torch.export.save(program, tmp_path / "model.pt2")
@@ -146,7 +146,7 @@ def test_parametrized_experts(router):
     torch.testing.assert_close(model(x), reference(x))
 
 
-# torch says that it calls the ops once for every entry.
+# torch warns that vmap calls the ops once for every entry.
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_vmap(router):
@@ -164,7 +164,7 @@ def test_vmap(router):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_functional_call_and_gradients(router):
-    """Also the gradients of every image; second derivatives are refused, as in autograd."""
+    """Outputs and gradients, also per image, equal autograd's. Second derivatives are refused, as in autograd."""
     model = model_of(router, group_size=1).eval()
     x = torch.randn(2, 1, 8, 8)
     parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vmoe_routers as vr
 from vmoe_routers.models import cost, upcycle, vit_moe
 
-# For an image of 8 x 8 pixels in patches of 2 x 2: 16 tokens of width 16; hidden width 32.
+# An image has 8 x 8 pixels in patches of 2 x 2: 16 tokens of width 16. The hidden width is 32.
 SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 TRUNK = 2 * 16 * (2 * 2 * 16) + 2 * (16 * 10) + 2 * (2 * 16 * 4 * 16 * 16 + 2 * 2 * 16 * 16 * 16)
 MLP = 2 * 16 * (16 * 32 + 32 * 16)
@@ -23,7 +23,7 @@ def expert_flops(slots):
 
 
 def counted(model, size):
-    """Operations for one image by torch's counter."""
+    """Returns the operations for one image, as torch's counter counts them."""
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.randn(1, 3, size, size))
     return counter.get_total_flops()
@@ -93,7 +93,7 @@ def test_backward_by_torch_counter(router, wanted, backward):
         y.sum().backward()
     slots = 3 * 4 * layer.router.slots(16)
     logits = 2 * 16 * 16 * (slots if router == "soft" else 3 * 4)
-    mixtures = 2 * 16 * slots * (16 + 24) if router == "soft" else 0  # tokens of 16 in, slots of 24 out
+    mixtures = 2 * 16 * slots * (16 + 24) if router == "soft" else 0  # tokens of width 16, outputs of width 24
     products = {"router": logits + mixtures, "w1": 2 * slots * 16 * 32, "w2": 2 * slots * 32 * 24}
     assert counter.get_total_flops() == sum(times * products[name] for name, times in backward.items())
 

@@ -1,4 +1,4 @@
-"""init_weights: after the meta device and to_empty, a model is as vit_moe makes it."""
+"""init_weights: after the meta device and to_empty, a model has the values that vit_moe draws."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_is_as_made(kind):
     torch.manual_seed(3)
     model.init_weights()
     assert not differing(model, wanted)
-    for module in model.modules():  # as FSDP's tutorials do
+    for module in model.modules():  # FSDP's tutorials do this
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert differing(model, wanted)

@@ -38,7 +38,7 @@ def test_masked_patches_are_not_there(router, global_pool):
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
 @pytest.mark.parametrize("router", [None, *vr.ROUTERS])
 def test_padding_is_as_no_padding(router, global_pool):
-    """If there are slots for all tokens, an image padded to a larger size gives the output of the image alone."""
+    """If there are slots for all tokens, an image padded to a larger size gives the output of the unpadded image."""
     room = {} if router in (None, "soft") else {"capacity_factor": 8.0}
     options = {"global_pool": global_pool, "pos_embed_std": 0.0, **room}
     x = torch.randn(3, 1, 8, 8)
@@ -82,7 +82,7 @@ def test_features_and_head_apart_are_as_together(global_pool):
 @pytest.mark.parametrize("pool_type", ["max", "avgmax", "avg", "token", ""])
 @pytest.mark.parametrize("include_prefix", [False, True])
 def test_pools_of_timm(pool_type, include_prefix):
-    """Pooling with a mask is pooling without the masked patches."""
+    """Pooling with a mask gives the result of pooling without the masked patches."""
     model = model_of("soft", global_pool="token")
     model.pool_include_prefix = include_prefix
     features = torch.randn(2, 17, 16)
@@ -140,7 +140,7 @@ def test_refuses_timms_mask_beside():
 
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_another_image_size(router):
-    """Only the position embedding and the capacity change."""
+    """Another image size changes the position embedding and the capacity only."""
     small = model_of(router, dynamic_img_size=True)
     large = model_of(router)
     before = {name: value.clone() for name, value in large.state_dict().items()}

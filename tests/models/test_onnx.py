@@ -12,7 +12,7 @@ from vmoe_routers.models import vit_moe
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
-# With some options that are not defaults. Few iterations, because they are unrolled and take time to export.
+# Some options are not defaults. The iterations are few, because they are unrolled and take time to export.
 OPTIONS = {
     "softmax_token_choice": {"top_k": 2, "batch_priority": True, "capacity_factor": 0.6},
     "sinkhorn_token_choice": {"iterations": 2, "renormalize": True},
@@ -33,7 +33,7 @@ def model_of(router):
 
 
 class EachRouter(nn.Module):
-    """All models in one module, because every export has a fixed cost."""
+    """Puts all models into one module, because every export has a fixed cost."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ def exported(tmp_path_factory):
     return model, program.module(), onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-# One test, because processes that share parametrized tests would both export.
+# This is one test, because two processes that divide parametrized tests would both export.
 def test_computes_what_the_models_do(exported):
     model, program, session = exported
     (name,) = (argument.name for argument in session.get_inputs())

@@ -1,4 +1,4 @@
-"""What timm does with its models works with MoE layers: masks, the optimizer factory, feature extraction."""
+"""Functions of timm for its models work with MoE layers: masks, the optimizer factory, feature extraction."""
 
 import copy
 import inspect
@@ -37,7 +37,7 @@ NAFLEX = {
     "avg": {"global_pool": "avg"},
     "token and registers": {"global_pool": "token", "class_token": True, "reg_tokens": 2},
     "map": {"global_pool": "map"},
-    "masked keys": {"global_pool": "avg", "use_key_only_attn_mask": True},  # not in timm's first releases
+    "masked keys": {"global_pool": "avg", "use_key_only_attn_mask": True},  # missing in timm's first releases
     "rope": {"global_pool": "avg", "rope_type": "axial", "attn_type": "rope"},
     "eva": {"global_pool": "avg", "attn_type": "eva", "swiglu_mlp": True, "scale_mlp_norm": True},
 }
@@ -61,7 +61,7 @@ def test_padded_patches_of_naflex_are_not_routed(kind, router):
         model(padded)
     for routing in trace.routings["blocks.0.mlp"]:
         assert not routing.combine_tensor()[:, -more:].any()
-    if router != "soft":  # else the number of slots would depend on the padding
+    if router != "soft":  # otherwise the number of slots would depend on the padding
         for block in model.blocks:
             block.mlp.router.slots = lambda tokens: 3
     wanted = model({"patches": patches, "patch_coord": coordinates, "patch_valid": valid})
@@ -90,7 +90,7 @@ MASKED = {
 
 @pytest.mark.parametrize("kind", MASKED)
 def test_a_mask_for_attention_masks_routing(kind):
-    """Hidden tokens reach no expert, whatever form the mask has; a mask that hides no token changes no routing."""
+    """Hidden tokens reach no expert, for every form of the mask. A mask that hides no token changes no routing."""
     torch.manual_seed(0)
     dense = drawn(MASKED[kind]())
     if "attn_mask" not in inspect.signature(dense.forward_features).parameters:
@@ -117,7 +117,7 @@ def test_a_mask_for_attention_masks_routing(kind):
     with vr.inspect.record(model) as trace:
         model.forward_features(x, attn_mask=causal)
     assert trace.routings["blocks.0.mlp"][0].mask.all()
-    # With room for every token, masked attention and experts are as in the dense model.
+    # With slots for every token, masked attention and experts give the outputs of the dense model.
     whole = {"renormalize": True, "capacity_factor": 4.0}
     whole = upcycle(copy.deepcopy(dense), router="softmax_expert_choice", **whole, **MIXTURE)
     for mask in (None, causal, forms["keys"]):
@@ -137,7 +137,7 @@ def test_its_own_models_take_the_mask_too():
 
 
 class OtherBlock(Block):
-    """A block of the user, whose forward may do anything with the mask."""
+    """A block that a user could write: its forward may do anything with the mask."""
 
 
 def test_blocks_of_another_kind_refuse_masks():

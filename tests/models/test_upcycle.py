@@ -24,13 +24,13 @@ DINO = {"init_values": 1e-1, "reg_tokens": 4, "class_token": True, "global_pool"
 def dense(**options):
     torch.manual_seed(0)
     model = VisionTransformer(**TINY, **options).eval()
-    for parameter in model.parameters():  # biases, heads and layer scales that are not what they start as
+    for parameter in model.parameters():  # biases, heads and layer scales differ from their initial values
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
 def whole(router, **options):
-    """Options with which every token is taken, with weights that sum to 1."""
+    """Returns options with which every token gets an expert, with weights that sum to 1."""
     room = {"top_k": 2, "capacity_factor": 4.0} if router.endswith("token_choice") else {"capacity_factor": 4.0}
     return {"router": router, "num_experts": 4, "renormalize": True, **room, **options}
 
@@ -44,7 +44,7 @@ def test_starts_where_the_dense_model_was(router, kind):
         wanted = model(x)
         sparse = upcycle(copy.deepcopy(model), blocks="every_2", **whole(router)).eval()
         torch.testing.assert_close(sparse(x), wanted, rtol=1e-4, atol=1e-5)
-        # Without the promise's conditions the outputs differ.
+        # Without these options the outputs differ.
         less = {"capacity_factor": 1.0} | ({"renormalize": False} if router.endswith("token_choice") else {})
         other = upcycle(copy.deepcopy(model), blocks="every_2", **whole(router) | less).eval()
         assert not torch.allclose(other(x), wanted, rtol=1e-4, atol=1e-5)
@@ -132,7 +132,7 @@ def test_every_kind_of_mlp(kind):
     torch.testing.assert_close(layer(x), mlp(x), rtol=1e-5, atol=1e-5)
     experts = layer.experts
     assert experts.glu == (not isinstance(mlp, Mlp)) and type(experts.act) is type(mlp.act)
-    # Every expert has parameters of its own: one that is set to 0 leaves the outputs of another.
+    # Every expert has its own parameters: setting one expert to 0 leaves the outputs of another expert unchanged.
     for parameter in experts.parameters():
         parameter.data[0] = 0
     slots = x.expand(4, 2, 9, 16)
@@ -141,7 +141,7 @@ def test_every_kind_of_mlp(kind):
 
 
 def test_noise_of_the_gate_and_of_the_value():
-    """Each gets noise of its own standard deviation, because timm starts gates much smaller than values."""
+    """Gate and value get noise of different standard deviations, because timm initialises gates with smaller values."""
     model = dense()
     mlp = model.blocks[3].mlp = SwiGLUPacked(16, 64)
     mlp.fc1.weight.data[:32] *= 1e-4
@@ -151,7 +151,7 @@ def test_noise_of_the_gate_and_of_the_value():
         assert ((ours - theirs.T).std() / theirs.std()).item() == pytest.approx(0.5, rel=0.05)
 
 
-# Packed weights, separate weights, aligned widths, a norm inside, and MLPs without a gate.
+# The models have packed weights, separate weights, aligned widths, a norm inside, and MLPs without a gate.
 GATED = [
     ("vit_giant_patch14_dinov2", 14),
     ("vit_giant_patch14_reg4_dinov2", 14),
@@ -187,7 +187,7 @@ def test_models_of_timm_start_where_they_were(name, patch, tmp_path):
         loaded = upcycle(create(), **options)
         loaded.load_state_dict(torch.load(tmp_path / "state.pt"))
         torch.testing.assert_close(loaded(x), wanted, rtol=0, atol=1e-5)
-        for layer in (sparse.blocks[0].mlp, sparse.blocks[1].mlp):  # the layers matter for the outputs
+        for layer in (sparse.blocks[0].mlp, sparse.blocks[1].mlp):  # the layers have an effect on the outputs
             layer.experts.w2.zero_()
         assert not torch.allclose(sparse(x), wanted, rtol=0, atol=1e-3)
 

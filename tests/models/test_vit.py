@@ -110,7 +110,7 @@ def test_the_trunk_is_the_same_for_every_router(router):
 def test_initialisation():
     model = tiny(embed_dim=64, mlp_ratio=4.0, pos_embed_std=1.0, global_pool="token")
     block = model.blocks[0]
-    for part in block.attn.qkv.weight.chunk(3):  # Xavier of a square kernel each, not of the three together
+    for part in block.attn.qkv.weight.chunk(3):  # Xavier for each square kernel, not for all three together
         bound = (6 / 128) ** 0.5
         assert 0.95 * bound < part.abs().max() <= bound
     assert block.mlp.fc1.weight.abs().max() <= (6 / (64 + 256)) ** 0.5
@@ -161,7 +161,7 @@ def test_qk_norm_has_a_scale_and_no_bias():
     x = images()
     before = model(x)
     with torch.no_grad():
-        model.blocks[0].attn.qkv.weight[:32] *= 3  # queries and keys; the norm takes it away
+        model.blocks[0].attn.qkv.weight[:32] *= 3  # queries and keys; the norm removes the factor
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
 
 
@@ -342,7 +342,7 @@ def test_blocks_from_an_iterator():
 
 
 def test_own_experts_are_no_option():
-    """Every block needs its own, and one argument would give all blocks the same."""
+    """Every block needs its own experts, and one argument would give all blocks the same experts."""
     experts = [torch.nn.Linear(16, 16) for _ in range(2)]
     with pytest.raises(TypeError, match="vit_moe: experts is not an option"):
         vit_moe(8, 4, embed_dim=16, depth=2, num_heads=2, num_experts=2, experts=experts)

@@ -38,7 +38,7 @@ def test_sizes(name):
 @pytest.mark.parametrize("router", vr.ROUTERS)
 def test_timm_arguments_and_features(router):
     name = f"{router}_moe_tiny_patch16_224"
-    # timm's training script gives both rates, whatever they are
+    # timm's training script always gives both rates
     options = {"drop_rate": 0.2, "drop_path_rate": 0.1, "qk_norm": True, "moe_blocks": "every_2", "group_size": 2}
     model = timm.create_model(name, **TINY, **options, in_chans=1).eval()
     assert model.head_drop.p == 0.2
@@ -67,7 +67,7 @@ def test_weights_of_a_file_and_none_of_the_name(tmp_path):
     loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
-    # in another image size the positions are resampled, with other classes the head is left out
+    # For another image size the positions are resampled. For another number of classes the head is left out.
     options = {**TINY, "img_size": 64, "num_classes": 7}
     larger = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     assert larger.pos_embed.shape == (1, 16, 16)

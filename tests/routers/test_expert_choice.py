@@ -15,13 +15,13 @@ NAMES = (
 
 
 def rank(values):
-    """Indices from the largest value to the smallest, ties by index."""
+    """Returns indices from the largest value to the smallest, ties by index."""
     values = [float(v) for v in values]
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
 def fill(select, slots, mask=None):
-    """The dense dispatch tensor [T, E, C] of one group: every expert its best tokens."""
+    """Returns the dense dispatch tensor [T, E, C] of one group, in which every expert takes its best tokens."""
     T, E = select.shape
     D = torch.zeros(T, E, min(slots, T), dtype=torch.float64)
     for e in range(E):
@@ -32,7 +32,7 @@ def fill(select, slots, mask=None):
 
 
 def sinkhorn(logits, iterations=20):
-    """Sinkhorn on plain numbers instead of logarithms: scales columns, then rows, from potentials of 0."""
+    """Computes Sinkhorn without logarithms: scales columns, then rows, from potentials of 0."""
     plan = logits.double().exp()
     T, E = plan.shape[-2:]
     for _ in range(iterations):
@@ -42,7 +42,7 @@ def sinkhorn(logits, iterations=20):
 
 
 def project(x, k):
-    """P_k of a list of numbers, by the formula."""
+    """Computes P_k of a list of numbers, by the formula."""
     best = rank(x)[:k]
     u = [x[i] for i in best]
     rho = max(r for r in range(1, k + 1) if 1 + r * u[r - 1] > sum(u[:r]))
@@ -54,7 +54,7 @@ def project(x, k):
 
 
 def ksparse_plan(similarity, k, iterations=20, rate=0.01, tolerance=1e-3):
-    """The sparsity-constrained plan of one group [T, E], by Adam on the semi-dual."""
+    """Computes the sparsity-constrained plan of one group [T, E], by Adam on the semi-dual."""
     S = similarity.tolist()
     T, E = len(S), len(S[0])
     b = T / E
@@ -138,7 +138,7 @@ def test_routers(name, combine, factor, training):
 
 
 def test_the_sparse_plan_is_filled_up_with_zero_plan_tokens():
-    # Similarities that are far apart: a column of the plan has fewer non-zeros than slots.
+    # The similarities are so far apart that a column of the plan has fewer non-zeros than slots.
     router = vr.create_router(
         "sparsity_constrained_expert_choice", 6, 6, capacity_factor=4.0, dtype=torch.float64
     ).eval()
@@ -237,7 +237,7 @@ def test_small_groups(name, shape):
     routing = router(x)
     out = routing.combine(routing.dispatch(x))
     assert out.shape == x.shape
-    if T == 1:  # one token, taken by every expert: its gates sum to 1
+    if T == 1:  # every expert takes the only token, so its gates sum to 1
         assert routing.capacity == 1
         torch.testing.assert_close(out, x)
     out.sum().backward()
@@ -274,7 +274,7 @@ def test_gradient_of_the_gates(name, combine):
     if combine == "plan" and name == "sinkhorn_expert_choice":
         gates = sinkhorn(logits)  # the gradient goes through all iterations
     elif combine == "plan":
-        # On the support s of a column dT = dS - mean_s(dS): alpha is a constant.
+        # On the support s of a column, dT = dS - mean_s(dS), because alpha is a constant.
         plan = torch.stack([ksparse_plan(group.detach(), 2) for group in gates])
         support = plan != 0
         inside = gates * support

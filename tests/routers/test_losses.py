@@ -23,7 +23,7 @@ def squared_cv(values):
 
 
 def naive(name, logits, noisy, std, top_k, mask):
-    """The loss by name: mean over the groups, over real tokens only."""
+    """Computes the loss of this name: the mean over the groups, over real tokens only."""
     total = 0.0
     for g in range(logits.shape[0]):
         keep = [t for t in range(logits.shape[1]) if mask is None or mask[g, t]]
@@ -81,7 +81,7 @@ def test_formula(name, top_k, masked):
 
 @pytest.mark.parametrize("name", ["importance", "load", "balance", "z"])
 def test_gradient(name):
-    """The gradient by central differences of the formula. A change of the logits changes the noisy logits equally."""
+    """Computes the gradient by central differences of the formula. A change of logits changes noisy logits equally."""
     logits, noisy, std = inputs(2, 4, 3)
     noise = noisy - logits
     mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]).bool()
@@ -124,7 +124,7 @@ def test_the_load_is_zero_without_noise():
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("name", ["importance", "load", "balance", "z"])
 def test_finite_at_perfect_balance(name, top_k):
-    for scale in (0.0, 3.0):  # all alike, or every expert once
+    for scale in (0.0, 3.0):  # all logits equal, or every expert chosen once
         logits = (torch.eye(4)[None] * scale).requires_grad_()
         loss = compute(name, logits, logits + 0.0, 0.25, top_k, None)
         loss.backward()
@@ -192,7 +192,7 @@ def test_routers(name, training):
     assert set(routing.losses) == {"importance", "load", "balance", "z"}
     total = 0.0
     for loss, value in routing.losses.items():
-        # The losses use the softmax of the logits, for plans too.
+        # For plans, too, the losses use the softmax of the logits.
         wanted = naive(loss, logits, logits + std * noise, std, top_k, None)
         assert value.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12), loss
         total += value.item()

@@ -10,7 +10,7 @@ import torch
 import vmoe_routers as vr
 
 SPARSE = vr.ROUTERS[:-1]
-# Every router, and each router with a plan also with plan-valued gates.
+# Every router. Routers with a plan appear a second time, with entries of the plan as gates.
 CASES = [(name, {}) for name in vr.ROUTERS] + [
     (name, {"combine": "plan"}) for name in vr.ROUTERS if name.startswith(("sinkhorn", "sparsity"))
 ]
@@ -132,7 +132,7 @@ def test_noise_is_divided_by_the_experts():
         router = vr.create_router("softmax_token_choice", 4, E, noise_std=noise_std)
         torch.nn.init.zeros_(router.weight)
         noisy = router(torch.randn(2, 20000, 4)).weights.detach().log()
-        # The log of a gate is the noise, up to the logsumexp of its token.
+        # The log of a gate is the noise minus the logsumexp of its token.
         noise = noisy - noisy.mean(-1, keepdim=True)
         std = noise.std() / math.sqrt(1 - 1 / E)
         assert std.item() == pytest.approx(noise_std / E, rel=0.01)
@@ -209,14 +209,14 @@ def test_copies(name, options):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_padding_changes_nothing_for_the_others(name, options):
-    """At equal capacity: capacity counts padded tokens, too."""
+    """Both runs have the same number of slots, because the default capacity counts padded tokens, too."""
     real, padded, E = 10, 16, 4
     slots = 3
     order = torch.randperm(padded)
     mask = torch.zeros(2, padded, dtype=torch.bool)
     mask[0, order[:real]] = mask[1, order[-real:]] = True
     tokens = torch.randn(2, real, 6).double()
-    x = torch.full((2, padded, 6), 20.0).double()  # louder than the real ones
+    x = torch.full((2, padded, 6), 20.0).double()  # larger than the real tokens
     x[mask] = tokens.flatten(0, 1)
     made = []
     for length in (real, padded):
@@ -246,14 +246,14 @@ def test_padding_changes_nothing_for_the_others(name, options):
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_what_is_in_the_padding_reaches_nothing(name, options, garbage):
-    """Neither outputs nor gradients."""
+    """The values of padded tokens reach neither outputs nor gradients."""
     router = vr.create_router(name, 6, 4, **options)
     mask = torch.rand(2, 9) < 0.6
     tokens = torch.randn(2, 9, 6)
     found = []
     for padding in (0.0, garbage):
         x = torch.where(mask.unsqueeze(2), tokens, padding).requires_grad_()
-        torch.manual_seed(1)  # the noise
+        torch.manual_seed(1)  # for equal noise
         routing = router(x, mask)
         out = routing.combine(routing.dispatch(x) + 1)
         loss = out.square().sum() + routing.aux_loss
@@ -316,7 +316,7 @@ def test_a_bad_token_stays_in_its_group(name, options, bad):
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_all_logits_equal(name, options):
-    """Gates of 1/E; the lower index first."""
+    """All gates are 1/E, and ties go to the lower index."""
     router = vr.create_router(name, 6, 4, **options).eval()
     for parameter in router.parameters():
         torch.nn.init.zeros_(parameter)
@@ -386,7 +386,7 @@ def test_what_a_routing_tells_compiles(name):
 
 @pytest.mark.parametrize(("name", "options"), CASES[:5] + CASES[6:])
 def test_no_tensor_of_tokens_times_slots(name, options):
-    """No tensor of this shape is kept for the gradient, nor made on the way."""
+    """No tensor of this size is kept for the gradient, and none is made in the forward."""
     G, T, D, E = 1, 256, 8, 16
     router = vr.create_router(name, D, E, capacity_factor=4.0, **options)
     x = torch.randn(G, T, D, requires_grad=True)

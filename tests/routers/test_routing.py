@@ -217,7 +217,7 @@ def test_refusals_name_the_argument(kind, method, value, error, words):
 
 
 def naive_metrics(routing, table, mask):
-    """By counting in the dense dispatch tensor and in the table of gates [G, T, E]."""
+    """Computes the metrics by counting in the dense dispatch tensor and in the table of gates [G, T, E]."""
     D = routing.dispatch_tensor()
     G, T, E, C = D.shape
     load = [[0] * E for _ in range(G)]
@@ -295,7 +295,7 @@ def test_metrics_of_soft(masked):
     mask = some_mask(3, 7) if masked else None
     routing = make("soft", mask)
     B = routing.combine_tensor()
-    load = B.sum((1, 3))  # what the tokens draw from an expert
+    load = B.sum((1, 3))  # the sum of the tokens' weights of an expert
     total = load.sum(0)
     entropies = []
     for g in range(3):
@@ -315,7 +315,7 @@ def test_metrics_of_soft(masked):
 
 
 class Dense(vr.Routing):
-    """Own routing that has the two tensors alone."""
+    """A user's routing that has only the two dense tensors."""
 
     def __init__(self, routing):
         self.tensors = routing.dispatch_tensor(), routing.combine_tensor()

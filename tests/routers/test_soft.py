@@ -14,7 +14,7 @@ def soft(**options):
 
 
 def naive_logits(router, x):
-    """<x / |x|, scale * Phi / |Phi|>, one number at a time: [G, T, E, C]."""
+    """Returns the logits <x / |x|, scale * Phi / |Phi|> [G, T, E, C], computed one number at a time."""
     phi, scale = router.phi.detach().to(x.dtype), router.scale.item()
     _, E, C = phi.shape
     logits = torch.zeros(*x.shape[:2], E, C, dtype=x.dtype)
@@ -48,7 +48,7 @@ def test_tensors_are_the_two_softmaxes(scale, slots):
 
 @pytest.mark.parametrize("factor", [1e15, 1e25, 1e35])
 def test_the_size_of_phi_changes_nothing(factor):
-    """Also where the squares of Phi overflow float32."""
+    """The logits do not depend on the scale of Phi, also if the squares of Phi overflow float32."""
     router = vr.create_router("soft", 6, 4)
     x = torch.randn(2, 5, 6)
     wanted = router(x).logits.detach()
@@ -81,7 +81,7 @@ def test_permuting_tokens_permutes_outputs():
 
 
 def test_a_huge_scale_is_a_hard_assignment():
-    # As many slots as tokens, every slot's Phi along one token of its own.
+    # There are as many slots as tokens, and Phi of each slot has the direction of a different token.
     router = vr.create_router("soft", 12, 4, slots_per_expert=3, scale_init=1e4).double()
     x = torch.linalg.qr(torch.randn(12, 12).double())[0]
     place = torch.randperm(12)
@@ -277,7 +277,7 @@ def test_backward_keeps_one_matrix_of_tokens_by_slots():
         slots = routing.dispatch(x)
         routing.combine(slots)
     sizes = sorted(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values())
-    # The large tensors are the logits, the tokens and the slots; all others are at most as large as Phi.
+    # The large tensors are the logits, the tokens and the slots. All other tensors are at most as large as Phi.
     assert [size for size in sizes if size > D * E * C] == sorted([G * T * E * C, G * T * D, G * E * C * D])
     assert {x.data_ptr(), slots.data_ptr(), routing.logits.data_ptr()} <= kept.keys()
 

@@ -9,13 +9,13 @@ import vmoe_routers as vr
 
 
 def rank(values):
-    """Indices from the largest value to the smallest, ties by index."""
+    """Returns indices from the largest value to the smallest, ties by index."""
     values = [float(v) for v in values]
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
 def fill(select, top_k, slots, *, batch_priority=False, mask=None):
-    """The dense dispatch tensor [T, E, C] of one group, request by request."""
+    """Returns the dense dispatch tensor [T, E, C] of one group, built request by request."""
     T, E = select.shape
     D = torch.zeros(T, E, slots, dtype=torch.float64)
     used = [0] * E
@@ -32,7 +32,7 @@ def fill(select, top_k, slots, *, batch_priority=False, mask=None):
 
 
 def sinkhorn(logits, iterations=20, epsilon=1.0):
-    """Sinkhorn on plain numbers instead of logarithms: scales columns, then rows, from potentials of 0."""
+    """Computes Sinkhorn without logarithms: scales columns, then rows, from potentials of 0."""
     plan = (logits.double() / epsilon).exp()
     T, E = plan.shape[-2:]
     for _ in range(iterations):
@@ -48,7 +48,7 @@ def sinkhorn(logits, iterations=20, epsilon=1.0):
 def test_buffers_fill_in_order(slots, top_k, batch_priority, masked):
     G, T, E = 4, 12, 5
     gates = torch.randn(G, T, E).double().softmax(-1)
-    gates[1] = gates[1, 0]  # every token wants the same
+    gates[1] = gates[1, 0]  # every token has the same gates
     gates[2] = (gates[2] * 4).round() / 4  # many ties
     weights = torch.rand(G, T, E).double()
     mask = torch.rand(G, T) > 0.3 if masked else None
@@ -102,11 +102,11 @@ def test_batch_priority_drops_the_least():
 
 
 def test_first_choices_go_before_second_ones():
-    # Both tokens want expert 0 first or second; the later token has it as its first.
+    # Expert 0 is the second choice of the first token and the first choice of the later token.
     gates = torch.tensor([[[0.4, 0.6], [0.9, 0.1]]])
     D = vr.token_choice(gates, 2, 1).dispatch_tensor()[0, :, :, 0]
     assert D.tolist() == [[0, 1], [1, 0]]
-    # Also if the other token has the higher priority.
+    # The first choice is served first, also if the other token has the higher priority.
     gates = torch.tensor([[[0.1, 0.9], [0.6, 0.4]]])
     D = vr.token_choice(gates, 2, 1, batch_priority=True).dispatch_tensor()[0, :, :, 0]
     assert D.tolist() == [[0, 1], [1, 0]]
