@@ -1,7 +1,7 @@
 """Fixtures of all tests: a seed before every test, and the devices of this machine.
 
 With --cuda-on-host LIBRARY, which `make test` builds, CPU tensors go to the CUDA kernels and their bindings, which run
-on the host in an emulator (tests/cpp/cuda/shim). They must pass the same tests.
+on the host in an emulator (tests/cpp/cuda/shim). The CUDA kernels must pass the same tests.
 """
 
 from __future__ import annotations

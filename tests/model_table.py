@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, what the registered models cost: `python tests/model_table.py` writes them."""
+"""Makes the tables of docs/models.md, the cost of the registered models: `python tests/model_table.py` writes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmoe_routers.models.zoo import PATCHES
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 COMMAND = "python tests/model_table.py"
-# Routers that make as many slots cost as much: the plans' iterations are not counted.
+# Routers with equally many slots have the same cost, because iterations of plans are not counted.
 ALIKE = {
     "softmax_token_choice": "Softmax and Sinkhorn Token Choice, K = 1",
     "softmax_expert_choice": "Softmax, Sinkhorn and Sparsity-constrained Expert Choice",
@@ -38,7 +38,7 @@ difference. Active parameters are the parameters that process a token, on averag
 
 
 def row(label: str, create: Callable[..., MoEVisionTransformer], *arguments: str, **options: Any) -> str:
-    """A model's numbers; on the meta device, so that no memory is needed."""
+    """Returns a model's numbers. The model is on the meta device, so that it needs no memory."""
     with torch.device("meta"):
         found = cost(create(*arguments, **options).eval())
     cells = [
@@ -52,7 +52,7 @@ def row(label: str, create: Callable[..., MoEVisionTransformer], *arguments: str
 
 
 def page() -> str:
-    """The page: the text before the mark, which is written by hand, and the tables."""
+    """Makes the page: the handwritten text before the mark, and the tables."""
     parts = [PAGE.read_text().split(MARK)[0] + HEAD]
     for (size, patches), letters in zip(PATCHES.items(), SIZES, strict=True):
         for patch in patches:

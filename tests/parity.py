@@ -35,15 +35,15 @@ FILES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.start
 EXACT = 0.0
 GATE = 1e-6  # absolute
 OUTPUT = 1e-5  # absolute
-SOFT = 2e-6  # absolute; of the largest value where tokens are a thousand times the usual
-SOFT_ROUNDED = 1e-6  # absolute, where we make the reference's two roundings to bfloat16 too
-# Through a whole model a value may lie next to a boundary of that rounding and fall to its other side by the order of
-# the sums in another machine's products: 1e-7 more on the images moves the features by 5e-5.
+SOFT = 2e-6  # absolute; relative to the largest value if tokens are a thousand times larger than usual
+SOFT_ROUNDED = 1e-6  # absolute, with the reference's two roundings to bfloat16
+# In a whole model, a value may be next to a boundary of that rounding. On another machine, whose products add in
+# another # order, the value may round differently: 1e-7 more on the images changes the features by 5e-5.
 SOFT_ROUNDED_MODEL = 1e-4
-SOFT_BFLOAT16 = 5e-3  # absolute, where we do not
+SOFT_BFLOAT16 = 5e-3  # absolute, without these roundings
 SINKHORN_PLAN = 2e-5  # relative, of every entry
 TRANSPORT_PLAN = 1e-4  # absolute
-GRADIENT = 1e-5  # of the norm
+GRADIENT = 1e-5  # relative to the norm
 LOSS = 1e-5  # relative
 LOSS_OF_TERMS = 1e-6
 
@@ -81,7 +81,7 @@ class Deviation(NamedTuple):
     tolerance: float
 
 
-Quantities = Iterator[tuple[str, float, float]]  # what, how far off at most, tolerance
+Quantities = Iterator[tuple[str, float, float]]  # name, largest deviation, tolerance
 
 
 class Golden(dict[str, Tensor]):
@@ -98,7 +98,7 @@ class Golden(dict[str, Tensor]):
 
 @cache
 def compare(file: str) -> tuple[Deviation, ...]:
-    """Every quantity of a golden file that the package also computes."""
+    """Compares every quantity of a golden file that the package also computes."""
     golden = Golden(file)
     kind, _, rest = file.partition("_")
     if file == "capacity":
@@ -116,7 +116,7 @@ def compare(file: str) -> tuple[Deviation, ...]:
     elif kind == "mlpmoe":
         router, options = router_options(golden.config["router"])
         if "plancw" in rest:
-            options["gradient"] = "implicit"  # as the reference differentiates its plan
+            options["gradient"] = "implicit"  # the reference differentiates its plan so
         found = _layer(golden, router, options)
     elif kind == "vit":
         router, options = router_options(golden.config["encoder"]["moe"]["router"])
@@ -129,9 +129,9 @@ def compare(file: str) -> tuple[Deviation, ...]:
 
 
 def check(file: str, device: str = "cpu") -> None:
-    """Fail with every quantity of `file` that is further off than its tolerance (NaN is).
+    """Fail and list every quantity of `file` whose deviation exceeds its tolerance or is NaN.
 
-    On another device, where torch has to make its tensors now, nothing kept from the CPU will do.
+    Results of `compare` that are kept are for the CPU. For another device the comparison is computed again.
     """
     found = compare(file) if device == "cpu" else compare.__wrapped__(file)
     assert found, f"{file}: nothing was compared"
@@ -140,7 +140,7 @@ def check(file: str, device: str = "cpu") -> None:
 
 
 def router_options(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Our name and options for the reference's settings of a router."""
+    """Translate the reference's settings of a router to our name and options."""
     name = config.get("name", "NoisyTopExpertsPerItemRouter")
     config = {**config.get("dispatcher", {}), **config}
     options = {ours: config[theirs] for theirs, ours in OPTIONS.items() if config.get(theirs) is not None}
@@ -153,7 +153,7 @@ def router_options(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def differing(ours: Tensor, golden: Tensor) -> float:
-    """How many entries differ."""
+    """Count the entries that differ."""
     return float((_detach(ours, golden) != golden).sum())
 
 
@@ -162,7 +162,7 @@ def absolute(ours: Tensor, golden: Tensor) -> float:
 
 
 def relative(ours: Tensor, golden: Tensor) -> float:
-    """The largest of the entries' relative deviations; entries that are 0 in the reference must be 0."""
+    """Return the largest relative deviation of an entry. Entries that are 0 in the reference must be 0."""
     deviation = (_detach(ours, golden) - golden).abs()
     return float(torch.where(deviation == 0, 0, deviation / golden.abs()).max())
 
@@ -188,7 +188,7 @@ def _capacity(golden: Golden) -> Quantities:
     wrong = 0
     for tokens, experts, factor, mode, multiple, wanted in zip(*(golden[c].tolist() for c in columns), strict=True):
         ours = vr.capacity(tokens, experts, factor, rounding="round" if mode else "ceil", multiple_of=multiple)
-        # a rounding result of 0 is an error there (-1) and one slot here, before the multiple
+        # a rounded capacity of 0 is an error in the reference (-1), and here one slot before the multiple
         wrong += ours != (wanted if wanted >= 0 else max(multiple, 1))
     yield f"capacity ({len(golden['capacity']):,} rows)", float(wrong), EXACT
 
@@ -256,7 +256,7 @@ def _sparse_router(golden: Golden, name: str, options: dict[str, Any]) -> Quanti
         k = golden["dispatch_weights"].shape[-1]
         plan = vr.ksparse_transport(logits.softmax(-1), k, iterations=options["iterations"])
         yield "plan", absolute(plan, golden["gates_dispatch"]), TRANSPORT_PLAN
-        # values of the plan can tie to the last bit: the sets of tokens are compared, not their order in the buffers
+        # entries of the plan may tie, so compare sets of tokens, not their order in the buffers
         taken, wanted = routing.dispatch_tensor().amax(-1) != 0, golden["dispatch_weights"].any(-1)
         yield "tokens of every expert", differing(taken, wanted), EXACT
         tolerance = TRANSPORT_PLAN if options.get("combine") == "plan" else GATE
@@ -310,7 +310,7 @@ def _layer(golden: Golden, name: str, options: dict[str, Any]) -> Quantities:
     terms = y * golden["cotangent"]
     loss = terms.sum() + 100 * auxiliary
     yield "layer y", absolute(y, golden["y"]), tolerance
-    # of the sum's absolute terms, which cancel: the stored loss is 2e-6 of itself off from the stored y
+    # relative to the sum of absolute terms, as terms cancel: stored loss and stored y disagree by 2e-6 of the loss
     yield "layer loss (of its terms)", absolute(loss, golden["loss"]) / float(terms.detach().abs().sum()), LOSS_OF_TERMS
     yield from _losses(golden, routing)
     loss.backward()
@@ -321,7 +321,7 @@ def _layer(golden: Golden, name: str, options: dict[str, Any]) -> Quantities:
 
 
 def flax_gradients(layer: vr.MoEMlp, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients of a MoE layer by the reference's paths and in its shapes."""
+    """Return the gradients of a MoE layer by the reference's paths and in its shapes."""
     experts: Any = layer.experts
     router: Any = layer.router
     gradients = {
@@ -385,7 +385,7 @@ def train_without_noise(model: nn.Module) -> None:
 
 
 def rounded_soft(layer: vr.MoEMlp, x: Tensor) -> Tensor:
-    """A Soft MoE layer's forward with the reference's two roundings to bfloat16: tokens and experts' outputs."""
+    """Compute a Soft MoE layer's forward with the reference's two roundings to bfloat16: tokens and expert outputs."""
     tokens = x.reshape(-1, layer.group_size * x.shape[1], x.shape[2])
     routing = layer.router(tokens)
     y = layer.experts(routing.dispatch(tokens.bfloat16().float()))
@@ -396,7 +396,7 @@ def rounded_soft(layer: vr.MoEMlp, x: Tensor) -> Tensor:
 
 
 def _route(router: nn.Module, x: Tensor, golden: Golden) -> Any:
-    """Route x in eval mode; in training mode where the file holds a noise draw, with that draw."""
+    """Route x in eval mode. If the file holds a noise draw, route in training mode with this draw."""
     if "noise" not in golden:
         return router.eval()(x)
     with patch.object(router, "draw_noise", lambda logits: golden["noise"].reshape(logits.shape)):
@@ -426,7 +426,7 @@ def _metrics(golden: Golden, routing: Any) -> Quantities:
 
 def _losses(golden: Golden, routing: Any) -> Quantities:
     for ours, theirs in LOSSES.items():
-        # one number a group; a loss that the reference was not asked for is a scalar 0 or absent
+        # one number per group; a loss that was not requested from the reference is a scalar 0 or absent
         if theirs in golden and golden[theirs].ndim:
             yield f"{ours} loss (relative)", relative(routing.losses[ours], golden[theirs].mean()), LOSS
     yield "auxiliary loss", absolute(routing.aux_loss, golden["metric_auxiliary_loss"].float().mean()), GATE
@@ -457,7 +457,7 @@ Made by `{command}`, {date}: {versions}; {cpu}.
 
 
 def table() -> list[str]:
-    """The lines of the Markdown table: for every router and quantity the largest deviation of all files."""
+    """Make the lines of the Markdown table: for every router and quantity, the largest deviation of all files."""
     groups: dict[tuple[str, str, float], list[Deviation]] = {}
     for file in FILES:
         for found in compare(file):
@@ -472,7 +472,7 @@ def table() -> list[str]:
 
 
 def _names(files: set[str]) -> str:
-    """`tc_*` (8) for the eight files that begin so; a file that is alone in full."""
+    """Write `tc_*` (8) for eight files whose names begin with tc_, and the full name for a single file."""
     kinds = Counter(file.partition("_")[0] for file in files)
     alone = {file.partition("_")[0]: file for file in files}
     return ", ".join(f"`{kind}_*` ({n})" if n > 1 else f"`{alone[kind]}`" for kind, n in sorted(kinds.items()))

@@ -25,7 +25,7 @@ def tokens(batch=4):
 
 
 class Model(nn.Module):
-    """Two residual layers, each of which can be skipped or checkpointed."""
+    """A model of two residual layers, each of which can be skipped or checkpointed."""
 
     def __init__(self, wrap=lambda module, x: module(x)):
         super().__init__()
@@ -40,7 +40,7 @@ class Model(nn.Module):
 
 
 def reference(model, *batches, weight=1.0):
-    """The gradients with each layer's loss taken from the routing of its forward."""
+    """Computes the gradients with each layer's loss taken from the routing of its forward."""
     model = copy.deepcopy(model)
     model.wrap = lambda module, x: module(x)
     total = 0.0
@@ -194,7 +194,7 @@ def test_compiled(checkpointed):
         assert_gradients(model, wanted)
         del loss
         assert vr.aux_loss(model) == 0
-    for _ in range(2):  # read, and not used
+    for _ in range(2):  # the loss is read, but gets no backward
         compiled(batches[0]).sum().backward()
         assert vr.aux_loss(model) == 0
         out = compiled(batches[0])
@@ -241,7 +241,7 @@ def test_a_checkpointed_vit_compiles(router):
 
 
 def test_replicas_report_to_the_original():
-    """As nn.DataParallel does: shallow copies of the modules, each run by a thread on its part of the batch."""
+    """Runs shallow copies of the modules, each in a thread on its part of the batch, as nn.DataParallel does."""
     moe, x = layer(), tokens(8)
     alone = copy.deepcopy(moe)
     alone(x)
@@ -325,7 +325,7 @@ def test_a_loss_read_for_every_micro_batch_counts_once(kind, compiled):
 def test_a_step_that_is_abandoned_counts_no_more():
     model, x = Model(), tokens()
     loss = model(tokens()).square().sum() + vr.aux_loss(model)
-    assert loss > 0  # kept, as after a loss that is not finite
+    assert loss > 0  # the loss gets no backward, as if it were not finite
     wanted = reference(model, x)
     new = model(x).square().sum() + vr.aux_loss(model)
     new.backward()
@@ -384,7 +384,7 @@ def test_compiled_steps_that_do_not_read_the_loss(copied):
 
 
 def check_compiled_losses_end(layer):
-    """The sum of compiled forwards is on the device of the parameters, and a backward pass through these ends it."""
+    """The sum of compiled forwards is on the device of the parameters. A backward pass through them removes the sum."""
     sums = layer.pending_losses
     assert sums.compiled.device.type == "cpu"
     sums.compiled = torch.zeros((), requires_grad=True)

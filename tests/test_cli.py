@@ -151,7 +151,7 @@ def test_arguments_that_are_no_text(capsys, arguments, words):
 
 
 def trained_with(monkeypatch, *arguments):
-    """The settings with which the arguments start a training."""
+    """Returns the settings with which the arguments start a training."""
     started = []
     monkeypatch.setattr("vmoe_routers.training.train", lambda settings, **options: started.append((settings, options)))
     assert cli.main(["train", *arguments]) == 0
@@ -185,7 +185,7 @@ def test_train_keeps_the_recipes_architecture_for_its_own_model(monkeypatch):
     settings, _ = trained_with(monkeypatch, *arguments)
     assert settings.model_args == {"depth": 2} and settings.upcycle == "soft"
     assert settings.router is settings.num_experts is settings.group_size is None
-    assert settings.shift == 1  # still the recipe of digits
+    assert settings.shift == 1  # the recipe is still that for digits
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -452,14 +452,14 @@ def test_workers_end_with_a_killed_parent_also_while_they_import(tmp_path):
     began = time.monotonic()
     process = start(tmp_path, "--workers", "2")
     try:
-        # The workers are the children that multiprocessing starts; they import for seconds.
+        # The workers are the children that multiprocessing starts. Their imports take seconds.
         def workers():
             lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children(process.pid)}
             return [child for child, line in lines.items() if b"--multiprocessing-fork" in line]
 
         wait_until(lambda: len(workers()) == 2 or process.poll() is not None)
-        # The parent imported for about as long as the workers will. Wait a part of that time, until the guard knows the
-        # second worker, and less than the rest of it for the end of both.
+        # The imports of a worker take about as long as those of the parent took. Wait for a part of this time, until
+        # the # guard knows the second worker. Then wait less than the rest of this time for the end of both workers.
         importing = time.monotonic() - began
         time.sleep(importing / 8)
         os.kill(process.pid, signal.SIGKILL)

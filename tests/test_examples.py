@@ -1,4 +1,4 @@
-"""Every file in examples/ runs; tests/compat runs those that need more packages, tests/distributed the one on ranks."""
+"""Every file in examples/ runs. Files that need more packages run in tests/compat, or in tests/distributed on ranks."""
 
 import runpy
 from pathlib import Path

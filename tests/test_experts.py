@@ -42,7 +42,7 @@ def leaves(experts: vr.Experts) -> list[Tensor | None]:
 
 
 def kept(filled: Tensor, slots: int) -> Tensor:
-    """[E, G, C, 1], True where a slot is filled."""
+    """Returns a mask [E, G, C, 1], True where a slot is filled."""
     return (torch.arange(slots, device=filled.device) < filled.t()[..., None])[..., None]
 
 
@@ -57,7 +57,7 @@ def test_values_and_gradients(device, dtype, act, bias, ragged, E, G, C, D, hidd
     experts = make(E, D, hidden, out_width, act, bias=bias, dtype=dtype, device=device)
     x = torch.randn(E, G, C, D, device=device).to(dtype).requires_grad_()
     filled = torch.randint(C + 1, (G, E), dtype=torch.int32, device=device) if ragged else None
-    # On the same rounded numbers, in float64.
+    # The reference computes with the same rounded numbers, in float64.
     exact = [None if p is None else p.detach().cpu().double().requires_grad_() for p in (x, *leaves(experts))]
     wanted = reference.grouped_mlp(exact[0].flatten(1, 2), *exact[1:], ACTS[act][1]).unflatten(1, (G, C))
     wanted = wanted if filled is None else wanted * kept(filled.cpu(), C)
@@ -148,7 +148,7 @@ def test_autocast(device, act):
         out = experts(x)
         products = by_products(x.flatten(1, 2), *leaves(experts), None, ACTS[act][1])
     assert out.dtype == torch.bfloat16
-    # On a CPU it is the products, on CUDA the op on what autocast makes of the inputs.
+    # CPU experts are torch's products. CUDA experts are the op, on inputs that autocast has converted.
     rounded = [a.bfloat16() for a in inputs]
     if device == "cuda" and act == "gelu_tanh":
         products = vr.ops.grouped_mlp(rounded[0].flatten(1, 2), *rounded[1:])
@@ -163,7 +163,7 @@ def test_autocast(device, act):
 
 @contextmanager
 def autocast_on_cuda(dtype: torch.dtype) -> Iterator[None]:
-    """Also where there is no GPU, where torch.autocast only warns."""
+    """Enables autocast for CUDA also without a GPU, where torch.autocast only warns."""
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
@@ -175,7 +175,7 @@ def autocast_on_cuda(dtype: torch.dtype) -> Iterator[None]:
 
 
 class Called(TorchDispatchMode):
-    """The calls below autograd: the op and its inputs' dtypes."""
+    """Records the calls below autograd: the op and the dtypes of its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ class Called(TorchDispatchMode):
 @each_dtype
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_cuda_takes_the_op(dtype, autocast):
-    """On tensors that have no values, which need no GPU."""
+    """Runs on fake tensors, which have no values and need no GPU."""
     with FakeTensorMode():
         experts = make(dtype=dtype, device="cuda", act="gelu")
         x = torch.empty(3, 2, 3, 4, dtype=dtype, device="cuda", requires_grad=True)
@@ -205,7 +205,7 @@ def test_cuda_takes_the_op(dtype, autocast):
     assert calls == [*casts, ("vmoe_routers.grouped_mlp.default", {computed})]
 
 
-# functorch's rules of forward mode are TorchScript.
+# functorch's rules for forward mode use TorchScript, which is deprecated.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 @pytest.mark.parametrize("act", ["gelu_tanh", "gelu", "tanh"])
 def test_transforms(act):

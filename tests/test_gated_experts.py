@@ -1,4 +1,4 @@
-"""Experts that are gated, have a norm inside, or a bias in one layer."""
+"""Experts that have a gate, a norm inside, or a bias in one layer only."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ def made(dtype=torch.float64, **options):
 
 
 def loop(experts, x, filled):
-    """Expert after expert, slot after slot."""
+    """Computes the outputs expert by expert and slot by slot."""
     rows = []
     for e in range(E):
         groups = []

@@ -104,7 +104,7 @@ def test_all_is_well_when_every_part_is(check):
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a log or of a dry run, without their seconds."""
+    """Returns the commands of a log or of a dry run, without their seconds."""
     return [re.sub(r"=10 \d+", "", line) for line in text.splitlines() if line.startswith("timeout --signal=INT")]
 
 
@@ -129,7 +129,7 @@ def test_a_quick_run_ends_within_four_minutes(check):
 
 
 def test_builds_without_setuptools_scm(check):
-    """Its stand-in in the new environment names a version as the build backend asks for it."""
+    """The script writes its own setuptools_scm into the new environment, which gives the build backend a version."""
     no_scm = '[ "$2" = "import setuptools_scm" ] && exit 1\ncase'
     write_program(check.folder / "python", PYTHON.replace("case", no_scm, 1))
     check("--quick")
@@ -156,7 +156,7 @@ case "$*" in
 esac
 """,
     )
-    # Only the test that hangs reaches its time limit, once it has begun: the signal SIGALRM ends the wait of timeout.
+    # Only the test that hangs reaches its time limit: after the test has begun, SIGALRM ends the wait of timeout.
     hurry = f"""#!/bin/bash
 real={shutil.which("timeout")}
 case "$*" in

@@ -32,7 +32,7 @@ def tiny(router, group_size=1, **options):
 
 @pytest.fixture(scope="module")
 def traces():
-    """Traces of every router on the same five images in groups of two, the last two images with padding."""
+    """Records every router on the same five images in groups of two. The last two images have padding."""
     torch.manual_seed(0)
     images, mask = torch.randn(5, 1, 8, 8), torch.ones(5, 16, dtype=torch.bool)
     mask[3:, 10:] = False
@@ -48,7 +48,7 @@ def traces():
 @pytest.mark.parametrize("router", OPTIONS)
 def test_statistics_by_brute_force(traces, router):
     layer = traces.of[router].layers[1]
-    assert layer.name == LAST and layer.num_images == 5 and len(layer.routings) == 2  # groups of two, and one image
+    assert layer.name == LAST and layer.num_images == 5 and len(layer.routings) == 2  # calls: four images, one image
     assert repr(layer).startswith(
         f"<LayerTrace {LAST!r}: {layer.title}, 5 images, {layer.num_experts} experts, load CV "
     )
@@ -93,7 +93,7 @@ def test_padding_does_not_count():
         torch.manual_seed(0)
         layer = vr.MoEMlp(16, 8, num_experts=4, router=router, **OPTIONS[router]).eval()
         if router != "soft":
-            layer.router.slots = lambda tokens: 3  # the capacity without padding
+            layer.router.slots = lambda tokens: 3  # the capacity of a group without padding
         x = torch.randn(2, 10, 16)
         padded, mask = torch.cat([x, torch.full((2, 6, 16), torch.nan)], 1), torch.arange(16).expand(2, -1) < 10
         with torch.no_grad(), vr.inspect.record(layer) as short:
@@ -173,7 +173,7 @@ def test_equal_slots_have_similarity_1():
 @pytest.mark.parametrize("router", [name for name in vr.ROUTERS if name != "soft"])
 @pytest.mark.parametrize("combine", [None, "plan"])
 def test_the_gates_that_selected(router, training, combine):
-    """In training, with the noise of the forward."""
+    """In training, the gates have the noise of the forward."""
     if combine and router.startswith("softmax"):
         pytest.skip("softmax routers have no plan")
     made = vr.create_router(router, 16, 4, **({"combine": combine} if combine else {})).train(training)
@@ -294,7 +294,7 @@ def test_kinds_of_models(training):
 
 
 def test_own_routing():
-    """A routing with the dense tensors alone."""
+    """A routing that has only the dense tensors."""
 
     class Dense(vr.Routing):
         def __init__(self, x):
@@ -336,7 +336,7 @@ def labels_of(figure):
 
 @pytest.mark.parametrize("router", OPTIONS)
 def test_picture_of_tokens(traces, router):
-    """Image 4: its group, the marks, and the colours."""
+    """Checks the picture of image 4: its group, the marks, and the colours."""
     trace = traces.of[router]
     figure = trace.plot_tokens(traces.images[4], 4)
     for ax, layer in zip(figure.axes[1:], trace.layers):

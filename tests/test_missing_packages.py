@@ -9,7 +9,7 @@ import pytest
 
 TINY = str(parity.GOLDEN / "ckpt" / "tiny")
 
-# One process: importing torch takes seconds. {TOP: error} are the packages whose import fails.
+# Use one process, because importing torch takes seconds. {TOP: error} are the packages whose import fails.
 CODE = """
 import contextlib, io, json, sys
 from vmoe_routers.cli import main

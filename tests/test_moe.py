@@ -34,7 +34,7 @@ CASES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Everything is small: threads would mostly wait for each other."""
+    """Runs the tests on one thread: tensors are so small that threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def one_thread():
 
 def layer(router, group_size=1, *, features=(5, 7, 6), dtype=torch.float64, **options):
     made = vr.MoEMlp(*features, num_experts=4, router=router, group_size=group_size, dtype=dtype, **options)
-    with torch.no_grad():  # or the biases are 0
+    with torch.no_grad():  # otherwise the biases are 0
         made.experts.b1.normal_()
         made.experts.b2.normal_()
     return made
@@ -53,7 +53,7 @@ gelu_tanh = partial(F.gelu, approximate="tanh")
 
 
 def einsum_form(layer, routing, x, act=gelu_tanh):
-    """Section by section, with the routing's own dense tensors; x [B, T, D]."""
+    """Computes the layer by einsum, with the dense tensors of the routing; x is [B, T, D]."""
     D, B = routing.dispatch_tensor(), routing.combine_tensor()
     groups = x.reshape(D.shape[0], D.shape[1], -1)
     slots = torch.einsum("gtec,gtd->gecd", D.to(x.dtype), groups)
@@ -104,7 +104,7 @@ def test_layer_is_the_einsum_form(router, options, group_size, training):
 GRADCHECK = [
     *((name, options) for name, options in CASES if not name.startswith("sparsity")),
     ("sparsity_constrained_expert_choice", {}),
-    # No gradient flows through the potentials: at their start they are constants.
+    # No gradient flows through the potentials, so gradcheck needs constant potentials: 0 iterations.
     ("sparsity_constrained_expert_choice", {"combine": "plan", "iterations": 0}),
     ("sinkhorn_token_choice", {"combine": "plan", "gradient": "implicit", "iterations": 300}),
 ]
@@ -310,7 +310,7 @@ def test_aux_loss_sums_the_layers():
 
 
 def test_aux_loss_of_a_smaller_last_group():
-    """The mean over the groups: three groups in this test, not two."""
+    """The loss is the mean over the groups, of which this test has three instead of two."""
     moe = layer("softmax_token_choice", 2, importance_loss_weight=1.0).eval()
     x = torch.randn(5, 6, 5).double()
     moe(x)
@@ -401,7 +401,7 @@ def test_dropout_is_off_in_eval():
 def test_copies(router, options):
     moe = layer(router, 2, **options)
     x = torch.randn(4, 6, 5).double()
-    (moe(x).sum() + vr.aux_loss(moe)).backward()  # a graph hangs on it
+    (moe(x).sum() + vr.aux_loss(moe)).backward()  # the layer then refers to a graph
     torch.manual_seed(5)
     wanted = moe(x)
     saved = io.BytesIO()
@@ -437,7 +437,7 @@ def test_bfloat16(router, options):
     assert out.dtype == torch.bfloat16
     wanted, (wide_routing,) = recorded(wide, x.float())
     routed, widely = routing.dispatch_tensor(), wide_routing.dispatch_tensor()
-    if x.device.type in HALF_PRODUCTS and router == "soft":  # Phi in two parts of 16 bits
+    if x.device.type in HALF_PRODUCTS and router == "soft":  # Phi is split into two parts of 16 bits
         torch.testing.assert_close(routed, widely, rtol=1e-4, atol=1e-6)
     else:
         assert torch.equal(routed, widely), "routing is in float32"
@@ -518,7 +518,7 @@ def test_compile(router, training):
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("router", ["softmax_token_choice", "soft"])
 def test_compile_of_a_training_step(router):
-    """The auxiliary loss and a mask inside."""
+    """The compiled step contains the auxiliary loss and a mask."""
     torch._dynamo.reset()
     moe = layer(router, dtype=torch.float32)
     x = torch.randn(2, 6, 5)

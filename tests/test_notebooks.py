@@ -17,10 +17,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
-    folder = tmp_path / "notebooks"  # one of its own, beside the kept results
+    folder = tmp_path / "notebooks"  # a separate folder, beside the kept results
     folder.mkdir()
     (tmp_path / "results").symlink_to(ROOT / "results")
-    # Sockets in a folder with a short name: free ports may be taken by another kernel before this one opens them.
+    # Use sockets in a folder with a short name: another kernel could take a free port before this kernel opens it.
     with tempfile.TemporaryDirectory() as sockets:
         client = NotebookClient(
             notebook,

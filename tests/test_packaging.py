@@ -85,7 +85,7 @@ def test_the_module_exports_only_its_init_function():
 
 
 def test_readme_and_contributing_name_the_build_tools():
-    """With --no-build-isolation, pip installs none of them."""
+    """With --no-build-isolation, pip does not install the build tools."""
     wanted = {re.split("[<>=]", name)[0] for name in PROJECT["build-system"]["requires"]} - {"torch"}
     for page in ("README.md", "CONTRIBUTING.md", "scripts/setup.sh"):
         lines = [line for line in (ROOT / page).read_text().splitlines() if "install" in line and "pybind11" in line]
@@ -215,7 +215,7 @@ def test_citation_has_what_bibtex_needs():
     assert citation["url"] == citation["repository-code"] == cited["url"] == PROJECT["project"]["urls"]["Repository"]
     assert all(cited[key] == citation[key] for key in ("title", "type", "authors"))
     assert isinstance(cited["year"], int)
-    # Both come with a release: neither, or a version that CHANGELOG has, on its date.
+    # A release adds both keys. So both are absent, or CHANGELOG has the version with this date.
     assert ("version" in citation) == ("date-released" in citation)
     if "version" in citation:
         heading = f"## {citation['version']} - {citation['date-released']}"

@@ -42,7 +42,7 @@ def statistics_of(model, images, batch, valid=None):
 @pytest.mark.parametrize("batch", [4, 8, 16])
 @pytest.mark.parametrize("router", OPTIONS)
 def test_by_brute_force(router, batch):
-    """Ten images in groups of four: the last group is of two."""
+    """Records ten images in groups of four. The last group has two images."""
     model, images = tiny(router), torch.rand(10, 1, 8, 8)
     layer, inputs = model.blocks[1].mlp, []
     hook = layer.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
@@ -100,7 +100,7 @@ def test_one_batch_is_the_metrics_of_its_routing(router):
 
 @pytest.mark.parametrize("router", OPTIONS)
 def test_padding_does_not_count(router):
-    """Groups of one image: the padding has groups of its own."""
+    """With groups of one image, padding images form separate groups."""
     model, images = tiny(router, group_size=1), torch.rand(5, 1, 8, 8)
     padded, valid = torch.cat([images, torch.randn(3, 1, 8, 8) * 9]), torch.tensor([True] * 5 + [False] * 3)
     (wanted,) = statistics_of(model, images, 4).layers().values()

@@ -92,7 +92,7 @@ def test_without_a_kernel_it_fails(monkeypatch):
 
 
 def test_the_kept_rows_name_every_kernel():
-    """The file changes with the sources: `scripts/sass_report.py --csv` was run after a kernel was added or renamed."""
+    """The rows name the kernels of the sources. After a change of names, `scripts/sass_report.py --csv` writes them."""
     rows = report.load(ROOT / "docs" / "cuda_kernels.csv").values()
     kept = {(row.file, row.architecture): set() for row in rows}
     for row in rows:

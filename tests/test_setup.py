@@ -68,7 +68,7 @@ def test_with_gpus_the_kernels_are_compiled_for_them(setup, gpus, architectures)
 def test_a_choice_overrides_the_gpus_of_the_machine(setup):
     for gpus in (None, "9.0\\n"):
         _, installed = setup(gpus=gpus, choice="ON")
-        # No architecture is passed: cmake/modules.cmake has the list.
+        # No architecture is passed, because cmake/modules.cmake has the list.
         assert installed[-1].endswith(
             "--config-settings=cmake.define.VMOE_CUDA=ON --config-settings=cmake.args=-UCMAKE_CUDA_ARCHITECTURES"
         )

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vmoe_routers as vr
 from vmoe_routers.models import vit_moe
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch.distributed's own, about a group of one process
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of torch.distributed about a group of one process
 
 
 def layers(router):

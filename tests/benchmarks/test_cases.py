@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def measured(entry):
-    """The dtypes of its sizes."""
+    """Returns the dtypes of the entry's sizes."""
     return {size.dtype for size in (entry.default, *entry.cuda)}
 
 
 TINY = Size(images=2, tokens=48, experts=4, width=16)
-EVERY = entries(device="cuda")  # includes the entries of CPUs
+EVERY = entries(device="cuda")  # includes the entries for CPUs
 TINIES = [(i, replace(TINY, dtype=dtype)) for i, entry in enumerate(EVERY) for dtype in sorted(measured(entry))]
 
 
@@ -51,7 +51,7 @@ def test_triton_computes_the_same_as_ours():
     assert done.stdout == "15 checked\n", done.stderr
 
 
-@pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.filterwarnings("ignore")  # warnings of the compared packages
 def test_variants_compute_the_same_as_ours(case):
     assert case.variants[0].name == "ours" and not case.variants[0].different
     assert len({v.name for v in case.variants}) == len(case.variants)

@@ -71,7 +71,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Makes a call that takes the given seconds by a clock of its own. The clock counts the calls."""
+    """Makes a call that takes the given seconds on a fake clock. The clock counts the calls."""
     times = []
 
     def call_of(seconds):
@@ -87,8 +87,8 @@ def test_calls_are_queued_while_the_gpu_waits(gpu, calls, monkeypatch):
     before = len(times)
     assert queued() == pytest.approx(1e-4)
     repeats = len(times) - before
-    assert repeats in (10, 11)  # they take a millisecond
-    assert gpu == [pytest.approx(2 * repeats * 1e-4 * 2e9)]  # cycles in twice the time of their launches
+    assert repeats in (10, 11)  # the repeats take a millisecond in all
+    assert gpu == [pytest.approx(2 * repeats * 1e-4 * 2e9)]  # the cycles of twice the launch time
     assert not queued.waits
     monkeypatch.setattr(Event, "slow", False)
     queued(), queued()
@@ -183,7 +183,7 @@ def test_verdicts_on_a_gpu():
     assert not verdicts("NVIDIA H100", both), "without the forward there is nothing to compare with"
     assert not verdicts("NVIDIA A100", forward), "seconds are those of a card"
     assert not verdicts("NVIDIA H100", result(title, replace(size, top_k=2), 1e-6))
-    # 8 MB in 4 us are half of the bandwidth, on whichever card.
+    # 8 MB in 4 us are half of the copy bandwidth, on any card.
     assert verdicts("NVIDIA A100", result(title, T.MILLION, 4e-6)) == {
         (title, "of copy bandwidth"): pytest.approx(0.5 / 0.7)
     }

@@ -18,6 +18,6 @@ def test_saved_bytes_counts_a_storage_once_and_no_leaf():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peaks_are_those_of_the_graphs():
     found = peaks("sinkhorn", 0, Size(images=32, experts=32), 1)
-    # 20 iterations, two tensors [n, E] each, at the least.
+    # Each of 20 iterations keeps at least two tensors [n, E].
     assert found[f"log domain, {BACKWARD}"] > 40 * 4 * 32 * 196 * 32
     assert found["ours, forward"] < found[f"log domain, {BACKWARD}"] / 10

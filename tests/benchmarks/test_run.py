@@ -187,7 +187,7 @@ def test_run_writes_results_figures_and_pages(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "AXES", [scaling.Axis("tokens", (64, 256, 512), lambda n: Size(1, n, 4, 8))])
     for module in (run, scaling):
         monkeypatch.setattr(module, "measure_ceilings", lambda *args, **options: CEILINGS)
-        monkeypatch.setattr(module, "keep_memory", lambda: False)  # which would last until the end of this process
+        monkeypatch.setattr(module, "keep_memory", lambda: False)  # its setting would last for the whole process
     results = tmp_path / "benchmarks" / "results"
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(f"Before.\n{docs.MARKS[0]}\nearlier run\n{docs.MARKS[1]}\nBehind.\n")

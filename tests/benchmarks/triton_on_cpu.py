@@ -11,7 +11,7 @@ from benchmarks.cases import entries
 from benchmarks.compare import applies, check
 from benchmarks.peers import packages
 
-SIZE = Size(images=2, tokens=48, experts=4, width=300)  # of the width's and the tokens' blocks the last is not full
+SIZE = Size(images=2, tokens=48, experts=4, width=300)  # the last block of each axis is not full
 
 packages.runs_triton = lambda device: True
 found = []

@@ -69,7 +69,7 @@ def test_a_dense_vit_and_upcycling(tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     ({"embedding/kernel": None}, "no embedding/kernel"),
     ({"embedding/kernel": (8, 8, 3)}, "wanted 4 axes"),
-    ({"embedding/kernel": (1, 1, 1, 1 << 18)}, "do not match"),  # of a model that no memory holds
+    ({"embedding/kernel": (1, 1, 1, 1 << 18)}, "do not match"),  # of a model larger than memory
     ({"Encoder/encoderblock_9/LayerNorm_0/scale": (32,)}, "wanted consecutive blocks from encoderblock_0 on"),
     ({"Encoder/posembed_input/pos_embedding": (1, 18, 32)}, "which form no square; give img_size"),
     ({"Encoder/posembed_input/pos_embedding": None}, "no position embeddings"),

@@ -1,4 +1,4 @@
-"""The kept inputs of tests/fuzz/readers.py: each is read, or refused by a CheckpointError."""
+"""The kept inputs of tests/fuzz/readers.py: each input is read, or refused by a CheckpointError."""
 
 import sys
 from pathlib import Path

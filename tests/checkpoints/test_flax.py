@@ -55,7 +55,7 @@ def test_layer():
     parameters = dict(module.named_parameters())
     assert load_flax(module, arrays()) is module
     check_loaded(module, arrays())
-    for name, parameter in module.named_parameters():  # in place, and it still requires a gradient
+    for name, parameter in module.named_parameters():  # loaded in place, and still requires a gradient
         assert parameter is parameters[name] and parameter.requires_grad and parameter.is_leaf
 
 
@@ -233,7 +233,7 @@ def test_refuses_a_model_of_another_form(options, message):
 
 
 def test_attention_pooling_fills_every_parameter():
-    """Every path of the name map by shape, and the head's layout by its values; no golden file covers them."""
+    """Checks the shape of every path in the name map, and the head's layout by values. No golden file covers these."""
     module = model(global_pool="map", qk_norm=True)
     params = {path: array for path, array in parity.Golden("vit_tiny_token_tc").params().items() if path != "cls"}
     draw = torch.Generator().manual_seed(0)

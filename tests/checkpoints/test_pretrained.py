@@ -96,7 +96,7 @@ def test_another_head_since(tmp_path):
     check_same(from_pretrained(tmp_path), saved)
     assert from_pretrained(tmp_path).global_pool == "avg"
     saved = model(global_pool="token")
-    saved.reset_classifier(3, global_pool="avg")  # the class token remains, and vit_moe makes no such model
+    saved.reset_classifier(3, global_pool="avg")  # the class token remains, but vit_moe cannot make this model
     with pytest.raises(CheckpointError, match=r"cls_token: shape \[1, 1, 16\], wanted no such tensor"):
         save_pretrained(saved, tmp_path)
 

@@ -77,7 +77,7 @@ def test_without_version_and_only_the_parameters(tmp_path):
     assert read_vmoe(str(prefix), whole_state=True).keys() == {"params/cls", "opt/m"}
 
 
-# Hostile files: of {"a": four floats} in one shard, with one thing wrong
+# Hostile files: each is a file of {"a": four floats} in one shard, with one fault
 
 
 A = torch.arange(4.0)
@@ -179,7 +179,7 @@ def test_hostile_bytes(tmp_path, data, message):
 
 
 def test_more_than_a_checkpoint_has(tmp_path, monkeypatch):
-    """The memory for the description of the files is bounded, however long they are."""
+    """The memory for the description of the files is bounded for files of any length."""
     nothing = chunk((0,), "float32", b"")
     padded = [[nothing, nothing, chunk((4,), "float32", RAW)], Ext(6, slice_nd(WHOLE))]
     prefix = vmoe_writer.write(tmp_path, index(), [shard(padded)])
@@ -200,7 +200,7 @@ def test_other_things_of_that_name(tmp_path):
     for path in ("a\0b", "a" * 5000):
         with pytest.raises(CheckpointError, match="cannot be opened"):
             read_vmoe(path)
-    os.mkfifo(tmp_path / "pipe.index")  # opening it would block
+    os.mkfifo(tmp_path / "pipe.index")  # opening this pipe would block
     with pytest.raises(CheckpointError, match="not a regular file"):
         read_vmoe(tmp_path / "pipe")
 
@@ -241,4 +241,4 @@ def test_fuzz(tmp_path):
             file.write_bytes(whole[file])
     finally:
         tracemalloc.stop()
-    assert 1000 < refused < 2000  # the remaining changes only altered a value
+    assert 1000 < refused < 2000  # all other changes only altered a value

@@ -14,7 +14,7 @@ class Ext:
 
 
 class Pairs(list):
-    """A map, in which a key can be twice."""
+    """A map that may contain a key twice."""
 
 
 def pack(value):
@@ -57,13 +57,13 @@ def name(tensor):
 
 
 def cut(tensor, pieces):
-    """The parts of a grid with this number of pieces per axis, of uneven size if the axis does not divide."""
+    """Returns the parts of a grid with this number of pieces per axis. If the axis does not divide, sizes differ."""
     axes = [[(n * i // k, n * (i + 1) // k) for i in range(k)] for n, k in zip(tensor.shape, pieces)]
     return list(product(*axes))
 
 
 def content(tree, pieces=None, shard_count=2, chunk_elements=7):
-    """The index and the shards, as objects to be packed.
+    """Makes the index and the shards, as objects to be packed.
 
     `tree` holds maps and tensors. `pieces` maps a path to the number of cuts per axis.
     """
@@ -73,7 +73,7 @@ def content(tree, pieces=None, shard_count=2, chunk_elements=7):
         nonlocal count
         if isinstance(node, dict):
             found = {key: walk(node[key], f"{path}/{key}") for key in sorted(node)}
-            return dict(reversed(found.items()))  # the order in the file has no meaning
+            return dict(reversed(found.items()))  # readers must not depend on the order in the file
         parts = cut(node, (pieces or {}).get(path[1:], (1,) * node.ndim))
         places = [(count + i) % shard_count for i in range(len(parts))]
         for part, place in zip(parts, places):
@@ -87,7 +87,7 @@ def content(tree, pieces=None, shard_count=2, chunk_elements=7):
 
 
 def write(folder, index, shards):
-    """Packs and writes; gives the prefix."""
+    """Packs and writes the files; returns the prefix."""
     prefix = folder / "checkpoint"
     prefix.with_suffix(".index").write_bytes(pack(index))
     for i, shard in enumerate(shards):

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3, in one process on the CPU: training as without it, and what save_pretrained wants."""
+"""DeepSpeed ZeRO-3, in one process on the CPU: training as without it, and the state that save_pretrained needs."""
 
 import copy
 
@@ -27,7 +27,8 @@ def deepspeed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             patch.setenv(name, value)
-        # DeepSpeed replaces this function for good, by one that refuses forward mode. Restore it after these tests.
+        # DeepSpeed replaces this function permanently by a function that refuses forward mode. Restore it after these
+        # tests.
         patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
         module = pytest.importorskip("deepspeed", reason="pip install deepspeed --no-build-isolation")
         store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)

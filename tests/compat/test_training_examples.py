@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize(("name", "package", "gradients"), [
-    ("train_accelerate", "accelerate", [0.5] * 80),  # a step adds up two batches
+    ("train_accelerate", "accelerate", [0.5] * 80),  # a step accumulates two batches
     ("train_lightning", "lightning", [0.5] * 80),
     ("train_trainer", "accelerate", [0.5] * 80),
     ("train_peft", "peft", [1.0] * 40),

@@ -74,7 +74,7 @@ def _collect(pipes: list[Any]) -> list[Any]:
                 error, results[rank] = "the process died", None
             if error is not None:
                 errors.append(f"rank {rank}: {error}")
-                end = min(end, time.monotonic() + 3)  # the rest may wait for this rank, or tell more
+                end = min(end, time.monotonic() + 3)  # the other ranks may wait for this rank, or report more
     assert not errors, "\n".join(errors)
     return [results[rank] for rank in range(len(pipes))]
 
@@ -96,7 +96,7 @@ def _rank(pipe: Any, store: str, rank: int, world: int, function: Callable[..., 
             )
         result = function(*args)
         if world:
-            dist.barrier()  # a rank that ends early closes connections that a slower rank still opens
+            dist.barrier()  # an earlier end of a rank would close connections that a slower rank still opens
             dist.destroy_process_group()
         pipe.send((None, result))
     except BaseException:

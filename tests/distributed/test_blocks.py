@@ -29,7 +29,7 @@ class CountExchanges(TorchDispatchMode):
 
 
 def checkpointed() -> dict[str, tuple[int, float]]:
-    """The number of all-to-alls of a step, and the gradients against one process."""
+    """Returns the number of all-to-alls of a step, and the deviation of the gradients from one process."""
     meshes = Meshes.make("cpu", ep=2)
     found = {}
     for router in ("softmax_token_choice", "soft"):

@@ -21,7 +21,7 @@ from vmoe_routers.distributed import ExpertParallel
 def layer(dtype: torch.dtype, **options: Any) -> vr.MoEMlp:
     torch.manual_seed(3)
     made = vr.MoEMlp(24, 48, **{"num_experts": 8, "group_size": 2, "dtype": dtype, **options})
-    for parameter in made.experts.parameters():  # the biases start at 0
+    for parameter in made.experts.parameters():  # because the biases start at 0
         nn.init.normal_(parameter, std=0.5)
     same_noise(made)
     return made
@@ -34,7 +34,7 @@ def distributed(made: vr.MoEMlp) -> vr.MoEMlp:
 
 
 def results(made: vr.MoEMlp, x: Tensor, mask: Tensor | None, weight: Tensor) -> dict[str, Tensor]:
-    """Output and gradients; the loss is a mean over the images."""
+    """Returns output and gradients. The loss is a mean over the images."""
     x = x.clone().requires_grad_()
     y = made(x, mask)
     ((y * weight).mean() + vr.aux_loss(made)).backward()

@@ -55,7 +55,7 @@ def test_every_layout_equals_one_process(router):
     for numbers, grads, values in run(4, layouts_apart, router, layouts)[0]:
         assert numbers < 1e-10
         assert grads < 1e-10
-        assert values < 1e-6  # AdamW divides the gradient of the keys' biases, which is rounding, by its size
+        assert values < 1e-6  # the gradient of the keys' biases is rounding error, which AdamW divides by its size
 
 
 def unpatched_apart() -> dict[str, float]:
@@ -68,7 +68,7 @@ def unpatched_apart() -> dict[str, float]:
         wanted = gradients(model)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         sharded = vit(router)
-        fully_shard(sharded.blocks[1].mlp.router, mesh=mesh)  # a unit of its own
+        fully_shard(sharded.blocks[1].mlp.router, mesh=mesh)  # a separate FSDP unit
         for block in sharded.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(sharded, mesh=mesh)

@@ -21,9 +21,9 @@ ROUTERS = ("softmax_token_choice", "softmax_expert_choice", "soft")
 
 @torch.no_grad()
 def evaluated() -> dict[str, Any]:
-    """Number of images, right answers and summed loss; and how far the logits of this rank are from one process.
+    """Returns the number of images, right answers, summed loss, and the deviation of the logits from one process.
 
-    Also the numbers of evaluate_model for every router.
+    The result also has the numbers of evaluate_model for every router.
     """
     found = {}
     for router in ROUTERS:
@@ -50,7 +50,7 @@ def evaluated() -> dict[str, Any]:
 
 
 def numbers(value: Any, name: str = "") -> dict[str, float]:
-    """The numbers of a nested result by their place."""
+    """Returns the numbers of a nested result, by their place in it."""
     if not isinstance(value, (dict, list)):
         return {} if value is None else {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)

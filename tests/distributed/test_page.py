@@ -47,7 +47,7 @@ def script(code: str, folder: Path, port: int) -> dict[str, object]:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """The port of a store of this process, like that of torchrun's agent: a free port may be taken before its use."""
+    """Gives the port of an open store, as torchrun's agent does. Another process could take a free port."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield store.port
 

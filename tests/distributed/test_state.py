@@ -23,7 +23,7 @@ from vmoe_routers.distributed import Ema, Meshes, parallelize, whole_state_dict
 
 
 class Training:
-    """Model, optimizer and average, as `torch.distributed.checkpoint` takes them."""
+    """Returns model, optimizer and average in the form that `torch.distributed.checkpoint` takes."""
 
     def __init__(self, ep: int, seed: int, meta: bool = False):
         with torch.device("meta" if meta else "cpu"):
@@ -67,7 +67,7 @@ def save(folder: Path) -> str:
 def load(folder: Path, ep: int, export: Path) -> str:
     training = Training(ep, seed=9, meta=dist.is_initialized() and dist.get_world_size() == 3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns in a single process
+        warnings.simplefilter("ignore")  # torch warns if there is a single process
         dcp.load({"training": training}, checkpoint_id=folder)
     with training.ema.swapped(training.model):
         state = whole_state_dict(training.model)
@@ -101,7 +101,7 @@ def test_loads_elsewhere_and_exports_the_same_file(saved, tmp_path, world, ep):
 
 
 def logged() -> list[str]:
-    """What torch logs while experts over two axes of a mesh are gathered."""
+    """Returns the messages that torch logs while it gathers experts over two axes of a mesh."""
     logger, messages = logging.getLogger("torch.distributed.tensor._redistribute"), []
     logger.setLevel(logging.WARNING)
     logger.addFilter(lambda record: messages.append(record.getMessage()))
@@ -137,7 +137,7 @@ def averages() -> list[float]:
         found.append(apart({name: whole(value) for name, value in ema.values.items()}, values))
         model.eval()
         with torch.no_grad():
-            model(mine(batch(8)[0])[0])  # leaves the parameters of the root gathered
+            model(mine(batch(8)[0])[0])  # after this call, the parameters of the root are still gathered
             with ema.swapped(inner):
                 averaged = model(mine(batch(8)[0])[0])
             found.append(apart({"logits": model(mine(batch(8)[0])[0])}, {"logits": mine(logits)[0]}))

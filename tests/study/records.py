@@ -53,7 +53,7 @@ def variants(capacities: tuple[float, ...] = (1.0,)) -> list[dict]:
 
 
 def run(variant: dict, seed: int = 0, epochs: int = 20, transfer: bool = False, experts: int = 8) -> dict[str, Any]:
-    """A record with plausible numbers that differ between variants and seeds, the same at every call."""
+    """Makes a record with plausible numbers. They differ between variants and seeds, and are the same at every call."""
     trunk, own = random.Random(seed), random.Random(f"{variant['name']} {seed}")
     skill = random.Random(variant["name"]).uniform(0.0, 0.03) + trunk.gauss(0, 0.01) + own.gauss(0, 0.004)
     capacity = variant["capacity_factor"] or 1.0
@@ -94,7 +94,7 @@ def run(variant: dict, seed: int = 0, epochs: int = 20, transfer: bool = False, 
 
 
 def _step_ms(name: str, work: float) -> list[float]:
-    """The same for every seed: rounds of the timing, in which all variants took turns."""
+    """Makes the times of the rounds of the timing, equal for every seed. In a round, each variant runs once."""
     own = random.Random(name)
     return [(9.0 + 3.0 * work) * own.uniform(0.9, 1.1) for _ in range(9)]
 

@@ -14,7 +14,7 @@ NOISE = (0.001, -0.002, 0.0005, 0.0015, -0.001)
 
 
 def runs_of(made, accuracies, flops=4e6, step=10.0):
-    """Runs with these final accuracies, one per seed."""
+    """Makes runs with these final accuracies, one per seed."""
     found = []
     for seed, accuracy in enumerate(accuracies):
         record = run(made, seed)
@@ -48,7 +48,7 @@ def test_a_clear_difference_is_decided_by_its_sign():
 
 
 def test_holm_and_the_seeds_that_are_needed():
-    # A small difference that is clear alone, at p = 0.03, beside nine comparisons of noise.
+    # A small difference with p = 0.03 alone, together with nine comparisons of noise.
     made = []
     for capacity in (0.5, 1.0, 2.0):
         made += runs_of(variant("softmax_token_choice", 1, capacity=capacity), [0.9] * 5)

@@ -34,7 +34,7 @@ class Queue(list):
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    """State of a worker process, and a job for it."""
+    """Makes the state of a worker process, and a job for the worker."""
     settings, data = replace(TINY, epochs=1, output=tmp_path), (made_up(), None)
     monkeypatch.setattr(execution, "_worker", {"settings": settings, "data": data, "finished": Queue()})
     return settings, Job(Variant(), 0, run_path(settings, "inputs", Variant(), 0))

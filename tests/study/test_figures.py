@@ -10,7 +10,7 @@ from vmoe_routers.study.summary import summarise
 
 
 def drawn(ax, gid):
-    """The line of this id, as lists of x and y."""
+    """Returns the line with this id, as lists of x and y."""
     (line,) = [line for line in ax.lines if line.get_gid() == gid]
     return list(line.get_xdata()), list(line.get_ydata())
 
@@ -148,9 +148,9 @@ def test_ablations_draw_every_value():
     base = [run(variant("soft"), seed) for seed in range(5)]
     changed = variant("soft") | {"name": "x", "ablation": "soft_scale", "arm": "1"}
     runs = base + [run(changed, seed) for seed in range(3)]
-    assert [row["seeds"] for row in figures.figure_1_data(runs)] == [5]  # the comparison leaves the ablation out
+    assert [row["seeds"] for row in figures.figure_1_data(runs)] == [5]  # figure 1 leaves the ablation out
     data = figures.ablation_data(runs)
-    # The value 4 was not run. The comparison's runs of the same seeds are those of 16.
+    # The value 4 was not run. The runs for the value 16 are the comparison's runs of the same seeds.
     assert {point["ablation"] for point in data} == {"soft_scale"}
     assert [(point["arm"], point["seeds"], point["is_base"]) for point in data] == [
         ("1", 3, False), ("16", 3, True),

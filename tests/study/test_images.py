@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two classes of images of two sizes: 12 for training, 6 for testing."""
+    """Makes a folder with two classes of images of two sizes: 12 for training, 6 for testing."""
     path, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for part, count in (("train", 6), ("val", 3)):
         for name in ("ant", "bee"):
@@ -95,7 +95,7 @@ def test_further_options_of_the_training(folder):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]().device == "cuda"])
 def test_large_recipes_take_steps_on_a_small_folder(folder, name):
-    """The recipe's own training, augmentation and kind of model, with small sizes."""
+    """Keeps the recipe's training, augmentation and kind of model, but with small sizes."""
     settings = replace(
         RECIPES[name](), data=str(folder), device="cpu", width=16, depth=2, heads=2, num_experts=2, batch_size=4,
         group_size=2, epochs=1, patch_size=16, image_size=32, holdout=4, data_workers=0,

@@ -1,4 +1,4 @@
-"""The study that an earlier version wrote (tests/fixtures/study) is read, and goes on without repeating a run."""
+"""The study that an earlier version wrote (tests/fixtures/study) is read, and continues without repeating a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "fixtures" / "study"
 
 @pytest.fixture(scope="module")
 def settings():
-    """The settings as study.json has them; a field that is new since then has its default."""
+    """Reads the settings in study.json. A field that is newer than the file has its default."""
     kept = read_contents(FOLDER)["settings"]
     return Settings(**{**kept, "output": FOLDER})
 

@@ -25,7 +25,7 @@ def lock_of(record):
 
 
 def is_locked(record):
-    """Whether a lock exists that no process may take over."""
+    """Tells whether a lock exists that no process may take over."""
     lock = lock_of(record)
     text = locks._read(lock)
     return text is not None and not locks._is_stale(lock, text)
@@ -48,7 +48,7 @@ def test_a_file_system_without_hard_links(record, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     test_one_at_a_time(record)
-    lock_of(record).write_text("")  # of a process that was killed before it wrote
+    lock_of(record).write_text("")  # the lock of a process that was killed before it wrote
     with locked(record) as free:
         assert not free
     os.utime(lock_of(record), (0, 0))
@@ -107,7 +107,7 @@ def test_a_lock_is_renewed(record, monkeypatch):
 
 
 def test_a_lock_that_was_taken_over_is_not_removed(record):
-    """A process that slept longer than the lock's life leaves the lock of its successor."""
+    """A process that slept until its lock expired does not remove the lock of its successor."""
     with locked(record):
         lock_of(record).write_text("of a successor")
     assert lock_of(record).read_text() == "of a successor"

@@ -30,7 +30,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "own_router.py"
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Writes a module into the current folder, which is in the path; returns its name."""
+    """Writes a module into the current folder, which is in the path; returns the name of the module."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
@@ -46,7 +46,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_study_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """A module in the current folder, imported in worker processes too."""
+    """Worker processes import a module of the current folder, too."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     shutil.copy(EXAMPLE, tmp_path / "routers_of_mine.py")
@@ -141,7 +141,7 @@ def test_a_changed_source_is_another_router(module):
     assert source_digest(name) == before
     module(UNCOUNTED + "\n# changed")
     assert source_digest(name) != before
-    assert source_digest("math:sqrt") == source_digest("builtins:len")  # without source
+    assert source_digest("math:sqrt") == source_digest("builtins:len")  # both have no source
 
 
 def test_styles_are_apart():

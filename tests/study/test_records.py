@@ -202,7 +202,7 @@ def test_records_of_the_timing(tmp_path):
     record = time_steps(TINY, timing.variants, made_up())
     write_record(path, record)
     assert timing.read() == record
-    assert study.Timing([Variant("soft", 1.0)], path).read() is None  # a sound record, of other variants
+    assert study.Timing([Variant("soft", 1.0)], path).read() is None  # a valid record, but of other variants
     for times in ([], [1.0] * (ROUNDS - 1), [0.0] * ROUNDS, ["1"] * ROUNDS, None, 3):
         write_record(path, record | {"step_ms": record["step_ms"] | {"dense": times}})
         refused(path, f"wanted {ROUNDS} positive numbers for every variant", timing_record(ROUNDS))

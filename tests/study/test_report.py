@@ -40,7 +40,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def one_figure(request, monkeypatch):
-    """Drawing takes most of the time. Only one test looks at all figures."""
+    """Reduces the figures to one, because drawing takes most of the time. Only one test checks all figures."""
     if request.node.name != "test_holds_everything":
         monkeypatch.setattr(figures, "_FIGURES", figures._FIGURES[:1])
 
@@ -82,13 +82,13 @@ def test_escapes(tmp_path):
     label = {**variant("soft"), "label": hostile}
     text, page = write(tmp_path, [run(label), run(variant(None))], {hostile: hostile, "command": hostile})
     assert "<script" not in text
-    assert page.text.count(hostile) >= 5  # setting's name and value, command, both tables
+    assert page.text.count(hostile) >= 5  # name and value of a setting, command, both tables
 
 
 def test_findings_claim_no_more_than_the_numbers():
     dense, soft, expert = variant(None), variant("soft"), variant("softmax_expert_choice")
     runs = [run(v, seed) for seed in range(3) for v in (dense, soft, expert)]
-    # Loss: dense 1.0, Soft clearly below, Expert Choice below in the mean, and not in every seed.
+    # The dense loss is 1.0. Soft is clearly below. Expert Choice is below in the mean, but not for every seed.
     for r in runs:
         losses = {
             "dense": 1.0,

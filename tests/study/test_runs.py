@@ -23,7 +23,7 @@ EXPERT_CHOICE = Variant("softmax_expert_choice", 1.0)
 
 
 def made_up(train=16, test=10, seed=0):
-    """Images of the size of the digits, filled with noise."""
+    """Makes images of the size of the digits, filled with noise."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(train + test, 1, 8, 8, generator=generator)
     labels = torch.arange(train + test) % 10

@@ -27,7 +27,7 @@ TINY = Settings(
 
 
 class Stop:
-    """Runs in this process, one after another; raises KeyboardInterrupt after a given number."""
+    """Runs jobs in this process, one after another; raises KeyboardInterrupt after a given number of jobs."""
 
     def __init__(self):
         self.done, self.after = [], None
@@ -63,7 +63,7 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     here.after = 6
     with pytest.raises(KeyboardInterrupt):
         run_study(settings, silent())
-    assert here.done == jobs[:6]  # seed by seed
+    assert here.done == jobs[:6]  # all runs of a seed before the next seed
     assert len(list((settings.output / "runs").iterdir())) == 6
 
     # The same study again, with one broken record.
@@ -124,7 +124,7 @@ def test_a_size_that_was_not_asked_for_is_told(tmp_path, here, image_size):
             (tmp_path / part / name).mkdir(parents=True)
             for number in range(8):
                 Image.new("RGB", (10, 12), (number, 0, 0)).save(tmp_path / part / name / f"{number}.png")
-    here.after = 0  # before the first run
+    here.after = 0  # interrupt before the first run
     settings = replace(TINY, data=str(tmp_path), image_size=image_size, patch_size=4, output=tmp_path / "study")
     console = silent()
     with pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,7 @@ def idx(array):
 
 
 def idx_folder(folder, **files):
-    """A good folder with IDX files, but for those in `files` (None: left out)."""
+    """Makes a valid folder with IDX files. `files` replaces some of them (None: left out)."""
     contents = {
         TRAIN: idx(PIXELS),
         TRAIN_LABELS: idx([0, 1, 2, 2, 1, 0]),
@@ -33,7 +33,7 @@ def idx_folder(folder, **files):
 
 
 def picture(number, size=(12, 10)):
-    """A picture whose first pixel tells its number."""
+    """Makes a picture whose first pixel is its number."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     pixels[:4, :4] = (number, 255 - number, 7)
     return Image.fromarray(pixels)
@@ -46,7 +46,7 @@ def raw_picture(number, size=(12, 10)):
 
 
 def picture_folder(folder, count=6, test_count=3):
-    """Pictures 0, 1, ... for training and 100, 101, ... for evaluation, half of them of each class."""
+    """Makes pictures 0, 1, ... for training and 100, 101, ... for evaluation. Each class has half of the pictures."""
     for part, number, first in (("train", count, 0), ("val", test_count, 100)):
         for name in CLASSES:
             (folder / part / name).mkdir(parents=True)
@@ -57,7 +57,7 @@ def picture_folder(folder, count=6, test_count=3):
 
 
 def write_shard(path, members):
-    """A tar file with members (name, bytes)."""
+    """Makes a tar file with members (name, bytes)."""
     with tarfile.open(path, "w") as tar:
         for name, raw in members:
             info = tarfile.TarInfo(name)
@@ -66,7 +66,7 @@ def write_shard(path, members):
 
 
 def shard_folder(folder, shards=3, count=2, test_count=3):
-    """Shards of `count` pictures each: 0, 1, ... for training, and one shard with 100, 101, ... for evaluation."""
+    """Makes shards of `count` pictures: 0, 1, ... for training, and one shard with 100, 101, ... for evaluation."""
     folder.mkdir(exist_ok=True)
 
     def members(numbers):

@@ -46,7 +46,7 @@ def test_read_idx(tmp_path, shape, suffix):
 
 
 def damaged(raw):
-    """The bytes with the middle of the compressed data overwritten."""
+    """Returns the bytes with the middle of the compressed data overwritten."""
     return raw[:20] + b"\xff" * 30 + raw[50:]
 
 
@@ -75,7 +75,7 @@ def test_read_idx_refuses(tmp_path, name, raw, words):
 
 
 def test_read_idx_needs_no_more_memory_than_the_header_says(tmp_path):
-    """A gzip bomb: 64 MB of zeros after a header of six pixels, and a header of 4 GB before six pixels."""
+    """One file has 64 MB of zeros after a header of six pixels. The other has a header of 4 GB before six pixels."""
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(idx(np.zeros(6)) + bytes(64_000_000)))
     (tmp_path / "liar.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\xff\xff\xff\xff" + bytes(6)))
     tracemalloc.start()
@@ -211,7 +211,7 @@ def test_digits_split_is_fixed_and_disjoint():
     found = load("digits")
     assert found.train_images.shape == (1437, 1, 8, 8) and found.test_images.shape == (360, 1, 8, 8)
     assert found.num_classes == 10
-    # Fixed for ever: results of different versions and machines can be compared.
+    # This order must never change, so that results of different versions and machines can be compared.
     assert found.test_labels[:12].tolist() == [2, 4, 8, 4, 9, 6, 8, 7, 7, 2, 1, 4]
     torch.manual_seed(1)
     again = load("digits")
@@ -220,7 +220,7 @@ def test_digits_split_is_fixed_and_disjoint():
     rows = torch.cat([images * 16, torch.cat([found.train_labels, found.test_labels]).unsqueeze(1)], dim=1)
     pixels, target = load_digits(return_X_y=True)
     original = np.concatenate([pixels, target[:, None]], axis=1)
-    # Every digit once, in one part or the other.
+    # Every digit is in exactly one of the two parts.
     assert sorted(map(tuple, rows.tolist())) == sorted(map(tuple, original.tolist()))
 
 

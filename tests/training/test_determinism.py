@@ -40,14 +40,14 @@ class OnOneThread(TorchDispatchMode):
 
 
 def train(router, threads, mode):
-    """Loss and parameters of a step on 16 images of 16 patches."""
+    """Returns loss and parameters of a step on 16 images of 16 patches."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     options = {} if router is None else {"num_experts": 4}
     if router not in (None, "soft"):
         options["group_size"] = 8
     model = vit_moe(8, 2, 1, 10, 32, 2, 2, 2.0, router=router, pos_embed_std=1.0, **options)
-    torch.nn.init.normal_(model.head.weight)  # it starts with 0, through which no gradient flows
+    torch.nn.init.normal_(model.head.weight)  # the head starts at 0, which passes no gradient on
     images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
     step = Trainer(model.train(), Optimisation(), 10)
     with mode:

@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 
 def run(model, data, output, **options):
-    """The result, and what was printed."""
+    """Returns the result and the printed text."""
     text = io.StringIO()
     options = {"workers": 0, "device": "cpu", **options}
     return evaluate(model, data, output=output, console=Console(file=text, width=200), **options), text.getvalue()
@@ -104,7 +104,7 @@ def test_the_input_of_timms_weights_is_timms(monkeypatch):
 
 
 def test_options_of_the_model(model):
-    """Grey images for a model of colours, at another size, with another capacity."""
+    """Evaluates colour models on grey images, at another size, with another capacity."""
     subject = open_subject("test_resnet", "digits", model_args={"num_classes": 10})
     assert subject.transform.channels == 3 and subject.transform.augmentation.image_size == 160
     subject = open_subject(model, "digits", image_size=12, model_args={"capacity_factor": 3.0})

@@ -85,7 +85,7 @@ def test_against_numpy(size):
 
 @pytest.mark.parametrize("router", [None, *vr.ROUTERS])
 def test_padding_and_batches_do_not_change_the_result(router):
-    """Groups of two, the last image alone. The padding fills groups of its own."""
+    """Groups have two images, and the last image is a group alone. Padding forms separate groups."""
     model, (images, labels) = tiny(router), data(7, 3)
     wanted = evaluate_model(model, batches(images, labels, 4), 3)
     in_other_batches = evaluate_model(model, batches(images, labels, 6), 3)

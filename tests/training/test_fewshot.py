@@ -47,7 +47,7 @@ def test_weights_are_the_references(golden):
     assert white.shape == (15, 65) and (white[:, -1] == BIAS).all()
     weights = fit_ridge(white, golden["y_train"], 5, tuple(golden["l2_of_W"].tolist()))
     for ours, theirs in zip(weights, golden["W"].double()):
-        # Theirs is in float32, of a problem with eigenvalues from 1e-3 to 1e5.
+        # The reference solved this problem, which has eigenvalues from 1e-3 to 1e5, in float32.
         assert (ours - theirs).norm() < 2e-4 * theirs.norm()
 
 
@@ -68,7 +68,7 @@ def blobs(examples, classes=4, width=6, noise=1.5, seed=0):
 
 
 def ridge(features, labels, classes, l2):
-    """By the augmented least-squares problem."""
+    """Solves ridge regression as an augmented least-squares problem."""
     targets = 2 * np.eye(classes)[labels] - 1
     penalty = np.sqrt(l2) * np.eye(features.shape[1])
     rows, wanted = np.vstack([features, penalty]), np.vstack([targets, np.zeros((features.shape[1], classes))])

@@ -44,7 +44,7 @@ def test_accuracy():
     assert linear_probe(separable, blobs(40, noise=0.01, seed=1))[0] == 1
     accuracy, l2 = linear_probe(mixed, blobs(200, seed=1))
     assert 0.5 < accuracy < 0.95 and l2 in module.L2_REGULARISERS
-    shifted = Examples(mixed.features * 100 + 7, mixed.labels)  # standardised away
+    shifted = Examples(mixed.features * 100 + 7, mixed.labels)  # standardisation removes factor and offset
     test = blobs(200, seed=1)
     assert linear_probe(shifted, Examples(test.features * 100 + 7, test.labels)) == pytest.approx((accuracy, l2))
 

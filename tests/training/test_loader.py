@@ -30,7 +30,7 @@ SIMPLE = Augmentation(image_size=8, scale=None, shift=1, normalization="none", c
 
 
 class Numbers:
-    """Pictures in memory, as files would give them; label and first pixel are the index."""
+    """Pictures in memory, in the form that files give. Label and first pixel are the index."""
 
     def __init__(self, size=20, bad=()):
         self.size, self.bad = size, bad
@@ -88,7 +88,7 @@ def test_workers_change_nothing(undisturbed, workers):
 
 
 def test_workers_that_get_a_pickled_copy(undisturbed):
-    """As on systems where processes are not forked."""
+    """Workers get a pickled copy on systems where processes are not forked."""
     reader = pickle.loads(pickle.dumps(_Reader(Numbers(), Transform(STRONG, training=True), 5, "stop")))
     draws = next(iter(_Draws(Order(20, 6, 5), slice(0, 6), 0, 1)))
     assert torch.equal(reader.transform.normalize(reader[draws].images), undisturbed[0].images)
@@ -246,7 +246,7 @@ def test_a_dead_worker_is_told():
 
 
 def test_a_dead_worker_is_told_between_batches():
-    """torch raises this error by a signal's handler, wherever the main process is."""
+    """torch raises this error in a signal handler, at any point of the main process."""
     words = "DataLoader worker (pid 7) is killed by signal: Killed. "
     transform = Transform(SIMPLE, training=True)
     with (
@@ -283,7 +283,7 @@ def test_a_fault_in_a_worker_is_no_bad_image():
     with pytest.raises(RuntimeError, match="a fault of the data set") as error:
         train(Faulty(), workers=1, bad_images="skip")
     assert error.value.__cause__ is not error.value
-    assert not multiprocessing.active_children()  # although the traceback still has torch's iterator
+    assert not multiprocessing.active_children()  # although the traceback still refers to torch's iterator
 
 
 class Slow(Numbers):
@@ -296,7 +296,7 @@ def test_waiting_is_measured():
     batches = training_batches(Slow(), Transform(SIMPLE, training=True), batch_size=6, steps=4, seed=0, workers=0)
     assert len(batches) == 4 and batches.waiting == 0
     next(batches)
-    assert batches.waiting == 0  # starting workers is no waiting
+    assert batches.waiting == 0  # the start of workers does not count as waiting
     next(batches)
     assert batches.waited >= 0.012 and 0 < batches.waiting <= 1
     time.sleep(0.1)

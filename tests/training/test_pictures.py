@@ -51,7 +51,7 @@ def test_grey_of_8_and_16_bits(tmp_path, suffix):
 
 
 def test_uniform_16_bit_values_stay_uniform(tmp_path):
-    """They were clamped: 97.7 % became white."""
+    """An earlier version clamped these values: 97.7 % became white."""
     deep = np.random.default_rng(0).integers(0, 1 << 16, (64, 64), dtype=np.uint16)
     found = pixels(saved(tmp_path / "a.png", Image.fromarray(deep)))[..., 0] / 255
     assert abs(found.mean() - 0.5) < 0.02 and (found == 1).mean() < 0.01
@@ -73,7 +73,7 @@ def test_one_bit(tmp_path):
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
 def test_transparent_pixels_are_white(tmp_path, mode):
-    """Whatever colour they hide: opaque black, half black, hidden red."""
+    """Transparent pixels of any colour become white: opaque black, half transparent black, transparent red."""
     image = Image.new("RGBA", (3, 1))
     image.putdata([(0, 0, 0, 255), (0, 0, 0, 128), (255, 0, 0, 0)])
     if mode == "P":
@@ -99,7 +99,7 @@ def test_a_transparent_colour_is_white(tmp_path, mode):
 @pytest.mark.parametrize("levels", [GREY, DEEP], ids=["8", "16"])
 def test_pictures_are_turned_upright(tmp_path, orientation, suffix, levels):
     upright = grey(GREY)
-    # How a camera stores it: the inverse of what the orientation asks for.
+    # A camera stores the picture with the inverse of the rotation or flip that the orientation names.
     turned = {
         1: lambda a: a,
         2: np.fliplr,

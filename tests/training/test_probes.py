@@ -48,13 +48,13 @@ def run(model, data, output, **options):
 
 
 def test_ridge_probe_is_the_studys(model, features, tmp_path):
-    """The head has another number of classes, which does not matter."""
+    """The model's head has another number of classes, which has no effect."""
     results, text = run(model, "digits", tmp_path / "out", shots=(2, 10), seeds=(0, 1, 2))
     assert [(result.shots, result.seed) for result in results] == [(k, seed) for k in (2, 10) for seed in (0, 1, 2)]
     train, test = features
     for shots in (2, 10):
         mean = sum(result.accuracy for result in results if result.shots == shots) / 3
-        assert mean == pytest.approx(few_shot_accuracy(*train, *test, shots=shots), abs=0.01)  # one image is 0.003
+        assert mean == pytest.approx(few_shot_accuracy(*train, *test, shots=shots), abs=0.01)  # 0.003 per image
         assert f"{mean:.4f}" in text
     record = json.loads((tmp_path / "out" / "fewshot.json").read_text())
     assert record["results"] == [asdict(result) for result in results] and record["probe"] == "ridge"
@@ -68,7 +68,7 @@ def test_linear_probe(model, features, tmp_path):
 
 
 def test_only_drawn_images_are_read(model, tmp_path, monkeypatch):
-    """Pictures of colour for a model of grey. A thousand images are held out at most."""
+    """The pictures have colours, and the model takes grey images. At most a thousand images are held out."""
     folder = picture_folder(tmp_path / "photos", count=30, test_count=6)
     read, get = [], Pictures.__getitem__
     monkeypatch.setattr(Pictures, "__getitem__", lambda self, index: read.append(index) or get(self, index))

@@ -65,7 +65,7 @@ def train_here(output, **changes):
 
 
 def told(output):
-    """What the ranks printed; only the first one prints."""
+    """Returns the printed text. Only the first rank prints."""
     assert (output / "told_by_1.txt").read_text() == ""
     return (output / "told_by_0.txt").read_text()
 
@@ -102,7 +102,7 @@ def test_sharded_processes_continue_a_checkpoint_of_one(alone, tmp_path):
     ranks.run(2, train_two_sharded, output)
     assert "continues from step 3 of 5" in told(output)
     check_same(output, alone)
-    # And one process reads what two wrote.
+    # One process reads a checkpoint of two processes, too.
     train(TrainSettings(**{**OPTIONS, "output": output}), console=Console(quiet=True))
     check_same(output, alone)
 
@@ -168,7 +168,7 @@ def test_torchrun_restarts_a_killed_process_and_passes_on_sigterm(alone, tmp_pat
     out, err = process.communicate(timeout=300)
     assert "continues from step 3 of 5" in out, err
     check_same(tmp_path / "first", alone)
-    # No row of the log was due: the ranks agree at every step.
+    # The ranks agree on an interruption at every step, also at a step without a row of the log.
     (saved,) = checkpoint.saved(tmp_path / "second/checkpoints")
     assert re.findall(r"interrupted; saved at step (\d+)", out) == [str(int(saved.name))], err
     assert [f"rank {rank} ended with 130" in out for rank in (0, 1)] == [True, True]

@@ -69,7 +69,7 @@ def test_gradients_are_finite(name, options, case):
 
 
 def train(name: str, dtype: torch.dtype, steps: int) -> tuple[torch.Tensor, int]:
-    """Losses of a layer that learns the classes of 8 images, and the number of steps that GradScaler skipped."""
+    """Returns losses of a layer that learns the classes of 8 images, and how many steps GradScaler skipped."""
     torch.manual_seed(0)
     moe = {} if name == "soft" else {"group_size": 4, **LOSSES}
     layer, head = vr.MoEMlp(8, 8, num_experts=3, router=name, **moe), torch.nn.Linear(8, 4)
@@ -102,7 +102,7 @@ def test_16_bits_train_as_32_bits_do(name):
         assert losses.isfinite().all()
         assert losses[100:].max() < losses[0], dtype
         assert losses[-1] < 0.1 * losses[0], dtype
-        assert skipped <= 5  # GradScaler lowers its first factor where a gradient overflows
+        assert skipped <= 5  # GradScaler lowers its initial factor after an overflow of a gradient
 
 
 @pytest.mark.parametrize("rate", [1e10, 1e30, 3e38])

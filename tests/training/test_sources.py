@@ -31,7 +31,7 @@ def refused(data, words, **options):
 
 
 def check_pictures(data, classes=("0", "1"), name=None):
-    """Pictures 0 to 5 for training and 100 to 102 for evaluation, whatever the source, also after pickling."""
+    """Every source gives pictures 0 to 5 for training and 100 to 102 for evaluation, also after pickling."""
     assert (data.classes, data.num_classes, data.channels, data.size) == (classes, 2, 3, None)
     assert name is None or data.name == name
     for samples, first, count in ((data.train, 0, 6), (data.test, 100, 3)):
@@ -73,7 +73,7 @@ def test_shards(tmp_path, shards):
     folder = shard_folder(tmp_path / "flowers", shards, 6 // shards)
     assert check_pictures(open_data(str(folder)), name="flowers") == ([0, 1, 0, 1, 0, 1], [0, 1, 0])
     check_pictures(open_data(str(folder / f"train-{{000..{shards - 1:03}}}.tar")))
-    # A pattern may have a part of the shards.
+    # A pattern may match a part of the shards.
     assert len(open_data(str(folder / "train-000.tar")).train) == 6 // shards
 
 
@@ -176,7 +176,7 @@ def datasets(monkeypatch, tmp_path):
 
 
 def tables(datasets, folder, **features):
-    """The pictures as a data set of Hugging Face, as bytes and, for evaluation, as paths."""
+    """Writes the pictures as a Hugging Face data set: training images as bytes, evaluation images as paths."""
 
     def table(numbers, paths):
         rows = {"label": [number % 2 for number in numbers]}

@@ -16,7 +16,7 @@ def write(path, kind="pax", names=("a.png", "b.cls"), **fields):
         for number, name in enumerate(names):
             info = tarfile.TarInfo(name)
             info.size = 700 * number
-            info.mtime = 1.5 if kind == "pax" else 1  # a broken second needs an extended header
+            info.mtime = 1.5 if kind == "pax" else 1  # a fraction of a second needs an extended header
             vars_of(info, fields)
             tar.addfile(info, io.BytesIO(bytes([number + 1]) * info.size))
     return path
@@ -57,7 +57,7 @@ def test_empty(tmp_path):
 
 
 def test_sizes_above_8_gib(tmp_path):
-    """Both forms, which a file of that size has; here the file ends early."""
+    """Tests both forms of a size above 8 GiB. Here the file ends early."""
     for kind in ("gnu", "pax"):
         info = tarfile.TarInfo("a.png")
         info.size = 9 << 30

@@ -112,7 +112,7 @@ def test_eval_sees_what_the_training_saw(undisturbed, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_evaluate_images_at_the_size_of_the_training(recipe):
-    """A random crop enlarges what is in an image, and the central crop of evaluation does too; a shift does not."""
+    """A random crop enlarges the contents of an image, and so does the central crop of evaluation. A shift does not."""
     settings = RECIPES[recipe]()
     assert (settings.scale is None) == (settings.crop_pct == 1)
 
@@ -247,17 +247,17 @@ def test_a_file_system_that_takes_no_large_file(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file on a full disk")
 def test_a_table_that_cannot_grow_is_named():
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
-        table = Table.__new__(Table)  # which would replace the file
+        table = Table.__new__(Table)  # without __init__, which would replace the file
         table.path, table.rows = Path("/dev/full"), []
         table.add({"step": 1})
 
 
-# `undisturbed` has imported every module: another user may be unable to read them.
+# `undisturbed` has imported every module, because another user may be unable to read the modules.
 def test_a_folder_that_only_another_user_may_write_is_refused(undisturbed):
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's folders are closed to other users
         os.chmod(folder, 0o555)
         user = os.getuid()
-        if user == 0:  # to whom no folder is closed
+        if user == 0:  # root may write to every folder
             os.setresuid(65534, 65534, 0)
         try:
             with pytest.raises(OptionError, match="cannot be written"):
@@ -329,7 +329,7 @@ def test_two_trainings_in_a_folder_are_refused(undisturbed, monkeypatch):
 def test_kept_checkpoints(tmp_path):
     run(tmp_path / "every", keep=["every"], epochs=1, save_every=1)
     assert len(checkpoint.saved(tmp_path / "every/checkpoints")) == 5
-    run(tmp_path / "best", keep=["best"], evaluate_every=3, save_every=10)  # the best is at no multiple of save_every
+    run(tmp_path / "best", keep=["best"], evaluate_every=3, save_every=10)  # the best step is no multiple of save_every
     names = {path.name for path in checkpoint.saved(tmp_path / "best/checkpoints")}
     evaluations = rows(tmp_path / "best/evaluations.csv")
     best = max(evaluations, key=lambda row: float(row["top1"]))

@@ -22,7 +22,7 @@ def tiny(router="softmax_token_choice", **options):
     if router is not None:
         options = {"num_experts": 4, "group_size": 1 if router == "soft" else 2} | options
     model = vit_moe(4, 2, 1, 3, embed_dim=8, depth=2, num_heads=2, router=router, **options)
-    nn.init.normal_(model.head.weight, std=0.5)  # a head of zeros passes no gradient on
+    nn.init.normal_(model.head.weight, std=0.5)  # a head of zeros would pass no gradient on
     return model.train()
 
 
@@ -47,7 +47,7 @@ def test_a_step_is_what_torch_does_by_hand():
     model, images, labels = tiny(importance_loss_weight=1.0), *batch()
     ours, report = copy.deepcopy(model), None
     trainer = Trainer(ours, o, 1, seed=3)
-    torch.manual_seed(5)  # which the step overrides
+    torch.manual_seed(5)  # the step must override this seed
     report = trainer(images, labels)
 
     from vmoe_routers.training.seeding import seed_of
@@ -83,7 +83,7 @@ def test_noise_depends_on_seed_step_and_rank_alone():
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_accumulation_changes_nothing(loss):
-    model = tiny(noise_std=0.0, top_k=4).double()  # all experts: groups do not matter for the capacity
+    model = tiny(noise_std=0.0, top_k=4).double()  # every token gets all experts, so groups do not affect the capacity
     o = {"loss": loss, "learning_rate": 0.01, "warmup": 0.0, "optimizer": "sgd"}
     parts = []
     for accumulate in (1, 2, 4):
@@ -175,7 +175,7 @@ def test_steps_that_are_not_finite_change_nothing(optimizer):
             assert torch.equal(
                 torch.as_tensor(trainer.optimizer.state_dict()["state"][key][name]), torch.as_tensor(value)
             )
-    trainer.check(bad)  # one in a row is not too many
+    trainer.check(bad)  # one bad step in a row is allowed
     trainer(images, labels)
     assert not torch.equal(values(trainer.plain), before)
     trainer(bad, labels), trainer(bad, labels)

@@ -204,7 +204,7 @@ def test_mixing_refuses():
 
 
 def test_seeds_are_fixed_for_ever():
-    """Results of different versions, machines and processes can be compared."""
+    """Fixed seeds make results of different versions, machines and processes comparable."""
     assert seed_of(0, "image", 1, 2, 3) == 2362762654729159274
     assert seed_of(1, 23) != seed_of(12, 3)
 
