@@ -1,4 +1,4 @@
-"""An affinity of your own: gates by sigmoid instead of softmax, for Token Choice and Expert Choice alike."""
+"""An affinity of your own: gates by sigmoid instead of softmax, for Token Choice and for Expert Choice."""
 
 import torch
 
@@ -6,7 +6,7 @@ import vmoe_routers as vr
 
 
 def sigmoid(logits, noisy_logits, capacity, mask):
-    """The noisy sigmoid selects, and the sigmoid weighs; both [G, T, E]."""
+    """Returns the sigmoid with noise, which selects, and the sigmoid without noise, which weighs, both [G, T, E]."""
     return noisy_logits.sigmoid(), logits.sigmoid()
 
 

@@ -1,4 +1,4 @@
-"""Experts of your own: any modules, one for each expert; or one module that computes all slots at once."""
+"""Experts of your own: any modules, one for each expert, or one module that computes all slots at once."""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class ScaledExperts(nn.Module):
         self.scale = nn.Parameter(torch.ones(num_experts, 1, 1, dim))
 
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
-        """Slots x [E, G, C, D] to slots of the same shape."""
+        """Maps slots x [E, G, C, D] to slots of the same shape."""
         return self.scale * self.mlp(x)
 
 

@@ -26,7 +26,7 @@ class HashRouter(nn.Module):
         return vr.token_choice(gates, top_k=1, capacity=self.slots(tokens), mask=mask)
 
     def slots(self, tokens: int) -> int:
-        """Slots per expert; `vmoe_routers.models.cost` asks for them."""
+        """Returns the slots per expert. `vmoe_routers.models.cost` calls this method."""
         return vr.capacity(tokens, self.num_experts, factor=1.0)
 
 

@@ -17,7 +17,7 @@ def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
     """Writes the model, in eval mode, for any number of images."""
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(model.eval(), (images,), dynamic_shapes={"x": {0: batch}})
-    program = program.run_decompositions(DECOMPOSITIONS)  # our ops, in plain PyTorch
+    program = program.run_decompositions(DECOMPOSITIONS)  # replaces our ops by plain PyTorch
     torch.onnx.export(program, dynamo=True, verbose=False).save(path)
 
 

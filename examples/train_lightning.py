@@ -26,7 +26,7 @@ class Classifier(lightning.LightningModule):
         """Computes the loss of one batch."""
         images, labels = batch
         loss, aux = F.cross_entropy(self.model(images), labels), vr.aux_loss(self.model)
-        self.log_dict({"loss": loss, "aux_loss": aux})  # reading the loss has no effect on it
+        self.log_dict({"loss": loss, "aux_loss": aux})  # reading the auxiliary loss does not change it
         return loss + aux
 
     def configure_optimizers(self):

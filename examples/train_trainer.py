@@ -21,7 +21,7 @@ class MoETrainer(Trainer):
         """Computes the loss of one micro-batch."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         aux = vr.aux_loss(model)  # 0 in evaluation
-        if num_items_in_batch is not None:  # then Trainer does not divide by the accumulated steps
+        if num_items_in_batch is not None:  # with this flag, Trainer does not divide by the accumulated steps
             aux = aux / self.current_gradient_accumulation_steps
         return (loss + aux, outputs) if return_outputs else loss + aux
 

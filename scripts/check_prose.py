@@ -21,7 +21,7 @@ CPP = (".h", ".cuh", ".cpp", ".cu")
 HASH = (".sh", ".cmake", ".toml", ".yml")  # files whose comments begin with #
 HASH_NAMES = ("CMakeLists.txt", "Makefile", ".ci/run")
 PROSE = (".md", ".cff")
-# The most columns of a line with a comment, in C++ and in other files. ruff checks the lines of Python.
+# The largest number of columns of a line with a comment, in C++ and in other files. ruff checks the lines of Python.
 CPP_COLUMNS, COLUMNS = 100, 120
 # Words that no comment of this repository needs: the rules have no exceptions.
 RULES = {

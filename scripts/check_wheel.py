@@ -1,9 +1,9 @@
 """Checks a wheel: contents, size, symbols, paths, import time, and the quick tests against the installed wheel.
 
 ``python scripts/check_wheel.py dist/*.whl`` checks the file. ``--python PYTHON``, which may be given several times, is
-an environment with torch, torchvision, timm, pytest and hypothesis: the wheel is installed there, replaces an earlier
-one, and the tests run in a folder without the source tree. ``--installed`` does the same with the Python that runs the
-script, and installs nothing.
+an environment with torch, torchvision, timm, pytest and hypothesis. The script installs the wheel there, in place of an
+earlier version, and runs the tests in a folder without the source tree. ``--installed`` does the same with the Python
+that runs the script, and installs nothing.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MOST_BYTES = 4 << 20  # a CPU wheel is 1.2 MB
 MOST_BYTES_CUDA = 64 << 20
-MOST_SECONDS = 1.5  # processor time of importing the package after torch; 0.4 s on the machine where this was chosen
+MOST_SECONDS = 1.5  # limit of the processor time to import the package after torch; 0.4 s when measured
 QUICK = ("test_import.py", "test_moe.py", "test_experts.py", "ops", "routers")
 SLOW = "compile or export or opcheck or hostile or gradcheck"  # parts of the names of tests that take seconds each
 

@@ -31,8 +31,8 @@ MARKS = "<!-- models: written by scripts/cuda_model_cost.py -->", "<!-- end of m
 # An H200: the assumed rates of docs/cuda.md.
 BANDWIDTH = 4.3e12  # bytes per second
 HALF, SINGLE = 700e12, 50e12  # operations per second of products in 16 bits and in float32
-ATTENTION = 350e12  # of the attention kernels in 16 bits
-LAUNCH = 2.5e-6  # seconds that a kernel takes at least, in a CUDA graph
+ATTENTION = 350e12  # operations per second of attention kernels in 16 bits
+LAUNCH = 2.5e-6  # the least time of a kernel in a CUDA graph, in seconds
 
 BATCH, EXPERTS = 256, 32
 VIT_B: dict[str, Any] = {"img_size": 224, "patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
@@ -43,7 +43,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
 
 
 class Launch(NamedTuple):
-    """The work of one kernel, or the seconds that docs/cuda.md estimates for it."""
+    """The work of one kernel, or the seconds that docs/cuda.md estimates for the kernel."""
 
     bytes: float = 0.0
     flops: float = 0.0
@@ -117,7 +117,7 @@ def _estimated(seconds: float) -> Callable[..., Iterator[Launch]]:
     return launches
 
 
-# Kernels that the bindings launch, where they are not one launch that reads its arguments and writes its results.
+# Kernels that the bindings launch, for ops that are more than one launch that reads arguments and writes results.
 # The seconds are the estimates of docs/cuda.md for groups of one image.
 OURS: dict[str, Callable[..., Iterator[Launch]]] = {
     "grouped_mlp": _experts,

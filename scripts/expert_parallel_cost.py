@@ -22,8 +22,8 @@ MARKS = "<!-- costs: written by scripts/expert_parallel_cost.py -->", "<!-- end 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 768, 3072, 32, 196
 SLOTS = 192  # per image, of expert choice with capacity factor 1
 NODE = 8  # GPUs
-NVLINK, NETWORK = 450e9, 50e9  # bytes per second that a GPU sends within its node, and to other nodes
-FLOPS = 400e12  # per second, achieved
+NVLINK, NETWORK = 450e9, 50e9  # bytes per second: a GPU within its node, and to other nodes
+FLOPS = 400e12  # achieved operations per second
 WEIGHTS = EXPERTS * (2 * WIDTH * HIDDEN + HIDDEN + WIDTH)
 GPUS, SHARED_BY, IMAGES = (8, 64, 1024), (1, 8, 32), (16, 128)
 ROUTERS = {
@@ -35,23 +35,23 @@ ROUTERS = {
 
 
 def capacity(router: str, options: dict[str, float], group_size: int) -> int:
-    """Gives C, the slots of an expert, for groups of `group_size` images."""
+    """Computes C, the slots of an expert, for groups of `group_size` images."""
     tokens = TOKENS * group_size
     more = {"num_tokens": tokens} if router == "soft" else {}
     return vr.create_router(router, 8, EXPERTS, **options, **more).train().slots(tokens)
 
 
 def all_to_all(data: float, ranks: int) -> float:
-    """Seconds in which every GPU sends `data` bytes in equal parts to `ranks` GPUs, whose nodes are full.
+    """Computes the seconds in which every GPU sends `data` bytes in equal parts to `ranks` GPUs of full nodes.
 
-    A GPU keeps one part. It sends `near - 1` parts over NVLink and, at the same time, the rest over the network.
+    A GPU keeps one part. It sends `near - 1` parts over NVLink and, at the same time, the other parts over the network.
     """
     near = min(ranks, NODE)
     return max(data * (near - 1) / ranks / NVLINK, data * (ranks - near) / ranks / NETWORK)
 
 
 def exchange(images: float, ep: int, slots: float = SLOTS) -> float:
-    """Seconds of the four all-to-alls of a step: there and back, forward and backward.
+    """Computes the seconds of the four all-to-alls of a step: slots and results, forward and backward.
 
     Every slot is a row of WIDTH numbers of 2 bytes.
     """
@@ -59,7 +59,7 @@ def exchange(images: float, ep: int, slots: float = SLOTS) -> float:
 
 
 def experts(images: float, slots: float = SLOTS) -> float:
-    """Seconds of the experts' products, forward and backward.
+    """Computes the seconds of the experts' products, forward and backward.
 
     An expert multiplies every slot by two matrices of WIDTH x HIDDEN: 2 * 2 * WIDTH * HIDDEN operations, a
     multiplication and an addition per entry. Backward computes two gradients per product, so it takes twice as long.
@@ -68,19 +68,20 @@ def experts(images: float, slots: float = SLOTS) -> float:
 
 
 def attention(images: float) -> float:
-    """Seconds of attention, forward and backward, which takes twice as long.
+    """Computes the seconds of attention, forward and backward; backward takes twice as long.
 
-    Per token: four projections with matrices of WIDTH x WIDTH, 2 * 4 * WIDTH**2 operations; and the products with the
-    keys and the values of all tokens, 2 * 2 * TOKENS * WIDTH operations.
+    A token has four projections with matrices of WIDTH x WIDTH, 2 * 4 * WIDTH**2 operations. Its products with the keys
+    and the values of all tokens take 2 * 2 * TOKENS * WIDTH operations.
     """
     return 3 * images * TOKENS * (8 * WIDTH**2 + 4 * TOKENS * WIDTH) / FLOPS
 
 
 def gather(data: float, ranks: int, near: int) -> float:
-    """Seconds to gather `data` bytes from `ranks` GPUs, or to reduce and scatter them; `near` of them share a node.
+    """Computes the seconds to gather `data` bytes from `ranks` GPUs, `near` of them per node, or to reduce and scatter.
 
-    A ring: every GPU receives all data but its own part, (ranks - 1) / ranks. Over the network, the GPUs of a node
-    together receive the data of the other nodes once, and have `near` connections for it. Both happen at the same time.
+    The algorithm is a ring: every GPU receives all data except its own part, a share of (ranks - 1) / ranks. Over the
+    network, the GPUs of a node together receive the data of the other nodes once, on `near` connections. NVLink and
+    network are used at the same time.
     """
     near = min(near, ranks)
     nodes = ranks // near
@@ -89,10 +90,10 @@ def gather(data: float, ranks: int, near: int) -> float:
 
 
 def sharding(gpus: int, ep: int) -> float:
-    """Seconds in which FSDP2 gathers the experts twice in bfloat16 and reduces their gradients in float32.
+    """Computes the seconds in which FSDP2 gathers the experts twice in bfloat16 and reduces gradients in float32.
 
-    The two gathers are for forward and backward, with 2 bytes per number; gradients have 4. With expert parallelism a
-    GPU shares 1 / ep of the experts with gpus / ep GPUs, `edp`, and NODE / ep of them are in its node.
+    The two gathers, for forward and backward, have 2 bytes per number. Gradients have 4 bytes per number. With expert
+    parallelism a GPU shares 1 / ep of the experts with gpus / ep GPUs, `edp`, and NODE / ep of them are in its node.
     """
     weights, edp = WEIGHTS / ep, gpus // ep
     near = max(1, NODE // ep)
@@ -100,7 +101,7 @@ def sharding(gpus: int, ep: int) -> float:
 
 
 def block(gpus: int, ep: int, images: float) -> float:
-    """Seconds of a step in a block with experts: sharding overlaps with the products, the exchange does not."""
+    """Computes the seconds of a step in a block with experts: only sharding overlaps with the products."""
     return max(experts(images) + attention(images), sharding(gpus, ep)) + exchange(images, ep)
 
 
@@ -171,7 +172,7 @@ def draw(path: Path) -> None:
 
 
 def main() -> None:
-    """Writes the plot, and the numbers between their marks in the page."""
+    """Writes the plot, and writes the numbers between their marks in the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder to write to")
     folder = parser.parse_args().docs

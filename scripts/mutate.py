@@ -4,13 +4,13 @@
 ``python scripts/mutate.py cpp`` mutates the CPU kernels `KERNELS`, and runs their GoogleTest. It compiles a mutant for
 one ISA level, v3, and links it with the objects of all other files. It needs ninja.
 
-Both commands take `--count` mutants per file. The choice depends on the text of the mutants alone, so it stays the same
-while the file does. Every row of the CSV file in tests/mutants is a mutant:
+Both commands take `--count` mutants per file. The choice depends on the text of the mutants alone, so the choice
+changes only if the file changes. Every row of the CSV file in tests/mutants is a mutant:
 
 - killed: a test fails, or the tests exceed the limits of time or memory;
 - survived: no test fails. The column `why`, written by hand, explains why none should; later runs keep it;
-- not reached: no test calls the function. It counts as survived;
-- not compiled: no mutant, or one without a difference. It does not count.
+- not reached: no test calls the function. The mutant counts as survived;
+- not compiled: no compilable mutant, or a mutant without a difference. It is not counted.
 
 ``--survivors`` runs the survivors again, and ``--report`` prints the score of the kept rows. The source tree never
 changes. Python mutants run in forks of one process, which has collected the tests. Python 3.11 or later.
@@ -48,7 +48,7 @@ BUILD = ROOT / "build" / "mutants"
 ISA = "v3"
 KERNELS = ("softmax_topk", "ksparse_projection", "assign_slots")
 NOT_RUN = ("test_hostile", "test_cuda")  # start processes
-SLOW = "compile or export or opcheck or the_table"  # parts of the names of tests that take seconds each
+SLOW = "compile or export or opcheck or the_table"  # parts of the names of slow tests
 MEMORY = 8 << 30
 SURVIVED = ("survived", "not reached")
 COLUMNS = ("file", "line", "before", "after", "result", "date", "why")
@@ -60,7 +60,7 @@ class Mutant(NamedTuple):
     Attributes:
         file: Path relative to the root.
         line: Number of the changed line.
-        before, after: The line without indentation, as it is and as the mutant has it.
+        before, after: The line without indentation, in the file and in the mutant.
         source: The whole mutated file.
     """
 
@@ -71,7 +71,7 @@ class Mutant(NamedTuple):
     source: str
 
     def rank(self) -> bytes:
-        """Returns a value that orders mutants at random, the same in every run."""
+        """Returns a value that orders mutants at random, with the same order in every run."""
         return hashlib.sha256(f"{self.file}\0{self.before}\0{self.after}".encode()).digest()
 
 
@@ -154,7 +154,7 @@ def _is_docstring(node: ast.AST) -> bool:
 
 
 def python_tests(file: str) -> tuple[str, ...]:
-    """Returns the tests that must kill the mutants of a file, those of its op or of its folder."""
+    """Returns the tests that must kill the mutants of a file: the tests of its op or of its folder."""
     path = Path(file)
     folder = ROOT / "tests" / path.parent.name
     own = folder / f"test_{path.stem}.py"
@@ -183,10 +183,10 @@ def run_python(mutants: Sequence[Mutant], report: Callable[[Mutant, str], None],
 class Forks:
     """Plugin of pytest that collects the tests once, and runs those that reach a mutant, in a fork for each mutant.
 
-    A mutated function gets the code of the mutant, which all modules that imported the function then see.
+    A mutated function gets the code of the mutant, so the change reaches all modules that imported the function.
 
     Args:
-        mutants: What to run.
+        mutants: Mutants to run.
         report: Takes every mutant with its result.
     """
 
@@ -298,7 +298,7 @@ def _changed_code(mutant: Mutant) -> dict[CodeType, CodeType]:
 
 
 def _limit(seconds: float) -> None:
-    """Limits this process: processor time, memory, and time on the clock, of which a busy machine takes more."""
+    """Limits this process: processor time, memory, and elapsed time, which is longer on a busy machine."""
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -366,7 +366,7 @@ def run_cpp(mutants: Sequence[Mutant], report: Callable[[Mutant, str], None]) ->
 
 
 class CppTest:
-    """GoogleTest of one kernel, with this kernel from the copy of csrc.
+    """GoogleTest of one kernel, which is compiled from the copy of csrc.
 
     Args:
         kernel: Name of the kernel.
@@ -402,7 +402,7 @@ def _ninja(target: str) -> list[str]:
     return shlex.split(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-# Both.
+# Both languages.
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -462,7 +462,7 @@ def main() -> None:
         sample = dict(sorted(mutants.items(), key=lambda pair: pair[1].rank())[: options.count])
         kept = {key: row for key, row in kept.items() if key[0] != file or key in sample}
         chosen += sample.values()
-    console = os.fdopen(os.dup(1), "w")  # the tests are silent
+    console = os.fdopen(os.dup(1), "w")  # tests print nothing
 
     def report(mutant: Mutant, result: str) -> None:
         key = (mutant.file, mutant.before, mutant.after)

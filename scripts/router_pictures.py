@@ -4,8 +4,8 @@
 
 It also runs the code of docs/index.md, which writes docs/start_routing.png.
 
-The logits are drawn once, and expert 0 is popular: it has the largest logit of most tokens. Every expert has three
-slots, so all experts together have one slot per token (Soft MoE: one slot per expert).
+The logits are drawn once. Expert 0 has the largest logit of most tokens. Every expert has three slots, so all experts
+together have one slot per token (Soft MoE: one slot per expert).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def panel(ax: Axes, values: Tensor, title: str, sums: bool = True) -> None:
 
 
 def outline(ax: Axes, chosen: Tensor, wanted: Tensor | None = None) -> None:
-    """Outlines chosen pairs [T, E], and crosses pairs that were wanted and not given."""
+    """Outlines chosen pairs [T, E], and draws a cross on pairs that were requested and dropped."""
     for token, expert in chosen.nonzero().tolist():
         ax.add_patch(plt.Rectangle((token - 0.47, expert - 0.45), 0.94, 0.9, fill=False, ec="#D55E00", lw=2.2))
     if wanted is not None:

@@ -1,4 +1,4 @@
-"""Counts the machine instructions of the CUDA kernels, and checks that a build spills no more than the kept counts.
+"""Counts the machine instructions of the CUDA kernels, and checks that a build spills no more than the kept rows.
 
     python scripts/sass_report.py build/venv/libcore_cuda.a                    # prints the table
     python scripts/sass_report.py --csv docs/cuda_kernels.csv FILE ...         # replaces the rows of these kernels
@@ -17,7 +17,8 @@ architecture:
 --path counts the instructions that a warp executes from the start of a kernel to its end. The letters say for each
 conditional branch or exit on the way, in order, whether it is taken (T) or not (N). It prints these branches.
 
-cuobjdump of the CUDA toolkit disassembles; if it is not installed, Triton's copy does, which torch with CUDA brings.
+cuobjdump of the CUDA toolkit disassembles the files. If it is missing, the script uses Triton's copy of cuobjdump,
+which comes with torch for CUDA.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-SLACK = 1.1  # a compiler of another version may use this much more stack
+SLACK = 1.1  # another compiler version may use up to this much more stack
 
 
 class Kernel(NamedTuple):
@@ -136,7 +137,7 @@ def disassembled(path: str) -> dict[tuple[int, str], list[tuple[int, str]]]:
 
 
 def target_of(text: str) -> int | None:
-    """Finds the address to which an instruction branches; None if it is no branch, or one of a single lane."""
+    """Finds the address to which an instruction branches; None if it is no branch, or is a branch of a single lane."""
     match = re.search(r"\bBRA\b(?!\.DIV).*?\b0x([0-9a-f]+)", text)
     return int(match[1], 16) if match else None
 
@@ -212,7 +213,7 @@ def save(path: Path, kernels: Iterable[Kernel]) -> None:
 
 
 def faults(kernels: Iterable[Kernel], kept: dict[tuple[str, str, int], Kernel]) -> list[str]:
-    """Names the kernels that spill, or have more static shared memory, than their row allows."""
+    """Names the kernels that spill more, or have more static shared memory, than their row allows."""
     found = []
     for kernel in kernels:
         row = kept.get(kernel.key)

@@ -1,6 +1,7 @@
 """Hooks of MkDocs: pages that are made from files outside docs/, links to such files, and equations.
 
-Every fact has one home. The changelog, the examples, the notebooks and the docstrings become pages of the site here.
+This script makes pages of the site from the changelog, the examples, the notebooks and the docstrings, so that every
+fact is written in one place only.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _public(module: str) -> list[str]:
     for item in body:
         if isinstance(item, ast.Assign) and getattr(item.targets[0], "id", "") == "__all__":
             names = [name for name in ast.literal_eval(item.value) if name not in API]
-    if module == "vmoe_routers":  # the ops have a page of their own
+    if module == "vmoe_routers":  # the ops have a separate page
         names = [name for name in names if not (folder / "ops" / f"{name}.py").exists()]
     # A function of an op has the name of its module.
     return [f"{module}.{name}" + (f".{name}" if (folder / f"{name}.py").exists() else "") for name in names]
@@ -108,7 +109,7 @@ def _notebook(path: Path) -> dict[str, str | bytes]:
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Leads links out of docs/ to the page that shows the file; without such a page, only their text stays."""
+    """Changes links out of docs/ to the page that shows the file. Without such a page, only the link's text stays."""
     here = ROOT / "docs" / page.file.src_uri
     # Links of a page from outside docs/ begin at the folder of its file.
     is_outside = page.file.src_uri in COPIED or page.file.src_uri.startswith("notebooks/")
@@ -120,7 +121,7 @@ def on_page_markdown(markdown, page, config, files):
         text, target = match["text"], match["target"]
         path, _, anchor = target.partition("#")
         wanted = Path(os.path.normpath(folder / path))
-        if "://" in target or not path or not wanted.exists():  # MkDocs reports links that lead nowhere
+        if "://" in target or not path or not wanted.exists():  # MkDocs reports broken links
             return match[0]
         shown = _shown(wanted)
         if shown is None or files.get_file_from_path(shown.partition("#")[0]) is None:

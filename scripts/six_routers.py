@@ -23,7 +23,7 @@ import vmoe_routers as vr
 
 PAGE = Path(__file__).parents[1] / "docs" / "six_routers.png"
 PATCH, EXPERTS = 16, 8
-# Okabe and Ito's palette, which colour-blind readers can tell apart; near-white instead of black.
+# Okabe and Ito's palette, whose colours colour-blind readers can distinguish; near-white replaces black.
 COLOURS = torch.tensor(
     [to_rgb(c) for c in ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#EEEEEE")]
 )
@@ -38,12 +38,12 @@ TITLES = {
 
 
 def patches_of(photo: Tensor) -> Tensor:
-    """Pixels [H, W, 3] to patches [rows, columns, 3, 16, 16]."""
+    """Cuts pixels [H, W, 3] into patches [rows, columns, 3, 16, 16]."""
     return photo.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH)
 
 
 def tokens_of(patches: Tensor) -> Tensor:
-    """Patches to tokens [1, T, D]: mean colour, contrast and height, standardised."""
+    """Makes tokens [1, T, D] of patches: mean colour, contrast and height, standardised."""
     rows, columns = patches.shape[:2]
     height = torch.linspace(0, 1, rows).view(-1, 1, 1).expand(rows, columns, 1)
     contrast = patches.std((-1, -2)).mean(-1, keepdim=True)
@@ -52,7 +52,7 @@ def tokens_of(patches: Tensor) -> Tensor:
 
 
 def weights_of(tokens: Tensor) -> Tensor:
-    """Router weights [E, D] of length 1: the directions of the centres of E clusters."""
+    """Makes router weights [E, D] of length 1: the directions of the centres of E clusters."""
     centres = torch.tensor(KMeans(EXPERTS, n_init=4, random_state=0).fit(tokens[0].numpy()).cluster_centers_)
     return centres / centres.norm(dim=1, keepdim=True)
 
@@ -61,14 +61,14 @@ def route(name: str, tokens: Tensor, weight: Tensor) -> vr.Routing:
     """Routes with the router `name`, in eval mode."""
     options = {"slots_per_expert": 4, "scale_init": 20.0} if name == "soft" else {}
     router = vr.create_router(name, tokens.shape[-1], EXPERTS, **options).eval()
-    # Noise tells the slots of one expert apart.
+    # Noise makes the slots of one expert differ.
     start = weight.T.unsqueeze(-1) + 0.3 * torch.randn(router.phi.shape) if name == "soft" else 2 * weight
     (router.phi if name == "soft" else router.weight).copy_(start)
     return router(tokens)
 
 
 def picture(routing: vr.Routing, grey: Tensor) -> Tensor:
-    """Pixels [H, W, 3]: a patch in the colour of the expert that takes most of it, dark where no expert takes it."""
+    """Makes pixels [H, W, 3]. A patch has the colour of its expert with the largest weight, and is dark without one."""
     rows, columns = grey.shape[0] // PATCH, grey.shape[1] // PATCH
     strength, expert = routing.dispatch_tensor()[0].sum(-1).max(-1)  # [T]
     strength = (strength / strength.quantile(0.95)).clamp(max=1).sqrt().view(rows, columns, 1)
@@ -96,7 +96,7 @@ def draw(path: Path) -> None:
         ax.axis("off")
     axes[0, 0].imshow(photo.numpy())
     axes[0, 0].set_title(f"{tokens.shape[1]:,} patches, {EXPERTS} experts", loc="left", fontsize=10)
-    # The two Choices of one affinity are side by side.
+    # Token Choice and Expert Choice of one affinity are side by side.
     places = [axes[0, 1], axes[0, 2], axes[1, 1], axes[1, 2], axes[1, 3], axes[0, 3]]
     order = ("softmax_token_choice", "softmax_expert_choice", "sinkhorn_token_choice", "sinkhorn_expert_choice")
     for ax, name in zip(places, (*order, "sparsity_constrained_expert_choice", "soft"), strict=True):

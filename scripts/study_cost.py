@@ -1,7 +1,7 @@
 """Prints the computed cost of the study's recipes, as a table for docs/study.md.
 
-The cost is a lower bound from the FLOPs of the models: no image is read and nothing is measured. A training step is
-taken as three forward passes.
+The cost is a lower bound from the FLOPs of the models. No image is read, and nothing is measured. A training step is
+counted as three forward passes.
 """
 
 from __future__ import annotations
