@@ -1,8 +1,9 @@
 # make study | test | fuzz | compat | coverage | bench | gpu-check | lint | tidy | docs | format | sdist | wheel |
 # wheel-check | lower-bounds.
-# The first run creates .venv with the dependencies of the target; later runs compile only changed files. ARGS is passed
-# on: make study ARGS="--seeds 1", make test ARGS="-k topk" (ARGS="-n0": one process). VMOE_CUDA=AUTO compiles the CUDA
-# kernels for the GPUs of this machine, ON for all architectures, OFF for none, VMOE_CUDA=90 for this architecture.
+# The first run creates .venv with the dependencies of the target; later runs compile only changed files. ARGS has
+# options of the command: make study ARGS="--seeds 1", make test ARGS="-k topk" (ARGS="-n0": one process).
+# VMOE_CUDA=AUTO compiles the CUDA kernels for the GPUs of this machine. VMOE_CUDA=ON compiles them for all
+# architectures, OFF for none, and 90 for the architecture 90.
 PYTHON ?= python3
 VMOE_CUDA ?= AUTO
 export VMOE_CUDA
@@ -11,8 +12,8 @@ build := build/venv
 CLANG ?= clang++
 FUZZ_ISA ?= $(if $(filter x86_64,$(shell uname -m)),v3,base)
 cuda_choice := build/cuda-$(subst ;,-,$(VMOE_CUDA))
-# Run at most eight processes: each imports torch, which takes a gigabyte of memory. Threads that wait must not
-# spin, because the processes share the cores.
+# Run at most eight processes, because each process imports torch, which takes a gigabyte of memory. Waiting threads
+# must not spin, because the processes share the cores.
 workers := -n logical --maxprocesses=8 --dist=worksteal
 pytest := OMP_WAIT_POLICY=passive $(bin)/pytest $(workers)
 MAKEFLAGS += --no-print-directory
@@ -38,11 +39,11 @@ fuzz: .venv/fuzz
 	$(bin)/cmake --build build/fuzz --target fuzzers --parallel $(shell nproc)
 	tests/fuzz/run.sh $(bin)/python build/fuzz $(or $(ARGS),5)
 
-# Tests with the packages of the extra compat, which `make test` skips where they are missing.
+# Runs the tests that need packages of the extra compat. `make test` skips these tests if the packages are missing.
 compat: .venv/compat
 	$(pytest) tests/compat tests/test_wrappers.py $(ARGS)
 
-# Lines of the package that pytest runs, also in processes that a test starts ([tool.coverage] of pyproject.toml).
+# Measures the lines of the package that pytest runs, also in child processes ([tool.coverage] of pyproject.toml).
 coverage: .venv/coverage
 	mkdir -p build/coverage && rm -f build/coverage/.coverage*
 	OMP_WAIT_POLICY=passive $(bin)/coverage run -m pytest $(workers) $(ARGS)
@@ -60,12 +61,12 @@ lint: .venv/lint .venv/test
 	$(bin)/clang-format --dry-run -Werror $(cpp_files)
 	$(bin)/python scripts/check_prose.py
 
-# The checks of .clang-tidy on the kernels, without a build.
+# Runs the checks of .clang-tidy on the kernels, without a build.
 tidy: .venv/tidy
 	ls csrc/cpu/*.cpp csrc/common/*.cpp | xargs -P $(shell nproc) -I FILE $(bin)/clang-tidy --quiet FILE -- \
 	  -std=c++20 -Icsrc -DVMOE_ISA=v3 -march=x86-64-v3 -ffp-contract=off
 
-# The documentation site, in build/site. Broken links and pages end the command; building needs no network.
+# Builds the documentation site in build/site, without a network. A broken link or page is an error.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build
 	$(bin)/python scripts/check_site.py build/site
@@ -80,7 +81,7 @@ sdist wheel wheel-check: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format
 sdist: .venv/package
 	$(bin)/python -m build --no-isolation --sdist
 
-# A CPU wheel for the Python of .venv. On Linux it loads with glibc 2.28, wherever it is built.
+# Builds a CPU wheel for the Python of .venv. On Linux the wheel loads with glibc 2.28, on any build machine.
 wheel: .venv/package
 	scripts/build_wheel.sh dist
 
@@ -91,7 +92,7 @@ wheel-check: .venv/package
 	scripts/build_wheel.sh dist/first
 	$(bin)/python scripts/check_wheel.py dist/first/*.whl $(addprefix --python ,$(PYTHONS))
 
-# The tests with the oldest packages that pyproject.toml allows, in an environment of their own.
+# Runs the tests with the oldest packages that pyproject.toml allows, in a separate environment.
 lower-bounds:
 	scripts/lower_bounds.sh $(PYTHON)
 

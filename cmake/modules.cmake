@@ -2,8 +2,8 @@
 include(cmake/torch.cmake)
 find_package(pybind11 CONFIG REQUIRED)
 
-# Export nothing but the function that Python calls: names of the standard library and of pybind11 must
-# not replace those of another module.
+# Export only the function that Python calls: names of the standard library and of pybind11 must not replace
+# the same names in another module.
 function(export_init_only module)
   if(APPLE)
     target_link_options(${module} PRIVATE -Wl,-exported_symbol,_PyInit_${module})
@@ -82,7 +82,7 @@ target_compile_definitions(_C PRIVATE
 target_link_libraries(_C PRIVATE core torch_stable)
 export_init_only(_C)
 if(CMAKE_COMPILE_WARNING_AS_ERROR)
-  target_link_options(_C PRIVATE -Werror)  # warnings of the link-time optimization
+  target_link_options(_C PRIVATE -Werror)  # warnings of the link-time optimization become errors
 endif()
 option(VMOE_MANYLINUX "Let _C load with glibc 2.28 and libstdc++ of GCC 8 (csrc/manylinux.cpp)" OFF)
 if(VMOE_MANYLINUX)

@@ -1,5 +1,5 @@
 include_guard(GLOBAL)
-# torch's stable ABI: headers and two libraries. torch's own CMake package is not used, because it
+# The modules use torch's stable ABI: headers and two libraries. torch's own CMake package is not used, because it
 # requires a CUDA toolkit if torch has CUDA.
 find_package(Python REQUIRED COMPONENTS Interpreter Development.Module)
 execute_process(
@@ -9,7 +9,7 @@ if(NOT torch_code EQUAL 0)
   message(FATAL_ERROR "${torch_missing}")
 endif()
 
-# Sets the variable `name` to the path of a library of torch, as the linker takes it.
+# Sets the variable `name` to the path of a library of torch, in the form that the linker needs.
 function(torch_library name)
   if(WIN32)
     set(file "${name}.lib")

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # setup.sh [PYTHON [EXTRA]] -- creates .venv with torch, the build tools, this package (editable) and the dependencies
-# of EXTRA of pyproject.toml (study by default, test, bench, lint, or several: test,lint). The Makefile runs it; running
-# it again is safe.
-# VMOE_CUDA in the environment chooses the architectures for which the CUDA kernels are compiled: AUTO (the default) for
-# the GPUs of this machine, or none without a GPU; ON for all architectures of cmake/modules.cmake; OFF for none; or
-# numbers, as "80" or "80;90".
+# of EXTRA of pyproject.toml (study by default, test, bench, lint, or several: test,lint). The Makefile runs
+# this script. A second run is safe.
+# The environment variable VMOE_CUDA chooses the architectures for which the CUDA kernels are compiled. AUTO, the
+# default, chooses the GPUs of this machine, or no architecture without a GPU. ON chooses all architectures of
+# cmake/modules.cmake, and OFF none. Numbers, as "80" or "80;90", are architectures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3} extra=${2:-study} cuda=${VMOE_CUDA:-AUTO}
@@ -38,7 +38,7 @@ if [[ ,$extra, = *,test,* ]] && may_apt_get && [ ! -e /usr/include/gtest/gtest.h
   apt_get libgtest-dev || say "libgtest-dev cannot be installed: CMake will download GoogleTest"
 fi
 
-# The build does not look for GPUs: this script passes it the architectures.
+# The build does not look for GPUs, so this script passes the architectures to the build.
 options=(--config-settings="cmake.define.VMOE_CUDA=$cuda")
 case $cuda in
   AUTO)
