@@ -56,7 +56,7 @@ class Ceilings:
         return next((name for name, size in self.sizes.items() if working_set <= 2 * size), list(self.sizes)[-1])
 
     def seconds(self, floor: Floor) -> dict[str, float]:
-        """Returns the seconds that each resource alone would take; the largest number is the floor."""
+        """Returns the seconds that each resource alone would take. The largest number is the floor."""
         level = self.level(floor.bytes)
         gemm = self.gemm_bfloat16 if floor.dtype == "bfloat16" and self.gemm_bfloat16 else self.fastest_gemm
         return {

@@ -24,7 +24,7 @@ def differentiable(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def applies(variant: Variant, direction: str) -> bool:
-    """Tells whether the variant has this direction; without leaves it has no gradient."""
+    """Tells whether the variant has this direction. Without leaves it has no gradient."""
     return direction == FORWARD or bool(variant.leaves)
 
 

@@ -41,7 +41,7 @@ def write_table(path: Path, about: dict[str, Any], columns: Iterable[str], rows:
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Reads a file of `write_table`; an empty cell is None."""
+    """Reads a file of `write_table`. An empty cell is None."""
     with path.open(newline="") as file:
         lines = file.readlines()
     head = [line for line in lines if line.startswith("# ")]

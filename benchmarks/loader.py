@@ -32,7 +32,7 @@ MEMBERS = 5000
 
 
 def write_pictures(folder: Path) -> int:
-    """Writes JPEG files; returns their mean size in bytes."""
+    """Writes JPEG files. Returns their mean size in bytes."""
     rng = np.random.default_rng(0)
     sizes = []
     for part, count in (("train", IMAGES), ("val", CLASSES)):

@@ -35,7 +35,7 @@ def without_naive(case: Case) -> Case:
 
 
 def usable(case: Case, direction: str, skipped: list[str], device: str) -> list[Variant]:
-    """Returns the variants that run and compute correct results; adds all other variants to `skipped`.
+    """Returns the variants that run and compute correct results. Adds all other variants to `skipped`.
 
     On a CPU every variant that is not compiled must run. On a GPU only our variant must run, because other variants may
     lack a kernel or memory.

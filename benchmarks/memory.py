@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _in_child(work: Callable[[], bool]) -> bool:
-    """Runs `work` in a fork of this process; returns its result, False after an exception."""
+    """Runs `work` in a fork of this process. Returns its result, False after an exception."""
     child = os.fork()
     if not child:
         code = 1
@@ -87,7 +87,7 @@ def _in_child(work: Callable[[], bool]) -> bool:
 
 
 def _print_peak(entry: Entry, size: Size, number: int) -> bool:
-    """Prints the peak of the `number`-th pair of variant and direction; returns False if there are fewer pairs."""
+    """Prints the peak of the `number`-th pair of variant and direction. Returns False if there are fewer pairs."""
 
     def prepare(size: Size):
         torch.manual_seed(0)

@@ -82,7 +82,7 @@ def _threads(text: str) -> list[int]:
 
 
 def use_isa(parser: argparse.ArgumentParser, isa: str | None) -> None:
-    """Switches to the kernels of an ISA level; an unknown level ends the program with a message."""
+    """Switches to the kernels of an ISA level. An unknown level ends the program with a message."""
     if isa is None:
         return
     try:

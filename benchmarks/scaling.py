@@ -88,7 +88,7 @@ def by_threads(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def point(entry: Entry, size: Size, rounds: int) -> dict | None:
-    """Measures seconds with each number of threads and the speedup; returns None if the case is too large."""
+    """Measures seconds with each number of threads and the speedup. Returns None if the case is too large."""
     torch.manual_seed(0)
     case = entry.build(size, "cpu")
     if case.floors[FORWARD].bytes > BYTES or case.floors[FORWARD].flops > FLOPS:
@@ -159,7 +159,7 @@ def gains(found: Ceilings, only: str | None, rounds: int) -> list[dict]:
 
 
 def is_compute_bound(gain: dict) -> bool:
-    """Tells whether arithmetic sets the floor; if so, two threads should reach the speedup `GAIN`."""
+    """Tells whether arithmetic sets the floor. If so, two threads should reach the speedup `GAIN`."""
     return "bandwidth" not in gain["by"]
 
 

@@ -117,7 +117,7 @@ def repeats_for(call: Callable[[], object], device: str, least: float) -> int:
 def measure(
     calls: dict[str, Callable[[], object]], *, rounds: int = 15, least: float = 2e-3, device: str = "cpu"
 ) -> tuple[dict[str, Timing], Ratio]:
-    """Measures `calls` with `paired`; a measurement repeats a call until `least` seconds have passed."""
+    """Measures `calls` with `paired`. A measurement repeats a call until `least` seconds have passed."""
     repeats = {name: repeats_for(call, device, least) for name, call in calls.items()}
     return paired({name: partial(once, call, repeats[name], device) for name, call in calls.items()}, rounds=rounds)
 

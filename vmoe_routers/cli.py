@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(error: str) -> None:
-    """Prints the error. A process of torchrun writes the error to a file; at the end torchrun prints the first error.
+    """Prints the error. A process of torchrun writes the error to a file. At the end torchrun prints the first error.
 
     Without the file, every process would print the error, and torchrun would add a report that lacks the error.
     """
@@ -404,13 +404,13 @@ def _unknown(word: str, arguments: Sequence[str]) -> str:
 
 
 def _similar(word: str, names: Iterable[str]) -> str:
-    """Suggests the name that is closest to a mistyped word; returns "" if none is close."""
+    """Suggests the name that is closest to a mistyped word. Returns "" if none is close."""
     found = get_close_matches(word.replace("_", "-"), list(names), 1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
-    """Parses the arguments; returns the command's name, its target, and the options by name."""
+    """Parses the arguments. Returns the command's name, its target, and the options by name."""
     # Imported here, so that `main` reports a missing package in one line.
     from jsonargparse import ArgumentParser, set_parsing_settings
 

@@ -15,7 +15,7 @@ With a `group_size` above 1, the dynamic shape is ``{0: group_size * batch}``.
 A decomposition is the op's definition in `vmoe_routers.ops.reference`, and keeps its contract in every runtime: ties go
 to the lower index, NaN counts as the largest value, and -inf marks an absent entry. Decompositions are for inference.
 They are slower than the kernels: a selection takes two sorts, and experts compute their empty slots, too. Sinkhorn and
-the transport solver are unrolled in float64 and always run all iterations; a converged group keeps its result. The
+the transport solver are unrolled in float64 and always run all iterations. A converged group keeps its result. The
 runtime computes the softmax, so gates that differ in the last bit in torch may be equal in the runtime.
 """
 
@@ -115,7 +115,7 @@ def _stable_sort(
 ) -> tuple[Tensor, Tensor]:
     """Sorts stably by two sorts that need not be stable: torch's ONNX exporter has no stable sort.
 
-    The first sort finds equal entries; the second orders them by index. NaN is replaced by infinity in the first sort,
+    The first sort finds equal entries. The second orders them by index. NaN is replaced by infinity in the first sort,
     because runtimes differ in their order of NaN.
     """
     x = x.movedim(dim, -1)

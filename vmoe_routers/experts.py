@@ -103,7 +103,7 @@ class Experts(nn.Module):
         """Draws the weights again."""
         hidden = self.w2.shape[1]
         for weight, features in ((self.w1, self.w1.shape[1]), (self.w2, self.w2.shape[2])):
-            # Xavier's bound for one matrix [D, F] of an expert; w1 of gated experts has two. One call draws all
+            # Xavier's bound for one matrix [D, F] of an expert. The w1 of a gated expert has two. One call draws all
             # experts, because a loop would split a sharded parameter.
             bound = math.sqrt(6 / (features + hidden))
             nn.init.uniform_(weight, -bound, bound)
@@ -274,7 +274,7 @@ def by_products(
     filled: Tensor | None,
     act: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """`ops.grouped_mlp` as two batched products over all rows; rows that are not filled become zeros.
+    """`ops.grouped_mlp` as two batched products over all rows. Rows that are not filled become zeros.
 
     `act` may change the width, as a gate does.
     """

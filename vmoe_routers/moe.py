@@ -199,7 +199,7 @@ class MoEMlp(nn.Module):
 
     @property
     def fc2(self) -> SimpleNamespace:
-        """Second layer under the name of timm's `Mlp`; `init_weights` of timm's models scales its `weight`."""
+        """Second layer under the name of timm's `Mlp`. `init_weights` of timm's models scales its `weight`."""
         return SimpleNamespace(weight=self.experts.w2)
 
     def no_weight_decay(self) -> set[str]:
@@ -271,7 +271,7 @@ def _own_router(
 
 
 def _own_experts(experts: nn.Module | Sequence[nn.Module], num_experts: int) -> nn.Module:
-    """Checks the user's experts; wraps a sequence in `ExpertList`."""
+    """Checks the user's experts. Wraps a sequence in `ExpertList`."""
     if isinstance(experts, (nn.ModuleList, list, tuple)):
         experts = experts if isinstance(experts, ExpertList) else ExpertList(list(experts))
     if not isinstance(experts, nn.Module):

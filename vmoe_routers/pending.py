@@ -153,7 +153,7 @@ class PendingLosses:
             self._last = None
 
     def _compiled(self) -> list[_Loss]:
-        """Moves the sum of the losses of compiled forwards, if there were any, to `_taken`; returns `_taken`.
+        """Moves the sum of the losses of compiled forwards, if there were any, to `_taken`. Returns `_taken`.
 
         Without gradients, the sum is returned but not moved.
         """
@@ -232,7 +232,7 @@ def _used(node: Any) -> bool:
 
 
 class _Inject(torch.autograd.Function):
-    """Returns the output unchanged; in backward, gives the loss the gradient that `aux_loss` got."""
+    """Returns the output unchanged. In backward, gives the loss the gradient that `aux_loss` got."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class _Inject(torch.autograd.Function):
 
 
 class _Deliver(torch.autograd.Function):
-    """Adds the losses of repeated forwards; backward passes its gradient to these losses.
+    """Adds the losses of repeated forwards. Backward passes its gradient to these losses.
 
     The forwards are repeated later in the same backward pass: autograd runs the newest nodes first.
     """

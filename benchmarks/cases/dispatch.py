@@ -89,7 +89,7 @@ def build(size: Size, device: str, *, one_group: bool = False) -> Case:
     skipped: list[str] = []
     if packages.runs_triton(device):
         packages.add(variants, skipped, packages.triton_rows, x, token.shape, gate, rows, places)
-    # Dispatch reads tokens and writes slots; combine reads slots and writes tokens.
+    # Dispatch reads tokens and writes slots. Combine reads slots and writes tokens.
     moved = size.itemsize * D * (2 * G * T + 2 * G * E * C)
     return Case(
         op="dispatch",

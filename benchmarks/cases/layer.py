@@ -18,7 +18,7 @@ EINSUM_BYTES = 256 << 20  # the largest dispatch tensor that is built
 
 
 def make(size: Size, device: str, **options: Any) -> MoEMlp:
-    """Makes our layer, in eval mode; the hidden width of its experts is 4 D."""
+    """Makes our layer, in eval mode. The hidden width of its experts is 4 D."""
     same = {"num_experts": size.experts, "device": device, "dtype": size.torch_dtype}
     return MoEMlp(size.width, 4 * size.width, **same, **options).eval()
 

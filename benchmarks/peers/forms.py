@@ -144,7 +144,7 @@ def sinkhorn_megatron(logits: Tensor, iterations: int = 20) -> Tensor:
 
 
 def ksparse_projection(x: Tensor, k: int) -> Tensor:
-    """Projects the k largest entries of the last axis onto the simplex; all other entries become 0."""
+    """Projects the k largest entries of the last axis onto the simplex. All other entries become 0."""
     best, index = x.topk(k)
     total = best.cumsum(-1)
     r = torch.arange(1, k + 1, device=x.device, dtype=x.dtype)
@@ -161,7 +161,7 @@ def ksparse_plan(alpha: Tensor, S: Tensor, k: int, b: float) -> Tensor:
 def ksparse_transport(
     S: Tensor, k: int, iterations: int = 20, learning_rate: float = 0.01, tolerance: float = 1e-3
 ) -> Tensor:
-    """Runs Adam on the semi-dual of all groups, one batched top-k per iteration; backward uses the last projection."""
+    """Runs Adam on the semi-dual of all groups, one batched top-k per iteration. Backward uses the last projection."""
     b = S.shape[1] / S.shape[2]
     with torch.no_grad():
         alpha = torch.zeros_like(S[..., 0])
@@ -178,7 +178,7 @@ def ksparse_transport(
 
 
 def gather_rows(x: Tensor, token: Tensor) -> Tensor:
-    """Gathers a row of x [n, D] per slot; `token` [S] is n for an empty slot."""
+    """Gathers a row of x [n, D] per slot. `token` [S] is n for an empty slot."""
     return F.pad(x, (0, 0, 0, 1)).index_select(0, token)
 
 

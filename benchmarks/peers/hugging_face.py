@@ -43,7 +43,7 @@ def transformers_switch(layer: MoEMlp, x: Tensor, capacity: int) -> Variant:
 
 
 def transformers_experts(layer: MoEMlp, x: Tensor, implementation: str) -> Variant:
-    """Makes Mixtral's router with Nemotron-H's experts, which are not gated; nothing is dropped."""
+    """Makes Mixtral's router with Nemotron-H's experts, which are not gated. Nothing is dropped."""
     from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 

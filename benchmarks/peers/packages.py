@@ -1,6 +1,6 @@
 """Layers and ops of installed packages, with our weights.
 
-The output names packages that are not installed; `pip install -e '.[bench]'` installs all packages. Blocks of
+The output names packages that are not installed. `pip install -e '.[bench]'` installs all packages. Blocks of
 transformers are in `benchmarks.peers.hugging_face`.
 """
 
@@ -98,7 +98,7 @@ def triton_topk(logits: Tensor, k: int) -> Variant:
 
 
 def triton_gather(x: Tensor, slots: Sequence[int], rows: Tensor) -> Variant:
-    """Makes dispatch: `slots` is [G, E, C]; `rows` has the row of every slot, n for an empty slot."""
+    """Makes dispatch: `slots` is [G, E, C]. `rows` has the row of every slot, n for an empty slot."""
     from benchmarks.peers import triton
 
     return Variant("triton", "peer", lambda: [triton.gather_rows(x.flatten(0, 1), rows).view(*slots, -1)])

@@ -52,7 +52,7 @@ def _gather_rows(x, rows, out, n, S, D, BLOCK_S: tl.constexpr, BLOCK_D: tl.const
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Gathers a row of x [n, D] per slot; `rows` [S] int64 is n for an empty slot, which gets zeros."""
+    """Gathers a row of x [n, D] per slot. `rows` [S] int64 is n for an empty slot, which gets zeros."""
     (n, D), S = x.shape, rows.shape[0]
     out = x.new_empty(S, D)
     grid = (triton.cdiv(S, TOKENS), triton.cdiv(D, COLUMNS))
@@ -74,7 +74,7 @@ def _sum_slots(y, gate, places, out, n, D, K: tl.constexpr, BLOCK_T: tl.constexp
 
 
 def sum_slots(y: Tensor, gate: Tensor, places: Tensor) -> Tensor:
-    """Sums the rows of y [S, D], weighted by gate [S], per token; `places` [n, K] int64 is -1 for dropped requests."""
+    """Sums the rows of y [S, D], weighted by gate [S], per token. `places` [n, K] int64 is -1 for dropped requests."""
     (n, K), D = places.shape, y.shape[1]
     out = y.new_empty(n, D)
     grid = (triton.cdiv(n, TOKENS), triton.cdiv(D, COLUMNS))

@@ -1,7 +1,7 @@
 """Writes docs/benchmarks.md, its pictures and the lines in README: `python -m benchmarks.report.docs`.
 
 Reads the results in `benchmarks/results`: `<name>.csv` of `benchmarks.run` and `<name>-scaling.csv` of
-`benchmarks.scaling`. No number is written by hand; a test compares the pages with the results.
+`benchmarks.scaling`. No number is written by hand. A test compares the pages with the results.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ with their bootstrap 95 % interval, floors, memory kept for backward, and peak m
 
 
 def table(head: list[str], rows: list[list[str]], numbers: int = 1) -> str:
-    """Makes a Markdown table; columns from `numbers` on are aligned right."""
+    """Makes a Markdown table. Columns from `numbers` on are aligned right."""
     align = ["---"] * numbers + ["---:"] * (len(head) - numbers)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, align, *rows])
 

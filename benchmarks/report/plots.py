@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; every role also has its own marker.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Every role also has its own marker.
 LOOKS = {
     "ours": ("#000000", "o"),
     "naive": ("#E69F00", "v"),

@@ -189,7 +189,7 @@ CUDA = (
     Share("combine, one group", FORWARD, 0.8, device="cuda", size=VIT_B_BFLOAT16),
     Target("expert MLPs, one group", FORWARD, "dense MLP, same FLOPs", 0.7, device="cuda", size=VIT_B_BFLOAT16),
     Target("expert MLPs, one group", FORWARD, "dense MLP, same FLOPs", 0.55, device="cuda", size=NARROW_BFLOAT16),
-    # Twice the lower bound by the memory bandwidth of an H200; an H100 is slower.
+    # Twice the lower bound by the memory bandwidth of an H200. An H100 is slower.
     Limit("Soft MoE mixing", FORWARD, 150e-6, device="cuda", size=SQUARE_BFLOAT16, cards=("H200",)),
     Target("Soft MoE mixing", FORWARD, "torch softmax + bmm", 1.5, device="cuda", size=SQUARE_BFLOAT16),
 )

@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def open_file(path: str) -> Iterator[tuple[BufferedReader, int]]:
-    """Opens a regular file; yields the file and its size.
+    """Opens a regular file. Yields the file and its size.
 
     Raises:
         CheckpointError: The path is not a regular file, or cannot be opened.

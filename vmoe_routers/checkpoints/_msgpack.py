@@ -49,11 +49,11 @@ class Reader:
         raise CheckpointError(f"{self.name}: {problem} (at byte {self.position})")
 
     def pairs(self, what: str) -> int:
-        """Reads the number of pairs of a map; the pairs follow."""
+        """Reads the number of pairs of a map. The pairs follow."""
         return self._wanted("map", what)
 
     def elements(self, what: str, length: int | None = None) -> int:
-        """Reads the number of elements of an array; the elements follow."""
+        """Reads the number of elements of an array. The elements follow."""
         n = self._wanted("array", what)
         if length is not None and n != length:
             self.fail(f"{what} is an array of {n}, wanted {length}")
@@ -92,13 +92,13 @@ class Reader:
 
     @contextmanager
     def binary(self, what: str) -> Iterator[None]:
-        """Enters a binary that holds objects; the last object read in the context must end where the binary ends."""
+        """Enters a binary that holds objects. The last object read in the context must end where the binary ends."""
         with self._within(self._wanted("bin", what), what):
             yield
 
     @contextmanager
     def extension(self, what: str, *codes: int) -> Iterator[int]:
-        """Enters an extension that has one of these codes and holds objects, as `binary` does; gives the code."""
+        """Enters an extension that has one of these codes and holds objects, as `binary` does. Gives the code."""
         kind, n, code = self._header()
         if kind != "ext":
             self.fail(f"{what} is {_a(kind)}, wanted an extension of code {' or '.join(map(str, codes))}")
@@ -108,7 +108,7 @@ class Reader:
             yield code
 
     def skip_binary(self, what: str) -> tuple[int, int]:
-        """Skips a binary; gives the position and the number of its bytes."""
+        """Skips a binary. Gives the position and the number of its bytes."""
         n = self._wanted("bin", what)
         start = self.position
         self.position += n

@@ -128,7 +128,7 @@ def _check_arguments(
 
 
 def infer_arguments(arrays: Mapping[str, Tensor], img_size: int | None = None) -> dict[str, Any]:
-    """Infers the arguments of `vit_moe` from parameters by the reference's paths; `load_flax` checks all shapes later.
+    """Infers the arguments of `vit_moe` from parameters by the reference's paths. `load_flax` checks all shapes later.
 
     Raises:
         CheckpointError: The parameters do not belong to a vision transformer, or blocks are not numbered in order.

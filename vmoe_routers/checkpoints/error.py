@@ -2,4 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """Reports a checkpoint that cannot be read or written; the message names the file and the problem."""
+    """Reports a checkpoint that cannot be read or written. The message names the file and the problem."""

@@ -18,7 +18,7 @@ The map from paths to parameters (H width, h heads, d = H / h, M hidden width, E
     pre_logits/{kernel, bias}                        (H, H), (H)                     fc_norm.dense
     head/{kernel, bias}                              (H, classes), (classes)         head
 
-Dense kernels are (in, out) in the reference and [out, in] in this package; expert kernels have the same layout in both.
+Dense kernels are (in, out) in the reference and [out, in] in this package. Expert kernels have the same layout in both.
 Npz files of dense ViTs use other names (Transformer for Encoder, MlpBlock_3 for Mlp), which are accepted too.
 """
 
@@ -279,7 +279,7 @@ def _dense(
     out_shape: tuple[int, ...] = (),
     rows: slice = slice(None),
 ) -> Iterator[_Entry]:
-    """Maps a kernel (in, out) and a bias (out). The reference may split an axis into heads; `rows` selects a part."""
+    """Maps a kernel (in, out) and a bias (out). The reference may split an axis into heads. `rows` selects a part."""
     in_shape, out_shape = in_shape or (linear.in_features,), out_shape or (linear.out_features,)
 
     def layout(array: Tensor) -> Tensor:

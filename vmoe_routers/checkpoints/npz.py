@@ -61,7 +61,7 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
         progress: Called after every array with the bytes read so far and the bytes to read in all.
 
     Returns:
-        Tensors on the CPU in the dtypes of the file; numpy's V2 (two bytes without a type) becomes bfloat16.
+        Tensors on the CPU in the dtypes of the file. V2 of numpy (two bytes without a type) becomes bfloat16.
 
     Raises:
         CheckpointError: The file is missing, damaged, truncated or not an npz file; a member is neither stored nor
@@ -99,7 +99,7 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
 
 
 def _check_entry(entry: zipfile.ZipInfo, size: int, name: str) -> None:
-    """Refuses members that numpy does not write; `size` is the size of the archive."""
+    """Refuses members that numpy does not write. `size` is the size of the archive."""
     if entry.compress_type not in _COMPRESSIONS or entry.flag_bits & _ENCRYPTED:
         kind = "encrypted" if entry.flag_bits & _ENCRYPTED else f"compressed by method {entry.compress_type}"
         raise CheckpointError(f"{name}: {kind}, wanted a stored or deflated member")

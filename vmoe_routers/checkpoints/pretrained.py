@@ -144,7 +144,7 @@ def from_pretrained(
 
 
 def read_preprocessing(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads the `preprocessing` of `save_pretrained`; returns None if the model was saved without it.
+    """Reads the `preprocessing` of `save_pretrained`. Returns None if the model was saved without it.
 
     Raises:
         CheckpointError: The file is missing, damaged, or of a newer format.
@@ -375,7 +375,7 @@ def _compare_structure(made: nn.Module, model: nn.Module) -> None:
 
 
 def _gather(found: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Copies the tensors to the CPU, unsharded; returns None in a process that writes nothing.
+    """Copies the tensors to the CPU, unsharded. Returns None in a process that writes nothing.
 
     Every process gathers every sharded tensor, because gathering is collective. Only the first one keeps the result.
     """

@@ -1,6 +1,6 @@
 """read_vmoe: reads checkpoints in the V-MoE format of the reference's released models, without JAX or pickle.
 
-A checkpoint of N shards is the files `P.index` and `P.data-0000i-of-0000N`; each file is one MessagePack object.
+A checkpoint of N shards is the files `P.index` and `P.data-0000i-of-0000N`. Each file is one MessagePack object.
 
 index   {"shard_count": N, "index": nested maps, "version": "20220622" or absent}. A leaf of the maps is an extension
         (code 8) that holds [array, [slice, ...], [shard, ...]]: the array, its parts, and the shard of every part.
@@ -167,7 +167,7 @@ def _read_index(index: Reader) -> tuple[list[_Array], int]:
 
 
 def _keys(reader: Reader, pairs: int) -> Iterator[str]:
-    """Reads the keys of a map and refuses duplicates; the caller reads the value after each key."""
+    """Reads the keys of a map and refuses duplicates. The caller reads the value after each key."""
     seen = set()
     for _ in range(pairs):
         key = reader.text("a key")

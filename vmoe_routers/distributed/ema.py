@@ -13,7 +13,7 @@ from vmoe_routers.distributed.clip import local
 
 
 class Ema:
-    """Exponential moving average of the parameters and buffers of a model; each rank averages the part that it has.
+    """Exponential moving average of the parameters and buffers of a model. Each rank averages the part that it has.
 
     Make the average after `parallelize`. The average keeps tensors, not a copy of the model, because FSDP2 refuses
     copies.

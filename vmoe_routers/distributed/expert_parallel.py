@@ -97,13 +97,13 @@ def _send_back(module: nn.Module, y: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def _local(factor: float, parameter: Any) -> Tensor:
-    """Gives this rank's part of a parameter; backward multiplies the gradient of the parameter by `factor`."""
+    """Gives this rank's part of a parameter. Backward multiplies the gradient of the parameter by `factor`."""
     part = parameter.to_local()
     return part if factor == 1.0 else cast(Tensor, _ScaleGradient.apply(part, factor))
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Returns its input; multiplies the gradient by a factor."""
+    """Returns its input. Multiplies the gradient by a factor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:

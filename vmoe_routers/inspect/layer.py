@@ -48,7 +48,7 @@ class LayerTrace:
 
     @property
     def title(self) -> str:
-        """Name of the router for people: "Sinkhorn Token Choice"; an own router has the name of its class."""
+        """Name of the router for people: "Sinkhorn Token Choice". An own router has the name of its class."""
         kind = type(self.router).__name__
         choice, affinity = _CHOICES.get(kind, kind), getattr(self.router, "affinity", None)
         if affinity is None:
@@ -216,7 +216,7 @@ class LayerTrace:
             num_classes: Number of classes; None: the largest label plus one.
 
         Returns:
-            [classes, E] float64. A row sums to 1; the row of a class without a token in a buffer is 0.
+            [classes, E] float64. A row sums to 1. The row of a class without a token in a buffer is 0.
         """
         check = Check("LayerTrace.by_class")
         labels = torch.as_tensor(labels)
@@ -266,7 +266,7 @@ def weights_of(routing: Routing) -> tuple[Tensor, Tensor]:
         return weight, weight
     if not isinstance(routing, SparseRouting):
         return routing.dispatch_tensor().sum(-1), routing.combine_tensor().sum(-1)
-    # Do not make the dense tensors. Empty slots are written to an extra row after the last token; the row is cut off.
+    # Do not make the dense tensors. Empty slots are written to an extra row after the last token. The row is cut off.
     token = torch.where(routing.token < 0, routing.num_tokens, routing.token).long().transpose(1, 2)  # [G, C, E]
     zeros = routing.gate.new_zeros(routing.num_groups, routing.num_tokens + 1, routing.num_experts)
     gate = routing.gate.transpose(1, 2)

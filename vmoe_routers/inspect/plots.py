@@ -28,7 +28,7 @@ _PANEL = 3.2  # inches
 
 
 def colours(num_experts: int) -> list[tuple[float, float, float]]:
-    """Returns a colour for every expert; for more than eight experts, neighbours differ in hue and lightness."""
+    """Returns a colour for every expert. For more than eight experts, neighbours differ in hue and lightness."""
     if num_experts <= len(_COLOURS):
         return [to_rgb(colour) for colour in _COLOURS[:num_experts]]
     hues = colormaps["hsv"](np.arange(num_experts) * 0.61803399 % 1.0)[:, :3]
@@ -254,7 +254,7 @@ def specialisation(layers: Sequence[LayerTrace], labels: Tensor | Sequence[int],
 
 
 def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Any]]:
-    """Makes a figure of `count` panels in at most four columns; sizes are in inches."""
+    """Makes a figure of `count` panels in at most four columns. Sizes are in inches."""
     columns = 3 if count % 3 == 0 and count % 4 else min(4, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(columns * width, _PANEL), rows * height), layout="constrained")

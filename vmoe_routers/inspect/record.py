@@ -63,7 +63,7 @@ def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
         raise ValueError(f"record: model must have a MoEMlp inside, {type(model).__name__} has none")
     trace = Trace({_plain(name): layer.router for name, layer in layers.items()})
     thread = threading.get_ident()
-    # The layer that last began, and its tokens per image; layers may share a router.
+    # The layer that last began, and its tokens per image. Layers may share a router.
     owner = {layer.router: (name, 0) for name, layer in zip(trace.routings, layers.values(), strict=True)}
 
     def recorded() -> bool:

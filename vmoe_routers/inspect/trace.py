@@ -73,7 +73,7 @@ class Trace:
         return columns
 
     def summary(self) -> Table:
-        """Makes a table of the layers for ``rich.print``; statistics that no layer has are left out."""
+        """Makes a table of the layers for ``rich.print``. Statistics that no layer has are left out."""
         from rich.table import Table
 
         columns, titles = self.columns(), {layer.title for layer in self.layers}
@@ -148,7 +148,7 @@ class Trace:
 
         With transport, these gates are the plan.
 
-        Tokens are sorted by the expert of their largest gate; tokens without a gate are last. Dots mark the tokens that
+        Tokens are sorted by the expert of their largest gate. Tokens without a gate are last. Dots mark the tokens that
         got a slot. Dashed lines are the sums that a transport plan should have.
 
         Raises:

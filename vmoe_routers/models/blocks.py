@@ -18,7 +18,7 @@ _HIDDEN = -1e4
 
 
 class MoEBlock(Block):
-    """timm's block; its MoE layer ignores the tokens that `attn_mask` hides from every query."""
+    """timm's block. Its MoE layer ignores the tokens that `attn_mask` hides from every query."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Maps tokens x [N, T, D] to the same shape; the arguments are timm's."""

@@ -18,7 +18,7 @@ _MASKED = -3e4
 
 
 class MoEVisionTransformer(VisionTransformer):
-    """timm's VisionTransformer whose methods take a padding mask; `vit_moe` makes it.
+    """timm's VisionTransformer whose methods take a padding mask. `vit_moe` makes it.
 
     The argument `mask` of `forward`, `forward_features`, `forward_intermediates`, `get_intermediate_layers`, `pool` and
     `forward_head` is [N, patches] bool, True = real patch, in row-major order. Masked patches are ignored by attention,
@@ -82,7 +82,7 @@ class MoEVisionTransformer(VisionTransformer):
     def init_weights(self, mode: str = "", **kwargs: Any) -> None:
         """Draws the model again as `vit_moe` does, for example after the meta device and `to_empty`.
 
-        `reset_parameters` of the trunk's modules draws as torch does; a later call of this method undoes that.
+        `reset_parameters` of the trunk's modules draws as torch does. A later call of this method undoes that.
 
         Args:
             mode, kwargs: timm's, for a model that `vit_moe` did not make.

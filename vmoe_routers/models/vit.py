@@ -140,7 +140,7 @@ def vit_moe(
         dynamic_img_size: Accepts images of any size and resamples the positions in every forward
             (`model.set_input_size` resamples them once).
         router_options: Further options of `MoEMlp` and its router: top_k, capacity_factor, slots_per_expert, ...
-            With a capacity factor, Soft MoE needs `num_tokens`; its default is the tokens of an image, with the class
+            With a capacity factor, Soft MoE needs `num_tokens`. Its default is the tokens of an image, with the class
             token, times `group_size`.
 
     Raises:
@@ -297,7 +297,7 @@ def plain(value: Any) -> Any:
 
 
 def _plain_blocks(depth: int, rule: str | Iterable[int]) -> str | list[int]:
-    """Checks the rule; returns a name unchanged, and indices as a list."""
+    """Checks the rule. Returns a name unchanged, and indices as a list."""
     if isinstance(rule, str):
         moe_block_indices(depth, rule)
         return rule

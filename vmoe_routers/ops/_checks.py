@@ -19,7 +19,7 @@ def tracing() -> bool:
 
 
 def traced_size(value: Any) -> Any:
-    """Converts a size that torch.jit.trace passes as a tensor to an int; returns any other value unchanged."""
+    """Converts a size that torch.jit.trace passes as a tensor to an int. Returns any other value unchanged."""
     return int(value) if tracing() and isinstance(value, Tensor) and value.ndim == 0 else value
 
 
@@ -73,7 +73,7 @@ class Check:
             raise TypeError(f"{self.where}: {name} must be {dtype}, got {value.dtype}")
 
     def shape(self, name: str, value: object, shape: Sequence[int], axes: str) -> None:
-        """Checks that `value` is a tensor of this shape; the message names the shape by `axes`, such as ``"G, T"``."""
+        """Checks that `value` is a tensor of this shape. The message names the shape by `axes`, such as ``"G, T"``."""
         if self.tensor(name, value).shape != tuple(shape):
             got = list(value.shape)  # type: ignore[attr-defined]
             raise ValueError(f"{self.where}: {name} must be [{axes}] = {list(shape)}, got {got}")

@@ -27,7 +27,7 @@ def check_slots(
 
 
 def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """Copies the token of every slot: ``out[e, g, c] = x[g, token[g, e, c]]``; an empty slot gets zeros.
+    """Copies the token of every slot: ``out[e, g, c] = x[g, token[g, e, c]]``. An empty slot gets zeros.
 
     Args:
         x: [G, T, D] floating point.

@@ -61,7 +61,7 @@ def _save_support(ctx, inputs, output):
 
 
 def _backward_twice(ctx, grad):
-    # The first gradient is a symmetric linear map of its argument; the support is constant.
+    # The first gradient is a symmetric linear map of its argument. The support is constant.
     (out,) = ctx.saved_tensors
     return call(torch.ops.vmoe_routers.ksparse_projection_backward.default, grad, out), None
 

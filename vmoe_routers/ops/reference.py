@@ -2,7 +2,7 @@
 
 The functions have the names, signatures and results of the ops, ties and edge cases included. They run on any device,
 and autograd derives their gradients. They are written for reading, not for speed: one-hot requests, full sorts, loops
-over groups. They do not check arguments. No op falls back to them; `vmoe_routers.decompositions` puts them into
+over groups. They do not check arguments. No op falls back to them. `vmoe_routers.decompositions` puts them into
 exported programs.
 
 Letters: ``G`` groups, ``T`` tokens of a group, ``D`` width, ``E`` experts, ``K`` experts per token, ``C`` capacity,
@@ -24,7 +24,7 @@ GELU_TANH = partial(F.gelu, approximate="tanh")
 
 
 def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """Selects the `k` largest entries along `dim`, in descending order, ties by the lower index; the axis goes last."""
+    """Selects the `k` largest entries along `dim`, in descending order, ties by the lower index. The axis goes last."""
     x = x.movedim(dim, -1)
     indices = x.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return x.gather(-1, indices), indices.int()
@@ -98,7 +98,7 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor
 def dispatch(x: Tensor, token: Tensor, offsets: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
     """Copies the token of every slot: out[e, g, c] = x[g, token[g, e, c]], zeros in an empty slot.
 
-    `offsets` and `slots` are not used; only the gradient of the op needs them.
+    `offsets` and `slots` are not used. Only the gradient of the op needs them.
     """
     G, E, C = token.shape
     row = _row(token, x.shape[1])[..., None].expand(-1, -1, x.shape[2])
@@ -128,7 +128,7 @@ def sinkhorn(
     gradient: str = "unrolled",
     return_error: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Computes the entropic plan with row sums 1; column sums converge to n / E (Cuturi, arXiv 1306.0895).
+    """Computes the entropic plan with row sums 1. Column sums converge to n / E (Cuturi, arXiv 1306.0895).
 
         h_e = log(n / E) - logsumexp_t(M[t, e] + f_t)
         f_t =            - logsumexp_e(M[t, e] + h_e)
@@ -222,7 +222,7 @@ def ksparse_transport(
     T[:, e] = b_e P_k((alpha + S[:, e]) / (gamma b_e)), b_e = n / E, with alpha from at most `iterations` steps on the
     semi-dual. No gradient flows through alpha. ``solver="adam"`` follows the op step by step. ``solver="lbfgs"`` finds
     the optimum, and ignores `iterations` and `tolerance`: for k = T the semi-dual is smooth and the solver reaches the
-    optimum; for k < T it may stop at a kink, and its value is a lower bound. `project` implements P_k.
+    optimum. For k < T it may stop at a kink, and its value is a lower bound. `project` implements P_k.
     """
     S = _masked(_wide(similarity), mask)
     with torch.no_grad():
@@ -266,7 +266,7 @@ def _adam(
     tolerance: float,
     project: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """Computes alpha by Adam's ascent from 0; a group stops after an update with |gradient| <= tolerance."""
+    """Computes alpha by Adam's ascent from 0. A group stops after an update with |gradient| <= tolerance."""
     alpha = torch.zeros_like(S[..., 0])
     m, v = torch.zeros_like(alpha), torch.zeros_like(alpha)
     running = torch.ones_like(alpha[:, :1], dtype=torch.bool)
@@ -361,7 +361,7 @@ def _present(x: Tensor) -> Tensor:
 
 
 def _gates(logits: Tensor) -> Tensor:
-    """Computes the softmax over the experts; an absent token gets zeros."""
+    """Computes the softmax over the experts. An absent token gets zeros."""
     wide = _wide(logits)
     absent = ~_present(wide)[..., None]
     return wide.masked_fill(absent, 0).softmax(-1).masked_fill(absent, 0)

@@ -84,7 +84,7 @@ def sinkhorn(
 def sinkhorn_unchecked(
     logits: Tensor, epsilon: float, iterations: int, tolerance: float | None, mask: Tensor | None, gradient: Gradient
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs `sinkhorn` without checks; gives plan, error and iterations done."""
+    """Runs `sinkhorn` without checks. Gives plan, error and iterations done."""
     present = fill_masked(cast(logits, compute_dtype(logits.dtype)), mask)
     plan, _, error, steps = call(
         torch.ops.vmoe_routers.sinkhorn.default, present, epsilon, iterations, tolerance or 0.0, gradient == "implicit"

@@ -28,7 +28,7 @@ class Affinity(Protocol):
     def __call__(
         self, logits: Tensor, noisy_logits: Tensor, capacity: int, mask: Tensor | None
     ) -> tuple[Tensor | Gates, Tensor | Gates]:
-        """Computes the gates that select and the gates that weigh, both [G, T, E]; may return one object twice."""
+        """Computes the gates that select and the gates that weigh, both [G, T, E]. May return one object twice."""
         ...
 
 

@@ -45,7 +45,7 @@ def capacity(
 
 
 def slots_per_expert(tokens: int, num_experts: int, factor: float, rounding: str, multiple_of: int) -> int:
-    """Computes `capacity` without checks; `tokens` may be symbolic, as under torch.compile(dynamic=True)."""
+    """Computes `capacity` without checks. `tokens` may be symbolic, as under torch.compile(dynamic=True)."""
     if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting():
         return _exported_slots(tokens, num_experts, factor, rounding, multiple_of)
     slots = tokens * factor / num_experts
@@ -224,7 +224,7 @@ def _check_gates(
 
 
 def _choose(gates: Gates, weights: Gates, k: int, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Chooses the k largest gates; gives the selecting gates without gradient, the weights, and the indices."""
+    """Chooses the k largest gates. Gives the selecting gates without gradient, the weights, and the indices."""
     if weights is gates:
         kept, indices = gates.choose(k, dim, mask)
         return kept.detach(), kept, indices
@@ -236,7 +236,7 @@ def _choose(gates: Gates, weights: Gates, k: int, dim: int, mask: Tensor | None)
 
 
 def _share(kept: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:
-    """Divides the weights `kept` [G, E, C] by the sum of the weights of the same token; empty slots stay 0."""
+    """Divides the weights `kept` [G, E, C] by the sum of the weights of the same token. Empty slots stay 0."""
     groups, experts, capacity = kept.shape
     ones = kept.new_ones(experts, groups, capacity, 1)
     # Dispatch the sums, because the gradient of dispatch is a combine, which adds in a fixed order on every device.
@@ -245,7 +245,7 @@ def _share(kept: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tenso
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """Gathers `values` [G, N] at `index` [G, E, C]; a negative index gives 0."""
+    """Gathers `values` [G, N] at `index` [G, E, C]. A negative index gives 0."""
     # A negative index reads the zero after the last value, which exists even in a group without values.
     padded = F.pad(values, (0, 1))
     where = torch.where(index < 0, values.shape[1], index)

@@ -1,6 +1,6 @@
 """Gates [G, T, E]: the values that select tokens or experts, and the values that weigh them.
 
-A router reads only the gates of chosen entries. `PlainGates` wraps a tensor; `SoftmaxGates` computes softmax(logits)
+A router reads only the gates of chosen entries. `PlainGates` wraps a tensor. `SoftmaxGates` computes softmax(logits)
 at the chosen entries and never writes the whole tensor.
 """
 
@@ -39,7 +39,7 @@ class Gates(ABC):
 
     @abstractmethod
     def at(self, indices: Tensor, dim: int) -> Tensor:
-        """Gathers the gates at indices in the layout of `choose`; index -1 gives 0."""
+        """Gathers the gates at indices in the layout of `choose`. Index -1 gives 0."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -52,7 +52,7 @@ class _Source(NamedTuple):
 
 # Named tuples, so that code that walks over nested tensors (hooks, pytrees) finds the tensor.
 class PlainGates(_Source, Gates):
-    """Gates given as a tensor; -inf marks an absent entry."""
+    """Gates given as a tensor. -inf marks an absent entry."""
 
     __slots__ = ()
 
@@ -91,5 +91,5 @@ class SoftmaxGates(_Source, Gates):
 
 
 def as_gates(values: Tensor | Gates) -> Gates:
-    """Wraps a tensor in `PlainGates`; returns a `Gates` unchanged."""
+    """Wraps a tensor in `PlainGates`. Returns a `Gates` unchanged."""
     return values if isinstance(values, Gates) else PlainGates(values)

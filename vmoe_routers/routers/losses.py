@@ -91,7 +91,7 @@ def _sum_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _tokens(like: Tensor, mask: Tensor | None) -> Tensor | int:
-    """Counts the real tokens of every group, at least 1; gives [G, 1], or a number without a mask."""
+    """Counts the real tokens of every group, at least 1. Gives [G, 1], or a number without a mask."""
     if mask is None:
         return max(like.shape[1], 1)
     return mask.sum(1, keepdim=True).clamp(min=1)

@@ -57,7 +57,7 @@ def _of_affinity(affinity: type | None) -> set[str]:
 
 
 def create_router(name: str, dim: int, num_experts: int, **options: Any) -> nn.Module:
-    """Makes one of the six routers by name; the router is called as ``router(x, mask=None) -> Routing``.
+    """Makes one of the six routers by name. The router is called as ``router(x, mask=None) -> Routing``.
 
     Args:
         name: One of `ROUTERS`.

@@ -79,7 +79,7 @@ class Routing(ABC):
 
     @property
     def aux_loss(self) -> Tensor:
-        """Weighted sum of the losses, a scalar; losses without a weight are not computed."""
+        """Weighted sum of the losses, a scalar. Losses without a weight are not computed."""
         weighted = [weight * self._loss(name) for name, weight in self.loss_weights.items() if weight != 0]
         return sum(weighted[1:], weighted[0]) if weighted else torch.zeros((), device=self.device)
 
@@ -177,12 +177,12 @@ class SparseRouting(_Sparse, Routing):
         return self.gates.dense()
 
     def dispatch(self, x: Tensor) -> Tensor:
-        """Maps tokens x [G, T, D] to slots [E, G, C, D]; an empty slot gets zeros."""
+        """Maps tokens x [G, T, D] to slots [E, G, C, D]. An empty slot gets zeros."""
         _check_rows(self, "dispatch", "x", x, "G T D", self.gate)
         return dispatch_unchecked(x, self.token, self.offsets, self.slots)
 
     def combine(self, y: Tensor) -> Tensor:
-        """Maps slots y [E, G, C, D] to tokens [G, T, D]; a token that no expert took gets zeros."""
+        """Maps slots y [E, G, C, D] to tokens [G, T, D]. A token that no expert took gets zeros."""
         _check_rows(self, "combine", "y", y, "E G C D", self.gate)
         return combine_unchecked(y, self.gate, self.token, self.offsets, self.slots)
 
@@ -280,7 +280,7 @@ class SoftRouting(_Soft, Routing):
         return dense.unflatten(2, (self.num_experts, self.capacity))
 
     def usage(self) -> Usage:
-        """Counts for `metrics`; the load of an expert is the sum of its weights over the tokens."""
+        """Counts for `metrics`. The load of an expert is the sum of its weights over the tokens."""
         gates = self.combine_tensor().sum(-1)
         filled = gates.new_full((self.num_groups, self.num_experts), self.capacity)
         return Usage(gates.sum(1), filled, gates, gates.new_zeros(gates.shape[:2], dtype=torch.bool))

@@ -69,7 +69,7 @@ class SoftLogits(nn.Module):
 
 
 class SoftRouter(nn.Module):
-    """Router of Soft MoE (arXiv 2308.00951). Only the logits use normalised tokens; the mixing does not.
+    """Router of Soft MoE (arXiv 2308.00951). Only the logits use normalised tokens. The mixing does not.
 
     Args:
         dim: D, width of a token.

@@ -154,7 +154,7 @@ class SparseRouter(nn.Module):
         return slots_per_expert(tokens, self.num_experts, factor, self.capacity_rounding, self.capacity_multiple_of)
 
     def flops(self, tokens: int) -> float:
-        """Counts the operations of the logits for a group of `tokens` tokens; a multiply-add is two operations."""
+        """Counts the operations of the logits for a group of `tokens` tokens. A multiply-add is two operations."""
         return 2.0 * tokens * self.num_experts * self.dim
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:

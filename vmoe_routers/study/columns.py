@@ -1,4 +1,4 @@
-"""Columns of the study's table. Writes the table as CSV and prints the table; `tables` makes the HTML table."""
+"""Columns of the study's table. Writes the table as CSV and prints the table. `tables` makes the HTML table."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def write_csv(rows: Sequence[Row], path: Path | str) -> None:
 
 
 def print_table(rows: Sequence[Row], console: Console) -> None:
-    """Prints the columns marked `in_terminal`, as many as fit into the terminal; all fit into 120 characters.
+    """Prints the columns marked `in_terminal`, as many as fit into the terminal. All fit into 120 characters.
 
     The report and the CSV file have all columns.
     """

@@ -24,7 +24,7 @@ class Job(NamedTuple):
         return settings.output / "models" / self.path.stem if settings.save_models else None
 
     def read(self, settings: Settings, transfer: Images | None) -> dict[str, Any] | None:
-        """Reads the record; returns None if there is none, or if the model that belongs to it is missing.
+        """Reads the record. Returns None if there is none, or if the model that belongs to it is missing.
 
         Raises:
             RecordError: The record is damaged.
@@ -42,7 +42,7 @@ class Timing(NamedTuple):
     path: Path
 
     def read(self) -> dict[str, Any] | None:
-        """Reads the record; returns None if there is none or it lacks a variant.
+        """Reads the record. Returns None if there is none or it lacks a variant.
 
         Raises:
             RecordError: The record is damaged.

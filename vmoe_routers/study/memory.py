@@ -129,7 +129,7 @@ def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]
 
 
 def _culprit(settings: Settings, variants: Sequence[Variant], shape: tuple[int, int, int]) -> tuple[str, Any]:
-    """Finds the option that saves the most memory if it is reset to its default; returns its name and value."""
+    """Finds the option that saves the most memory if it is reset to its default. Returns its name and value."""
     defaults = {field.name: field.default for field in fields(Settings)}
 
     def total_without(name: str) -> float:

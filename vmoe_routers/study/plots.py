@@ -23,7 +23,7 @@ _GRID = {"color": "#e6e6e6", "linewidth": 0.8}
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Makes an empty figure with room between the panels; sizes are in inches."""
+    """Makes an empty figure with room between the panels. Sizes are in inches."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1, wspace=0.03)
     return figure

@@ -266,7 +266,7 @@ def evaluated_epochs(epochs: int) -> Sequence[int]:
 
 
 def _problem(value: Any, wanted: Any, where: str) -> str | None:
-    """Describes the first value that is not of the wanted kind; returns None if all are."""
+    """Describes the first value that is not of the wanted kind. Returns None if all are."""
     name = where or "the whole"
     if isinstance(wanted, _Kind):
         return None if wanted.accepts(value) else f"{name} is {_short(value)}, wanted {wanted.words}"

@@ -79,7 +79,7 @@ class Row:
     """Summary of the runs of one variant. Accuracies are in [0, 1]. None is a missing value.
 
     The differences use only seeds for which the dense ViT was run, too. `step_ratio` uses the rounds of the timing. A
-    study without timed steps has no times. The routing metrics are means over seeds and MoE layers; `dead_experts` is
+    study without timed steps has no times. The routing metrics are means over seeds and MoE layers. `dead_experts` is
     the mean over seeds of the sum over layers.
     """
 

@@ -163,7 +163,7 @@ def tidy(folder: Path, keep: Iterable[str], best: int | None) -> None:
 
 
 def _cause(error: Any) -> str:
-    """Extracts the reason in one line; exceptions of torch hold one reason per rank."""
+    """Extracts the reason in one line. Exceptions of torch hold one reason per rank."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))

@@ -29,7 +29,7 @@ class Evaluation:
         loss: mean cross-entropy, of the softmax over the classes.
         calibration_error: expected calibration error: over 15 bins of equal width, the mean distance of the accuracy in
             the bin from the mean confidence, weighted by the images in the bin. The confidence of an image is its
-            largest probability; a bin includes its upper end.
+            largest probability. A bin includes its upper end.
         images_per_second: images over the seconds of the whole evaluation, with reading the data and the metrics.
         classes: for every class: `images`, `top1`, `top5` and `loss` over the images of this class; `predicted`, the
             number of images with this prediction; and `precision`, the share of these predictions that are right. A

@@ -38,7 +38,7 @@ class Rows:
 
 
 def open_name(name: str) -> Data:
-    """Opens the data set `name` or `name:configuration` of Hugging Face; downloads it if it is not in the cache.
+    """Opens the data set `name` or `name:configuration` of Hugging Face. Downloads it if it is not in the cache.
 
     Raises:
         DataError: the package `datasets` is missing, there is no such data set, or it has no images and labels.

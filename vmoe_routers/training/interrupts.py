@@ -26,7 +26,7 @@ class Interrupt:
 
 @contextmanager
 def asking() -> Iterator[Interrupt]:
-    """Lets the first Ctrl-C or SIGTERM set `Interrupt.asked`; the second raises KeyboardInterrupt."""
+    """Lets the first Ctrl-C or SIGTERM set `Interrupt.asked`. The second raises KeyboardInterrupt."""
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield interrupt

@@ -15,7 +15,7 @@ _EVERY = 10  # one training example in ten is held out
 def linear_probe(train: Examples, test: Examples) -> tuple[float, float]:
     """Fits logistic regression to the training examples, standardised by their mean and standard deviation.
 
-    The weights minimise the mean cross-entropy plus ``l2 / 2 |W|^2``; the bias is not regularised. The training
+    The weights minimise the mean cross-entropy plus ``l2 / 2 |W|^2``. The bias is not regularised. The training
     examples are sorted by class, and every tenth is held out. The regulariser with the best accuracy on the held-out
     examples is chosen; among equal accuracies, the regulariser with the smallest loss. The final fit uses all training
     examples.
@@ -45,7 +45,7 @@ def linear_probe(train: Examples, test: Examples) -> tuple[float, float]:
 
 @torch.enable_grad()
 def fit_logistic(examples: Examples, l2: float, start: Tensor) -> Tensor:
-    """Minimises the regularised loss by L-BFGS; returns weights [D + 1, classes] with the bias in the last row."""
+    """Minimises the regularised loss by L-BFGS. Returns weights [D + 1, classes] with the bias in the last row."""
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights], max_iter=500, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"

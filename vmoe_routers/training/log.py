@@ -61,7 +61,7 @@ class Outputs:
         self.bar.advance()
 
     def log(self, row: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Writes and shows the values of `Meter.row`; writes the metrics of the MoE layers, by name, to TensorBoard."""
+        """Writes and shows the values of `Meter.row`. Writes the metrics of the MoE layers, by name, to TensorBoard."""
         if not self.writes:
             return
         self.log_table.add(row)
@@ -87,7 +87,7 @@ class Outputs:
 
 
 class Table:
-    """CSV file that grows row by row; every row has a step.
+    """CSV file that grows row by row. Every row has a step.
 
     Args:
         path: The file.
@@ -172,7 +172,7 @@ class Bar:
 
 
 class Board:
-    """Events of a training for TensorBoard; does nothing if the package tensorboard is missing.
+    """Events of a training for TensorBoard. Does nothing if the package tensorboard is missing.
 
     Args:
         folder: The folder of the events.

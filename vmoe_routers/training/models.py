@@ -71,7 +71,7 @@ def load_model(
 
 
 def folder_of(model: str) -> str:
-    """Returns the folder of the model that a study kept, for the record of a run; returns any other name unchanged.
+    """Returns the folder of the model that a study kept, for the record of a run. Returns any other name unchanged.
 
     Raises:
         OptionError: The name is a file within the folder of a model, or a file that is no record.
@@ -128,7 +128,7 @@ def _load(
 
 
 def _similar(name: str) -> str:
-    """Suggests the model whose name is closest, in words; returns "" if none is close."""
+    """Suggests the model whose name is closest, in words. Returns "" if none is close."""
     found = get_close_matches(name, ["vit_moe", *timm.list_models()], 1)
     return f"did you mean {found[0]!r}? " if found else ""
 

@@ -90,7 +90,7 @@ class Vote:
 
 @contextmanager
 def processes(device: str) -> Iterator[World]:
-    """Joins the processes that torchrun started; without torchrun, there is one process.
+    """Joins the processes that torchrun started. Without torchrun, there is one process.
 
     Args:
         device: "auto", "cpu" or "cuda".

@@ -22,7 +22,7 @@ _MOST_CLASSES = 1_000_000
 
 
 class Shards:
-    """Images in tar files. Opening reads the headers of all members; indexing reads one image.
+    """Images in tar files. Opening reads the headers of all members. Indexing reads one image.
 
     Args:
         paths: Uncompressed tar files in WebDataset's format: members such as "0001.jpg" (an image) and "0001.cls" (the
@@ -71,7 +71,7 @@ def open_shard_folder(folder: Path) -> Data:
 
 
 def expand(name: str) -> list[str]:
-    """Expands ranges such as {000..011} in a name; numbers keep their width."""
+    """Expands ranges such as {000..011} in a name. Numbers keep their width."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if not match:
         return [name]

@@ -45,7 +45,7 @@ class Order:
     """Global batches of a training: the images of every step.
 
     An epoch is a random order of all images. An incomplete last batch is left out. With repeats, a batch has
-    ``batch_size / repeats`` images, each `repeats` times; an epoch has as many steps as without repeats.
+    ``batch_size / repeats`` images, each `repeats` times. An epoch has as many steps as without repeats.
 
     Args:
         size: number of images.

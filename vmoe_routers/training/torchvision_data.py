@@ -41,7 +41,7 @@ class _Files:
 
 
 def open_torchvision(name: str, data_root: str | Path | None) -> Data:
-    """Opens the data set `name` of torchvision; downloads it into `data_root` if it is missing.
+    """Opens the data set `name` of torchvision. Downloads it into `data_root` if it is missing.
 
     Raises:
         DataError: torchvision has no such data set, or it cannot be downloaded.

@@ -95,7 +95,7 @@ class Augmentation:
 
     @property
     def is_simple(self) -> bool:
-        """Whether shifts and flips are the only augmentation; the loader does these for a whole batch at once."""
+        """Whether shifts and flips are the only augmentation. The loader does these for a whole batch at once."""
         return self.scale is None and not (self.rand_augment or self.color_jitter or self.erasing)
 
 
