@@ -1,4 +1,5 @@
-"""PEFT on an upcycled ViT: LoRA on attention and on the experts' weights; the routers and the head are trained whole.
+"""PEFT on an upcycled ViT: LoRA on attention and on the experts' weights. All weights of the routers and the head are
+trained.
 
 python examples/train_peft.py
 """

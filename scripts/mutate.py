@@ -181,7 +181,7 @@ def run_python(mutants: Sequence[Mutant], report: Callable[[Mutant, str], None],
 
 
 class Forks:
-    """Plugin of pytest that collects the tests once, and runs those that reach a mutant, in a fork for each mutant.
+    """Plugin of pytest that collects the tests once, and runs tests that reach a mutant in a fork for each mutant.
 
     A mutated function gets the code of the mutant, so the change reaches all modules that imported the function.
 

@@ -41,7 +41,7 @@ def router(name: str) -> torch.nn.Module:
 
 
 def panel(ax: Axes, values: Tensor, title: str, sums: bool = True) -> None:
-    """Draws values [T, E] with experts as rows, and the sum of every row beside it."""
+    """Draws values [T, E] with experts as rows, and writes the sum of every row beside the row."""
     ax.imshow(values.T.numpy(), cmap="Blues", vmin=0, vmax=max(1.0, float(values.max())) * 1.15, aspect="auto")
     for token, row in enumerate(values.tolist()):
         for expert, value in enumerate(row):

@@ -38,7 +38,7 @@ OUTPUT = 1e-5  # absolute
 SOFT = 2e-6  # absolute; relative to the largest value if tokens are a thousand times larger than usual
 SOFT_ROUNDED = 1e-6  # absolute, with the reference's two roundings to bfloat16
 # In a whole model, a value may be next to a boundary of that rounding. On another machine, whose products add in
-# another # order, the value may round differently: 1e-7 more on the images changes the features by 5e-5.
+# another order, the value may round differently: 1e-7 more on the images changes the features by 5e-5.
 SOFT_ROUNDED_MODEL = 1e-4
 SOFT_BFLOAT16 = 5e-3  # absolute, without these roundings
 SINKHORN_PLAN = 2e-5  # relative, of every entry
@@ -377,7 +377,7 @@ def _vit(golden: Golden, name: str, options: dict[str, Any]) -> Quantities:
 
 
 def train_without_noise(model: nn.Module) -> None:
-    """Training mode, in which `aux_loss` counts a forward, with the numbers of eval mode."""
+    """Set training mode, in which `aux_loss` counts a forward, but keep the numbers of eval mode."""
     for module in model.modules():
         if isinstance(module, vr.MoEMlp):
             module.router.noise_std = 0.0

@@ -458,8 +458,8 @@ def test_workers_end_with_a_killed_parent_also_while_they_import(tmp_path):
             return [child for child, line in lines.items() if b"--multiprocessing-fork" in line]
 
         wait_until(lambda: len(workers()) == 2 or process.poll() is not None)
-        # The imports of a worker take about as long as those of the parent took. Wait for a part of this time, until
-        # the # guard knows the second worker. Then wait less than the rest of this time for the end of both workers.
+        # The imports of a worker take about as long as the imports of the parent took. Wait for a part of this time,
+        # until the guard knows the second worker. Then wait less than the remaining time for the end of both workers.
         importing = time.monotonic() - began
         time.sleep(importing / 8)
         os.kill(process.pid, signal.SIGKILL)

@@ -81,7 +81,7 @@ def test_gradcheck(norm_layer):
 
 @pytest.mark.parametrize("gate_last", [False, True])
 def test_is_timms(gate_last):
-    """The packed weight is that of SwiGLUPacked; with the gate last, its halves change places."""
+    """The packed weight is the weight of SwiGLUPacked. If the gate is last, its halves are exchanged."""
     mlp = timm.layers.GluMlp(D, 2 * HIDDEN, OUT, act_layer=nn.SiLU, gate_last=gate_last)
     experts = Experts(1, D, HIDDEN, OUT, **SWIGLU)
     order = (1, 0) if gate_last else (0, 1)
@@ -145,7 +145,7 @@ def test_dropout():
 
 @pytest.mark.parametrize("router", ["softmax_token_choice", "sinkhorn_expert_choice", "soft"])
 def test_in_a_layer(router):
-    """Gated experts train, compile and come back from a state dict."""
+    """Gated experts train, compile and load from a state dict."""
     torch._dynamo.reset()
     options = {"num_experts": 4, "router": router, **SWIGLU, "norm_layer": nn.LayerNorm}
     layer, x = vr.MoEMlp(6, 8, **options), torch.randn(2, 9, 6)

@@ -254,7 +254,7 @@ def hooks(model):
 
 
 class Own(nn.Module):
-    """Two layers with one router between other modules; the layer gets its tokens by name."""
+    """A model of two layers that share a router, between other modules. A layer gets its tokens by keyword."""
 
     def __init__(self):
         super().__init__()

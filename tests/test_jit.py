@@ -1,4 +1,4 @@
-"""torch.jit.trace: a traced layer is right for its number of tokens, for every batch, and refuses other numbers."""
+"""torch.jit.trace: a traced layer is right for every batch with its number of tokens, and refuses other numbers."""
 
 import pytest
 import torch

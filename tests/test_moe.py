@@ -244,7 +244,7 @@ def test_small_batches(router, options, training, shape):
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize(("router", "options"), CASES)
 def test_padding(router, options, group_size):
-    """Masked tokens come out as zeros, and real tokens as without padding at equal capacity."""
+    """The output of masked tokens is 0. At equal capacity, real tokens have the outputs without padding."""
     real, padded = 6, 9
     factor = options.get("capacity_factor", 1.0)
     more = {} if router == "soft" else {"capacity_factor": factor * real / padded}

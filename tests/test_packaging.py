@@ -1,4 +1,4 @@
-"""The build: the torch and the compiler that it wants, the symbols of _C, versions, and what the sdist holds."""
+"""The build: the torch and the compiler that it needs, the symbols of _C, versions, and the contents of the sdist."""
 
 import importlib.machinery
 import os

@@ -1,4 +1,4 @@
-"""scripts/sass_report.py: what it reads from cuobjdump's output, and which kernels it refuses."""
+"""scripts/sass_report.py: the numbers that it reads from cuobjdump's output, and the kernels that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests scripts/setup.sh with fakes of Python, pip and nvidia-smi: which kernels it compiles, what it installs."""
+"""Tests scripts/setup.sh with fakes of Python, pip and nvidia-smi: the compiled kernels, and the installed packages."""
 
 import os
 import shutil

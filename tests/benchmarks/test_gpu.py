@@ -22,7 +22,7 @@ CEILINGS = ceilings.Ceilings(1e12, 1e12, RATES, RATES, 1e12, {"L2": 1 << 20, "DR
 
 
 class OnTheCpu(TorchFunctionMode):
-    """Tensors for "cuda" are made on the CPU."""
+    """A mode that makes tensors for "cuda" on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

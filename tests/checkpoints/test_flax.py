@@ -263,7 +263,7 @@ def test_attention_pooling_fills_every_parameter():
 
 
 def _map_head(x, params):
-    """Attention pooling written as the reference has it, with its axes."""
+    """Writes attention pooling with the names and axes of the reference."""
     attention = "MapHead/MultiHeadDotProductAttention"
 
     def project(y, name):
@@ -347,7 +347,7 @@ def test_position_embeddings_of_another_grid(old, new, token):
 
 
 def _missing(module):
-    """Paths and shapes of the arrays that a module requires, as the error lists them."""
+    """Returns paths and shapes of the arrays that a module requires, in the form of the error message."""
     with pytest.raises(ValueError) as error:
         load_flax(module, {})
     lines = str(error.value).splitlines()[1:]

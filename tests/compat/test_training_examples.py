@@ -1,4 +1,4 @@
-"""The examples that need a package of the extra compat run, and the auxiliary loss is part of what they minimise."""
+"""The examples that need a package of the extra compat run, and minimise a loss that includes the auxiliary loss."""
 
 from pathlib import Path
 

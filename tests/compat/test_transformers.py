@@ -1,4 +1,4 @@
-"""Vision transformers of Hugging Face transformers, upcycled: outputs, masks, gradients, their own save and load."""
+"""Vision transformers of Hugging Face transformers, upcycled: outputs, masks, gradients, save and load."""
 
 import copy
 import inspect
@@ -59,7 +59,7 @@ def test_starts_where_the_dense_model_was(kind):
         torch.testing.assert_close(output(sparse, images), wanted, rtol=0, atol=1e-5)
     layers = [module for module in sparse.modules() if isinstance(module, vr.MoEMlp)]
     assert len(layers) == 2
-    if kind in ("vit", "vit, tanh"):  # GELU of transformers is what the kernels compute
+    if kind in ("vit", "vit, tanh"):  # the kernels compute the GELU of transformers
         assert type(layers[0].experts.act) is nn.GELU
     output(sparse.train(), images).sum().backward()
     assert all(layer.router.weight.grad is not None and layer.experts.w1.grad.any() for layer in layers)

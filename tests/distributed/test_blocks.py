@@ -87,7 +87,7 @@ class Residual(nn.Module):
 
 
 class Stages(nn.Module):
-    """Blocks in stages, as hierarchical models have them; the second stage has no experts."""
+    """Blocks in stages, as in hierarchical models. The second stage has no experts."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -87,7 +87,7 @@ def test_layer_equals_one_process():
 
 
 def in_eval() -> float:
-    """Three images per rank in groups of two: two calls of the experts in a forward."""
+    """With three images per rank in groups of two, a forward calls the experts twice."""
     x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64)
     options = {"router": "softmax_token_choice", "top_k": 1}
     with torch.no_grad():

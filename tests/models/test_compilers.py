@@ -37,7 +37,7 @@ def test_compiles_once_for_every_batch_size(router, training, compiler):
     """Training has gradients, and eval has none. The backward is traced once: its ops do not depend on the mode."""
     model = model_of(router, depth=1).train(training)
     # With dynamic=True, a model that has numbers, such as a capacity factor, is traced twice and gives the same graph.
-    # So # one model is compiled with dynamic=True. For the other models, the dynamic axis is marked.
+    # So one model is compiled with dynamic=True. For the other models, the dynamic axis is marked.
     by_mark = (router, training) != ("soft", True)
     step = torch.compile(model, fullgraph=True, dynamic=None if by_mark else True, backend="aot_eager")
     for count, batch in enumerate((4, 8, 6)):

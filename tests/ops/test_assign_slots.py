@@ -41,7 +41,7 @@ CASES = [
     (2, 12, 1, 4, 3),
     (2, 12, 2, 4, 3),
     (3, 20, 3, 5, 2),
-    (1, 9, 2, 2, 9),  # every token of a choice fits
+    (1, 9, 2, 2, 9),  # every request of a choice gets a slot
     (1, 9, 2, 2, 30),  # C > T
     (2, 3, 2, 7, 1),  # E > T
     (1, 1, 1, 1, 1),

@@ -198,7 +198,7 @@ def test_not_contiguous(device):
 
 
 def test_lists_that_are_no_lists(device):
-    """Offsets are clamped to [0, E * C] and slots outside [0, E * C) skipped, also in dispatch's backward."""
+    """Offsets are clamped to [0, E * C], and slots outside [0, E * C) are skipped, also in dispatch's backward."""
     y, gate, token, _, _ = (a.to(device) for a in arguments(1, 3, 5, 2, 2))
     offsets = torch.tensor([[-(10**6), 2, 1, 10**6]], dtype=torch.int32, device=device)
     slots = torch.tensor([[10**6, 3, -1, 2]], dtype=torch.int32, device=device)

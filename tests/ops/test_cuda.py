@@ -15,7 +15,7 @@ from vmoe_routers import models, ops
 
 
 def on_cuda(op: str, *arguments):
-    """Calls the op's CUDA kernel, whatever the device of the arguments."""
+    """Calls the op's CUDA kernel, for arguments on any device."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return getattr(torch.ops.vmoe_routers, op).default.redispatch(keys, *arguments)
 
@@ -144,7 +144,7 @@ def test_a_model_asks_the_gpu_for_nothing(router, options):
 
 @on_every_layer
 def test_a_step_of_a_model_can_be_continued(router, options):
-    """`Step.load` copies all state. The comparison of a captured step with a step needs that."""
+    """`Step.load` copies all state, which the comparison of a captured step with an eager step needs."""
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     step, other = Step(router, options, "cpu"), Step(router, options, "cpu")
     before = [p.detach().clone() for p in step.model.parameters()]

@@ -63,7 +63,7 @@ def test_compile(device):
 
 @each_dtype
 def test_copies_bit_by_bit(device, dtype):
-    """Special values are copied, too, and only to the slots of their own token."""
+    """Special values are copied, too. They reach only the slots of their own token."""
     x = torch.tensor([[[1.0, NAN], [INF, -INF], [-0.0, 3.0]]]).to(device, dtype)
     token = torch.tensor([[[1, -1], [0, 0], [2, 1]]], dtype=torch.int32, device=device)
     out = dispatch(x, token, *invert_slots(token, 3)[:2])

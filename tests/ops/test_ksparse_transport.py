@@ -129,7 +129,7 @@ def test_compile(device, solver):
 @pytest.mark.parametrize("k", [1, 5, 10])
 @each_dtype
 def test_columns(device, dtype, solver, k):
-    """After any number of iterations: at most k non-zeros per column, and column sums of exactly n / E."""
+    """After any number of iterations, a column has at most k non-zeros, and its sum is exactly n / E."""
     for iterations in (1, 20):
         plan = ksparse_transport(similarities(3, 40, 8).to(device, dtype), k, solver=solver, iterations=iterations)
         assert plan.dtype == dtype
@@ -242,7 +242,7 @@ def test_group_without_any_token(device, solver, masked_by):
 
 
 def test_equal_similarities(device):
-    """All entries tie: without an update every expert takes the first k tokens in equal shares."""
+    """All entries tie, so without an update every expert takes the first k tokens in equal shares."""
     plan = ksparse_transport(torch.full((1, 8, 2), 0.5, device=device), 4, iterations=0)
     wanted = torch.zeros(1, 8, 2)
     wanted[:, :4] = 1.0

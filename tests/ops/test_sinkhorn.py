@@ -131,7 +131,7 @@ def test_gradient_unrolled():
 
 
 def test_gradient_implicit():
-    """The derivative of the fixed point, which is also that of the iterations once they have converged."""
+    """The implicit gradient is the derivative of the fixed point, which converged iterations have, too."""
     options = {"iterations": 400, "gradient": "implicit"}
     check_gradient(sinkhorn, [spread(2, 5, 3, scale=1.0)], **options)
     check_gradient(sinkhorn, [spread(2, 5, 3, scale=1.0)], epsilon=0.5, mask=masks(2, 5), **options)

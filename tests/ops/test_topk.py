@@ -64,7 +64,7 @@ def test_compile(device):
 
 @pytest.mark.parametrize("k", range(1, 5))
 def test_every_order_of_special_values(device, k):
-    """All rows of four of these values: NaN first, then by value; ties (also of 0 and -0) to the lower index."""
+    """Every row of four of these values is sorted: NaN first, then by value, and ties (also of 0 and -0) by index."""
     rows = torch.tensor(list(itertools.product([NAN, INF, 1.0, 0.0, -0.0, -INF], repeat=4)))
     values, indices = topk(rows.to(device), k)
     for row, got, value in zip(rows.tolist(), indices.tolist(), values.cpu(), strict=True):

@@ -48,7 +48,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def gradients(function: Callable[..., Any], inputs: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Result of `function` and its gradients for `cotangent`."""
+    """Returns the result of `function` and its gradients for `cotangent`."""
     result = function(*inputs)
     grads = torch.autograd.grad(result, list(inputs), cotangent.to(result.dtype), allow_unused=True)
     return result, [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]

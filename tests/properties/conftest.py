@@ -1,4 +1,5 @@
-"""Profiles of hypothesis: "quick" by default, the same few examples in every run; "long" for hours, random ones.
+"""Profiles of hypothesis: "quick", the default, has the same few examples in every run; "long" has random examples for
+hours.
 
 pytest tests/properties --hypothesis-profile=long -n 8
 """

@@ -23,7 +23,7 @@ WIDTHS = st.sampled_from((4, 1, 3, 8, 17, 33, 0))
 
 
 class Made(NamedTuple):
-    """What `make` needs to make a tensor."""
+    """The description from which `make` makes a tensor."""
 
     seed: int
     values: str

@@ -1,4 +1,4 @@
-"""docs/study_results.md holds what the kept records say."""
+"""docs/study_results.md has the results of the kept records."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Batches: a function of seed and step, whatever the workers, the first step and the ranks; unreadable images."""
+"""Batches depend on seed and step only, not on workers, first step and ranks. Also tests unreadable images."""
 
 import multiprocessing
 import os

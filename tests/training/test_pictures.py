@@ -1,4 +1,4 @@
-"""Image files of every mode, orientation and format are read correctly or refused by name."""
+"""Image files of every mode, orientation and format are read correctly, or refused with the name of the file."""
 
 import io
 import os

@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def features(model):
-    """Features and labels of the digits, for training and test."""
+    """Computes features and labels of the digits, for training and test."""
     found, data = from_pretrained(model), open_data("digits")
     with torch.no_grad():
         return [

@@ -1,4 +1,4 @@
-"""Training on several processes: losses and model equal those of one process, whose checkpoints can be continued."""
+"""Training on several processes: losses and model equal a run in one process, whose checkpoints can be continued."""
 
 import csv
 import os
@@ -57,7 +57,7 @@ def alone(tmp_path_factory):
 
 
 def train_here(output, **changes):
-    """Trains on this rank. The console is a file by rank."""
+    """Trains on this rank. Each rank has a file as its console."""
     output.mkdir(exist_ok=True)
     rank = torch.distributed.get_rank()
     with open(output / f"told_by_{rank}.txt", "w") as file:

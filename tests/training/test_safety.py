@@ -1,4 +1,4 @@
-"""Training is safe: finite gradients in degenerate cases, 16 bits as stable as 32, and faults that have a name."""
+"""Training is safe: finite gradients in degenerate cases, 16 bits as stable as 32, and named faults."""
 
 from __future__ import annotations
 

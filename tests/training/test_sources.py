@@ -1,4 +1,4 @@
-"""Data sets by name and folder: what an index gives, and one-line errors."""
+"""Data sets by name and folder: the image and label of an index, and one-line errors."""
 
 import gzip
 import pickle
