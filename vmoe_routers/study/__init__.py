@@ -1,5 +1,6 @@
 """Study of a dense ViT and the six routers, head to head on real images."""
 
+import vmoe_routers.models  # noqa: F401  # first: its error says what to install in place of a broken torchvision
 from vmoe_routers.study.ablation_rows import ablation_rows
 from vmoe_routers.study.claims import decide
 from vmoe_routers.study.compare import compare_studies
