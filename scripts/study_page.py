@@ -91,29 +91,25 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _claims(found: Sequence[Comparison]) -> str:
     lines = [
-        "A verdict holds at the 5 % level after Holm's correction over all comparisons. *Largest*: the largest mean "
-        "difference in points, or the rank correlation of claim vi, with its uncorrected 95 % interval. *Seeds*: with "
-        "how many seeds it would be resolved.",
+        "The mean of its comparisons, computed for each seed, decides a claim. It is in points of accuracy, or a rank "
+        "correlation for claim vi, with its uncorrected 95 % interval. Verdicts hold at the 5 % level after Holm's "
+        "correction. *Seeds*: with how many seeds the mean would be resolved.",
         "",
-        "| claim | verdicts | largest | seeds |",
+        "| claim | verdict | mean | seeds |",
         "|---|---|---|---|",
     ]
     counted = verdicts(found)
     for claim, text in CLAIMS.items():
-        compared = [c for c in found if c.claim == claim and c.mean is not None]
-        if not compared:
+        main = next((c for c in found if c.claim == claim), None)
+        if main is None or main.mean is None:
             lines.append(f"| ({claim}) {text} | {counted[claim]} | | |")
             continue
-        largest = max(compared, key=lambda c: abs(c.mean or 0.0))
-        scale, mean = (1.0 if claim == "vi" else 100.0), largest.mean or 0.0
-        interval = (
-            "" if largest.low is None or largest.high is None
-            else f" ({scale * largest.low:+.2f} to {scale * largest.high:+.2f})"
-        )  # fmt: skip
-        lines.append(
-            f"| ({claim}) {text} | {counted[claim]} | {largest.what}: {scale * mean:+.2f}{interval} "
-            f"| {'-' if largest.p is None else largest.needed or 'over 1,000'} |"
-        )
+        scale = 1.0 if claim == "vi" else 100.0
+        interval = ""
+        if main.low is not None and main.high is not None:
+            interval = f" ({scale * main.low:+.2f} to {scale * main.high:+.2f})"
+        seeds = "-" if main.p is None else main.needed or "over 1,000"
+        lines.append(f"| ({claim}) {text} | {counted[claim]} | {scale * main.mean:+.2f}{interval} | {seeds} |")
     return "\n".join(lines)
 
 

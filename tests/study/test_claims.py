@@ -53,7 +53,7 @@ def test_holm_and_the_seeds_that_are_needed():
     for capacity in (0.5, 1.0, 2.0):
         made += runs_of(variant("softmax_token_choice", 1, capacity=capacity), [0.9] * 5)
         made += runs_of(variant("softmax_expert_choice", capacity=capacity), around(0.9 + 0.002 * (capacity == 1)))
-    comparisons = [c for c in decide(made) if c.claim == "ii"]
+    comparisons = [c for c in decide(made) if c.claim == "ii" and not c.is_mean]
     tested = sorted(c.p for c in comparisons)
     assert next(c.p_holm for c in sorted(comparisons, key=lambda c: c.p)) == pytest.approx(3 * tested[0])
     clear = one(comparisons, "ii", "Softmax EC - Softmax TC, K=1")
@@ -61,6 +61,29 @@ def test_holm_and_the_seeds_that_are_needed():
     assert 5 < clear.needed < 12
     none = one(comparisons, "ii", "Softmax EC, 2x - Softmax TC, K=1, 2x")
     assert none.needed is None or none.needed > 100
+
+
+def test_the_mean_of_its_comparisons_decides_a_claim():
+    made, differences = [], []
+    for seed, capacity in enumerate((0.5, 1.0, 2.0)):
+        first, second = around(0.92, seed), around(0.9, 3 + seed)
+        made += runs_of(variant("softmax_token_choice", 1, capacity=capacity), second)
+        made += runs_of(variant("softmax_expert_choice", capacity=capacity), first)
+        differences.append([a - b for a, b in zip(first, second, strict=True)])
+    mean, *single = decide(made)
+    assert mean.is_mean and mean.what == "mean of 3 comparisons" and mean.router is None
+    assert not any(c.is_mean for c in single) and len(single) == 3
+    of_seeds = [sum(values) / 3 for values in zip(*differences, strict=True)]
+    wanted = ttest_rel(of_seeds, [0.0] * 5)
+    assert mean.mean == pytest.approx(sum(of_seeds) / 5) and mean.loss == pytest.approx(-mean.mean)
+    # The only claim needs no correction for other claims; the comparisons are corrected for their own number.
+    assert mean.p == mean.p_holm == pytest.approx(wanted.pvalue)
+    smallest = min(single, key=lambda c: c.p)
+    assert smallest.p_holm == pytest.approx(3 * smallest.p)
+    assert verdicts([mean, *single])["ii"].startswith(f"{mean.verdict} on average; ")
+    # Only seeds that all comparisons have count.
+    fewer = [run for run in made if not (run["seed"] == 4 and run["variant"]["capacity_factor"] == 2)]
+    assert decide(fewer)[0].seeds == 4 and {c.seeds for c in decide(fewer)[1:]} == {4, 5}
 
 
 def test_equal_budgets_are_interpolated():
@@ -117,7 +140,8 @@ def test_every_claim_is_tested_on_a_whole_study():
     comparisons = decide(runs + priority)
     assert {c.claim for c in comparisons} == set(CLAIMS)
     counts = {claim: sum(c.claim == claim for c in comparisons) for claim in CLAIMS}
-    assert counts == {"i": 6, "i, time": 6, "ii": 10, "iii": 5, "iii, time": 5, "iv": 6, "v": 6, "vi": 1}
+    assert counts == {"i": 7, "i, time": 7, "ii": 11, "iii": 6, "iii, time": 6, "iv": 7, "v": 7, "vi": 1}
+    assert [c.claim for c in comparisons if c.is_mean] == [claim for claim in CLAIMS if claim != "vi"]
     assert all(c.what.count("priority") == 0 for c in comparisons if c.claim in ("i", "ii", "iii"))
     # Runs with the same accuracy with and without priority give no difference.
     assert all(c.mean == 0 and c.p == 1 and c.verdict == "not resolved" for c in comparisons if c.claim == "v")

@@ -2,7 +2,8 @@
 
 A claim has one or more comparisons. Each compares the final accuracy of two variants, seed by seed, since runs of one
 seed share the trunk's initialisation, data order and augmentation. A paired t-test gives the interval and the p-value.
-Holm's correction covers the comparisons of all claims.
+The mean over the comparisons of a claim, seed by seed, decides the claim. Holm's correction covers the claims, and
+separately all single comparisons.
 
 Two budgets are compared: FLOPs of a forward pass, and the time of a training step. If the other model's budget is
 between the budgets of the router's capacity factors, the router's accuracy is interpolated linearly over the logarithm
@@ -63,9 +64,10 @@ class Comparison:
             0, None where the interval is None.
         loss: Mean difference of the losses, for reading only.
         needed: Seeds with which a difference of this size and spread would be resolved, at the significance level
-            divided by the number of comparisons. None: more than `MOST_SEEDS`, or no p-value.
+            divided by the number of claims, or of single comparisons. None: more than `MOST_SEEDS`, or no p-value.
         verdict: The result at the 5 % level after Holm's correction.
         reason: Why the variants cannot be compared.
+        is_mean: Whether this is the mean of the claim's comparisons, seed by seed.
     """
 
     claim: str
@@ -81,11 +83,25 @@ class Comparison:
     needed: int | None = None
     verdict: Verdict = "not resolved"
     reason: str = ""
+    is_mean: bool = False
 
 
 def decide(runs: Sequence[Run]) -> list[Comparison]:
-    """Compares the variants of a study for every claim, in the order of `CLAIMS`."""
-    made = [_compare(claim, pair) for claim, pair in _pairs(_Study(runs))]
+    """Compares the variants of a study for every claim, in the order of `CLAIMS`.
+
+    The first comparison of a claim is the mean of its comparisons, if there are two or more.
+    """
+    pairs: dict[str, list[_Pair]] = {}
+    for claim, pair in _pairs(_Study(runs)):
+        pairs.setdefault(claim, []).append(pair)
+    means = [_compare(claim, _mean(of) if len(of) > 1 else of[0]) for claim, of in pairs.items()]
+    single = [_compare(claim, pair) for claim, of in pairs.items() if len(of) > 1 for pair in of]
+    judged = _correct(means) + _correct(single)
+    return [found for claim in pairs for found in judged if found.claim == claim]
+
+
+def _correct(made: Sequence[Comparison]) -> list[Comparison]:
+    """Judges comparisons with Holm's correction for their number."""
     tested = sorted((found for found in made if found.p is not None), key=lambda found: found.p or 0.0)
     adjusted, largest = {}, 0.0
     for place, found in enumerate(tested):
@@ -95,10 +111,12 @@ def decide(runs: Sequence[Run]) -> list[Comparison]:
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
-    """Counts the verdicts of every claim, in words."""
+    """Tells the verdict of every claim, and counts those of its comparisons, in words."""
     found = {}
     for claim in CLAIMS:
         of = [comparison for comparison in comparisons if comparison.claim == claim]
+        mean = of[0] if of and of[0].is_mean else None
+        of = of[1:] if mean else of
         compared = [comparison for comparison in of if comparison.mean is not None]
         counts = {
             verdict: sum(comparison.verdict == verdict for comparison in compared)
@@ -108,6 +126,8 @@ def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
         if len(of) > len(compared):
             words.append(f"not comparable in {len(of) - len(compared)}")
         found[claim] = f"{', '.join(words)} of {len(of)}" if of else "not tested"
+        if mean is not None:
+            found[claim] = f"{mean.verdict} on average; {found[claim]}"
     return found
 
 
@@ -144,20 +164,35 @@ class _Pair:
 
     what: str
     router: str | None
-    differences: list[float]
-    losses: list[float]
+    differences: Mapping[int, float]
+    losses: Mapping[int, float]
     reason: str = ""
+    is_mean: bool = False
+
+
+def _mean(pairs: Sequence[_Pair]) -> _Pair:
+    """Takes the mean of the pairs that can be compared, for every seed that all of them have."""
+    reasons = {pair.reason for pair in pairs}
+    pairs = [pair for pair in pairs if pair.differences]
+    seeds = sorted(set.intersection(*(set(pair.differences) for pair in pairs))) if pairs else []
+
+    def mean(values: Callable[[_Pair], Mapping[int, float]]) -> dict[int, float]:
+        return {seed: statistics.fmean(values(pair)[seed] for pair in pairs) for seed in seeds}
+
+    differences, losses = mean(lambda pair: pair.differences), mean(lambda pair: pair.losses)
+    reason = "" if pairs else reasons.pop() if len(reasons) == 1 else "no comparison is possible"
+    return _Pair(f"mean of {len(pairs)} comparisons", None, differences, losses, reason, is_mean=True)
 
 
 def _compare(claim: str, pair: _Pair) -> Comparison:
-    found = Comparison(claim, pair.what, pair.router, seeds=len(pair.differences), reason=pair.reason)
-    values = pair.differences
+    values = list(pair.differences.values())
+    found = Comparison(claim, pair.what, pair.router, len(values), reason=pair.reason, is_mean=pair.is_mean)
     if not values:
         return replace(found, reason=found.reason or "no seed in common")
     if not all(map(math.isfinite, values)):
         return replace(found, reason="a value is not finite")
     mean = statistics.fmean(values)
-    found = replace(found, mean=mean, loss=statistics.fmean(pair.losses) if pair.losses else None)
+    found = replace(found, mean=mean, loss=statistics.fmean(pair.losses.values()) if pair.losses else None)
     if len(values) == 1:
         return found
     if max(values) - min(values) <= _ROUNDING:
@@ -250,7 +285,7 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
                 yield claim, _paired(group, other)
     orders = _orders(study)
     if orders:
-        yield "vi", _Pair("rank correlation of 10-shot and test accuracy", None, orders, [])
+        yield "vi", _Pair("rank correlation of 10-shot and test accuracy", None, orders, {})
 
 
 def _paired(first: Mapping[int, Run], second: Mapping[int, Run]) -> _Pair:
@@ -258,8 +293,8 @@ def _paired(first: Mapping[int, Run], second: Mapping[int, Run]) -> _Pair:
     return _Pair(
         f"{_short(first)} - {_short(second)}",
         _variant(first)["router"],
-        [accuracy(first[seed]) - accuracy(second[seed]) for seed in seeds],
-        [loss(first[seed]) - loss(second[seed]) for seed in seeds],
+        {seed: accuracy(first[seed]) - accuracy(second[seed]) for seed in seeds},
+        {seed: loss(first[seed]) - loss(second[seed]) for seed in seeds},
     )
 
 
@@ -269,34 +304,34 @@ def _at_budget(series: Sequence[Mapping[int, Run]], other: Mapping[int, Run], bu
     what = f"{style(router).short} - {_short(other)}"
     wanted, costs = budget.of(other), [cost for group in series if (cost := budget.of(group)) is not None]
     if wanted is None or len(costs) < len(series):
-        return _Pair(what, router, [], [], "no step was timed")
+        return _Pair(what, router, {}, {}, "no step was timed")
     points = sorted(zip(costs, series, strict=True), key=lambda point: point[0])
     lowest, highest = points[0][0], points[-1][0]
     if not lowest * (1 - TOLERANCE) <= wanted <= highest * (1 + TOLERANCE):
         times = f"{lowest / wanted:.2f} to {highest / wanted:.2f}" if len(points) > 1 else f"{lowest / wanted:.2f}"
-        return _Pair(what, router, [], [], f"{budget.name} {times} times the other model's")
+        return _Pair(what, router, {}, {}, f"{budget.name} {times} times the other model's")
     above = next((place for place, (value, _) in enumerate(points) if value >= wanted), len(points) - 1)
     (low, first), (high, second) = points[max(above - 1, 0)], points[above]
     share = 0.0 if low == high else (math.log(wanted) - math.log(low)) / (math.log(high) - math.log(low))
     share = min(max(share, 0.0), 1.0)
 
-    def differences(value: Callable[[Run], float]) -> list[float]:
-        return [(1 - share) * value(first[s]) + share * value(second[s]) - value(other[s]) for s in seeds]
+    def differences(value: Callable[[Run], float]) -> dict[int, float]:
+        return {s: (1 - share) * value(first[s]) + share * value(second[s]) - value(other[s]) for s in seeds}
 
     seeds = sorted(first.keys() & second.keys() & other.keys())
     return _Pair(what, router, differences(accuracy), differences(loss))
 
 
-def _orders(study: _Study) -> list[float]:
+def _orders(study: _Study) -> dict[int, float]:
     """Computes Spearman's rank correlation of transfer and accuracy over the variants, for every seed."""
-    found = []
+    found = {}
     for seed in sorted(set.intersection(*(set(group) for group in study.groups))) if study.groups else []:
         runs = [group[seed] for group in study.groups]
         if len(runs) > 2 and all(run["transfer"] for run in runs):
             pairs = [(accuracy(run), run["transfer"]["accuracy"]) for run in runs]
             if all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
                 correlation: Any = spearmanr([first for first, _ in pairs], [second for _, second in pairs])
-                found.append(float(correlation.statistic))
+                found[seed] = float(correlation.statistic)
     return found
 
 

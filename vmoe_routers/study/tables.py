@@ -82,9 +82,10 @@ def claims_table(comparisons: Sequence[Comparison]) -> str:
         lines += [_claim_line(comparison) for comparison in of]
     note = (
         '<p class="note">Differences are in points of accuracy, or rank correlations for claim vi. A positive '
-        "difference supports the claim. The verdict is at the 5 % level after Holm's correction over all comparisons. "
-        "<em>Seeds to resolve</em>: the seeds with which a difference of this size and spread would be clear, at the 5 "
-        "% level divided by the number of comparisons.</p>"
+        "difference supports the claim. The mean of its comparisons, seed by seed, decides a claim. Verdicts are at "
+        "the 5 % level after Holm's correction, over the claims and separately over all single comparisons. <em>Seeds "
+        "to resolve</em>: the seeds with which a difference of this size and spread would be clear, at the 5 % level "
+        "divided by the number of claims or of single comparisons.</p>"
     )
     return note + _scroll(lines)
 
