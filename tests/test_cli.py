@@ -127,6 +127,7 @@ def test_options_of_convert():
     ("--colour red", "no command 'red'; there are study"),
     ("info --colour red", "no option --colour"),
     ("study --rooters soft", "no option --rooters; did you mean --routers?"),
+    ("study --repots A", "no option --repots; did you mean --report?"),
     ("study photos", "'photos' follows no option; did you mean --data photos?"),
     ("study --seeds", "--seeds needs a value"),
     ("eval --model vit_moe runs", "'runs' follows no option; did you mean --model runs?"),

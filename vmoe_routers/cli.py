@@ -199,7 +199,7 @@ COMMANDS = {
         run=_study,
         extra="study",
         prepare=_add_study_recipes,
-        added=("recipe", "compare"),
+        added=("recipe", "compare", "report"),
     ),
     "train": Command(
         "vmoe_routers.training.settings:TrainSettings",
