@@ -5,15 +5,16 @@ Every number of the page is computed here from the records. RESULTS is a folder 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, Comparison, verdicts
+from vmoe_routers.study.claims import CLAIMS, Comparison, scale_of, verdicts
+from vmoe_routers.study.folders import read_contents
 from vmoe_routers.study.summary import Row, Run
+from vmoe_routers.study.variants import base_variant
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "2026-11-29-fashion"
@@ -22,8 +23,8 @@ PAGE = ROOT / "docs" / "study_results.md"
 
 def page(folder: Path) -> str:
     """Makes the page in Markdown."""
-    runs = read_runs(folder)
-    contents = json.loads((folder / "study.json").read_text())
+    contents = read_contents(folder)
+    runs = read_runs(folder, contents)
     planned, rows, found = len(set(contents["runs"])), summarise(runs), decide(runs)
     where = f"../results/{folder.name}"
     parts = [
@@ -71,8 +72,7 @@ def _table(rows: Sequence[Row]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        is_base = row.capacity_factor in (None, 1.0) and row.top_k in (None, 1) and row.combine in (None, "softmax")
-        if not is_base or row.batch_priority:
+        if row.name != base_variant(row.router or "dense").name:
             continue
         difference = "" if row.accuracy_difference is None else row.accuracy_difference.text("+.2f", 100)
         if row.accuracy_difference is not None and row.accuracy_difference.is_clear():
@@ -104,7 +104,7 @@ def _claims(found: Sequence[Comparison]) -> str:
         if main is None or main.mean is None:
             lines.append(f"| ({claim}) {text} | {counted[claim]} | | |")
             continue
-        scale = 1.0 if claim == "vi" else 100.0
+        scale = scale_of(claim)
         interval = ""
         if main.low is not None and main.high is not None:
             interval = f" ({scale * main.low:+.2f} to {scale * main.high:+.2f})"

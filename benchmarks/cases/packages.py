@@ -22,8 +22,8 @@ def build(size: Size, device: str, title: str, torch_forms: Sequence[tuple[str, 
     """Makes our layer and the parts of its case.
 
     Returns:
-        The layer; its input; the variants of ours and of torch, to which the caller adds packages; the lines of skipped
-        packages; and a function that makes the case.
+        The layer, its input, the variants of this package and of torch, the lines of skipped packages, and a function
+        that makes the case. The caller adds the variants of other packages.
     """
     layer = make(size, device, router="softmax_token_choice", act_layer=nn.GELU, bias=False, **options)
     x = torch.randn(size.images, size.tokens, size.width, device=device, requires_grad=True)

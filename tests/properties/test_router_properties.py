@@ -198,7 +198,7 @@ def test_hostile_tokens(name, fixed, data):
     router = vr.create_router(name, 5, experts, **fixed)
     if name != "soft":
         router.loss_weights = dict.fromkeys(router.loss_weights, 0.1)
-        # The bits of torch's product depend on the number of rows.
+        # The number of rows changes the bits of a matrix product in torch.
         router.logits.forward = lambda x: (x.unsqueeze(2) * router.weight).sum(-1)
     x = data.draw(tensors(2, tokens, 5, dtype=torch.float32)).detach().contiguous().requires_grad_()
     router.eval()

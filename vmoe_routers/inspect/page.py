@@ -75,8 +75,8 @@ def page(about: Sequence[str], trace: Trace, sections: Sequence[Section]) -> str
 
 def _terms(trace: Trace) -> dict[str, str]:
     """Returns the explanations of the pictures and columns that the page has."""
-    absent = {header.replace("-\n", "").replace("\n", " ") for header in HEADERS.values()}
-    absent -= {header.replace("-\n", "").replace("\n", " ") for header in trace.columns()}
+    headers = {*HEADERS.values()} - {*trace.columns()}
+    absent = {header.replace("-\n", "").replace("\n", " ") for header in headers}
     return {term: text for term, text in _TERMS.items() if term.split(", ")[-1] not in absent}
 
 

@@ -48,6 +48,11 @@ CLAIMS: dict[str, str] = {
 """The claims. Claims i to iii are claims of the paper's abstract (arXiv 2401.15969)."""
 
 
+def scale_of(claim: str) -> float:
+    """Returns the factor from a difference of accuracy to points. It is 1 for claim vi, which has rank correlations."""
+    return 1.0 if claim == "vi" else 100.0
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Comparison of a claim. Differences of accuracy are in [-1, 1]. Claim vi has rank correlations instead.

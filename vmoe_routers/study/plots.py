@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS
+from vmoe_routers.study.claims import CLAIMS, scale_of
 from vmoe_routers.study.styles import style
 
 Data = list[dict[str, Any]]
@@ -264,7 +264,7 @@ def paint_forest(data: Data) -> Figure:
         ax.sharex(differences[0])
     for ax, claim in zip(grid, claims, strict=True):
         points = [point for point in data if point["claim"] == claim]
-        scale = 1.0 if claim == "vi" else 100.0  # claim vi has rank correlations
+        scale = scale_of(claim)
         for place, point in enumerate(points):
             color, clear = style(point["router"]).color, point["verdict"] != "not resolved"
             ax.plot([scale * point["low"], scale * point["high"]], [place, place], color=color, linewidth=1.6)

@@ -8,7 +8,7 @@ from html import escape
 
 from vmoe_routers.study.ablation_rows import AblationRow
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, Comparison, verdicts
+from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, Comparison, scale_of, verdicts
 from vmoe_routers.study.columns import shown_columns
 from vmoe_routers.study.styles import style
 from vmoe_routers.study.summary import LayerRow, Row
@@ -94,7 +94,7 @@ def _claim_line(found: Comparison) -> str:
     name = f"<th>{_key(found.router)}{escape(found.what)}</th>"
     if found.mean is None:
         return f'<tr>{name}<td colspan="8" class="name">not comparable: {escape(found.reason or "no values")}</td></tr>'
-    scale, form = (1.0, "+.2f") if found.claim == "vi" else (100.0, "+.2f")
+    scale, form = scale_of(found.claim), "+.2f"
     cells = [
         str(found.seeds),
         format(scale * found.mean, form),

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_state
 from vmoe_routers.training.trainer import Trainer
 
 FORMAT_VERSION = 1
-_INFO = "training.json"  # written last, into the folder of torch's files
+_INFO = "training.json"  # written last, beside the files that torch writes
 
 
 class TrainingCheckpointError(ValueError):
