@@ -58,6 +58,7 @@ gpu-check:
 
 lint: .venv/lint .venv/test
 	$(bin)/ruff check . && $(bin)/ruff format --check . && $(bin)/pyright --pythonpath $(bin)/python
+	PATH="$(bin):$$PATH" PYTHONPATH=. $(bin)/pyright --ignoreexternal --verifytypes vmoe_routers
 	$(bin)/clang-format --dry-run -Werror $(cpp_files)
 	$(bin)/python scripts/check_prose.py
 

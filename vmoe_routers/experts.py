@@ -15,7 +15,7 @@ from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import FLOATS, cast
 from vmoe_routers.ops.grouped_mlp import grouped_mlp_unchecked, serves
 
-GeluTanh = partial(nn.GELU, approximate="tanh")
+GeluTanh: Callable[[], nn.Module] = partial(nn.GELU, approximate="tanh")
 """Makes GELU in its tanh form, the activation of the reference models."""
 
 GELU: dict[str, Callable[[Tensor], Tensor]] = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
@@ -76,7 +76,7 @@ class Experts(nn.Module):
     ):
         super().__init__()
         check = Check("Experts")
-        self.num_experts = check.integer("num_experts", num_experts, 1)
+        self.num_experts: int = check.integer("num_experts", num_experts, 1)
         in_features = check.integer("in_features", in_features, 1)
         hidden_features = check.integer("hidden_features", hidden_features, 1)
         out_features = check.integer("out_features", out_features, 1)
@@ -84,19 +84,19 @@ class Experts(nn.Module):
             raise TypeError(f"Experts: act_layer must make an activation, as nn.GELU does, got {act_layer!r}")
         first_bias, second_bias = _biases(check, bias)
         make = partial(torch.empty, device=device, dtype=dtype)
-        self.same_init = check.flag("same_init", same_init)
-        self.glu = check.flag("glu", glu)
+        self.same_init: bool = check.flag("same_init", same_init)
+        self.glu: bool = check.flag("glu", glu)
         first_features = 2 * hidden_features if glu else hidden_features
-        self.w1 = nn.Parameter(make(num_experts, in_features, first_features))
-        self.b1 = nn.Parameter(make(num_experts, first_features)) if first_bias else None
-        self.w2 = nn.Parameter(make(num_experts, hidden_features, out_features))
-        self.b2 = nn.Parameter(make(num_experts, out_features)) if second_bias else None
-        self.act = act_layer()
-        self.drop = nn.Dropout(check_drop(check, drop))
+        self.w1: nn.Parameter = nn.Parameter(make(num_experts, in_features, first_features))
+        self.b1: nn.Parameter | None = nn.Parameter(make(num_experts, first_features)) if first_bias else None
+        self.w2: nn.Parameter = nn.Parameter(make(num_experts, hidden_features, out_features))
+        self.b2: nn.Parameter | None = nn.Parameter(make(num_experts, out_features)) if second_bias else None
+        self.act: nn.Module = act_layer()
+        self.drop: nn.Dropout = nn.Dropout(check_drop(check, drop))
         norm = None if norm_layer is None else norm_layer(hidden_features, device=device, dtype=dtype)
         if norm is not None and not isinstance(norm, nn.LayerNorm):
             raise TypeError(f"Experts: norm_layer must make an nn.LayerNorm, got {type(norm).__name__}")
-        self.norm = None if norm is None else ExpertsNorm(num_experts, norm)
+        self.norm: ExpertsNorm | None = None if norm is None else ExpertsNorm(num_experts, norm)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -182,11 +182,13 @@ class ExpertsNorm(nn.Module):
 
     def __init__(self, num_experts: int, norm: nn.LayerNorm):
         super().__init__()
-        self.eps = norm.eps
-        self.weight, self.bias = (
+        self.eps: float = norm.eps
+        weight, bias = (
             None if like is None else nn.Parameter(like.new_empty(num_experts, *like.shape))
             for like in (norm.weight, norm.bias)
         )
+        self.weight: nn.Parameter | None = weight
+        self.bias: nn.Parameter | None = bias
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

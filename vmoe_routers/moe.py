@@ -70,10 +70,10 @@ class MoEMlp(nn.Module):
         num_experts = check.integer("num_experts", num_experts, 1)
         drop = check_drop(check, drop)
         self.in_features = in_features
-        self.group_size = check.integer("group_size", group_size, 1)
+        self.group_size: int = check.integer("group_size", group_size, 1)
         if isinstance(router, str):
             options = {"device": device, "dtype": dtype, **router_options}
-            self.router = create_router(router, in_features, num_experts, **options)
+            self.router: nn.Module = create_router(router, in_features, num_experts, **options)
         else:
             self.router = _own_router(router, in_features, num_experts, router_options, device, dtype)
         if experts is None:
@@ -98,7 +98,7 @@ class MoEMlp(nn.Module):
                 if given:
                     raise TypeError(f"MoEMlp: {name} must not be given with experts, which it would not change")
             self.experts = _own_experts(experts, num_experts)
-        self.pending_losses = PendingLosses()
+        self.pending_losses: PendingLosses = PendingLosses()
         self._end_compiled_losses()
         self.register_load_state_dict_post_hook(_after_loading)
 

@@ -14,7 +14,8 @@ class OptionError(ValueError):
 
     def __init__(self, message: str, *options: str):
         super().__init__(message, *options)
-        self.message, self.options = message, options
+        self.message: str = message
+        self.options: tuple[str, ...] = options
 
     def __str__(self) -> str:
         return self.message

@@ -84,8 +84,9 @@ class PendingLosses:
 
     def __init__(self) -> None:
         self.repeated: list[_Loss] = []
-        self.compiled = torch.zeros(())
-        self.time = self.previous = -1
+        self.compiled: Tensor = torch.zeros(())
+        self.time: int = -1
+        self.previous: int = -1
         self._taken: list[_Loss] = []
         self._parameter: weakref.ref[Tensor] | None = None
         self._outputs: list[weakref.ref[_Output]] = []

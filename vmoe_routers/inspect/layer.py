@@ -38,8 +38,11 @@ class LayerTrace:
         tokens: Sequence[int],
         previous: LayerTrace | None = None,
     ):
-        self.name, self.router, self.previous = name, router, previous
-        self.routings, self._tokens = tuple(routings), tuple(tokens)
+        self.name: str = name
+        self.router: nn.Module = router
+        self.previous: LayerTrace | None = previous
+        self.routings: tuple[Routing, ...] = tuple(routings)
+        self._tokens = tuple(tokens)
 
     def __repr__(self) -> str:
         sizes = f"{self.num_images} images, {self.num_experts} experts"

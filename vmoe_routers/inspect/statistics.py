@@ -29,8 +29,8 @@ class RoutingStatistics:
     def __init__(self, model: nn.Module, device: torch.device | str):
         self.model = model
         layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEMlp)}
-        self.experts = {name: int(layer.router.num_experts) for name, layer in layers.items()}  # type: ignore[arg-type]
-        self.sums = torch.zeros(
+        self.experts: dict[str, int] = {name: int(layer.router.num_experts) for name, layer in layers.items()}  # type: ignore[arg-type]
+        self.sums: Tensor = torch.zeros(
             1 + sum(count + COUNTS for count in self.experts.values()), dtype=torch.float64, device=device
         )
 

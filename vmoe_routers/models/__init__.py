@@ -4,14 +4,14 @@ import torch
 
 try:
     import timm.models.vision_transformer  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"vmoe_routers.models needs timm ({error}): pip install timm") from error
-except (RuntimeError, AttributeError) as error:  # raised by a torchvision built for another torch
+except ImportError as _error:
+    raise ImportError(f"vmoe_routers.models needs timm ({_error}): pip install timm") from _error
+except (RuntimeError, AttributeError) as _error:  # raised by a torchvision built for another torch
     raise ImportError(
         f"vmoe_routers.models: timm could not be imported: torchvision was built for another torch than"
-        f" {torch.__version__} ({error}). Install the torchvision of that release from the index that torch came from:"
+        f" {torch.__version__} ({_error}). Install the torchvision of that release from the index that torch came from:"
         " pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/<cpu|cu...>"
-    ) from error
+    ) from _error
 
 # isort: split
 from vmoe_routers.models.cost import cost

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.data.constants import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from vmoe_routers.models.transformer import MoEVisionTransformer
@@ -38,7 +38,7 @@ _MODELS = {
 NAMES: tuple[str, ...] = tuple(_MODELS)
 """Registered names, ``<router>_moe_<size>_patch<p>_224``, such as soft_moe_small_patch16_224."""
 
-default_cfgs = generate_default_cfgs(
+default_cfgs: dict[str, DefaultCfg] = generate_default_cfgs(
     {
         name: {
             "num_classes": 1000,

@@ -6,11 +6,11 @@
 
 try:
     from vmoe_routers import _C  # noqa: F401  (registers the CPU kernels)
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "vmoe_routers: this folder has no compiled kernels; install the package (pip install .) "
-        f"and import it from outside the source folder ({error})"
-    ) from error
+        f"and import it from outside the source folder ({_error})"
+    ) from _error
 
 from vmoe_routers.ops._cuda import WITHOUT_CUDA  # noqa: F401  (loads the CUDA kernels)
 from vmoe_routers.ops.assign_slots import assign_slots

@@ -46,7 +46,7 @@ class Check:
     __slots__ = ("where",)
 
     def __init__(self, where: str):
-        self.where = where
+        self.where: str = where
 
     def tensor(self, name: str, value: object, axes: str | None = None) -> Tensor:
         """Checks that `value` is a tensor, and that it has the number of axes in `axes`, such as ``"G T E"``."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype
 
-check = Check("assign_slots")
+check: Check = Check("assign_slots")
 
 MOST_EXPERTS = 2**20
 """Largest number of experts."""
@@ -60,6 +60,6 @@ def assign_slots_unchecked(
 
 
 @torch.library.register_fake("vmoe_routers::assign_slots")
-def _(expert: Tensor, priority: Tensor | None, num_experts: int, capacity: int):
+def _(expert: Tensor, priority: Tensor | None, num_experts: int, capacity: int) -> tuple[Tensor, Tensor]:
     source = expert.new_empty(expert.shape[0], num_experts, capacity)
     return torch.empty_like(expert, memory_format=torch.contiguous_format), source

@@ -10,7 +10,7 @@ from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype
 from vmoe_routers.ops.dispatch import check_slots
 
-check = Check("combine")
+check: Check = Check("combine")
 
 
 def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 
-check = Check("dispatch")
+check: Check = Check("dispatch")
 
 
 def check_slots(

@@ -10,7 +10,7 @@ from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_
 from vmoe_routers.ops._checks import Check, tracing
 from vmoe_routers.ops._dtypes import compute_dtype, product_dtype
 
-check = Check("grouped_mlp")
+check: Check = Check("grouped_mlp")
 
 ACTIVATIONS = ("gelu_tanh", "gelu")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vmoe_routers.ops._checks import Check
 
-check = Check("invert_slots")
+check: Check = Check("invert_slots")
 
 
 def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype
 
-check = Check("ksparse_projection")
+check: Check = Check("ksparse_projection")
 
 
 def ksparse_projection(x: Tensor, k: int) -> Tensor:

@@ -11,7 +11,7 @@ from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
 
-check = Check("ksparse_transport")
+check: Check = Check("ksparse_transport")
 
 SOLVERS = ("adam", "lbfgs")
 

@@ -11,7 +11,7 @@ from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
 
-check = Check("sinkhorn")
+check: Check = Check("sinkhorn")
 
 Gradient = Literal["unrolled", "implicit"]
 GRADIENTS = ("unrolled", "implicit")

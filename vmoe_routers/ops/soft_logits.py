@@ -10,7 +10,7 @@ from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, product_dtype
 
-check = Check("soft_logits")
+check: Check = Check("soft_logits")
 
 
 def soft_logits(x: Tensor, phi: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from vmoe_routers.ops._autograd import call, refuse_second_derivative, register_
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype
 
-check = Check("softmax_gather")
+check: Check = Check("softmax_gather")
 
 
 def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:

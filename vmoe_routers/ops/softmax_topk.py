@@ -9,7 +9,7 @@ from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
 
-check = Check("softmax_topk")
+check: Check = Check("softmax_topk")
 
 
 def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

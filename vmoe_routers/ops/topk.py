@@ -9,7 +9,7 @@ from vmoe_routers.ops._autograd import call, register_gradient
 from vmoe_routers.ops._checks import Check
 from vmoe_routers.ops._dtypes import cast, compute_dtype
 
-check = Check("topk")
+check: Check = Check("topk")
 
 
 def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:

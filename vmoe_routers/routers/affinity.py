@@ -36,7 +36,9 @@ class Affinity(Protocol):
 class Softmax:
     """Selects and weighs by the softmax of the noisy logits over the experts."""
 
-    def __call__(self, logits, noisy_logits, capacity, mask):
+    def __call__(
+        self, logits: Tensor, noisy_logits: Tensor, capacity: int, mask: Tensor | None
+    ) -> tuple[SoftmaxGates, SoftmaxGates]:
         """Returns one `SoftmaxGates` twice."""
         gates = SoftmaxGates(noisy_logits)
         return gates, gates
@@ -59,7 +61,7 @@ class Sinkhorn:
     gradient: Literal["unrolled", "implicit"] = "unrolled"
     noisy_softmax: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check = Check("Sinkhorn")
         check.choice("combine", self.combine, COMBINES)
         check.integer("iterations", self.iterations, 1)
@@ -69,7 +71,9 @@ class Sinkhorn:
         check.choice("gradient", self.gradient, GRADIENTS)
         check.flag("noisy_softmax", self.noisy_softmax)
 
-    def __call__(self, logits, noisy_logits, capacity, mask):
+    def __call__(
+        self, logits: Tensor, noisy_logits: Tensor, capacity: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | SoftmaxGates]:
         """Returns the plan of the noisy logits, and the softmax or the plan."""
         if self.combine == "plan":
             plan = self._plan(noisy_logits, mask)
@@ -97,14 +101,16 @@ class SparsityConstrained:
     learning_rate: float = 0.01
     tolerance: float = 1e-3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check = Check("SparsityConstrained")
         check.choice("combine", self.combine, COMBINES)
         check.integer("iterations", self.iterations, 0)
         check.number("learning_rate", self.learning_rate)
         check.number("tolerance", self.tolerance, zero=True)
 
-    def __call__(self, logits, noisy_logits, capacity, mask):
+    def __call__(
+        self, logits: Tensor, noisy_logits: Tensor, capacity: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | SoftmaxGates]:
         """Returns the plan of the logits without noise, and S or the plan."""
         by_plan = self.combine == "plan"
         similarity = (logits if by_plan else logits.detach()).softmax(-1)

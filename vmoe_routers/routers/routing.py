@@ -216,8 +216,11 @@ class SparseRouting(_Sparse, Routing):
         return _describe(self)
 
     # Compare routings by identity: `==` of tuples would need the truth value of a tensor.
-    __eq__ = object.__eq__  # type: ignore[assignment]
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
 class _Soft(NamedTuple):
@@ -289,8 +292,11 @@ class SoftRouting(_Soft, Routing):
         """Describes class and shape, without the values of the tensors."""
         return _describe(self)
 
-    __eq__ = object.__eq__  # type: ignore[assignment]
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
 def _describe(routing: Routing) -> str:

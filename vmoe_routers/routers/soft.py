@@ -44,9 +44,11 @@ class SoftLogits(nn.Module):
     ):
         super().__init__()
         self.scale_init = scale_init
-        self.phi = nn.Parameter(torch.empty(dim, num_experts, slots_per_expert, device=device, dtype=dtype))
+        self.phi: nn.Parameter = nn.Parameter(
+            torch.empty(dim, num_experts, slots_per_expert, device=device, dtype=dtype)
+        )
         # The scale has one axis: FSDP2 and ZeRO do not shard parameters without axes.
-        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.scale: nn.Parameter = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -101,14 +103,15 @@ class SoftRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check = self.check = Check("SoftRouter")
-        self.dim = check.integer("dim", dim, 1)
-        self.num_experts = check.integer("num_experts", num_experts, 1)
+        self.check: Check = Check("SoftRouter")
+        check = self.check
+        self.dim: int = check.integer("dim", dim, 1)
+        self.num_experts: int = check.integer("num_experts", num_experts, 1)
         if capacity_factor is None:
             if num_tokens is not None:
                 raise ValueError("SoftRouter: num_tokens requires capacity_factor, which is not given")
             slots = 1 if slots_per_expert is None else slots_per_expert
-            self.slots_per_expert = check.integer("slots_per_expert", slots, 1)
+            self.slots_per_expert: int = check.integer("slots_per_expert", slots, 1)
         elif slots_per_expert is not None:
             raise ValueError("SoftRouter: give slots_per_expert or capacity_factor, not both")
         elif num_tokens is None:
@@ -120,9 +123,11 @@ class SoftRouter(nn.Module):
             num_tokens = check.integer("num_tokens", num_tokens, 1)
             capacity_factor = check.number("capacity_factor", capacity_factor)
             self.slots_per_expert = slots_for(num_tokens, self.num_experts, capacity_factor, "round", 1)
-        self.noise_std = check.number("noise_std", noise_std, zero=True)
+        self.noise_std: float = check.number("noise_std", noise_std, zero=True)
         scale_init = check.number("scale_init", scale_init)
-        self.logits = SoftLogits(self.dim, self.num_experts, self.slots_per_expert, scale_init, device, dtype)
+        self.logits: SoftLogits = SoftLogits(
+            self.dim, self.num_experts, self.slots_per_expert, scale_init, device, dtype
+        )
 
     @property
     def phi(self) -> nn.Parameter:

@@ -48,7 +48,7 @@ class RouterLogits(nn.Module):
 
     def __init__(self, dim: int, num_experts: int, device: Any = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,21 +104,22 @@ class SparseRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        check = self.check = Check(type(self).__name__)
-        self.dim = check.integer("dim", dim, 1)
-        self.num_experts = check.integer("num_experts", num_experts, 1)
+        self.check: Check = Check(type(self).__name__)
+        check = self.check
+        self.dim: int = check.integer("dim", dim, 1)
+        self.num_experts: int = check.integer("num_experts", num_experts, 1)
         if affinity is not None and (isinstance(affinity, type) or not callable(affinity)):
             raise TypeError(f"{check.where}: affinity must be an Affinity such as Sinkhorn(), got {affinity!r}")
         self.affinity: Affinity = Softmax() if affinity is None else affinity
-        self.capacity_factor = check.number("capacity_factor", capacity_factor)
+        self.capacity_factor: float = check.number("capacity_factor", capacity_factor)
         if eval_capacity_factor is None:
             eval_capacity_factor = self.capacity_factor
-        self.eval_capacity_factor = check.number("eval_capacity_factor", eval_capacity_factor)
+        self.eval_capacity_factor: float = check.number("eval_capacity_factor", eval_capacity_factor)
         check.choice("capacity_rounding", capacity_rounding, CAPACITY_ROUNDINGS)
         self.capacity_rounding = capacity_rounding
-        self.capacity_multiple_of = check.integer("capacity_multiple_of", capacity_multiple_of, 0)
-        self.noise_std = check.number("noise_std", noise_std, zero=True)
-        self.loss_weights = {
+        self.capacity_multiple_of: int = check.integer("capacity_multiple_of", capacity_multiple_of, 0)
+        self.noise_std: float = check.number("noise_std", noise_std, zero=True)
+        self.loss_weights: dict[str, float] = {
             name: check.number(f"{name}_loss_weight", weight, zero=True)
             for name, weight in (
                 ("importance", importance_loss_weight),
@@ -127,7 +128,7 @@ class SparseRouter(nn.Module):
                 ("z", z_loss_weight),
             )
         }
-        self.logits = RouterLogits(self.dim, self.num_experts, device=device, dtype=dtype)
+        self.logits: RouterLogits = RouterLogits(self.dim, self.num_experts, device=device, dtype=dtype)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -226,9 +227,9 @@ class TokenChoiceRouter(SparseRouter):
         **options: Any,
     ):
         super().__init__(dim, num_experts, affinity, **options)
-        self.top_k = self.check.integer("top_k", top_k, 1, num_experts)
-        self.batch_priority = self.check.flag("batch_priority", batch_priority)
-        self.renormalize = self.check.flag("renormalize", renormalize)
+        self.top_k: int = self.check.integer("top_k", top_k, 1, num_experts)
+        self.batch_priority: bool = self.check.flag("batch_priority", batch_priority)
+        self.renormalize: bool = self.check.flag("renormalize", renormalize)
 
     def slots(self, tokens: int) -> int:
         """Computes C, the slots per expert, for groups of `tokens` tokens with K requests each."""
@@ -286,7 +287,7 @@ class ExpertChoiceRouter(SparseRouter):
             capacity_multiple_of=capacity_multiple_of,
             **options,
         )
-        self.renormalize = self.check.flag("renormalize", renormalize)
+        self.renormalize: bool = self.check.flag("renormalize", renormalize)
 
     def slots(self, tokens: int) -> int:
         """Computes C, the slots per expert, for groups of `tokens` tokens, clamped to [1, tokens]."""

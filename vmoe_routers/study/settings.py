@@ -109,7 +109,7 @@ class Settings:
     save_models: bool = False
     workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, most in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:

@@ -51,7 +51,7 @@ class Workers:
             )
         return self
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Calls the function with picklable arguments in a worker."""
         with ignoring_ctrl_c():
             future = self._executor.submit(function, *arguments)

@@ -21,7 +21,10 @@ class Rows:
     """
 
     def __init__(self, table: Any, image: str, label: str, name: str):
-        self.table, self.image, self.label, self.name = table, image, label, name
+        self.table: Any = table
+        self.image: str = image
+        self.label: str = label
+        self.name: str = name
 
     def __len__(self) -> int:
         return len(self.table)

@@ -16,7 +16,7 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: bool = False
 
     def _ask(self, number: int, frame: object) -> None:
         if self.asked:

@@ -53,8 +53,10 @@ class Batches(Iterator[Batch]):
         self._source, self._transform, self._device = source, transform, torch.device(device)
         self._left = steps
         self._first: float | None = None
-        self.skipped, self.bad_images = 0, []
-        self.waited = self.elapsed = 0.0
+        self.skipped: int = 0
+        self.bad_images: list[str] = []
+        self.waited: float = 0.0
+        self.elapsed: float = 0.0
 
     @property
     def waiting(self) -> float:

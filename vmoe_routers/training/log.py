@@ -36,11 +36,11 @@ class Outputs:
 
     def __init__(self, folder: Path, console: Console, step: int, steps: int, writes: bool):
         self.writes = writes
-        self.bar = Bar(console, step, steps)
+        self.bar: Bar = Bar(console, step, steps)
         if writes:
-            self.log_table = Table(folder / LOG, step)
-            self.evaluations = Table(folder / EVALUATIONS, step)
-            self.board = Board(folder / "tensorboard", step)
+            self.log_table: Table = Table(folder / LOG, step)
+            self.evaluations: Table = Table(folder / EVALUATIONS, step)
+            self.board: Board = Board(folder / "tensorboard", step)
 
     def __enter__(self) -> Outputs:
         self.bar.__enter__()
@@ -96,7 +96,9 @@ class Table:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self.rows = [row for row in read_table(path) if float(row["step"]) <= step] if step else []
+        self.rows: list[dict[str, str]] = (
+            [row for row in read_table(path) if float(row["step"]) <= step] if step else []
+        )
         write_whole(path, self._write)
 
     def _write(self, path: Path) -> None:

@@ -32,13 +32,17 @@ class Meter:
     """
 
     def __init__(self, trainer: Trainer, batches: Batches, world: World):
-        self.trainer, self.batches, self.world = trainer, batches, world
+        self.trainer: Trainer = trainer
+        self.batches: Batches = batches
+        self.world: World = world
         self.layers: dict[str, dict[str, Any]] = {}
         self.restart()
 
     def restart(self) -> None:
         """Begins a new row, without the time of an evaluation."""
-        self.images, self.waited, self.begin = 0, self.batches.waited, time.perf_counter()
+        self.images: int = 0
+        self.waited: float = self.batches.waited
+        self.begin: float = time.perf_counter()
         self.reports: list[StepReport] = []
         self.statistics: RoutingStatistics | None = None
 

@@ -20,7 +20,7 @@ from vmoe_routers.training.schedules import SCHEDULES, learning_rate
 
 LOSSES = ("softmax", "sigmoid")
 TRAINED = ("all", "router", "experts", "head")
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtype of autocast for each precision; None is no autocast."""
 _MAX = (1 << 31) - 1
 
@@ -72,7 +72,7 @@ class Optimisation:
     precision: str = "float32"
     max_skipped: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {"schedule": SCHEDULES, "loss": LOSSES, "trained": TRAINED, "precision": tuple(DTYPES)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

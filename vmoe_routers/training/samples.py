@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vmoe_routers.training.pictures import read_picture
@@ -78,8 +79,8 @@ class Names:
 
     def __init__(self, names: Iterable[str | Path]):
         encoded = [os.fsencode(name) for name in names]
-        self.text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.text: NDArray[np.uint8] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.ends: NDArray[np.int64] = np.cumsum([0, *map(len, encoded)])
 
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
@@ -94,8 +95,8 @@ class Pictures:
     """
 
     def __init__(self, paths: Sequence[str | Path], labels: Sequence[int]):
-        self.paths = Names(paths)
-        self.labels = np.array(labels, dtype=np.int64)
+        self.paths: Names = Names(paths)
+        self.labels: NDArray[np.int64] = np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -91,7 +91,7 @@ class TrainSettings(Optimisation, Augmentation):
     replicate: int = 1
     ep: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # YAML has lists instead of tuples, and strings instead of paths.
         for name, kind in (("scale", tuple), ("ratio", tuple), ("output", Path), ("data_root", Path)):
             if getattr(self, name) is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.pictures import decode_picture
@@ -33,14 +34,16 @@ class Shards:
     """
 
     def __init__(self, paths: Sequence[Path]):
-        self.paths = [str(path) for path in paths]
+        self.paths: list[str] = [str(path) for path in paths]
         found = [(number, member, label) for number, path in enumerate(paths) for member, label in _index(path)]
         if not found:
             raise DataError(f"{self.paths[0]}: no images")
-        self.shards = np.array([number for number, _, _ in found], dtype=np.int32)
-        self.places = np.array([(member.offset, member.size) for _, member, _ in found], dtype=np.int64)
-        self.names = Names(member.name for _, member, _ in found)
-        self.labels = np.array([label for _, _, label in found], dtype=np.int64)
+        self.shards: NDArray[np.int32] = np.array([number for number, _, _ in found], dtype=np.int32)
+        self.places: NDArray[np.int64] = np.array(
+            [(member.offset, member.size) for _, member, _ in found], dtype=np.int64
+        )
+        self.names: Names = Names(member.name for _, member, _ in found)
+        self.labels: NDArray[np.int64] = np.array([label for _, _, label in found], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)

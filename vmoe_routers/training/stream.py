@@ -55,8 +55,11 @@ class Order:
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, repeats: int = 1):
-        self.size, self.batch_size, self.seed, self.repeats = size, batch_size, seed, repeats
-        self.steps_per_epoch = size // batch_size
+        self.size: int = size
+        self.batch_size: int = batch_size
+        self.seed: int = seed
+        self.repeats: int = repeats
+        self.steps_per_epoch: int = size // batch_size
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def batch(self, step: int) -> tuple[int, Tensor, Tensor]:

@@ -74,16 +74,21 @@ class Trainer:
         rank: int = 0,
         autocast: bool = True,
     ):
-        self.model, self.optimisation, self.steps = model, optimisation, steps
-        self.seed, self.rank = seed, rank
-        self.step = 0
-        self.plain = model.module if isinstance(model, DistributedDataParallel) else model
-        self.parameters = [parameter for parameter in self.plain.parameters() if parameter.requires_grad]
-        self.device = self.parameters[0].device
-        self.optimizer = make_optimizer(self.plain, optimisation)
-        self.ema = Ema(self.plain, optimisation.ema) if optimisation.ema else None
-        self.dtype = DTYPES[optimisation.precision] if autocast else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.model: nn.Module = model
+        self.optimisation: Optimisation = optimisation
+        self.steps: int = steps
+        self.seed: int = seed
+        self.rank: int = rank
+        self.step: int = 0
+        self.plain: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.parameters: list[nn.Parameter] = [
+            parameter for parameter in self.plain.parameters() if parameter.requires_grad
+        ]
+        self.device: torch.device = self.parameters[0].device
+        self.optimizer: torch.optim.Optimizer = make_optimizer(self.plain, optimisation)
+        self.ema: Ema | None = Ema(self.plain, optimisation.ema) if optimisation.ema else None
+        self.dtype: torch.dtype | None = DTYPES[optimisation.precision] if autocast else None
+        self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         # On the device, so that counting does not wait for the device.
         self._skipped = torch.zeros(2, dtype=torch.int64, device=self.device)  # in all; in a row until now
         # Fused optimizers skip a step by a flag on the device. All other optimizers need the flag on the host.

@@ -137,12 +137,15 @@ class Transform:
 
     def __init__(self, augmentation: Augmentation, channels: int = 3, *, training: bool):
         _check("channels", channels, channels in (1, 3), "1 or 3")
-        self.augmentation, self.channels, self.training = augmentation, channels, training
-        self.by_batch = augmentation.is_simple or not training
+        self.augmentation: Augmentation = augmentation
+        self.channels: int = channels
+        self.training: bool = training
+        self.by_batch: bool = augmentation.is_simple or not training
         mean, std = (torch.tensor(value) for value in NORMALIZATIONS[augmentation.normalization])
         if channels == 1:
             mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
-        self.mean, self.std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        self.mean: Tensor = mean.view(-1, 1, 1)
+        self.std: Tensor = std.view(-1, 1, 1)
         self._pipeline = None if self.by_batch else self._make_pipeline()
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
@@ -321,11 +324,14 @@ class Mixing:
         OptionError: Neither `mixup` nor `cutmix` is on.
     """
 
-    def __init__(self, augmentation: Augmentation, num_classes: int, *, seed: int, rank: int = 0, label_smoothing=0.0):
+    def __init__(
+        self, augmentation: Augmentation, num_classes: int, *, seed: int, rank: int = 0, label_smoothing: float = 0.0
+    ):
         from timm.data.mixup import Mixup
 
         _check("mixup", augmentation.mixup, augmentation.mixup + augmentation.cutmix > 0, "above 0, or cutmix")
-        self.seed, self.rank = seed, rank
+        self.seed: int = seed
+        self.rank: int = rank
         self._mixup = Mixup(
             augmentation.mixup,
             augmentation.cutmix,
