@@ -13,6 +13,7 @@ from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.claims import CLAIMS, Comparison, scale_of, verdicts
 from vmoe_routers.study.folders import read_contents
+from vmoe_routers.study.orders import ORDERS, conditions, order_sentences, order_title
 from vmoe_routers.study.summary import Row, Run
 from vmoe_routers.study.variants import base_variant
 
@@ -37,6 +38,7 @@ def page(folder: Path) -> str:
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
         *_ablations(runs, where),
+        *_orders(runs),
         "## Limits",
         _limits(contents["settings"], runs),
         "## Files",
@@ -131,6 +133,28 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
         text = row.difference.text("+.2f", 100).replace("±", " ± ")
         lines.append(f"| {ABLATIONS[row.ablation].title} | {row.label} | {row.arm} | {text} |")
     return ["## Ablations", "\n".join(lines), f"![Accuracy for the values of every ablation]({where}/ablations.png)"]
+
+
+def _orders(runs: Sequence[Run]) -> list[str]:
+    found = conditions(runs)
+    lines = [
+        "Expert Choice ahead of Token Choice, and Soft MoE ahead of sparse routers, is the order of the paper's "
+        "abstract. Differences are in points, seed by seed, ± the standard error. Bold differences have a 95 % "
+        "interval that excludes 0, without a correction for their number.",
+        "",
+        *(f"- {sentence}" for sentence in order_sentences(found)),
+        "",
+        f"| condition | value | {' | '.join(map(order_title, ORDERS))} |",
+        "|---" * (2 + len(ORDERS)) + "|",
+    ]
+    for condition in found:
+        cells = [condition.title, condition.value]
+        for pair in ORDERS:
+            value = condition.differences.get(pair)
+            text = "" if value is None else value.text("+.2f", 100).replace("±", " ± ")
+            cells.append(f"**{text}**" if value is not None and value.is_clear() else text)
+        lines.append(f"| {' | '.join(cells)} |")
+    return ["## Where the paper's order appears", "\n".join(lines)] if found else []
 
 
 def _limits(settings: dict, runs: Sequence[Run]) -> str:

@@ -40,10 +40,31 @@ class AblationRow:
     dropped: float | None
 
 
-def ablation_rows(runs: Sequence[Run]) -> list[AblationRow]:
-    """Makes one row per ablation, router and value that was run.
+@dataclass(frozen=True)
+class Group:
+    """Runs of one router with one value of an ablation.
 
-    The row of a value that changes nothing has the comparison's runs, with the seeds of the ablation's other runs.
+    Attributes:
+        ablation: Name of the ablation.
+        arm: Value of the ablation.
+        router: The router's name; None: the dense ViT.
+        runs: The runs.
+        base: The comparison's runs of the same router, with the seeds of the ablation.
+        is_base: Whether `runs` are the comparison's runs.
+    """
+
+    ablation: str
+    arm: Arm
+    router: str | None
+    runs: list[Run]
+    base: list[Run]
+    is_base: bool
+
+
+def ablation_groups(runs: Sequence[Run]) -> list[Group]:
+    """Groups the runs by ablation, router and value.
+
+    The group of a value that changes nothing has the comparison's runs, with the seeds of the ablation's other runs.
     """
     base = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
     found: dict[tuple[str, str | None, str], list[Run]] = {}
@@ -51,7 +72,7 @@ def ablation_rows(runs: Sequence[Run]) -> list[AblationRow]:
         variant = run["variant"]
         if variant["ablation"] is not None:
             found.setdefault((variant["ablation"], variant["router"], variant["arm"]), []).append(run)
-    rows = []
+    groups = []
     for name, ablation in ABLATIONS.items():
         for router in ablation.routers:
             key = None if router == "dense" else router
@@ -61,8 +82,13 @@ def ablation_rows(runs: Sequence[Run]) -> list[AblationRow]:
                 of = found.get((name, key, arm.label), [])
                 is_base = not of and bool(of_base) and _changes_nothing(arm, of_base[0])
                 if of or is_base:
-                    rows.append(_row(name, arm.label, key, of or of_base, of_base, is_base=is_base))
-    return rows
+                    groups.append(Group(name, arm, key, of or of_base, of_base, is_base))
+    return groups
+
+
+def ablation_rows(runs: Sequence[Run]) -> list[AblationRow]:
+    """Makes one row per ablation, router and value that was run."""
+    return [_row(group) for group in ablation_groups(runs)]
 
 
 def _changes_nothing(arm: Arm, run: Run) -> bool:
@@ -70,23 +96,21 @@ def _changes_nothing(arm: Arm, run: Run) -> bool:
     return same and not arm.options and arm.factor == 1
 
 
-def _row(
-    ablation: str, arm: str, router: str | None, runs: Sequence[Run], base: Sequence[Run], *, is_base: bool
-) -> AblationRow:
+def _row(group: Group) -> AblationRow:
     def difference(value: Callable[[Run], float]) -> Stat | None:
-        values = paired(runs, base, value)
-        return stat(values) if values and not is_base else None
+        values = paired(group.runs, group.base, value)
+        return stat(values) if values and not group.is_base else None
 
-    dropped = [layer["dropped"] for run in runs for layer in run["layers"]]
+    dropped = [layer["dropped"] for run in group.runs for layer in run["layers"]]
     return AblationRow(
-        ablation=ablation,
-        arm=arm,
-        router=router,
-        label=style(router).title,
-        is_base=is_base,
-        seeds=len(runs),
-        accuracy=stat(map(accuracy, runs)),
-        loss=stat(map(loss, runs)),
+        ablation=group.ablation,
+        arm=group.arm.label,
+        router=group.router,
+        label=style(group.router).title,
+        is_base=group.is_base,
+        seeds=len(group.runs),
+        accuracy=stat(map(accuracy, group.runs)),
+        loss=stat(map(loss, group.runs)),
         difference=difference(accuracy),
         loss_difference=difference(loss),
         dropped=stat(dropped).mean if dropped else None,

@@ -16,8 +16,9 @@ from vmoe_routers.files import write_whole
 from vmoe_routers.study import figures
 from vmoe_routers.study.ablation_rows import ablation_rows
 from vmoe_routers.study.claims import decide, write_claims
+from vmoe_routers.study.orders import Condition, conditions, order_sentences, write_orders
 from vmoe_routers.study.summary import Row, Run, Stat, by_variant, loss, paired, stat, summarise, summarise_layers
-from vmoe_routers.study.tables import ablation_table, claims_table, results_table, routing_table
+from vmoe_routers.study.tables import ablation_table, claims_table, order_table, results_table, routing_table
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -112,10 +113,11 @@ def write_report(
     """
     settings = dict(settings)
     command = settings.pop("command", None) or _command()
-    rows, comparisons = summarise(runs), decide(runs)
+    rows, comparisons, orders = summarise(runs), decide(runs), conditions(runs)
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_claims(comparisons, path.with_name("claims.csv"))
+    write_orders(orders, path.with_name("orders.csv"))
     seeds = max((row.seeds for row in rows), default=0)
     body = [
         "<h1>Routers in vision mixtures of experts, head to head</h1>",
@@ -137,6 +139,7 @@ def write_report(
         "<h2>Figures</h2>",
         *(_figure(folder, drawing) for drawing in figures.draw(runs)),
         *_ablations(runs),
+        *_orders(orders),
         "<h2>Routing, layer by layer</h2>",
         routing_table(summarise_layers(runs)),
         "<h2>Machine and versions</h2>",
@@ -263,6 +266,12 @@ def _dates(runs: Sequence[Run]) -> str:
 def _ablations(runs: Sequence[Run]) -> list[str]:
     rows = ablation_rows(runs)
     return ["<h2>Ablations</h2>", ablation_table(rows)] if rows else []
+
+
+def _orders(found: Sequence[Condition]) -> list[str]:
+    if not found:
+        return []
+    return ["<h2>Where the paper's order appears</h2>", _list(order_sentences(found)), order_table(found)]
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:

@@ -10,6 +10,7 @@ from vmoe_routers.study.ablation_rows import AblationRow
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, Comparison, scale_of, verdicts
 from vmoe_routers.study.columns import shown_columns
+from vmoe_routers.study.orders import ORDERS, Condition, order_title
 from vmoe_routers.study.styles import style
 from vmoe_routers.study.summary import LayerRow, Row
 
@@ -140,6 +141,27 @@ def ablation_table(rows: Sequence[AblationRow]) -> str:
         '<p class="note">Accuracy in %, differences in points, minus the runs of the comparison, seed by seed. A value '
         "without a difference is that of the comparison. Differences whose 95 % interval excludes 0 are bold, without "
         "a correction for their number.</p>"
+    )
+    return note + _scroll(lines)
+
+
+def order_table(found: Sequence[Condition]) -> str:
+    """Makes the table of conditions in HTML. Clear differences are bold."""
+    titles = ("condition", "value", *map(order_title, ORDERS))
+    lines = ["<table><thead><tr>", *(f"<th>{title}</th>" for title in titles), "</tr></thead><tbody>"]
+    before = ""
+    for condition in found:
+        cells = [f"<th>{escape(condition.title if condition.title != before else '')}</th><td>{condition.value}</td>"]
+        for pair in ORDERS:
+            value = condition.differences.get(pair)
+            clear = " class=clear" if value is not None and value.is_clear() else ""
+            cells.append(f"<td{clear}>{'' if value is None else value.text('+.2f', 100).replace('±', ' ±')}</td>")
+        lines.append(f"<tr{' class=first' if condition.title != before else ''}>{''.join(cells)}</tr>")
+        before = condition.title
+    note = (
+        '<p class="note">Differences of accuracy in points, seed by seed, ± the standard error of the mean, at K = 1. '
+        "A positive difference is the paper's order. Differences whose 95 % interval excludes 0 are bold, without a "
+        "correction for their number. An empty cell has no runs of both routers.</p>"
     )
     return note + _scroll(lines)
 

@@ -1,0 +1,129 @@
+"""Conditions under which the routers have the paper's order, computed from the records of the runs.
+
+The paper's abstract (arXiv 2401.15969) says that Expert Choice generally outperforms Token Choice, and Soft MoE
+generally outperforms sparse routers. A condition is a capacity factor of the comparison, or a value of an ablation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmoe_routers.files import write_csv
+from vmoe_routers.study.ablation_rows import ablation_groups
+from vmoe_routers.study.ablations import ABLATIONS
+from vmoe_routers.study.styles import style
+from vmoe_routers.study.summary import Run, Stat, accuracy, by_variant, paired, stat
+from vmoe_routers.study.variants import base_variant
+
+ORDERS: tuple[tuple[str, str], ...] = (
+    ("softmax_expert_choice", "softmax_token_choice"),
+    ("sinkhorn_expert_choice", "sinkhorn_token_choice"),
+    ("soft", "softmax_expert_choice"),
+    ("soft", "softmax_token_choice"),
+)
+"""Pairs of routers. The paper's order has the first router of a pair ahead."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Differences of accuracy between the routers of every pair of `ORDERS` under one condition.
+
+    Attributes:
+        title: The setting, for example "epochs".
+        value: Its value.
+        differences: Mean difference of a pair, in [-1, 1], taken seed by seed. A pair is missing if a router of it has
+            no runs under the condition.
+    """
+
+    title: str
+    value: str
+    differences: Mapping[tuple[str, str], Stat]
+
+
+def conditions(runs: Sequence[Run]) -> list[Condition]:
+    """Compares the routers of every pair at K = 1, softmax combine and no batch priority, under every condition.
+
+    A router that an ablation leaves as it is has the comparison's runs, unless the value changes a setting of all
+    routers, for example the number of epochs.
+    """
+    by_name = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
+    factors = sorted({run["variant"]["capacity_factor"] or 1.0 for group in by_name.values() for run in group})
+    routers = dict.fromkeys(router for pair in ORDERS for router in pair)
+
+    def at_factor(router: str, factor: float) -> list[Run]:
+        return by_name.get(replace(base_variant(router), capacity_factor=factor).name, [])
+
+    found = [
+        _condition("capacity factor", f"{factor:g}", {router: at_factor(router, factor) for router in routers})
+        for factor in factors
+    ]
+    changed: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    for group in ablation_groups(runs):
+        if not group.is_base and group.router is not None:
+            key = (group.ablation, group.arm.label)
+            shared = {} if group.arm.settings else {router: at_factor(router, 1.0) for router in routers}
+            changed.setdefault(key, shared)[group.router] = group.runs
+    for (ablation, arm), of in changed.items():
+        touched = set(ABLATIONS[ablation].routers)
+        condition = _condition(ABLATIONS[ablation].title, arm, of)
+        kept = {pair: value for pair, value in condition.differences.items() if touched & set(pair)}
+        found.append(replace(condition, differences=kept))
+    return [condition for condition in found if condition.differences]
+
+
+def _condition(title: str, value: str, runs: Mapping[str, Sequence[Run]]) -> Condition:
+    differences = {}
+    for first, second in ORDERS:
+        values = paired(runs.get(first, []), runs.get(second, []), accuracy)
+        if values:
+            differences[first, second] = stat(values)
+    return Condition(title, value, differences)
+
+
+def order_title(pair: tuple[str, str]) -> str:
+    """Returns the difference of a pair in words, for example "Softmax EC - Softmax TC"."""
+    return " - ".join(style(router).short for router in pair)
+
+
+def order_sentences(found: Sequence[Condition]) -> list[str]:
+    """Tells for every pair in how many conditions the paper's order appears, and where it clearly does.
+
+    *Clearly* means that the uncorrected 95 % interval excludes 0.
+    """
+    sentences = []
+    for pair in ORDERS:
+        of = [(condition, condition.differences[pair]) for condition in found if pair in condition.differences]
+        if not of:
+            continue
+        ahead = sum(value.mean > 0 for _, value in of)
+        clear = [condition for condition, value in of if value.is_clear() and value.mean > 0]
+        against = [condition for condition, value in of if value.is_clear() and value.mean < 0]
+        first, second = (style(router).title for router in pair)
+        sentences.append(
+            f"{first} is ahead of {second} in {ahead} of {_count(len(of))}, clearly in {_named(clear)}, and clearly "
+            f"behind in {_named(against)}."
+        )
+    return sentences
+
+
+def write_orders(found: Sequence[Condition], path: Path | str) -> None:
+    """Writes one line per condition and pair as CSV, in full precision. A missing value is empty."""
+    columns = ["condition", "value", "first", "second", "seeds", "difference", "difference_error"]
+    lines = [
+        dict(zip(columns, (condition.title, condition.value, *pair, value.count, value.mean, value.error), strict=True))
+        for condition in found
+        for pair, value in condition.differences.items()
+    ]
+    write_csv(Path(path), lines, columns)
+
+
+def _count(number: int) -> str:
+    return "1 condition" if number == 1 else f"{number} conditions"
+
+
+def _named(found: Sequence[Condition]) -> str:
+    if not found:
+        return "none"
+    return f"{len(found)} ({'; '.join(f'{condition.title} {condition.value}' for condition in found)})"
