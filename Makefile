@@ -87,11 +87,14 @@ wheel: .venv/package
 	scripts/build_wheel.sh dist
 
 # Builds the wheel, checks the file, and tests the installed wheel in the environments PYTHONS, which have torch,
-# torchvision, timm, pytest and hypothesis.
+# torchvision, timm, pytest and hypothesis. Then builds a second wheel, which must have the same bytes.
 wheel-check: .venv/package
-	rm -rf build/wheel dist/first
+	rm -rf build/wheel dist/first dist/second
 	scripts/build_wheel.sh dist/first
 	$(bin)/python scripts/check_wheel.py dist/first/*.whl $(addprefix --python ,$(PYTHONS))
+	rm -rf build/wheel
+	scripts/build_wheel.sh dist/second
+	cmp dist/first/*.whl dist/second/*.whl
 
 # Runs the tests with the oldest packages that pyproject.toml allows, in a separate environment.
 lower-bounds:
