@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -280,7 +281,7 @@ def paint_forest(data: Data) -> Figure:
         ax.axvline(0.0, color="#222222", linewidth=0.8, zorder=0)
         ax.set_yticks(range(len(points)), [point["what"] for point in points], fontsize=8, parse_math=False)
         ax.set_ylim(len(points) - 0.5, -0.5)
-        ax.set_title(f"({claim}) {CLAIMS[claim]}", fontsize=9, loc="left", parse_math=False)
+        ax.set_title(textwrap.fill(f"({claim}) {CLAIMS[claim]}", 76), fontsize=9, loc="left", parse_math=False)
         ax.grid(axis="x", **_GRID)
         ax.set_axisbelow(True)
         ax.tick_params(axis="y", length=0)
