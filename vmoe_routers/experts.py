@@ -123,7 +123,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
         """Maps slots x [E, G, C, D] to [E, G, C, D'].
 
-        Computes only the first `filled` [G, E] int32 slots of each buffer; all other slots are zeros. None: computes
+        Computes only the first `filled` [G, E] int32 slots of each buffer. All other slots are zeros. None computes
         all slots. Under expert parallelism E is the number of experts of this rank.
         """
         w1, b1, w2, b2 = _on_this_rank(self, self.w1, self.b1, self.w2, self.b2)
@@ -174,7 +174,7 @@ class ExpertsNorm(nn.Module):
         norm: An ``nn.LayerNorm`` over F, which sets eps, dtype and device, and whether weight and bias exist.
 
     Attributes:
-        weight, bias [E, F]: 1 and 0 at the start; None where `norm` has none.
+        weight, bias [E, F]: 1 and 0 at the start, or None where `norm` has none.
         local: As in `Experts`.
     """
 
@@ -229,7 +229,7 @@ class ExpertList(nn.ModuleList):
         return len(self)
 
     def forward(self, x: Tensor, filled: Tensor | None = None) -> Tensor:
-        """Maps slots x [E, G, C, D] to [E, G, C, D']; ignores `filled`: an expert reads empty slots as zeros."""
+        """Maps slots x [E, G, C, D] to [E, G, C, D']. Ignores `filled`: an expert reads empty slots as zeros."""
         check = Check("ExpertList")
         check.floating("x", x, "E G C D")
         if x.shape[0] != len(self):

@@ -54,7 +54,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
     Args:
         path: The file. Its folder must exist.
         rows: Values by column.
-        columns: Names of the columns; None: the columns of the first row.
+        columns: Names of the columns, by default the columns of the first row.
 
     Raises:
         OSError: The file cannot be written.

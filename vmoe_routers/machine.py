@@ -70,7 +70,7 @@ def _system() -> str:
 
 
 def package_version(package: str) -> str | None:
-    """Returns the version of a package; None if it is not installed."""
+    """Returns the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

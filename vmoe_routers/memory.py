@@ -8,7 +8,7 @@ import torch
 
 
 def available_memory(device: torch.device | str = "cpu") -> int | None:
-    """Returns the bytes that a process can still allocate; None if the system does not report them.
+    """Returns the bytes that a process can still allocate, or None if the system does not report them.
 
     Args:
         device: A CUDA device or the CPU. The system and control groups (containers) limit the memory of the CPU.

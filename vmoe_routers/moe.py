@@ -21,18 +21,18 @@ class MoEMlp(nn.Module):
     """Mixture-of-experts MLP that replaces timm's Mlp: its first arguments are the arguments of Mlp.
 
     Args:
-        in_features, hidden_features, out_features: D, F and D'; F and D' default to D.
+        in_features, hidden_features, out_features: D, F and D'. F and D' default to D.
         act_layer: Makes the activation of the experts.
         drop: Dropout within the experts.
         num_experts: E.
-        router: One of `vmoe_routers.ROUTERS`; a router, a module with the attributes `dim` and `num_experts` and
-            ``forward(x, mask=None) -> Routing``; or a function ``(dim, num_experts)`` that makes a router.
+        router: One of `vmoe_routers.ROUTERS`, a router, or a function ``(dim, num_experts)`` that makes a router. A
+            router is a module with the attributes `dim` and `num_experts` and ``forward(x, mask=None) -> Routing``.
         group_size: Images that are routed together. With 1, the result for an image does not depend on other images.
         experts: None makes `Experts` with the arguments `hidden_features` to `drop` and `bias` to `norm_layer`, which
             no other experts take. A sequence has E modules from rows [N, D] to rows [N, D']. A module has the attribute
             `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots [E, G, C, D']. There
             `filled` [G, E] int32 is the number of leading slots that may hold a token, or None.
-        bias, same_init, glu, norm_layer: Arguments of `Experts`; ``glu=True, act_layer=nn.SiLU`` makes SwiGLU experts.
+        bias, same_init, glu, norm_layer: Arguments of `Experts`. ``glu=True, act_layer=nn.SiLU`` makes SwiGLU experts.
         router_options: Options of `vmoe_routers.create_router`.
 
     Attributes:
@@ -112,7 +112,7 @@ class MoEMlp(nn.Module):
         _reset(self.experts)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps tokens x [B, T, D] to [B, T, D']; mask [B, T] bool, True = real token.
+        """Maps tokens x [B, T, D] to [B, T, D']. The mask is [B, T] bool, True = real token.
 
         Masked tokens come out as zeros and never affect other tokens, even if they contain NaN or inf.
 
@@ -219,7 +219,7 @@ def _after_loading(layer: MoEMlp, keys: object) -> None:
 
 
 def _reset(module: nn.Module) -> None:
-    """Calls `reset_parameters` of a module; if it has none, of its children."""
+    """Calls `reset_parameters` of a module, or, if it has none, of its children."""
     reset = getattr(module, "reset_parameters", None)
     if reset is not None:
         reset()
@@ -301,7 +301,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     FSDP2 (docs/auxiliary_losses.md).
 
     Returns:
-        A scalar on the model's device; 0 if no layer has a loss.
+        A scalar on the model's device, 0 if no layer has a loss.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"aux_loss: model must be an nn.Module, got {type(model).__name__}")

@@ -32,11 +32,11 @@ class _Loss:
     """Auxiliary loss of a forward, until a backward pass has used it.
 
     Attributes:
-        value: A scalar, with its graph unless the forward is repeated in backward; None after the backward pass.
+        value: A scalar, with its graph unless the forward is repeated in backward. None after the backward pass.
         groups, replica: The groups of the forward, and whether a replica of nn.DataParallel ran it.
         scale: Gradient that `aux_loss` got, for a forward that a checkpoint repeats.
         claims: Claims of the values of `aux_loss` that contain this loss.
-        time: Tick of the forward; for a compiled forward, tick of the first reading.
+        time: Tick of the forward. For a compiled forward, tick of the first reading.
     """
 
     __slots__ = ("__weakref__", "claims", "groups", "replica", "scale", "time", "value")
@@ -51,7 +51,7 @@ class _Loss:
 
     @property
     def claimed(self) -> _Claim | None:
-        """Last claim that still exists; None without one."""
+        """Last claim that still exists, or None."""
         living = [claim for ref in self.claims if (claim := ref()) is not None]
         return living[-1] if living else None
 
@@ -78,7 +78,7 @@ class PendingLosses:
         repeated: Losses of forwards that a re-entrant checkpoint will repeat.
         compiled: Sum of the losses of compiled forwards. A compiled graph in a checkpointed region can add to a tensor
             but cannot set an attribute.
-        time, previous: Ticks of the last forward and of the forward before it; -1: no such forward.
+        time, previous: Ticks of the last forward and of the forward before it, or -1 without such a forward.
         _taken: Losses that were moved from `compiled` when they were read, and that no backward pass has used yet.
     """
 

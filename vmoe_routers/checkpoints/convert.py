@@ -44,8 +44,8 @@ def convert(
         top_k: experts per token, with Token Choice.
         capacity_factor: slots per routed token, by default the router's own default.
         group_size: images that are routed together.
-        img_size: side of the images in pixels; the position embeddings are resized to fit. By default the side of the
-            checkpoint's images.
+        img_size: side of the images in pixels, by default of the checkpoint's images. Another side resizes the position
+            embeddings.
         progress: called with the bytes read so far and the bytes to read in all.
 
     Returns:

@@ -53,7 +53,7 @@ class _Entry(NamedTuple):
 def load_flax(module: nn.Module, params: Mapping[str, Any], *, skip_head: bool = False) -> nn.Module:
     """Copies the reference's parameters into `module`, in place.
 
-    Position embeddings of another square grid are resized as in the reference: bilinear with aligned corners; the
+    Position embeddings of another square grid are resized as in the reference: bilinear with aligned corners. The
     embedding of a class token is copied. All other arrays must match exactly.
 
     Args:

@@ -64,8 +64,8 @@ def read_npz(path: str | os.PathLike[str], *, progress: Progress | None = None) 
         Tensors on the CPU in the dtypes of the file. V2 of numpy (two bytes without a type) becomes bfloat16.
 
     Raises:
-        CheckpointError: The file is missing, damaged, truncated or not an npz file; a member is neither stored nor
-            deflated, is not numeric, or has a size that contradicts its shape; or memory does not suffice.
+        CheckpointError: The file is missing, damaged, truncated or not an npz file. Or a member is neither stored nor
+            deflated, is not numeric, or has a size that contradicts its shape. Or memory does not suffice.
     """
     path = os.fspath(path)
     found: dict[str, Tensor] = {}

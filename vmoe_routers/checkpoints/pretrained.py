@@ -57,8 +57,8 @@ def save_pretrained(
         preprocessing: How images become the model's input, such as the normalization, for `read_preprocessing`.
 
     Raises:
-        CheckpointError: It is not known how the model was made, or the known arguments make another model; JSON cannot
-            represent an argument; or the folder cannot be written.
+        CheckpointError: It is not known how the model was made, or the known arguments make another model. Or JSON
+            cannot represent an argument, or the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -120,7 +120,7 @@ def from_pretrained(
     Loading draws no random numbers.
 
     Args:
-        source: A folder; or, if no such folder exists, a repository on the Hugging Face hub, "user/name".
+        source: A folder or, if no such folder exists, a repository on the Hugging Face hub, "user/name".
         revision, cache_dir, token, local_files_only: Arguments of `huggingface_hub.hf_hub_download`.
         changes: Arguments of `vit_moe`, or of `upcycle` for an upcycled model, that replace the saved ones, such as
             capacity_factor or group_size. The shapes of the parameters must not change.
@@ -129,7 +129,7 @@ def from_pretrained(
         The model.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or of a newer format; or its tensors do not match the model that
+        CheckpointError: A file is missing, damaged, or of a newer format, or its tensors do not match the model that
             the arguments make. The message lists all differences.
     """
     config_path, weights_path = (

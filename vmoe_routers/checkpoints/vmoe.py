@@ -94,8 +94,8 @@ def read_vmoe(
         Tensors on the CPU in the dtypes of the file, bfloat16 included.
 
     Raises:
-        CheckpointError: A file is missing, truncated, or of another format (such as Orbax or TensorFlow); a dtype is
-            unknown; parts are missing, overlap or occur twice; or a size exceeds the files.
+        CheckpointError: A file is missing, truncated, or of another format (such as Orbax or TensorFlow). Or a dtype
+            is unknown, parts are missing, overlap or occur twice, or a size exceeds the files.
     """
     prefix = os.fspath(prefix)
     _refuse_other_formats(prefix)

@@ -23,7 +23,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
     Args:
         parameters: The parameters. Parameters without a gradient are skipped.
         max_norm: The norm to which a larger gradient is scaled.
-        norm_type: p of the p-norm, positive; may be infinity.
+        norm_type: p of the p-norm, a positive number or infinity.
 
     Returns:
         The norm before clipping, the same on every rank.

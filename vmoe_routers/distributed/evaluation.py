@@ -20,7 +20,7 @@ def padded_batches(images: int, batch_size: int) -> Iterator[tuple[Tensor, Tenso
 
     Args:
         images: Number of images, at least 1.
-        batch_size: Images of a batch on each rank; the last batch may be smaller.
+        batch_size: Images of a batch on each rank. The last batch may be smaller.
 
     Yields:
         The indices [N] int64 of a batch, and [N] bool: True = count this image, False = it is a repetition.

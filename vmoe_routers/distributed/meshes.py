@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class Meshes:
-    """All ranks, arranged twice in the same order; ``world = replicate * edp * ep``.
+    """All ranks, arranged twice in the same order: ``world = replicate * edp * ep``.
 
     Attributes:
         dense: ("dp_replicate", "dp_shard") for all parameters but the experts, with dp_shard = edp * ep.
@@ -26,7 +26,7 @@ class Meshes:
         """Arranges the ranks of the default process group.
 
         Args:
-            device_type: "cuda", "cpu", ...; None: the accelerator of this machine, else "cpu".
+            device_type: "cuda", "cpu", ... By default the accelerator of this machine, else "cpu".
             replicate: Copies of the sharded model. 1: FSDP over all ranks.
             ep: Ranks among which the experts of a layer are distributed. Neighbouring ranks share the experts of a
                 layer, so choose a divisor of the number of devices of a node.

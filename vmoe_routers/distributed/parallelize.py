@@ -49,13 +49,13 @@ def parallelize(
         meshes: The arrangement of the ranks. With ``ep > 1`` the experts of every `MoEMlp` are distributed.
         blocks: The modules that are gathered, checkpointed and compiled one by one. None: ``model.blocks``, or without
             this attribute the entries of every nn.Sequential or nn.ModuleList with a MoE layer in an entry.
-        param_dtype: Dtype of parameters and inputs in forward and backward, such as torch.bfloat16; None: unchanged.
+        param_dtype: Dtype of parameters and inputs in forward and backward, such as torch.bfloat16. None: unchanged.
             Routing computes in float32 from the rounded parameters.
         reduce_dtype: Dtype in which gradients are summed over ranks, if `param_dtype` is given.
         reshard_after_forward: True: the parameters of a block are gathered again in backward, which saves memory.
-        checkpointing: "none"; "full": each block runs again in backward; "exchange_saved": the same, but the
-            exchanged slots are kept and not sent again.
-        compile: Whether each block is compiled; a dict has arguments of `torch.compile`.
+        checkpointing: "none", "full" or "exchange_saved". With "full" each block runs again in backward. With
+            "exchange_saved" too, but the exchanged slots are kept and not sent again.
+        compile: Whether each block is compiled. A dict has arguments of `torch.compile`.
 
     Returns:
         The model.

@@ -18,7 +18,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     writes the same file under every layout.
 
     Returns:
-        The values by name on rank 0; an empty dict on every other rank.
+        The values by name on rank 0, and an empty dict on every other rank.
     """
     with _without_advice():
         state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

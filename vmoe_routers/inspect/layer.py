@@ -83,7 +83,7 @@ class LayerTrace:
 
     @property
     def load(self) -> Tensor:
-        """[E] float64, tokens per image in the buffers of every expert; Soft MoE: sums of the tokens' weights."""
+        """[E] float64, tokens per image in the buffers of every expert. For Soft MoE, sums of the tokens' weights."""
         return torch.tensor(self._metrics["load"], dtype=torch.float64)
 
     @property
@@ -93,12 +93,12 @@ class LayerTrace:
 
     @property
     def load_cv(self) -> float:
-        """Coefficient of variation of the load over the experts; 0: every expert gets the same load."""
+        """Coefficient of variation of the load over the experts. 0: every expert gets the same load."""
         return self._metrics["load_cv"]
 
     @property
     def entropy(self) -> float:
-        """Entropy of a token's gates over the experts in nats, mean over the tokens; at most log E."""
+        """Entropy of a token's gates over the experts in nats, mean over the tokens, at most log E."""
         return self._metrics["entropy"]
 
     @property
@@ -108,7 +108,7 @@ class LayerTrace:
 
     @property
     def dropped_requests(self) -> float | None:
-        """Share of the requests that got no slot; None if tokens make no requests."""
+        """Share of the requests that got no slot, or None if tokens make no requests."""
         return self._metrics.get("dropped_requests")
 
     @property
@@ -130,7 +130,7 @@ class LayerTrace:
         """Finds the expert with the largest weight in the output of every token.
 
         Returns:
-            [N] int64 over the tokens of all images in order; -1 for a token that no expert took, -2 for padding.
+            [N] int64 over the tokens of all images in order, -1 for a token that no expert took, -2 for padding.
         """
         found = []
         for (taken, weight), (routing, _) in zip(self.weights(), self._pairs, strict=True):
@@ -149,7 +149,7 @@ class LayerTrace:
 
         Only the tokens that both layers took are counted.
 
-        0: the expert in one layer says nothing about the expert in the other layer; 1: each determines the other. None
+        0: the expert in one layer says nothing about the expert in the other layer. 1: each determines the other. None
         for the first layer, and if the layers have different tokens.
         """
         if self.previous is None:
@@ -165,7 +165,7 @@ class LayerTrace:
     @cached_property
     @torch.no_grad()
     def slot_similarity(self) -> float | None:
-        """Mean cosine similarity of the weights of two slots; 1: all slots are equal. None for sparse routers."""
+        """Mean cosine similarity of the weights of two slots. 1: all slots are equal. None for sparse routers."""
         values = []
         for routing in self.routings:
             if not isinstance(routing, SoftRouting) or routing.logits.shape[2] < 2:
@@ -197,7 +197,7 @@ class LayerTrace:
 
     @property
     def token_error(self) -> float | None:
-        """Error of a transport plan's sum per token, ``max_t |sum_e plan - 1|``; None without plan.
+        """Error of a transport plan's sum per token, ``max_t |sum_e plan - 1|``, or None without plan.
 
         The error is a mean over the groups.
         """
@@ -205,7 +205,7 @@ class LayerTrace:
 
     @property
     def expert_error(self) -> float | None:
-        """Error of a transport plan's sum per expert, ``max_e |sum_t plan - n/E| / (n/E)``; None without plan.
+        """Error of a transport plan's sum per expert, ``max_e |sum_t plan - n/E| / (n/E)``, or None without plan.
 
         The error is a mean over the groups.
         """
@@ -216,7 +216,7 @@ class LayerTrace:
 
         Args:
             labels: The class of every recorded image, [images] int.
-            num_classes: Number of classes; None: the largest label plus one.
+            num_classes: Number of classes, by default the largest label plus one.
 
         Returns:
             [classes, E] float64. A row sums to 1. The row of a class without a token in a buffer is 0.
@@ -293,7 +293,7 @@ def normalised_mutual_information(table: Tensor) -> float:
         table: [A, B] float64, number of items in part a of the first partition and part b of the second.
 
     Returns:
-        A number in [0, 1]; 1 if both partitions have one part, 0 without items.
+        A number in [0, 1], 1 if both partitions have one part, 0 without items.
     """
     total = table.sum()
     if total == 0:

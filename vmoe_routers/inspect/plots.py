@@ -38,7 +38,7 @@ def colours(num_experts: int) -> list[tuple[float, float, float]]:
 
 
 def tokens(layers: Sequence[LayerTrace], image: Any, index: int, grid: Any, *, with_image: bool = True) -> Figure:
-    """Draws `Trace.plot_tokens`; without the image, only the layers."""
+    """Draws `Trace.plot_tokens`. Without the image, draws only the layers."""
     picture = _pixels("plot_tokens", image)
     height = _PANEL * picture.shape[0] / picture.shape[1] + 0.25
     figure, axes = _panels(with_image + len(layers), _PANEL, height)

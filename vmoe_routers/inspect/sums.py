@@ -39,7 +39,7 @@ def sums_of(routing: Routing, weights: Tensor) -> Tensor:
 
 
 def metrics_of(sums: Tensor, images: Tensor | int) -> dict[str, Any]:
-    """Computes metrics from sums of `sums_of`, as Python numbers; zeros if no token counts.
+    """Computes metrics from sums of `sums_of`, as Python numbers. Gives zeros if no token counts.
 
     Args:
         sums: [E + COUNTS].

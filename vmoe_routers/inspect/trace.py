@@ -47,7 +47,7 @@ class Trace:
         self._tokens: dict[str, list[int]] = {name: [] for name in routers}
 
     def add(self, name: str, tokens: int, routing: Routing) -> None:
-        """Adds a routing of the layer `name`, from images of `tokens` tokens; 0: every group is one image."""
+        """Adds a routing of the layer `name`, from images of `tokens` tokens. With 0, every group is one image."""
         size = routing.num_tokens
         self.routings[name].append(routing)
         self._tokens[name].append(tokens if tokens and size % tokens == 0 else size)
@@ -116,7 +116,7 @@ class Trace:
             image: The image as the model saw it: a picture, an array [H, W, 3], or a tensor [channels, H, W]. Values
                 outside [0, 1] are rescaled.
             index: The position of the image among the recorded images.
-            layers: The layers; None: all.
+            layers: The layers, by default all.
             grid: Rows and columns of patches. None: from the number of tokens and the sides of the image. Tokens
                 before the patches, such as a class token, are not drawn.
         """
@@ -167,7 +167,7 @@ class Trace:
         Args:
             labels: The class of every recorded image.
             names: Names of the classes.
-            layers: The layers; None: all.
+            layers: The layers, by default all.
         """
         from vmoe_routers.inspect import plots
 

@@ -21,25 +21,25 @@ class MoEBlock(Block):
     """timm's block. Its MoE layer ignores the tokens that `attn_mask` hides from every query."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Maps tokens x [N, T, D] to the same shape; the arguments are timm's."""
+        """Maps tokens x [N, T, D] to the same shape. The arguments are timm's."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, **kwargs)))
         return x + self.drop_path2(self.ls2(_masked(self.mlp, self.norm2(x), attn_mask)))
 
 
 class MoEResPostBlock(ResPostBlock):
-    """timm's block with norms after attention and MLP; masked like `MoEBlock`."""
+    """timm's block with norms after attention and MLP, masked like `MoEBlock`."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Maps tokens x [N, T, D] to the same shape; the arguments are timm's."""
+        """Maps tokens x [N, T, D] to the same shape. The arguments are timm's."""
         x = x + self.drop_path1(self.norm1(self.attn(x, attn_mask=attn_mask, **kwargs)))
         return x + self.drop_path2(self.norm2(_masked(self.mlp, x, attn_mask)))
 
 
 class MoEEvaBlock(EvaBlock):
-    """EVA's block of timm; masked like `MoEBlock`."""
+    """EVA's block of timm, masked like `MoEBlock`."""
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Maps tokens x [N, T, D] to the same shape; the arguments are timm's."""
+        """Maps tokens x [N, T, D] to the same shape. The arguments are timm's."""
         attended = self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, **kwargs)
         x = x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
         hidden = _masked(self.mlp, self.norm2(x), attn_mask)
@@ -47,10 +47,10 @@ class MoEEvaBlock(EvaBlock):
 
 
 class MoEEvaBlockPostNorm(EvaBlockPostNorm):
-    """EVA's block of timm with norms after attention and MLP; masked like `MoEBlock`."""
+    """EVA's block of timm with norms after attention and MLP, masked like `MoEBlock`."""
 
     def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Maps tokens x [N, T, D] to the same shape; the arguments are timm's."""
+        """Maps tokens x [N, T, D] to the same shape. The arguments are timm's."""
         x = x + self.drop_path1(self.norm1(self.attn(x, rope=rope, attn_mask=attn_mask, **kwargs)))
         return x + self.drop_path2(self.norm2(_masked(self.mlp, x, attn_mask)))
 
@@ -94,7 +94,7 @@ def real_tokens(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Finds the tokens of x [N, T, D] that at least one query may attend to.
 
     Args:
-        attn_mask: Bool, True = may attend, or added to the scores; broadcast to [N, heads, queries, T]; or None.
+        attn_mask: Bool, True = may attend, or added to the scores. Broadcast to [N, heads, queries, T]. None: no mask.
         x: The tokens.
 
     Returns:

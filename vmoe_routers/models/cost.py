@@ -23,15 +23,15 @@ def cost(model: VisionTransformer | Eva) -> dict[str, float]:
     zeros, and the capacity of that routing counts.
 
     Args:
-        model: The model; it may be on the meta device.
+        model: The model, which may be on the meta device.
 
     Returns:
         tokens: Tokens of an image, with class token and registers.
-        slots: Slots of an image in a MoE layer, mean over the layers; the tokens in a dense model.
+        slots: Slots of an image in a MoE layer, mean over the layers. In a dense model, its tokens.
         flops: Operations of the whole model.
         mlp_flops: Operations of the blocks' MLPs, experts and routers.
         parameters: All parameters.
-        active_parameters: Parameters that the average token uses; the experts of a MoE layer count in proportion to
+        active_parameters: Parameters that the average token uses. The experts of a MoE layer count in proportion to
             the slots per token.
 
     Raises:

@@ -37,7 +37,7 @@ class MoEVisionTransformer(VisionTransformer):
         return self.forward_head(self.forward_features(x, attn_mask, mask=mask), mask=mask)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """Maps images to the encoder's tokens [N, T, D]; takes the arguments of `forward`."""
+        """Maps images to the encoder's tokens [N, T, D]. Takes the arguments of `forward`."""
         if mask is None:
             return super().forward_features(x, attn_mask)
         x, attn_mask = self._hide(x, attn_mask, mask)
@@ -52,19 +52,19 @@ class MoEVisionTransformer(VisionTransformer):
     def forward_intermediates(
         self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Computes the features of the blocks; `args` and `kwargs` are timm's."""
+        """Computes the features of the blocks. `args` and `kwargs` are timm's."""
         x, attn_mask = self._hide(x, attn_mask, mask)
         return super().forward_intermediates(x, *args, attn_mask=attn_mask, **kwargs)
 
     def get_intermediate_layers(
         self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Computes the features of blocks as DINO's code does; `args` and `kwargs` are timm's."""
+        """Computes the features of blocks as DINO's code does. `args` and `kwargs` are timm's."""
         x, attn_mask = self._hide(x, attn_mask, mask)
         return super().get_intermediate_layers(x, *args, attn_mask=attn_mask, **kwargs)
 
     def pool(self, x: Tensor, pool_type: str | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """Pools tokens [N, T, D] to [N, D]; `pool_type` is timm's."""
+        """Pools tokens [N, T, D] to [N, D]. `pool_type` is timm's."""
         if mask is None:
             return super().pool(x, pool_type)
         if self.attn_pool is None:
@@ -75,7 +75,7 @@ class MoEVisionTransformer(VisionTransformer):
         return self.attn_pool(x[:, self.num_prefix_tokens :], attn_mask=attention_mask(x, None, mask, 0))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, *, mask: Tensor | None = None) -> Tensor:
-        """Maps the encoder's tokens to logits; with `pre_logits`, to the inputs of the last layer."""
+        """Maps the encoder's tokens to logits, or, with `pre_logits`, to the inputs of the last layer."""
         x = self.head_drop(self.fc_norm(self.pool(x, mask=mask)))
         return x if pre_logits else self.head(x)
 

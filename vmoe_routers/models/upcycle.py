@@ -68,8 +68,8 @@ def upcycle(
             `vmoe_routers.checkpoints.save_pretrained`.
 
     Raises:
-        TypeError, ValueError: The model has no blocks or several lists of blocks; an MLP is of another kind
-            (convolutions, another norm than LayerNorm); or options do not fit. The model is unchanged.
+        TypeError, ValueError: The model has no blocks or several lists of blocks, an MLP has convolutions or another
+            norm than LayerNorm, or options do not fit. The model is unchanged.
     """
     check = Check("upcycle")
     check_router(check, router)

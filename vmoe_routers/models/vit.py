@@ -48,8 +48,8 @@ def moe_block_indices(depth: int, rule: str | Iterable[int]) -> tuple[int, ...]:
 
     Args:
         depth: Number of blocks.
-        rule: "last_half" (Soft MoE, arXiv 2308.00951; the larger half of an odd depth), "every_<n>" ("every_2", of
-            V-MoE, arXiv 2106.05974, means blocks 1, 3, 5, ...), "last_<n>", or the indices.
+        rule: "last_half" of Soft MoE (arXiv 2308.00951), "every_<n>", "last_<n>", or the indices. "last_half" of an odd
+            depth is the larger half. "every_2" of V-MoE (arXiv 2106.05974) means the blocks 1, 3, 5, ...
 
     Raises:
         ValueError: The rule has another form, selects no block, or names a block twice or out of range.
@@ -121,7 +121,7 @@ def vit_moe(
     Args:
         img_size, patch_size: A side in pixels, or height and width.
         in_chans: Channels of an image.
-        num_classes: Outputs of the head; 0: no head.
+        num_classes: Outputs of the head. 0 means no head.
         embed_dim, depth, num_heads: Width of a token, number of blocks, heads of attention.
         mlp_ratio: Hidden width of MLPs and experts over `embed_dim`.
         router: One of `vmoe_routers.ROUTERS`, or a function ``(dim, num_experts)`` that makes a router, called once
@@ -129,10 +129,10 @@ def vit_moe(
         num_experts: E, of every MoE layer.
         moe_blocks: The blocks with a MoE layer, as in `moe_block_indices`.
         group_size: Images that are routed together. In training, the batch must be a multiple of this number.
-        global_pool: "avg": mean of the encoder's normalised tokens; "token": class token; "map": attention pooling.
+        global_pool: "avg" (mean of the encoder's normalised tokens), "token" (class token), "map" (attention pooling).
         qk_norm: Normalises queries and keys by LayerNorm over the head width (scale, no bias).
         pre_logits: Adds a dense layer of the model's width and tanh between pooling and head, as older ViTs have.
-        pos_embed: "learned": drawn from N(0, pos_embed_std^2); "sincos": fixed, two-dimensional (arXiv 2104.02057).
+        pos_embed: "learned", drawn from N(0, pos_embed_std^2), or "sincos", fixed, two-dimensional (arXiv 2104.02057).
         pos_embed_std: Standard deviation of learned position embeddings at initialisation.
         drop_rate: Dropout before the head.
         proj_drop_rate: Dropout in MLPs and experts, and after attention.

@@ -40,7 +40,7 @@ class Check:
     The function that the user calls checks its tensors. Internal functions do not check them again.
 
     Args:
-        where: Name of the function or class; every message begins with this name.
+        where: Name of the function or class, with which every message begins.
     """
 
     __slots__ = ("where",)

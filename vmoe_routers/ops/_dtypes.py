@@ -40,5 +40,5 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def fill_masked(x: Tensor, mask: Tensor | None, value: float = -math.inf) -> Tensor:
-    """Fills the rows of masked tokens in `x` [G, T, ...] with `value`. -inf marks an absent entry in every op."""
+    """Fills the rows of masked tokens in `x` [G, T, ...] with `value`. -inf marks a masked entry in every op."""
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), value)

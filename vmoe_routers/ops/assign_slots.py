@@ -33,8 +33,8 @@ def assign_slots(
         priority: [G, T] floating point, or None.
 
     Returns:
-        slot: [G, T, K] int32, ``e * C + position`` of every request; -1 if it was dropped or is no request.
-        source: [G, E, C] int32, ``t * K + k`` of the request in every slot; -1 in an empty slot.
+        slot: [G, T, K] int32, ``e * C + position`` of every request, or -1 if it was dropped or is no request.
+        source: [G, E, C] int32, ``t * K + k`` of the request in every slot, or -1 in an empty slot.
     """
     expert = check.tensor("expert", expert, "G T K")
     check.dtype("expert", expert, torch.int32)
@@ -50,7 +50,7 @@ def assign_slots(
 def assign_slots_unchecked(
     expert: Tensor, num_experts: int, capacity: int, priority: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Runs `assign_slots`; checks only the capacity."""
+    """Runs `assign_slots`. Checks only the capacity."""
     if not torch.compiler.is_compiling():  # under torch.compile the comparison would specialise a symbolic size
         requests = expert.shape[1] * expert.shape[2]
         check.integer("capacity", capacity, 0, max(requests, MOST_EMPTY_SLOTS // num_experts))

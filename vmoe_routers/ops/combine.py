@@ -19,8 +19,8 @@ def combine(y: Tensor, gate: Tensor, token: Tensor, offsets: Tensor, slots: Tens
     Args:
         y: [E, G, C, D] floating point, the experts' outputs in the layout of `dispatch`.
         gate: [G, E, C] floating point, the weight of every slot.
-        token: [G, E, C] int32, the token in every slot; a value outside [0, T) marks an empty slot.
-        offsets, slots: Results of `invert_slots` for `token`. Offsets are clamped to [0, E * C]; slots outside
+        token: [G, E, C] int32, the token in every slot. A value outside [0, T) marks an empty slot.
+        offsets, slots: Results of `invert_slots` for `token`. Offsets are clamped to [0, E * C]. Slots outside
             [0, E * C) are skipped.
 
     Returns:

@@ -31,8 +31,8 @@ def dispatch(x: Tensor, token: Tensor, offsets: Tensor, slots: Tensor) -> Tensor
 
     Args:
         x: [G, T, D] floating point.
-        token: [G, E, C] int32, the token in every slot; a value outside [0, T) marks an empty slot.
-        offsets, slots: Results of `invert_slots` for `token`; the gradient needs them.
+        token: [G, E, C] int32, the token in every slot. A value outside [0, T) marks an empty slot.
+        offsets, slots: Results of `invert_slots` for `token`. Only the gradient uses them.
 
     Returns:
         [E, G, C, D] in x's dtype: the rows of one expert form one contiguous matrix.

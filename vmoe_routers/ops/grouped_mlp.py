@@ -31,12 +31,12 @@ def grouped_mlp(
     never waits for the device. `vmoe_routers.Experts` supports every other dtype, activation and transform.
 
     Args:
-        x: [E, N, D], N rows per expert; float32 or float64, on CUDA also float16 or bfloat16.
+        x: [E, N, D], N rows per expert. The dtype is float32 or float64, on CUDA also float16 or bfloat16.
         w1, b1: [E, D, F] and [E, F] (or None), in x's dtype.
         w2, b2: [E, F, D'] and [E, D'] (or None), in x's dtype.
         act: "gelu_tanh" or "gelu" (the exact form).
-        filled: [E, G] int32. The rows of an expert form G segments of N / G rows; the first ``filled[e, g]`` rows of
-            segment g are filled. Empty rows must be finite and are ignored. None: all rows are filled.
+        filled: [E, G] int32. The rows of an expert form G segments of N / G rows. The first ``filled[e, g]`` rows of
+            segment g are filled. Empty rows must be finite and are ignored. None means that all rows are filled.
 
     Returns:
         [E, N, D'] in x's dtype. Empty rows are zeros and have no gradient.

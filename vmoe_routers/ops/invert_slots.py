@@ -14,13 +14,13 @@ def invert_slots(token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor
     """Lists the slots of every token, for `dispatch` and `combine`, and counts the slots to compute per expert.
 
     Args:
-        token: [G, E, C] int32, the token in every slot; a value outside [0, T) marks an empty slot.
+        token: [G, E, C] int32, the token in every slot. A value outside [0, T) marks an empty slot.
         num_tokens: T.
 
     Returns:
-        offsets: [G, T + 1] int32; the slots of token t are ``slots[offsets[t] : offsets[t + 1]]``.
-        slots: [G, E * C] int32, ``e * C + c``, ascending within a token; -1 after the last filled slot.
-        filled: [G, E] int32, the position after the last filled slot of every expert; 0 if all are empty.
+        offsets: [G, T + 1] int32. The slots of token t are ``slots[offsets[t] : offsets[t + 1]]``.
+        slots: [G, E * C] int32, ``e * C + c``, ascending within a token, and -1 after the last filled slot.
+        filled: [G, E] int32, the position after the last filled slot of every expert, or 0 if all are empty.
     """
     token = check.tensor("token", token, "G E C")
     check.dtype("token", token, torch.int32)

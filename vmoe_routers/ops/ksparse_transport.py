@@ -34,7 +34,7 @@ def ksparse_transport(
     non-zeros. Rows converge towards 1.
 
     Args:
-        similarity: [G, T, E] floating point. A row of -inf marks an absent token.
+        similarity: [G, T, E] floating point. A row of -inf marks a masked token.
         k: The most tokens per expert, 1 <= k <= T (0 where T is 0).
         iterations: The most steps of the solver.
         solver: "adam" (betas 0.9 and 0.999, eps 1e-8), which the router uses, or "lbfgs" for converged plans, which

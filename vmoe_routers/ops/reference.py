@@ -6,7 +6,7 @@ over groups. They do not check arguments. No op falls back to them. `vmoe_router
 exported programs.
 
 Letters: ``G`` groups, ``T`` tokens of a group, ``D`` width, ``E`` experts, ``K`` experts per token, ``C`` capacity,
-``S = E * C`` slots. bfloat16 and float16 are computed in float32 and returned in their own dtype. -inf marks an absent
+``S = E * C`` slots. bfloat16 and float16 are computed in float32 and returned in their own dtype. -inf marks a masked
 entry. NaN counts as the largest value, as in ``torch.sort``.
 """
 
@@ -44,7 +44,7 @@ def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
 def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Selects the `k` largest entries of softmax(logits, -1) for every token (dim 2) or expert (dim 1).
 
-    A token whose logits are all -inf is absent: its entries are value 0, index -1.
+    A token whose logits are all -inf is masked: its entries have value 0 and index -1.
     """
     masked = _masked(_wide(logits), mask)
     gates = _gates(masked).masked_fill(~_present(masked)[..., None], -INF)
@@ -107,7 +107,7 @@ def dispatch(x: Tensor, token: Tensor, offsets: Tensor | None = None, slots: Ten
 
 
 def combine(y: Tensor, gate: Tensor | None, token: Tensor, offsets: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Sums the slots of every token: out[g, t] = sum of gate[g, e, c] y[e, g, c]; `gate` None: all 1."""
+    """Sums the slots of every token: out[g, t] = sum of gate[g, e, c] y[e, g, c]. With `gate` None, all gates are 1."""
     (G, E, C), T, D = token.shape, offsets.shape[1] - 1, y.shape[3]
     row = _row(token, T)[..., None]
     empty = (row == T).view(G, E, C, 1)
@@ -244,7 +244,7 @@ def ksparse_semi_dual(
 
     <alpha, a> - sum_e b_e max_{p in simplex, |p|_0 <= k} <alpha + S[:, e], p> - gamma b_e/2 |p|^2
 
-    with a = 1 (0 for absent tokens) and b_e = n / E.
+    with a = 1 (0 for masked tokens) and b_e = n / E.
     """
     a = _present(S).to(S.dtype)
     b = a.sum(1)[:, None, None] / S.shape[2]  # [G, 1, 1], equal for all experts
@@ -336,7 +336,7 @@ def grouped_mlp(
     b2: Tensor | None,
     act: Callable[[Tensor], Tensor] = GELU_TANH,
 ) -> Tensor:
-    """Computes act(x w1 + b1) w2 + b2, one two-layer MLP per expert; by default GELU in its tanh form."""
+    """Computes act(x w1 + b1) w2 + b2, one two-layer MLP per expert, by default with GELU in its tanh form."""
     hidden = torch.einsum("end,edf->enf", _wide(x), _wide(w1))
     if b1 is not None:
         hidden = hidden + _wide(b1)[:, None]
@@ -361,7 +361,7 @@ def _present(x: Tensor) -> Tensor:
 
 
 def _gates(logits: Tensor) -> Tensor:
-    """Computes the softmax over the experts. An absent token gets zeros."""
+    """Computes the softmax over the experts. A masked token gets zeros."""
     wide = _wide(logits)
     absent = ~_present(wide)[..., None]
     return wide.masked_fill(absent, 0).softmax(-1).masked_fill(absent, 0)
@@ -376,6 +376,6 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
 
 
 def _row(token: Tensor, num_tokens: int) -> Tensor:
-    """Gives the token of every slot, [G, E * C]; `num_tokens` in an empty slot."""
+    """Gives the token of every slot, [G, E * C], and `num_tokens` for an empty slot."""
     filled = (token >= 0) & (token < num_tokens)
     return torch.where(filled, token, num_tokens).long().flatten(1)

@@ -56,9 +56,9 @@ def sinkhorn(
     rows: rows sum to 1, and columns converge to n/E, n the number of real tokens.
 
     Args:
-        logits: [G, T, E] floating point. A row of -inf marks an absent token.
-        epsilon: Strength of the entropy; small values need more iterations.
-        iterations: Number of iterations; with `tolerance`, the largest number.
+        logits: [G, T, E] floating point. A row of -inf marks a masked token.
+        epsilon: Strength of the entropy. Small values need more iterations.
+        iterations: Number of iterations. With `tolerance`, the largest number.
         tolerance: Stops a group when its error, defined under Returns, is at most this.
         mask: [G, T] bool, True = real token. Masked tokens get 0 and do not count in n.
         gradient: "unrolled": exact gradient of the iterations done. "implicit": gradient of the fixed point, computed

@@ -24,10 +24,10 @@ def soft_mix(logits: Tensor, values: Tensor, dim: int, num_experts: int = 1) -> 
     `torch.set_float32_matmul_precision` allows it. Autocast applies to these products as to `torch.bmm`.
 
     Args:
-        logits: [G, T, S] floating point, S = E * C, ordered by expert; -inf marks an absent token or slot.
+        logits: [G, T, S] floating point, S = E * C, ordered by expert. -inf marks a masked token or slot.
         values: Floating point: tokens [G, T, D] for dim 1, slots [E, G, C, D] for dim 2.
         dim: 1 or 2.
-        num_experts: E, used for dim 1; for dim 2 it is ``values.shape[0]``.
+        num_experts: E, used for dim 1. For dim 2 E is ``values.shape[0]``.
 
     Returns:
         Slots [E, G, C, D] for dim 1, tokens [G, T, D] for dim 2, in values' dtype (under CUDA's autocast, in autocast's

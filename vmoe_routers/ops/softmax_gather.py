@@ -18,9 +18,9 @@ def softmax_gather(logits: Tensor, indices: Tensor, dim: int = 2) -> Tensor:
     Forward reads the logits once and keeps two numbers per token for backward.
 
     Args:
-        logits: [G, T, E] floating point. A token whose logits are all -inf is absent, and its gates are 0; a token
+        logits: [G, T, E] floating point. A token whose logits are all -inf is masked, and its gates are 0. A token
             with NaN or +inf has NaN gates.
-        indices: int32: for dim 2 [G, T, K], experts of every token; for dim 1 [G, E, C], tokens of every expert. An
+        indices: int32. For dim 2 [G, T, K], experts of every token. For dim 1 [G, E, C], tokens of every expert. An
             index out of range gives 0.
         dim: 1 or 2.
 

@@ -22,15 +22,15 @@ def softmax_topk(logits: Tensor, k: int, dim: int = 2, *, mask: Tensor | None = 
     float64 for float64 logits and else in float32. Ties go to the lower index, and NaN counts as the largest value.
 
     Args:
-        logits: [G, T, E] floating point. A token whose logits are all -inf is absent; a token with NaN or +inf has
+        logits: [G, T, E] floating point. A token whose logits are all -inf is masked. A token with NaN or +inf has
             NaN gates.
         k: 1 <= k <= ``logits.shape[dim]`` (0 where that axis is empty).
         dim: 1 or 2.
-        mask: [G, T] bool, True = real token; masked tokens are absent.
+        mask: [G, T] bool, True = real token.
 
     Returns:
-        Values, in the logits' dtype, and indices, int32; [G, T, k] for dim 2, [G, E, k] for dim 1. Absent tokens
-            neither choose nor are chosen; their entries are value 0, index -1.
+        Values, in the logits' dtype, and indices, int32, both [G, T, k] for dim 2 and [G, E, k] for dim 1. Masked
+            tokens neither choose nor are chosen. Their entries have value 0 and index -1.
     """
     logits = check.floating("logits", logits, "G T E")
     check.choice("dim", dim, (1, 2))

@@ -24,7 +24,7 @@ def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
         dim: The axis to select along.
 
     Returns:
-        Values, in x's dtype, and indices, int32; both of shape ``x.movedim(dim, -1).shape[:-1] + (k,)``: the selected
+        Values, in x's dtype, and indices, int32, both of shape ``x.movedim(dim, -1).shape[:-1] + (k,)``: the selected
             axis goes last. The gradient of the values flows to the selected entries.
     """
     x = check.floating("x", x)
@@ -36,7 +36,7 @@ def topk(x: Tensor, k: int, dim: int = -1) -> tuple[Tensor, Tensor]:
 
 
 def topk_unchecked(x: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Runs `topk` without checks; requires ``dim >= 0``."""
+    """Runs `topk` without checks. Requires ``dim >= 0``."""
     values, indices = call(torch.ops.vmoe_routers.topk.default, cast(x, compute_dtype(x.dtype)), k, dim)
     return cast(values, x.dtype), indices
 

@@ -49,9 +49,9 @@ class Sinkhorn:
     """Selects by the entropy-regularised transport plan of the noisy logits (`vmoe_routers.sinkhorn`).
 
     Attributes:
-        combine: "softmax": weighs by a softmax; "plan": weighs by the plan.
+        combine: "softmax" weighs by a softmax, "plan" by the plan.
         iterations, epsilon, tolerance, gradient: Arguments of `vmoe_routers.sinkhorn`.
-        noisy_softmax: True: weighs by the softmax of the noisy logits; False: of the logits without noise.
+        noisy_softmax: Whether the softmax that weighs is of the noisy logits, or of the logits without noise.
     """
 
     combine: Combine = "softmax"
@@ -92,7 +92,7 @@ class SparsityConstrained:
     The noisy logits are not used.
 
     Attributes:
-        combine: "softmax": weighs by S; "plan": weighs by the plan.
+        combine: "softmax" weighs by S, "plan" by the plan.
         iterations, learning_rate, tolerance: Arguments of the Adam solver that finds the potentials.
     """
 

@@ -29,11 +29,11 @@ def capacity(
     """Computes the slots per expert and group: ``tokens * factor / num_experts``, rounded, at least 1.
 
     Args:
-        tokens: Tokens of a group; for Token Choice, multiplied by the experts per token.
+        tokens: Tokens of a group. For Token Choice, multiply them by the experts per token.
         num_experts: E.
         factor: The capacity factor, > 0.
         rounding: "ceil" or "round" (half to even).
-        multiple_of: Rounds the result up to a multiple of this number; 0 and 1 have no effect.
+        multiple_of: Rounds the result up to a multiple of this number. 0 and 1 have no effect.
     """
     check = Check("capacity")
     tokens = check.integer("tokens", tokens, 0)
@@ -83,15 +83,15 @@ def token_choice(
     """Lets every token request a slot from each of its `top_k` experts (V-MoE, arXiv 2106.05974).
 
     Args:
-        gates: [G, T, E] floating point, or a `Gates`: the gates that select. Ties go to the lower index; a gate of
+        gates: [G, T, E] floating point, or a `Gates`: the gates that select. Ties go to the lower index. A gate of
             -inf is never chosen.
         top_k: Experts per token, 1 <= K <= E.
         capacity: C, slots per expert and group.
         batch_priority: Fills the buffers in descending order of the tokens' largest gate instead of in index order.
-        weights: [G, T, E], the gates that weigh, in the combine tensor; None: `gates`. A weight is NaN where the
+        weights: [G, T, E], the gates that weigh, in the combine tensor, by default `gates`. A weight is NaN where the
             selecting gate is NaN.
         renormalize: Divides a token's weights by their sum over its `top_k` experts.
-        mask: [G, T] bool, True = real token; masked tokens make no request.
+        mask: [G, T] bool, True = real token. Masked tokens make no request.
         losses: Auxiliary losses by name: functions that return an unweighted scalar.
         loss_weights: Weights of the losses in `Routing.aux_loss`, by name.
     """
@@ -156,13 +156,13 @@ def expert_choice(
     """Lets every expert take the tokens of its `capacity` largest gates (arXiv 2202.09368).
 
     Args:
-        gates: [G, T, E] floating point, or a `Gates`: the gates that select. Ties go to the lower index; a gate of
+        gates: [G, T, E] floating point, or a `Gates`: the gates that select. Ties go to the lower index. A gate of
             -inf is never chosen, and its slot stays empty.
         capacity: C, slots per expert and group, clamped to T.
-        weights: [G, T, E], the gates that weigh, in the combine tensor; None: `gates`. A weight is NaN where the
+        weights: [G, T, E], the gates that weigh, in the combine tensor, by default `gates`. A weight is NaN where the
             selecting gate is NaN.
         renormalize: Divides a token's weights by their sum over the experts that took the token.
-        mask: [G, T] bool, True = real token; masked tokens are never taken.
+        mask: [G, T] bool, True = real token. Masked tokens are never taken.
         losses: Auxiliary losses by name: functions that return an unweighted scalar.
         loss_weights: Weights of the losses in `Routing.aux_loss`, by name.
     """
@@ -183,7 +183,7 @@ def expert_choice_unchecked(
     losses: Losses,
     loss_weights: Mapping[str, float],
 ) -> SparseRouting:
-    """Runs `expert_choice` without checks; requires ``capacity <= T``."""
+    """Runs `expert_choice` without checks. Requires ``capacity <= T``."""
     _, kept, token = _choose(gates, weights, capacity, 1, mask)
     offsets, slots, filled = invert_slots_unchecked(token, gates.source.shape[1])
     if renormalize:

@@ -33,7 +33,7 @@ class Gates(ABC):
         """Selects the k largest gates in descending order, for every token (dim 2) or every expert (dim 1).
 
         Returns:
-            Values, with a gradient, and int32 indices; [G, T, k] for dim 2, [G, E, k] for dim 1. Where fewer than k
+            Values, with a gradient, and int32 indices, [G, T, k] for dim 2 and [G, E, k] for dim 1. Where fewer than k
                 entries are present, the remaining places have value 0 and index -1.
         """
 
@@ -52,7 +52,7 @@ class _Source(NamedTuple):
 
 # Named tuples, so that code that walks over nested tensors (hooks, pytrees) finds the tensor.
 class PlainGates(_Source, Gates):
-    """Gates given as a tensor. -inf marks an absent entry."""
+    """Gates given as a tensor. -inf marks a masked entry."""
 
     __slots__ = ()
 

@@ -37,8 +37,8 @@ def load_loss(
 
     Args:
         logits: [G, T, E] without noise.
-        noisy_logits: [G, T, E] with noise; the gradient also flows through the threshold.
-        noise_std: Standard deviation of the noise on a logit; 0: the loss is 0.
+        noisy_logits: [G, T, E] with noise. The gradient also flows through the threshold.
+        noise_std: Standard deviation of the noise on a logit. If it is 0, the loss is 0.
         top_k: Experts per token.
         mask: [G, T] or None.
     """

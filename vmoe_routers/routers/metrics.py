@@ -19,7 +19,7 @@ class Usage(NamedTuple):
         filled: [G, E], filled slots of every expert.
         gates: [G, T, E], the weight of every expert in every token's output.
         dropped: [G, T] bool, True = a token that no expert took.
-        requests: [G] and [G], the number of requests and of requests that got a slot; None if tokens make no requests.
+        requests: [G] and [G], the number of requests and of requests that got a slot. None if tokens make no requests.
     """
 
     load: Tensor
@@ -33,13 +33,13 @@ def metrics(routing: Routing) -> dict[str, Tensor]:
     """Computes metrics of `routing` by name, as tensors without gradient.
 
     Returns:
-        load: [G, E], tokens in every expert's buffer; for Soft MoE, the sum of the tokens' weights of the expert.
+        load: [G, E], tokens in every expert's buffer. For Soft MoE, the sum of the tokens' weights of the expert.
         utilisation: Filled slots over all slots.
         load_cv: Coefficient of variation over experts of the load of all groups.
         entropy: Entropy of a token's gates over the experts, in nats, mean over the tokens.
         dropped: Share of tokens that no expert took.
         dead_experts: Number of experts without load.
-        dropped_requests: Share of requests that got no slot; only for Token Choice.
+        dropped_requests: Share of requests that got no slot, only for Token Choice.
     """
     with torch.no_grad():
         load, filled, gates, dropped, requests = routing.usage()

@@ -41,7 +41,7 @@ sparsity_constrained_expert_choice and soft."""
 
 
 def router_options(router: str | RouterFactory | None) -> frozenset[str]:
-    """Lists the options that `create_router` takes for a router of `ROUTERS`; gives none for any other router."""
+    """Lists the options that `create_router` takes for a router of `ROUTERS`. Gives none for any other router."""
     entry = _TABLE.get(router) if isinstance(router, str) else None
     return frozenset() if entry is None else frozenset(_of_router(entry.router) | _of_affinity(entry.affinity))
 

@@ -40,8 +40,8 @@ class Routing(ABC):
         num_groups, num_tokens, num_experts, capacity: G, T, E and C.
         device: Device of the routing's tensors.
         mask: [G, T] bool, True = real token, or None.
-        filled: [G, E] int32, the number of leading slots that may hold a token; None: all slots.
-        loss_terms: Auxiliary losses, functions by name; none by default.
+        filled: [G, E] int32, the number of leading slots that may hold a token. None means all slots.
+        loss_terms: Auxiliary losses, functions by name. By default there are none.
         loss_weights: Weights of the losses in `aux_loss`.
     """
 
@@ -134,14 +134,14 @@ class SparseRouting(_Sparse, Routing):
     """Routing with a 0/1 dispatch tensor, held as the token and the weight of every slot.
 
     Attributes:
-        token: [G, E, C] int32, the token in every slot; -1 in an empty slot.
-        gate: [G, E, C], the weight of every slot in the combine tensor; 0 in an empty slot.
+        token: [G, E, C] int32, the token in every slot, or -1 in an empty slot.
+        gate: [G, E, C], the weight of every slot in the combine tensor, or 0 in an empty slot.
         gates: The `Gates` from which `gate` was gathered.
         offsets, slots, filled: [G, T + 1], [G, E * C] and [G, E] int32, results of `ops.invert_slots` for `token`: the
             slots of every token, and the position after the last filled slot of every buffer.
-        expert: [G, T, K] int32, the expert of every request, for Token Choice; else None.
-        slot: [G, T, K] int32, the slot of every request, -1 if dropped, for Token Choice; else None.
-        selecting: The `Gates` that selected, such as a transport plan; None if `gates` selected.
+        expert: [G, T, K] int32, the expert of every request. None for Expert Choice.
+        slot: [G, T, K] int32, the slot of every request, -1 if dropped. None for Expert Choice.
+        selecting: The `Gates` that selected, such as a transport plan, or None if `gates` selected.
     """
 
     __slots__ = ()
@@ -233,7 +233,7 @@ class SoftRouting(_Soft, Routing):
     """Routing with dense dispatch and combine tensors, two softmaxes of the same logits.
 
     Attributes:
-        logits: [G, T, E * C], ordered by expert; -inf in the rows of masked tokens.
+        logits: [G, T, E * C], ordered by expert. The rows of masked tokens are -inf.
     """
 
     __slots__ = ()

@@ -77,7 +77,7 @@ class SoftRouter(nn.Module):
         dim: D, width of a token.
         num_experts: E.
         slots_per_expert: C, 1 by default.
-        capacity_factor: Alternative to `slots_per_expert`; requires `num_tokens`, because C fixes the shape of Phi.
+        capacity_factor: Alternative to `slots_per_expert`. Requires `num_tokens`, because C fixes the shape of Phi.
         num_tokens: Tokens of a group, only with `capacity_factor`.
         scale_init: Initial scale. With the scale 1 and a small width, all slots start close to the mean token and stay
             there in short trainings. A scale of about 2 sqrt(D) avoids this.
@@ -164,7 +164,7 @@ class SoftRouter(nn.Module):
         return torch.randn_like(logits)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SoftRouting:
-        """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
+        """Routes tokens x [G, T, D]. The mask is [G, T] bool, True = real token."""
         x = check_tokens(self.check, x, mask, self.dim, "phi", self.phi)
         logits = self.logits(x)
         with without_autocast(x):

@@ -72,9 +72,9 @@ class SparseRouter(nn.Module):
     Args:
         dim: D, width of a token.
         num_experts: E.
-        affinity: Makes the gates that select and the gates that weigh (`vmoe_routers.affinity`); None: `Softmax`.
+        affinity: Makes the gates that select and the gates that weigh (`vmoe_routers.affinity`), by default `Softmax`.
         capacity_factor: Slots of all experts per routed token, > 0.
-        eval_capacity_factor: Capacity factor in eval; None: as in training.
+        eval_capacity_factor: Capacity factor in eval, by default as in training.
         capacity_rounding, capacity_multiple_of: Arguments `rounding` and `multiple_of` of `vmoe_routers.capacity`.
         noise_std: In training, noise of this standard deviation divided by E is added to the logits.
         importance_loss_weight, load_loss_weight, balance_loss_weight, z_loss_weight: Weights of the auxiliary losses
@@ -159,7 +159,7 @@ class SparseRouter(nn.Module):
         return 2.0 * tokens * self.num_experts * self.dim
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> SparseRouting:
-        """Routes tokens x [G, T, D]; mask [G, T] bool, True = real token."""
+        """Routes tokens x [G, T, D]. The mask is [G, T] bool, True = real token."""
         x = check_tokens(self.check, x, mask, self.dim, "weight", self.weight)
         logits = self.logits(x)
         with without_autocast(x):
