@@ -78,7 +78,7 @@ def read_info(checkpoint: Path) -> dict[str, Any]:
     """Reads the description of a checkpoint and checks that its files are complete.
 
     Raises:
-        TrainingCheckpointError: The folder is not a checkpoint, or has a newer format; or a file is missing or
+        TrainingCheckpointError: The folder is not a checkpoint or has a newer format, or a file is missing or
             truncated.
     """
     try:
@@ -102,7 +102,7 @@ def restore(folder: Path, trainer: Trainer, say: Callable[[str], None]) -> dict[
 
     Args:
         folder: The folder of all checkpoints.
-        trainer: The training; gets the state.
+        trainer: The training, which gets the state.
         say: Called with one line for every checkpoint that cannot be read.
 
     Returns:
@@ -147,8 +147,8 @@ def tidy(folder: Path, keep: Iterable[str], best: int | None) -> None:
 
     Args:
         folder: The folder of all checkpoints.
-        keep: "last" keeps the newest two, so that one is left if the newest is damaged; "best" keeps the checkpoint of
-            step `best`; "every" keeps all.
+        keep: "last" keeps the newest two, so that one is left if the newest is damaged. "best" keeps the checkpoint of
+            step `best`. "every" keeps all.
         best: The step with the best accuracy so far.
     """
     if _rank() != 0 or not folder.is_dir():

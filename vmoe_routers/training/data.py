@@ -76,7 +76,7 @@ def load(
 
     Args:
         data: the name or folder, as `open_data` takes it.
-        image_size: resize to this height and width. None keeps the size; images in files are resized to 32.
+        image_size: resize to this height and width. None keeps the size. Images in files are resized to 32.
         max_images: keep at most this many training images and this many test images. Data in files keep evenly spaced
             images, all other data their first images.
         data_root: the folder for downloads of torchvision.

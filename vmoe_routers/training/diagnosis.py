@@ -15,9 +15,9 @@ def first_not_finite(model: nn.Module, images: Tensor, device: str, dtype: torch
     """Runs a forward and describes the first module or parameter whose values are not finite.
 
     Args:
-        model: The model; its mode does not change.
+        model: The model. Its mode does not change.
         images: A batch.
-        device, dtype: Device type and dtype of the autocast; dtype None: no autocast.
+        device, dtype: Device type and dtype of the autocast. With dtype None there is no autocast.
     """
     if not _finite(images):
         return "the images have values that are not finite"

@@ -43,16 +43,16 @@ def evaluate(
 ) -> Evaluation | Throughput:
     """Evaluates a model on the test images of a data set, prints tables, and writes evaluation.json and per_class.csv.
 
-    On many devices, every process that torchrun started calls this function; every image counts once.
+    On many devices, every process that torchrun started calls this function. Every image counts once.
 
     Args:
         model: a folder of save_pretrained, a study's record (runs/*-seed*.json), P of a V-MoE checkpoint (P.index),
             "vit_moe", or a model of timm.
         data: "digits", a folder, or another name that `open_data` takes (docs/data.md).
         data_root: folder of data sets of torchvision, also for downloads.
-        image_size: height and width of the model's input, in pixels. None: the model's own.
-        normalization: "inception", "imagenet", "clip" or "none". None: as in the model's training, if it is known.
-        crop_pct: central share of an image that the model sees. None: as in the model's training.
+        image_size: height and width of the model's input in pixels, by default the model's own.
+        normalization: "inception", "imagenet", "clip" or "none". By default the model's, if it is known.
+        crop_pct: central share of an image that the model sees, by default as in the model's training.
         batch_size: images per batch, on all processes together.
         pretrained: load timm's weights of the model, which are downloaded.
         model_args: arguments that replace the model's own, such as {capacity_factor: 2}.

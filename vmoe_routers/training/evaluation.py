@@ -31,8 +31,8 @@ class Evaluation:
             the bin from the mean confidence, weighted by the images in the bin. The confidence of an image is its
             largest probability. A bin includes its upper end.
         images_per_second: images over the seconds of the whole evaluation, with reading the data and the metrics.
-        classes: for every class: `images`, `top1`, `top5` and `loss` over the images of this class; `predicted`, the
-            number of images with this prediction; and `precision`, the share of these predictions that are right. A
+        classes: for every class: `images`, `top1`, `top5` and `loss` over the images of this class, `predicted` (the
+            number of images with this prediction) and `precision` (the share of these predictions that are right). A
             value without images is None.
         layers: metrics of `RoutingStatistics.layers`, by the name of the MoE layer.
     """

@@ -42,7 +42,7 @@ def whiten(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def shot_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes mean and population standard deviation, plus 1e-5, of the shots; both [1, D] float64."""
+    """Computes mean and population standard deviation, plus 1e-5, of the shots. Both are [1, D] float64."""
     features = features.double()
     return features.mean(0, keepdim=True), features.std(0, keepdim=True, correction=0) + 1e-5
 
@@ -62,7 +62,7 @@ def fit_ridge(white: Tensor, labels: Tensor, num_classes: int, l2: tuple[float, 
 
 
 def draw_shots(labels: Tensor, shots: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draws the shots, and at most 1,000 other examples on which the regulariser is chosen; returns their indices.
+    """Draws the shots, and at most 1,000 other examples to choose the regulariser. Returns their indices.
 
     Raises:
         ValueError: No example is left besides the shots.

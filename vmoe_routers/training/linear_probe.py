@@ -17,7 +17,7 @@ def linear_probe(train: Examples, test: Examples) -> tuple[float, float]:
 
     The weights minimise the mean cross-entropy plus ``l2 / 2 |W|^2``. The bias is not regularised. The training
     examples are sorted by class, and every tenth is held out. The regulariser with the best accuracy on the held-out
-    examples is chosen; among equal accuracies, the regulariser with the smallest loss. The final fit uses all training
+    examples is chosen, and among equal accuracies the one with the smallest loss. The final fit uses all training
     examples.
 
     Returns:

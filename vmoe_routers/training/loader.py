@@ -151,7 +151,7 @@ def training_batches(
         seed: seed of order and augmentation.
         first_step: the step to begin with, from 0.
         rank, world: number of this process, and of processes.
-        workers: processes that read images; 0 reads in this process.
+        workers: processes that read images. 0 reads in this process.
         bad_images: "stop" at an unreadable image, or "skip" it: the next readable image of the data set replaces it.
         device: where the batches go.
 
@@ -203,7 +203,7 @@ def evaluation_batches(
         transform: a transform for evaluation.
         batch_size: images per batch on all ranks.
         rank, world: number of this process, and of processes.
-        workers: processes that read images; 0 reads in this process.
+        workers: processes that read images. 0 reads in this process.
         bad_images: "stop" at an unreadable image, or "skip" it: its `valid` is False. None: as "stop", with an error
             that does not advise to skip, for a command without this option.
         device: where the batches go.
@@ -350,7 +350,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def _of_worker(error: RuntimeError) -> Exception:
-    """Returns a DataError if the error means a dead worker; otherwise the error itself."""
+    """Returns a DataError if the error means a dead worker, otherwise the error itself."""
     text = str(error)
     if "DataLoader worker" not in text or "Caught" in text:
         return error

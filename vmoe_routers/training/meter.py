@@ -48,7 +48,7 @@ class Meter:
 
     @contextmanager
     def recording(self, wanted: bool, valid: Tensor) -> Iterator[None]:
-        """Records the routing of a step, if wanted; valid [N] bool as in `Batch`."""
+        """Records the routing of a step, if wanted. `valid` [N] bool is as in `Batch`."""
         if not wanted:
             yield
             return
@@ -85,7 +85,7 @@ class Meter:
         return row
 
     def _routing(self) -> dict[str, Any]:
-        """Computes the routing metrics of the recorded step; empty texts if no step was recorded."""
+        """Computes the routing metrics of the recorded step. Gives empty texts if no step was recorded."""
         if self.statistics is None:
             return dict.fromkeys(ROUTING, "")
         # Metrics are ratios of sums over images, so means of the sums over the processes give the same metrics.

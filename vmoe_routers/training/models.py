@@ -39,9 +39,9 @@ def load_model(
     A model that is made draws its parameters from torch's generator.
 
     Args:
-        model: "vit_moe"; a name of `timm.list_models`, which `vmoe_routers.models.NAMES` extends; a folder of
-            `save_pretrained`; the record of a run of a study that kept its models; or P of a V-MoE checkpoint
-            (P.index).
+        model: "vit_moe", a name of `timm.list_models`, which `vmoe_routers.models.NAMES` extends, a folder of
+            `save_pretrained`, the record of a run of a study that kept its models, or the prefix P of a V-MoE
+            checkpoint (P.index).
         num_classes: Outputs of the head. A loaded model with another number gets a new head. None: as in the model.
         channels: Channels of an image. None: as in the model.
         image_size: A side in pixels, or height and width. None keeps the model's size. The position embeddings of a

@@ -36,17 +36,17 @@ class Optimisation:
         final_learning_rate: learning rate at the end of the schedules cosine and linear, and of the cool-down.
         schedule: "cosine", "linear", "rsqrt" or "constant", after a linear warm-up from 0.
         warmup: steps of the warm-up. A value below 1 is a share of all steps.
-        cooldown: steps in which the schedules rsqrt and constant fall linearly at the end. Below 1: a share.
+        cooldown: last steps, in which the schedules rsqrt and constant fall linearly. Below 1, a share of all steps.
         timescale: steps after which rsqrt has divided the rate by sqrt(2).
         weight_decay: decoupled weight decay of kernels and of Soft MoE's scale. Biases, norms, positions and Phi are
             not decayed.
-        head_weight_decay: weight decay of the head's kernel. None: as weight_decay.
-        layer_decay: factor of the learning rate from block to block, from the head down; 1 for none.
+        head_weight_decay: weight decay of the head's kernel, by default weight_decay.
+        layer_decay: factor of the learning rate from each block to the block before it. With 1 all rates are equal.
         loss: "softmax" cross-entropy, or "sigmoid": the sum of binary cross-entropies over the classes.
         label_smoothing: share of the target that is spread over all classes.
-        clip: largest norm of the gradient; 0 for none.
-        accumulate: parts of a batch that run one after the other, before one optimizer step.
-        ema: decay of an average of the parameters, which is evaluated and exported in their place; 0 for none.
+        clip: largest norm of the gradient. With 0 the gradient is not clipped.
+        accumulate: number of parts of a batch. The parts run one after another, before one optimizer step.
+        ema: decay of an average of the parameters, which is evaluated and exported in their place. 0: no average.
         trained: parameters that are trained: "all", or only the parameters of "router", "experts" or "head".
         precision: "float32", or "bfloat16" or "float16" for autocast.
         max_skipped: steps in a row that may be skipped because their loss or gradient is not finite.

@@ -35,8 +35,8 @@ class ProbeResult:
     """Accuracy of a probe.
 
     Attributes:
-        shots: training images per class; None: all of them.
-        seed: seed of the draw; None if all images are used.
+        shots: training images per class. None means all of them.
+        seed: seed of the draw, or None if all images are used.
         accuracy: share of the test images that are classified correctly.
         l2: regulariser, chosen on training images to which the probe was not fitted.
     """
@@ -79,9 +79,9 @@ def few_shot(
         probe: "ridge" or "linear".
         shots: training images per class for the ridge probe. A class with fewer images gives all of them.
         seeds: seeds of the draws for the ridge probe. The table has the mean over them.
-        image_size: height and width of the model's input, in pixels. None: the model's own.
-        normalization: "inception", "imagenet", "clip" or "none". None: as in the model's training, if it is known.
-        crop_pct: central share of an image that the model sees. None: as in the model's training.
+        image_size: height and width of the model's input in pixels, by default the model's own.
+        normalization: "inception", "imagenet", "clip" or "none". By default the model's, if it is known.
+        crop_pct: central share of an image that the model sees, by default as in the model's training.
         batch_size: images per batch.
         pretrained: load timm's weights of the model, which are downloaded.
         model_args: arguments that replace the model's own, such as {capacity_factor: 2}.
@@ -91,7 +91,7 @@ def few_shot(
         console: console that shows the table.
 
     Returns:
-        One result for every number of shots and every seed; for the linear probe, one result in all.
+        One result for every number of shots and every seed. The linear probe has one result in all.
 
     Raises:
         ValueError: Options, model or data do not fit together. The message is for the user.
@@ -150,7 +150,7 @@ def _check(probe: str, shots: Sequence[int], seeds: Sequence[int], batch_size: i
 
 
 def _draw(train: Samples, shots: Sequence[int], seeds: Sequence[int]) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
-    """Draws shots and held-out images for every number of shots and every seed; returns their indices."""
+    """Draws shots and held-out images for every number of shots and every seed. Returns their indices."""
     labels = labels_of(train)
     try:
         return {(k, seed): draw_shots(labels, k, probe_seed(0, seed)) for k in shots for seed in seeds}
@@ -180,7 +180,7 @@ def features_of(model: nn.Module, batches: Iterable[Sequence[Tensor]]) -> Exampl
 
     Args:
         model: A model with `forward_features` and `forward_head`, as models of timm have.
-        batches: Images and labels; further values are not used.
+        batches: Images and labels. Further values are not used.
     """
     parameter, features, labels = next(model.parameters()), [], []
     with eval_mode(model):

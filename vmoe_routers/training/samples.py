@@ -35,7 +35,7 @@ class Data:
         train, test: the images for training and for evaluation, with their labels in [0, num_classes).
         classes: the names of the classes.
         channels: 1 for grey, 3 for colour.
-        size: height and width of the images in pixels; None if images differ in size.
+        size: height and width of the images in pixels, or None if images differ in size.
     """
 
     name: str

@@ -23,8 +23,8 @@ def learning_rate(
     Args:
         step: The step's number, from 0.
         steps: Number of steps of the training.
-        schedule: After the warm-up, "cosine" and "linear" go from `peak` at step `warmup` to `final` at step `steps`;
-            "rsqrt" is ``peak / sqrt(1 + (step - warmup) / timescale)``; "constant" is `peak`.
+        schedule: After the warm-up, "cosine" and "linear" go from `peak` at step `warmup` to `final` at step `steps`.
+            "rsqrt" is ``peak / sqrt(1 + (step - warmup) / timescale)``. "constant" is `peak`.
         peak: Largest learning rate.
         final: Last learning rate of "cosine" and "linear".
         warmup: Steps in which the rate rises linearly from 0 to `peak`.

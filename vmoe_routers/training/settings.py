@@ -40,7 +40,7 @@ class TrainSettings(Optimisation, Augmentation):
         capacity_factor: slots per routed token. None: the router's own.
         top_k: experts per token, with Token Choice. None: the router's own.
         group_size: images that are routed together. None: the model's own.
-        upcycle: router of the MoE layers that replace MLPs of the model; experts start as copies of the MLP.
+        upcycle: router of the MoE layers that replace MLPs of the model. Experts start as copies of the MLP.
         pretrained: start from timm's weights of the model, which are downloaded.
         head_bias: initial value of the head's bias, such as -10 for the sigmoid loss. None: the model's.
         epochs: passes over the training images.
@@ -58,7 +58,7 @@ class TrainSettings(Optimisation, Augmentation):
             of expert parallelism.
         parallel: on several ranks: "ddp" or "fsdp".
         replicate: copies of a model that is sharded by fsdp.
-        ep: ranks that share the experts of a layer; more than 1 needs fsdp.
+        ep: ranks that share the experts of a layer. More than 1 needs fsdp.
     """
 
     data: str = "digits"

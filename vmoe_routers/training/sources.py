@@ -21,12 +21,15 @@ def open_data(data: str, *, data_root: str | Path | None = None) -> Data:
     """Opens a data set. Images in files are read on demand.
 
     Args:
-        data: "digits" (scikit-learn's 1,797 handwritten digits of 8 x 8 pixels); "torchvision:NAME", such as
-            "torchvision:CIFAR100", which is downloaded if it is not in `data_root`; "hf:NAME", a data set of Hugging
-            Face; shards of WebDataset such as "folder/train-{000..011}.tar", with val*.tar or test*.tar in the same
-            folder; or a folder with IDX files such as train-images-idx3-ubyte.gz (MNIST, Fashion-MNIST), with train/
-            and val/ (or test/) that have a folder of images for every class, with shards train*.tar and val*.tar (or
-            test*.tar), or written by `save_to_disk` of Hugging Face's datasets.
+        data: One of
+            - "digits", scikit-learn's 1,797 handwritten digits of 8 x 8 pixels
+            - "torchvision:NAME", such as "torchvision:CIFAR100", which is downloaded if it is not in `data_root`
+            - "hf:NAME", a data set of Hugging Face
+            - shards of WebDataset such as "folder/train-{000..011}.tar", with val*.tar or test*.tar in the same folder
+            - a folder with IDX files such as train-images-idx3-ubyte.gz (MNIST, Fashion-MNIST)
+            - a folder with train/ and val/ (or test/), which have a folder of images for every class
+            - a folder with shards train*.tar and val*.tar (or test*.tar)
+            - a folder written by `save_to_disk` of Hugging Face's datasets.
         data_root: the folder for downloads of torchvision. Default: ~/.cache/torch/datasets.
 
     Raises:

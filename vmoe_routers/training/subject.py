@@ -149,7 +149,7 @@ def input_size(model: nn.Module, name: str) -> int:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """Returns timm's configuration of the model's weights; empty for models of other packages."""
+    """Returns timm's configuration of the model's weights, or nothing for models of other packages."""
     config: Any = getattr(model, "pretrained_cfg", None)
     return config or {}
 
@@ -157,7 +157,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def known_augmentation(
     model: str, found: nn.Module, pretrained: bool, default: Augmentation
 ) -> tuple[Augmentation, str]:
-    """Finds normalization, crop and filter of a model's training, and their source in words; else the default."""
+    """Finds normalization, crop and filter of a model's training, and their source in words, or gives the default."""
     model = folder_of(model)
     settings = Path(model).parent / SETTINGS
     known = read_preprocessing(model) if Path(model).is_dir() else None

@@ -24,7 +24,7 @@ class Throughput:
         milliseconds: the times of the forwards, sorted.
         batch_size: images per forward.
         image_shape: channels, height and width.
-        device: name of the GPU; or name of the CPU, with the number of threads.
+        device: name of the GPU, or name of the CPU with the number of threads.
         dtype: the dtype of parameters and images.
     """
 

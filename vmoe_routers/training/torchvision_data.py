@@ -81,7 +81,7 @@ def _names(classes: Any) -> tuple[str, ...]:
 
 
 def _tensors(samples: Any) -> Tensors | None:
-    """Returns the images of a data set that is in memory; None if it reads files."""
+    """Returns the images of a data set that is in memory, or None if it reads files."""
     images = getattr(samples, "data", None)
     labels = getattr(samples, "targets", getattr(samples, "labels", None))
     if not isinstance(images, np.ndarray | torch.Tensor) or labels is None:

@@ -55,7 +55,7 @@ def train(
     every process that torchrun started calls this function.
 
     Args:
-        settings: The settings; None: `options` make them.
+        settings: The settings, by default made from `options`.
         dry_run: Only describes model, cost, data and memory, and draws the first batch.
         console: Console that shows progress.
         options: Fields of `TrainSettings`.

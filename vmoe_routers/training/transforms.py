@@ -34,7 +34,7 @@ class Augmentation:
 
     Attributes:
         image_size: height and width of the input.
-        scale: smallest and largest area of a random crop, as shares of the image's. None: no random crop.
+        scale: smallest and largest area of a random crop, as shares of the image. None: no random crop.
         ratio: smallest and largest ratio of a random crop's width to its height.
         hflip: probability of a horizontal flip.
         shift: largest random shift in both directions, in pixels. Zeros fill the gap. Requires `scale` None.
@@ -47,7 +47,7 @@ class Augmentation:
         normalization: mean and standard deviation: "inception" (pixels in [-1, 1]), "imagenet", "clip", or "none"
             (pixels in [0, 1]).
         repeats: copies of an image in its batch (repeated augmentation).
-        mixup, cutmix: alpha of mixup and of cutmix, which mix pairs of images; 0 is off.
+        mixup, cutmix: alpha of mixup and of cutmix, which mix pairs of images. 0 turns them off.
         mix_prob: the share of batches that are mixed.
         switch_prob: the share of mixed batches with cutmix, if both are on.
 
@@ -169,7 +169,7 @@ class Transform:
         return torch.cat([shifts, flips.long()], dim=1)
 
     def batch(self, images: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Transforms a batch of images in memory; requires `by_batch`.
+        """Transforms a batch of images in memory. Requires `by_batch`.
 
         Args:
             images: [N, channels, height, width], uint8 or float32 in [0, 1]. Images of another size are resized without
