@@ -59,16 +59,17 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     machines = ", ".join(sorted({run["machine"]["CPU"] for run in runs}))
     return (
         f"{state}A dense ViT and {len(rows) - 1} variants of the six routers were trained alike, with {count} each, on "
-        f"{when} ({machines}). `vmoe-routers study --recipe fashion` repeats it. [The study](study.md) has the "
+        f"{when} ({machines}). `vmoe-routers study --recipe fashion` repeats the study. [The study](study.md) has the "
         "protocol."
     )
 
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "Capacity factor 1 and K = 1, ± the standard error over seeds. *Minus dense* is the mean of the differences "
-        "seed by seed, in points, and bold where its 95 % interval excludes 0. *10-shot* is the accuracy of a probe on "
-        "frozen features, with ten digits of each kind. *Step* is the median time of a training step.",
+        "The table is for capacity factor 1 and K = 1. ± is the standard error over seeds. *Minus dense* is the mean "
+        "difference to the dense ViT of the same seed, in points. A bold difference has a 95 % interval that excludes "
+        "0. *10-shot* is the accuracy of a probe on frozen features, with ten digits of each kind. *Step* is the "
+        "median time of a training step.",
         "",
         "| model | accuracy, % | minus dense | 10-shot, % | dropped, % | step, × dense |",
         "|---|---|---|---|---|---|",
@@ -93,9 +94,9 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _claims(found: Sequence[Comparison]) -> str:
     lines = [
-        "The mean of its comparisons, computed for each seed, decides a claim. It is in points of accuracy, or a rank "
-        "correlation for claim vi, with its uncorrected 95 % interval. Verdicts hold at the 5 % level after Holm's "
-        "correction. *Seeds*: with how many seeds the mean would be resolved.",
+        "The mean over the comparisons of a claim, computed for each seed, decides the claim. *Mean* is in points of "
+        "accuracy, or a rank correlation for claim vi, with an uncorrected 95 % interval. Verdicts hold at the 5 % "
+        "level after Holm's correction. *Seeds* is the number of seeds that would resolve the mean.",
         "",
         "| claim | verdict | mean | seeds |",
         "|---|---|---|---|",
@@ -123,7 +124,7 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
     lines = [
         f"An ablation changes one setting, at capacity factor 1 and K = 1. {len(rows)} values were compared with the "
         f"runs above, seed by seed. {len(clear)} differences have a 95 % interval that excludes 0, without a "
-        "correction for their number:",
+        "correction for the number of differences:",
         "",
         "| ablation | router | value | minus the comparison's runs, points |",
         "|---|---|---|---|",
@@ -138,9 +139,9 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
 def _orders(runs: Sequence[Run]) -> list[str]:
     found = conditions(runs)
     lines = [
-        "Expert Choice ahead of Token Choice, and Soft MoE ahead of sparse routers, is the order of the paper's "
-        "abstract. Differences are in points, seed by seed, ± the standard error. Bold differences have a 95 % "
-        "interval that excludes 0, without a correction for their number.",
+        "In the paper's abstract, Expert Choice is ahead of Token Choice, and Soft MoE is ahead of the sparse routers. "
+        "Differences are means over seeds, in points, ± the standard error. Bold differences have a 95 % interval that "
+        "excludes 0, without a correction for the number of differences.",
         "",
         *(f"- {sentence}" for sentence in order_sentences(found)),
         "",
@@ -164,11 +165,11 @@ def _limits(settings: dict, runs: Sequence[Run]) -> str:
         f"experts in the last half) and see grey images of 28 x 28 pixels for {images}. The paper trains on JFT and "
         "ImageNet. A router that wins here need not win there.",
         "- The learning rates come from a search with three values and one seed.",
-        "- Times hold for this machine. The CPU kernels decide them, not the routers alone.",
+        "- Times hold for this machine. The times depend on the CPU kernels, not on the routers alone.",
     ]
     diverged = sum(run["diverged"] is not None for run in runs)
     if diverged:
-        lines.append(f"- {diverged} runs diverged. They are part of the means.")
+        lines.append(f"- {diverged} runs diverged. The means include these runs.")
     return "\n".join(lines)
 
 

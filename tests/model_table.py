@@ -25,15 +25,15 @@ HEAD = f"""{MARK}
 
 ## What the named models cost
 
-Counted by `vmoe_routers.models.cost` for the names that `timm.create_model` knows once `vmoe_routers.models` is
-imported: 32 experts, capacity factor 1, MoE layers in the last half of the blocks, `group_size=1`, images of 224 x
-224 and 1,000 classes. `timm.create_model("soft_moe_base_patch16_224", num_experts=32)` makes one; every keyword of
-`vit_moe` changes it.
+The tables list the models whose names `timm.create_model` knows once `vmoe_routers.models` is imported.
+`timm.create_model("soft_moe_base_patch16_224", num_experts=32)` makes such a model, and accepts every keyword of
+`vit_moe`. `vmoe_routers.models.cost` counted the numbers, for 32 experts, capacity factor 1, MoE layers in the last
+half of the blocks, `group_size=1`, images of 224 x 224 and 1,000 classes.
 
-FLOPs are counted for a forward pass of one image; a multiplication and an addition are two. Empty slots count. Capacity
-is rounded per expert: to the nearest integer in Expert Choice, up to a multiple of 4 in Token Choice. Where an image
-has few tokens for 32 experts, Token Choice therefore costs more than the dense ViT; larger groups remove the
-difference. Active parameters are the parameters that process a token, on average. Dense: the ViT with the same trunk.
+FLOPs are counted for a forward pass of one image. A multiply-add counts as two. Empty slots count. Capacity is rounded
+per expert: to the nearest integer in Expert Choice, up to a multiple of 4 in Token Choice. If an image has few tokens
+for 32 experts, Token Choice therefore costs more than the dense ViT. Larger groups remove the difference. Active
+parameters are the parameters that process a token, on average. "dense" is the ViT with the same trunk.
 """
 
 

@@ -437,22 +437,23 @@ def _losses(golden: Golden, routing: Any) -> Quantities:
 DOCUMENT = """\
 # Parity with the reference code
 
-The largest deviations of this package from the JAX reference code of the routers' authors on the same inputs (CPU,
-float32; [tests/golden](../tests/golden/README.md)). The tests make the same comparison, and fail where a deviation
-exceeds its tolerance ([tests/parity.py](../tests/parity.py)).
+The table has the largest deviations of this package from the JAX reference code of the routers' authors, on the same
+inputs ([tests/golden](../tests/golden/README.md)), on a CPU in float32. The tests make the same comparison, and fail if
+a deviation exceeds its tolerance ([tests/parity.py](../tests/parity.py)).
 
 Made by `{command}`, {date}: {versions}; {cpu}.
 
 {table}
 
-- Deviations are absolute unless the quantity says otherwise; "differ" counts entries that are not equal.
-- Noise on the logits is the draw in the golden file. Files without a draw are compared in eval mode.
-- Sparsity-constrained plans can tie to the last bit, so for them the set of tokens of every expert is compared. For all
-  other routers every slot is compared.
+- Deviations are absolute unless the quantity says otherwise. "differ" counts entries that are not equal.
+- The noise on the logits is read from the golden file. Files without noise are compared in eval mode.
+- Entries of a sparsity-constrained plan can tie to the last bit, so the set of tokens of every expert is compared. For
+  all other routers every slot is compared.
 - If a Sinkhorn plan goes into the combine tensor, the gradients of the reference come from the implicit function
-  theorem. The option `gradient="implicit"` computes the same.
-- The reference rounds twice to bfloat16 inside a Soft MoE layer. "without the roundings" is this package as
-  users get it; every other line of those two files makes the same two roundings.
+  theorem. The option `gradient="implicit"` computes the same gradients.
+- The reference rounds twice to bfloat16 inside a Soft MoE layer. This package does not, and the lines "without the
+  roundings" compare it as users get it. The other lines on the same golden files compare this package after adding the
+  same two roundings.
 """
 
 

@@ -30,21 +30,22 @@ README_CASES = (
 )
 HEAD = """# Benchmarks
 
-The speed of our ops and layers, compared with other ways to compute the same results. Every case has several variants:
-common torch code, that code under `torch.compile`, installed packages, a dense MLP of the same FLOPs. Variants run in
-one process, in shuffled rounds. Before timing, a variant's results are checked against ours. A variant that computes a
-different function by design is marked so, and is left out of the table.
+This page compares the speed of our ops and layers with other ways to compute the same results. Every case has several
+variants: our code, common torch code, the same torch code under `torch.compile`, installed packages, and a dense MLP of
+the same FLOPs. Variants run in one process, in shuffled rounds. Before timing, a variant's results are checked against
+ours. A variant that computes a different function by design is not in the table.
 
 - **Ratios** are medians of paired ratios: time of the variant / time of ours. Above 1x, our code is faster.
 - **The floor** is the time that the case's flops, bytes and exponentials take at the machine's ceilings, measured in
   the same run.
-- **UNSTABLE**: two measurements of the same code differ by more than 10 %, or may differ by 30 %.
-- **Memory**: if "freed memory is kept", the C library was told to reuse freed memory, for all variants.
-  Otherwise the system maps large results page by page in every call, which can take longer than writing them.
-- **Processors**: on CPUs, the products of experts and of Soft MoE are our own. torch's `mm` and `bmm`, from MKL, run
-  AVX2 code on AMD CPUs, at half the speed of the AVX-512 units, but not on Intel CPUs: rows that are mostly products
-  will show a smaller lead there. No run on an Intel CPU is kept here. "Packed for oneDNN" avoids MKL: it uses torch ops
-  that are not public and have no gradient, on weights packed ahead of time.
+- **UNSTABLE**: two measurements of the same code differ by more than 10 %, or the interval of their ratio reaches
+  beyond 30 %.
+- **Memory**: if "freed memory is kept", the C library was told to reuse freed memory, for all variants. Otherwise the
+  system maps large results page by page in every call. The mapping can take longer than writing the results.
+- **Processors**: on CPUs, experts and Soft MoE use our matrix products. torch's `mm` and `bmm`, from MKL, run AVX2 code
+  on AMD CPUs, at half the speed of the AVX-512 units. On Intel CPUs MKL uses AVX-512, so expect a smaller lead in cases
+  that are mostly products. This page has no run on an Intel CPU. The variants "packed for oneDNN" avoid MKL: they use
+  torch ops that are not public and have no gradient, on weights packed ahead of time.
 """
 TAIL = """## Measure again
 
@@ -118,11 +119,11 @@ def ratios(run: dict, others: list[dict], only: tuple[str, ...] | None = None) -
     head += ["faster by", "with gradients", "of the floor"]
     head += [f"ISA {other['machine']['isa']}" + (", small sizes" if other["quick"] else "") for other in others]
     note = f"Sizes: {' '.join(sorted(common))} in every row. " if common else ""
-    note += "n tokens in images of T, E experts, width D, K experts per token. **Bold**: the other form is faster."
+    note += "n tokens, T per image, E experts, width D, K experts per token. **Bold**: the other form is faster."
     for other in others:
-        form = ", nothing was compiled, and sizes are the sizes of `--quick`" if other["quick"] else ""
+        form = " This column has the sizes of `--quick`, and no `torch.compile`." if other["quick"] else ""
         note += (
-            f" Column ISA {other['machine']['isa']}: our kernels are limited to that level, other forms are not{form}."
+            f" Column ISA {other['machine']['isa']}: only our kernels are limited to this level, not other forms.{form}"
         )
     return f"{note}\n\n{table(head, rows, 3)}"
 
@@ -166,7 +167,10 @@ def targets(run: dict) -> list[str]:
     if not rows:
         return [f"### Targets: all {len(found)} met"]
     head = f"### Targets: {len(found) - len(rows)} met, {len(rows)} missed"
-    note = "Target and reached: times faster, times less peak memory, or the unit that the second column names."
+    note = (
+        "The columns target and reached have a speedup, or a ratio of peak memory. If the second column names a unit, "
+        "they have numbers in this unit."
+    )
     return [head, note, table(["missed", "against", "why, where known", "target", "reached"], rows, 3)]
 
 
@@ -184,7 +188,7 @@ def overhead(run: dict) -> list[str]:
     beside = f"; the cheapest call of torch, `torch.add`, at least {min(add):.2g} us" if add else ""
     return [
         "### Call overhead",
-        f"Ops on tiny input, where only the call takes time: {'; '.join(parts)}{beside}.",
+        f"Time of the ops on tiny input, where only the call takes time: {'; '.join(parts)}{beside}.",
     ]
 
 
@@ -212,10 +216,12 @@ def growth(scaling: dict, picture: str) -> list[str]:
     return [
         "### Scaling",
         f"![Time against tokens, experts and groups]({picture})",
-        "Log-log slope of the forward time through the larger half of the points, one thread; in parentheses the slope "
-        f"of the algorithm; **bold** where steeper by more than {SLACK}. Last, the gain of two threads over one at the "
-        f"default sizes, from the worst case of the op to the best. At least {GAIN} is wanted where arithmetic sets "
-        "the floor" + (f"; below it: {below}." if below else "; every case has it."),
+        "The first columns have the slope of the forward time against the size, in log-log scale, on one thread, "
+        "fitted to the larger half of the sizes. The slope of the algorithm is in parentheses. A **bold** slope is "
+        f"larger than the slope of the algorithm by more than {SLACK}. The last column has the speedup of two threads "
+        "over one at the default sizes, from the worst case of the op to the best. The target is a speedup of "
+        f"{GAIN} in cases whose floor is set by arithmetic. "
+        + (f"Cases below the target: {below}." if below else "Every case meets the target."),
         table(["op", *axes, "two threads"], rows),
     ]
 

@@ -213,17 +213,17 @@ WHY: dict[tuple[str, str, str], str] = {
     ),
     ("Sinkhorn, one group, 4 sigma", FORWARD, "Megatron-LM's loop"): NOT_CONVERGED,
     ("Sinkhorn, one group, 4 sigma", BACKWARD, "scaling loop"): (
-        f"{NOT_CONVERGED}, and each is a pass over the matrix forward and one back"
+        f"{NOT_CONVERGED}, and each iteration passes over the matrix once in the forward and once in the backward"
     ),
     ("k-sparse transport, L-BFGS", FORWARD, "POT smooth_ot_semi_dual"): (
         "projecting 32 columns takes 5 of an iteration's 6 us: each projection bisects for its k-th largest entry"
     ),
     ("layer, softmax_token_choice", FORWARD, BEST): (
-        "oneDNN's weights were packed ahead of time, which serves inference alone; ours are packed in every call, as "
-        "training needs"
+        "our kernel packs the weights in every call, as training needs; the weights for oneDNN were packed ahead of "
+        "time, which is possible in inference only"
     ),
     ("layer, soft", FORWARD, "soft-moe-pytorch"): (
-        "both spend most of the time in matrix products: only faster products would help"
+        "both forms spend most of the time in matrix products: only faster products would help"
     ),
     ("layer, soft", FORWARD, "peak memory of bwconrad's form"): THREE_TENSORS,
     ("layer, soft", FORWARD, "peak memory of soft-moe-pytorch"): THREE_TENSORS,
