@@ -1,5 +1,5 @@
-"""Profiles of hypothesis: "quick", the default, has the same few examples in every run; "long" has random examples for
-hours.
+"""Profiles of hypothesis: "quick", the default, has the same few examples in every run. "minutes" and "long" have random
+examples, for minutes and for hours.
 
 pytest tests/properties --hypothesis-profile=long -n 8
 """
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", max_examples=40, derandomize=True, **COMMON)
+settings.register_profile("minutes", max_examples=1_000, print_blob=True, **COMMON)
 settings.register_profile("long", max_examples=50_000, print_blob=True, **COMMON)
 if not any(argument.startswith("--hypothesis-profile") for argument in sys.argv):
     settings.load_profile("quick")
