@@ -45,13 +45,13 @@ class Ceilings:
 
     @property
     def fastest_gemm(self) -> float:
-        """The higher of both float32 rates."""
+        """The higher of the two float32 rates."""
         return max(self.gemm, self.gemm_layer)
 
     def level(self, working_set: float) -> str:
         """Returns the smallest level that holds the working set.
 
-        A level counts as twice as large as the working set with which its rates were measured.
+        A level holds working sets of up to twice the size of the working set with which its rates were measured.
         """
         return next((name for name, size in self.sizes.items() if working_set <= 2 * size), list(self.sizes)[-1])
 
@@ -66,7 +66,7 @@ class Ceilings:
         }
 
     def at_least(self, other: Ceilings) -> Ceilings:
-        """Returns the higher of two measurements of every rate, because other processes slowed the lower one."""
+        """Returns the higher of two measurements of every rate: other processes slowed the lower measurement."""
 
         def levels(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
             return {level: max(a[level], b[level]) for level in a}

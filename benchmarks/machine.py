@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def keep_memory() -> bool:
-    """Asks the C library to keep freed memory for later calls. Returns whether it does (glibc).
+    """Asks the C library to keep freed memory for later calls. Returns whether the library agrees (glibc only).
 
     By default glibc returns the memory of a large tensor to the system, and the system maps the next tensor page by
     page. The time of this mapping depends on the system and on earlier calls, not on the code that writes the tensor.

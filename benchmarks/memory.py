@@ -28,7 +28,7 @@ def saved_bytes(variant: Variant) -> int:
     def pack(x: torch.Tensor) -> torch.Tensor:
         pointer = x.untyped_storage().data_ptr()
         if pointer not in own:
-            storages[pointer] = x  # keeps the storage alive: a new storage could get the address of a freed one
+            storages[pointer] = x  # keeps the storage alive: a new storage could get the address of a freed storage
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _in_child(work: Callable[[], bool]) -> bool:
-    """Runs `work` in a fork of this process. Returns its result, False after an exception."""
+    """Runs `work` in a fork of this process. Returns the result of `work`, or False after an exception."""
     child = os.fork()
     if not child:
         code = 1

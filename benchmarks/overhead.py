@@ -1,8 +1,8 @@
 """Call overhead of a whole tiny layer of every router: `python -m benchmarks.overhead [--rounds N]`.
 
-Tensors are so small that the calls take the time, not the arithmetic. Prints microseconds of CPU time per call, the
-ratio to a dense MLP measured in the same rounds, and the number of Python functions of the package that a call runs,
-with the number of argument checks among them. CPU time depends little on other processes.
+Tensors are so small that the calls take the time, not the arithmetic. Prints microseconds of CPU time per call, and the
+ratio to a dense MLP measured in the same rounds. Also prints how many Python functions of the package a call runs, and
+how many of these functions check arguments. CPU time depends little on other processes.
 """
 
 from __future__ import annotations

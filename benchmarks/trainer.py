@@ -3,7 +3,7 @@
     python -m benchmarks.trainer
 
 A step of `vmoe_routers.training.Trainer` is compared with the bare step: forward, cross-entropy and auxiliary loss,
-backward, clipping by torch, fused AdamW. Both train equal models on the same batch, in turns.
+backward, clipping by torch, fused AdamW. Both steps train equal models on the same batch, in turns.
 """
 
 from __future__ import annotations

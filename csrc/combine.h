@@ -9,7 +9,7 @@
 // Offsets are clamped to [0, E * C]. Slots outside [0, E * C) are skipped. So no value in `offsets`
 // or `slots` causes a read outside y and gate.
 //
-// In arXiv 2401.15969, section 3, this is Y = B Y~. There B = D * gate, where D is the 0/1 matrix
+// In arXiv 2401.15969, section 3, combine is Y = B Y~ with B = D * gate, where D is the 0/1 matrix
 // of dispatch.h. A token without a slot gets zeros. Slots are added in ascending order, so the sum
 // is deterministic. A 16-bit result is rounded once.
 //

@@ -4,7 +4,7 @@
 //   token  [G, E, C]     int32       token that a slot holds; outside [0, T): empty
 //   out    [E, G, C, D]  same dtype  out[e, g, c] = x[g, token[g, e, c]]; empty slots are zeros
 //
-// In arXiv 2401.15969, section 3, this is X~ = D^T X, where D is a 0/1 matrix. Experts are the
+// In arXiv 2401.15969, section 3, dispatch is X~ = D^T X, where D is a 0/1 matrix. Experts are the
 // first axis of `out`, so that the rows of one expert form one matrix for its MLP. Copies are exact
 // to the bit for every dtype.
 #pragma once

@@ -1,4 +1,4 @@
-"""Every file in examples/ runs. Files that need more packages run in tests/compat, or in tests/distributed on ranks."""
+"""Every file in examples/ runs. tests/compat runs files that need more packages, tests/distributed the one on ranks."""
 
 import runpy
 from pathlib import Path
@@ -16,7 +16,7 @@ EXAMPLES = [
 
 
 def run(path, monkeypatch):
-    """Runs a file; gives its variables, and the gradient of each auxiliary loss that it computed."""
+    """Runs a file. Returns the variables of the file, and the gradient of each auxiliary loss."""
     gradients, aux_loss = [], vr.aux_loss
 
     def watched(model):

@@ -16,7 +16,7 @@ NOT_INSTALLED = "not installed"
 
 
 def here_and_now() -> dict[str, Any]:
-    """Returns the entries of every measurement: `machine`, the `machine_description`, and `date` to the minute."""
+    """Returns two entries for a measurement: `machine` (see `machine_description`), and `date`, to the minute."""
     return {"machine": machine_description(), "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}
 
 
@@ -57,7 +57,7 @@ def cpu_model() -> str:
 def _memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (AttributeError, OSError, ValueError):  # some systems do not report the name
+    except (AttributeError, OSError, ValueError):  # some systems lack these names
         return "unknown"
 
 

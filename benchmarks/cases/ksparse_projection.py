@@ -1,4 +1,4 @@
-"""Cases of the k-sparse projection onto the simplex, of the scores of every expert."""
+"""Cases that project the scores of every expert onto the simplex with at most k non-zeros."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ struct Weighted {
 };
 
 // out[d] = sum over `from` of weight * row[d]. Every out[d] is summed in the same order with the
-// same fma. So its value does not depend on its position in the row.
+// same fma. So the sum does not depend on the position d of the entry in the row.
 template <bool kStream, typename Row>
 void weighted_sum(const std::vector<Weighted<Row>>& from, Row* out, int64_t D) {
   using T = Compute<Row>;

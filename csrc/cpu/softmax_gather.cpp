@@ -8,7 +8,7 @@ namespace {
 // Positions in logits [G, T, E] of the picks of one row of indices.
 struct Row {
   int64_t first;   // position of index 0
-  int64_t stride;  // between positions of consecutive indices
+  int64_t stride;  // distance between positions of consecutive indices
   int64_t places;  // indices in [0, places) are valid
 
   Row(int64_t row, int64_t tokens, int64_t E, bool by_expert)

@@ -9,7 +9,7 @@
 
 namespace vmoe::cpu::VMOE_ISA {
 
-// Whether to stream an output. A smaller output is left in the caches for the next op.
+// Whether to stream an output. A small output stays in the caches for the next op.
 inline bool streams(const void* out, int64_t rows, int64_t row_bytes) {
   constexpr int64_t kLarge = int64_t{1} << 25;
   // `stream` takes rows of whole, aligned vectors.
@@ -34,7 +34,7 @@ inline void stream(void* p, V v) {
 #endif
 }
 
-// Call after the last `stream`: it makes the stores visible to other threads.
+// Makes the stores visible to other threads. Call this function after the last `stream`.
 inline void finish_streams() {
 #if defined(__x86_64__)
   _mm_sfence();

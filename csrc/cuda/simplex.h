@@ -33,8 +33,8 @@ struct Projection {
   }
 };
 
-// Where to search for the cut first: the entries have moved by about `reach` since their cut was
-// `cut`. If `cut` is not finite, there is no guess.
+// A guess of the cut. `cut` is the cut of earlier values of the entries, and `reach` is about the
+// largest change of an entry since then. If `cut` is not finite, there is no guess.
 template <typename T>
 struct Guess {
   T cut, reach;

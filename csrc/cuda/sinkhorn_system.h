@@ -24,8 +24,8 @@ struct System {
   int64_t tokens, E;
   double epsilon;
   int lanes;                     // per row
-  int64_t pieces, piece_tokens;  // pieces per group; tokens per piece, the last has fewer
-  int64_t splits, split_tokens;  // the same for system_products_kernel
+  int64_t pieces, piece_tokens;  // pieces per group; tokens per piece (the last piece has fewer)
+  int64_t splits, split_tokens;  // splits per group, for system_products_kernel; tokens per split
   double* row;                   // [G, T]  r
   double* row_grad;              // [G, T]  sum_e A
   double* column_parts;          // [G, pieces, 2, E]  partial sums of c, and of b
@@ -206,9 +206,9 @@ __global__ void __launch_bounds__(kSystemThreads) solve_kernel(System<T> system)
   }
 }
 
-// A system that is too large for shared memory overwrites the products in device memory. This
-// system is solved by system_columns_kernel, system_entries_kernel, one eliminate_kernel per
-// column, and substitute_kernel.
+// A system that is too large for shared memory overwrites the products in device memory. Four kinds
+// of kernels solve such a system: system_columns_kernel, system_entries_kernel, one
+// eliminate_kernel per column, and substitute_kernel.
 template <typename T>
 __device__ Triangle triangle_of(const System<T>& system, int64_t g) {
   const int64_t E = system.E;

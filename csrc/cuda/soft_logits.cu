@@ -24,7 +24,7 @@ __device__ double dot_of_warp(const Row* a, const Row* b, int64_t D) {
   return total;
 }
 
-// r of soft_logits.h.
+// The factor r of soft_logits.h: 1 / sqrt(|x|^2 + 1e-6).
 template <int kEntries, typename Row>
 __device__ double inverse_norm(const Row* x, int64_t D) {
   return 1 / sqrt(dot_of_warp<kEntries>(x, x, D) + 1e-6);

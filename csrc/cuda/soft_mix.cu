@@ -1,9 +1,9 @@
 // The softmax over the slots is a softmax of contiguous rows (softmax.h).
 //
 // In the softmax over the tokens, a block computes 32 adjacent slots of a group. A thread computes
-// every kDown-th token of one slot or, if the rows allow it, of as many adjacent slots as 16 bytes
-// hold. A thread with few tokens keeps their logits in registers. A thread with more tokens reads
-// their logits from memory again in each pass.
+// every kDown-th token of one slot. If the rows are aligned to 16 bytes, a thread computes as many
+// adjacent slots as 16 bytes hold. A thread with few tokens keeps their logits in registers. A
+// thread with more tokens reads their logits from memory again in each pass.
 //
 // The same kernels compute forward and backward. The backward computes the weights again, and then
 // the gradient.
@@ -126,8 +126,8 @@ struct SlotTile {
   }
 };
 
-// kHeld: upper bound on the tokens per thread, whose logits are kept in registers; 0: no bound, and
-// logits are not kept.
+// kHeld > 0: a thread has at most kHeld tokens, and keeps their logits in registers. kHeld = 0: a
+// thread may have any number of tokens, and keeps no logits.
 template <typename Row, int kEntries, int kHeld, bool kBackward>
 __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
     const Compute<Row>* __restrict__ logits,  // [G, T, S]
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kSoftmaxThreads) tokens_kernel(
   const bool has_slot = tile.slot < S;
   const int64_t first = tile.group * tokens * S + tile.slot;
 
-  // Calls body(t, i) for the tokens t of this thread. With kHeld, held[i] is for token t.
+  // Calls body(t, i) for the tokens t of this thread. If kHeld > 0, held[i] has the logits of token
+  // t.
   const auto each = [&](auto&& body) {
     if (!has_slot) return;
     if constexpr (kHeld > 0) {
@@ -257,7 +258,8 @@ void softmax(
   }
 }
 
-// Unit: the type that a lane copies at once. Its size depends on the size and address of the rows.
+// Unit: the type that a lane copies at once. The size of Unit depends on the size and address of
+// the rows.
 template <typename Unit, bool kToSlots>
 __global__ void __launch_bounds__(kRowThreads) move_kernel(
     const Unit* __restrict__ from, Unit* __restrict__ to, int64_t G, int64_t E, int64_t C,

@@ -3,10 +3,10 @@
 //
 // One instruction multiplies a [16, 16] by b [16, 8], which have 16-bit entries, and adds the
 // product to sums [16, 8] in float32. A whole warp executes the instruction, and its lanes hold the
-// operands. Each operand consists of 8 x 8 matrices. a consists of four matrices (upper left, lower
-// left, upper right, lower right), b of two (upper, lower, each transposed), and sums of two
-// (upper, lower). Lane 4 * row + pair holds the entries 2 * pair and 2 * pair + 1 of row `row` of
-// each matrix. (PTX ISA, "Matrix Fragments for mma.m16n8k16".)
+// operands. Each operand consists of 8 x 8 matrices. Operand a has four matrices: upper left, lower
+// left, upper right, lower right. Operand b has two matrices, upper and lower, each transposed. The
+// sums have two matrices, upper and lower. Lane 4 * row + pair holds the entries 2 * pair and 2 *
+// pair + 1 of row `row` of each matrix. (PTX ISA, "Matrix Fragments for mma.m16n8k16".)
 #pragma once
 
 #include "half.h"

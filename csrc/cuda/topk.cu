@@ -42,8 +42,8 @@ __device__ void load_keys(
   }
 }
 
-// Selects k entries of the row at `from`, of which `few` has the keys. Writes these entries if
-// `writes`.
+// Selects k entries of the row at `from`. `few` has the keys of the row. Writes the selected
+// entries if `writes`.
 template <typename T, int kLanes, int kEach, int kTogether>
 __device__ void select_entries(
     Few<OrderKey<T>, kLanes, kEach, kTogether>& few, const T* from,

@@ -5,7 +5,7 @@
 namespace vmoe {
 namespace {
 
-// The indices of the whole axis by definition: a stable sort.
+// Sorts the indices of the whole axis by the definition of the order, with a stable sort.
 template <typename T>
 std::vector<int32_t> sorted_axis(const T* x, int64_t n, int64_t stride) {
   std::vector<int32_t> index(n);
@@ -33,7 +33,7 @@ class Topk : public ::testing::Test {
         for (int64_t j = 0; j < k; ++j) {
           const int64_t at = (a * M + m) * k + j;
           ASSERT_EQ(indices.data()[at], wanted[j]) << "pick " << j << " of row " << a * M + m;
-          // The picked entry itself: with its sign of zero and its NaN payload.
+          // The value is the picked entry to the bit, with the sign of a zero and a NaN payload.
           EXPECT_EQ(memcmp(&values.data()[at], &axis[wanted[j] * M], sizeof(T)), 0);
         }
       }
@@ -72,8 +72,8 @@ TYPED_TEST(Topk, AnyNumberOfRowsAndColumns) {
   }
 }
 
-// Numbers of picks around the limits between the sorting methods. The inputs are such that find_cut
-// moves its candidates, or does not.
+// Numbers of picks around the limits between the sorting methods. For some inputs find_cut moves
+// its candidates, for others not.
 TYPED_TEST(Topk, ManyPicks) {
   using T = TypeParam;
   for (const int64_t M : {1, 2, 17}) {

@@ -1,4 +1,4 @@
-"""docs/distributed.md and the distributed example run on two ranks, and the numbers come from their script."""
+"""docs/distributed.md and the distributed example run on two ranks. A script computes the numbers of the page."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 namespace vmoe {
 
-// The indices are hostile.
+// The indices are untrusted: any int32 values.
 template <typename T>
 void fuzz(Input& in, T) {
   const int64_t G = in.integer(0, 3), tokens = in.integer(0, 40), E = in.integer(1, 70);

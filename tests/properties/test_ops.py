@@ -26,7 +26,7 @@ def noise(shape: tuple[int, ...]) -> torch.Tensor:
 
 @st.composite
 def indices(draw: st.DrawFn, *shape: int, below: int) -> torch.Tensor:
-    """Draws int32 indices in [0, below), some of them out of range."""
+    """Draws int32 indices: none, some or all of them are outside [0, below)."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     x = torch.randint(0, max(below, 1), shape, generator=generator)
     share = draw(st.sampled_from((0.0, 0.2, 1.0)))

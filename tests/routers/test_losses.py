@@ -23,7 +23,7 @@ def squared_cv(values):
 
 
 def naive(name, logits, noisy, std, top_k, mask):
-    """Computes the loss of this name: the mean over the groups, over real tokens only."""
+    """Computes the loss of this name. The loss is a mean over the groups, and counts real tokens only."""
     total = 0.0
     for g in range(logits.shape[0]):
         keep = [t for t in range(logits.shape[1]) if mask is None or mask[g, t]]
@@ -81,7 +81,7 @@ def test_formula(name, top_k, masked):
 
 @pytest.mark.parametrize("name", ["importance", "load", "balance", "z"])
 def test_gradient(name):
-    """Computes the gradient by central differences of the formula. A change of logits changes noisy logits equally."""
+    """Compares with central differences of the formula. A change of the logits changes the noisy logits equally."""
     logits, noisy, std = inputs(2, 4, 3)
     noise = noisy - logits
     mask = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]).bool()

@@ -30,7 +30,7 @@ SIMPLE = Augmentation(image_size=8, scale=None, shift=1, normalization="none", c
 
 
 class Numbers:
-    """Pictures in memory, in the form that files give. Label and first pixel are the index."""
+    """Pictures in memory, as a data set of files returns them. The label and the first pixel are the index."""
 
     def __init__(self, size=20, bad=()):
         self.size, self.bad = size, bad
@@ -73,7 +73,7 @@ def test_batches_of_pictures(undisturbed):
         labels = torch.cat([labels for _, labels, _ in epoch])
         assert len(labels.unique()) == 18
     assert not torch.equal(undisturbed[0].labels, undisturbed[3].labels)
-    # Another epoch augments an image in another way, and another seed too.
+    # Another epoch, or another seed, augments an image in another way.
     first, again = (
         next(images[labels == 3] for images, labels, _ in part if 3 in labels)
         for part in (undisturbed, undisturbed[3:])
@@ -118,7 +118,7 @@ def test_tensors(repeats):
 
 
 def test_tensors_are_shifted_and_flipped():
-    """Each image is one of the 18 that shifts by one pixel and flips can give, and all occur."""
+    """Shifts by up to one pixel and flips can give 18 images. Each result is one of the 18, and all 18 occur."""
     samples = tensors()
     seen = set()
     for images, labels, _ in train(samples, Augmentation(**{**vars(SIMPLE), "hflip": 0.5}), 1, steps=60):

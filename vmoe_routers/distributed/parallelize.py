@@ -40,21 +40,22 @@ def parallelize(
     """Shards a model over all ranks, in place: expert parallelism, checkpointing, compilation and FSDP2, in this order.
 
     After ``backward()`` the gradient of every parameter is the mean over all ranks, as in one process over the whole
-    batch. Make the optimizer afterwards. Clip with `vmoe_routers.distributed.clip_grad_norm_`.
+    batch. Make the optimizer after this call. Clip with `vmoe_routers.distributed.clip_grad_norm_`.
 
     Every rank must make the model from the same seed, or load the same values.
 
     Args:
-        model: The model, not wrapped by DDP, on the CPU or its device.
+        model: The model, on the CPU or on the device of the rank. It must not be wrapped by DDP.
         meshes: The arrangement of the ranks. With ``ep > 1`` the experts of every `MoEMlp` are distributed.
-        blocks: The modules that are gathered, checkpointed and compiled one by one. None: ``model.blocks``, or without
-            this attribute the entries of every nn.Sequential or nn.ModuleList with a MoE layer in an entry.
+        blocks: The modules that are gathered, checkpointed and compiled one by one. None: ``model.blocks``. If the
+            model has no such attribute: the entries of every nn.Sequential or nn.ModuleList that has a MoE layer in an
+            entry.
         param_dtype: Dtype of parameters and inputs in forward and backward, such as torch.bfloat16. None: unchanged.
             Routing computes in float32 from the rounded parameters.
         reduce_dtype: Dtype in which gradients are summed over ranks, if `param_dtype` is given.
         reshard_after_forward: True: the parameters of a block are gathered again in backward, which saves memory.
-        checkpointing: "none", "full" or "exchange_saved". With "full" each block runs again in backward. With
-            "exchange_saved" too, but the exchanged slots are kept and not sent again.
+        checkpointing: "none", "full" or "exchange_saved". With "full" and with "exchange_saved", each block runs again
+            in backward. "exchange_saved" keeps the exchanged slots, so that they are not sent again.
         compile: Whether each block is compiled. A dict has arguments of `torch.compile`.
 
     Returns:

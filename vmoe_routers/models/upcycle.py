@@ -30,16 +30,16 @@ def upcycle(
     noise: float = 0.0,
     **router_options: Any,
 ) -> Model:
-    """Replaces the MLPs of some blocks, in place, by MoE layers whose experts all start as that MLP.
+    """Replaces the MLPs of some blocks, in place, by MoE layers whose experts start as copies of the replaced MLP.
 
-    Attention, layer scale, register tokens and head do not change. The weights of the routers are drawn.
+    Attention, layer scale, register tokens and head do not change. The weights of the routers are drawn at random.
 
     In timm's VisionTransformer, Eva and NaFlexVit, tokens that the attention mask hides from every query (padding) are
     not routed. `model.no_weight_decay`, which timm's optimizer factory calls, also names biases and norms of the
     experts.
 
-    If experts took a token with weights that sum to 1, the layer maps the token as the dense MLP did. So the model
-    starts with the outputs of the dense model if
+    If the weights of a token's experts sum to 1, the layer maps the token as the dense MLP did. So the model starts
+    with the outputs of the dense model if
 
     - the router is sparse, with ``renormalize=True``,
     - the experts take every token: `capacity_factor` is large enough (for Expert Choice ``capacity_factor=num_experts``
@@ -47,7 +47,7 @@ def upcycle(
     - `noise` is 0.
 
     Without `renormalize`, the layer scales the output of the MLP by the sum of the token's gates. With Soft MoE the
-    outputs differ from the start, because its experts compute mixtures of tokens.
+    outputs differ from the dense model's from the start, because the experts compute mixtures of tokens.
 
     Args:
         model: A vision transformer of timm (ViT, DeiT, DINOv2, DINOv3, EVA-02, ...), of torchvision, or of Hugging Face

@@ -23,7 +23,7 @@ _PROCESS = 100 << 20  # bytes that a process with torch does not share with othe
 
 
 class Need(NamedTuple):
-    """Bytes for training one model. They are lower bounds, so that no study that fits is refused."""
+    """Lower bounds of the bytes for training one model. With lower bounds, no study that fits is refused."""
 
     parameters: float
     optimizer: float
@@ -44,7 +44,7 @@ def check_memory(
     classes: int = 2,
     images: int = 0,
 ) -> int:
-    """Returns the number of workers: `settings.workers`; for 0, one per core, or fewer if memory is short.
+    """Returns the number of workers: `settings.workers`, or, if this is 0, one per core or fewer if memory is short.
 
     Args:
         settings: The study's settings.
@@ -108,7 +108,7 @@ def _need(options: dict[str, Any], variant: Variant, shape: tuple[int, int, int]
     tokens = float(max(size // o.patch_size, 1)) ** 2  # per image
     moe = 0.0 if variant.router is None else depth * o.moe_share
     group = tokens if variant.has_phi else tokens * o.group_size
-    slots = 0.0  # per group; a lower bound for own routers, whose slots are not known yet
+    slots = 0.0  # per group; 0 is a lower bound for own routers, whose slots are not known yet
     if variant.capacity_factor is not None:
         capacity = group * (variant.top_k or 1) * variant.capacity_factor / experts
         if not variant.has_phi:  # an expert takes a token at most once

@@ -30,7 +30,7 @@ def fashion() -> Settings:
         seeds=5,
         holdout=10_000,
         epochs=1,
-        learning_rates={"dense": 6e-3},  # the results of fashion_choose; all routers have the default
+        learning_rates={"dense": 6e-3},  # from fashion_choose, which chose the default for all routers
         patch_size=4,
         mlp_ratio=4.0,
         num_experts=32,
@@ -56,7 +56,7 @@ def fashion_choose() -> Settings:
 
 
 def cifar100() -> Settings:
-    """CIFAR-100 with 32 experts for one GPU; torchvision downloads it."""
+    """CIFAR-100 with 32 experts for one GPU. torchvision downloads the images."""
     return Settings(
         data="torchvision:CIFAR100",
         output=Path("cifar100"),

@@ -32,7 +32,7 @@ def read_picture(path: str) -> Image.Image:
     if not os.path.isfile(path):  # a pipe would block
         raise DataError(f"{path}: not a regular file")
     try:
-        # Given a path, Pillow 13 maps uncompressed TIFF files into memory and reads rotated ones wrongly.
+        # Given a path, Pillow 13 maps uncompressed TIFF files into memory, and reads rotated TIFF files wrongly.
         file = open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
@@ -52,11 +52,11 @@ def decode_picture(file: BinaryIO, name: str) -> Image.Image:
             with Image.open(file, formats=_FORMATS) as image:
                 _refuse_shape(name, image)
                 _refuse_pixels(name, image)
-                image.load()  # this already rotates a TIFF file
+                image.load()  # already rotates a TIFF file
                 return _as_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
-    except UnidentifiedImageError:  # its message has the file object, not the name
+    except UnidentifiedImageError:  # Pillow's message has the file object, not the name
         raise DataError(f"{name}: cannot be read: cannot identify image file") from None
     except Exception as error:  # damaged files make Pillow's decoders raise errors of nearly every type
         reason = "not enough memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__

@@ -45,7 +45,7 @@ def print_evaluation(found: Evaluation, classes: Sequence[str], console: Console
 
 
 def class_rows(found: Evaluation, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Makes the rows of the table of classes, with their names."""
+    """Makes the rows of the table of classes, with the names of the classes."""
     return [{"class": name, **row} for name, row in zip(classes, found.classes, strict=True)]
 
 

@@ -64,9 +64,9 @@ class SemiDual {
     differentiate(alpha, gradient, [](int64_t, int64_t) {});
   }
 
-  // The same as above. As soon as the gradient of a piece of the tokens is computed, this function
-  // also calls use(begin, end) for the piece. The call is on the thread that has the gradient in
-  // its cache.
+  // Computes the same gradient, and calls use(begin, end) for every piece of the tokens as soon as
+  // the gradient of the piece is computed. The call is on the thread that has this gradient in its
+  // cache.
   template <typename Use>
   void differentiate(const Vector& alpha, Vector& gradient, const Use& use) {
     project(alpha);
@@ -102,7 +102,7 @@ class SemiDual {
   static constexpr int64_t kLongest = Columns<T>::kLongest;
 
   // The largest decrease of an entry of alpha, and the largest absolute value of an entry, over one
-  // range of tokens. Stored at the index of the first piece of the range.
+  // range of tokens. A Moved is stored at the index of the first piece of its range.
   struct Moved {
     double fall = 0, size = 0;
   };

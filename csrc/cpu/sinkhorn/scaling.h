@@ -51,9 +51,9 @@ class ScalingDomain {
   }
 
   // One pass computes the row update and the column sums for the next column update. In the last
-  // step it also computes the plan. A visit computes the row sums of some blocks, and adds the
-  // blocks before these to the column sums. Row sums and column sums of a visit do not depend on
-  // each other. The earlier blocks are still in the cache.
+  // step the pass also computes the plan. A visit computes the row sums of some blocks, and adds
+  // the preceding blocks to the column sums. So the row sums and the column sums of a visit do not
+  // depend on each other. The preceding blocks are still in the cache.
   void step_rows(bool last) {
     matrix_.sum_pieces(last ? E() : 0, [&](int64_t begin, int64_t end, C* sums, C* tile) {
       Vec<C> before[kTogether]{};  // initialised, because the compiler warns otherwise
