@@ -215,22 +215,73 @@ def test_only_damaged_checkpoints(undisturbed, tmp_path):
         run(tmp_path / "out")
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(undisturbed, tmp_path, monkeypatch):
-    rename = Path.rename
+@pytest.mark.parametrize(("method", "name"), [("rename", "00000010.partial"), ("write_text", "training.json")])
+def test_a_full_disk_keeps_the_previous_checkpoint(method, name, undisturbed, tmp_path, monkeypatch):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints/00000010")
+    (tmp_path / "checkpoints/00000009.partial").mkdir()  # of a process that was killed
+    original = getattr(Path, method)
 
-    def full(self, target):
-        if self.name == "00000006.partial":
-            raise OSError(errno.ENOSPC, "No space left on device", str(self))
-        return rename(self, target)
+    def full(self, *arguments):
+        if self.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")  # an error of `write` does not name the file
+        return original(self, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
-        patch.setattr(Path, "rename", full)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"checkpoints/00000010: cannot be written: .*No space left on device"),
+    ):
+        patch.setattr(Path, method, full)
         run(tmp_path)
-    assert [path.name for path in checkpoint.saved(tmp_path / "checkpoints")] == ["00000004", "00000005"]
-    assert (tmp_path / "checkpoints/00000006.partial").exists()
+    assert [path.name for path in checkpoint.saved(tmp_path / "checkpoints")] == ["00000008"]
+    assert not (tmp_path / "checkpoints/00000010.partial").exists()
     run(tmp_path)
     assert result(tmp_path) == result(undisturbed)
-    assert not (tmp_path / "checkpoints/00000006.partial").exists()
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of 1 MiB. Returns its folder and a function that leaves a number of free bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+
+    def leave(count):
+        (folder / "ballast").unlink(missing_ok=True)
+        found = os.statvfs(folder)
+        (folder / "ballast").write_bytes(bytes(found.f_bavail * found.f_frsize - count))
+
+    yield folder, leave
+    subprocess.run(["umount", folder], check=True)
+
+
+# TensorBoard writes in a thread of its own, which prints the error too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_small_disk(undisturbed, small_disk):
+    folder, leave = small_disk
+    leave(340_000)  # one checkpoint of 320 kB
+    with pytest.raises(OSError, match=r"checkpoints/00000004: cannot be written: .*No space left on device"):
+        run(folder / "out")
+    assert [path.name for path in checkpoint.saved(folder / "out/checkpoints")] == ["00000002"]
+    leave(0)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out/settings.yaml'"):
+        run(folder / "out")
+    if find_spec("tensorboard"):
+        with pytest.raises(OSError, match=r"No space left on device: '.*/board'"):
+            Board(folder / "board", 0)
+    (folder / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    with pytest.raises(OptionError, match=r"output '.*/out' cannot be written"):
+        run(folder / "out")
+    with pytest.raises(OptionError, match=r"output '.*/other' cannot be made: Read-only file system"):
+        run(folder / "other")
+    subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+    with open(undisturbed.parent / "told", "w") as file:
+        run(folder / "out", Console(file=file, width=400), keep=["last"])
+    assert "continues from step 2 of 10" in (undisturbed.parent / "told").read_text()
+    assert result(folder / "out") == result(undisturbed)
 
 
 def test_a_file_system_that_takes_no_large_file(tmp_path):

@@ -46,23 +46,23 @@ def save(folder: Path, trainer: Trainer, info: dict[str, Any]) -> Path:
     final = folder / f"{trainer.step:08d}"
     partial = folder / f"{final.name}.partial"
     first = _rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-    _barrier()
-    with _quiet():
-        try:
+    try:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+        _barrier()
+        with _quiet():
             write_state(trainer.state_dict(), checkpoint_id=partial, no_dist=not dist.is_initialized())
-        except CheckpointException as error:
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
-            raise OSError(f"{final}: cannot be written: {_cause(error)}") from error
-    if first:
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        described = {"format_version": FORMAT_VERSION, "step": trainer.step, "sizes": sizes, **info}
-        (partial / _INFO).write_text(json.dumps(described, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        if first:
+            sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+            described = {"format_version": FORMAT_VERSION, "step": trainer.step, "sizes": sizes, **info}
+            (partial / _INFO).write_text(json.dumps(described, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+    except (CheckpointException, OSError) as error:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the space
+        raise OSError(f"{final}: cannot be written: {_cause(error)}") from error
     _barrier()
     return final
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vmoe_routers.files import write_whole
 from vmoe_routers.training.log import EVALUATIONS, LOG, read_table
 
 
@@ -27,7 +28,7 @@ def draw_curve(folder: Path) -> Path:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     path = folder / "curve.png"
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=150, format="png"))
     return path
 
 

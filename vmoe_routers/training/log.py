@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vmoe_routers.files import write_whole
+from vmoe_routers.files import naming, write_whole
 from vmoe_routers.training.evaluation import Evaluation
 
 LOG, EVALUATIONS = "log.csv", "evaluations.csv"
@@ -111,14 +111,11 @@ class Table:
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row. The first row sets the columns."""
         self.rows.append({name: _short(value) for name, value in row.items()})
-        try:
-            with self.path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(self.rows[0]), extrasaction="ignore")
-                if len(self.rows) == 1:
-                    writer.writeheader()
-                writer.writerow(self.rows[-1])
-        except OSError as error:  # a full disk; the error does not name the file
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        with naming(self.path), self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]), extrasaction="ignore")
+            if len(self.rows) == 1:
+                writer.writeheader()
+            writer.writerow(self.rows[-1])
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -182,21 +179,25 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int):
+        self.folder = folder
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self._writer = None
         else:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+            with naming(folder):
+                self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the values that are numbers."""
         if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._writer.add_scalar(name, value, step)
+            with naming(self.folder):
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the file of events."""
         if self._writer is not None:
-            self._writer.close()
+            with naming(self.folder):
+                self._writer.close()
