@@ -1,12 +1,16 @@
 """Trainer: the step, parameter groups, freezing, accumulation, skipped steps, and the state."""
 
 import copy
+import re
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim._optim_factory import list_optimizers
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as read_state
+from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
 import vmoe_routers as vr
 from vmoe_routers.models import upcycle, vit_moe
@@ -297,6 +301,62 @@ def test_arguments_of_the_optimizer():
         make_optimizer(tiny(), Optimisation(optimizer_args={"beta": 1}))
     with pytest.raises(OptionError, match="'adahessian' needs second derivatives"):
         Optimisation(optimizer="adahessian")
+
+
+# Kron compiles its step and advises to install a package.
+OF_TIMM = [name for name in list_optimizers() if not name.startswith(("adahessian", "kron"))]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # by checkpoints of one process
+@pytest.mark.skipif(torch.cuda.is_available(), reason="optimizers of CUDA")
+def test_every_optimizer_of_timm_continues_bit_for_bit(tmp_path):
+    """Optimizers that need CUDA are refused in words."""
+
+    def make(name):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.Linear(4, 3))
+        return Trainer(model, Optimisation(optimizer=name, warmup=0.0, schedule="constant"), 4)
+
+    trainers, states, refused = {}, {}, []
+    for name in OF_TIMM:
+        try:
+            trainers[name] = make(name)
+        except OptionError as error:
+            refused.append(name)
+            assert re.fullmatch(rf"optimizer '{name}' with {{}}: .*(APEX|CUDA|bitsandbytes).*", str(error))
+            continue
+        for seed in range(2):
+            trainers[name](*batch(seed=seed))
+        states[name] = copy.deepcopy(trainers[name].state_dict())
+        for seed in range(2, 4):
+            trainers[name](*batch(seed=seed))
+    assert all(name.startswith(("bnb", "fused")) for name in refused) and len(states) > 80
+    write_state(states, checkpoint_id=tmp_path, no_dist=True)
+    resumed = {name: make(name) for name in states}
+    for trainer in resumed.values():
+        with torch.no_grad():
+            for parameter in trainer.parameters:
+                parameter.add_(1)  # the checkpoint overwrites it
+    read = {name: trainer.state_dict() for name, trainer in resumed.items()}
+    read_state(read, checkpoint_id=tmp_path, no_dist=True)
+    for name, trainer in resumed.items():
+        trainer.load_state_dict(read[name])
+        for seed in range(2, 4):
+            trainer(*batch(seed=seed))
+        assert torch.equal(values(trainer.plain), values(trainers[name].plain)), name
+        assert not torch.equal(values(trainer.plain), values(make(name).plain)), name
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+def test_random_choices_of_an_optimizer_are_a_function_of_seed_and_step(monkeypatch):
+    def choices(step, rank):
+        trainer = Trainer(tiny(), Optimisation(optimizer="kron"), 4, rank=rank)
+        trainer.step, found = step, []
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: found.append(trainer.optimizer.rng.random()))
+        trainer(*batch())
+        return found
+
+    assert choices(2, 0) == choices(2, 1) != choices(3, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="optimizers of CUDA")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,7 @@ class Trainer:
         o = self.optimisation
         if len(images) % o.accumulate:
             raise ValueError(f"Trainer: {len(images)} images are not a multiple of accumulate = {o.accumulate}")
-        torch.manual_seed(seed_of(self.seed, "step", self.step, self.rank))
+        self._seed_step()
         rate = o.learning_rate_at(self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -124,6 +125,17 @@ class Trainer:
         self._apply(norm)
         self.step += 1
         return StepReport(loss, auxiliary, norm, rate)
+
+    def _seed_step(self) -> None:
+        """Seeds noise and dropout of the step, and the random choices of the optimizer, which all ranks share."""
+        seed = seed_of(self.seed, "step", self.step, self.rank)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 100 times as long
+        else:
+            torch.manual_seed(seed)
+        choices = getattr(self.optimizer, "rng", None)  # timm's Kron
+        if isinstance(choices, random.Random):
+            choices.seed(seed_of(self.seed, "optimizer", self.step))
 
     def _backward(self, images: Tensor, targets: Tensor, parts: int) -> Tensor:
         """Adds the gradient of a part of the batch. Returns its loss and its auxiliary loss."""
