@@ -26,6 +26,9 @@ _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 _KINDS |= {"dict": "values by name", "list": "values with commas between them"}
 _METAVARS = {"images": "IMAGE"}  # names of positional arguments in the help
 _MOST_SHOWN = 2000  # longest message, in characters
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set in the processes of torchrun
+_LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # of gloo and NCCL
+_PATIENCE = 3.0  # seconds
 
 
 def _search_here(routers: Sequence[str | None]) -> None:
@@ -294,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["info"]:
         COMMANDS["info"].load()()
         return 0
+    is_own = False  # whether the error may be an error of this process alone, among the processes of torchrun
     try:
         name, target, options = _parse(arguments)
         COMMANDS[name].run(target, options)
@@ -311,33 +315,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
         for name in error.options:
             message = re.sub(rf"\b{name}\b", _as_typed(name, arguments), message, count=1)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError) as error:
         message = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):  # torch's error for a failed allocation
-            raise
-        message = f"not enough memory {str(error)[:200]}"
+    except OSError as error:
+        message, is_own = str(error), True
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        message, is_own = str(error), True
+        # RuntimeError is torch's error for a failed allocation.
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in message):
+            message = f"not enough memory {message[:200]}"
+        elif not _is_lost(message):
+            if _ERROR_FILE in os.environ:
+                _tell(_in_one_line(f"{type(error).__name__}: {message}"), is_own=False)  # the traceback follows
+            raise
     else:
         return 0
-    message = "".join(character if character.isprintable() else " " for character in message)
-    message = " ".join(message.split())
-    _tell("vmoe-routers: " + (f"{message[:_MOST_SHOWN]} ..." if len(message) > _MOST_SHOWN else message))
+    if is_own and _is_lost(message):
+        time.sleep(_PATIENCE)  # torchrun ends this process before it reports an error that follows from another error
+        message = f"lost another rank, whose error is the cause: {message}"
+    _tell(_in_one_line(message), is_own)
     return 2
 
 
-def _tell(error: str) -> None:
+def _is_lost(message: str) -> bool:
+    """Tells whether the error of a process of torchrun says that another process has ended."""
+    return _ERROR_FILE in os.environ and any(words in message for words in _LOST)
+
+
+def _in_one_line(message: str) -> str:
+    message = "".join(character if character.isprintable() else " " for character in message)
+    message = " ".join(message.split())
+    return f"{message[:_MOST_SHOWN]} ..." if len(message) > _MOST_SHOWN else message
+
+
+def _tell(error: str, is_own: bool) -> None:
     """Prints the error. A process of torchrun writes the error to a file. At the end torchrun prints the first error.
 
-    Without the file, every process would print the error, and torchrun would add a report that lacks the error.
+    Without the file, torchrun would add a report that lacks the error. An error that all processes have is not printed
+    by every process.
+
+    Args:
+        error: The error.
+        is_own: Whether the error may be an error of this process alone.
     """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is None:
-        print(error, file=sys.stderr)
-        return
-    told = {"message": error, "extraInfo": {"timestamp": str(int(time.time()))}}
-    Path(path).write_text(json.dumps({"message": told}))
+    path = os.environ.get(_ERROR_FILE)
+    error = f"vmoe-routers: {error}" if path is None else f"vmoe-routers: rank {os.environ['RANK']}: {error}"
+    if path is None or is_own:
+        print(error, file=sys.stderr, flush=True)
+    if path is not None:
+        told = {"message": error, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": told}))
 
 
 def _command_name(arguments: Sequence[str]) -> str:

@@ -1,12 +1,14 @@
 """Training on several processes: losses and model equal a run in one process, whose checkpoints can be continued."""
 
 import csv
+import errno
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from tests.distributed import ranks
 from tests.training.made import TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, idx, idx_folder
 from vmoe_routers import cli
-from vmoe_routers.training import TrainSettings, checkpoint, evaluate, train
+from vmoe_routers.training import Trainer, TrainSettings, checkpoint, evaluate, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,9 +180,49 @@ def test_an_error_goes_to_the_file_that_torchrun_prints(tmp_path, monkeypatch, c
     """torchrun prints the error of the first rank that failed, once, at the end."""
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("RANK", "3")
     before = int(time.time())
     assert cli.main(["train", "--epochs", "0"]) == 2
     assert capsys.readouterr() == ("", "")
     failure = ProcessFailure(0, 1, 2, str(file))
     assert failure.timestamp >= before
-    assert failure.message["message"] == "vmoe-routers: --epochs must be at least 1 and at most 2147483647, got 0"
+    assert failure.message["message"] == (
+        "vmoe-routers: rank 3: --epochs must be at least 1 and at most 2147483647, got 0"
+    )
+
+    def fault(settings, options):
+        raise KeyError("a\nfault")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.COMMANDS["train"]._replace(run=fault))
+    with pytest.raises(KeyError):  # Python prints the traceback
+        cli.main(["train"])
+    assert ProcessFailure(0, 1, 2, str(file)).message["message"] == r"vmoe-routers: rank 3: KeyError: 'a\nfault'"
+
+
+def test_the_rank_with_an_error_is_named(tmp_path):
+    """The other rank tells that it has lost a rank, without a traceback."""
+    settings = TrainSettings(**{**OPTIONS, "device": "cpu", "output": tmp_path / "out"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.to_dict()))
+    with pytest.raises(AssertionError, match="the process died"):  # both processes end as torchrun's do
+        ranks.run(2, fail_on_rank_1, tmp_path)
+    expected = r"vmoe-routers: rank 0: lost another rank, whose error is the cause: .*gloo.*"
+    expected = [expected, r"vmoe-routers: rank 1: \[Errno 28\] No space left on device: '/data'"]
+    for rank, words in enumerate(expected):
+        told = (tmp_path / f"stderr_{rank}.txt").read_text()
+        assert re.fullmatch(words, told.splitlines()[-1]) and "Traceback" not in told
+        assert re.fullmatch(words, ProcessFailure(0, 1, 2, str(tmp_path / f"error_{rank}.json")).message["message"])
+
+
+def fail_on_rank_1(folder):
+    rank = torch.distributed.get_rank()
+    os.environ |= {"TORCHELASTIC_ERROR_FILE": str(folder / f"error_{rank}.json"), "RANK": str(rank)}
+    cli._PATIENCE = 0
+    if rank == 1:
+        Trainer.__call__ = lambda *arguments: out_of_space()
+    with open(folder / f"stderr_{rank}.txt", "w") as file, redirect_stderr(file):
+        status = cli.main(["train", "--config", str(folder / "config.yaml")])
+    os._exit(status)
+
+
+def out_of_space():
+    raise OSError(errno.ENOSPC, "No space left on device", "/data")

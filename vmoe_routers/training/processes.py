@@ -61,7 +61,8 @@ class World:
 class Vote:
     """Asks all processes in every step whether a value is true in at least one of them.
 
-    The answer comes one step later, so that no process waits for the slowest one or for the device.
+    The answer comes one step later, so that no process waits for the slowest one. A default group with a backend for
+    the CPU, such as the group of `processes`, asks on the CPU, so that no process waits for its device.
 
     Args:
         world: The processes.
@@ -69,6 +70,8 @@ class Vote:
 
     def __init__(self, world: World):
         self._world = world
+        is_on_cpu = world.size > 1 and "cpu:" in dist.get_backend_config()
+        self._device = torch.device("cpu") if is_on_cpu else world.device
         self._previous: tuple[Tensor, Any] | None = None
 
     def __call__(self, value: bool) -> bool:
@@ -78,7 +81,7 @@ class Vote:
         """
         if self._world.size == 1:
             return value
-        flag = torch.tensor(int(value), device=self._world.device)
+        flag = torch.tensor(int(value), device=self._device)
         previous = self._previous
         self._previous = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
         if previous is None:
@@ -115,7 +118,7 @@ def processes(device: str) -> Iterator[World]:
         number = store.add(f"vmoe_routers: groups of rank {rank}, restart {restart}", 1)
         store = PrefixStore(f"restart {restart}, group {number}", store)
         device_id = place if kind == "cuda" else None
-        backend = "nccl" if kind == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"  # gloo for `Vote`
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     is_many = dist.is_initialized()
     try:
