@@ -30,9 +30,9 @@ from benchmarks.timer import is_unstable, measure, once
 
 THREADS = (1, 2)
 BYTES, FLOPS = 1 << 30, 1e11  # a point that moves more bytes or computes more FLOPs is left out
-SLACK = 0.15  # a slope is too steep if it exceeds the algorithm's exponent by more
+SLACK = 0.15  # a slope is too steep if it exceeds the algorithm's exponent by more than SLACK
 GAIN = 1.7  # wanted speedup of two threads over one, if arithmetic sets the floor and not memory
-LONG = 0.25  # a call of more seconds gets fewer rounds
+LONG = 0.25  # seconds; a longer call gets fewer rounds
 LEAVE_OUT = ("layer", "overhead")
 
 

@@ -1,4 +1,4 @@
-"""A router of your own: tokens go to experts by their position. It trains like the six routers, in a layer or a ViT.
+"""A router of your own sends tokens to experts by position. The router works in a layer or a ViT, like the six routers.
 
 python examples/own_router.py
 vmoe-routers study --routers soft,examples.own_router:HashRouter

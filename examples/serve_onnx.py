@@ -23,7 +23,7 @@ def export(model: torch.nn.Module, images: torch.Tensor, path: Path) -> None:
 
 if __name__ == "__main__":
     model = vit_moe(8, 2, 1, 10, embed_dim=32, depth=1, num_heads=2, router="soft", num_experts=4)
-    torch.nn.init.normal_(model.head.weight)  # a model from vmoe_routers.checkpoints.from_pretrained in real life
+    torch.nn.init.normal_(model.head.weight)  # in practice, load a model by vmoe_routers.checkpoints.from_pretrained
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export(model, torch.randn(4, 1, 8, 8), path)

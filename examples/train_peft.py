@@ -21,7 +21,7 @@ if __name__ == "__main__":
         image_size=8, patch_size=2, num_channels=1, num_labels=10,
         hidden_size=48, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
     )  # fmt: skip
-    dense = ViTForImageClassification(config)  # ViTForImageClassification.from_pretrained(...) in real life
+    dense = ViTForImageClassification(config)  # in practice, ViTForImageClassification.from_pretrained(...)
     base = upcycle(dense, router="softmax_token_choice", num_experts=4, blocks="last_1")
     lora = peft.LoraConfig(
         r=8,

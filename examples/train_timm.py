@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
     sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 48, "depth": 2, "num_heads": 4}
     model = timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=10, global_pool="avg", **sizes)
-    upcycle(model, router="softmax_token_choice", num_experts=4, blocks="last_1")  # with pretrained=True in real life
+    upcycle(model, router="softmax_token_choice", num_experts=4, blocks="last_1")  # in practice, pretrained=True
     ema = ModelEmaV3(model, decay=0.9)
     mixup = Mixup(mixup_alpha=0.2, label_smoothing=0.1, num_classes=10)
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.8)

@@ -104,7 +104,7 @@ build() {
     run "$venv" -c 'import pathlib, sys, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
 site.joinpath("parent.pth").write_text("\n".join(sys.argv[2:]))
-# Without setuptools-scm, which names the version, the version is the one for a source without a history.
+# setuptools-scm names the version. Without it, the version is the version of a source without a history.
 if not int(sys.argv[1]):
     site.joinpath("setuptools_scm.py").write_text("""
 class Configuration:

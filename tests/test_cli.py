@@ -186,7 +186,7 @@ def test_train_keeps_the_recipes_architecture_for_its_own_model(monkeypatch):
     settings, _ = trained_with(monkeypatch, *arguments)
     assert settings.model_args == {"depth": 2} and settings.upcycle == "soft"
     assert settings.router is settings.num_experts is settings.group_size is None
-    assert settings.shift == 1  # the recipe is still that for digits
+    assert settings.shift == 1  # the recipe is still the recipe for digits
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -386,11 +386,11 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     arguments = ["study", "--data", str(tmp_path), "--output", str(tmp_path), "--workers", "1", *TINY.split()]
     records = tmp_path / "runs"
-    # A session of its own, as in a terminal: Ctrl-C there is a signal to all its processes.
+    # A session of its own, as in a terminal: Ctrl-C is a signal to all processes of the session.
     process = subprocess.Popen(
         [sys.executable, "-m", "vmoe_routers", *arguments],
         start_new_session=True,
-        # Where the tests run in the background of a script, Ctrl-C is ignored, and that is inherited.
+        # A shell script starts background processes with Ctrl-C ignored, and children inherit this setting.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -417,11 +417,11 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
 
 
 def start(tmp_path, *arguments, **options):
-    """A study in a session of its own, as in a terminal: Ctrl-C there is a signal to all its processes."""
+    """Starts a study in a session of its own, as in a terminal: Ctrl-C is a signal to all processes of the session."""
     return subprocess.Popen(
         [sys.executable, "-m", "vmoe_routers", "study", "--output", str(tmp_path / "out"), *TINY.split(), *arguments],
         start_new_session=True,
-        # Where the tests run in the background of a script, Ctrl-C is ignored, and that is inherited.
+        # A shell script starts background processes with Ctrl-C ignored, and children inherit this setting.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Every file in examples/ runs. tests/compat runs files that need more packages, tests/distributed the one on ranks."""
+"""Every file in examples/ runs. tests/compat and tests/distributed run files that need more packages or ranks."""
 
 import runpy
 from pathlib import Path

@@ -11,8 +11,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
 
-# Knows a GPU's capability, a folder of packages and all modules; the tests of the ops fail. pip, which builds the
-# module, waits for the build of the kernels' tests to begin.
+# A fake Python: it prints a GPU's capability and a folder of packages, and can import all modules. The tests of the ops
+# fail. pip, which builds the module, waits for the build of the kernels' tests to begin.
 PYTHON = """#!/bin/bash
 case "$*" in
   *capability*) echo 90 ;;

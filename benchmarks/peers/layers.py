@@ -45,7 +45,7 @@ def _affinity(affinity: object, logits: Tensor, C: int) -> tuple[Tensor, Tensor]
 
 
 def route(layer: MoEMlp, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Routes tokens x [G, T, D]. Returns the row of every slot [E, G, C], G * T for an empty slot, and its gate."""
+    """Routes tokens x [G, T, D]. Returns row and gate of every slot [E, G, C]. The row of an empty slot is G * T."""
     router = layer.router
     G, T, _ = x.shape
     logits = F.linear(x.float(), router.weight.float())

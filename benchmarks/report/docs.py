@@ -149,7 +149,7 @@ def due(run: dict) -> list[dict]:
 
 
 def targets(run: dict) -> list[str]:
-    """Counts the met targets, and lists the missed ones with the reason if it is known."""
+    """Counts the met targets, and lists the missed targets with the reasons that are known."""
     found = due(run)
     missed = sorted((v for v in found if v["factor"] < 1), key=lambda v: v["factor"])
     if not found:

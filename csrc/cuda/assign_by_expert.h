@@ -1,9 +1,8 @@
 // assign_by_expert -- assigns the slots of a large group with priorities, without sorting its
 // tokens.
 //
-// list_kernel writes the list of requests of each expert, which it orders by the ranks of
-// requests.h. In select_kernel one block per expert selects the C requests of the list that are
-// served first.
+// list_kernel writes one list of requests per expert, ordered by the ranks of requests.h. In
+// select_kernel one block per expert selects the C requests of the list that are served first.
 #pragma once
 
 #include <algorithm>

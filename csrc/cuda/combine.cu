@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kPieces = 3;  // pieces of a row that a lane loads before it uses the first
 
-// One warp per token sums its slots in registers, one slot after another. The order is that of the
-// CPU kernel.
+// One warp per token sums its slots in registers, one slot after another. The order is the order of
+// the CPU kernel.
 template <typename Row, int kEntries>
 __global__ void __launch_bounds__(kRowThreads, 4) combine_kernel(
     const Row* __restrict__ y,              // [E, G, C, D]

@@ -5,7 +5,8 @@
 namespace vmoe::cuda {
 namespace {
 
-// Unit: the type that a lane copies at once. Its size depends on the size and address of the rows.
+// Unit: the type that a lane copies at once. The size of Unit depends on the size and address of
+// the rows.
 template <typename Unit>
 __global__ void __launch_bounds__(kRowThreads) dispatch_kernel(
     const Unit* __restrict__ x,         // [G, T, units]

@@ -1,8 +1,8 @@
 // select -- the first k entries of a row in the order of common/order.h ("picks"), by a warp or a
 // block.
 //
-// Key 0 marks a position without an entry. No entry has key 0: the smallest key of an entry is that
-// of -inf, which is larger.
+// Key 0 marks a position without an entry. No entry has key 0: the smallest key of an entry is the
+// key of -inf, which is larger than 0.
 #pragma once
 
 #include <bit>
@@ -63,7 +63,7 @@ class Few {
   }
 
   // Calls visit(j, pick) on all lanes for pick j = 0, ..., k - 1. All lanes of the warp must call
-  // this, with the same k.
+  // this function, with the same k.
   template <typename Visit>
   __device__ void select(int k, Visit&& visit) {
     int gone = kEach;  // the position in `keys` of the last pick, if it was a key of this lane

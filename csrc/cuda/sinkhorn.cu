@@ -99,7 +99,7 @@ struct Task {
   }
 };
 
-// One block's view of its crew: the one or more blocks that compute a group, one piece each.
+// One block's view of its crew. The blocks of a crew compute one group, one piece per block.
 //
 // The buffers of the exchange are double-buffered. Data written in turn i is read after the barrier
 // of turn i. Its buffer is written again in turn i + 2, after the barrier of turn i + 1. No block
@@ -273,7 +273,7 @@ struct Backward {
   T* K;                   // [crews, T, E] if the matrices are in device memory, else null
 };
 
-// Goes back over the `steps` iterations of a group. `rest` holds grad at first and is overwritten.
+// The backward of the `steps` iterations of a group. `rest` holds grad at first and is overwritten.
 template <typename T, typename Domain>
 __device__ void go_back(
     Domain&& domain, const Piece& piece, Crew<T>& crew, const Task<T>& task, const T* logits,

@@ -155,7 +155,7 @@ class ScalingDomain {
     });
   }
 
-  // Goes back over the iteration that computed h. `before` is h of the iteration before it, or null
+  // The backward of the iteration that computed h. `before` is h of the previous iteration, or null
   // for the first iteration. total() holds the added-up `sums` of the previous call: dh = -v total.
   __device__ void take_step(
       const double* h, const double* before, T* rest, int64_t rest_stride, double* sums) const {
@@ -410,7 +410,7 @@ class LogDomain {
     });
   }
 
-  // Goes back over the iteration that computed the potentials `from`. `before` is as in
+  // The backward of the iteration that computed the potentials `from`. `before` is as in
   // ScalingDomain.
   __device__ void take_step(
       const double* from, const double* before, T* rest, int64_t rest_stride, double* sums) const {

@@ -1,5 +1,5 @@
-// sort -- sorts whole rows by CUB, in the order of common/order.h. Kernels use it if they pick more
-// entries of a row than a block can sort.
+// sort -- sorts whole rows by CUB, in the order of common/order.h. Kernels use this sort if they
+// pick more entries of a row than a block can sort.
 #pragma once
 
 #include <algorithm>
@@ -49,9 +49,9 @@ struct SortLayout {
   // Rows per call of CUB, which takes int32 for the number of entries of all segments.
   int64_t rows_together() const { return std::min(rows, std::max<int64_t>(1, INT32_MAX / n)); }
 
-  // Sorts the rows [begin, begin + count). With null `memory` it only sets `bytes` to the memory
-  // that the sort needs. Throws if CUB fails. CUB clears the error of the runtime, so the check
-  // after the launches would miss the failure.
+  // Sorts the rows [begin, begin + count). With null `memory` the function only sets `bytes` to the
+  // memory that the sort needs. Throws if CUB fails. CUB clears the error of the runtime, so the
+  // check after the launches would miss the failure.
   void call_cub(
       void* memory, size_t& bytes, int64_t begin, int64_t count, cudaStream_t stream) const {
     constexpr int kBits = 8 * sizeof(Key);

@@ -5,8 +5,9 @@
 // library returns the memory of a large tensor to the system when the tensor is freed. With the
 // setting "madvise", a common default, Linux uses 2 MiB pages where a program asks for them.
 //
-// torch does the same for all its CPU tensors if THP_MEM_ALLOC_ENABLE=1 is set. This file does so
-// for the results of our ops. These results are written in full, so huge pages waste no memory.
+// torch does the same for all its CPU tensors if THP_MEM_ALLOC_ENABLE=1 is set. This file asks for
+// 2 MiB pages for the results of our ops. These results are written in full, so huge pages waste no
+// memory.
 #pragma once
 
 #include <cstddef>

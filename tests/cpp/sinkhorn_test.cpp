@@ -604,7 +604,7 @@ TEST(SinkhornImplicitBackward, BlockDiagonalPlan) {
 
 TEST(SinkhornImplicitBackward, RowsAndColumnsOfTheGradientSumToZero) {
   // Adding a constant to the logits of a token or an expert changes no converged plan. So the rows
-  // and the columns of the gradient sum to 0. They do so even if the plan has not converged.
+  // and the columns of the gradient sum to 0, even if the plan has not converged.
   const Shape shape{1, 9, 4};
   const auto plan = sinkhorn(shape, uniform<double>(shape.size(), 23, -5, 5), {2, 1, 0}).plan;
   const auto grad = implicit(shape, uniform<double>(shape.size(), 24), plan);

@@ -119,7 +119,7 @@ def test_models_of_timm_by_torch_counter(name):
     options = {"img_size": 224, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
     model = timm.create_model(name, **options).eval()
     assert cost(model)["flops"] == counted(model, 224)
-    if name in GATED:  # torch computes the products of gated experts, so its counter knows them
+    if name in GATED:  # torch computes the products of gated experts, so torch's counter counts them
         upcycle(model, router="softmax_expert_choice", num_experts=4, capacity_factor=2.0)
         assert cost(model)["flops"] == counted(model, 224)
 

@@ -93,7 +93,7 @@ def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, maske
 
 @on_every_layer
 def test_a_gradient_asks_for_nothing(router, options):
-    """Runs the backward on fake tensors of the CPU, because torch runs a backward of fake tensors only there."""
+    """Runs the backward on fake tensors of the CPU, because torch runs a backward of fake tensors on the CPU only."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
         model = WithLoss(layer)

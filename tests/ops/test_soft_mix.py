@@ -54,7 +54,7 @@ def multiplied_in_half(device: str, dtype: torch.dtype) -> bool:
 
 
 def check_in_half(logits: Tensor, values: Tensor, dim: int) -> None:
-    """16-bit values err by at most an epsilon of the summands. The logits' gradient is exact as in float32."""
+    """Checks 16-bit values: errors are at most an epsilon of the summands. The logits' gradient is as in float32."""
     logits64, values64 = (x.detach().double().cpu().requires_grad_() for x in (logits, values))
     logits, values = logits.detach().requires_grad_(), values.detach().requires_grad_()
     epsilon = torch.finfo(values.dtype).eps

@@ -1,5 +1,6 @@
-"""Profiles of hypothesis: "quick", the default, has the same few examples in every run. "minutes" and "long" have random
-examples, for minutes and for hours.
+"""Profiles of hypothesis. "quick", the default, has the same few examples in every run.
+
+"minutes" has random examples for minutes, and "long" for hours:
 
 pytest tests/properties --hypothesis-profile=long -n 8
 """

@@ -51,7 +51,7 @@ def test_grey_of_8_and_16_bits(tmp_path, suffix):
 
 
 def test_uniform_16_bit_values_stay_uniform(tmp_path):
-    """An earlier version clamped these values: 97.7 % became white."""
+    """Values above 255 are not clamped. An earlier version clamped them, and 97.7 % became white."""
     deep = np.random.default_rng(0).integers(0, 1 << 16, (64, 64), dtype=np.uint16)
     found = pixels(saved(tmp_path / "a.png", Image.fromarray(deep)))[..., 0] / 255
     assert abs(found.mean() - 0.5) < 0.02 and (found == 1).mean() < 0.01
@@ -189,7 +189,7 @@ def test_refuses_what_is_no_regular_file_without_opening_it(tmp_path, kind):
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM"])
 def test_fuzz(tmp_path, format):
-    """A damaged file is a picture or a DataError."""
+    """Reading a damaged file gives a picture or raises DataError."""
     draw, buffer = np.random.default_rng(0), io.BytesIO()
     Image.fromarray(COLOURS).save(buffer, format)
     for _ in range(60):

@@ -200,7 +200,7 @@ def test_an_error_goes_to_the_file_that_torchrun_prints(tmp_path, monkeypatch, c
 
 
 def test_the_rank_with_an_error_is_named(tmp_path):
-    """The other rank tells that it has lost a rank, without a traceback."""
+    """The rank without an error says that it has lost the other rank, without a traceback."""
     settings = TrainSettings(**{**OPTIONS, "device": "cpu", "output": tmp_path / "out"})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings.to_dict()))
     with pytest.raises(AssertionError, match="the process died"):  # both processes end as torchrun's do

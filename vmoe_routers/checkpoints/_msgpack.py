@@ -34,8 +34,8 @@ class Reader:
 
     Args:
         file: The file.
-        size: Its size in bytes.
-        name: Its name in messages.
+        size: The size of the file in bytes.
+        name: The name of the file in messages.
     """
 
     def __init__(self, file: BufferedReader, size: int, name: str):

@@ -45,7 +45,8 @@ class DenseMlp:
     the place of ``act(x w + b)``.
 
     Attributes:
-        weights, biases: w [F, D] and b ([F] or None), one of each. A gated MLP has two of each, gate and value.
+        weights, biases: w [F, D] and b ([F] or None), one each. A gated MLP has two weights and two biases, of gate
+            and value.
         act: The activation.
         second: The second linear layer.
         drop: The rate of dropout after the activation and after the second layer.

@@ -16,9 +16,9 @@ def linear_probe(train: Examples, test: Examples) -> tuple[float, float]:
     """Fits logistic regression to the training examples, standardised by their mean and standard deviation.
 
     The weights minimise the mean cross-entropy plus ``l2 / 2 |W|^2``. The bias is not regularised. The training
-    examples are sorted by class, and every tenth is held out. The regulariser with the best accuracy on the held-out
-    examples is chosen, and among equal accuracies the one with the smallest loss. The final fit uses all training
-    examples.
+    examples are sorted by class, and every tenth example is held out. The regulariser with the best accuracy on the
+    held-out examples is chosen. Among regularisers with equal accuracy, the regulariser with the smallest loss is
+    chosen. The final fit uses all training examples.
 
     Returns:
         The accuracy on the test examples in [0, 1], and the regulariser.

@@ -257,7 +257,7 @@ def _check_and_write(settings: TrainSettings, world: World) -> None:
 
 
 def _restore(output: Path, trainer: Trainer, console: Console) -> dict[str, Any] | None:
-    """Continues from the newest checkpoint, if there is one. Returns the best evaluation before it."""
+    """Continues from the newest checkpoint, if there is one. Returns the best evaluation before this checkpoint."""
     info = checkpoint.restore(output / CHECKPOINTS, trainer, lambda line: console.print(line, soft_wrap=True))
     if info is None:
         return None

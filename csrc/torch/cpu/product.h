@@ -7,9 +7,9 @@
 
 namespace vmoe {
 
-// Number of groups that a thread computes at a time, at least 1. Together they have up to 2^17
-// elements, which should stay in the cache of the thread. Several small groups share the cost of a
-// call.
+// Number of groups that a thread computes at a time, at least 1. The groups together have up to
+// 2^17 elements, which should stay in the cache of the thread. Several small groups share the cost
+// of a call.
 inline int64_t groups_together(int64_t elements_each) {
   return std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, elements_each));
 }
