@@ -22,7 +22,7 @@
 // |gradient|_2 <= tolerance. A group also stops if no step improves the objective, which may happen
 // at a kink of the objective.
 //
-// A token whose similarities are all -inf is absent: its plan is 0. An expert whose similarities
+// A token whose similarities are all -inf is masked: its plan is 0. An expert whose similarities
 // are all -inf gets a plan of 0. If a group contains NaN or +inf, its whole plan is NaN.
 #pragma once
 

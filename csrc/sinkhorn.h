@@ -16,7 +16,7 @@
 // (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so rows sum to 1 up
 // to one rounding error for logits of any size. Column sums have an error of about 2^-52 max |M|.
 //
-// A token whose logits are all -inf is absent: its plan is 0. If a group contains NaN or +inf, its
+// A token whose logits are all -inf is masked: its plan is 0. If a group contains NaN or +inf, its
 // whole plan and its whole gradient are NaN.
 //
 // With tolerance > 0 a group stops when error <= tolerance. On the CPU a group also stops when an

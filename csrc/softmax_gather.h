@@ -10,7 +10,7 @@
 //   gate[t, e] = exp(logits[t, e] - norms[0, t]) * norms[1, t]
 //
 // An index outside of the axis has the value 0 and no gradient. A token whose logits are all -inf
-// is absent: its norms and gates are 0. A token with NaN or +inf has NaN gates. The bits of a
+// is masked: its norms and gates are 0. A token with NaN or +inf has NaN gates. The bits of a
 // token's gates depend only on its own logits. softmax_topk computes the same bits.
 //
 // Gradient, where d[t, e] is the sum of the gradients of the values gathered from gate[t, e]:

@@ -10,7 +10,7 @@
 // dtype. Gates that round to the same number tie, for example two gates that underflow to 0. Ties
 // go to the lower index. NaN gates rank first.
 //
-// A token whose logits are all -inf is absent: its picks have index -1 and value 0, and no expert
+// A token whose logits are all -inf is masked: its picks have index -1 and value 0, and no expert
 // chooses it. An expert with fewer present tokens than picks gets index -1 and value 0 for the
 // remaining picks.
 //
@@ -39,7 +39,7 @@ VMOE_EACH_ISA(
         int64_t begin,  // tokens [begin, end)
         int64_t end);
 
-    // Writes all gates, among which softmax_choose picks tokens. The gates of an absent token are
+    // Writes all gates, among which softmax_choose picks tokens. The gates of a masked token are
     // -inf.
     template <typename T>
     void softmax_gates(

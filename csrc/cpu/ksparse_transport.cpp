@@ -118,7 +118,7 @@ void lbfgs(SemiDual<T>& dual, Vector& alpha, const TransportOptions& options) {
   }
 }
 
-// Solves a group without absent tokens. Returns the value of the plan at absent tokens.
+// Solves a group without masked tokens. Returns the value of the plan at masked tokens.
 template <typename T>
 T solve(
     const T* similarity, T* plan, int64_t tokens, int64_t E, const TransportOptions& options,
@@ -132,7 +132,7 @@ T solve(
   return dual.elsewhere();
 }
 
-// Leaves absent tokens out of the problem, so that their logits cannot change any bit of the
+// Leaves masked tokens out of the problem, so that their logits cannot change any bit of the
 // result.
 template <typename T>
 void solve_present(

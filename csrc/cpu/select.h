@@ -35,7 +35,7 @@ void sort_by_digits(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
 // Sorts n picks that are in ascending order of index. `scratch` has room for n.
 template <typename Key>
 void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
-  // For fewer picks than these bounds, the counters of the next method cost more than they save.
+  // Below each of these numbers of picks, the counters of the next method cost more than they save.
   constexpr int64_t kComparing = 64, kBytes = 4096;
   if (n < kComparing) {
     std::sort(picks, picks + n, [](const auto& a, const auto& b) { return a.before(b); });
@@ -46,8 +46,8 @@ void sort_picks(Pick<Key>* picks, Pick<Key>* scratch, int64_t n) {
   }
 }
 
-// Sorts all of value[0, n) into picks[0, n). The rest of `picks` is scratch. A caller that keeps
-// `picks` between calls saves allocations.
+// Sorts value[0, n) into picks[0, n). The entries of `picks` from n on are scratch. A caller that
+// keeps `picks` between calls saves allocations.
 template <typename T>
 void sort_all(const T* value, int64_t n, std::vector<Pick<OrderKey<T>>>& picks) {
   picks.resize(2 * n);  // the second half is the sort's scratch

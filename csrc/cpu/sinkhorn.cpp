@@ -22,7 +22,7 @@ struct Outputs {
   int32_t* steps;
 };
 
-// The forward pass of one group, in any domain.
+// The forward pass of one group, on exponentials or logarithms.
 template <typename T, typename Domain>
 void iterate(
     Domain& domain, const Group<T>& group, int64_t iterations, double tolerance,
@@ -185,7 +185,7 @@ void sinkhorn_implicit_backward(
         c[e] += p;
         L[e * E + e] += p;
       }
-      if (row[t] == 0) continue;  // an absent token
+      if (row[t] == 0) continue;  // a masked token
       for (int64_t e = 0; e < E; ++e) {
         const double share = P[t * E + e] / row[t];
         v[e] -= share * row_grad[t];

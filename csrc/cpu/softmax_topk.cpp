@@ -36,7 +36,7 @@ void few(const RowSoftmax<T>& softmax, const Chosen<T>& out, int64_t row, int64_
     T value[kWidth<T>];
     SignedKey<T> place[kWidth<T>];
     store(value, (Vec<T>)leaders.key(j));
-    store(place, leaders.place(j) | absent);  // -1 if absent
+    store(place, leaders.place(j) | absent);  // -1 if masked
     for (int64_t i = 0; i < count; ++i) {
       out.values[(row + i) * K + j] = value[i];
       out.indices[(row + i) * K + j] = static_cast<int32_t>(place[i]);
@@ -59,7 +59,7 @@ void put_rows(const RowSoftmax<T>& softmax, T* gates, int64_t count) {
   }
 }
 
-// Replaces picks of absent tokens by index -1 and value 0, in rows [begin, end).
+// Replaces picks of masked tokens by index -1 and value 0, in rows [begin, end).
 template <typename T>
 void take_back_absent(const Chosen<T>& chosen, int64_t begin, int64_t end) {
   for (int64_t i = begin * chosen.k; i < end * chosen.k; ++i) {

@@ -43,7 +43,7 @@ template <typename T>
 struct SemiDual {
   int64_t tokens, E, k, stride;
   const T* columns;          // [E, stride]  the similarity, transposed
-  const int8_t* is_present;  // [T]  1 for present tokens, 0 for absent tokens; null: all present
+  const int8_t* is_present;  // [T]  1 for present tokens, 0 for masked tokens; null: all present
   double* alpha;             // [T]  the current point
   Column* projected;         // [E]  the projected columns at alpha
   uint32_t* pickers;         // [ceil(E / 32), T]  bit e: expert e picked the token; null: not kept
@@ -180,7 +180,7 @@ struct Task {
   __device__ bool solvable(const Seen& seen) const { return seen.present > 0 && !seen.bad; }
 
   // Writes the plan of the tokens [begin, begin + count). place_of(t) is the position of token t in
-  // the columns, or -1 if it is absent. The plan of a group that is not solvable is 0, or NaN if an
+  // the columns, or -1 if it is masked. The plan of a group that is not solvable is 0, or NaN if an
   // entry is NaN or +inf.
   template <typename PlaceOf>
   __device__ void write(
@@ -317,7 +317,7 @@ size_t shared_of_group(int64_t tokens, int64_t E) {
          static_cast<size_t>(ceil_div(E, kWarp) * tokens) * sizeof(uint32_t);
 }
 
-// A group in the block's shared memory. Absent tokens are removed from the columns. So the result
+// A group in the block's shared memory. Masked tokens are removed from the columns. So the result
 // equals, to the bit, the result of the group without these tokens. This matters at a kink of the
 // objective, where other rounding errors could lead to another result.
 template <typename T>
@@ -399,7 +399,7 @@ class StagedGroup {
 
   int64_t tokens_, stride_;
   double* alpha_;      // [T]
-  int64_t* place_;     // [T]  position of a token in the columns, or -1 if it is absent
+  int64_t* place_;     // [T]  position of a token in the columns, or -1 if it is masked
   Column* projected_;  // [E]
   T* columns_;         // [E, T | 1]; an odd stride avoids bank conflicts
   uint32_t* pickers_;  // [ceil(E / 32), T]

@@ -56,7 +56,7 @@ __device__ inline double largest_of(const double* values, int64_t size) {
 // The updates on K[t, e] = exp(M[t, e] - max_e M[t, e]), in T. Each entry takes one exp before the
 // first iteration, and only products after that. The potentials are
 //   exp(f_t) = u_t exp(-max_e M[t, e] - log_scale)   and   exp(h_e) = v_e exp(log_scale),
-// with max v = 1. An absent token has K = 0 and u = 0.
+// with max v = 1. A masked token has K = 0 and u = 0.
 template <typename T>
 class ScalingDomain {
  public:
@@ -353,7 +353,7 @@ class LogDomain {
     __syncthreads();
   }
 
-  // f = -logsumexp_e(M + h), or -inf for an absent token, so that its plan is 0.
+  // f = -logsumexp_e(M + h), or -inf for a masked token, so that its plan is 0.
   __device__ void step_rows() const {
     each_row(piece_.count, piece_.E, piece_.lanes, [&](int64_t t, int lane, int64_t width) {
       const RowPotential potential = row_potential(t, lane, width, h());

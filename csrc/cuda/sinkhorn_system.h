@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kSystemThreads) system_rows_kernel(System<T> s
     double sum = 0;
     for (int64_t t = from; t < system.count(piece); t += step) {
       const double p = plan[t * E + e];
-      // An absent token has a row of 0.
+      // A masked token has a row of 0.
       sum += p * grad[t * E + e] - (row[t] == 0 ? 0 : p / row[t] * row_grad[t]);
     }
     return sum;

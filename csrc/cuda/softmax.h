@@ -37,7 +37,7 @@ __device__ T exp_negative(T x) {
   return vmoe::exp_negative<T>(x, Fused{}, LastBits{});
 }
 
-// A logit of -inf is masked. A gate of -inf marks an absent token.
+// A logit of -inf is masked. A gate of -inf marks a masked token.
 template <typename T>
 constexpr T kAbsent = -std::numeric_limits<T>::infinity();
 

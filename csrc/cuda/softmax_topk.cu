@@ -8,7 +8,7 @@
 //                     shared memory. One warp per expert chooses
 //
 // All other choices write the gates to device memory, call topk, and then remove the picks of
-// absent tokens.
+// masked tokens.
 #include <algorithm>
 
 #include "../softmax_topk.h"
@@ -137,7 +137,7 @@ constexpr int kColumnThreads = 512;
 constexpr int64_t kMostExperts = 128;
 
 // Writes the gates of `count` tokens to `tile` in shared memory, one row per expert. The gates of
-// an absent token are -inf. All threads of a block of kColumnThreads threads must call this.
+// a masked token are -inf. All threads of a block of kColumnThreads threads must call this.
 template <typename T, int kLanes, int kEach>
 __device__ void gates_to_tile(
     const T* __restrict__ logits,  // [count, E]
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kColumnThreads) gates_by_expert_kernel(
   }
 }
 
-// Writes the gates of all tokens to device memory. The gates of an absent token are -inf. Each
+// Writes the gates of all tokens to device memory. The gates of a masked token are -inf. Each
 // block of 32 x 8 threads writes a tile of 32 x 32 gates, transposed if the gates are stored by
 // expert.
 constexpr int kTile = 32;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) gates_kernel(
   }
 }
 
-// Replaces the picks of absent tokens, which have the gate -inf, by index -1 and value 0.
+// Replaces the picks of masked tokens, which have the gate -inf, by index -1 and value 0.
 template <typename T>
 __global__ void __launch_bounds__(kSoftmaxThreads)
     remove_absent_kernel(T* __restrict__ values, int32_t* __restrict__ indices, int64_t size) {
@@ -308,7 +308,7 @@ struct Layout {
   size_t bytes = 0;
 };
 
-// Writes the gates to device memory, calls topk, and removes the picks of absent tokens.
+// Writes the gates to device memory, calls topk, and removes the picks of masked tokens.
 template <typename T>
 void by_memory(
     const Layout<T>& layout, const T* logits, const Chosen<T>& chosen, T* high, T* scale, int64_t G,

@@ -23,7 +23,7 @@ double dot(const Vector& a, const Vector& b) {
   return sum<double>(total);
 }
 
-// The semi-dual of one group without absent tokens.
+// The semi-dual of one group without masked tokens.
 template <typename T>
 class SemiDual {
  public:

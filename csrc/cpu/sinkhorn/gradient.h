@@ -11,8 +11,8 @@ namespace {
 // The backward pass of one group (sinkhorn.cpp has the formulas). Between steps, only the
 // potentials of P_i and Q_i change, so step i subtracts from the gradient at entry (t, e)
 //   K[t, e] (a_i[t] v_i[e] + u_{i-1}[t] c_i[e]),   a_i = df_i u_i,  c_i = dh_i v_i / (n/E)
-// Each step makes one pass over K to compute its vectors a, u, v and c. The vectors of the steps
-// are collected. The sum over the steps is multiplied by K at the end.
+// Each step makes one pass over K to compute its vectors a, u, v and c. The vectors are stored. At
+// the end, the sum of their products over the steps is multiplied by K.
 //
 // The columns of Q_i and the rows of P_i sum to 1. Hence the 1-norms |dh_i|, |df_{i-1}|,
 // |dh_{i-1}|, ... never grow. Each norm bounds the terms that its step adds to the gradient. The
@@ -62,7 +62,7 @@ class ScalingGradient {
   }
 
  private:
-  // The most steps whose vectors are collected.
+  // The largest number of steps whose vectors are stored.
   static constexpr int64_t kCollected = 32;
 
   struct OfColumn {
@@ -72,7 +72,7 @@ class ScalingGradient {
   const Group<T>& group() const { return matrix_.group(); }
   int64_t E() const { return matrix_.E(); }
 
-  // The vectors of collected step s, for the tokens of block b.
+  // The vectors of the stored step s, for the tokens of block b.
   C* a(int64_t b, int64_t s) const { return &collected_[2 * (s * slot_ + b) * W]; }
   C* u(int64_t b, int64_t s) const { return &collected_[(2 * (s * slot_ + b) + 1) * W]; }
 
@@ -127,7 +127,7 @@ class ScalingGradient {
     return norm;
   }
 
-  // Collects v and c of a step. `before` is h of the preceding iteration, or null for the first
+  // Stores v and c of a step. `before` is h of the preceding iteration, or null for the first
   // iteration.
   void collect_columns(int64_t s, const double* before, bool done) {
     const double log_before = before ? log_scale(before) : -group().high * group().inverse_epsilon;
@@ -160,7 +160,7 @@ class ScalingGradient {
     });
   }
 
-  // Adds up the collected steps, to make room for further steps.
+  // Adds up the stored steps, to make room for further steps.
   void empty_collected() {
     taken_.make(matrix_.blocks() * E() * W);
     matrix_.each_block(0, [&](int64_t b, C*) {
@@ -187,7 +187,7 @@ class ScalingGradient {
     });
   }
 
-  // taken[e] += sum over the collected steps of a v[e] + u c[e]. `taken` starts at 0. Loads a and u
+  // taken[e] += sum over the stored steps of a v[e] + u c[e]. `taken` starts at 0. Loads a and u
   // once per four columns.
   void take_collected(int64_t b, C* taken) const {
     constexpr int64_t kColumns = 4;

@@ -13,16 +13,16 @@
 namespace vmoe::cpu::VMOE_ISA {
 namespace {
 
-// The maximum, or NaN if either is NaN.
+// The larger of two numbers, or NaN if one of them is NaN.
 double max_or_nan(double high, double value) {
   return !(value <= high) && !std::isnan(high) ? value : high;
 }
 
-// Tokens per piece. A sum over the tokens of a group is first taken within each piece, with one
+// Tokens per piece. A sum over the tokens of a group is first computed within each piece, with one
 // thread per piece, and then over the pieces. So its bits do not depend on the number of threads.
 constexpr int64_t kPiece = 512;
 
-// The fewest pieces per thread. These pieces have 64k entries in all, which take some microseconds.
+// The fewest pieces per thread. These pieces together have 64k entries, which take microseconds.
 int64_t grain(int64_t E) {
   return std::max<int64_t>(1, 65536 / (kPiece * std::max<int64_t>(1, E)));
 }
@@ -36,10 +36,10 @@ struct Group {
   double inverse_epsilon;
   int64_t pieces;
   const Parallel& parallel;
-  int64_t present = 0;                        // tokens that are not absent
+  int64_t present = 0;                        // tokens that are not masked
   double log_marginal;                        // log(n / E)
   double high = -kInfinity, low = kInfinity;  // of the logits that are not -inf; NaN stays NaN
-  bool complete = true;                       // only rows of absent tokens have -inf
+  bool complete = true;                       // only rows of masked tokens have -inf
 
   Group(const T* logits_, int64_t tokens_, int64_t E_, double epsilon, const Parallel& parallel_)
       : logits(logits_),

@@ -57,7 +57,7 @@ class LogDomain {
     }
   }
 
-  // f = -logsumexp_e(M + h), or -inf for an absent token, whose plan is then 0.
+  // f = -logsumexp_e(M + h), or -inf for a masked token, whose plan is then 0.
   void update_rows() {
     each_token([&](int64_t t) {
       double top = -kInfinity, sum = 0;
@@ -70,7 +70,7 @@ class LogDomain {
     });
   }
 
-  // The sum of column e over n/E. Valid after sum_columns().
+  // The sum of column e, divided by n/E. Valid after sum_columns().
   double ratio(int64_t e) const {
     return total_[e] == -kInfinity ? 0 : std::exp(total_[e] - group_.log_marginal);
   }

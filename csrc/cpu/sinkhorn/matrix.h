@@ -26,7 +26,7 @@ Vec<double> widen(const C* from) {
 // K[t, e] = exp(M[t, e] - max M), in numbers of type C, for groups with fits_scaling<C>().
 //
 // K is stored in blocks of one vector of tokens, [blocks, E, width]. Then a row sum adds vectors,
-// every token gets the same arithmetic at any position, and E needs no padding. K is 0 for absent
+// every token gets the same arithmetic at any position, and E needs no padding. K is 0 for masked
 // tokens and in lanes after the last token. If C is T, a block of K is as large as its rows of the
 // output. K is then stored in the output until the rows are written, so an iteration needs no
 // further memory.
@@ -44,8 +44,8 @@ class ScalingMatrix {
     group_ = &group;
     out_ = out;
     E_ = group.E;
-    // The distance to prefetch, in entries. The distance is one visit, if the entries of a visit
-    // are few enough to stay in the first-level cache. Otherwise the distance is eight vectors.
+    // The number of entries from a load to its prefetch: the entries of one visit, if they fit in
+    // the first-level cache, and otherwise eight vectors.
     ahead_ = kTogether * E_ * kVectorBytes <= 8192 ? kTogether * E_ * W : 8 * W;
     blocks_ = (group.tokens + W - 1) / W;
     in_place_ = std::is_same_v<T, C> ? group.tokens / W : 0;
@@ -74,9 +74,9 @@ class ScalingMatrix {
     }
     return own_.get() + (b - in_place_) * E_ * W;
   }
-  // Loads from K and prefetches, for the first read of K in a pass. K fits barely or not at all in
-  // the second-level cache. Without the prefetch, half of the time of a pass would be spent waiting
-  // for K.
+  // Loads from K and prefetches, for the first read of K in a pass. K is about as large as the
+  // second-level cache, or larger. Without the prefetch, half of the time of a pass would be spent
+  // waiting for K.
   Vec<C> load_ahead(const C* p) const {
     __builtin_prefetch(p + ahead_);
     return load(p);
@@ -84,7 +84,7 @@ class ScalingMatrix {
 
   static Vec<C> inverse(Vec<C> x) { return x > Vec<C>{} ? C{1} / x : Vec<C>{}; }
 
-  // tile[e] = entry e of the tokens of block b; `padding` after the last token.
+  // tile[e] = entry e of the tokens of block b, or `padding` after the last token.
   void pack(int64_t b, const T* from, C padding, C* tile) const {
     const T* rows = from + b * W * E_;
     const int64_t present = count(b);

@@ -42,7 +42,7 @@ class ScalingDomain {
     bool moved = false;
     for (int64_t e = 0; e < E(); ++e) {
       const double v = least / total[e];
-      // Ignores changes below the rounding error. Otherwise the last bit could oscillate for ever.
+      // Ignores changes below the rounding error, because the last bit could oscillate for ever.
       if (std::abs(v - v_[e]) <= 0.75 * std::numeric_limits<C>::epsilon() * v) continue;
       v_[e] = static_cast<C>(v);
       moved = true;
