@@ -14,6 +14,12 @@ function(export_init_only module)
   endif()
 endfunction()
 
+# Most of the time to compile a binding is spent in torch's headers.
+function(precompile_bindings module)
+  target_precompile_headers(${module} PRIVATE csrc/torch/tensor.h)
+endfunction()
+set_source_files_properties(csrc/ops.cpp csrc/ops_cuda.cpp PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
+
 # CUDA needs a torch with CUDA and a toolkit that compiles C++20. FindCUDAToolkit finds nvcc, because it
 # searches more places (CUDA_PATH, /usr/local/cuda) than CMake's search for a compiler.
 set(cuda_built OFF)
@@ -60,6 +66,7 @@ if(cuda_built)
   target_link_options(_C_cuda PRIVATE -Wl,--no-as-needed)
   target_link_libraries(_C_cuda PRIVATE core_cuda torch_stable
     "${torch_cuda}" CUDA::cudart_static)
+  precompile_bindings(_C_cuda)
   export_init_only(_C_cuda)
   install(TARGETS _C_cuda DESTINATION vmoe_routers)
   message(STATUS "vmoe_routers: CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES}")
@@ -80,6 +87,7 @@ target_compile_definitions(_C PRIVATE
   VMOE_CUDA_BUILT=$<IF:$<BOOL:${cuda_built}>,true,false>
   "VMOE_CUDA_ARCHITECTURES=\"${cuda_architectures}\"")
 target_link_libraries(_C PRIVATE core torch_stable)
+precompile_bindings(_C)
 export_init_only(_C)
 if(CMAKE_COMPILE_WARNING_AS_ERROR)
   target_link_options(_C PRIVATE -Werror)  # warnings of the link-time optimization become errors

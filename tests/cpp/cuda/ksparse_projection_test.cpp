@@ -29,7 +29,7 @@ TYPED_TEST(CudaKsparseProjection, RowsOfAnyLength) {
   using T = TypeParam;
   for (const int64_t n : {1, 2, 7, 8, 16, 17, 32, 33, 100, 196, 1024, 1025, 3000, 60000}) {
     for (const int64_t k : {int64_t{1}, int64_t{3}, n / 8, n / 2, n - 1, n}) {
-      if (k < 1 || k > n) continue;
+      if (k < 1 || k > n || (n > 5000 && k != 1 && k != n / 8 && k != n)) continue;
       const int64_t rows = n < 200 ? 37 : n < 5000 ? 3 : 1;
       for (const double spread : {0.01, 1.0}) {
         this->expect_as_on_cpu(uniform<T>(rows * n, n + k, -spread, spread), rows, n, k);
