@@ -12,9 +12,10 @@ build := build/venv
 CLANG ?= clang++
 FUZZ_ISA ?= $(if $(filter x86_64,$(shell uname -m)),v3,base)
 cuda_choice := build/cuda-$(subst ;,-,$(VMOE_CUDA))
-# Run at most eight processes, because each process imports torch, which takes a gigabyte of memory. Waiting threads
-# must not spin, because the processes share the cores.
-workers := -n logical --maxprocesses=8 --dist=worksteal
+cores := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+# Run three processes per two cores, because tests that start processes wait for them. Run at most eight, because each
+# imports torch, which takes a gigabyte of memory. Waiting threads must not spin, because the processes share the cores.
+workers := -n $(shell echo $$(( ($(cores) * 3 + 1) / 2 ))) --maxprocesses=8 --dist=worksteal
 pytest := OMP_WAIT_POLICY=passive $(bin)/pytest $(workers)
 MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
@@ -26,9 +27,9 @@ study: .venv/study
 	$(bin)/vmoe-routers study $(ARGS)
 
 test: .venv/test
-	$(bin)/cmake -S . -B $(build) -DVMOE_TESTS=ON
-	$(bin)/cmake --build $(build) --target tests/cpp/all --parallel $(shell nproc)
-	$(bin)/ctest --test-dir $(build) --output-on-failure --parallel $(shell nproc)
+	$(bin)/cmake -S . -B $(build) -DVMOE_TESTS=ON -DVMOE_SANITIZE=OFF
+	$(bin)/cmake --build $(build) --target tests/cpp/all --parallel $(cores)
+	$(bin)/ctest --test-dir $(build) --output-on-failure --parallel $(cores)
 	$(pytest) $(ARGS)
 	$(pytest) --cuda-on-host=$(build)/tests/cpp/cuda/libcuda_on_host.so tests/ops tests/routers tests/test_moe.py $(ARGS) || \
 	  [ $$? -eq 5 ]  # 5: ARGS selects none of these tests
@@ -36,7 +37,7 @@ test: .venv/test
 # Fuzzes the CPU kernels (libFuzzer, needs Clang) and the readers of checkpoints (atheris) for ARGS seconds each.
 fuzz: .venv/fuzz
 	$(bin)/cmake -S . -B build/fuzz -DVMOE_FUZZ=$(FUZZ_ISA) -DCMAKE_CXX_COMPILER=$(CLANG)
-	$(bin)/cmake --build build/fuzz --target fuzzers --parallel $(shell nproc)
+	$(bin)/cmake --build build/fuzz --target fuzzers --parallel $(cores)
 	tests/fuzz/run.sh $(bin)/python build/fuzz $(or $(ARGS),5)
 
 # Runs the tests that need packages of the extra compat. `make test` skips these tests if the packages are missing.
@@ -64,7 +65,7 @@ lint: .venv/lint .venv/test
 
 # Runs the checks of .clang-tidy on the kernels, without a build.
 tidy: .venv/tidy
-	ls csrc/cpu/*.cpp csrc/common/*.cpp | xargs -P $(shell nproc) -I FILE $(bin)/clang-tidy --quiet FILE -- \
+	ls csrc/cpu/*.cpp csrc/common/*.cpp | xargs -P $(cores) -I FILE $(bin)/clang-tidy --quiet FILE -- \
 	  -std=c++20 -Icsrc -DVMOE_ISA=v3 -march=x86-64-v3 -ffp-contract=off
 
 # Builds the documentation site in build/site, without a network. A broken link or page is an error.
