@@ -9,7 +9,7 @@ for target in "$build"/tests/fuzz/fuzz_* readers; do
   name=${target##*/}
   corpus=$build/corpus/$name
   mkdir -p "$corpus"
-  options=("-max_total_time=$seconds" -verbosity=0 -print_final_stats=0 "-artifact_prefix=$build/$name-")
+  options=("-max_total_time=$seconds" -verbosity=0 -print_funcs=0 "-artifact_prefix=$build/$name-")
   echo "fuzz: $name for $seconds s"
   if [ "$name" = readers ]; then
     "$python" "$here/readers.py" "${options[@]}" -max_len=4096 "$corpus" "$here/corpus"
