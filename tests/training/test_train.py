@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
@@ -30,8 +31,9 @@ from vmoe_routers.options import OptionError
 from vmoe_routers.training import RECIPES, TrainSettings, checkpoint, evaluate, train
 from vmoe_routers.training.checkpoint import TrainingCheckpointError
 from vmoe_routers.training.describe import memory_estimate
+from vmoe_routers.training.evaluation import Evaluation
 from vmoe_routers.training.layout import lay_out
-from vmoe_routers.training.log import Board, Table
+from vmoe_routers.training.log import Board, Outputs, Table
 from vmoe_routers.training.processes import World
 from vmoe_routers.training.settings import read_settings
 from vmoe_routers.training.sources import open_data
@@ -369,6 +371,36 @@ def test_another_training_in_the_folder_is_refused(undisturbed):
     assert result(undisturbed) == before
 
 
+def test_only_settings_that_change_no_result_may_change(tmp_path):
+    may_change = {"output", "data_root", "workers", "log_every", "keep", "device", "compile", "checkpointing"}
+    may_change |= {"parallel", "replicate", "ep", "save_every", "evaluate_every", "bad_images", "max_skipped"}
+    (tmp_path / "checkpoints/00000010").mkdir(parents=True)
+    settings = TrainSettings(**{**OPTIONS, "output": tmp_path})
+    refused = set()
+    for name, value in settings.to_dict().items():
+        (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**settings.to_dict(), name: [value, "other"]}))
+        try:
+            sys.modules[train.__module__]._check_and_write(settings, World(0, 1, torch.device("cpu")))
+        except OptionError as error:
+            assert f"has a training with {name} [" in str(error)
+            refused.add(name)
+    assert settings.to_dict().keys() - refused == may_change
+
+
+def test_the_bar_shows_speed_losses_and_routing(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    row = {"step": 6, "loss": 0.25, "images_per_second": 120.0, "load_cv": 0.5, "dropped": 0.125, "data_wait": 0.03}
+    found = Evaluation(8, 0.875, 1.0, 0.3, 0.1, 50.0, [], {})
+    with Outputs(tmp_path, console, 5, 10, True) as outputs:
+        outputs.evaluated(5, 0.5, found)
+        outputs.advance()
+        outputs.log(row, {})
+    told = console.file.getvalue()
+    for words in ("6/10", "left", "loss 0.250", "120 images/s", "load cv 0.50", "dropped 12.5%", "accuracy 0.875"):
+        assert words in told
+    assert "data wait 3%" in told
+
+
 def test_two_trainings_in_a_folder_are_refused(undisturbed, monkeypatch):
     before = result(undisturbed)
     monkeypatch.setattr(sys.modules[train.__module__], "_LOCK_TIMEOUT", 0.0)
@@ -406,6 +438,10 @@ def test_float16_is_refused_for_sharded_models():
         ({"ep": 2, "parallel": "fsdp"}, "ep 2 needs parallel 'fsdp' and several processes"),
         ({"ep": 2}, "ep 2 needs parallel 'fsdp', got 'ddp'"),
         ({"upcycle": "soft"}, "exclude each other"),
+        (
+            {"upcycle": "soft", "router": None, "model": "soft_moe_small_patch16_224"},
+            "upcycle replaces MLPs of a dense ViT, but model 'soft_moe_small_patch16_224' has MoE layers",
+        ),
         ({"pretrained": True}, "pretrained needs the name of a timm model"),
         ({"data": "nowhere"}, "no folder 'nowhere'"),
         ({"keep": ["some"]}, "keep must be a list of last, best, every"),

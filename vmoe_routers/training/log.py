@@ -71,6 +71,8 @@ class Outputs:
         shown = [f"loss {row['loss']:.3f}", f"{row['images_per_second']:.0f} images/s"]
         if row["load_cv"] != "":
             shown += [f"load cv {row['load_cv']:.2f}", f"dropped {row['dropped']:.1%}"]
+        if self.evaluations.rows:
+            shown.append(f"accuracy {float(self.evaluations.rows[-1]['top1']):.3f}")
         self.bar.show("  ".join([*shown, f"data wait {row['data_wait']:.0%}"]))
 
     def evaluated(self, step: int, epoch: float, found: Evaluation) -> None:

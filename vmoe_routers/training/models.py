@@ -14,6 +14,7 @@ from torch import nn
 
 from vmoe_routers.checkpoints.pretrained import CONFIG
 from vmoe_routers.models import upcycle, vit_moe
+from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 
 _CHECKPOINT = ".index"  # V-MoE's suffix of the file that lists the shards
@@ -58,6 +59,13 @@ def load_model(
     try:
         found = _load(model, num_classes, channels, image_size, pretrained, arguments)
         if upcycled is not None:
+            if any(isinstance(module, MoEMlp) for module in found.modules()):
+                raise OptionError(
+                    f"upcycle replaces MLPs of a dense ViT, but model {model!r} has MoE layers; wanted for example "
+                    "vit_small_patch16_224",
+                    "upcycle",
+                    "model",
+                )
             upcycle(found, **upcycled)
     except OptionError:
         raise
