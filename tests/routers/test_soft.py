@@ -61,6 +61,32 @@ def test_the_size_of_phi_changes_nothing(factor):
     assert (router.phi.grad * factor).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e-20, 1e-5, 1.0, 1e3, 1e7, 1e30])
+def test_phi_of_any_size_is_normalised_as_in_float64(factor):
+    router = vr.create_router("soft", 6, 4)
+    x, grad = torch.randn(2, 5, 6), torch.randn(2, 5, 4)
+    with torch.no_grad():
+        router.phi.mul_(factor)
+    logits = router(x).logits
+    logits.backward(grad)
+    phi = router.phi.detach().double().flatten(1).requires_grad_()
+    unit = phi / (phi.square().sum(0) + 1e-6).sqrt()
+    wanted = x.double() / (x.double().square().sum(2, keepdim=True) + 1e-6).sqrt() @ unit
+    wanted.backward(grad.double())
+    size = wanted.detach().abs().amax()
+    torch.testing.assert_close(logits.double() / size, wanted / size, atol=1e-6, rtol=0)
+    slope = phi.grad.abs().amax()
+    torch.testing.assert_close(router.phi.grad.double().flatten(1) / slope, phi.grad / slope, atol=1e-6, rtol=0)
+
+
+def test_usual_phi_is_normalised_without_another_rounding():
+    logits = vr.create_router("soft", 48, 8, slots_per_expert=3).logits
+    x = torch.randn(2, 5, 48)
+    phi = logits.phi.flatten(1)
+    unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6).rsqrt()
+    assert torch.equal(logits(x), vr.ops.soft_logits(x, logits.scale * unit))
+
+
 def test_weights_sum_to_one():
     routing = soft(scale_init=20.0)(torch.randn(3, 17, 6).double())
     D, B = routing.dispatch_tensor(), routing.combine_tensor()

@@ -15,6 +15,10 @@ from vmoe_routers.routers.choice import slots_per_expert as slots_for
 from vmoe_routers.routers.routing import SoftRouting
 from vmoe_routers.routers.sparse import check_tokens
 
+# The smallest divisor of a column of Phi. For columns with a larger entry, 1e-6 / BOUND^2 is below the last bit of the
+# sum of squares, also in float64. Entries down to 1e-32 stay normal numbers of float32.
+BOUND = 2.0**20
+
 
 class SoftLogits(nn.Module):
     """Logits of Soft MoE, ``<x / |x|, scale * Phi / |Phi|>``, Phi normalised over the width.
@@ -62,11 +66,10 @@ class SoftLogits(nn.Module):
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.phi.to(dtype).flatten(1)
-            # Divide every column of Phi by its largest entry if that is above 1: squares of entries above 1e19 would
-            # overflow.
-            largest = phi.detach().abs().amax(0, keepdim=True).clamp(min=1)
-            phi = phi / largest
-            unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6 / largest.square()).rsqrt()
+            # Divide every column by its largest entry, or by BOUND if that is larger: squares of entries above 1e19
+            # would overflow. BOUND is a power of two, so the division by BOUND is exact.
+            phi = phi / phi.detach().abs().amax(0, keepdim=True).clamp(min=BOUND)
+            unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6 / BOUND**2).rsqrt()
             return soft_logits_unchecked(x, self.scale.to(dtype) * unit)
 
 
