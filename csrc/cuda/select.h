@@ -55,11 +55,11 @@ class Few {
  public:
   Key keys[kEach];
 
-  static __device__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
+  static __device__ int lane() { return static_cast<int>(threadIdx.x % kLanes); }
 
   // Index in the row of this lane's keys[i]; ascending in i.
-  static __device__ int32_t index(int i) {
-    return (i / kTogether * kLanes + lane()) * kTogether + i % kTogether;
+  static __device__ int32_t index(unsigned i) {
+    return (i / kTogether * kLanes + threadIdx.x % kLanes) * kTogether + i % kTogether;
   }
 
   // Calls visit(j, pick) on all lanes for pick j = 0, ..., k - 1. All lanes of the warp must call

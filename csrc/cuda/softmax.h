@@ -48,6 +48,16 @@ __device__ T larger(T value, T than) {
   return value > than ? value : than;
 }
 
+// `larger` in one instruction. Of two zeros of different sign, either may be the result.
+__device__ inline float larger_short(float value, float than) {
+#ifdef __CUDACC__
+  return fmaxf(value, than);
+#else
+  return larger(value, than);  // so that the emulator chooses among zeros as other kernels do
+#endif
+}
+__device__ inline double larger_short(double value, double than) { return larger(value, than); }
+
 // The value that is subtracted before exp: the row's maximum, or 0 for a row of -inf, so that exp
 // gives 0 and not NaN.
 template <typename T>
@@ -61,6 +71,19 @@ template <typename T>
 __device__ T softmax_scale(T total) {
   return total == 0 ? T{0} : T{1} / total;
 }
+
+// softmax_scale, with the same bits and without the branch of a division. The division takes the
+// same steps for divisors in [1, 2^64], and the branch for all other divisors.
+__device__ inline float softmax_scale_short(float total) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(total));
+  return total == 0 ? 0.0f : fmaf(y, fmaf(-total, y, 1.0f), y);
+#else
+  return softmax_scale(total);
+#endif
+}
+__device__ inline double softmax_scale_short(double total) { return softmax_scale(total); }
 
 // The maximum over kLanes adjacent lanes, by `larger`. All lanes get the maximum.
 template <int kLanes, typename T>
@@ -87,8 +110,9 @@ template <int kLanes, int kEach>
 constexpr int kSumsOfLane = kLanes < kWarp ? kEach / 4 : 1;
 
 // The softmax of a row of up to kLanes * kEach entries, in the registers of kLanes lanes. Positions
-// after the end of the row hold -inf, which adds 0 to the sum.
-template <typename T, int kLanes, int kEach>
+// after the end of the row hold -inf, which adds 0 to the sum. kShort: fewer instructions, for the
+// same bits, and up to 14 more registers.
+template <typename T, int kLanes, int kEach, bool kShort = false>
 struct RowSoftmax {
   static constexpr int kTogether = kWideEntries<T>;
   using Picks = Few<OrderKey<T>, kLanes, kEach, kTogether>;
@@ -115,7 +139,9 @@ struct RowSoftmax {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) high = larger(powers[i], high);
+    for (int i = 0; i < kEach; ++i) {
+      high = kShort ? larger_short(powers[i], high) : larger(powers[i], high);
+    }
     high = softmax_shift(max_of_lanes<kLanes>(high));
     constexpr int kSums = kSumsOfLane<kLanes, kEach>;
     T totals[kSums] = {};
@@ -126,7 +152,8 @@ struct RowSoftmax {
     }
 #pragma unroll
     for (int i = 1; i < kSums; ++i) totals[0] += totals[i];
-    scale = softmax_scale(sum_of_lanes<kLanes>(totals[0]));
+    const T total = sum_of_lanes<kLanes>(totals[0]);
+    scale = kShort ? softmax_scale_short(total) : softmax_scale(total);
   }
 
   __device__ bool absent() const { return scale == 0; }

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_rows_kernel(
     T* __restrict__ high,   // [rows]
     T* __restrict__ scale,  // [rows]
     int E, int64_t rows, bool wide) {
-  using Softmax = RowSoftmax<T, kLanes, kEach>;
+  using Softmax = RowSoftmax<T, kLanes, kEach, true>;
   const int64_t row = (int64_t{blockIdx.x} * kSoftmaxThreads + threadIdx.x) / kLanes;
   Softmax softmax;
   // Lanes without a row read the last row: all lanes of a warp must take part in its shuffles.
@@ -95,23 +95,24 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
     Chosen<T> chosen,
     T* __restrict__ high,   // [rows]
     T* __restrict__ scale,  // [rows]
-    int64_t E) {
+    int E) {
   using Key = OrderKey<T>;
   // Ordered by warp, then by rank within the warp: ties are then in the order of their indices.
   __shared__ Pick<Key> candidates[kWarps * kFew];
-  const int64_t row = blockIdx.x, k = chosen.k;
+  const int64_t row = blockIdx.x;
+  const int k = chosen.count();
   const T* from = logits + row * E;
   const Norms<T> norms = norms_of_block(from, E);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  constexpr int64_t kPart = kWarp * kEachOfLong;
+  constexpr int kPart = kWarp * kEachOfLong;
   const GateKeys<T> key_of(norms.scale);
   Few<Key, kWarp, kEachOfLong, 1> few;
 #pragma unroll
   for (int i = 0; i < kEachOfLong; ++i) {
-    const int64_t e = warp * kPart + few.index(i);
+    const int e = warp * kPart + few.index(i);
     few.keys[i] = e < E ? key_of(exp_negative(from[e] - norms.high) * norms.scale) : 0;
   }
-  few.select(chosen.count(), [&](int j, const Pick<Key>& pick) {
+  few.select(k, [&](int j, const Pick<Key>& pick) {
     if (few.lane() == 0) candidates[warp * k + j] = pick;
   });
   __syncthreads();
@@ -121,10 +122,10 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
   for (int i = 0; i < kWarps * kFew / kWarp; ++i) {
     best.keys[i] = best.index(i) < kWarps * k ? candidates[best.index(i)].key : 0;
   }
-  best.select(chosen.count(), [&](int j, const Pick<Key>& pick) {
+  best.select(k, [&](int j, const Pick<Key>& pick) {
     if (best.lane() > 0) return;
     const bool absent = norms.scale == 0;
-    const auto e = static_cast<int32_t>(pick.index / k * kPart) + candidates[pick.index].index;
+    const int32_t e = pick.index / k * kPart + candidates[pick.index].index;
     chosen.write(row, j, absent ? T{0} : key_of.gate(pick.key), absent ? -1 : e);
   });
   if (best.lane() == 0) {
@@ -144,15 +145,15 @@ __device__ void gates_to_tile(
     T* tile,                       // [E, stride]
     T* __restrict__ high,          // [count]
     T* __restrict__ scale,         // [count]
-    int64_t count, int64_t E, int64_t stride, bool wide) {
-  using Softmax = RowSoftmax<T, kLanes, kEach>;
-  const int64_t own = threadIdx.x / kLanes;
-  for (int64_t begin = 0; begin < count; begin += kColumnThreads / kLanes) {
+    int count, int E, int stride, bool wide) {
+  using Softmax = RowSoftmax<T, kLanes, kEach, true>;
+  const int own = static_cast<int>(threadIdx.x) / kLanes;
+  for (int begin = 0; begin < count; begin += kColumnThreads / kLanes) {
     const bool has_token = begin + own < count;
     // All lanes of a warp must take part in the shuffles of `read`.
-    const int64_t t = has_token ? begin + own : count - 1;
+    const int t = has_token ? begin + own : count - 1;
     Softmax softmax;
-    softmax.read(logits + t * E, static_cast<int>(E), wide);
+    softmax.read(logits + t * E, E, wide);
     if (!has_token) continue;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -169,17 +170,19 @@ __device__ void gates_to_tile(
 
 // kTokens: tokens per lane, when a warp chooses for an expert.
 template <typename T, int kLanes, int kEach, int kTokens>
-__global__ void __launch_bounds__(kColumnThreads) few_of_columns_kernel(
-    const T* __restrict__ logits,  // [G, T, E]
-    Chosen<T> chosen,              // rows: [G, E]
-    T* __restrict__ high,          // [G, T]
-    T* __restrict__ scale,         // [G, T]
-    int64_t tokens, int64_t E, bool wide) {
+__global__ void __launch_bounds__(kColumnThreads, sizeof(T) == 4 && kTokens == 8 ? 4 : 0)
+    few_of_columns_kernel(
+        const T* __restrict__ logits,  // [G, T, E]
+        Chosen<T> chosen,              // rows: [G, E]
+        T* __restrict__ high,          // [G, T]
+        T* __restrict__ scale,         // [G, T]
+        int tokens, int E, bool wide) {
   T* tile = dynamic_shared<T>();  // [E, tokens | 1]; an odd stride avoids bank conflicts
-  const int64_t g = blockIdx.x, stride = tokens | 1, first = g * tokens;
+  const int stride = tokens | 1;
+  const int64_t g = blockIdx.x, first = g * tokens;
   gates_to_tile<T, kLanes, kEach>(
       logits + first * E, tile, high + first, scale + first, tokens, E, stride, wide);
-  for (int64_t e = threadIdx.x / kWarp; e < E; e += kColumnThreads / kWarp) {
+  for (int e = static_cast<int>(threadIdx.x) / kWarp; e < E; e += kColumnThreads / kWarp) {
     const T* gates = tile + e * stride;
     Few<OrderKey<T>, kWarp, kTokens, 1> few;
 #pragma unroll
@@ -209,10 +212,11 @@ __global__ void __launch_bounds__(kColumnThreads) gates_by_expert_kernel(
   T* tile = dynamic_shared<T>();  // [E, kStride]
   const int64_t chunks = ceil_div(tokens, kChunk);
   const int64_t g = blockIdx.x / chunks, t = blockIdx.x % chunks * kChunk, first = g * tokens + t;
-  const int64_t count = tokens - t < kChunk ? tokens - t : kChunk;
+  const int count = static_cast<int>(tokens - t < kChunk ? tokens - t : kChunk);
   gates_to_tile<T, kLanes, kEach>(
-      logits + first * E, tile, high + first, scale + first, count, E, kStride, wide);
-  const int64_t column = threadIdx.x % kChunk;
+      logits + first * E, tile, high + first, scale + first, count, static_cast<int>(E), kStride,
+      wide);
+  const int column = static_cast<int>(threadIdx.x) % kChunk;
   if (column >= count) return;
   for (int64_t e = threadIdx.x / kChunk; e < E; e += kColumnThreads / kChunk) {
     gates[(g * E + e) * tokens + t + column] = tile[e * kStride + column];
@@ -362,7 +366,7 @@ void softmax_topk(
     case Way::kFewOfLongRows:
       return launch(
           few_of_long_rows_kernel<T>, layout.rows, kSoftmaxThreads, 0, stream, logits, chosen, high,
-          scale, E);
+          scale, static_cast<int>(E));
     case Way::kFewOfColumns:
       return with_experts_in_tile(E, [&](auto shape) {
         constexpr int kLanes = decltype(shape)::kLanes, kEach = decltype(shape)::kEach;
@@ -370,7 +374,7 @@ void softmax_topk(
             tokens <= 256 ? few_of_columns_kernel<T, kLanes, kEach, 8>
                           : few_of_columns_kernel<T, kLanes, kEach, 32>,
             G, kColumnThreads, static_cast<size_t>(layout.tile), stream, logits, chosen, high,
-            scale, tokens, E, wide);
+            scale, static_cast<int>(tokens), static_cast<int>(E), wide);
       });
     case Way::kMemory:
       return by_memory(layout, logits, chosen, high, scale, G, tokens, E, of_tokens, stream);
