@@ -38,7 +38,8 @@ Verdict = Literal["supported", "contradicted", "not resolved"]
 CLAIMS: dict[str, str] = {
     "i": "A router is more accurate than the dense ViT at equal FLOPs.",
     "i, time": "A router is more accurate than the dense ViT at equal training time.",
-    "ii": "Expert Choice is more accurate than Token Choice with as many slots.",
+    "ii, softmax": "Softmax Expert Choice is more accurate than Softmax Token Choice with as many slots.",
+    "ii, Sinkhorn": "Sinkhorn Expert Choice is more accurate than Sinkhorn Token Choice with as many slots.",
     "iii": "Soft MoE is more accurate than a sparse router at equal FLOPs.",
     "iii, time": "Soft MoE is more accurate than a sparse router at equal training time.",
     "iv": "Sinkhorn Token Choice is more accurate with softmax combine than with plan combine.",
@@ -266,14 +267,15 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
             series = study.find(router=router, **_base(router))
             if dense and series:
                 yield f"i{key}", _at_budget(series, dense, budget)
-    for kind in ("softmax", "sinkhorn"):
+    for claim in ("ii, softmax", "ii, Sinkhorn"):
+        kind = claim.removeprefix("ii, ").lower()
         # Expert Choice has as many slots as Token Choice with a K times smaller capacity factor.
         every_k = {key: value for key, value in _base(f"{kind}_token_choice").items() if key != "top_k"}
         for token in study.find(router=f"{kind}_token_choice", **every_k):
             slots = _variant(token)["top_k"] * _variant(token)["capacity_factor"]
             for expert in study.find(router=f"{kind}_expert_choice"):
                 if math.isclose(_variant(expert)["capacity_factor"], slots):
-                    yield "ii", _paired(expert, token)
+                    yield claim, _paired(expert, token)
     for key, budget in _BUDGETS.items():
         for router in _SPARSE:
             sparse = study.one(router=router, capacity_factor=1.0, **_base(router))
