@@ -13,7 +13,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.cpu_kernels]
 CASES = [(name, {}) for name in vr.ROUTERS] + [
     (name, {"combine": "plan"}) for name in vr.ROUTERS if name.startswith(("sinkhorn", "sparsity"))
 ]
-STEPS = 200
 LOSSES = {f"{name}_loss_weight": 0.1 for name in ("importance", "load", "balance", "z")}
 
 
@@ -69,17 +68,17 @@ def test_gradients_are_finite(name, options, case):
             assert gradient.isfinite().all(), case
 
 
-def train(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
+def train(name: str, dtype: torch.dtype, steps: int) -> tuple[torch.Tensor, int]:
     """Returns losses of a layer that learns the classes of 8 images, and how many steps GradScaler skipped."""
     torch.manual_seed(0)
     moe = {} if name == "soft" else {"group_size": 4, **LOSSES}
     layer, head = vr.MoEMlp(8, 8, num_experts=3, router=name, **moe), torch.nn.Linear(8, 4)
     parameters = [*layer.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, 3e-3, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     images, labels = torch.randn(8, 6, 8), torch.arange(8) % 4
     losses, skipped = [], 0
-    for _ in range(STEPS):
+    for _ in range(steps):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = head((images + layer(images)).mean(1))
         loss = torch.nn.functional.cross_entropy(logits.float(), labels)
@@ -96,12 +95,12 @@ def train(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
 
 @pytest.mark.parametrize("name", vr.ROUTERS)
 def test_16_bits_train_as_32_bits_do(name):
-    wanted, _ = train(name, torch.float32)
+    wanted, _ = train(name, torch.float32, 500)
     assert wanted[-1] < 0.1 * wanted[0]
     for dtype in (torch.bfloat16, torch.float16):
-        losses, skipped = train(name, dtype)
+        losses, skipped = train(name, dtype, 500)
         assert losses.isfinite().all()
-        assert losses[STEPS // 5 :].max() < losses[0], dtype
+        assert losses[100:].max() < losses[0], dtype
         assert losses[-1] < 0.1 * losses[0], dtype
         assert skipped <= 5  # GradScaler lowers its initial factor after an overflow of a gradient
 
