@@ -16,6 +16,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import parity
 import pytest
 import torch
 import yaml
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 
 import vmoe_routers as vr
 import vmoe_routers.training.trainer as trainer_module
-from tests.training.made import idx_folder
+from tests.training.made import idx_folder, picture_folder
 from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.options import OptionError
 from vmoe_routers.training import RECIPES, TrainSettings, checkpoint, evaluate, train
@@ -34,6 +35,7 @@ from vmoe_routers.training.describe import memory_estimate
 from vmoe_routers.training.evaluation import Evaluation
 from vmoe_routers.training.layout import lay_out
 from vmoe_routers.training.log import Board, Outputs, Table
+from vmoe_routers.training.models import load_model
 from vmoe_routers.training.processes import World
 from vmoe_routers.training.settings import read_settings
 from vmoe_routers.training.sources import open_data
@@ -515,6 +517,41 @@ def test_an_upcycled_timm_model(tmp_path):
     assert told in console.file.getvalue()
     model = from_pretrained(folder)
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_a_checkpoint_of_the_reference_is_fine_tuned(tmp_path):
+    tmp_path.joinpath("photos").mkdir()
+    folder = run(
+        tmp_path / "out",
+        model=str(parity.GOLDEN / "ckpt" / "tiny"),
+        model_args={},
+        router=None,
+        num_experts=None,
+        data=str(picture_folder(tmp_path / "photos", count=4, test_count=4)),
+        image_size=32,
+        batch_size=4,
+        epochs=1,
+        trained="head",
+    )
+    trained = from_pretrained(folder)
+    assert trained(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
+    given = load_model(str(parity.GOLDEN / "ckpt" / "tiny"), num_classes=2).state_dict()
+    kept = {name for name, value in trained.state_dict().items() if torch.equal(value, given[name])}
+    assert set(given) - kept == {"head.weight", "head.bias"}
+
+
+def test_compiled_blocks_train_alike(undisturbed, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_block(block):  # the backend "eager" traces and runs the graph, and compiles no C++
+        compiled.append(block)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    run(tmp_path, compile=True)
+    assert len(compiled) == SMALL["depth"]
+    for found, wanted in zip(rows(tmp_path / "log.csv"), rows(undisturbed / "log.csv"), strict=True):
+        assert float(found["loss"]) == pytest.approx(float(wanted["loss"]), abs=1e-5)
 
 
 def made_router(dim, num_experts):

@@ -18,7 +18,7 @@ from vmoe_routers.routers import Routing
 
 
 class _Hook:
-    """Hook of `record`. A copy or a pickle of the model gets a hook that does nothing."""
+    """Hook of `record`. Compiled code leaves the hook out. A copy or a pickle of the model gets an idle hook."""
 
     __slots__ = ("run",)
 
@@ -26,7 +26,8 @@ class _Hook:
         self.run = run
 
     def __call__(self, *args: Any) -> None:
-        self.run(*args)
+        if not torch.compiler.is_compiling():
+            self.run(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (_ignore,)
