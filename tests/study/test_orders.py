@@ -50,6 +50,20 @@ def test_an_ablation_of_a_shared_setting_compares_its_own_runs_only():
     assert found.differences[SOFTMAX].mean == pytest.approx(0.05) and found.differences[SOFTMAX].count == 1
 
 
+def test_an_ablation_of_both_routers_compares_its_own_runs_only():
+    one = [of_accuracy(ablated(EXPERT, "noise", "0"), 0.9)]
+    assert [found.title for found in conditions(study(*one))] == ["capacity factor"]
+    _, found = conditions(study(*one, of_accuracy(ablated(TOKEN, "noise", "0"), 0.85)))
+    assert found.differences[SOFTMAX].mean == pytest.approx(0.05)
+
+
+def test_the_scale_of_soft_moe_is_compared_with_the_comparisons_runs():
+    runs = study(of_accuracy(SOFT, 0.7), of_accuracy(ablated(SOFT, "soft_scale", "4"), 0.75))
+    _, found = conditions(runs)
+    assert (found.title, found.value) == ("initial scale of Soft MoE", "4")
+    assert found.differences["soft", "softmax_token_choice"].mean == pytest.approx(-0.05)
+
+
 def test_an_ablation_leaves_out_pairs_that_it_does_not_touch():
     runs = study(of_accuracy(SOFT, 0.7), of_accuracy(ablated(EXPERT, "aux_loss", "0.05"), 0.81))
     base, found = conditions(runs)

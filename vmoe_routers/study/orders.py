@@ -45,12 +45,12 @@ class Condition:
 def conditions(runs: Sequence[Run]) -> list[Condition]:
     """Compares the routers of every pair at K = 1, softmax combine and no batch priority, under every condition.
 
-    A router that an ablation leaves as it is has the comparison's runs, unless the value changes a setting of all
-    routers, for example the number of epochs.
+    A router that is not among the routers of an ablation has the comparison's runs, unless the value changes a setting
+    of all routers, for example the number of epochs.
     """
     by_name = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
     factors = sorted({run["variant"]["capacity_factor"] or 1.0 for group in by_name.values() for run in group})
-    routers = dict.fromkeys(router for pair in ORDERS for router in pair)
+    routers = {router for pair in ORDERS for router in pair}
 
     def at_factor(router: str, factor: float) -> list[Run]:
         return by_name.get(replace(base_variant(router), capacity_factor=factor).name, [])
@@ -63,7 +63,9 @@ def conditions(runs: Sequence[Run]) -> list[Condition]:
     for group in ablation_groups(runs):
         if not group.is_base and group.router is not None:
             key = (group.ablation, group.arm.label)
-            shared = {} if group.arm.settings else {router: at_factor(router, 1.0) for router in routers}
+            of_all = group.arm.settings.keys() - {"scale_init"}  # the setting of Soft MoE alone
+            unchanged = set() if of_all else routers - set(ABLATIONS[group.ablation].routers)
+            shared = {router: at_factor(router, 1.0) for router in unchanged}
             changed.setdefault(key, shared)[group.router] = group.runs
     for (ablation, arm), of in changed.items():
         touched = set(ABLATIONS[ablation].routers)

@@ -161,7 +161,8 @@ def order_table(found: Sequence[Condition]) -> str:
     note = (
         '<p class="note">Differences of accuracy in points, seed by seed, ± the standard error of the mean, at K = 1. '
         "A positive difference is the paper's order. Differences whose 95 % interval excludes 0 are bold, without a "
-        "correction for their number. An empty cell has no runs of both routers.</p>"
+        "correction for the number of differences. A cell is empty if a router of its pair has no runs under the "
+        "condition.</p>"
     )
     return note + _scroll(lines)
 
