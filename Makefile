@@ -94,7 +94,7 @@ wheel-check: .venv/package
 	scripts/build_wheel.sh dist/first
 	$(bin)/python scripts/check_wheel.py dist/first/*.whl $(addprefix --python ,$(PYTHONS))
 	rm -rf build/wheel
-	scripts/build_wheel.sh dist/second
+	CCACHE_RECACHE=1 scripts/build_wheel.sh dist/second
 	cmp dist/first/*.whl dist/second/*.whl
 
 # Runs the tests with the oldest packages that pyproject.toml allows, in a separate environment.

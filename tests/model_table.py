@@ -27,7 +27,7 @@ HEAD = f"""{MARK}
 
 The tables list the models whose names `timm.create_model` knows once `vmoe_routers.models` is imported.
 `timm.create_model("soft_moe_base_patch16_224", num_experts=32)` makes such a model, and accepts every keyword of
-`vit_moe`. `vmoe_routers.models.cost` counted the numbers, for 32 experts, capacity factor 1, MoE layers in the last
+`vit_moe`. `vmoe_routers.models.cost` computed the numbers, for 32 experts, capacity factor 1, MoE layers in the last
 half of the blocks, `group_size=1`, images of 224 x 224 and 1,000 classes.
 
 FLOPs are counted for a forward pass of one image. A multiply-add counts as two. Empty slots count. Capacity is rounded

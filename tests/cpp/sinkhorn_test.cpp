@@ -61,7 +61,7 @@ std::vector<T> implicit(
   return out.values();
 }
 
-// The definition without logarithms, for one group with small |M| and no absent token. Scales
+// The definition without logarithms, for one group with small |M| and no masked token. Scales
 // exp(M) by columns, then by rows.
 template <typename T>
 std::vector<double> scaled_kernel(

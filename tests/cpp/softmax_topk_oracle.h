@@ -35,7 +35,7 @@ inline std::ostream& operator<<(std::ostream& out, const Choice& choice) {
              << (choice.of_tokens ? " of the tokens" : "");
 }
 
-// The gates of absent tokens, whose scale is 0, become -inf.
+// The gates of masked tokens, whose scale is 0, become -inf.
 template <typename T>
 void mark_absent(const std::vector<T>& scale, int64_t E, std::vector<T>& gates) {
   for (size_t i = 0; i < gates.size(); ++i) {

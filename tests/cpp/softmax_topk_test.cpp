@@ -43,7 +43,7 @@ Chosen<T> choose(const Choice& choice, const std::vector<T>& logits, bool by_exp
   return {values.values(), indices.values()};
 }
 
-// All gates by softmax_gather, with -inf for absent tokens.
+// All gates by softmax_gather, with -inf for masked tokens.
 template <typename T>
 std::vector<T> gates_of(const Choice& choice, const std::vector<T>& logits) {
   const int64_t E = choice.E, all = choice.all();

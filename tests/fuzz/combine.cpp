@@ -4,7 +4,7 @@
 
 namespace vmoe {
 
-// The lists are hostile.
+// The lists are untrusted: any int32 values.
 template <typename Row>
 void combine(Input& in) {
   const Slots shape{in.integer(0, 3), in.integer(0, 30), in.integer(0, 10), in.integer(1, 9)};

@@ -16,7 +16,7 @@ from vmoe_routers.routers.routing import SoftRouting
 from vmoe_routers.routers.sparse import check_tokens
 
 # The smallest divisor of a column of Phi. For columns with a larger entry, 1e-6 / BOUND^2 is below the last bit of the
-# sum of squares, also in float64. Entries down to 1e-32 stay normal numbers of float32.
+# sum of squares, also in float64. Entries down to 2^-106 stay normal numbers of float32.
 BOUND = 2.0**20
 
 

@@ -61,8 +61,8 @@ class World:
 class Vote:
     """Asks all processes in every step whether a value is true in at least one of them.
 
-    The answer comes one step later, so that no process waits for the slowest one. A default group with a backend for
-    the CPU, such as the group of `processes`, asks on the CPU, so that no process waits for its device.
+    The answer comes one step later, so that no process waits for the slowest one. If the default group has a backend
+    for the CPU, as the group of `processes` has, the flags are on the CPU, so that no process waits for its device.
 
     Args:
         world: The processes.

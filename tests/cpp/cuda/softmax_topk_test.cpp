@@ -27,7 +27,7 @@ class CudaSoftmaxTopk : public ::testing::Test {
     return {values.values(), indices.values()};
   }
 
-  // All gates, computed by softmax_gather on the device, with -inf for absent tokens. Compares them
+  // All gates, computed by softmax_gather on the device, with -inf for masked tokens. Compares them
   // with the gates of the CPU.
   static std::vector<T> gates(const Choice& choice, const std::vector<T>& logits) {
     const auto [G, tokens, E, k, of_tokens] = choice;
