@@ -164,7 +164,7 @@ def _limits(settings: dict, runs: Sequence[Run]) -> str:
         f"- The models are small ({settings['depth']} blocks of width {settings['width']}, {settings['num_experts']} "
         f"experts in the last half) and see grey images of 28 x 28 pixels for {images}. The paper trains on JFT and "
         "ImageNet. A router that wins here need not win there.",
-        "- The learning rates come from a search with three values and one seed.",
+        "- The learning rates come from a search with one seed: three values for a router, four for the dense ViT.",
         "- Times hold for this machine. The times depend on the CPU kernels, not on the routers alone.",
     ]
     diverged = sum(run["diverged"] is not None for run in runs)

@@ -544,3 +544,12 @@ def test_the_gates_of_an_affinity_are_checked(router, affinity, error, words):
     made = router(8, 4, affinity=lambda logits, noisy, capacity, mask: affinity(logits))
     with pytest.raises(error, match=words):
         made(torch.randn(2, 6, 8))
+
+
+@pytest.mark.parametrize("name", ["softmax_expert_choice", "soft"])
+def test_routings_are_compared_by_identity(name):
+    router, x = vr.create_router(name, 4, 2), torch.randn(1, 3, 4)
+    first, second = router(x), router(x)
+    other = first
+    assert (first == other, first != other, first == second, first != second) == (True, False, False, True)
+    assert len({first, second}) == 2
