@@ -464,10 +464,17 @@ TYPED_TEST(Sinkhorn, PiecesGiveTheSameBits) {
 TYPED_TEST(Sinkhorn, GradientsMatchFloat64) {
   using T = TypeParam;
   const Shape shape{2, 9, 4};
-  const auto logits = uniform<T>(shape.size(), 13), grad = uniform<T>(shape.size(), 14);
-  const std::vector<double> exact(logits.begin(), logits.end()),
-      exact_grad(grad.begin(), grad.end());
-  expect_near(unrolled(shape, grad, logits), unrolled(shape, exact_grad, exact), kRounding<T>);
+  const auto grad = uniform<T>(shape.size(), 14);
+  const std::vector<double> exact_grad(grad.begin(), grad.end());
+  // Float32 logits iterate on exp(M) in float32, on exp(M) in float64, and on logarithms.
+  for (const double spread : {2.0, 50.0, 500.0}) {
+    SCOPED_TRACE(::testing::Message() << "spread " << spread);
+    const auto wide = uniform<T>(shape.size(), 13, -spread, spread);
+    const std::vector<double> exact_wide(wide.begin(), wide.end());
+    expect_near(unrolled(shape, grad, wide), unrolled(shape, exact_grad, exact_wide), kRounding<T>);
+  }
+  const auto logits = uniform<T>(shape.size(), 13);
+  const std::vector<double> exact(logits.begin(), logits.end());
   const Options converged{300, 1, 0};
   expect_near(
       unrolled(shape, grad, logits, converged), unrolled(shape, exact_grad, exact, converged),
