@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -201,3 +202,27 @@ def test_record_runs_a_compiled_model_without_compilation(in_place, compiler):
             compiled(x)
     assert nothing.layers == []
     assert trace.to_dict() == wanted.to_dict() and trace.layers[0].name == "blocks.1.mlp"
+
+
+def test_records_of_two_threads_end_in_any_order(compiler):
+    model = model_of("softmax_expert_choice").eval()
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(2, 1, 8, 8)
+    begun, ended, counts = threading.Event(), threading.Event(), []
+
+    def later():
+        with torch.no_grad(), vr.inspect.record(compiled) as trace:
+            begun.set()
+            ended.wait(60)
+            compiled(x)
+        counts.append(len(trace.layers))
+
+    thread = threading.Thread(target=later)
+    with vr.inspect.record(compiled):
+        thread.start()
+        begun.wait(60)
+    ended.set()
+    thread.join()
+    assert counts == [len(model.blocks) - 1]
+    with torch.no_grad(), vr.inspect.record(compiled, eager=False) as nothing:
+        compiled(x)  # compiled again
+    assert nothing.layers == []

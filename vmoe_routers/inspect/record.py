@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -98,8 +98,27 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _without_compilation() -> AbstractContextManager[Any]:
-    """Returns a context in which compiled functions run as plain Python."""
+# The stances of torch.compile that contexts of all threads have set, oldest first.
+_stances: dict[object, Any] = {}
+_stances_lock = threading.Lock()
+
+
+@contextmanager
+def _without_compilation() -> Iterator[None]:
+    """Runs compiled functions as plain Python. The contexts of several threads may end in any order."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import would take seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+        yield
+        return
+    own = object()
+    with _stances_lock:
+        _stances[own] = torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _stances_lock:
+            later = list(_stances)[list(_stances).index(own) + 1 :]
+            stance = _stances.pop(own)
+            if later:  # the context that began next restores the older stance when it ends
+                _stances[later[0]] = stance
+            else:
+                stance.__exit__(None, None, None)
