@@ -206,6 +206,7 @@ def test_recipes_can_be_given_back(monkeypatch, recipe):
     (["--output", "/dev/null/x"], "--output '/dev/null/x' cannot be made"),
     (["--epochs", "many"], "--epochs must be a whole number, got many"),
     (["--epochs", "0"], "--epochs must be at least 1"),
+    (["--hflip", "null"], "--hflip must not be null"),
     (["--mixup=-1"], "--mixup must be at least 0"),
     (["--keep", "some"], "--keep must be a list of last, best, every"),
     (["--data", "nowhere"], "no folder 'nowhere'"),
@@ -224,6 +225,8 @@ def test_train_refuses_files_with_other_options(capsys, tmp_path):
     check_refused(["train", "--config", str(file)], "wanted options by name, got list", capsys)
     file.write_text("")
     check_refused(["train", "--config", str(file)], "wanted options by name, got nothing", capsys)
+    file.write_text("epochs: null\n")
+    check_refused(["train", "--config", str(file)], "--epochs must not be null", capsys)
 
 
 def check_refused(arguments, words, capsys):

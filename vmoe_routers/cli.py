@@ -481,7 +481,12 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
                 _display(options, flags, target)
         commands.add_subcommand(name, options, help=command.help)
     parsed = parser.parse_args(_spelled_out(arguments, lists, flags))
-    return parsed.subcommand, target, vars(parsed[parsed.subcommand])
+    found = vars(parsed[parsed.subcommand])
+    for name, parameter in signature(target).parameters.items():
+        # The parser accepts null for every option.
+        if found.get(name, parameter) is None and not str(parameter.annotation).endswith("None"):
+            raise OptionError(f"{name} must not be null", name)
+    return parsed.subcommand, target, found
 
 
 def _document(parser: Any, target: Any) -> None:
