@@ -482,6 +482,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
         commands.add_subcommand(name, options, help=command.help)
     parsed = parser.parse_args(_spelled_out(arguments, lists, flags))
     found = vars(parsed[parsed.subcommand])
+    assert target is not None  # the parser refuses an unknown command
     for name, parameter in signature(target).parameters.items():
         # The parser accepts null for every option.
         if found.get(name, parameter) is None and not str(parameter.annotation).endswith("None"):
