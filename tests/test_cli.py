@@ -206,7 +206,7 @@ def test_recipes_can_be_given_back(monkeypatch, recipe):
     (["--output", "/dev/null/x"], "--output '/dev/null/x' cannot be made"),
     (["--epochs", "many"], "--epochs must be a whole number, got many"),
     (["--epochs", "0"], "--epochs must be at least 1"),
-    (["--hflip", "null"], "--hflip must not be null"),
+    (["--hflip", "null"], "--hflip must be a number, got None"),
     (["--mixup=-1"], "--mixup must be at least 0"),
     (["--keep", "some"], "--keep must be a list of last, best, every"),
     (["--data", "nowhere"], "no folder 'nowhere'"),
