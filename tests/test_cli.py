@@ -389,7 +389,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     arguments = ["study", "--data", str(tmp_path), "--output", str(tmp_path), "--workers", "1", *TINY.split()]
     records = tmp_path / "runs"
-    # A session of its own, as in a terminal: Ctrl-C is a signal to all processes of the session.
+    # The command gets its own session, as in a terminal. Ctrl-C sends a signal to all processes of the session.
     process = subprocess.Popen(
         [sys.executable, "-m", "vmoe_routers", *arguments],
         start_new_session=True,
@@ -420,7 +420,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
 
 
 def start(tmp_path, *arguments, **options):
-    """Starts a study in a session of its own, as in a terminal: Ctrl-C is a signal to all processes of the session."""
+    """Starts a study in its own session, as in a terminal. Ctrl-C sends a signal to all processes of the session."""
     return subprocess.Popen(
         [sys.executable, "-m", "vmoe_routers", "study", "--output", str(tmp_path / "out"), *TINY.split(), *arguments],
         start_new_session=True,

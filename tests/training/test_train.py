@@ -261,7 +261,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-# TensorBoard writes in a thread of its own, which prints the error too.
+# TensorBoard writes in a background thread, which also prints the error.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_small_disk(undisturbed, small_disk):
     folder, leave = small_disk
