@@ -31,21 +31,34 @@ README_CASES = (
 HEAD = """# Benchmarks
 
 This page compares the speed of our ops and layers with other ways to compute the same results. Every case has several
-variants: our code, common torch code, the same torch code under `torch.compile`, installed packages, and a dense MLP of
-the same FLOPs. Variants run in one process, in shuffled rounds. Before timing, a variant's results are checked against
-ours. A variant that computes a different function by design is not in the table.
+*variants*: our code, common torch code, the same torch code under `torch.compile`, and installed packages. Variants run
+in one process, in shuffled rounds. Before timing, the results of a variant are checked against ours. The pictures also
+show a dense MLP of the same FLOPs, and variants that compute a different function by design. The tables leave out both.
 
-- **Ratios** are medians of paired ratios: time of the variant / time of ours. Above 1x, our code is faster.
-- **The floor** is the time that the case's flops, bytes and exponentials take at the machine's ceilings, measured in
-  the same run.
-- **UNSTABLE**: two measurements of the same code differ by more than 10 %, or the interval of their ratio reaches
-  beyond 30 %.
-- **Memory**: if "freed memory is kept", the C library was told to reuse freed memory, for all variants. Otherwise the
-  system maps large results page by page in every call. The mapping can take longer than writing the results.
-- **Processors**: on CPUs, experts and Soft MoE use our matrix products. torch's `mm` and `bmm`, from MKL, run AVX2 code
-  on AMD CPUs, at half the speed of the AVX-512 units. On Intel CPUs MKL uses AVX-512, so expect a smaller lead in cases
-  that are mostly products. This page has no run on an Intel CPU. The variants "packed for oneDNN" avoid MKL: they use
-  torch ops that are not public and have no gradient, on weights packed ahead of time.
+| column | meaning |
+|---|---|
+| best other variant, forward | the fastest variant, other than ours, that computes the same function |
+| ours | time of our forward |
+| faster by | time of the best other variant / our time; **bold** if the other variant is faster |
+| with gradients | the same ratio for forward and backward together; the best other variant may differ |
+| of the floor | the floor / our time of the forward |
+
+- **Ratios** are medians of paired ratios.
+- **The floor** is the longest of three times: the times that the FLOPs, the bytes and the exponentials of the case take
+  at the machine's ceilings.
+- **Ceilings** are the highest rates of the machine for matrix products, copies and exponentials, measured in the same
+  run.
+- **UNSTABLE** marks a noisy result: two measurements of our code differ by more than 10 %, or the interval of their
+  ratio reaches beyond 30 %.
+- **Freed memory is kept** means that the C library was told to reuse freed memory, for all variants. By default, the
+  system maps large results page by page in every call. This mapping can take longer than writing the results.
+- **Packed for oneDNN** means that the experts' weights were packed ahead of time, for torch ops that are not public and
+  have no gradient. These variants do not use MKL.
+- **bwconrad's form** is Soft MoE, computed as in the repository bwconrad/soft-moe.
+
+Expect a smaller lead on Intel CPUs in cases that are mostly matrix products. On CPUs, experts and Soft MoE use our
+matrix products, and most other variants use torch's `mm` and `bmm`, from MKL. On AMD CPUs MKL runs AVX2 code, at half
+the speed of the AVX-512 units. On Intel CPUs MKL uses AVX-512. This page has no run on an Intel CPU.
 """
 TAIL = """## Measure again
 
@@ -53,13 +66,13 @@ TAIL = """## Measure again
 make bench                                    # every case at its default size, one thread
 make bench ARGS="--quick"                     # small sizes, nothing compiled
 python -m benchmarks.overhead                 # call overhead of a tiny layer of every router, in seconds
-python -m benchmarks.run --full --csv benchmarks/results/NAME.csv          # to keep: memory and other sizes too
+python -m benchmarks.run --full --csv benchmarks/results/NAME.csv          # to keep: with peak memory and more sizes
 python -m benchmarks.scaling --csv benchmarks/results/NAME-scaling.csv
 python -m benchmarks.report.docs              # this page, its pictures and README's lines
 ```
 
-The CSV files in [benchmarks/results](../benchmarks/results) have a row per case, direction and variant: times, ratios
-with their bootstrap 95 % interval, floors, memory kept for backward, and peak memory.
+The CSV files in [benchmarks/results](../benchmarks/results) have one row per case, direction and variant. A row has the
+time, the ratio with its bootstrap 95 % interval, the floor, the memory kept for the backward, and the peak memory.
 """
 
 
@@ -84,7 +97,7 @@ def best(result: dict) -> dict | None:
 
 
 def lead(result: dict) -> str:
-    """Formats how many times faster ours is than the best other form."""
+    """Formats how many times faster ours is than the best other variant."""
     found = best(result)
     if found is None:
         return "-"
@@ -115,32 +128,33 @@ def ratios(run: dict, others: list[dict], only: tuple[str, ...] | None = None) -
             same = (r for r in shown(another) if r["title"] == title and r["direction"] == FORWARD)
             row.append(next(map(lead, same), ""))
         rows.append(row)
-    head = ["case", "size", "best other form, forward", "ours", *(["of a call"] if called else [])]
+    head = ["case", "size", "best other variant, forward", "ours", *(["of a call"] if called else [])]
     head += ["faster by", "with gradients", "of the floor"]
     head += [f"ISA {other['machine']['isa']}" + (", small sizes" if other["quick"] else "") for other in others]
-    note = f"Sizes: {' '.join(sorted(common))} in every row. " if common else ""
-    note += "n tokens, T per image, E experts, width D, K experts per token. **Bold**: the other form is faster."
+    note = "n tokens, T tokens per image, E experts, width D, K experts per token"
+    note += f"; {', '.join(sorted(common))} in every row. " if common else ". "
+    note += "**Bold**: the other variant is faster."
     for other in others:
-        form = " This column has the sizes of `--quick`, and no `torch.compile`." if other["quick"] else ""
-        note += (
-            f" Column ISA {other['machine']['isa']}: only our kernels are limited to this level, not other forms.{form}"
-        )
+        note += f" In column ISA {other['machine']['isa']}, only our kernels are limited to this level."
+        note += " This column has the sizes of `--quick`, and no `torch.compile`." if other["quick"] else ""
     return f"{note}\n\n{table(head, rows, 3)}"
 
 
 def where(run: dict) -> str:
-    """Describes machine, versions and ceilings."""
-    machine = run["machine"]
-    on_cpu = "" if on_gpu(run) else f"{machine['cores']} cores, ISA {machine['isa']}, {memory_of_results(machine)}. "
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    rates = run["ceilings"][0]["ceilings"]
-    bfloat16 = f", in bfloat16 {rates['gemm_bfloat16'] / 1e9:.4g}" if rates["gemm_bfloat16"] else ""
-    bandwidth = ", ".join(f"{name} {rate / 1e9:.3g}" for name, rate in rates["copy"].items())
-    return (
-        f"Measured {machine['date']}. {on_cpu}{versions}. Ceilings of one run: products "
-        f"{max(rates['gemm'], rates['gemm_layer']) / 1e9:.4g} GFLOP/s{bfloat16}; copy {bandwidth} GB/s; "
-        f"{rates['exp'] / 1e9:.3g} G exponentials/s."
-    )
+    """Makes the table of machine, versions and ceilings."""
+    machine, rates = run["machine"], run["ceilings"][0]["ceilings"]
+    rows = [["date", machine["date"]]]
+    if not on_gpu(run):
+        rows.append(["CPU", f"{machine['cores']} cores, ISA {machine['isa']}"])
+        rows.append(["memory", memory_of_results(machine)])
+    rows.append(["versions", ", ".join(f"{name} {version}" for name, version in machine["versions"].items())])
+    products = f"{max(rates['gemm'], rates['gemm_layer']) / 1e9:.4g} GFLOP/s"
+    products += f", in bfloat16 {rates['gemm_bfloat16'] / 1e9:.4g} GFLOP/s" if rates["gemm_bfloat16"] else ""
+    copies = ", ".join(f"{name} {rate / 1e9:.3g} GB/s" for name, rate in rates["copy"].items())
+    rows.append(["ceiling of matrix products", products])
+    rows.append(["ceiling of copies, bytes read and written", copies])
+    rows.append(["ceiling of exponentials", f"{rates['exp'] / 1e9:.3g} G/s"])
+    return table(["measured on", machine["name"]], rows, 2)
 
 
 def due(run: dict) -> list[dict]:
@@ -149,18 +163,19 @@ def due(run: dict) -> list[dict]:
 
 
 def targets(run: dict) -> list[str]:
-    """Counts the met targets, and lists the missed targets with the reasons that are known."""
+    """Counts the met targets, and lists the missed targets. Numbers refer to the list of the known reasons."""
     found = due(run)
     missed = sorted((v for v in found if v["factor"] < 1), key=lambda v: v["factor"])
     if not found:
         return []
+    reasons = list(dict.fromkeys(filter(None, map(reason, missed))))
     rows = [
         [
             f"{v['title']}, {v['direction']}" + (f" ({v['size']})" if on_gpu(run) else ""),
             v["against"],
-            reason(v),
             f"{v['target']:.3g}",
             f"{v['ratio']:.4g}" + unstable(v),
+            str(reasons.index(reason(v)) + 1) if reason(v) else "",
         ]
         for v in missed
     ]
@@ -168,28 +183,29 @@ def targets(run: dict) -> list[str]:
         return [f"### Targets: all {len(found)} met"]
     head = f"### Targets: {len(found) - len(rows)} met, {len(rows)} missed"
     note = (
-        "The columns target and reached have a speedup, or a ratio of peak memory. If the second column names a unit, "
-        "they have numbers in this unit."
+        "A target is a speedup or a ratio of peak memory, the other variant's over ours. If the column *against* names "
+        "a unit, the target is in this unit. The *best peer* is the fastest variant, other than ours, that computes "
+        "the same function."
     )
-    return [head, note, table(["missed", "against", "why, where known", "target", "reached"], rows, 3)]
+    parts = [head, note, table(["missed", "against", "target", "reached", "reason"], rows, 2)]
+    return parts + ["\n".join(f"{number}. {text}" for number, text in enumerate(reasons, 1))] * bool(reasons)
 
 
 def overhead(run: dict) -> list[str]:
-    """Describes the range of the call times of the ops on tiny input."""
-    parts = []
+    """Makes the table of the call times of the ops on tiny input."""
+    rows = []
     for direction in (FORWARD, RECORDED, BACKWARD):
         found = [r for r in run["results"] if r["op"] == "overhead" and r["direction"] == direction]
         times = [1e6 * r["variants"][0]["seconds"] for r in found if r["title"].startswith("call of ")]
         if times:
-            parts.append(f"{direction} {min(times):.3g} to {max(times):.3g} us (median {statistics.median(times):.3g})")
-    if not parts:
+            rows.append([direction, *(f"{us:.3g} us" for us in (min(times), statistics.median(times), max(times)))])
+    if not rows:
         return []
+    note = "The table has the times of our ops on tiny input, where only the call takes time."
     add = [1e6 * v["seconds"] for r in run["results"] for v in r["variants"] if v["name"] == "torch.add"]
-    beside = f"; the cheapest call of torch, `torch.add`, at least {min(add):.2g} us" if add else ""
-    return [
-        "### Call overhead",
-        f"Time of the ops on tiny input, where only the call takes time: {'; '.join(parts)}{beside}.",
-    ]
+    note += f" The cheapest call of torch, `torch.add`, takes at least {min(add):.2g} us." if add else ""
+    head = ["direction", "fastest op", "median op", "slowest op"]
+    return ["### Call overhead", note, table(head, rows)]
 
 
 def slope(curve: dict) -> str:
@@ -212,15 +228,15 @@ def growth(scaling: dict, picture: str) -> list[str]:
         row.append(" to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(gains), max(gains)))) if gains else "")
         rows.append(row)
     missed = [g for g in scaling["gains"] if is_compute_bound(g) and g["gain"]["median"] < GAIN]
-    below = ", ".join(f"{g['title']} ({g['gain']['median']:.2f}{unstable(g)})" for g in missed)
+    below = "; ".join(f"{g['title']}: {g['gain']['median']:.2f}{unstable(g)}" for g in missed)
     return [
         "### Scaling",
         f"![Time against tokens, experts and groups]({picture})",
-        "The first columns have the slope of the forward time against the size, in log-log scale, on one thread, "
-        "fitted to the larger half of the sizes. The slope of the algorithm is in parentheses. A **bold** slope is "
-        f"larger than the slope of the algorithm by more than {SLACK}. The last column has the speedup of two threads "
-        "over one at the default sizes, from the worst case of the op to the best. The target is a speedup of "
-        f"{GAIN} in cases whose floor is set by arithmetic. "
+        f"The columns *{'*, *'.join(axes)}* have the slope of the forward time against the size, in log-log scale. "
+        "The slope is for one thread, and is fitted to the larger half of the sizes. The slope of the algorithm is in "
+        f"parentheses. A **bold** slope is larger than the slope of the algorithm by more than {SLACK}.",
+        "The column *two threads* has the speedup of two threads over one at the default sizes, from the worst case of "
+        f"the op to the best. If arithmetic sets the floor of a case, the target is a speedup of {GAIN}. "
         + (f"Cases below the target: {below}." if below else "Every case meets the target."),
         table(["op", *axes, "two threads"], rows),
     ]

@@ -197,11 +197,16 @@ AIMS = (*CPU, *CUDA)
 EXACT = {"layer, soft"}  # titles that are also beginnings of other titles
 
 RANDOM_ROWS = (
-    "rows of 1.5 KiB in random order are read at half the rate of a copy, although each is prefetched two slots ahead"
+    "rows of 1.5 KiB in random order are read at half the rate of a copy, although every row is prefetched two slots "
+    "ahead"
 )
-THREE_TENSORS = "slots, expert outputs and the result are three tensors of the tokens' size, and every form holds them"
-WEIGHT_GRADIENTS = "the gradients of the expert weights, 144 MiB, are more than a third of that form's peak"
-NOT_CONVERGED = "the plan does not converge within 20 iterations, so all of them run"
+THREE_TENSORS = (
+    "slots, expert outputs and the result take 13.8 MiB in every variant, more than a third of the other variant's peak"
+)
+WEIGHT_GRADIENTS = (
+    "the gradients of the expert weights take 144 MiB in every variant, more than a third of the other variant's peak"
+)
+NOT_CONVERGED = "the plan does not converge within 20 iterations, so all 20 iterations run"
 
 # Reason why a target is missed, by the beginning of the title (the longest match counts), the direction, and `against`
 # (`BEST` for any best peer).
@@ -216,14 +221,15 @@ WHY: dict[tuple[str, str, str], str] = {
         f"{NOT_CONVERGED}, and each iteration passes over the matrix once in the forward and once in the backward"
     ),
     ("k-sparse transport, L-BFGS", FORWARD, "POT smooth_ot_semi_dual"): (
-        "projecting 32 columns takes 5 of an iteration's 6 us: each projection bisects for its k-th largest entry"
+        "the projection of 32 columns takes 5 of the 6 us of an iteration: each projection bisects for its k-th "
+        "largest entry"
     ),
     ("layer, softmax_token_choice", FORWARD, BEST): (
-        "our kernel packs the weights in every call, as training needs; the weights for oneDNN were packed ahead of "
-        "time, which is possible in inference only"
+        "our kernel packs the weights in every call, because the weights change in training; the weights for oneDNN "
+        "were packed ahead of time, which helps in inference only"
     ),
     ("layer, soft", FORWARD, "soft-moe-pytorch"): (
-        "both forms spend most of the time in matrix products: only faster products would help"
+        "both variants spend most of the time in matrix products, so only faster products would help"
     ),
     ("layer, soft", FORWARD, "peak memory of bwconrad's form"): THREE_TENSORS,
     ("layer, soft", FORWARD, "peak memory of soft-moe-pytorch"): THREE_TENSORS,

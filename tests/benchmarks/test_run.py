@@ -154,9 +154,11 @@ def test_why_a_target_is_missed_is_said_where_it_is(monkeypatch, capsys):
         print_verdicts(Console(width=300), [missed])
         assert targets.reason(missed) in capsys.readouterr().out
         monkeypatch.setattr(docs, "verdicts", lambda run: [missed])
-        page = docs.targets({"machine": {"device": "cpu"}})
-        assert missed["factor"] >= 1 or f"| {missed['against']} | {targets.reason(missed)} |" in page[-1]
-        return targets.reason(missed)
+        why, page = targets.reason(missed), docs.targets({"machine": {"device": "cpu"}})
+        if missed["factor"] < 1:
+            number = "1" if why else ""
+            assert f"| {missed['against']} | 2 | 1 | {number} |" in page[2] and page[3:] == [f"1. {why}"] * bool(why)
+        return why
 
     missed = [verdict(f"layer, x, K={k}", "best peer: loop", 0.5) for k in (1, 2, 3)]
     assert not any(map(said, missed))
