@@ -11,10 +11,10 @@ from pathlib import Path
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, Comparison, scale_of, verdicts
+from vmoe_routers.study.claims import CLAIMS, Comparison, scale_of, text_of, verdicts
 from vmoe_routers.study.folders import read_contents
 from vmoe_routers.study.orders import ORDERS, conditions, order_sentences, order_title
-from vmoe_routers.study.summary import Row, Run
+from vmoe_routers.study.summary import MEASURES, Row, Run, Stat
 from vmoe_routers.study.variants import base_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,15 +26,22 @@ def page(folder: Path) -> str:
     """Makes the page in Markdown."""
     contents = read_contents(folder)
     runs = read_runs(folder, contents)
-    planned, rows, found = len(set(contents["runs"])), summarise(runs), decide(runs)
+    planned, rows = len(set(contents["runs"])), summarise(runs)
     where = f"../results/{folder.name}"
     parts = [
         "# Results on Fashion-MNIST",
         _lead(runs, rows, planned),
         _table(rows),
         "## The claims",
-        _claims(found),
+        "The mean over the comparisons of a claim, computed for each seed, decides the claim. *Mean* is in points of "
+        "accuracy, or a rank correlation for claim vi, with an uncorrected 95 % interval. Verdicts hold at the 5 % "
+        "level after Holm's correction. *Seeds* is the number of seeds that would resolve the mean.",
+        _claims(decide(runs)),
         f"![Mean differences of all comparisons with their 95 % intervals]({where}/forest.png)",
+        "### By the loss",
+        "The same claims, judged by the loss on the test images, in nats. A negative mean supports a claim. The loss "
+        "was added as a second measure when 120 runs were finished.",
+        _claims(decide(runs, "loss")),
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
         *_ablations(runs, where),
@@ -77,42 +84,36 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.name != base_variant(row.router or "dense").name:
             continue
-        difference = "" if row.accuracy_difference is None else row.accuracy_difference.text("+.2f", 100)
-        if row.accuracy_difference is not None and row.accuracy_difference.is_clear():
-            difference = f"**{difference}**"
         cells = [
             row.label,
-            row.accuracy.text(".2f", 100),
-            difference,
-            row.transfer.text(".1f", 100) if row.transfer else "-",
+            _text(row.accuracy, ".2f", 100),
+            _difference(row.accuracy_difference, "accuracy"),
+            _text(row.transfer, ".1f", 100) if row.transfer else "-",
             "-" if row.dropped is None else f"{100 * row.dropped:.1f}",
             f"{row.step_ratio.mean:.2f}" if row.step_ratio else "-",
         ]
-        lines.append(f"| {' | '.join(cells)} |".replace("±", " ± "))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _claims(found: Sequence[Comparison]) -> str:
-    lines = [
-        "The mean over the comparisons of a claim, computed for each seed, decides the claim. *Mean* is in points of "
-        "accuracy, or a rank correlation for claim vi, with an uncorrected 95 % interval. Verdicts hold at the 5 % "
-        "level after Holm's correction. *Seeds* is the number of seeds that would resolve the mean.",
-        "",
-        "| claim | verdict | mean | seeds |",
-        "|---|---|---|---|",
-    ]
+    measure = MEASURES[found[0].measure]
+    lines = ["| claim | verdict | mean | seeds |", "|---|---|---|---|"]
     counted = verdicts(found)
-    for claim, text in CLAIMS.items():
+    for claim in CLAIMS:
         main = next((c for c in found if c.claim == claim), None)
+        if main is None and measure.name != "accuracy":
+            continue
+        text = text_of(claim, measure.name)
         if main is None or main.mean is None:
             lines.append(f"| ({claim}) {text} | {counted[claim]} | | |")
             continue
-        scale = scale_of(claim)
+        scale, form = scale_of(claim, measure.name), measure.form
         interval = ""
         if main.low is not None and main.high is not None:
-            interval = f" ({scale * main.low:+.2f} to {scale * main.high:+.2f})"
+            interval = f" ({scale * main.low:{form}} to {scale * main.high:{form}})"
         seeds = "-" if main.p is None else main.needed or "over 1,000"
-        lines.append(f"| ({claim}) {text} | {counted[claim]} | {scale * main.mean:+.2f}{interval} | {seeds} |")
+        lines.append(f"| ({claim}) {text} | {counted[claim]} | {scale * main.mean:{form}}{interval} | {seeds} |")
     return "\n".join(lines)
 
 
@@ -120,40 +121,57 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
     rows = [row for row in ablation_rows(runs) if row.difference is not None]
     if not rows:
         return []
-    clear = [row for row in rows if row.difference is not None and row.difference.is_clear()]
+    clear = [row for row in rows if any(value and value.is_clear() for value in (row.difference, row.loss_difference))]
     lines = [
         f"An ablation changes one setting, at capacity factor 1 and K = 1. {len(rows)} values were compared with the "
-        f"runs above, seed by seed. {len(clear)} differences have a 95 % interval that excludes 0, without a "
-        "correction for the number of differences:",
+        f"runs above, seed by seed. The table has the {len(clear)} values of which a difference has a 95 % interval "
+        "that excludes 0 (bold), without a correction for the number of differences.",
         "",
-        "| ablation | router | value | minus the comparison's runs, points |",
-        "|---|---|---|---|",
+        "| ablation | router | value | accuracy, points | loss, nats |",
+        "|---|---|---|---|---|",
     ]
     for row in clear:
-        assert row.difference is not None
-        text = row.difference.text("+.2f", 100).replace("±", " ± ")
-        lines.append(f"| {ABLATIONS[row.ablation].title} | {row.label} | {row.arm} | {text} |")
+        cells = [ABLATIONS[row.ablation].title, row.label, row.arm]
+        cells += [_difference(row.difference, "accuracy"), _difference(row.loss_difference, "loss")]
+        lines.append(f"| {' | '.join(cells)} |")
     return ["## Ablations", "\n".join(lines), f"![Accuracy for the values of every ablation]({where}/ablations.png)"]
 
 
+def _text(value: Stat, form: str, scale: float) -> str:
+    return value.text(form, scale).replace("±", " ± ")
+
+
+def _difference(value: Stat | None, measure: str) -> str:
+    """Formats a difference. It is bold if its interval excludes 0."""
+    if value is None:
+        return ""
+    text = _text(value, MEASURES[measure].form, MEASURES[measure].scale)
+    return f"**{text}**" if value.is_clear() else text
+
+
 def _orders(runs: Sequence[Run]) -> list[str]:
-    found = conditions(runs)
+    found, by_loss = conditions(runs), conditions(runs, "loss")
     lines = [
         "In the paper's abstract, Expert Choice is ahead of Token Choice, and Soft MoE is ahead of the sparse routers. "
-        "Differences are means over seeds, in points, ± the standard error. Bold differences have a 95 % interval that "
-        "excludes 0, without a correction for the number of differences.",
+        "Differences are means over seeds, in points, ± the standard error. *Clearly* means, and bold differences "
+        "have, a 95 % interval that excludes 0, without a correction for the number of differences.",
+        "",
+        "By the accuracy:",
         "",
         *(f"- {sentence}" for sentence in order_sentences(found)),
+        "",
+        "By the loss (`orders.csv` has the differences):",
+        "",
+        *(f"- {sentence}" for sentence in order_sentences(by_loss)),
+        "",
+        "The differences of accuracy:",
         "",
         f"| condition | value | {' | '.join(map(order_title, ORDERS))} |",
         "|---" * (2 + len(ORDERS)) + "|",
     ]
     for condition in found:
         cells = [condition.title, condition.value]
-        for pair in ORDERS:
-            value = condition.differences.get(pair)
-            text = "" if value is None else value.text("+.2f", 100).replace("±", " ± ")
-            cells.append(f"**{text}**" if value is not None and value.is_clear() else text)
+        cells += [_difference(condition.differences.get(pair), "accuracy") for pair in ORDERS]
         lines.append(f"| {' | '.join(cells)} |")
     return ["## Where the paper's order appears", "\n".join(lines)] if found else []
 

@@ -46,7 +46,9 @@ def test_a_clear_difference_is_decided_by_its_sign():
         assert found.p == pytest.approx(wanted.pvalue) and found.p_holm == pytest.approx(wanted.pvalue)
         interval = wanted.confidence_interval()
         assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-        assert found.loss == pytest.approx(-found.mean)
+        (by_loss,) = decide(runs_of(token, second) + runs_of(expert, first), "loss")  # the loss is 1 - accuracy
+        assert by_loss.measure == "loss" and by_loss.verdict == verdict
+        assert (by_loss.mean, by_loss.low, by_loss.p) == pytest.approx((-found.mean, -found.high, found.p))
 
 
 def test_holm_and_the_seeds_that_are_needed():
@@ -77,7 +79,7 @@ def test_the_mean_of_its_comparisons_decides_a_claim():
     assert not any(c.is_mean for c in single) and len(single) == 3
     of_seeds = [sum(values) / 3 for values in zip(*differences, strict=True)]
     wanted = ttest_rel(of_seeds, [0.0] * 5)
-    assert mean.mean == pytest.approx(sum(of_seeds) / 5) and mean.loss == pytest.approx(-mean.mean)
+    assert mean.mean == pytest.approx(sum(of_seeds) / 5)
     # The only claim needs no correction for other claims; the comparisons are corrected for their own number.
     assert mean.p == mean.p_holm == pytest.approx(wanted.pvalue)
     smallest = min(single, key=lambda c: c.p)
@@ -160,6 +162,8 @@ def test_every_claim_is_tested_on_a_whole_study():
     order = comparisons[-1]
     assert order.mean > 0.8 and order.verdict == "supported"  # the made-up transfer follows the accuracy
     assert decide(runs[::-1] + priority) == comparisons
+    by_loss = decide(runs + priority, "loss")  # claim vi is about accuracy alone
+    assert [(c.claim, c.what) for c in by_loss] == [(c.claim, c.what) for c in comparisons if c.claim != "vi"]
 
 
 def test_too_little_to_decide():

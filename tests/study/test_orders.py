@@ -85,5 +85,18 @@ def test_sentences_count_and_name_the_conditions(tmp_path):
     assert [line["value"] for line in lines] == ["1", "0.05"] and lines[0]["seeds"] == "3"
 
 
+def test_a_lower_loss_is_ahead():
+    runs = study()
+    for record in runs:
+        record["final"]["loss"] = record["final"]["accuracy"] + 0.2
+    (found,) = conditions(runs, "loss")
+    assert found.measure == "loss" and found.differences[SOFTMAX].mean == pytest.approx(-0.02)
+    assert order_sentences([found]) == [
+        "Softmax Expert Choice is ahead of Softmax Token Choice in 1 of 1 condition, clearly in 1 (capacity factor 1), "
+        "and clearly behind in none."
+    ]
+    assert "<td class=clear>-0.0200 ±0.0006</td>" in order_table([found])
+
+
 def test_a_study_without_both_routers_has_no_conditions():
     assert conditions([run(SOFT)]) == [] and order_sentences([]) == []

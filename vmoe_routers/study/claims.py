@@ -3,7 +3,8 @@
 A claim has one or more comparisons. Each compares the final accuracy of two variants, seed by seed, since runs of one
 seed share the trunk's initialisation, data order and augmentation. A paired t-test gives the interval and the p-value.
 The mean over the comparisons of a claim, seed by seed, decides the claim. Holm's correction covers the claims, and
-separately all single comparisons.
+separately all single comparisons. `decide(runs, "loss")` judges the final loss in the same way, with its own
+corrections.
 
 Two budgets are compared: FLOPs of a forward pass, and the time of a training step. If the other model's budget is
 between the budgets of the router's capacity factors, the router's accuracy is interpolated linearly over the logarithm
@@ -26,7 +27,7 @@ from scipy.stats import t as student_t
 from vmoe_routers.files import write_csv
 from vmoe_routers.routers import ROUTERS
 from vmoe_routers.study.styles import short_label, style
-from vmoe_routers.study.summary import Run, accuracy, by_variant, loss, step_times
+from vmoe_routers.study.summary import MEASURES, Measure, Run, accuracy, by_variant, step_times
 from vmoe_routers.study.variants import base_variant
 
 LEVEL = 0.05
@@ -49,9 +50,14 @@ CLAIMS: dict[str, str] = {
 """The claims. Claims i to iii are claims of the paper's abstract (arXiv 2401.15969)."""
 
 
-def scale_of(claim: str) -> float:
-    """Returns the factor from a difference of accuracy to points. It is 1 for claim vi, which has rank correlations."""
-    return 1.0 if claim == "vi" else 100.0
+def scale_of(claim: str, measure: str = "accuracy") -> float:
+    """Returns the factor to the unit of `measure`. It is 1 for claim vi, which has rank correlations."""
+    return 1.0 if claim == "vi" else MEASURES[measure].scale
+
+
+def text_of(claim: str, measure: str = "accuracy") -> str:
+    """Returns the claim as a sentence about `measure`."""
+    return CLAIMS[claim].replace(MEASURES["accuracy"].better, MEASURES[measure].better)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Comparison:
 
     Attributes:
         claim: Key of `CLAIMS`.
+        measure: Key of `MEASURES`: the result that is compared.
         what: The two variants.
         router: The router that the claim is about, for colours.
         seeds: Number of paired seeds.
@@ -68,7 +75,6 @@ class Comparison:
             difference other than 0, because a t-test needs a spread.
         p, p_holm: Two-sided p-value of the paired t-test, without and with Holm's correction; 1 if all differences are
             0, None where the interval is None.
-        loss: Mean difference of the losses, for reading only.
         needed: Seeds with which a difference of this size and spread would be resolved, at the significance level
             divided by the number of claims, or of single comparisons. None: more than `MOST_SEEDS`, or no p-value.
         verdict: The result at the 5 % level after Holm's correction.
@@ -77,6 +83,7 @@ class Comparison:
     """
 
     claim: str
+    measure: str
     what: str
     router: str | None
     seeds: int = 0
@@ -85,23 +92,23 @@ class Comparison:
     high: float | None = None
     p: float | None = None
     p_holm: float | None = None
-    loss: float | None = None
     needed: int | None = None
     verdict: Verdict = "not resolved"
     reason: str = ""
     is_mean: bool = False
 
 
-def decide(runs: Sequence[Run]) -> list[Comparison]:
+def decide(runs: Sequence[Run], measure: Literal["accuracy", "loss"] = "accuracy") -> list[Comparison]:
     """Compares the variants of a study for every claim, in the order of `CLAIMS`.
 
-    The first comparison of a claim is the mean of its comparisons, if there are two or more.
+    The first comparison of a claim is the mean of its comparisons, if there are two or more. Claim vi is about accuracy
+    alone.
     """
     pairs: dict[str, list[_Pair]] = {}
-    for claim, pair in _pairs(_Study(runs)):
+    for claim, pair in _pairs(_Study(runs, MEASURES[measure])):
         pairs.setdefault(claim, []).append(pair)
-    means = [_compare(claim, _mean(of) if len(of) > 1 else of[0]) for claim, of in pairs.items()]
-    single = [_compare(claim, pair) for claim, of in pairs.items() if len(of) > 1 for pair in of]
+    means = [_compare(claim, measure, _mean(of) if len(of) > 1 else of[0]) for claim, of in pairs.items()]
+    single = [_compare(claim, measure, pair) for claim, of in pairs.items() if len(of) > 1 for pair in of]
     judged = _correct(means) + _correct(single)
     return [found for claim in pairs for found in judged if found.claim == claim]
 
@@ -147,7 +154,7 @@ def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:
         return found
     verdict: Verdict = "not resolved"
     if p_holm < LEVEL:
-        verdict = "supported" if found.mean > 0 else "contradicted"
+        verdict = "supported" if found.mean * MEASURES[found.measure].sign > 0 else "contradicted"
     half = (found.high or 0.0) - found.mean
     error = half / float(student_t.ppf(1 - LEVEL / 2, found.seeds - 1))
     return replace(
@@ -171,7 +178,6 @@ class _Pair:
     what: str
     router: str | None
     differences: Mapping[int, float]
-    losses: Mapping[int, float]
     reason: str = ""
     is_mean: bool = False
 
@@ -181,24 +187,20 @@ def _mean(pairs: Sequence[_Pair]) -> _Pair:
     reasons = {pair.reason for pair in pairs}
     pairs = [pair for pair in pairs if pair.differences]
     seeds = sorted(set.intersection(*(set(pair.differences) for pair in pairs))) if pairs else []
-
-    def mean(values: Callable[[_Pair], Mapping[int, float]]) -> dict[int, float]:
-        return {seed: statistics.fmean(values(pair)[seed] for pair in pairs) for seed in seeds}
-
-    differences, losses = mean(lambda pair: pair.differences), mean(lambda pair: pair.losses)
+    differences = {seed: statistics.fmean(pair.differences[seed] for pair in pairs) for seed in seeds}
     reason = "" if pairs else reasons.pop() if len(reasons) == 1 else "no comparison is possible"
-    return _Pair(f"mean of {len(pairs)} comparisons", None, differences, losses, reason, is_mean=True)
+    return _Pair(f"mean of {len(pairs)} comparisons", None, differences, reason, is_mean=True)
 
 
-def _compare(claim: str, pair: _Pair) -> Comparison:
+def _compare(claim: str, measure: str, pair: _Pair) -> Comparison:
     values = list(pair.differences.values())
-    found = Comparison(claim, pair.what, pair.router, len(values), reason=pair.reason, is_mean=pair.is_mean)
+    found = Comparison(claim, measure, pair.what, pair.router, len(values), reason=pair.reason, is_mean=pair.is_mean)
     if not values:
         return replace(found, reason=found.reason or "no seed in common")
     if not all(map(math.isfinite, values)):
         return replace(found, reason="a value is not finite")
     mean = statistics.fmean(values)
-    found = replace(found, mean=mean, loss=statistics.fmean(pair.losses.values()) if pair.losses else None)
+    found = replace(found, mean=mean)
     if len(values) == 1:
         return found
     if max(values) - min(values) <= _ROUNDING:
@@ -210,9 +212,10 @@ def _compare(claim: str, pair: _Pair) -> Comparison:
 
 
 class _Study:
-    """Runs of a study by variant and seed."""
+    """Runs of a study by variant and seed, and the measure that is compared."""
 
-    def __init__(self, runs: Sequence[Run]):
+    def __init__(self, runs: Sequence[Run], measure: Measure):
+        self.measure = measure
         self.groups = [{run["seed"]: run for run in group} for group in by_variant(runs)]
 
     def find(self, **options: Any) -> list[dict[int, Run]]:
@@ -266,7 +269,7 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
         for router in routers:
             series = study.find(router=router, **_base(router))
             if dense and series:
-                yield f"i{key}", _at_budget(series, dense, budget)
+                yield f"i{key}", _at_budget(series, dense, budget, study.measure.of)
     for claim in ("ii, softmax", "ii, Sinkhorn"):
         kind = claim.removeprefix("ii, ").lower()
         # Expert Choice has as many slots as Token Choice with a K times smaller capacity factor.
@@ -275,12 +278,12 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
             slots = _variant(token)["top_k"] * _variant(token)["capacity_factor"]
             for expert in study.find(router=f"{kind}_expert_choice"):
                 if math.isclose(_variant(expert)["capacity_factor"], slots):
-                    yield claim, _paired(expert, token)
+                    yield claim, _paired(expert, token, study.measure.of)
     for key, budget in _BUDGETS.items():
         for router in _SPARSE:
             sparse = study.one(router=router, capacity_factor=1.0, **_base(router))
             if soft and sparse:
-                yield f"iii{key}", _at_budget(soft, sparse, budget)
+                yield f"iii{key}", _at_budget(soft, sparse, budget, study.measure.of)
     for claim, router, option, (first, second) in (
         ("iv", "sinkhorn_token_choice", "combine", ("softmax", "plan")),
         ("v", "softmax_token_choice", "batch_priority", (True, False)),
@@ -289,44 +292,42 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
             same = {key: _variant(group)[key] for key in ("capacity_factor", "top_k")}
             other = study.one(router=router, **same, **{option: second})
             if other:
-                yield claim, _paired(group, other)
-    orders = _orders(study)
+                yield claim, _paired(group, other, study.measure.of)
+    orders = _orders(study) if study.measure.name == "accuracy" else {}
     if orders:
-        yield "vi", _Pair("rank correlation of 10-shot and test accuracy", None, orders, {})
+        yield "vi", _Pair("rank correlation of 10-shot and test accuracy", None, orders)
 
 
-def _paired(first: Mapping[int, Run], second: Mapping[int, Run]) -> _Pair:
+def _paired(first: Mapping[int, Run], second: Mapping[int, Run], value: Callable[[Run], float]) -> _Pair:
     seeds = sorted(first.keys() & second.keys())
     return _Pair(
         f"{_short(first)} - {_short(second)}",
         _variant(first)["router"],
-        {seed: accuracy(first[seed]) - accuracy(second[seed]) for seed in seeds},
-        {seed: loss(first[seed]) - loss(second[seed]) for seed in seeds},
+        {seed: value(first[seed]) - value(second[seed]) for seed in seeds},
     )
 
 
-def _at_budget(series: Sequence[Mapping[int, Run]], other: Mapping[int, Run], budget: _Budget) -> _Pair:
+def _at_budget(
+    series: Sequence[Mapping[int, Run]], other: Mapping[int, Run], budget: _Budget, value: Callable[[Run], float]
+) -> _Pair:
     """Compares a router, interpolated over its capacity factors, with another model at that model's budget."""
     router = _variant(series[0])["router"]
     what = f"{style(router).short} - {_short(other)}"
     wanted, costs = budget.of(other), [cost for group in series if (cost := budget.of(group)) is not None]
     if wanted is None or len(costs) < len(series):
-        return _Pair(what, router, {}, {}, "no step was timed")
+        return _Pair(what, router, {}, "no step was timed")
     points = sorted(zip(costs, series, strict=True), key=lambda point: point[0])
     lowest, highest = points[0][0], points[-1][0]
     if not lowest * (1 - TOLERANCE) <= wanted <= highest * (1 + TOLERANCE):
         times = f"{lowest / wanted:.2f} to {highest / wanted:.2f}" if len(points) > 1 else f"{lowest / wanted:.2f}"
-        return _Pair(what, router, {}, {}, f"{budget.name} {times} times the other model's")
-    above = next((place for place, (value, _) in enumerate(points) if value >= wanted), len(points) - 1)
+        return _Pair(what, router, {}, f"{budget.name} {times} times the other model's")
+    above = next((place for place, (cost, _) in enumerate(points) if cost >= wanted), len(points) - 1)
     (low, first), (high, second) = points[max(above - 1, 0)], points[above]
     share = 0.0 if low == high else (math.log(wanted) - math.log(low)) / (math.log(high) - math.log(low))
     share = min(max(share, 0.0), 1.0)
-
-    def differences(value: Callable[[Run], float]) -> dict[int, float]:
-        return {s: (1 - share) * value(first[s]) + share * value(second[s]) - value(other[s]) for s in seeds}
-
     seeds = sorted(first.keys() & second.keys() & other.keys())
-    return _Pair(what, router, differences(accuracy), differences(loss))
+    differences = {s: (1 - share) * value(first[s]) + share * value(second[s]) - value(other[s]) for s in seeds}
+    return _Pair(what, router, differences)
 
 
 def _orders(study: _Study) -> dict[int, float]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from vmoe_routers.files import write_csv
 from vmoe_routers.study.ablation_rows import ablation_groups
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.styles import style
-from vmoe_routers.study.summary import Run, Stat, accuracy, by_variant, paired, stat
+from vmoe_routers.study.summary import MEASURES, Run, Stat, by_variant, paired, stat
 from vmoe_routers.study.variants import base_variant
 
 ORDERS: tuple[tuple[str, str], ...] = (
@@ -28,21 +29,23 @@ ORDERS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Condition:
-    """Differences of accuracy between the routers of every pair of `ORDERS` under one condition.
+    """Differences of one measure between the routers of every pair of `ORDERS` under one condition.
 
     Attributes:
+        measure: Key of `MEASURES`.
         title: The setting, for example "epochs".
         value: Its value.
-        differences: Mean difference of a pair, in [-1, 1], taken seed by seed. A pair is missing if a router of it has
+        differences: Mean difference of a pair, taken seed by seed. A pair is missing if a router of it has
             no runs under the condition.
     """
 
+    measure: str
     title: str
     value: str
     differences: Mapping[tuple[str, str], Stat]
 
 
-def conditions(runs: Sequence[Run]) -> list[Condition]:
+def conditions(runs: Sequence[Run], measure: Literal["accuracy", "loss"] = "accuracy") -> list[Condition]:
     """Compares the routers of every pair at K = 1, softmax combine and no batch priority, under every condition.
 
     A router that is not among the routers of an ablation has the comparison's runs, unless the value changes a setting
@@ -56,7 +59,7 @@ def conditions(runs: Sequence[Run]) -> list[Condition]:
         return by_name.get(replace(base_variant(router), capacity_factor=factor).name, [])
 
     found = [
-        _condition("capacity factor", f"{factor:g}", {router: at_factor(router, factor) for router in routers})
+        _condition(measure, "capacity factor", f"{factor:g}", {router: at_factor(router, factor) for router in routers})
         for factor in factors
     ]
     changed: dict[tuple[str, str], dict[str, list[Run]]] = {}
@@ -69,19 +72,19 @@ def conditions(runs: Sequence[Run]) -> list[Condition]:
             changed.setdefault(key, shared)[group.router] = group.runs
     for (ablation, arm), of in changed.items():
         touched = set(ABLATIONS[ablation].routers)
-        condition = _condition(ABLATIONS[ablation].title, arm, of)
+        condition = _condition(measure, ABLATIONS[ablation].title, arm, of)
         kept = {pair: value for pair, value in condition.differences.items() if touched & set(pair)}
         found.append(replace(condition, differences=kept))
     return [condition for condition in found if condition.differences]
 
 
-def _condition(title: str, value: str, runs: Mapping[str, Sequence[Run]]) -> Condition:
+def _condition(measure: str, title: str, value: str, runs: Mapping[str, Sequence[Run]]) -> Condition:
     differences = {}
     for first, second in ORDERS:
-        values = paired(runs.get(first, []), runs.get(second, []), accuracy)
+        values = paired(runs.get(first, []), runs.get(second, []), MEASURES[measure].of)
         if values:
             differences[first, second] = stat(values)
-    return Condition(title, value, differences)
+    return Condition(measure, title, value, differences)
 
 
 def order_title(pair: tuple[str, str]) -> str:
@@ -99,9 +102,10 @@ def order_sentences(found: Sequence[Condition]) -> list[str]:
         of = [(condition, condition.differences[pair]) for condition in found if pair in condition.differences]
         if not of:
             continue
-        ahead = sum(value.mean > 0 for _, value in of)
-        clear = [condition for condition, value in of if value.is_clear() and value.mean > 0]
-        against = [condition for condition, value in of if value.is_clear() and value.mean < 0]
+        sign = MEASURES[of[0][0].measure].sign
+        ahead = sum(sign * value.mean > 0 for _, value in of)
+        clear = [condition for condition, value in of if value.is_clear() and sign * value.mean > 0]
+        against = [condition for condition, value in of if value.is_clear() and sign * value.mean < 0]
         first, second = (style(router).title for router in pair)
         sentences.append(
             f"{first} is ahead of {second} in {ahead} of {_count(len(of))}, clearly in {_named(clear)}, and clearly "
@@ -111,11 +115,12 @@ def order_sentences(found: Sequence[Condition]) -> list[str]:
 
 
 def write_orders(found: Sequence[Condition], path: Path | str) -> None:
-    """Writes one line per condition and pair as CSV, in full precision. A missing value is empty."""
-    columns = ["condition", "value", "first", "second", "seeds", "difference", "difference_error"]
+    """Writes one line per measure, condition and pair as CSV, in full precision. A missing value is empty."""
+    columns = ["measure", "condition", "value", "first", "second", "seeds", "difference", "difference_error"]
     lines = [
-        dict(zip(columns, (condition.title, condition.value, *pair, value.count, value.mean, value.error), strict=True))
+        dict(zip(columns, (*of, *pair, value.count, value.mean, value.error), strict=True))
         for condition in found
+        for of in [(condition.measure, condition.title, condition.value)]
         for pair, value in condition.differences.items()
     ]
     write_csv(Path(path), lines, columns)

@@ -113,11 +113,13 @@ def write_report(
     """
     settings = dict(settings)
     command = settings.pop("command", None) or _command()
-    rows, comparisons, orders = summarise(runs), decide(runs), conditions(runs)
+    rows = summarise(runs)
+    claims, claims_by_loss = decide(runs), decide(runs, "loss")
+    orders, orders_by_loss = conditions(runs), conditions(runs, "loss")
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_claims(comparisons, path.with_name("claims.csv"))
-    write_orders(orders, path.with_name("orders.csv"))
+    write_claims([*claims, *claims_by_loss], path.with_name("claims.csv"))
+    write_orders([*orders, *orders_by_loss], path.with_name("orders.csv"))
     seeds = max((row.seeds for row in rows), default=0)
     body = [
         "<h1>Routers in vision mixtures of experts, head to head</h1>",
@@ -133,13 +135,16 @@ def write_report(
         "<h2>In short</h2>",
         _list(findings(runs, chance)),
         "<h2>The claims</h2>",
-        claims_table(comparisons),
+        claims_table(claims),
+        "<h2>The claims, by the loss</h2>",
+        claims_table(claims_by_loss),
         "<h2>Results</h2>",
         results_table(rows),
         "<h2>Figures</h2>",
         *(_figure(folder, drawing) for drawing in figures.draw(runs)),
         *_ablations(runs),
-        *_orders(orders),
+        *_orders(orders, "Where the paper's order appears"),
+        *_orders(orders_by_loss, "Where the paper's order appears, by the loss"),
         "<h2>Routing, layer by layer</h2>",
         routing_table(summarise_layers(runs)),
         "<h2>Machine and versions</h2>",
@@ -268,10 +273,10 @@ def _ablations(runs: Sequence[Run]) -> list[str]:
     return ["<h2>Ablations</h2>", ablation_table(rows)] if rows else []
 
 
-def _orders(found: Sequence[Condition]) -> list[str]:
+def _orders(found: Sequence[Condition], title: str) -> list[str]:
     if not found:
         return []
-    return ["<h2>Where the paper's order appears</h2>", _list(order_sentences(found)), order_table(found)]
+    return [f"<h2>{title}</h2>", _list(order_sentences(found)), order_table(found)]
 
 
 def _machines(runs: Sequence[Run]) -> list[str]:

@@ -174,6 +174,34 @@ def loss(run: Run) -> float:
     return run["final"]["loss"]
 
 
+class Measure(NamedTuple):
+    """Final result of a run, by which models are compared.
+
+    Attributes:
+        name: The key of `MEASURES`.
+        of: Reads the result from a run.
+        sign: 1 if a greater value is better, -1 if a smaller value is better.
+        scale: Factor to the unit in which tables show the measure.
+        form: Format of a difference in that unit.
+        unit: The unit of a difference.
+        better: What a better model is or has, in words.
+    """
+
+    name: str
+    of: Callable[[Run], float]
+    sign: int
+    scale: float
+    form: str
+    unit: str
+    better: str
+
+
+MEASURES: dict[str, Measure] = {
+    "accuracy": Measure("accuracy", accuracy, 1, 100.0, "+.2f", "points", "is more accurate"),
+    "loss": Measure("loss", loss, -1, 1.0, "+.4f", "nats", "has a lower loss"),
+}
+
+
 def step_times(runs: Sequence[Run]) -> list[float]:
     """Times of a training step of one variant in milliseconds, one per round; empty if no step was timed."""
     return runs[0].get("timing", {}).get("step_ms", []) if runs else []

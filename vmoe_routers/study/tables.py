@@ -8,11 +8,11 @@ from html import escape
 
 from vmoe_routers.study.ablation_rows import AblationRow
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, Comparison, scale_of, verdicts
+from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, Comparison, scale_of, text_of, verdicts
 from vmoe_routers.study.columns import shown_columns
 from vmoe_routers.study.orders import ORDERS, Condition, order_title
 from vmoe_routers.study.styles import style
-from vmoe_routers.study.summary import LayerRow, Row
+from vmoe_routers.study.summary import MEASURES, LayerRow, Row
 
 
 def results_table(rows: Sequence[Row]) -> str:
@@ -68,21 +68,24 @@ def routing_table(rows: Sequence[LayerRow]) -> str:
 
 
 def claims_table(comparisons: Sequence[Comparison]) -> str:
-    """Makes the table of claims in HTML: a line per claim with its verdicts, and one per comparison."""
+    """Makes the table of claims by one measure in HTML: a line per claim with its verdicts, and one per comparison."""
     if not comparisons:
         return "<p>The study has no variants that a claim compares.</p>"
-    titles = ("comparison", "seeds", "difference", "95 % interval", "Δ loss", "p", "p, Holm", "seeds to resolve")
+    titles = ("comparison", "seeds", "difference", "95 % interval", "p", "p, Holm", "seeds to resolve")
     lines = ["<table><thead><tr>", *(f"<th>{title}</th>" for title in titles), "<th>verdict</th></tr></thead><tbody>"]
     counted = verdicts(comparisons)
-    for claim, text in CLAIMS.items():
+    measure = MEASURES[comparisons[0].measure]
+    for claim in CLAIMS:
         of = [comparison for comparison in comparisons if comparison.claim == claim]
         if not of:
             continue
+        text = text_of(claim, measure.name)
         head = f"({escape(claim)}) {escape(text)} <b>{escape(counted[claim][0].upper() + counted[claim][1:])}.</b>"
-        lines.append(f'<tr class="first"><th colspan="9" class="claim">{head}</th></tr>')
+        lines.append(f'<tr class="first"><th colspan="8" class="claim">{head}</th></tr>')
         lines += [_claim_line(comparison) for comparison in of]
+    differences = "points of accuracy, or rank correlations for claim vi" if measure.name == "accuracy" else "nats"
     note = (
-        '<p class="note">Differences are in points of accuracy, or rank correlations for claim vi. A positive '
+        f'<p class="note">Differences are in {differences}. A {"positive" if measure.sign > 0 else "negative"} '
         "difference supports the claim. The mean of its comparisons, seed by seed, decides a claim. Verdicts are at "
         "the 5 % level after Holm's correction, over the claims and separately over all single comparisons. <em>Seeds "
         "to resolve</em>: the seeds with which a difference of this size and spread would be clear, at the 5 % level "
@@ -94,15 +97,14 @@ def claims_table(comparisons: Sequence[Comparison]) -> str:
 def _claim_line(found: Comparison) -> str:
     name = f"<th>{_key(found.router)}{escape(found.what)}</th>"
     if found.mean is None:
-        return f'<tr>{name}<td colspan="8" class="name">not comparable: {escape(found.reason or "no values")}</td></tr>'
-    scale, form = scale_of(found.claim), "+.2f"
+        return f'<tr>{name}<td colspan="7" class="name">not comparable: {escape(found.reason or "no values")}</td></tr>'
+    scale, form = scale_of(found.claim, found.measure), MEASURES[found.measure].form
     cells = [
         str(found.seeds),
         format(scale * found.mean, form),
         "-"
         if found.low is None or found.high is None
         else f"{scale * found.low:{form}} to {scale * found.high:{form}}",
-        "-" if found.loss is None or not math.isfinite(found.loss) else f"{found.loss:+.4f}",
         "-" if found.p is None else f"{found.p:.2g}",
         "-" if found.p_holm is None else f"{found.p_holm:.2g}",
         "-" if found.p is None else f"> {MOST_SEEDS}" if found.needed is None else str(found.needed),
@@ -146,7 +148,8 @@ def ablation_table(rows: Sequence[AblationRow]) -> str:
 
 
 def order_table(found: Sequence[Condition]) -> str:
-    """Makes the table of conditions in HTML. Clear differences are bold."""
+    """Makes the table of conditions by one measure in HTML. Clear differences are bold."""
+    measure = MEASURES[found[0].measure]
     titles = ("condition", "value", *map(order_title, ORDERS))
     lines = ["<table><thead><tr>", *(f"<th>{title}</th>" for title in titles), "</tr></thead><tbody>"]
     before = ""
@@ -155,14 +158,15 @@ def order_table(found: Sequence[Condition]) -> str:
         for pair in ORDERS:
             value = condition.differences.get(pair)
             clear = " class=clear" if value is not None and value.is_clear() else ""
-            cells.append(f"<td{clear}>{'' if value is None else value.text('+.2f', 100).replace('±', ' ±')}</td>")
+            text = "" if value is None else value.text(measure.form, measure.scale).replace("±", " ±")
+            cells.append(f"<td{clear}>{text}</td>")
         lines.append(f"<tr{' class=first' if condition.title != before else ''}>{''.join(cells)}</tr>")
         before = condition.title
     note = (
-        '<p class="note">Differences of accuracy in points, seed by seed, ± the standard error of the mean, at K = 1. '
-        "A positive difference is the paper's order. Differences whose 95 % interval excludes 0 are bold, without a "
-        "correction for the number of differences. A cell is empty if a router of its pair has no runs under the "
-        "condition.</p>"
+        f'<p class="note">Differences of {measure.name} in {measure.unit}, seed by seed, ± the standard error of the '
+        f"mean, at K = 1. A {'positive' if measure.sign > 0 else 'negative'} difference is the paper's order. "
+        "Differences whose 95 % interval excludes 0 are bold, without a correction for the number of differences. A "
+        "cell is empty if a router of its pair has no runs under the condition.</p>"
     )
     return note + _scroll(lines)
 
