@@ -20,6 +20,14 @@ from vmoe_routers.study.variants import base_variant
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "2026-11-29-fashion"
 PAGE = ROOT / "docs" / "study_results.md"
+CLAIMS_HEAD = """A claim has one or more comparisons of two models. The mean over the comparisons, computed for each seed,
+decides the claim.
+
+- *Verdict* has the verdict on the mean, and the verdicts on the single comparisons. It holds at the 5 % level after
+  Holm's correction.
+- *Mean* is in points of accuracy; for claim vi it is a rank correlation. In parentheses is the 95 % interval without a
+  correction.
+- *Seeds* is the number of seeds that would resolve a mean of this size and spread."""
 
 
 def page(folder: Path) -> str:
@@ -33,14 +41,12 @@ def page(folder: Path) -> str:
         _lead(runs, rows, planned),
         _table(rows),
         "## The claims",
-        "The mean over the comparisons of a claim, computed for each seed, decides the claim. *Mean* is in points of "
-        "accuracy, or a rank correlation for claim vi, with an uncorrected 95 % interval. Verdicts hold at the 5 % "
-        "level after Holm's correction. *Seeds* is the number of seeds that would resolve the mean.",
+        CLAIMS_HEAD,
         _claims(decide(runs)),
         f"![Mean differences of all comparisons with their 95 % intervals]({where}/forest.png)",
         "### By the loss",
-        "The same claims, judged by the loss on the test images, in nats. A negative mean supports a claim. The loss "
-        "was added as a second measure when 120 runs were finished.",
+        "The next table judges the same claims by the loss on the test images, in nats. A negative mean supports a "
+        "claim. The loss was added as a second measure when 120 runs were finished.",
         _claims(decide(runs, "loss")),
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
@@ -49,9 +55,7 @@ def page(folder: Path) -> str:
         "## Limits",
         _limits(contents["settings"], runs),
         "## Files",
-        f"`results/{folder.name}` has the report as one HTML file (`report.html`), all numbers as CSV files, the "
-        f"figures, and a record for every run. `vmoe-routers study --report results/{folder.name}` makes the report "
-        "from the records, and `python scripts/study_page.py` makes this page.",
+        _files(folder.name),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -59,24 +63,35 @@ def page(folder: Path) -> str:
 def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     seeds = sorted({row.seeds for row in rows})
     count = " to ".join(dict.fromkeys(str(seed) for seed in (seeds[0], seeds[-1])))
-    count += " seed" if seeds[-1] == 1 else " seeds"
     dates = sorted(run["date"][:10] for run in runs)
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    state = "" if len(runs) == planned else f"**{len(runs)} of {planned} runs are finished.** The numbers may change. "
     machines = ", ".join(sorted({run["machine"]["CPU"] for run in runs}))
-    return (
-        f"{state}A dense ViT and {len(rows) - 1} variants of the six routers were trained alike, with {count} each, on "
-        f"{when} ({machines}). `vmoe-routers study --recipe fashion` repeats the study. [The study](study.md) has the "
-        "protocol."
-    )
+    finished = f"all {planned}" if len(runs) == planned else f"{len(runs)} of {planned}. **The numbers may change.**"
+    lines = [
+        "A dense ViT and the six routers were trained in the same way on Fashion-MNIST. [The study](study.md) has the "
+        "protocol.",
+        "",
+        f"| finished runs | {finished} |",
+        "|---|---|",
+        f"| models | a dense ViT, and {len(rows) - 1} variants of the six routers |",
+        f"| seeds per model | {count} |",
+        f"| date | {when} |",
+        f"| processor | {machines} |",
+        "| command | `vmoe-routers study --recipe fashion` |",
+    ]
+    return "\n".join(lines)
 
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "The table is for capacity factor 1 and K = 1. ± is the standard error over seeds. *Minus dense* is the mean "
-        "difference to the dense ViT of the same seed, in points. A bold difference has a 95 % interval that excludes "
-        "0. *10-shot* is the accuracy of a probe on frozen features, with ten digits of each kind. *Step* is the "
-        "median time of a training step.",
+        "The table has the models with capacity factor 1 and K = 1. ± is the standard error over seeds.",
+        "",
+        "- *Minus dense* is the mean difference to the dense ViT of the same seed, in points. It is bold if its 95 % "
+        "interval excludes 0.",
+        "- *10-shot* is the accuracy on digits of a probe. The probe learns from frozen features of ten digits per "
+        "class.",
+        "- *Dropped* is the share of tokens that no expert took.",
+        "- *Step* is the time of a training step, divided by the time of the dense ViT: the median over paired steps.",
         "",
         "| model | accuracy, % | minus dense | 10-shot, % | dropped, % | step, × dense |",
         "|---|---|---|---|---|---|",
@@ -123,11 +138,13 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
         return []
     clear = [row for row in rows if any(value and value.is_clear() for value in (row.difference, row.loss_difference))]
     lines = [
-        f"An ablation changes one setting, at capacity factor 1 and K = 1. {len(rows)} values were compared with the "
-        f"runs above, seed by seed. The table has the {len(clear)} values of which a difference has a 95 % interval "
-        "that excludes 0 (bold), without a correction for the number of differences.",
+        "An ablation changes one setting of a model with capacity factor 1 and K = 1. The runs with the changed "
+        f"setting are compared with the runs without the change, seed by seed. {len(rows)} values were compared.",
         "",
-        "| ablation | router | value | accuracy, points | loss, nats |",
+        f"The table has the {len(clear)} values with a clear difference of the accuracy or the loss. A clear "
+        "difference is bold: its 95 % interval excludes 0, without a correction for the number of differences.",
+        "",
+        "| setting | router | value | accuracy, points | loss, nats |",
         "|---|---|---|---|---|",
     ]
     for row in clear:
@@ -153,8 +170,8 @@ def _orders(runs: Sequence[Run]) -> list[str]:
     found, by_loss = conditions(runs), conditions(runs, "loss")
     lines = [
         "In the paper's abstract, Expert Choice is ahead of Token Choice, and Soft MoE is ahead of the sparse routers. "
-        "Differences are means over seeds, in points, ± the standard error. *Clearly* means, and bold differences "
-        "have, a 95 % interval that excludes 0, without a correction for the number of differences.",
+        "The lists count the conditions under which these routers are in this order. *Clearly* means that the 95 % "
+        "interval of the difference excludes 0, without a correction for the number of differences.",
         "",
         "By the accuracy:",
         "",
@@ -164,7 +181,8 @@ def _orders(runs: Sequence[Run]) -> list[str]:
         "",
         *(f"- {sentence}" for sentence in order_sentences(by_loss)),
         "",
-        "The differences of accuracy:",
+        "The table has the mean differences of accuracy over seeds, in points, ± the standard error. Clear differences "
+        "are bold.",
         "",
         f"| condition | value | {' | '.join(map(order_title, ORDERS))} |",
         "|---" * (2 + len(ORDERS)) + "|",
@@ -176,14 +194,29 @@ def _orders(runs: Sequence[Run]) -> list[str]:
     return ["## Where the paper's order appears", "\n".join(lines)] if found else []
 
 
+def _files(name: str) -> str:
+    lines = [
+        f"`results/{name}` has these files:",
+        "",
+        "- `report.html`: the report, one file with all figures;",
+        "- CSV files with all numbers, and the figures;",
+        "- `runs/`: one record per run.",
+        "",
+        f"`vmoe-routers study --report results/{name}` makes the report from the records. `python "
+        "scripts/study_page.py` makes this page.",
+    ]
+    return "\n".join(lines)
+
+
 def _limits(settings: dict, runs: Sequence[Run]) -> str:
     images = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
     lines = [
-        f"- The models are small ({settings['depth']} blocks of width {settings['width']}, {settings['num_experts']} "
-        f"experts in the last half) and see grey images of 28 x 28 pixels for {images}. The paper trains on JFT and "
-        "ImageNet. A router that wins here need not win there.",
+        f"- The models are small: {settings['depth']} blocks of width {settings['width']}, with "
+        f"{settings['num_experts']} experts in each block of the last half.",
+        f"- The models see grey images of 28 x 28 pixels for {images}. The paper trains on JFT and ImageNet. A router "
+        "that is ahead here may be behind on these data sets.",
         "- The learning rates come from a search with one seed: three values for a router, four for the dense ViT.",
-        "- Times hold for this machine. The times depend on the CPU kernels, not on the routers alone.",
+        "- The times are for this processor and these CPU kernels.",
     ]
     diverged = sum(run["diverged"] is not None for run in runs)
     if diverged:

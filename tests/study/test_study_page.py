@@ -30,4 +30,4 @@ def test_the_kept_pictures_are_made_from_the_kept_records():
 
 def test_the_page_of_a_small_study():
     text = study_page.page(ROOT / "tests" / "fixtures" / "study")
-    assert "with 1 seed each" in text and "| Soft MoE |" in text and "runs are finished" not in text
+    assert "| seeds per model | 1 |" in text and "| Soft MoE |" in text and "may change" not in text
