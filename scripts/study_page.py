@@ -20,8 +20,8 @@ from vmoe_routers.study.variants import base_variant
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "2026-11-29-fashion"
 PAGE = ROOT / "docs" / "study_results.md"
-CLAIMS_HEAD = """A claim has one or more comparisons of two models. The mean over the comparisons, computed for each seed,
-decides the claim.
+CLAIMS_HEAD = """A claim has one or more comparisons of two models. The mean over the comparisons of a seed, tested over
+all seeds, decides the claim.
 
 - *Verdict* has the verdict on the mean, and the verdicts on the single comparisons. It holds at the 5 % level after
   Holm's correction.
