@@ -30,10 +30,13 @@ The tables list the models whose names `timm.create_model` knows once `vmoe_rout
 `vit_moe`. `vmoe_routers.models.cost` computed the numbers, for 32 experts, capacity factor 1, MoE layers in the last
 half of the blocks, `group_size=1`, images of 224 x 224 and 1,000 classes.
 
-FLOPs are counted for a forward pass of one image. A multiply-add counts as two. Empty slots count. Capacity is rounded
-per expert: to the nearest integer in Expert Choice, up to a multiple of 4 in Token Choice. If an image has few tokens
-for 32 experts, Token Choice therefore costs more than the dense ViT. Larger groups remove the difference. Active
-parameters are the parameters that process a token, on average. "dense" is the ViT with the same trunk.
+- *dense* is the ViT without experts.
+- *Active* parameters are the parameters that process a token, on average.
+- *FLOPs* are counted for a forward pass of one image. A multiply-add counts as two. Empty slots count.
+
+Capacity is rounded per expert: to the nearest integer in Expert Choice, up to a multiple of 4 in Token Choice. If an
+image has few tokens for 32 experts, Token Choice therefore costs more than the dense ViT. Larger groups remove the
+difference.
 """
 
 
