@@ -46,7 +46,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "mutants"
 ISA = "v3"
-KERNELS = ("softmax_topk", "ksparse_projection", "assign_slots", "combine")
+KERNELS = ("softmax_topk", "ksparse_projection", "assign_slots", "combine", "sinkhorn")
 NOT_RUN = ("test_hostile", "test_cuda")  # start processes
 SLOW = "compile or export or opcheck or the_table"  # parts of the names of slow tests
 MEMORY = 8 << 30

@@ -17,6 +17,7 @@ from checks import (
     with_threads,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vmoe_routers.experts import GELU, by_products
 from vmoe_routers.ops import grouped_mlp, reference
@@ -173,6 +174,14 @@ def test_dispatcher(device, act, bias):
     check_dispatcher(op, [*inputs, some, act, False])
 
 
+@pytest.mark.parametrize(("of_x", "of_weights"), [(True, False), (False, True)])
+def test_fake_kernel_of_some_gradients(device, of_x, of_weights):
+    x, w1, b1, w2, _ = (a.to(device) for a in arguments(2, 6, 2, 3, 4))
+    arguments_of_backward = (x.new_ones(2, 6, 4), x, w1, b1, w2, None, x.new_empty(2, 0, 3), "gelu", of_x, of_weights)
+    op = torch.ops.vmoe_routers.grouped_mlp_backward.default
+    torch.library.opcheck(op, arguments_of_backward, test_utils=("test_schema", "test_faketensor"))
+
+
 RAGGED = [
     # G, C, counts [E, G]; over a block of rows and in many pieces
     (1, 12, [[12], [0], [7]]),
@@ -269,6 +278,26 @@ def test_without_saved_products_the_gradient_makes_them_again(device):
         gradients.append(backward(torch.ones_like(out), x, w1, b1, w2, None, hidden, "gelu", True, True))
     for a, b in zip(*gradients, strict=True):
         assert_close(a, b)
+
+
+def test_keeps_hidden_values_only_for_a_backward_pass(device):
+    inputs = [a.to(device) for a in arguments(3, 5, 4, 7, 6)]
+    kept = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.vmoe_routers.grouped_mlp.default:
+                kept.append(result[1].shape[1])
+            return result
+
+    with Calls():
+        grouped_mlp(*inputs)
+        inputs[2].requires_grad_()
+        with torch.no_grad():
+            grouped_mlp(*inputs)
+        grouped_mlp(*inputs)
+    assert kept == [0, 0, 5]
 
 
 def test_saves_one_hidden_product(device):

@@ -6,8 +6,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vmoe_routers as vr
+from vmoe_routers.routers.choice import _exported_slots
 from vmoe_routers.routers.gates import PlainGates
 
 SHAPE = (3, 7, 5)  # G, T, E
@@ -55,6 +57,7 @@ def test_capacity_is_the_rounded_share(rounding, multiple):
             for factor in (0.125, 0.5, 1, 1.25, 2):  # exact in binary
                 wanted = naive_capacity(tokens, experts, factor, rounding, multiple)
                 assert vr.capacity(tokens, experts, factor, rounding, multiple) == wanted
+                assert _exported_slots(tokens, experts, factor, rounding, multiple) == wanted
 
 
 def test_capacity_defaults_and_halves():
@@ -64,6 +67,15 @@ def test_capacity_defaults_and_halves():
     assert vr.capacity(1, 32, 1.0, "round", 1) == 1  # 0 becomes 1
     assert vr.capacity(1, 32, 1.0, "round", 4) == 4
     assert isinstance(vr.capacity(10, 4, 0.7), int)
+
+
+def test_capacity_runs_no_op_of_torch():
+    class NoOp(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            raise AssertionError(function)
+
+    with NoOp():
+        assert vr.capacity(49, 8, 1.0) == 8
 
 
 def test_numpys_numbers_are_numbers():
