@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# run.sh PYTHON BUILD SECONDS -- runs every fuzz target for this time, one after the other. It ends at the first fault:
+# run.sh PYTHON BUILD SECONDS -- runs every fuzz target for this time, one after the other, and prints how many inputs a
+# target ran (stat::number_of_executed_units) and how many reach new code (stat::new_units_added). It ends at a fault:
 # the target prints it and writes the input to a file, with which the target repeats it. Inputs that reach new code stay
 # in BUILD/corpus for the next run.
 set -euo pipefail
@@ -9,7 +10,8 @@ for target in "$build"/tests/fuzz/fuzz_* readers; do
   name=${target##*/}
   corpus=$build/corpus/$name
   mkdir -p "$corpus"
-  options=("-max_total_time=$seconds" -verbosity=0 -print_funcs=0 "-artifact_prefix=$build/$name-")
+  options=("-max_total_time=$seconds" -verbosity=0 -print_funcs=0 -print_final_stats=1)
+  options+=("-artifact_prefix=$build/$name-")
   echo "fuzz: $name for $seconds s"
   if [ "$name" = readers ]; then
     "$python" "$here/readers.py" "${options[@]}" -max_len=4096 "$corpus" "$here/corpus"
