@@ -14,8 +14,9 @@ BACKWARD = "forward + backward"
 OURS = "ours"
 
 # "ours": this package. "naive": the first code that a user would write. "index": well-written torch code. "compiled":
-# torch.compile of the index form. "peer": an installed package. "dense": the dense MLP of the same FLOPs. "yardstick":
-# torch.add or a dense MLP. The call overhead of this package is compared with the call time of the yardstick.
+# torch.compile of the first variant with the role "index". "peer": an installed package. "dense": the dense MLP of the
+# same FLOPs. "yardstick": torch.add or a dense MLP. The call overhead of this package is compared with the call time of
+# the yardstick.
 ROLES = ("ours", "naive", "index", "compiled", "peer", "dense", "yardstick")
 
 

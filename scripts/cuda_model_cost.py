@@ -117,7 +117,8 @@ def _estimated(seconds: float) -> Callable[..., Iterator[Launch]]:
     return launches
 
 
-# Kernels that the bindings launch, for ops that are more than one launch that reads arguments and writes results.
+# The kernels of ops that take several launches. Every other op is one launch, which reads the arguments and writes the
+# results.
 # The seconds are the estimates of docs/cuda.md for groups of one image.
 OURS: dict[str, Callable[..., Iterator[Launch]]] = {
     "grouped_mlp": _experts,

@@ -2,7 +2,7 @@
 
     python scripts/expert_parallel_cost.py
 
-Nothing is measured. The formulae are in docs/distributed.md; the constants below are assumptions about a GPU and its
+Nothing is measured. The formulas are in docs/distributed.md. The constants below are assumptions about a GPU and its
 network. The layer is the MoE layer of ViT-B/16 with 32 experts, in bfloat16.
 """
 
@@ -93,7 +93,7 @@ def sharding(gpus: int, ep: int) -> float:
     """Computes the seconds in which FSDP2 gathers the experts twice in bfloat16 and reduces gradients in float32.
 
     The two gathers, for forward and backward, have 2 bytes per number. Gradients have 4 bytes per number. With expert
-    parallelism a GPU shares 1 / ep of the experts with gpus / ep GPUs, `edp`, and NODE / ep of them are in its node.
+    parallelism, edp = gpus / ep GPUs share 1 / ep of the experts, and NODE / ep of these GPUs are in one node.
     """
     weights, edp = WEIGHTS / ep, gpus // ep
     near = max(1, NODE // ep)
@@ -101,7 +101,7 @@ def sharding(gpus: int, ep: int) -> float:
 
 
 def block(gpus: int, ep: int, images: float) -> float:
-    """Computes the seconds of a step in a block with experts: only sharding overlaps with the products."""
+    """Computes the seconds of a step in a block with experts. Sharding overlaps with the products, the exchange not."""
     return max(experts(images) + attention(images), sharding(gpus, ep)) + exchange(images, ep)
 
 

@@ -165,7 +165,8 @@ else
 fi
 wait
 
-# Run Sinkhorn's tests separately and print their names: its blocks wait for each other, and the log must name a hang.
+# Run Sinkhorn's tests separately and print their names: the blocks of its kernels wait for each other, so a fault may
+# hang a test, and the log must name this test.
 if [ -n "$has_kernels" ]; then
   part googletest 600 35 kernel_tests --gtest_brief=1 '--gtest_filter=-*Sinkhorn*'
   part sinkhorn 300 20 kernel_tests '--gtest_filter=*Sinkhorn*'

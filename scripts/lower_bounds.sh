@@ -15,6 +15,6 @@ run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 cp -r tests docs examples pyproject.toml README.md "$run"
 cd "$run"
-# Old packages call what newer ones of their own dependencies deprecate.
+# Old packages call functions that newer versions of their dependencies deprecate.
 python -m pytest -n auto -p no:cacheprovider -W ignore::DeprecationWarning tests/test_import.py tests/test_moe.py tests/test_experts.py \
   tests/test_missing_packages.py tests/ops tests/routers tests/models tests/checkpoints tests/study tests/training

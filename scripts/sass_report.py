@@ -102,7 +102,7 @@ def source_of(mangled: str) -> str:
 
 
 def longest_loop(addresses: list[int], branches: list[tuple[int, int]]) -> int:
-    """Counts the instructions of the longest loop that contains no other, from (address, target) of the branches."""
+    """Counts the instructions of the longest loop without an inner loop, from (address, target) of the branches."""
     spans = sorted({(target, at) for at, target in branches if target < at})
     innermost = [s for s in spans if not any(other != s and s[0] <= other[0] and other[1] <= s[1] for other in spans)]
     return max((sum(begin <= a <= end for a in addresses) for begin, end in innermost), default=0)

@@ -897,7 +897,7 @@ def test_a_routing_that_mixes_groups_and_tokens():
 @pytest.mark.parametrize(
     ("terms", "error", "words"),
     [
-        ({}, ValueError, "loss_weights has 'a', which loss_terms has not"),
+        ({}, ValueError, "loss_weights has 'a', but loss_terms has no such loss"),
         ({"a": lambda: 3.0}, TypeError, "the loss 'a' must be a Tensor, got float"),
         ({"a": lambda: torch.ones(2)}, ValueError, r"the loss 'a' must be a scalar, got shape \[2\]"),
     ],

@@ -40,7 +40,8 @@ struct Requests {
 struct Shape : Slots {
   int64_t K, chunks;  // requests per token; chunks per group
 
-  // Requests per warp, a multiple of 32: kRun, or in a single chunk as many as make the runs equal.
+  // Requests per warp, a multiple of 32: kRun if there are several chunks. A single chunk is
+  // divided into equal runs.
   __device__ int64_t run() const {
     if (chunks > 1) return kRun;
     return ceil_div(tokens * K, blockDim.x) * kWarp;

@@ -89,5 +89,5 @@ class Ema:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Gives the parameters and buffers of the model. Before that, FSDP2 shards gathered parameters again."""
+    """Gives the parameters and buffers of the model. `state_dict` first makes FSDP2 shard gathered parameters again."""
     return {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}

@@ -26,7 +26,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Gives the dtype in which `x` enters a product accumulated in `dtype`: 16 bits if the device accepts them."""
+    """Gives the dtype of the factor `x` of a product that adds in `dtype`: 16 bits if the device accepts 16 bits."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return x.dtype if half and x.device.type in HALF_PRODUCTS and dtype == torch.float32 else dtype
 

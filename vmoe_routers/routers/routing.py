@@ -86,7 +86,7 @@ class Routing(ABC):
     def _loss(self, name: str) -> Tensor:
         check = Check(type(self).__name__)
         if name not in self.loss_terms:
-            raise ValueError(f"{check.where}: loss_weights has {name!r}, which loss_terms has not")
+            raise ValueError(f"{check.where}: loss_weights has {name!r}, but loss_terms has no such loss")
         value = check.tensor(f"the loss {name!r}", self.loss_terms[name]())
         if value.ndim:
             raise ValueError(f"{check.where}: the loss {name!r} must be a scalar, got shape {list(value.shape)}")

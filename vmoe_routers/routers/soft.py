@@ -15,8 +15,9 @@ from vmoe_routers.routers.choice import slots_per_expert as slots_for
 from vmoe_routers.routers.routing import SoftRouting
 from vmoe_routers.routers.sparse import check_tokens
 
-# The smallest divisor of a column of Phi. For columns with a larger entry, 1e-6 / BOUND^2 is below the last bit of the
-# sum of squares, also in float64. Entries down to 2^-106 stay normal numbers of float32.
+# The smallest number by which a column of Phi is divided. A column with a larger entry is divided by this entry, so its
+# sum of squares is at least 1, and 1e-6 / BOUND^2 is below the last bit of the sum, also in float64. Divided by BOUND,
+# entries down to 2^-106 stay normal numbers of float32.
 BOUND = 2.0**20
 
 
@@ -83,7 +84,7 @@ class SoftRouter(nn.Module):
         capacity_factor: Alternative to `slots_per_expert`. Requires `num_tokens`, because C fixes the shape of Phi.
         num_tokens: Tokens of a group, only with `capacity_factor`.
         scale_init: Initial scale. With the scale 1 and a small width, all slots start close to the mean token and stay
-            there in short trainings. A scale of about 2 sqrt(D) avoids this.
+            close to it in short trainings. A scale of about 2 sqrt(D) avoids this.
         noise_std: Standard deviation of the noise on the logits in training.
 
     Attributes:

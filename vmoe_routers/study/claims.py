@@ -124,7 +124,7 @@ def _correct(made: Sequence[Comparison]) -> list[Comparison]:
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
-    """Tells the verdict of every claim, and counts those of its comparisons, in words."""
+    """Tells the verdict of every claim, and counts the verdicts of its comparisons, in words."""
     found = {}
     for claim in CLAIMS:
         of = [comparison for comparison in comparisons if comparison.claim == claim]

@@ -199,9 +199,9 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
         "Figure 1. Training time and FLOPs against accuracy and loss",
         "One point per variant: the mean over seeds after the last epoch. Bars are standard errors. Training time is "
         "the number of steps times the median step, which was timed with all variants in turns. Shape and colour show "
-        "the router, a white inside K = 1, a dot the plan-valued combine, a cross batch priority, the size the "
-        "capacity factor. Points further left are cheaper. Higher accuracy and lower loss are better. No variant is "
-        "both cheaper and better than a variant on the dashed line (the Pareto front).",
+        "the router, and the size shows the capacity factor. A white inside means K = 1, a dot means plan-valued "
+        "combine, and a cross means batch priority. Points further left are cheaper. Higher accuracy and lower loss "
+        "are better. No variant is both cheaper and better than a variant on the dashed line (the Pareto front).",
         figure_1_data,
         plots.paint_figure_1,
     ),

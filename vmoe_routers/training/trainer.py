@@ -164,7 +164,7 @@ class Trainer:
         self._skipped[0] += bad
         self._skipped[1] = (self._skipped[1] + 1) * bad
         # Do not call scaler.step: if the norm overflows, clipping makes a finite gradient 0, and scaler.step would
-        # apply that.
+        # apply this wrong gradient.
         if self._skips_on_device:
             optimizer: Any = self.optimizer
             optimizer.found_inf = bad.to(torch.float32)
