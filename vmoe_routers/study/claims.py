@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import spearmanr
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit
 
 from vmoe_routers.files import write_csv
 from vmoe_routers.routers import ROUTERS
@@ -156,7 +155,7 @@ def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:
     if p_holm < LEVEL:
         verdict = "supported" if found.mean * MEASURES[found.measure].sign > 0 else "contradicted"
     half = (found.high or 0.0) - found.mean
-    error = half / float(student_t.ppf(1 - LEVEL / 2, found.seeds - 1))
+    error = half / float(stdtrit(found.seeds - 1, 1 - LEVEL / 2))
     return replace(
         found,
         p_holm=p_holm,
@@ -167,7 +166,7 @@ def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:
 
 def _needed(mean: float, deviation: float, level: float) -> int | None:
     counts = np.arange(2, MOST_SEEDS + 1)
-    enough = abs(mean) > student_t.ppf(1 - level / 2, counts - 1) * deviation / np.sqrt(counts)
+    enough = abs(mean) > stdtrit(counts - 1, 1 - level / 2) * deviation / np.sqrt(counts)
     return int(counts[enough.argmax()]) if enough.any() else None
 
 
@@ -206,8 +205,8 @@ def _compare(claim: str, measure: str, pair: _Pair) -> Comparison:
     if max(values) - min(values) <= _ROUNDING:
         return replace(found, low=mean, high=mean, p=1.0) if abs(mean) <= _ROUNDING else found
     error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(student_t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
-    p = 2 * float(student_t.sf(abs(mean) / error, len(values) - 1))
+    half = float(stdtrit(len(values) - 1, 1 - LEVEL / 2)) * error
+    p = 2 * float(stdtr(len(values) - 1, -abs(mean) / error))
     return replace(found, low=mean - half, high=mean + half, p=p)
 
 
@@ -332,6 +331,8 @@ def _at_budget(
 
 def _orders(study: _Study) -> dict[int, float]:
     """Computes Spearman's rank correlation of transfer and accuracy over the variants, for every seed."""
+    from scipy.stats import spearmanr  # takes a second to import, also in workers that never call this
+
     found = {}
     for seed in sorted(set.intersection(*(set(group) for group in study.groups))) if study.groups else []:
         runs = [group[seed] for group in study.groups]

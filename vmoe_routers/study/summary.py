@@ -35,7 +35,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 from torch import Tensor
 
 from vmoe_routers.routers import ROUTERS
@@ -71,7 +71,7 @@ class Stat(NamedTuple):
         """Tells whether the 95 % interval by Student's t excludes 0; False if the error is None or 0."""
         if self.error is None or self.error <= _ROUNDING:
             return False
-        return abs(self.mean) > float(student_t.ppf(0.975, self.count - 1)) * self.error
+        return abs(self.mean) > float(stdtrit(self.count - 1, 0.975)) * self.error
 
 
 @dataclasses.dataclass(frozen=True)
