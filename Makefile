@@ -14,8 +14,9 @@ FUZZ_ISA ?= $(if $(filter x86_64,$(shell uname -m)),v3,base)
 cuda_choice := build/cuda-$(subst ;,-,$(VMOE_CUDA))
 cores := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # Run three processes per two cores, because tests that start processes wait for them. Run at most eight, because each
-# imports torch, which takes a gigabyte of memory. Waiting threads must not spin, because the processes share the cores.
-workers := -n $(shell echo $$(( ($(cores) * 3 + 1) / 2 ))) --maxprocesses=8 --dist=worksteal
+# imports torch, which takes a gigabyte of memory. One process runs all tests of a file, because they share fixtures and
+# imports. tests/conftest.py orders the files. Waiting threads must not spin, because the processes share the cores.
+workers := -n $(shell echo $$(( ($(cores) * 3 + 1) / 2 ))) --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 pytest := OMP_WAIT_POLICY=passive $(bin)/pytest $(workers)
 MAKEFLAGS += --no-print-directory
 compiled := pyproject.toml CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)

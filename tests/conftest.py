@@ -18,6 +18,33 @@ import torch
 import vmoe_routers
 from vmoe_routers.ops import _dtypes
 
+# The files that take longest. They start first, so that no process of pytest-xdist works alone at the end.
+SLOW = [
+    "training/test_processes.py",
+    "test_notebooks.py",
+    "models/test_compilers.py",
+    "test_cli.py",
+    "training/test_safety.py",
+    "training/test_train.py",
+    "models/test_onnx.py",
+    "test_aux_loss.py",
+    "ops/test_decompositions.py",
+    "ops/test_hostile.py",
+    "test_moe.py",
+    "study/test_report.py",
+    "study/test_study.py",
+    "study/test_own.py",
+    "distributed/test_blocks.py",
+    "distributed/test_layouts.py",
+    "distributed/test_state.py",
+    "distributed/test_page.py",
+    "benchmarks/test_gpu.py",
+    "benchmarks/test_run.py",
+    "benchmarks/test_memory.py",
+    "test_readme.py",
+    "test_examples.py",
+    "test_packaging.py",
+]
 DEVICES = ["cpu", "cuda"] if vmoe_routers._C.cuda_built and torch.cuda.is_available() else ["cpu"]
 
 
@@ -40,6 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        order = {f"tests/{name}": at for at, name in enumerate(SLOW)}
+        items.sort(key=lambda item: order.get(item.location[0], len(SLOW)))
     if config.getoption("--cuda-on-host"):
         for item in items:
             if item.get_closest_marker("cpu_kernels"):
