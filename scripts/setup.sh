@@ -76,6 +76,13 @@ say "installing torch (several GB, only the first time)"
 install $quiet torch torchvision
 say "installing build tools"
 install --quiet scikit-build-core pybind11 setuptools-scm cmake ninja
-say "installing vmoe_routers with the dependencies of $extra; compiling $cuda_words"
-# With build isolation, pip would download torch a second time. The Makefile builds the tests in the same folder.
-install --quiet --no-build-isolation --config-settings=build-dir=build/venv --editable ".[$extra]" "${options[@]}"
+say "installing the dependencies of $extra; compiling $cuda_words"
+# One pip downloads the dependencies while another compiles. With build isolation, pip would download torch a second
+# time. The Makefile builds the tests in the same folder.
+mkdir -p build
+.venv/bin/python scripts/requirements.py "$extra" >build/requirements.txt
+install --quiet -r build/requirements.txt &
+dependencies=$!
+install --quiet --no-build-isolation --no-deps --config-settings=build-dir=build/venv --editable . "${options[@]}" ||
+  { wait; exit 1; }
+wait "$dependencies"

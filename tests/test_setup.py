@@ -1,6 +1,7 @@
 """Tests scripts/setup.sh with fakes of Python, pip and nvidia-smi: the compiled kernels, and the installed packages."""
 
 import os
+import runpy
 import shutil
 import stat
 import subprocess
@@ -41,8 +42,9 @@ def setup(tmp_path):
         done = subprocess.run(
             [tmp_path / "scripts" / "setup.sh", "python3", *extra], env=environment, capture_output=True, text=True
         )
-        lines = log.read_text().splitlines()
-        return done, [line for line in lines if line.startswith(("python -m pip", "apt-get"))]
+        lines = [line for line in log.read_text().splitlines() if line.startswith(("python ", "apt-get"))]
+        # The dependencies are installed beside the compilation. The package comes last in the returned list.
+        return done, sorted(lines, key=lambda line: "--editable" in line)
 
     return run
 
@@ -51,7 +53,7 @@ def test_without_a_gpu_no_cuda_kernel_is_compiled(setup):
     for gpus in (None, "", "[N/A]\\n", "NVIDIA-SMI has failed\\n"):
         done, installed = setup(gpus=gpus)
         assert done.returncode == 0, done.stderr
-        assert installed[-1].endswith("--editable .[study] --config-settings=cmake.define.VMOE_CUDA=OFF")
+        assert installed[-1].endswith("--editable . --config-settings=cmake.define.VMOE_CUDA=OFF")
         assert "no CUDA kernels" in done.stdout and "VMOE_CUDA=ON" in done.stdout
 
 
@@ -76,7 +78,7 @@ def test_a_choice_overrides_the_gpus_of_the_machine(setup):
         option = "--config-settings=cmake.define"
         assert installed[-1].endswith(f"{option}.VMOE_CUDA=ON {option}.CMAKE_CUDA_ARCHITECTURES=80;90")
         _, installed = setup(gpus=gpus, choice="OFF")
-        assert installed[-1].endswith(".[study] --config-settings=cmake.define.VMOE_CUDA=OFF")
+        assert installed[-1].endswith("--editable . --config-settings=cmake.define.VMOE_CUDA=OFF")
     done, installed = setup(choice="on")
     assert done.returncode == 1 and "VMOE_CUDA must be AUTO, ON, OFF or architectures" in done.stderr
     assert "got 'on'" in done.stderr and not installed
@@ -87,6 +89,22 @@ def test_only_the_tests_need_googletest(setup):
     assert not any("libgtest-dev" in line for line in installed)
     for extra in ("test", "lint,test"):
         _, installed = setup(extra)
-        assert f".[{extra}]" in installed[-1]
+        assert f"python scripts/requirements.py {extra}" in installed
+        assert any(line.endswith("install --no-compile --quiet -r build/requirements.txt") for line in installed)
         if os.getuid() == 0 and not Path("/usr/include/gtest/gtest.h").exists():
             assert any("libgtest-dev" in line for line in installed)
+
+
+def test_a_failed_installation_of_the_dependencies_ends_the_script(setup, tmp_path):
+    pip = tmp_path / ".venv" / "bin" / "python"
+    pip.write_text(f'{STAND_IN}case "$*" in *requirements.txt) exit 3;; esac\n')
+    done, _ = setup("test")
+    assert done.returncode == 3
+
+
+def test_requirements_of_extras():
+    requirements = runpy.run_path(str(SCRIPT.parent / "requirements.py"))["requirements"]
+    assert requirements(["models"]) == ["torch>=2.11", "timm>=1.0.21", "torchvision>=0.26"]
+    found = requirements(["test", "lint"])
+    assert {"pytest", "ruff", "scipy>=1.11", "safetensors>=0.4.3", "pyright[nodejs]"} <= {*found}
+    assert len(found) == len({*found}) and not any("vmoe_routers" in line for line in found)
