@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from vmoe_routers import __version__, cli, info
-from vmoe_routers.study import Settings
+from vmoe_routers.study import Settings, figures
 from vmoe_routers.study.recipes import fashion
 from vmoe_routers.training import RECIPES
 
@@ -379,7 +379,7 @@ def alone(group):
     return False
 
 
-def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
+def test_ctrl_c_and_the_same_command_again(tmp_path, capfd, monkeypatch):
     for part in ("train", "t10k"):
         header, labels = (
             struct.pack(">4I", 0x803, 200, 8, 8),
@@ -410,6 +410,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, capfd):
     done = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
     assert 1 <= len(done) < 6
 
+    monkeypatch.setattr(figures, "_FIGURES", figures._FIGURES[:1])  # drawing takes long
     assert cli.main(arguments) == 0
     out, err = capfd.readouterr()
     assert err == "" and f"runs: 6, done before: {len(done)}" in out

@@ -12,10 +12,25 @@ pytestmark = pytest.mark.cpu_kernels  # a decomposition depends on no kernel
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
+# The graphs by op and signature. A graph must be right for every value of its tensors, so the tests with other values
+# run the same graph. To trace a graph takes far longer than to run it.
+GRAPHS = {}
+
+
+def signature(argument):
+    return (argument.dtype, argument.shape, argument.stride()) if isinstance(argument, torch.Tensor) else argument
+
+
 def decomposed(op, *arguments, **options):
     """Returns the results of the decomposition, which uses plain torch only."""
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    key = (op, *map(signature, arguments), *options.items())
+    if key not in GRAPHS:
+        GRAPHS[key] = traced(op, arguments, options, tensors)
+    return GRAPHS[key](*tensors)
 
+
+def traced(op, arguments, options, tensors):
     def call(*tensors):
         rest = iter(tensors)
         return op(*(next(rest) if isinstance(x, torch.Tensor) else x for x in arguments), **options)
@@ -25,7 +40,7 @@ def decomposed(op, *arguments, **options):
     assert not any("vmoe_routers" in str(target) for target in targets)
     assert torch.ops.aten.sort.stable not in targets
     assert not any(target._schema.is_mutable for target in targets)
-    return graph(*tensors)
+    return graph
 
 
 def check(op, *arguments, read=None, slack=1.0):
