@@ -163,10 +163,11 @@ def test_sinkhorn(dtype, tolerance, scale, epsilon):
     check(OPS.sinkhorn, logits, epsilon, 4, tolerance, False, read=(0, 2, 3), slack=3.0)
 
 
-def test_sinkhorn_hides_no_nan():
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_sinkhorn_hides_no_nan(iterations):
     logits = spread(3, 10, 4)
     logits[0, 2, 1], logits[1, 3, 2] = NAN, INF
-    plan = decomposed(OPS.sinkhorn.default, logits, 1.0, 5, 0.0, True)[0]
+    plan = decomposed(OPS.sinkhorn.default, logits, 1.0, iterations, 0.0, True)[0]
     assert plan[:2].isnan().all()
     assert plan[2].isfinite().all()
 
@@ -184,9 +185,11 @@ def test_ksparse_projection(dtype, k):
 @both_dtypes
 @pytest.mark.parametrize(("k", "tolerance"), [(1, 1e-3), (5, 1e-3), (5, 2.0), (30, 0.0)])
 def test_ksparse_transport(dtype, k, tolerance):
-    similarity = spread(5, 30, 6).softmax(-1).to(dtype)
+    similarity = spread(8, 30, 6).softmax(-1).to(dtype)
     similarity[1, :4], similarity[2], similarity[3] = -INF, -INF, 0.25
     similarity[4, 10:20] = similarity[4, 0]
+    similarity[5:, :, 2] = -INF  # an expert that no token may take
+    similarity[6, 3, 1], similarity[7, 3, 1] = NAN, INF
     # If a row sums to 1, Adam's step depends on the rounding of the other rows.
     check(OPS.ksparse_transport, similarity, k, 3, "adam", 0.01, tolerance, 1.0, slack=10.0)
 

@@ -158,7 +158,7 @@ def sinkhorn(
     plan = (M + f + h).exp()
     if gradient == "implicit":
         plan = _implicit(M, (f + h).detach())
-    plan = plan.to(logits.dtype)
+    plan = torch.where(_sound(M), plan, torch.nan).to(logits.dtype)
     return (plan, error, steps) if return_error else plan
 
 
@@ -230,7 +230,8 @@ def ksparse_transport(
             alpha = _adam(S, k, gamma, iterations, learning_rate, tolerance, project)
         else:
             alpha = torch.stack([_lbfgs(group, k, gamma) for group in S]) if len(S) else S.sum(2)
-    return ksparse_semi_dual(alpha, S, k, gamma, project)[2].to(similarity.dtype)
+    plan = ksparse_semi_dual(alpha, S, k, gamma, project)[2]
+    return torch.where(_sound(S), plan, torch.nan).to(similarity.dtype)
 
 
 def ksparse_semi_dual(
@@ -251,7 +252,8 @@ def ksparse_semi_dual(
     score = alpha[..., None] + S
     scale = gamma * b.clamp(min=1 / S.shape[2])  # a group without tokens gets zeros below
     P = project((score / scale).transpose(1, 2), k).transpose(1, 2)
-    plan = (b * P).masked_fill(b == 0, 0)
+    closed = (S == -INF).all(1, keepdim=True)  # experts that no token may take
+    plan = (b * P).masked_fill(closed | (b == 0), 0)
     linear = (score.masked_fill(plan == 0, 0) * plan).sum((1, 2))
     value = (alpha * a).sum(1) - linear + gamma / 2 * plan.square().sum((1, 2))
     return value, a - plan.sum(2), plan
@@ -358,6 +360,11 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 def _present(x: Tensor) -> Tensor:
     """Marks the present tokens, [G, T]: their rows [E] are not all -inf."""
     return ~(x == -INF).all(2)
+
+
+def _sound(x: Tensor) -> Tensor:
+    """Marks the groups without NaN and +inf, [G, 1, 1]. The plans of all other groups are NaN."""
+    return (x < INF).all(2).all(1)[:, None, None]
 
 
 def _gates(logits: Tensor) -> Tensor:
