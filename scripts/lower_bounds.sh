@@ -13,7 +13,7 @@ install --no-build-isolation '.[training]' pytest pytest-xdist hypothesis 'tomli
 # The tests run in a folder without the source tree, so that they import the installed package.
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
-cp -r tests docs examples pyproject.toml README.md "$run"
+cp -r tests docs examples scripts pyproject.toml README.md "$run"
 cd "$run"
 # Old packages call functions that newer versions of their dependencies deprecate.
 python -m pytest -n auto -p no:cacheprovider -W ignore::DeprecationWarning tests/test_import.py tests/test_moe.py tests/test_experts.py \
