@@ -5,7 +5,7 @@
 namespace vmoe {
 namespace {
 
-// A matrix with gaps between its rows or, if turned, between its columns.
+// A matrix with gaps between its rows or, if `turned`, between its columns.
 template <typename T>
 struct Operand {
   std::vector<T> memory;

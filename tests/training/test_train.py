@@ -601,5 +601,5 @@ def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
         raise OSError("no connection")
 
     monkeypatch.setattr("timm.create_model", offline)
-    with pytest.raises(OptionError, match="pretrained weights of 'test_vit' cannot be had: no connection"):
+    with pytest.raises(OptionError, match="pretrained weights of 'test_vit' cannot be loaded: no connection"):
         run(tmp_path, model="test_vit", pretrained=True)

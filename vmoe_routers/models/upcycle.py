@@ -60,7 +60,8 @@ def upcycle(
         blocks: The blocks to replace, as in `moe_block_indices`.
         group_size: Images that are routed together.
         noise: Adds normal noise to the weights of every expert, with this multiple of the weight's standard deviation,
-            so that experts differ from the start. With 0, only the routers' gradients make the experts differ.
+            so that experts differ from the start. With 0, experts become different only because they get different
+            tokens.
         router_options: Options of `vmoe_routers.create_router`.
 
     Returns:

@@ -51,9 +51,10 @@ def sinkhorn(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Computes the entropy-regularised transport plan between tokens (mass 1 each) and experts (mass n/E each).
 
-    Minimises ``<plan, -logits> + epsilon * sum(plan * (log(plan) - 1))`` by Sinkhorn's iterations in the log domain
-    (Cuturi, arXiv 1306.0895; used as the router S-BASE in arXiv 2202.01169). An iteration scales the columns, then the
-    rows: rows sum to 1, and columns converge to n/E, n the number of real tokens.
+    Minimises ``<plan, -logits> + epsilon * sum(plan * (log(plan) - 1))`` by Sinkhorn's iterations (Cuturi,
+    arXiv 1306.0895; used as the router S-BASE in arXiv 2202.01169). An iteration scales the columns, then the rows:
+    rows sum to 1, and columns converge to n/E, n the number of real tokens. Logits with a large spread are iterated on
+    logarithms, so no exponential overflows.
 
     Args:
         logits: [G, T, E] floating point. A row of -inf marks a masked token.

@@ -72,7 +72,7 @@ def load_model(
     except OSError as error:
         if not pretrained:
             raise
-        raise OptionError(f"pretrained weights of {model!r} cannot be had: {error}", "pretrained") from error
+        raise OptionError(f"pretrained weights of {model!r} cannot be loaded: {error}", "pretrained") from error
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise OptionError(f"model {model!r}: {error}", "model") from error
     return found

@@ -47,7 +47,8 @@ class TrainSettings(Optimisation, Augmentation):
         batch_size: images per step, on all ranks together. An incomplete last batch of an epoch is left out.
         seed: seed of initialisation, order, augmentation, noise and dropout.
         workers: processes per rank that load images. The results do not depend on their number.
-        bad_images: "stop" ends the training at an unreadable image, "skip" takes another one and counts it.
+        bad_images: "stop" ends the training at an unreadable image, "skip" takes the next readable image instead,
+            and counts the unreadable image.
         evaluate_every: steps between evaluations. None: an epoch.
         save_every: steps between checkpoints. None: as evaluate_every.
         log_every: steps between rows of the log.
