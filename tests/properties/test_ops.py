@@ -262,7 +262,8 @@ def test_ksparse_transport(data):
     taken = ~(filled == -INF).all(1)  # [G, E]
     share = (present.sum(1, keepdim=True).double() / experts).expand(groups, experts) * taken
     close(plans.sum(1)[sound].to(x.dtype), share[sound], share[sound].clamp(min=1e-3))
-    if iterations == 0 and tokens and x.dtype == torch.float64:
+    tiny = (filled.abs() < 1e-290 * options["gamma"]) & (filled != 0)  # divided by gamma, they round to equal numbers
+    if iterations == 0 and tokens and x.dtype == torch.float64 and not tiny.any():
         wanted = reference.ksparse_transport(x.detach(), k, **{**options, "solver": "adam"})
         close(plan[sound], wanted[sound], float(tokens))
 
