@@ -97,12 +97,13 @@ def _number(field: bytes) -> int:
 
 def _records(raw: bytes) -> dict[bytes, bytes]:
     """Parses the records "LENGTH KEY=VALUE\\n" of an extended header."""
-    records = {}
-    while raw.strip(b"\0"):
-        length = int(raw.split(b" ", 1)[0])
-        key, separator, value = raw[:length].partition(b" ")[2].partition(b"=")
+    records, raw, at = {}, raw.rstrip(b"\0"), 0
+    while at < len(raw):  # positions, because the header may have many records: copies of the rest would take seconds
+        space = raw.index(b" ", at)
+        length = int(raw[at:space])
+        key, separator, value = raw[space + 1 : at + length].partition(b"=")
         if not separator or value[-1:] != b"\n" or length < 1:
             raise ValueError("a damaged extended header")
         records[key] = value[:-1]
-        raw = raw[length:]
+        at += length
     return records
