@@ -34,7 +34,7 @@ from vmoe_routers.training.checkpoint import TrainingCheckpointError
 from vmoe_routers.training.describe import memory_estimate
 from vmoe_routers.training.evaluation import Evaluation
 from vmoe_routers.training.layout import lay_out
-from vmoe_routers.training.log import Board, Outputs, Table
+from vmoe_routers.training.log import Board, Outputs, Table, read_table
 from vmoe_routers.training.models import load_model
 from vmoe_routers.training.processes import World
 from vmoe_routers.training.settings import read_settings
@@ -387,6 +387,31 @@ def test_only_settings_that_change_no_result_may_change(tmp_path):
             assert f"has a training with {name} [" in str(error)
             refused.add(name)
     assert settings.to_dict().keys() - refused == may_change
+
+
+@pytest.mark.parametrize(("name", "number", "old", "new"), [
+    ("log.csv", 1, "loss", "l0ss"),
+    ("log.csv", 2, "1,", "one,"),
+    ("log.csv", 3, "2,", "2.5,"),
+    ("log.csv", 2, ",", "\0"),
+    ("log.csv", 2, ",", ",,"),
+    ("evaluations.csv", 1, "top1", "top2"),
+    ("evaluations.csv", 2, "0.", "\xff"),
+])  # fmt: skip
+def test_a_damaged_log_is_named(name, number, old, new, undisturbed, tmp_path):
+    lines = (undisturbed / name).read_text().splitlines(keepends=True)
+    lines[number - 1] = lines[number - 1].replace(old, new, 1)
+    (tmp_path / name).write_text("".join(lines), encoding="latin-1")
+    told = rf"{tmp_path / name}, line {number}: damaged; delete the file to continue without its rows"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        Outputs(tmp_path, Console(quiet=True), 8, 10, True)
+    (tmp_path / name).unlink()
+    Outputs(tmp_path, Console(quiet=True), 8, 10, True).board.close()
+
+
+def test_a_last_line_without_its_end_is_left_out(undisturbed, tmp_path):
+    (tmp_path / "log.csv").write_bytes((undisturbed / "log.csv").read_bytes()[:-4])  # part of the last number
+    assert [row["step"] for row in read_table(tmp_path / "log.csv")] == [str(step) for step in range(1, 10)]
 
 
 def test_the_bar_shows_speed_losses_and_routing(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vmoe_routers.files import naming, write_whole
 from vmoe_routers.training.evaluation import Evaluation
 
 LOG, EVALUATIONS = "log.csv", "evaluations.csv"
+_COLUMNS = {LOG: {"step", "loss"}, EVALUATIONS: {"step", "loss", "top1"}}  # columns that are read
 
 
 class Outputs:
@@ -99,7 +100,7 @@ class Table:
     def __init__(self, path: Path, step: int):
         self.path = path
         self.rows: list[dict[str, str]] = (
-            [row for row in read_table(path) if float(row["step"]) <= step] if step else []
+            [row for row in read_table(path) if int(row["step"]) <= step] if step else []
         )
         write_whole(path, self._write)
 
@@ -121,12 +122,38 @@ class Table:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Reads the complete rows of a CSV file, whose last row may be truncated. Returns no rows without a file."""
+    """Reads the rows of `LOG` or `EVALUATIONS`, except a last line without its end. Returns no rows without a file.
+
+    Raises:
+        ValueError: A line is damaged. The message names the file and the line.
+        OSError: The file cannot be read.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values() and None not in row]
+    names, rows = [], []
+    for number, line in enumerate(path.read_bytes().decode(errors="replace").split("\n")[:-1], 1):
+        values = line.removesuffix("\r").split(",")
+        if number == 1:
+            names = values
+            is_good = _COLUMNS[path.name] <= {*names}
+        else:
+            rows.append(dict(zip(names, values, strict=False)))
+            is_good = len(values) == len(names) and _is_row(rows[-1], _COLUMNS[path.name])
+        if not is_good:
+            raise ValueError(f"{path}, line {number}: damaged; delete the file to continue without its rows")
+    return rows
+
+
+def _is_row(row: Mapping[str, str], filled: Set[str]) -> bool:
+    """Tells whether the step is a whole number, all other values are numbers or empty, and `filled` are not empty."""
+    try:
+        int(row["step"])
+        for name, value in row.items():
+            if value or name in filled:
+                float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _short(value: Any) -> Any:
