@@ -207,7 +207,9 @@ def test_recipes_can_be_given_back(monkeypatch, recipe):
     (["--epochs", "many"], "--epochs must be a whole number, got many"),
     (["--epochs", "0"], "--epochs must be at least 1"),
     (["--hflip", "null"], "--hflip must be a number, got None"),
-    (["--mixup=-1"], "--mixup must be at least 0"),
+    (["--mixup=-1"], "--mixup must be in [0, 1e+06]"),
+    (["--model-args", "{depth: 1, depth: 2}"], "--model-args: depth is given twice"),
+    (["--optimizer-args={lr: 1}"], "--optimizer-args must not have 'lr', which the option --learning-rate sets"),
     (["--keep", "some"], "--keep must be a list of last, best, every"),
     (["--data", "nowhere"], "no folder 'nowhere'"),
     (["--learning-rate", "0"], "--learning-rate must be positive"),
@@ -227,6 +229,12 @@ def test_train_refuses_files_with_other_options(capsys, tmp_path):
     check_refused(["train", "--config", str(file)], "wanted options by name, got nothing", capsys)
     file.write_text("epochs: null\n")
     check_refused(["train", "--config", str(file)], "--epochs must not be null", capsys)
+    file.write_text("epochs: 1\nseed: 2\nepochs: 3\n")
+    check_refused(["train", "--config", str(file)], f"{file}, line 3: epochs is given twice", capsys)
+    file.write_text("model_args:\n  depth: 1\n  depth: 2\n")
+    check_refused(["train", "--config", str(file)], f"{file}, line 3: depth is given twice", capsys)
+    file.write_text("7: 1\n")
+    check_refused(["train", "--config", str(file)], "wanted options by name, got 7 in place of a name", capsys)
 
 
 def check_refused(arguments, words, capsys):

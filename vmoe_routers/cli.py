@@ -480,7 +480,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:
             if completes or shows:
                 _display(options, flags, target)
         commands.add_subcommand(name, options, help=command.help)
-    parsed = parser.parse_args(_spelled_out(arguments, lists, flags))
+    spelled = _spelled_out(arguments, lists, flags)
+    _check_keys(spelled)
+    parsed = parser.parse_args(spelled)
     found = vars(parsed[parsed.subcommand])
     assert target is not None  # the parser refuses an unknown command
     for name, parameter in signature(target).parameters.items():
@@ -594,6 +596,22 @@ def _spelled_out(arguments: Sequence[str], lists: set[str], flags: set[str]) -> 
             found.append(_in_brackets(argument) if option in lists else argument)
             option = ""
     return found
+
+
+def _check_keys(arguments: Sequence[str]) -> None:
+    """Refuses a key that an option with values by name has twice. The parser would take the last value."""
+    import yaml
+
+    from vmoe_routers.unique_keys import UniqueKeys
+
+    for option, value in _given(arguments).items():
+        if value.startswith("{"):
+            try:
+                yaml.load(value, UniqueKeys)
+            except yaml.constructor.ConstructorError as error:
+                raise OptionError(f"{option[2:]}: {error.problem}", option[2:]) from error
+            except yaml.YAMLError:
+                pass  # the parser names the option
 
 
 def _in_brackets(value: str) -> str:

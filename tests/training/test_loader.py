@@ -308,11 +308,11 @@ def test_waiting_is_measured():
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"batch_size": 21}, "batch_size must be at most the 20 training images, got 21; wanted for example 8"),
-    ({"batch_size": 0}, "batch_size must be a positive multiple of the 1 ranks, got 0"),
-    ({"batch_size": 5, "world": 2}, "batch_size must be a positive multiple of the 2 ranks, got 5"),
+    ({"batch_size": 0}, "batch_size must be a positive multiple of 1, the number of ranks, got 0"),
+    ({"batch_size": 5, "world": 2}, "batch_size must be a positive multiple of 2, the number of ranks, got 5"),
     ({"rank": 2, "world": 2}, r"rank must be in \[0, 2\), got 2"),
     ({"first_step": 8}, r"steps must be at least the first step, 8 .from 0., got 7"),
-    ({"workers": -1}, "workers must be at least 0, got -1"),
+    ({"workers": -1}, "workers must be at least 0 and at most 1024, got -1"),
     ({"bad_images": "ignore"}, "bad_images must be stop or skip, got 'ignore'"),
 ])  # fmt: skip
 def test_options_out_of_range(options, words):

@@ -43,7 +43,7 @@ def test_recipes_train(recipe, made, tmp_path):
     if settings.model:
         changes = {"model_args": {**settings.model_args, "embed_dim": 16, "num_heads": 2}, "num_experts": 4}
     changes |= {"data": str(made), "output": tmp_path, "pretrained": False, "image_size": 32}
-    changes |= {"batch_size": 8, "epochs": 1, "workers": 0, "log_every": 1}
+    changes |= {"batch_size": 8, "epochs": 1, "workers": 0, "log_every": 1, "warmup": 0.5, "cooldown": 0.0}
     folder = train(replace(settings, **changes), console=Console(quiet=True))
     with open(tmp_path / "log.csv", newline="") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file) if row["skipped_steps"] == "0"]

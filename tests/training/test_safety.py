@@ -111,7 +111,7 @@ def test_an_extreme_learning_rate_ends_with_an_error(name, rate):
     moe = {} if name == "soft" else {"group_size": 4}
     model = vit_moe(4, 2, 1, 4, 8, 1, 1, 2.0, router=name, num_experts=4, moe_blocks=[0], **moe)
     images, labels = torch.randn(16, 1, 4, 4), torch.arange(16) % 4
-    optimisation = Optimisation(learning_rate=rate, schedule="constant", warmup=0.0, max_skipped=3)
+    optimisation = Optimisation(learning_rate=rate, schedule="constant", warmup=0.0, weight_decay=0.0, max_skipped=3)
     trainer = Trainer(model.train(), optimisation, 12)
     with pytest.raises(TrainingError, match=r"not finite in the last 3 steps.*A smaller learning_rate"):
         for _ in range(12):

@@ -35,6 +35,21 @@ def test_warm_up_as_share_of_few_steps(schedule, steps):
     assert Optimisation(warmup=3.0).learning_rate_at(1, steps) == pytest.approx(1e-3 / 3)
 
 
+def test_a_warm_up_longer_than_the_training_is_refused():
+    for schedule, warmup, cooldown in (
+        ("cosine", 10, 99),
+        ("rsqrt", 6, 4),
+        ("constant", 0.7, 0.3),
+        ("linear", 0.99, 0),
+    ):
+        Optimisation(schedule=schedule, warmup=warmup, cooldown=cooldown).check_steps(10)
+    with pytest.raises(OptionError, match=r"warmup must take at most all 10 steps of the training, got warmup 1e\+09"):
+        Optimisation(warmup=1e9).check_steps(10)
+    for warmup, cooldown in ((6, 5), (0, 11), (0.6, 0.5)):
+        with pytest.raises(OptionError, match="warmup and cooldown must take at most all 10 steps of the training"):
+            Optimisation(schedule="rsqrt", warmup=warmup, cooldown=cooldown).check_steps(10)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -52,6 +67,10 @@ def test_warm_up_as_share_of_few_steps(schedule, steps):
         ("layer_decay", 0.0),
         ("accumulate", 0),
         ("max_skipped", 0),
+        ("weight_decay", 1e3),
+        ("head_weight_decay", 1e3),
+        ("optimizer_args", {"lr": 1}),
+        ("optimizer_args", {"params": []}),
     ],
 )
 def test_refused_values_name_the_option(option, value):

@@ -323,7 +323,7 @@ def test_every_optimizer_of_timm_continues_bit_for_bit(tmp_path):
             trainers[name] = make(name)
         except OptionError as error:
             refused.append(name)
-            assert re.fullmatch(rf"optimizer '{name}' with {{}}: .*(APEX|CUDA|bitsandbytes).*", str(error))
+            assert re.fullmatch(rf"optimizer '{name}': .*(APEX|CUDA|bitsandbytes).*", str(error))
             continue
         for seed in range(2):
             trainers[name](*batch(seed=seed))
@@ -361,5 +361,5 @@ def test_random_choices_of_an_optimizer_are_a_function_of_seed_and_step(monkeypa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="optimizers of CUDA")
 def test_an_optimizer_that_needs_cuda_is_refused():
-    with pytest.raises(OptionError, match=r"optimizer 'fusedadam' with .*(APEX|CUDA)"):
+    with pytest.raises(OptionError, match=r"optimizer 'fusedadam': .*(APEX|CUDA)"):
         make_optimizer(tiny(), Optimisation(optimizer="fusedadam"))

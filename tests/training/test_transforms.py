@@ -121,12 +121,13 @@ def test_default_augmentation():
     assert (found.image_size, found.shift, found.hflip) == (32, 4, 0.5)
     photographs = Data("flowers", small, small, ("a", "b"), 3, None)
     assert default_augmentation(photographs) == Augmentation()
+    assert default_augmentation(photographs, 1).shift == 0
     assert default_augmentation(photographs, 64) == Augmentation(image_size=64)
 
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"image_size": 0}, "image_size must be at least 1, got 0"),
-    ({"shift": -1}, "shift must be at least 0, got -1"),
+    ({"shift": -1}, "shift must be at least 0 and less than the image's size, 224, got -1"),
     ({"shift": 1}, "shift must be 0 where scale is set"),
     ({"repeats": 0}, "repeats must be at least 1, got 0"),
     ({"scale": (0.5, 0.2)}, r"scale must be an interval in \(0, 1\], got \(0.5, 0.2\)"),
@@ -134,9 +135,10 @@ def test_default_augmentation():
     ({"ratio": (2.0, 1.0)}, "ratio must be an interval of positive numbers"),
     ({"hflip": 1.5}, r"hflip must be in \[0, 1\], got 1.5"),
     ({"erasing": float("nan")}, r"erasing must be in \[0, 1\], got nan"),
-    ({"mixup": -0.1}, "mixup must be at least 0 and finite"),
-    ({"cutmix": float("inf")}, "cutmix must be at least 0 and finite"),
-    ({"crop_pct": 0.0}, r"crop_pct must be in \(0, 1\]"),
+    ({"mixup": -0.1}, r"mixup must be in \[0, 1e\+06\]"),
+    ({"cutmix": float("inf")}, r"cutmix must be in \[0, 1e\+06\]"),
+    ({"color_jitter": 1.5}, r"color_jitter must be in \[0, 1\], got 1.5"),
+    ({"crop_pct": 0.05}, r"crop_pct must be in \[0.1, 1\], got 0.05"),
     ({"erasing_mode": "noise"}, "erasing_mode must be const or pixel, got 'noise'"),
     ({"interpolation": "cubic"}, "interpolation must be bilinear, bicubic, nearest, random, got 'cubic'"),
     ({"normalization": "mine"}, "normalization must be one of none, inception, imagenet, clip, got 'mine'"),
@@ -147,10 +149,27 @@ def test_options_out_of_range(options, words):
     assert error.value.options == tuple(options)
 
 
-@pytest.mark.parametrize("text", ["strong", "rand-x9"])
-def test_unknown_rand_augment(text):
-    with pytest.raises(OptionError, match=f"rand_augment: timm does not know '{text}'"):
-        Transform(Augmentation(rand_augment=text), training=True)
+@pytest.mark.parametrize("part", ["x9", "foo", "m", "n0", "p2", "mstd", "inc2", "tfoo", "", "m9-m8"])
+def test_unknown_part_of_rand_augment(part):
+    last = part.rpartition("-")[2]
+    with pytest.raises(
+        OptionError, match=f"rand_augment 'rand-{part}': part '{last}' is unknown, out of range or given"
+    ):
+        Augmentation(rand_augment=f"rand-{part}")
+
+
+def test_rand_augment():
+    with pytest.raises(OptionError, match=r"rand_augment must begin with rand, augmix, original, .*, got 'strong'"):
+        Augmentation(rand_augment="strong")
+    parts = {"rand-m9-n3-p0.5-mstd0.5-mmax12-inc1-tweights", "rand-t3a", "rand", "augmix-m3-w2-d1-a1.5-b1-mstd101"}
+    for text in parts | {"original-mstd0.5", "originalr", "v0", "v0r", "3a"}:
+        assert Transform(Augmentation(image_size=8, rand_augment=text), training=True)(picture(1)).shape == (3, 8, 8)
+
+
+def test_a_shift_leaves_a_part_of_the_image():
+    with pytest.raises(OptionError, match="shift must be at least 0 and less than the image's size, 8, got 8"):
+        Augmentation(image_size=8, scale=None, shift=8)
+    assert Augmentation(image_size=8, scale=None, shift=7).shift == 7
 
 
 def test_channels():

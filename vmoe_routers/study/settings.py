@@ -14,6 +14,7 @@ from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
 from vmoe_routers.routers import ROUTERS
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.own import is_own
+from vmoe_routers.training.loader import MOST_WORKERS
 from vmoe_routers.training.optimisation import Optimisation
 from vmoe_routers.training.transforms import Augmentation
 
@@ -114,9 +115,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise OptionError(f"{name} must be at least 1 and at most {most}, got {value}", name)
-        for name in ("shift", "holdout", "workers", "data_workers"):
-            if not 0 <= getattr(self, name) <= _MAX:
-                raise OptionError(f"{name} must be at least 0 and at most {_MAX}, got {getattr(self, name)}", name)
+        for name, most in (("shift", _MAX), ("holdout", _MAX), ("workers", _MAX), ("data_workers", MOST_WORKERS)):
+            if not 0 <= getattr(self, name) <= most:
+                raise OptionError(f"{name} must be at least 0 and at most {most}, got {getattr(self, name)}", name)
         if not math.isfinite(self.scale_init):
             raise OptionError(f"scale_init must be finite, got {self.scale_init}", "scale_init")
         for name in ("learning_rate", "mlp_ratio"):
@@ -195,7 +196,7 @@ class Settings:
             raise OptionError(f"training: head_bias must be finite, got {self.training['head_bias']}", "training")
         try:
             self.optimisation()
-            self.augmentation(self.image_size or 1)
+            self.augmentation(self.shift + 1)  # the size of the images is not known yet
         except OptionError as error:
             raise OptionError(f"training: {error}", "training") from None
 

@@ -189,9 +189,15 @@ def _check_model(variant: Variant, settings: Settings, data: StudyData) -> None:
 
     Raises:
         ValueError: Sizes do not fit together.
-        OptionError: An own router cannot be built, trained on a group of images or measured.
+        OptionError: The warm-up is longer than the run. Or an own router cannot be built, trained on a group of images
+            or measured.
     """
     settings = variant.settings(settings)
+    steps = (len(data.train_labels) - settings.holdout) // settings.batch_size * settings.epochs
+    try:
+        settings.optimisation().check_steps(steps)
+    except OptionError as error:
+        raise OptionError(f"training: {error}", "training") from None
     shallow = replace(settings, depth=2, moe_blocks="last_1")
     if not is_own(variant.router):
         with torch.device("meta"):

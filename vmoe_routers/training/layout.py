@@ -78,8 +78,8 @@ def check_groups(model: nn.Module, settings: TrainSettings, world: World) -> Non
     for layer in model.modules():
         if isinstance(layer, MoEMlp) and images % layer.group_size:
             raise OptionError(
-                f"group_size {layer.group_size} must divide the {images} images that run together: batch_size "
-                f"{settings.batch_size}, {world.size} processes, accumulate {settings.accumulate}",
+                f"group_size {layer.group_size} must divide {images}, the number of images that run together: "
+                f"batch_size {settings.batch_size}, processes {world.size}, accumulate {settings.accumulate}",
                 "group_size",
                 "batch_size",
             )

@@ -21,6 +21,7 @@ from vmoe_routers.training.samples import Samples, Tensors
 from vmoe_routers.training.stream import Order, generator_of, generators_kept, seed_cpu
 from vmoe_routers.training.transforms import Transform
 
+MOST_WORKERS = 1024
 _MOST_BAD = 100  # unreadable images in a row that end the training; also the number of names that are kept
 BAD_IMAGES = ("stop", "skip")
 
@@ -229,12 +230,12 @@ def _check_options(
 ) -> None:
     if batch_size < 1 or batch_size % world:
         raise OptionError(
-            f"batch_size must be a positive multiple of the {world} ranks, got {batch_size}", "batch_size"
+            f"batch_size must be a positive multiple of {world}, the number of ranks, got {batch_size}", "batch_size"
         )
     if not 0 <= rank < world:
         raise OptionError(f"rank must be in [0, {world}), got {rank}", "rank")
-    if workers < 0:
-        raise OptionError(f"workers must be at least 0, got {workers}", "workers")
+    if not 0 <= workers <= MOST_WORKERS:
+        raise OptionError(f"workers must be at least 0 and at most {MOST_WORKERS}, got {workers}", "workers")
     if bad_images is not None and bad_images not in BAD_IMAGES:
         raise OptionError(f"bad_images must be {' or '.join(BAD_IMAGES)}, got {bad_images!r}", "bad_images")
     if not len(samples):

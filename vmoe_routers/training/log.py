@@ -99,9 +99,7 @@ class Table:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self.rows: list[dict[str, str]] = (
-            [row for row in read_table(path) if int(row["step"]) <= step] if step else []
-        )
+        self.rows: list[dict[str, str]] = [row for row in read_table(path) if int(row["step"]) <= step] if step else []
         write_whole(path, self._write)
 
     def _write(self, path: Path) -> None:

@@ -23,6 +23,9 @@ TRAINED = ("all", "router", "experts", "head")
 DTYPES: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtype of autocast for each precision; None is no autocast."""
 _MAX = (1 << 31) - 1
+# Arguments of optimizers that have an option or come from the model.
+_OWN_OPTIONS = {"lr": "learning_rate", "weight_decay": "weight_decay", "layer_decay": "layer_decay", "opt": "optimizer"}
+_OWN_OPTIONS |= {"params": "model", "model_or_params": "model"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Optimisation:
         learning_rate: peak learning rate.
         final_learning_rate: learning rate at the end of the schedules cosine and linear, and of the cool-down.
         schedule: "cosine", "linear", "rsqrt" or "constant", after a linear warm-up from 0.
-        warmup: steps of the warm-up. A value below 1 is a share of all steps.
+        warmup: steps of the warm-up, at most all steps. A value below 1 is a share of all steps.
         cooldown: last steps, in which the schedules rsqrt and constant fall linearly. Below 1, a share of all steps.
         timescale: steps after which rsqrt has divided the rate by sqrt(2).
         weight_decay: decoupled weight decay of kernels and of Soft MoE's scale. Biases, norms, positions and Phi are
@@ -99,6 +102,33 @@ class Optimisation:
                 raise OptionError(f"{name} must be in [0, 1), got {getattr(self, name)}", name)
         if not 0 < self.layer_decay <= 1:
             raise OptionError(f"layer_decay must be in (0, 1], got {self.layer_decay}", "layer_decay")
+        for name in ("weight_decay", "head_weight_decay"):
+            # A step multiplies kernels by 1 - decay * rate, which would be 0 or change their signs.
+            if (value := getattr(self, name)) is not None and value * self.learning_rate >= 1:
+                raise OptionError(
+                    f"{name} times learning_rate {self.learning_rate:g} must be below 1, got {value:g}",
+                    name,
+                    "learning_rate",
+                )
+        for name, option in _OWN_OPTIONS.items():
+            if name in self.optimizer_args:
+                raise OptionError(
+                    f"optimizer_args must not have {name!r}, which the option {option} sets", "optimizer_args", option
+                )
+
+    def check_steps(self, steps: int) -> None:
+        """Checks that warm-up and cool-down fit in a training of `steps` steps.
+
+        Raises:
+            OptionError: They are longer than the training.
+        """
+        names = ("warmup", "cooldown") if self.schedule in ("rsqrt", "constant") else ("warmup",)
+        values = [getattr(self, name) for name in names]
+        if round(sum(value * steps if value < 1 else value for value in values)) > steps:
+            got = ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
+            raise OptionError(
+                f"{' and '.join(names)} must take at most all {steps} steps of the training, got {got}", *names
+            )
 
     def learning_rate_at(self, step: int, steps: int) -> float:
         """Computes the learning rate of step `step` of `steps`, counted from 0."""
@@ -227,4 +257,5 @@ def make_optimizer(model: nn.Module, o: Optimisation) -> torch.optim.Optimizer:
             return torch.optim.SGD(groups, lr=o.learning_rate, **{"momentum": 0.9, "fused": fused, **o.optimizer_args})
         return create_optimizer_v2(groups, o.optimizer, lr=o.learning_rate, **o.optimizer_args)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # AssertionError: no CUDA device
-        raise OptionError(f"optimizer {o.optimizer!r} with {o.optimizer_args}: {error}", "optimizer_args") from error
+        given = f" with {o.optimizer_args}" if o.optimizer_args else ""
+        raise OptionError(f"optimizer {o.optimizer!r}{given}: {error}", "optimizer", "optimizer_args") from error

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from vmoe_routers.distributed.parallelize import Checkpointing
 from vmoe_routers.options import OptionError
-from vmoe_routers.training.loader import BAD_IMAGES
+from vmoe_routers.training.loader import BAD_IMAGES, MOST_WORKERS
 from vmoe_routers.training.optimisation import Optimisation, at_least, only
 from vmoe_routers.training.transforms import Augmentation
+from vmoe_routers.unique_keys import UniqueKeys
 
 SETTINGS = "settings.yaml"
 """Name of the file of settings in the output folder of a training."""
@@ -98,10 +101,14 @@ class TrainSettings(Optimisation, Augmentation):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, kind(getattr(self, name)))
         Optimisation.__post_init__(self)
-        self.augmentation(self.image_size or 224)
+        self.augmentation(self.image_size or max(224, self.shift + 1))  # the data may have larger images
         at_least(self, 1, "epochs", "batch_size", "log_every", "replicate", "ep", "evaluate_every", "save_every")
         at_least(self, 1, "num_experts", "top_k", "group_size", "image_size")
         at_least(self, 0, "seed", "workers")
+        if self.workers > MOST_WORKERS:
+            raise OptionError(f"workers must be at most {MOST_WORKERS}, got {self.workers}", "workers")
+        if self.head_bias is not None and not math.isfinite(self.head_bias):
+            raise OptionError(f"head_bias must be finite, got {self.head_bias}", "head_bias")
         choices = {"bad_images": BAD_IMAGES, "checkpointing": get_args(Checkpointing), "parallel": PARALLEL}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -141,14 +148,19 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Reads the settings of a training: a dict of options by name.
 
     Raises:
-        ValueError: The file is not YAML, or is not a mapping.
+        ValueError: The file is not YAML, is not a mapping, or has a key twice.
         OSError: The file cannot be read.
     """
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.load(path.read_text(), UniqueKeys)
+    except ConstructorError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     if not isinstance(found, dict):
         kind = "nothing" if found is None else type(found).__name__
         raise ValueError(f"{path}: wanted options by name, got {kind}")
+    if unnamed := [name for name in found if not isinstance(name, str)]:
+        raise ValueError(f"{path}: wanted options by name, got {unnamed[0]!r} in place of a name")
     return found

@@ -99,13 +99,14 @@ class Plan(NamedTuple):
         """Plans the steps.
 
         Raises:
-            OptionError: The batch size does not fit the data or the processes.
+            OptionError: The batch size does not fit the data or the processes, or another option the size or number of
+                the images.
         """
         parts = world.size * settings.accumulate
         if settings.batch_size % parts:
             raise OptionError(
-                f"batch_size {settings.batch_size} must be a multiple of the processes, {world.size}, times "
-                f"accumulate, {settings.accumulate}",
+                f"batch_size {settings.batch_size} must be a multiple of {parts}, the number of processes "
+                f"({world.size}) times accumulate ({settings.accumulate})",
                 "batch_size",
                 "accumulate",
             )
@@ -116,11 +117,15 @@ class Plan(NamedTuple):
                 f"for example {smaller_batch(len(data.train))}",
                 "batch_size",
             )
+        steps = steps_per_epoch * settings.epochs
+        settings.check_steps(steps)
+        image_size = settings.image_size or data.size or 224
+        settings.augmentation(image_size)  # checks the shift
         evaluate_every = settings.evaluate_every or steps_per_epoch
         return cls(
-            settings.image_size or data.size or 224,
+            image_size,
             steps_per_epoch,
-            steps_per_epoch * settings.epochs,
+            steps,
             evaluate_every,
             settings.save_every or evaluate_every,
         )

@@ -59,6 +59,9 @@ class Trainer:
         autocast: Whether the model runs under autocast with the precision of `optimisation`. A model that was
             parallelized for this precision needs no autocast.
 
+    Raises:
+        OptionError: The hyperparameters do not fit the model or the number of steps.
+
     Attributes:
         step: Number of steps so far.
         skipped: Number of steps so far whose loss or gradient was not finite.
@@ -75,6 +78,7 @@ class Trainer:
         rank: int = 0,
         autocast: bool = True,
     ):
+        optimisation.check_steps(steps)
         self.model: nn.Module = model
         self.optimisation: Optimisation = optimisation
         self.steps: int = steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +24,8 @@ NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
+_LEAST_CROP = 0.1  # evaluation resizes an image to image_size / crop_pct
+_MOST_ALPHA = 1e6  # with a larger alpha, all images are halves of two images
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "random")
 PREPROCESSING = ("normalization", "crop_pct", "interpolation")
 """Fields of `Augmentation` that also prepare images for evaluation."""
@@ -37,7 +40,8 @@ class Augmentation:
         scale: smallest and largest area of a random crop, as shares of the image. None: no random crop.
         ratio: smallest and largest ratio of a random crop's width to its height.
         hflip: probability of a horizontal flip.
-        shift: largest random shift in both directions, in pixels. Zeros fill the gap. Requires `scale` None.
+        shift: largest random shift in both directions, in pixels, less than the image's size. Zeros fill the gap.
+            Requires `scale` None.
         rand_augment: timm's string, such as "rand-m9-mstd0.5-inc1" (RandAugment), "augmix-m3" or "original".
         color_jitter: strength of random brightness, contrast and saturation. RandAugment replaces it.
         erasing: probability of erasing a random rectangle.
@@ -74,14 +78,16 @@ class Augmentation:
     switch_prob: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, least in (("image_size", 1), ("shift", 0), ("repeats", 1)):
-            _check(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        for name in ("image_size", "repeats"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        wanted = f"at least 0 and less than the image's size, {self.image_size}"
+        _check("shift", self.shift, 0 <= self.shift < self.image_size, wanted)
         for name in ("hflip", "erasing", "mix_prob", "switch_prob"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("color_jitter", "mixup", "cutmix"):
-            value = getattr(self, name)
-            _check(name, value, 0 <= value < float("inf"), "at least 0 and finite")
-        _check("crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "in (0, 1]")
+        for name in ("mixup", "cutmix"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= _MOST_ALPHA, f"in [0, {_MOST_ALPHA:g}]")
+        _check("color_jitter", self.color_jitter, 0 <= self.color_jitter <= 1, "in [0, 1]")
+        _check("crop_pct", self.crop_pct, _LEAST_CROP <= self.crop_pct <= 1, f"in [{_LEAST_CROP:g}, 1]")
         _check(
             "ratio", self.ratio, 0 < self.ratio[0] <= self.ratio[1] < float("inf"), "an interval of positive numbers"
         )
@@ -89,6 +95,8 @@ class Augmentation:
         _check("interpolation", self.interpolation, self.interpolation in INTERPOLATIONS, ", ".join(INTERPOLATIONS))
         names = ", ".join(NORMALIZATIONS)
         _check("normalization", self.normalization, self.normalization in NORMALIZATIONS, f"one of {names}")
+        if self.rand_augment is not None:
+            _check_rand_augment(self.rand_augment)
         if self.scale is not None:
             _check("scale", self.scale, 0 < self.scale[0] <= self.scale[1] <= 1, "an interval in (0, 1]")
             _check("shift", self.shift, self.shift == 0, "0 where scale is set: a random crop shifts already")
@@ -102,6 +110,34 @@ class Augmentation:
 def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
     if not holds:
         raise OptionError(f"{name} must be {wanted}, got {value!r}", name)
+
+
+_NUMBER = r"\d+(\.\d*)?"
+_SOME = r"[1-9]\d?"
+# Values of the parts of `rand_augment`, by the first part and the letters that begin a part (timm.data.auto_augment).
+_POLICIES = {
+    "rand": {"m": r"\d+", "n": _SOME, "p": r"0(\.\d*)?|1(\.0*)?", "mstd": _NUMBER, "mmax": _SOME, "inc": "[01]"}
+    | {"t": "weights|3aw?"},
+    "augmix": {"m": r"\d+", "w": _SOME, "d": r"\d\d?", "a": r"[1-9]\d*(\.\d*)?", "b": "[01]", "mstd": _NUMBER},
+    **{policy: {"mstd": _NUMBER} for policy in ("original", "originalr", "v0", "v0r", "3a")},
+}
+
+
+def _check_rand_augment(text: str) -> None:
+    """Refuses parts that timm ignores, and values that fail when an image is transformed."""
+    policy, *parts = text.split("-")
+    if policy not in _POLICIES:
+        raise OptionError(f"rand_augment must begin with {', '.join(_POLICIES)}, got {text!r}", "rand_augment")
+    keys = list(_POLICIES[policy])
+    for part in parts:
+        key = next((key for key in keys if re.fullmatch(f"{key}({_POLICIES[policy][key]})", part)), None)
+        if key is None:
+            raise OptionError(
+                f"rand_augment {text!r}: part {part!r} is unknown, out of range or given twice; wanted values of "
+                f"{', '.join(_POLICIES[policy])}, such as rand-m9-mstd0.5-inc1",
+                "rand_augment",
+            )
+        keys.remove(key)
 
 
 SMALL = 64  # larger images are augmented by random crops
@@ -119,7 +155,12 @@ def default_augmentation(data: Data, image_size: int | None = None) -> Augmentat
         return Augmentation(image_size=size)
     flip = 0.5 if data.channels == 3 else 0.0  # a mirrored digit may be another character
     return Augmentation(
-        image_size=size, scale=None, hflip=flip, shift=max(1, size // 8), interpolation="bilinear", crop_pct=1.0
+        image_size=size,
+        scale=None,
+        hflip=flip,
+        shift=min(max(1, size // 8), size - 1),
+        interpolation="bilinear",
+        crop_pct=1.0,
     )
 
 
@@ -132,7 +173,7 @@ class Transform:
         training: whether to augment at random. Evaluation resizes and crops the center.
 
     Raises:
-        OptionError: timm does not know the value of `rand_augment`.
+        OptionError: `channels` is neither 1 nor 3.
     """
 
     def __init__(self, augmentation: Augmentation, channels: int = 3, *, training: bool):
@@ -216,25 +257,22 @@ class Transform:
             return cast(
                 Pipeline, create_transform(size, interpolation=single, crop_pct=options.crop_pct, normalize=False)
             )
-        try:
-            primary, secondary, final = cast(
-                tuple[Pipeline, Pipeline, Pipeline],
-                create_transform(
-                    size,
-                    is_training=True,
-                    scale=options.scale,
-                    ratio=options.ratio,
-                    hflip=options.hflip,
-                    color_jitter=cast(float, options.color_jitter or None),
-                    auto_augment=options.rand_augment,
-                    interpolation=interpolation,
-                    mean=tuple(self.mean.flatten().tolist()),
-                    normalize=False,
-                    separate=True,
-                ),
-            )
-        except (AssertionError, KeyError, ValueError, IndexError) as error:
-            raise OptionError(f"rand_augment: timm does not know {options.rand_augment!r}", "rand_augment") from error
+        primary, secondary, final = cast(
+            tuple[Pipeline, Pipeline, Pipeline],
+            create_transform(
+                size,
+                is_training=True,
+                scale=options.scale,
+                ratio=options.ratio,
+                hflip=options.hflip,
+                color_jitter=cast(float, options.color_jitter or None),
+                auto_augment=options.rand_augment,
+                interpolation=interpolation,
+                mean=tuple(self.mean.flatten().tolist()),
+                normalize=False,
+                separate=True,
+            ),
+        )
         _mend_posterize(secondary)
         if options.scale is None:
             steps = [transforms.Resize(size, transforms.InterpolationMode(single)), transforms.CenterCrop(size)]
