@@ -202,6 +202,7 @@ def test_lbfgs_has_none():
 @both_dtypes
 def test_soft_logits(dtype):
     check(OPS.soft_logits, spread(2, 7, 5).to(dtype), spread(5, 12).to(dtype))
+    check(OPS.soft_logits, 1e30 * torch.randn(2, 7, 5).to(dtype), spread(5, 12).to(dtype))  # the squares overflow
 
 
 @both_dtypes

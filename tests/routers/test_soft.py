@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import vmoe_routers as vr
+from vmoe_routers.ops import reference
+from vmoe_routers.routers import soft as soft_module
 
 
 def soft(**options):
@@ -85,6 +87,22 @@ def test_usual_phi_is_normalised_without_another_rounding():
     phi = logits.phi.flatten(1)
     unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6).rsqrt()
     assert torch.equal(logits(x), vr.ops.soft_logits(x, logits.scale * unit))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.01, 1.0, 1e3])
+def test_logits_in_float16(factor, monkeypatch):
+    """Another runtime may compute an exported router in float16."""
+    router = vr.create_router("soft", 48, 8, slots_per_expert=3)
+    x = torch.randn(2, 5, 48) * torch.tensor([0.0, 0.1, 1.0, 30.0, 1e3])[:, None]
+    with torch.no_grad():
+        router.phi.mul_(factor)
+        wanted = router(x).logits
+        monkeypatch.setattr(soft_module, "compute_dtype", lambda dtype: torch.float16)
+        monkeypatch.setattr(soft_module, "soft_logits_unchecked", reference.soft_logits)
+        monkeypatch.setattr(reference, "_wide", lambda x: x)
+        logits = router(x.half()).logits
+    assert logits.dtype == torch.float16
+    torch.testing.assert_close(logits.float(), wanted, atol=2e-3, rtol=1e-2)
 
 
 def test_weights_sum_to_one():

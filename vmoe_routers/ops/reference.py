@@ -307,7 +307,10 @@ def _lbfgs(S: Tensor, k: int, gamma: float) -> Tensor:
 def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
     """Computes <x / |x|, phi> (arXiv 2308.00951, section 2.3), [G, T, D] and [D, S] -> [G, T, S]."""
     wide = _wide(x)
-    unit = wide * (wide.square().sum(2, keepdim=True) + 1e-6).rsqrt()
+    # Squares of entries may overflow. The largest entry of a token, at least 1, also if the width is 0:
+    largest = F.pad(wide.detach().abs(), (0, 1), value=1.0).amax(2, keepdim=True)
+    wide = wide / largest
+    unit = wide * (wide.square().sum(2, keepdim=True) + 1e-6 / largest / largest).rsqrt()
     return torch.einsum("gtd,ds->gts", unit, _wide(phi))
 
 

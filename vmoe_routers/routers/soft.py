@@ -15,11 +15,6 @@ from vmoe_routers.routers.choice import slots_per_expert as slots_for
 from vmoe_routers.routers.routing import SoftRouting
 from vmoe_routers.routers.sparse import check_tokens
 
-# The smallest number by which a column of Phi is divided. A column with a larger entry is divided by this entry, so its
-# sum of squares is at least 1, and 1e-6 / BOUND^2 is below the last bit of the sum, also in float64. Divided by BOUND,
-# entries down to 2^-106 stay normal numbers of float32.
-BOUND = 2.0**20
-
 
 class SoftLogits(nn.Module):
     """Logits of Soft MoE, ``<x / |x|, scale * Phi / |Phi|>``, Phi normalised over the width.
@@ -67,10 +62,11 @@ class SoftLogits(nn.Module):
         with without_autocast(x):
             dtype = compute_dtype(x.dtype)
             phi = self.phi.to(dtype).flatten(1)
-            # Divide every column by its largest entry, or by BOUND if that is larger: squares of entries above 1e19
-            # would overflow. BOUND is a power of two, so the division by BOUND is exact.
-            phi = phi / phi.detach().abs().amax(0, keepdim=True).clamp(min=BOUND)
-            unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6 / BOUND**2).rsqrt()
+            # Divide a column whose largest entry is above 1 by this entry, because its squares may overflow. All
+            # constants are numbers of float16, because other runtimes may compute an exported router in float16.
+            largest = phi.detach().abs().amax(0, keepdim=True).clamp(min=1)
+            phi = phi / largest
+            unit = phi * (phi.square().sum(0, keepdim=True) + 1e-6 / largest / largest).rsqrt()
             return soft_logits_unchecked(x, self.scale.to(dtype) * unit)
 
 
