@@ -293,6 +293,16 @@ def test_kinds_of_models(training):
         assert len(figure.axes) == 3
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for our ops
+def test_vmap_is_refused():
+    layer = vr.MoEMlp(4, 8, num_experts=2, router="soft")
+    with vr.inspect.record(layer) as trace:
+        with pytest.raises(ValueError, match=r"record: the model must not run under torch.func.vmap"):
+            torch.func.vmap(layer)(torch.randn(3, 1, 5, 4))
+        layer(torch.randn(3, 5, 4))
+    assert trace.layers[0].num_images == 3
+
+
 def test_own_routing():
     """A routing that has only the dense tensors."""
 

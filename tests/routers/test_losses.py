@@ -164,6 +164,15 @@ def test_groups_without_tokens(name, shape):
         assert loss == 0
 
 
+def test_losses_of_float16_do_not_overflow():
+    logits = torch.randn(1, 3000, 2) + torch.tensor([2.0, 0.0])
+    half, as_wide = logits.half(), logits.half().float()
+    for loss in (losses.importance_loss, losses.balance_loss):  # squares and counts of about 3000 tokens
+        torch.testing.assert_close(loss(half), loss(as_wide), rtol=0, atol=0)
+    torch.testing.assert_close(losses.load_loss(half, half, 1.0, 1), losses.load_loss(as_wide, as_wide, 1.0, 1))
+    torch.testing.assert_close(losses.z_loss(300 * half), losses.z_loss((300 * half).float()))
+
+
 def test_groups_are_independent():
     logits, noisy, std = inputs(G=4)
     for name in ("importance", "load", "balance", "z"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
 from vmoe_routers.inspect.trace import Trace
@@ -55,7 +56,7 @@ def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
             compiled code does not run hooks. False: they run compiled, and compiled layers are not recorded.
 
     Raises:
-        ValueError: `model` has no MoE layer.
+        ValueError: `model` has no MoE layer, or runs under ``torch.func.vmap``, whose tensors end with its call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"record: model must be an nn.Module, got {type(model).__name__}")
@@ -73,6 +74,7 @@ def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
     def begin(name: str):
         def note(layer: MoEMlp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if recorded():
+                _refuse_vmap()
                 x = args[0] if args else kwargs["x"]
                 owner[layer.router] = name, x.shape[1]
 
@@ -91,6 +93,11 @@ def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _refuse_vmap() -> None:
+    if any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or []):
+        raise ValueError("record: the model must not run under torch.func.vmap; wanted a batch as the model takes it")
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,7 @@
 """Auxiliary losses of the routers. Each is computed per group and averaged over groups to a scalar.
 
 Every function takes the router's logits [G, T, E] and a mask [G, T] (True = real token) or None. Gradients flow through
-every term.
+every term. 16-bit logits give a loss in float32, because sums over the tokens overflow float16.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmoe_routers.ops._checks import Check
-from vmoe_routers.ops._dtypes import fill_masked
+from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
 from vmoe_routers.ops.topk import topk_unchecked
 
 
@@ -19,7 +19,7 @@ def importance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
     The logits are without noise (Shazeer et al., arXiv 1701.06538, equation 7).
     """
-    _check("importance_loss", "logits", logits, mask)
+    logits = _checked("importance_loss", "logits", logits, mask)
     return _mean_over_groups(_squared_cv(_sum_over_tokens(logits.softmax(-1), mask)))
 
 
@@ -42,9 +42,9 @@ def load_loss(
         top_k: Experts per token.
         mask: [G, T] or None.
     """
-    _check("load_loss", "logits", logits, mask)
     check = Check("load_loss")
-    check.floating("noisy_logits", noisy_logits, "G T E")
+    logits = _checked("load_loss", "logits", logits, mask)
+    noisy_logits = _checked("load_loss", "noisy_logits", noisy_logits, None)
     check.shape("noisy_logits", noisy_logits, logits.shape, "G, T, E")
     check.device("noisy_logits", noisy_logits, "logits", logits)
     noise_std = check.number("noise_std", noise_std, zero=True)
@@ -62,7 +62,7 @@ def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     f_e is the share of tokens whose first choice is e, before tokens are dropped. P_e is the mean over the tokens of
     the softmax of the noisy logits.
     """
-    _check("balance_loss", "noisy_logits", noisy_logits, mask)
+    noisy_logits = _checked("balance_loss", "noisy_logits", noisy_logits, mask)
     gates = noisy_logits.softmax(-1)
     first = topk_unchecked(gates.detach(), 1, 2)[1].long()
     chosen = torch.zeros_like(gates).scatter(-1, first, 1)
@@ -74,16 +74,18 @@ def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Computes ``mean_t logsumexp_e(logits)^2`` (ST-MoE, arXiv 2202.08906, equation 5)."""
-    _check("z_loss", "logits", logits, mask)
+    logits = _checked("z_loss", "logits", logits, mask)
     squares = logits.logsumexp(-1, keepdim=True).square()
     return _mean_over_groups((_sum_over_tokens(squares, mask) / _tokens(logits, mask)).sum(-1))
 
 
-def _check(where: str, name: str, logits: Tensor, mask: Tensor | None) -> None:
+def _checked(where: str, name: str, logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Checks the arguments, and gives the logits in the dtype of the computation."""
     check = Check(where)
     check.floating(name, logits, "G T E")
     if mask is not None:
         check.mask(mask, name, logits)
+    return cast(logits, compute_dtype(logits.dtype))
 
 
 def _sum_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
