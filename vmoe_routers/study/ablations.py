@@ -39,11 +39,14 @@ class Ablation:
         title: The title of its panel.
         routers: The routers that run; "dense" is the dense ViT.
         arms: The values, in ascending order.
+        is_of_routers: Whether the changed settings matter to `routers` alone. Then runs of the comparison stand beside
+            the values for all other routers.
     """
 
     title: str
     routers: tuple[str, ...]
     arms: tuple[Arm, ...]
+    is_of_routers: bool = False
 
 
 _TOKEN, _EXPERT, _SOFT = "softmax_token_choice", "softmax_expert_choice", "soft"
@@ -101,7 +104,9 @@ ABLATIONS: dict[str, Ablation] = {
         (_TOKEN, _EXPERT, _SOFT),
         (Arm("no", {"identical_experts": False}), Arm("yes", {"identical_experts": True})),
     ),
-    "soft_scale": Ablation("initial scale of Soft MoE", (_SOFT,), _by_setting("scale_init", 1.0, 4.0, 16.0)),
+    "soft_scale": Ablation(
+        "initial scale of Soft MoE", (_SOFT,), _by_setting("scale_init", 1.0, 4.0, 16.0), is_of_routers=True
+    ),
     "placement": Ablation(
         "blocks with a MoE layer",
         (_TOKEN, _EXPERT, _SOFT),

@@ -65,14 +65,14 @@ def conditions(runs: Sequence[Run], measure: Literal["accuracy", "loss"] = "accu
     changed: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for group in ablation_groups(runs):
         if not group.is_base and group.router is not None:
-            key = (group.ablation, group.arm.label)
-            of_all = group.arm.settings.keys() - {"scale_init"}  # the setting of Soft MoE alone
-            unchanged = set() if of_all else routers - set(ABLATIONS[group.ablation].routers)
+            key, ablation = (group.ablation, group.arm.label), ABLATIONS[group.ablation]
+            changes_all = group.arm.settings and not ablation.is_of_routers
+            unchanged = set() if changes_all else routers - set(ablation.routers)
             shared = {router: at_factor(router, 1.0) for router in unchanged}
             changed.setdefault(key, shared)[group.router] = group.runs
-    for (ablation, arm), of in changed.items():
-        touched = set(ABLATIONS[ablation].routers)
-        condition = _condition(measure, ABLATIONS[ablation].title, arm, of)
+    for (name, arm), of in changed.items():
+        touched = set(ABLATIONS[name].routers)
+        condition = _condition(measure, ABLATIONS[name].title, arm, of)
         kept = {pair: value for pair, value in condition.differences.items() if touched & set(pair)}
         found.append(replace(condition, differences=kept))
     return [condition for condition in found if condition.differences]
