@@ -16,6 +16,7 @@ Image = pytest.importorskip("PIL.Image")
 from vmoe_routers import cli  # noqa: E402
 from vmoe_routers.checkpoints import save_pretrained  # noqa: E402
 from vmoe_routers.models import upcycle, vit_moe  # noqa: E402
+from vmoe_routers.study import kept  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +97,16 @@ def study_with_models(folder, place):
     (folder / "models" / "settings.yaml").write_text("normalization: clip\n")
 
 
-def test_the_record_of_a_study(place, tmp_path, capsys):
+def test_the_record_of_a_study(place, tmp_path, capsys, monkeypatch):
     study_with_models(tmp_path, place)
+    read, original = [], kept.read_record
+    monkeypatch.setattr(kept, "read_record", lambda path, wanted: read.append(path) or original(path, wanted))
     record, output = tmp_path / "runs" / "soft-c1-seed0-abc.json", tmp_path / "inspection"
     assert cli.main(["inspect", str(record), str(place / "a b.png"), "--output", str(output)]) == 0
     assert "Run of a study: Soft MoE, seed 0, accuracy 87.5%" in capsys.readouterr().out
     page = (output / "index.html").read_text()
     assert "normalization clip" in page and "random" not in page
+    assert read == [record]  # once
 
 
 @pytest.mark.parametrize(("model", "words"), [
@@ -124,7 +128,7 @@ def test_files_and_folders_without_a_model(place, tmp_path, capsys, monkeypatch,
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ("nope IMAGE", "model 'nope' is no folder"),
-    ("vit_mo IMAGE", "did you mean 'vit_moe'?"),
+    ("vit_mo IMAGE", "did you mean vit_moe?"),
     ("text.jpg IMAGE", "model 'text.jpg' is a file; wanted a folder of save_pretrained"),
     ("None IMAGE", "has no MoE layer; wanted"),
     ("vit_tiny_patch16_224 IMAGE", "has no MoE layer; wanted"),

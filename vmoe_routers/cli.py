@@ -8,9 +8,8 @@ import re
 import sys
 import time
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from importlib import import_module
 from inspect import Parameter, get_annotations, signature
 from itertools import pairwise
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 from vmoe_routers import __version__
 from vmoe_routers._ctrl_c import end_at_once, raising
-from vmoe_routers.options import OptionError
+from vmoe_routers.options import OptionError, did_you_mean
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 _KINDS |= {"dict": "values by name", "list": "values with commas between them"}
@@ -148,7 +147,7 @@ def _add_recipes(parser: Any, arguments: Sequence[str]) -> None:
         defaults["model_args"] = kept
     unknown = sorted(defaults.keys() - {field.name for field in fields(TrainSettings)})
     if unknown:
-        nearest = _similar(unknown[0], [field.name for field in fields(TrainSettings)])
+        nearest = did_you_mean(unknown[0], [field.name for field in fields(TrainSettings)])
         raise OptionError(f"config {given['--config']}: no option {unknown[0]!r}{nearest}", "config")
     parser.set_defaults(defaults)
 
@@ -401,7 +400,7 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
         return _unknown(unknown[1].partition("=")[0], arguments)
     no_command = re.match(r"argument subcommand: invalid choice: '(.*?)'", message)
     if no_command:
-        return f"no command {no_command[1]!r}{_similar(no_command[1], COMMANDS)}; there are {', '.join(COMMANDS)}"
+        return f"no command {no_command[1]!r}{did_you_mean(no_command[1], COMMANDS)}; there are {', '.join(COMMANDS)}"
     no_value = re.fullmatch(r"argument (--\w+): expected one argument", message)
     if no_value:
         return f"{_as_typed(no_value[1][2:], arguments)} needs a value"
@@ -416,7 +415,7 @@ def _unknown(word: str, arguments: Sequence[str]) -> str:
     """Describes an argument that the command does not take."""
     command = COMMANDS.get(_command_name(arguments))
     if command is None:
-        return f"no option {word}{_similar(word, ['--help', '--version', '--print-completion'])}"
+        return f"no option {word}{did_you_mean(word, ['--help', '--version', '--print-completion'])}"
     parameters = signature(command.load()).parameters
     required = [name for name in parameters if parameters[name].default is Parameter.empty]
     if word.startswith("-"):
@@ -427,15 +426,9 @@ def _unknown(word: str, arguments: Sequence[str]) -> str:
         options = parameters.keys() - ({*command.hidden} | ({*required} if command.positional else set()))
         options |= {*command.added}
         word = _as_typed(name, arguments) if word.startswith("--") else word
-        return f"no option {word}{_similar(word, ['--' + name.replace('_', '-') for name in options])}"
+        return f"no option {word}{did_you_mean(word, ['--' + name.replace('_', '-') for name in options])}"
     likely = [] if command.positional else [*required, *({"data"} & parameters.keys())]
     return f"{word!r} follows no option" + (f"; did you mean --{likely[0]} {word}?" if likely else "")
-
-
-def _similar(word: str, names: Iterable[str]) -> str:
-    """Suggests the name that is closest to a mistyped word. Returns "" if none is close."""
-    found = get_close_matches(word.replace("_", "-"), list(names), 1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, Any, dict[str, Any]]:

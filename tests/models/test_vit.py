@@ -26,9 +26,9 @@ TINY = {
 
 @pytest.mark.parametrize("router", ["soft", "softmax_token_choice"])
 def test_misspelled_arguments_are_named(router):
-    with pytest.raises(TypeError, match=r"^vit_moe: no argument .* named 'depht'; the nearest is 'depth'$"):
+    with pytest.raises(TypeError, match=r"^vit_moe: no argument .* named 'depht'; did you mean depth\?$"):
         vit_moe(8, 4, router=router, depht=2)
-    with pytest.raises(TypeError, match=r"named 'capacity_facto'; the nearest is 'capacity_factor'$"):
+    with pytest.raises(TypeError, match=r"named 'capacity_facto'; did you mean capacity_factor\?$"):
         vit_moe(8, 4, router=router, capacity_facto=2)
 
 

@@ -12,8 +12,8 @@ from test_runs import TINY, made_up
 
 from vmoe_routers.checkpoints import from_pretrained
 from vmoe_routers.study import Variant, execution
-from vmoe_routers.study.folders import kept_model
 from vmoe_routers.study.jobs import Job, Timing
+from vmoe_routers.study.kept import kept_model
 from vmoe_routers.study.locks import locked
 from vmoe_routers.study.records import run_path, timing_path
 from vmoe_routers.training import Augmentation

@@ -22,7 +22,6 @@ from vmoe_routers.inspect.trace import Trace
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 from vmoe_routers.routers import SoftRouting
-from vmoe_routers.study.folders import kept_model
 from vmoe_routers.training.models import folder_of
 from vmoe_routers.training.pictures import read_picture
 from vmoe_routers.training.processes import processes
@@ -79,8 +78,9 @@ def inspect_images(
         if os.path.isdir(path):
             raise OptionError(f"{path}: is a folder, wanted image files: inspect MODEL IMAGE ...", "images")
     pictures = [read_picture(path) for path in images]
+    folder, run = folder_of(model)
     with processes(device) as world:
-        found = load(model, image_size, pretrained, model_args, world.device, "float32")
+        found = load(folder, image_size, pretrained, model_args, world.device, "float32")
         if not any(isinstance(module, MoEMlp) for module in found.modules()):
             raise OptionError(
                 f"model {model!r} has no MoE layer; wanted a model of vit_moe, one of vmoe_routers.models.NAMES, or an "
@@ -88,7 +88,7 @@ def inspect_images(
                 "model",
             )
         default = Augmentation(image_size=image_size or input_size(found, model), scale=None)
-        augmentation, origin = known_augmentation(model, found, pretrained, default)
+        augmentation, origin = known_augmentation(folder, found, pretrained, default)
         given = {"normalization": normalization, "crop_pct": crop_pct}
         augmentation = replace(augmentation, **{name: value for name, value in given.items() if value is not None})
         transform = Transform(augmentation, channels_of(found, model), training=False)
@@ -104,8 +104,7 @@ def inspect_images(
         f"Input: {transform.channels} x {augmentation.image_size} x {augmentation.image_size}, "
         f"normalization {augmentation.normalization} ({origin})",
     ]
-    if folder_of(model) != model:
-        _, run = kept_model(Path(model))
+    if run is not None:
         label, accuracy = run["variant"]["label"], run["final"]["accuracy"]
         about.append(f"Run of a study: {label}, seed {run['seed']}, accuracy {accuracy:.1%}")
     elif not (pretrained or Path(model).is_dir() or Path(f"{model}.index").is_file()):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from numbers import Integral, Number
@@ -25,6 +24,7 @@ from vmoe_routers.models.init import init_trunk
 from vmoe_routers.models.transformer import MoEVisionTransformer
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.ops._checks import Check
+from vmoe_routers.options import did_you_mean
 from vmoe_routers.routers import ROUTERS, RouterFactory, router_options
 
 SIZES: dict[str, dict[str, int]] = {
@@ -231,8 +231,7 @@ def _check_names(options: Iterable[str], given: Iterable[str], router: str | Rou
     known = {*signature(MoEMlp.__init__).parameters}.union(*map(router_options, ROUTERS))
     for name in options:
         if name not in known:
-            near = get_close_matches(name, [*given, *sorted(known)], 1)
-            meant = f"; the nearest is {near[0]!r}" if near else ""
+            meant = did_you_mean(name, [*given, *sorted(known)])
             raise TypeError(f"vit_moe: no argument and no option of a router is named {name!r}{meant}")
 
 

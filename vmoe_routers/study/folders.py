@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vmoe_routers.checkpoints.pretrained import CONFIG
 from vmoe_routers.files import write_whole
 from vmoe_routers.study.images import StudyData
 from vmoe_routers.study.jobs import Job, Timing
@@ -17,7 +16,6 @@ from vmoe_routers.study.records import (
     RecordError,
     fingerprint,
     read_record,
-    run_by_name,
     some_run,
     timing_record,
 )
@@ -108,31 +106,3 @@ def read_runs(folder: Path | str, contents: dict[str, Any] | None = None) -> lis
             add_timing(run, timed)
         found[key] = run
     return list(found.values())
-
-
-def kept_model(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Finds the model that a study kept for a run.
-
-    Args:
-        path: The record of the run, a file in the folder "runs" of a study.
-
-    Returns:
-        The folder of the model, for `from_pretrained`, and the record.
-
-    Raises:
-        RecordError: The file is not the record of a run, or the study kept no model.
-        OSError: The file cannot be opened.
-    """
-    try:
-        record = read_record(path, run_by_name())
-    except RecordError as error:
-        raise RecordError(f"{error}; wanted the record of a run, runs/*-seed*.json in a study's folder") from None
-    if record is None:
-        raise RecordError(f"{path}: no such file")
-    folder = path.parent.parent / "models" / path.stem
-    if not (folder / CONFIG).is_file():
-        raise RecordError(
-            f"{path}: the study kept no model of this run, {folder} is missing; the study's command with --save-models "
-            "(vmoe-routers study ... --save-models) trains it again and keeps it"
-        )
-    return folder, record

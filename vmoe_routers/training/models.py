@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from vmoe_routers.checkpoints.pretrained import CONFIG
 from vmoe_routers.models import upcycle, vit_moe
 from vmoe_routers.moe import MoEMlp
-from vmoe_routers.options import OptionError
+from vmoe_routers.options import OptionError, did_you_mean
 
 _CHECKPOINT = ".index"  # V-MoE's suffix of the file that lists the shards
 _KINDS = (
@@ -55,7 +54,7 @@ def load_model(
         OptionError: The model does not exist, or arguments do not fit. The error names options of `TrainSettings`.
         RecordError: The file is not the record of a run, or the study kept no model.
     """
-    model = folder_of(model)
+    model, _ = folder_of(model)
     try:
         found = _load(model, num_classes, channels, image_size, pretrained, arguments)
         if upcycled is not None:
@@ -78,8 +77,11 @@ def load_model(
     return found
 
 
-def folder_of(model: str) -> str:
-    """Returns the folder of the model that a study kept, for the record of a run. Returns any other name unchanged.
+def folder_of(model: str) -> tuple[str, dict[str, Any] | None]:
+    """Finds the folder of the model that a study kept, for the record of a run.
+
+    Returns:
+        The folder and the record. Any other name is returned unchanged, with None.
 
     Raises:
         OptionError: The name is a file within the folder of a model, or a file that is no record.
@@ -87,7 +89,7 @@ def folder_of(model: str) -> str:
     """
     path = Path(model)
     if not path.is_file() or timm.is_model(model):
-        return model
+        return model, None
     if path.suffix == _CHECKPOINT:
         raise OptionError(
             f"model {model!r} lists the parts of a checkpoint; wanted {model[: -len(_CHECKPOINT)]}", "model"
@@ -96,9 +98,10 @@ def folder_of(model: str) -> str:
         raise OptionError(f"model {model!r} is a file of a model; wanted its folder, {str(path.parent)!r}", "model")
     if path.suffix != ".json":
         raise OptionError(f"model {model!r} is a file; wanted {_KINDS}", "model")
-    from vmoe_routers.study.folders import kept_model
+    from vmoe_routers.study.kept import kept_model
 
-    return str(kept_model(path)[0])
+    folder, record = kept_model(path)
+    return str(folder), record
 
 
 def _load(
@@ -121,7 +124,9 @@ def _load(
         return _fitted(_from_checkpoint(model, arguments), model, classes, channels, size)
     if not timm.is_model(model):
         raise OptionError(
-            f"model {model!r} is no folder and no model of timm; {_similar(model)}wanted {_KINDS}", "model"
+            f"model {model!r} is no folder and no model of timm; wanted {_KINDS}"
+            f"{did_you_mean(model, ['vit_moe', *timm.list_models()])}",
+            "model",
         )
     try:
         return timm.create_model(model, pretrained=pretrained, **chosen, **dict(arguments))
@@ -133,12 +138,6 @@ def _load(
             "as vit_small_patch16_224",
             "model",
         ) from error
-
-
-def _similar(name: str) -> str:
-    """Suggests the model whose name is closest, in words. Returns "" if none is close."""
-    found = get_close_matches(name, ["vit_moe", *timm.list_models()], 1)
-    return f"did you mean {found[0]!r}? " if found else ""
 
 
 def _channels(count: int) -> str:

@@ -158,7 +158,7 @@ def known_augmentation(
     model: str, found: nn.Module, pretrained: bool, default: Augmentation
 ) -> tuple[Augmentation, str]:
     """Finds normalization, crop and filter of a model's training, and their source in words, or gives the default."""
-    model = folder_of(model)
+    model, _ = folder_of(model)
     settings = Path(model).parent / SETTINGS
     known = read_preprocessing(model) if Path(model).is_dir() else None
     if known is not None:
