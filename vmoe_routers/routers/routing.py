@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,6 +114,31 @@ def _check_rows(routing: Routing, method: str, name: str, value: Tensor, axes: s
     check.device(name, value, "the routing", beside)
 
 
+class _ByIdentity:
+    """Base of routings that are named tuples, before the tuple: compares by identity, and prints no tensors.
+
+    Comparing tuples would need the truth value of a tensor.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self: Any) -> str:
+        """Describes class and shape, without the values of the tensors."""
+        return (
+            f"{type(self).__name__}(num_groups={self.num_groups}, num_tokens={self.num_tokens}, "
+            f"num_experts={self.num_experts}, capacity={self.capacity})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
 class _Sparse(NamedTuple):
     token: Tensor
     gate: Tensor
@@ -130,7 +155,7 @@ class _Sparse(NamedTuple):
 
 
 # A named tuple, so that code that walks over a module's outputs (hooks, pytrees, summaries) finds the tensors.
-class SparseRouting(_Sparse, Routing):
+class SparseRouting(_ByIdentity, _Sparse, Routing):
     """Routing with a 0/1 dispatch tensor, held as the token and the weight of every slot.
 
     Attributes:
@@ -211,20 +236,6 @@ class SparseRouting(_Sparse, Routing):
         dropped = self.offsets.diff(dim=1) == 0
         return Usage(load.to(self.gate.dtype), load, self.weights, dropped, requests)
 
-    def __repr__(self) -> str:
-        """Describes class and shape, without the values of the tensors."""
-        return _describe(self)
-
-    # Compare routings by identity: `==` of tuples would need the truth value of a tensor.
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __ne__(self, other: object) -> bool:
-        return self is not other
-
-    def __hash__(self) -> int:
-        return id(self)
-
 
 class _Soft(NamedTuple):
     logits: Tensor
@@ -232,7 +243,7 @@ class _Soft(NamedTuple):
     mask: Tensor | None = None
 
 
-class SoftRouting(_Soft, Routing):
+class SoftRouting(_ByIdentity, _Soft, Routing):
     """Routing with dense dispatch and combine tensors, two softmaxes of the same logits.
 
     Attributes:
@@ -290,23 +301,3 @@ class SoftRouting(_Soft, Routing):
         gates = self.combine_tensor().sum(-1)
         filled = gates.new_full((self.num_groups, self.num_experts), self.capacity)
         return Usage(gates.sum(1), filled, gates, gates.new_zeros(gates.shape[:2], dtype=torch.bool))
-
-    def __repr__(self) -> str:
-        """Describes class and shape, without the values of the tensors."""
-        return _describe(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __ne__(self, other: object) -> bool:
-        return self is not other
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def _describe(routing: Routing) -> str:
-    return (
-        f"{type(routing).__name__}(num_groups={routing.num_groups}, num_tokens={routing.num_tokens}, "
-        f"num_experts={routing.num_experts}, capacity={routing.capacity})"
-    )
