@@ -135,6 +135,14 @@ __global__ void __launch_bounds__(kSoftmaxThreads) few_of_long_rows_kernel(
 }
 
 constexpr int kColumnThreads = 512;
+// Blocks per multiprocessor, which limit the registers. A multiprocessor has 1536 threads from
+// compute capability 11.0 on and on 8.6, 8.7 and 8.9, and 2048 threads on 8.0, 9.0 and 10.x.
+#if defined(__CUDA_ARCH__) &&                                                                      \
+    (__CUDA_ARCH__ >= 1100 || (__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900))
+[[maybe_unused]] constexpr int kColumnBlocks = 3;
+#else
+[[maybe_unused]] constexpr int kColumnBlocks = 4;
+#endif
 constexpr int64_t kMostExperts = 128;
 
 // Writes the gates of `count` tokens to `tile` in shared memory, one row per expert. The gates of
@@ -170,7 +178,8 @@ __device__ void gates_to_tile(
 
 // kTokens: tokens per lane, when a warp chooses for an expert.
 template <typename T, int kLanes, int kEach, int kTokens>
-__global__ void __launch_bounds__(kColumnThreads, sizeof(T) == 4 && kTokens == 8 ? 4 : 0)
+__global__ void __launch_bounds__(
+    kColumnThreads, sizeof(T) == 4 && kTokens == 8 ? kColumnBlocks : 0)
     few_of_columns_kernel(
         const T* __restrict__ logits,  // [G, T, E]
         Chosen<T> chosen,              // rows: [G, E]
