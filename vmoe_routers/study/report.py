@@ -74,20 +74,29 @@ svg { display: block; margin-left: auto; }
 _READING = """
 <p>All models have the same trunk, recipe, data order and augmentation. Models of one seed start from the same trunk.
 Models differ only in the layer that replaces the MLP of some blocks. Numbers are means over seeds after the last
-epoch, on the test images, ± the standard error of the mean. <em>Minus dense</em> is the mean of the differences to
-the dense ViT, taken seed by seed, ± the standard error of this mean. It is <b>bold</b> where its 95 % interval by
-Student's t excludes 0. For 3 seeds that interval is 4.3 standard errors to either side. <em>Step</em> is the median
-time of a training step. <em>Training</em> is the median step times the number of steps. The steps were timed after
-the training: all variants took turns in one process, one step per round, and ± is the standard error over the rounds.
-<em>Slots</em> are the expert inputs computed per image and MoE layer; for the dense ViT they are the tokens. <em>MLP
-FLOPs</em> are the operations of MLPs, experts and routing in a forward pass. <em>Dropped</em> is the share of the
-tokens that no expert took, <em>load CV</em> the standard deviation of the experts' load divided by the mean load,
-<em>used</em> the share of the slots that held a token.</p>
-<p>The limits: the models and images are small, the trainings are short, and times hold for the machine named below. The
-study does not reproduce the results of <a href="https://arxiv.org/abs/2401.15969">the paper</a> on JFT and ImageNet
-with 32 experts. A router that wins here need not win there. The study makes many comparisons: where models do not
-differ, one comparison in twenty still looks clear. The results are shown whether or not they agree with the
-paper.</p>
+epoch, on the test images, ± the standard error of the mean.</p>
+<ul>
+<li><em>Minus dense</em> is the mean of the differences to the dense ViT, taken seed by seed, ± the standard error of
+this mean. It is <b>bold</b> if its 95 % interval by Student's t excludes 0. For 3 seeds, the interval is 4.3 standard
+errors to either side.</li>
+<li><em>Step</em> is the median time of a training step, and <em>training</em> is this time multiplied by the number of
+steps. The steps were timed after the training: all variants took turns in one process, one step per round. ± is the
+standard error over the rounds.</li>
+<li><em>Slots</em> are the expert inputs computed per image and MoE layer. For the dense ViT they are the tokens.</li>
+<li><em>MLP FLOPs</em> are the operations of MLPs, experts and routing in a forward pass.</li>
+<li><em>Dropped</em> is the share of the tokens that no expert took.</li>
+<li><em>Load CV</em> is the standard deviation of the experts' load, divided by the mean load.</li>
+<li><em>Used</em> is the share of the slots that held a token.</li>
+</ul>
+<p>The results have these limits:</p>
+<ul>
+<li>The models and images are small, and the trainings are short. The times are for the machine named below.</li>
+<li>The study does not reproduce the results of <a href="https://arxiv.org/abs/2401.15969">the paper</a> on JFT and
+ImageNet with 32 experts. A router that is ahead here may be behind on these data sets.</li>
+<li>The study makes many comparisons. If models do not differ, one comparison in twenty still looks clear, on
+average.</li>
+<li>The results are shown whether or not they agree with the paper.</li>
+</ul>
 """
 
 
@@ -196,9 +205,9 @@ def unlearned(rows: Sequence[Row], chance: float | None) -> list[str]:
         return []
     which = "any model" if len(found) == len(rows) else _some(found)
     return [
-        f"Nothing was learned by {which}: the accuracy is not clearly above that of a model that always answers the "
-        f"most frequent class ({100 * cast(float, chance):.1f} % or less). Differences between such models mean "
-        "nothing. Train longer (--epochs), or with another --learning-rate."
+        f"Nothing was learned by {which}: the accuracy is not clearly above the accuracy of a model that always "
+        f"answers the most frequent class ({100 * cast(float, chance):.1f} % or less). Differences between such models "
+        "mean nothing. Train longer (--epochs), or with another --learning-rate."
     ]
 
 
@@ -243,7 +252,7 @@ def _unfinished(finished: int, planned: int | None) -> list[str]:
     """Writes how many runs of the study are finished, unless all are."""
     if planned is None or finished >= planned:
         return []
-    return [f"<p><b>{finished} of {planned} runs are finished.</b> The numbers may change with the runs to come.</p>"]
+    return [f"<p><b>{finished} of {planned} runs are finished.</b> The remaining runs may change the numbers.</p>"]
 
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
