@@ -32,7 +32,7 @@ test: .venv/test
 	$(bin)/cmake --build $(build) --target tests/cpp/all --parallel $(cores)
 	$(bin)/ctest --test-dir $(build) --output-on-failure --parallel $(cores)
 	$(pytest) $(ARGS)
-	$(pytest) --cuda-on-host=$(build)/tests/cpp/cuda/libcuda_on_host.so \
+	$(pytest) -n $(cores) --cuda-on-host=$(build)/tests/cpp/cuda/libcuda_on_host.so \
 	  tests/ops tests/routers tests/properties tests/test_moe.py $(ARGS) || \
 	  [ $$? -eq 5 ]  # 5: ARGS selects none of these tests
 
