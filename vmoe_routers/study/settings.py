@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
+from vmoe_routers.fields import check_field, check_fields
 from vmoe_routers.models.vit import moe_block_indices
 from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
 from vmoe_routers.routers import ROUTERS
@@ -111,6 +111,7 @@ class Settings:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, most in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
@@ -189,9 +190,10 @@ class Settings:
         for name, value in self.training.items():
             if name not in kinds:
                 raise OptionError(f"training: no option {name!r}; there are {', '.join(sorted(kinds))}", "training")
-            if not _is_of(value, kinds[name]):
-                kind = getattr(kinds[name], "__name__", None) if isinstance(kinds[name], type) else None
-                raise OptionError(f"training: {name} must be {kind or kinds[name]}, got {value!r}", "training")
+            try:
+                check_field(name, value, kinds[name])
+            except OptionError as error:
+                raise OptionError(f"training: {error}", "training") from None
         if not math.isfinite(self.training.get("head_bias", 0.0)):
             raise OptionError(f"training: head_bias must be finite, got {self.training['head_bias']}", "training")
         try:
@@ -220,17 +222,3 @@ class Settings:
         """Returns the values of `training` that are fields of the dataclass."""
         names = {option.name for option in fields(options)}
         return {name: value for name, value in self.training.items() if name in names}
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Tells whether a value from JSON or YAML is of the kind of a type hint. A list may replace a tuple."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is tuple:
-        return isinstance(value, (list, tuple)) and len(value) == len(parts) and all(map(_is_of, value, parts))
-    if origin is dict:
-        return isinstance(value, Mapping)
-    if parts:  # a union
-        return any(_is_of(value, part) for part in parts)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from vmoe_routers.fields import check_fields
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.schedules import SCHEDULES, learning_rate
@@ -76,6 +77,7 @@ class Optimisation:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
+        check_fields(self)
         choices = {"schedule": SCHEDULES, "loss": LOSSES, "trained": TRAINED, "precision": tuple(DTYPES)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

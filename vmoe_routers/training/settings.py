@@ -13,6 +13,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from vmoe_routers.distributed.parallelize import Checkpointing
+from vmoe_routers.fields import check_fields
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.loader import BAD_IMAGES, MOST_WORKERS
 from vmoe_routers.training.optimisation import Optimisation, at_least, only
@@ -96,6 +97,7 @@ class TrainSettings(Optimisation, Augmentation):
     ep: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         # YAML has lists instead of tuples, and strings instead of paths.
         for name, kind in (("scale", tuple), ("ratio", tuple), ("output", Path), ("data_root", Path)):
             if getattr(self, name) is not None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vmoe_routers.fields import check_fields
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.samples import Data
 from vmoe_routers.training.stream import generators_kept, seed_cpu
@@ -78,6 +79,7 @@ class Augmentation:
     switch_prob: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("image_size", "repeats"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         wanted = f"at least 0 and less than the image's size, {self.image_size}"
