@@ -405,10 +405,12 @@ def _plain(message: str, arguments: Sequence[str]) -> str:
     if no_value:
         return f"{_as_typed(no_value[1][2:], arguments)} needs a value"
     key, kind = re.match(r'Parser key "(\w+)"', message), re.search(r"<class '(?!NoneType)(\w+)'>", message)
-    value = re.search(r"(?:Given|Got) value: (.*)", message)
-    if not (key and kind and value):
+    count, value = re.search(r"tuple with (\d+) elements", message), re.search(r"(?:Given|Got) value: (.*)", message)
+    wanted = _KINDS.get(kind[1], kind[1]) if kind else ""
+    wanted = f"{count[1]} values with commas between them" if count else wanted
+    if not (key and wanted and value):
         return message
-    return f"{_as_typed(key[1], arguments)} must be {_KINDS.get(kind[1], kind[1])}, got {value[1]}"
+    return f"{_as_typed(key[1], arguments)} must be {wanted}, got {value[1]}"
 
 
 def _unknown(word: str, arguments: Sequence[str]) -> str:

@@ -43,6 +43,9 @@ _DERIVED = ("in_features", "hidden_features", "out_features", "act_layer", "drop
 """Arguments of `MoEMlp` that follow from the model's arguments."""
 
 
+_MOST_BLOCKS = 10_000  # each is a module of Python, which fills the memory one after another
+
+
 def moe_block_indices(depth: int, rule: str | Iterable[int]) -> tuple[int, ...]:
     """Lists the blocks with a MoE layer, of the blocks 0 .. depth - 1, in ascending order.
 
@@ -244,7 +247,8 @@ def _checked(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"vit_moe: img_size {c['img_size']} is not a multiple of patch_size {c['patch_size']}")
     for name, size in (("img_size", image), ("patch_size", patch)):
         c[name] = size[0] if size[0] == size[1] else size
-    lowest = {"in_chans": 1, "num_classes": 0, "embed_dim": 1, "depth": 1, "num_heads": 1, "group_size": 1}
+    c["depth"] = check.integer("depth", c["depth"], 1, _MOST_BLOCKS)
+    lowest = {"in_chans": 1, "num_classes": 0, "embed_dim": 1, "num_heads": 1, "group_size": 1}
     for name, low in {**lowest, "num_experts": 1}.items():
         c[name] = check.integer(name, c[name], low)
     if c["embed_dim"] % c["num_heads"]:

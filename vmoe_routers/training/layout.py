@@ -11,11 +11,18 @@ from torch.nn.parallel import DistributedDataParallel
 from vmoe_routers.distributed import Meshes, parallelize
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
-from vmoe_routers.training.models import load_model
+from vmoe_routers.training.models import load_model, refuse_names
 from vmoe_routers.training.optimisation import DTYPES, freeze
 from vmoe_routers.training.processes import World
 from vmoe_routers.training.samples import Data
 from vmoe_routers.training.settings import TrainSettings
+
+_ORIGINS = {
+    **dict.fromkeys(("num_classes", "in_chans", "channels"), "the data"),
+    **dict.fromkeys(("img_size", "image_size"), "the option image_size"),
+    "pretrained": "the option pretrained",
+    "upcycled": "the option upcycle",
+}
 
 
 def make_model(settings: TrainSettings, data: Data, image_size: int) -> nn.Module:
@@ -26,6 +33,7 @@ def make_model(settings: TrainSettings, data: Data, image_size: int) -> nn.Modul
     """
     if not settings.model:
         raise OptionError("model must not be empty: this recipe fine-tunes a model that you name", "model")
+    refuse_names(settings.model_args, _ORIGINS)
     chosen = ("num_experts", "capacity_factor", "top_k", "group_size")
     routing = {name: value for name in chosen if (value := getattr(settings, name)) is not None}
     arguments: dict[str, Any] = dict(settings.model_args)

@@ -77,6 +77,17 @@ def load_model(
     return found
 
 
+def refuse_names(arguments: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Refuses further arguments of a model that have another origin, such as an option.
+
+    Raises:
+        OptionError: An argument has the name of a key of `origins`.
+    """
+    for name, origin in origins.items():
+        if name in arguments:
+            raise OptionError(f"model_args must not have {name!r}, which comes from {origin}", "model_args")
+
+
 def folder_of(model: str) -> tuple[str, dict[str, Any] | None]:
     """Finds the folder of the model that a study kept, for the record of a run.
 

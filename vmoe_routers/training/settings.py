@@ -14,7 +14,7 @@ from yaml.constructor import ConstructorError
 
 from vmoe_routers.distributed.parallelize import Checkpointing
 from vmoe_routers.fields import check_fields
-from vmoe_routers.options import OptionError
+from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
 from vmoe_routers.training.loader import BAD_IMAGES, MOST_WORKERS
 from vmoe_routers.training.optimisation import Optimisation, at_least, only
 from vmoe_routers.training.transforms import Augmentation
@@ -106,6 +106,11 @@ class TrainSettings(Optimisation, Augmentation):
         self.augmentation(self.image_size or max(224, self.shift + 1))  # the data may have larger images
         at_least(self, 1, "epochs", "batch_size", "log_every", "replicate", "ep", "evaluate_every", "save_every")
         at_least(self, 1, "num_experts", "top_k", "group_size", "image_size")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor <= MAX_CAPACITY_FACTOR:
+            raise OptionError(
+                f"capacity_factor must be positive and at most {MAX_CAPACITY_FACTOR:g}, got {self.capacity_factor}",
+                "capacity_factor",
+            )
         at_least(self, 0, "seed", "workers")
         if self.workers > MOST_WORKERS:
             raise OptionError(f"workers must be at most {MOST_WORKERS}, got {self.workers}", "workers")

@@ -13,7 +13,7 @@ from torch import nn
 
 from vmoe_routers.checkpoints.pretrained import CONFIG, read_preprocessing
 from vmoe_routers.options import OptionError
-from vmoe_routers.training.models import folder_of, load_model
+from vmoe_routers.training.models import folder_of, load_model, refuse_names
 from vmoe_routers.training.samples import Data
 from vmoe_routers.training.settings import SETTINGS, read_settings
 from vmoe_routers.training.sources import open_data
@@ -120,6 +120,7 @@ def load(
         raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", "dtype")
     if not model:
         raise OptionError("model must not be empty", "model")
+    refuse_names(model_args or {}, {name: f"the option {name}" for name in ("image_size", "pretrained")})
     found = load_model(model, image_size=image_size, pretrained=pretrained, **(model_args or {}))
     return found.to(device, DTYPES[dtype]).eval()
 

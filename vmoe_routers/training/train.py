@@ -110,6 +110,14 @@ class Plan(NamedTuple):
                 "batch_size",
                 "accumulate",
             )
+        if (settings.mixup or settings.cutmix) and settings.batch_size // world.size % 2:
+            raise OptionError(
+                f"batch_size {settings.batch_size} must be a multiple of {2 * world.size}, because mixup and cutmix "
+                "mix pairs of images",
+                "batch_size",
+                "mixup",
+                "cutmix",
+            )
         steps_per_epoch = len(data.train) // settings.batch_size
         if not steps_per_epoch:
             raise OptionError(
