@@ -304,3 +304,5 @@ def test_refuses():
         experts(x, filled.to("meta"))
     with pytest.raises(ValueError, match=r"^Experts: x"):
         experts(x.to("meta"))
+    with pytest.raises(TypeError, match=r"^ExpertList: experts must be a sequence of nn.Modules, got int"):
+        vr.ExpertList(3)

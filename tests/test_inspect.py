@@ -294,8 +294,10 @@ def test_kinds_of_models(training):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for our ops
-def test_vmap_is_refused():
+def test_record_refuses_vmap_and_wrong_types():
     layer = vr.MoEMlp(4, 8, num_experts=2, router="soft")
+    with pytest.raises(TypeError, match="record: eager must be a bool, got int"), vr.inspect.record(layer, eager=1):
+        pass
     with vr.inspect.record(layer) as trace:
         with pytest.raises(ValueError, match=r"record: the model must not run under torch.func.vmap"):
             torch.func.vmap(layer)(torch.randn(3, 1, 5, 4))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -215,6 +215,8 @@ class ExpertList(nn.ModuleList):
     """
 
     def __init__(self, experts: Sequence[nn.Module]):
+        if not isinstance(experts, Iterable):
+            raise TypeError(f"ExpertList: experts must be a sequence of nn.Modules, got {type(experts).__name__}")
         experts = list(experts)
         for expert in experts:
             if not isinstance(expert, nn.Module):

@@ -199,7 +199,7 @@ def test_refuses():
             softmax_topk(logits, k)
     with refused(OP, "k"):
         softmax_topk(logits, 6, 1)
-    for dim in (0, 3, -1):
+    for dim in (0, 3, -1, torch.tensor([1, 2])):
         with refused(OP, "dim"):
             softmax_topk(logits, 1, dim)
     for mask in (torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 5), [True]):

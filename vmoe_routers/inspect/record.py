@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vmoe_routers.inspect.trace import Trace
 from vmoe_routers.moe import MoEMlp
+from vmoe_routers.ops._checks import Check
 from vmoe_routers.routers import Routing
 
 
@@ -60,6 +61,7 @@ def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"record: model must be an nn.Module, got {type(model).__name__}")
+    Check("record").flag("eager", eager)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEMlp)}
     if not layers:
         raise ValueError(f"record: model must have a MoEMlp inside, {type(model).__name__} has none")

@@ -119,7 +119,7 @@ class Check:
 
     def choice(self, name: str, value: object, choices: Sequence[object]) -> None:
         """Checks that `value` is one of `choices`."""
-        if value not in choices:
+        if isinstance(value, Tensor) or value not in choices:  # a tensor has no single truth value
             wanted = ", ".join(map(repr, choices))
             raise ValueError(f"{self.where}: {name} must be one of {wanted}, got {value!r}")
 
