@@ -133,7 +133,7 @@ def test_benchmark(model, tmp_path):
     ({"model": "test_vit", "model_args": {"img_size": (160, 80)}}, "images of 160 x 80 pixels, wanted a square"),
     ({"model": "mixer_s32_224", "model_args": {"stem_norm": 1}}, "model 'mixer_s32_224'"),
     ({"normalization": "mean"}, "normalization must be one of"),
-    ({"crop_pct": 2.0}, "crop_pct must be in (0, 1], got 2.0"),
+    ({"crop_pct": 2.0}, "crop_pct must be in [0.1, 1], got 2.0"),
     ({"data": "nowhere"}, "no folder 'nowhere'"),
     ({"device": "tpu"}, "device must be 'auto', 'cpu' or 'cuda', got 'tpu'"),
 ])  # fmt: skip
