@@ -72,10 +72,8 @@ esac
 install() { .venv/bin/python -m pip --disable-pip-version-check install --no-compile "$@"; }
 quiet=--quiet
 [ -t 1 ] && quiet=  # show a progress bar in a terminal
-say "installing torch (several GB, only the first time)"
-install $quiet torch torchvision
-say "installing build tools"
-install --quiet scikit-build-core pybind11 setuptools-scm cmake ninja
+say "installing torch (several GB, only the first time) and build tools"
+install $quiet torch torchvision scikit-build-core pybind11 setuptools-scm cmake ninja
 say "installing the dependencies of $extra; compiling $cuda_words"
 # One pip downloads the dependencies while another compiles. With build isolation, pip would download torch a second
 # time. The Makefile builds the tests in the same folder.
