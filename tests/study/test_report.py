@@ -45,6 +45,11 @@ def one_figure(request, monkeypatch):
         monkeypatch.setattr(figures, "_FIGURES", figures._FIGURES[:1])
 
 
+@pytest.fixture
+def no_figure(monkeypatch):
+    monkeypatch.setattr(figures, "_FIGURES", ())
+
+
 def write(folder, runs, settings=None):
     path = report.write_report(folder, runs, settings or {"data": "digits", "command": "study --seeds 3"})
     text = path.read_text(encoding="utf-8")
@@ -138,6 +143,7 @@ def test_copes_with_little(tmp_path, runs):
     assert f"{len(runs)} model" in page.text
 
 
+@pytest.mark.usefixtures("no_figure")
 def test_says_where_and_when_the_runs_were_made(tmp_path):
     runs = study(seeds=2)
     _, page = write(tmp_path, runs)
@@ -152,11 +158,13 @@ def test_says_where_and_when_the_runs_were_made(tmp_path):
     assert "a second one" in page.text and "on another machine" in page.text and "the timing's" in page.text
 
 
+@pytest.mark.usefixtures("no_figure")
 def test_a_narrow_mlp_is_explained(tmp_path):
     assert "usual is 4" in write(tmp_path, study(seeds=1), {"mlp_ratio": 1.0})[1].text
     assert "usual is 4" not in write(tmp_path, study(seeds=1), {"mlp_ratio": 4.0})[1].text
 
 
+@pytest.mark.usefixtures("no_figure")
 @pytest.mark.parametrize(("program", "command"), [
     ("/somewhere/vmoe_routers/__main__.py", "python -m vmoe_routers study --output 'a b'"),
     ("/bin/vmoe-routers", "vmoe-routers study --output 'a b'"),

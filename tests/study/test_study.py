@@ -105,6 +105,7 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
 
 
 def test_other_images_at_the_same_place_are_run_anew(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(figures, "_FIGURES", ())
     settings = replace(TINY, routers=["soft"], capacity_factors=[1.0], seeds=1, output=tmp_path)
     run_study(settings, silent())
     run_study(settings, silent())
