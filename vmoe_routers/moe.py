@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vmoe_routers.experts import ExpertList, Experts, GeluTanh, check_drop
-from vmoe_routers.ops._checks import Check, traced_size, tracing
+from vmoe_routers.ops._checks import Check, exporting, traced_size, tracing
 from vmoe_routers.pending import PendingLosses, total_loss
 from vmoe_routers.routers import RouterFactory, Routing, create_router
 
@@ -156,7 +156,7 @@ class MoEMlp(nn.Module):
         tokens = traced_size(tokens)  # a traced layer has the capacity for this number; another number must fail
         groups = batch // images
         x = x.reshape(groups, images * tokens, width)
-        if torch.compiler.is_exporting():
+        if exporting():
             # With a dynamic batch, torch.export treats the tokens as a symbol after reshape, as a number after expand.
             x = x.expand(groups, images * tokens, width)
         routing = self.router(x, None if mask is None else mask.reshape(groups, images * tokens))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from vmoe_routers.ops._checks import exporting
+
 _TICKS = itertools.count()
 """Counter that orders forwards and readings. A clock may give two events the same time."""
 
@@ -99,7 +101,7 @@ class PendingLosses:
             `y`; its backward pass may also compute the gradient of the loss.
         """
         if torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            if torch.is_grad_enabled() and not exporting():
                 self.compiled.add_(loss())
         elif torch._C._current_graph_task_id() != -1:
             # A backward pass is running: a checkpoint repeats its region. A non-re-entrant checkpoint restores the

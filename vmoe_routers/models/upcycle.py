@@ -13,7 +13,7 @@ from vmoe_routers.models.blocks import pass_masks
 from vmoe_routers.models.dense import find_blocks, parts_of
 from vmoe_routers.models.vit import check_router, moe_block_indices, needs_num_tokens, plain
 from vmoe_routers.moe import MoEMlp, no_weight_decay
-from vmoe_routers.ops._checks import Check
+from vmoe_routers.ops._checks import Check, exporting
 from vmoe_routers.routers import RouterFactory
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -115,7 +115,7 @@ def _refuse_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _refuse_mask_of_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     # In an export, a model without a mask passes its blocks a mask that hides nothing.
-    if not torch.compiler.is_exporting():
+    if not exporting():
         _refuse_mask(block, args, {"attention_mask": args[1]} if len(args) > 1 else kwargs)
 
 

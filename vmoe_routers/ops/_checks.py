@@ -18,6 +18,13 @@ def tracing() -> bool:
     return torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
+def exporting() -> bool:
+    """Tells whether torch.export runs. In torch 2.11, `torch.compiler.is_exporting` is true in torch.compile, too."""
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting()
+
+
 def traced_size(value: Any) -> Any:
     """Converts a size that torch.jit.trace passes as a tensor to an int. Returns any other value unchanged."""
     return int(value) if tracing() and isinstance(value, Tensor) and value.ndim == 0 else value

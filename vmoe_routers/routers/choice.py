@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe_routers.ops._checks import Check, larger, smaller, traced_size
+from vmoe_routers.ops._checks import Check, exporting, larger, smaller, traced_size
 from vmoe_routers.ops.assign_slots import assign_slots_unchecked
 from vmoe_routers.ops.combine import combine_unchecked
 from vmoe_routers.ops.dispatch import dispatch_unchecked
@@ -46,7 +46,7 @@ def capacity(
 
 def slots_per_expert(tokens: int, num_experts: int, factor: float, rounding: str, multiple_of: int) -> int:
     """Computes `capacity` without checks. `tokens` may be symbolic, as under torch.compile(dynamic=True)."""
-    if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting():
+    if isinstance(tokens, torch.SymInt) and exporting():
         return _exported_slots(tokens, num_experts, factor, rounding, multiple_of)
     slots = tokens * factor / num_experts
     slots = larger(1, math.ceil(slots) if rounding == "ceil" else round(slots))
