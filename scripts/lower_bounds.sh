@@ -13,6 +13,7 @@ install --no-build-isolation '.[training]' pytest pytest-xdist hypothesis 'tomli
 # The tests run in a folder without the source tree, so that they import the installed package.
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
+chmod 755 "$run"  # a test becomes another user
 cp -r tests docs examples scripts pyproject.toml README.md "$run"
 cd "$run"
 # Old packages call functions that newer versions of their dependencies deprecate.

