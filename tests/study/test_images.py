@@ -96,9 +96,11 @@ def test_further_options_of_the_training(folder):
 @pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]().device == "cuda"])
 def test_large_recipes_take_steps_on_a_small_folder(folder, name):
     """Keeps the recipe's training, augmentation and kind of model, but with small sizes."""
+    recipe = RECIPES[name]()
     settings = replace(
-        RECIPES[name](), data=str(folder), device="cpu", width=16, depth=2, heads=2, num_experts=2, batch_size=4,
+        recipe, data=str(folder), device="cpu", width=16, depth=2, heads=2, num_experts=2, batch_size=4,
         group_size=2, epochs=1, patch_size=16, image_size=32, holdout=4, data_workers=0,
+        training={**recipe.training, "warmup": 0.5},  # 10,000 steps in the recipe
     )  # fmt: skip
     data, _ = load_images(settings)
     record = run(settings, Variant("softmax_expert_choice", 1.0), 0, data, None)
