@@ -17,5 +17,6 @@ chmod 755 "$run"  # a test becomes another user
 cp -r tests docs examples scripts pyproject.toml README.md "$run"
 cd "$run"
 # Old packages call functions that newer versions of their dependencies deprecate.
-python -m pytest -n auto -p no:cacheprovider -W ignore::DeprecationWarning tests/test_import.py tests/test_moe.py tests/test_experts.py \
-  tests/test_missing_packages.py tests/ops tests/routers tests/models tests/checkpoints tests/study tests/training
+python -m pytest -n auto -p no:cacheprovider -W ignore::DeprecationWarning \
+  tests/test_import.py tests/test_moe.py tests/test_experts.py tests/test_aux_loss.py tests/test_missing_packages.py \
+  tests/ops tests/routers tests/models tests/checkpoints tests/study tests/training
