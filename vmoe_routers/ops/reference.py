@@ -309,6 +309,7 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
     wide = _wide(x)
     # Squares of entries may overflow. The largest entry of a token, at least 1, also if the width is 0:
     largest = F.pad(wide.detach().abs(), (0, 1), value=1.0).amax(2, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 1.0)  # an infinite entry makes no other entry NaN
     wide = wide / largest
     unit = wide * (wide.square().sum(2, keepdim=True) + 1e-6 / largest / largest).rsqrt()
     return torch.einsum("gtd,ds->gts", unit, _wide(phi))
