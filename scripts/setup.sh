@@ -69,18 +69,18 @@ esac
 
 [ -x .venv/bin/pip ] || { say "creating .venv with $("$python" --version)"; "$python" -m venv --clear .venv; }
 # --no-compile: Python compiles modules at their first import. Compiling all of torch takes longer than the study.
-install() { .venv/bin/python -m pip --disable-pip-version-check install --no-compile "$@"; }
+install=(.venv/bin/python -m pip --disable-pip-version-check install --no-compile)
 quiet=--quiet
 [ -t 1 ] && quiet=  # show a progress bar in a terminal
 say "installing torch (several GB, only the first time) and build tools"
-install $quiet torch torchvision scikit-build-core pybind11 setuptools-scm cmake ninja
+"${install[@]}" $quiet torch torchvision scikit-build-core pybind11 setuptools-scm cmake ninja
 say "installing the dependencies of $extra; compiling $cuda_words"
 # One pip downloads the dependencies while another compiles. With build isolation, pip would download torch a second
 # time. The Makefile builds the tests in the same folder.
 mkdir -p build
 .venv/bin/python scripts/requirements.py "$extra" >build/requirements.txt
-install --quiet -r build/requirements.txt &
+"${install[@]}" --quiet -r build/requirements.txt &
 dependencies=$!
-install --quiet --no-build-isolation --no-deps --config-settings=build-dir=build/venv --editable . "${options[@]}" ||
-  { wait; exit 1; }
+trap 'kill "$dependencies" 2>/dev/null || true' EXIT  # Ctrl-C and a failed build end the other pip, too
+"${install[@]}" --quiet --no-build-isolation --no-deps --config-settings=build-dir=build/venv --editable . "${options[@]}"
 wait "$dependencies"

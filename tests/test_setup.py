@@ -5,6 +5,7 @@ import runpy
 import shutil
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def test_a_failed_installation_of_the_dependencies_ends_the_script(setup, tmp_pa
     pip.write_text(f'{STAND_IN}case "$*" in *requirements.txt) exit 3;; esac\n')
     done, _ = setup("test")
     assert done.returncode == 3
+
+
+def test_a_failed_build_ends_the_installation_of_the_dependencies(setup, tmp_path):
+    pip = tmp_path / ".venv" / "bin" / "python"
+    pip.write_text(f'{STAND_IN}case "$*" in *requirements.txt) exec sleep 60;; *--editable*) exit 4;; esac\n')
+    start = time.monotonic()
+    done, _ = setup("test")  # returns when no process has the script's standard output
+    assert done.returncode == 4 and time.monotonic() - start < 50
 
 
 def test_requirements_of_extras():
