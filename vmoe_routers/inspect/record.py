@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
 from vmoe_routers.inspect.trace import Trace
@@ -98,6 +97,9 @@ def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
 
 
 def _refuse_vmap() -> None:
+    # Imported here, because this part of torch is private: if a release moves it, the rest of the package works.
+    from torch._C._functorch import TransformType, get_interpreter_stack
+
     if any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or []):
         raise ValueError("record: the model must not run under torch.func.vmap; wanted a batch as the model takes it")
 
