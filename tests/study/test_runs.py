@@ -94,6 +94,13 @@ def test_a_run_can_be_repeated():
     assert first["loss"] == same["loss"] != other["loss"] and first["train_loss"] == same["train_loss"]
 
 
+@pytest.mark.parametrize("option", ["mixup", "cutmix"])
+def test_images_are_mixed(option):
+    settings = replace(TINY, training={option: 1.0})
+    plain, mixed, again = (run(of, DENSE, 0, made_up(), None)["epochs"][-1] for of in (TINY, settings, settings))
+    assert mixed["train_loss"] == again["train_loss"] != plain["train_loss"]
+
+
 def test_transfer():
     other = made_up(train=120, test=40, seed=1)
     # The pixels show the label.

@@ -184,6 +184,7 @@ def test_transfer_gives_figure_2(tmp_path, here):
     ({"training": {"optimizer_args": {"speed": 3}}}, "training: optimizer 'adamw' with .*speed"),
     ({"training": {"warmup": 1e9}}, "training: warmup must take at most all 2 steps of the training"),
     ({"training": {"repeats": 3}}, "batch_size must be a multiple of repeats 3 in training, got"),
+    ({"training": {"cutmix": 1.0}, "batch_size": 15, "group_size": 5}, "batch_size must be even for mixup and cutmix"),
 ])  # fmt: skip
 def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     with pytest.raises(ValueError, match=words):

@@ -25,7 +25,7 @@ from vmoe_routers.training.probes import features_of
 from vmoe_routers.training.samples import Samples
 from vmoe_routers.training.settings import SETTINGS
 from vmoe_routers.training.trainer import TrainingError
-from vmoe_routers.training.transforms import Augmentation
+from vmoe_routers.training.transforms import Augmentation, Mixing
 
 
 def run(
@@ -60,13 +60,18 @@ def run(
     epochs: list[dict[str, float]] = []
     measured = None
     trainer = Trainer(model.train(), settings.optimisation(), steps, seed=seed)
-    seconds, diverged = 0.0, None
+    seconds, diverged, mix = 0.0, None, None
+    augmentation = settings.augmentation(data.size)
+    if augmentation.mixup or augmentation.cutmix:
+        mix = Mixing(augmentation, data.num_classes, seed=seed)
     with batches_of_training(settings, data, trained, seed, steps) as batches:
         for epoch in range(1, settings.epochs + 1):
             start = time.perf_counter()
             losses, images = [], None
-            for images, labels, _ in islice(batches, steps_per_epoch):
-                losses.append(trainer(images, labels).loss)
+            for images, targets, _ in islice(batches, steps_per_epoch):
+                if mix is not None:
+                    images, targets = mix(images, targets, trainer.step)
+                losses.append(trainer(images, targets).loss)
             train_loss = float(torch.stack(losses).mean())  # waits for the device
             try:
                 trainer.check(cast(Tensor, images))
@@ -84,7 +89,7 @@ def run(
         measured = _measure(model, settings, data, final, batch)
     if folder is not None:
         save_pretrained(model, folder)
-        _keep_input(folder.parent / SETTINGS, settings.augmentation(data.size))
+        _keep_input(folder.parent / SETTINGS, augmentation)
     return {
         "variant": variant.describe(),
         "seed": seed,

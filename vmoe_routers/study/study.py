@@ -164,18 +164,24 @@ def _check_fit(settings: Settings, data: StudyData, transfer: Images | None) -> 
         raise OptionError(
             f"shift {settings.shift} moves images of {data.size} x {data.size} pixels out of the frame", "shift"
         )
-    repeats = settings.augmentation(data.size).repeats
-    if settings.batch_size % repeats:
+    augmentation = settings.augmentation(data.size)
+    if settings.batch_size % augmentation.repeats:
         raise OptionError(
-            f"batch_size must be a multiple of repeats {repeats} in training, got {settings.batch_size}",
+            f"batch_size must be a multiple of repeats {augmentation.repeats} in training, got {settings.batch_size}",
+            "batch_size",
+            "training",
+        )
+    if (augmentation.mixup or augmentation.cutmix) and settings.batch_size % 2:
+        raise OptionError(
+            f"batch_size must be even for mixup and cutmix in training, got {settings.batch_size}",
             "batch_size",
             "training",
         )
     try:
-        Transform(settings.augmentation(data.size), data.channels, training=True)
+        Transform(augmentation, data.channels, training=True)
         # Every optimizer takes this model, so an error means wrong arguments.
         make_optimizer(nn.Linear(1, 1), replace(settings.optimisation(), layer_decay=1.0))
-    except OptionError as error:  # timm refuses the value of rand_augment, torch an argument of the optimizer
+    except OptionError as error:
         raise OptionError(f"training: {error}", "training") from None
     if transfer is not None and len(transfer.train_labels) <= SHOTS * transfer.num_classes:
         raise DataError(
