@@ -602,7 +602,7 @@ def _check_keys(arguments: Sequence[str]) -> None:
     for option, value in _given(arguments).items():
         if value.startswith("{"):
             try:
-                yaml.load(value, UniqueKeys)
+                yaml.compose(value, UniqueKeys)
             except yaml.constructor.ConstructorError as error:
                 raise OptionError(f"{option[2:]}: {error.problem}", option[2:]) from error
             except yaml.YAMLError:

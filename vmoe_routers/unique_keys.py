@@ -11,11 +11,12 @@ from yaml.constructor import ConstructorError
 class UniqueKeys(yaml.SafeLoader):
     """Loader for ``yaml.load`` that raises a ConstructorError, a YAMLError, for a key that a mapping has twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Makes the dict of a mapping."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Reads a mapping. Keys of other mappings, which "<<" names, are merged later."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
