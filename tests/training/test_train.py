@@ -16,6 +16,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import parity
 import pytest
 import torch
@@ -387,6 +388,11 @@ def test_only_settings_that_change_no_result_may_change(tmp_path):
             assert f"has a training with {name} [" in str(error)
             refused.add(name)
     assert settings.to_dict().keys() - refused == may_change
+
+
+def test_numbers_of_numpy_are_kept_as_numbers():
+    settings = TrainSettings(learning_rate=np.float32(0.5), clip=np.float64(2.0))
+    assert TrainSettings(**settings.to_dict()) == settings
 
 
 @pytest.mark.parametrize(("name", "number", "old", "new"), [

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
@@ -139,7 +140,9 @@ class TrainSettings(Optimisation, Augmentation):
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the settings to values that YAML and JSON can represent."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        return json.loads(
+            json.dumps(asdict(self), default=lambda value: float(value) if isinstance(value, Real) else str(value))
+        )
 
     def augmentation(self, image_size: int) -> Augmentation:
         """Makes the augmentation for images of this size."""
