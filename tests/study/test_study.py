@@ -183,6 +183,7 @@ def test_transfer_gives_figure_2(tmp_path, here):
     ({"training": {"rand_augment": "bogus"}}, "training: rand_augment"),
     ({"training": {"optimizer_args": {"speed": 3}}}, "training: optimizer 'adamw' with .*speed"),
     ({"training": {"warmup": 1e9}}, "training: warmup must take at most all 2 steps of the training"),
+    ({"training": {"warmup": 3.0}, "epochs": 2, "ablations": ["epochs"]}, "training: ablation epochs, value 1: warmup"),
     ({"training": {"repeats": 3}}, "batch_size must be a multiple of repeats 3 in training, got"),
     ({"training": {"cutmix": 1.0}, "batch_size": 15, "group_size": 5}, "batch_size must be even for mixup and cutmix"),
 ])  # fmt: skip

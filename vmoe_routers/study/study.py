@@ -203,7 +203,8 @@ def _check_model(variant: Variant, settings: Settings, data: StudyData) -> None:
     try:
         settings.optimisation().check_steps(steps)
     except OptionError as error:
-        raise OptionError(f"training: {error}", "training") from None
+        of = f"ablation {variant.ablation}, value {variant.arm}: " if variant.ablation else ""
+        raise OptionError(f"training: {of}{error}", "training") from None
     shallow = replace(settings, depth=2, moe_blocks="last_1")
     if not is_own(variant.router):
         with torch.device("meta"):

@@ -88,7 +88,7 @@ class Augmentation:
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
         for name in ("mixup", "cutmix"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= _MOST_ALPHA, f"in [0, {_MOST_ALPHA:g}]")
-        _check("color_jitter", self.color_jitter, 0 <= self.color_jitter <= 1, "in [0, 1]")
+        _check("color_jitter", self.color_jitter, 0 <= self.color_jitter < float("inf"), "at least 0 and finite")
         _check("crop_pct", self.crop_pct, _LEAST_CROP <= self.crop_pct <= 1, f"in [{_LEAST_CROP:g}, 1]")
         _check(
             "ratio", self.ratio, 0 < self.ratio[0] <= self.ratio[1] < float("inf"), "an interval of positive numbers"
