@@ -30,12 +30,24 @@ CONTEXT.set_forkserver_preload(
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Runs `function` on ranks 0 .. world - 1; world 0: in one process without a group.
 
+    Starts once more if gloo fails to connect the ranks, as it sometimes does on a busy machine ("Connection closed by
+    peer").
+
     Returns:
         The result of each rank.
 
     Raises:
         AssertionError: A rank raised an error or died; the message has the traceback.
     """
+    try:
+        return _run(world, function, args)
+    except AssertionError as error:
+        if "connectFullMesh failed" not in str(error):
+            raise
+    return _run(world, function, args)
+
+
+def _run(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(max(world, 1)):

@@ -192,8 +192,10 @@ def test_layer(name, fixed, data):
 
 @each_router
 @given(data=st.data())
-def test_hostile_tokens(name, fixed, data):
+def test_hostile_tokens(pytestconfig, name, fixed, data):
     """With tokens of any scale, NaN and infinities, no group affects another group, and finite gates stay finite."""
+    # On CUDA, one product has the tokens of all groups, so the number of groups changes last bits of Soft MoE.
+    same = close if name == "soft" and pytestconfig.getoption("--cuda-on-host") else identical
     tokens, experts = data.draw(TOKENS), data.draw(EXPERTS)
     router = vr.create_router(name, 5, experts, **fixed)
     if name != "soft":
@@ -203,12 +205,13 @@ def test_hostile_tokens(name, fixed, data):
     x = data.draw(tensors(2, tokens, 5, dtype=torch.float32)).detach().contiguous().requires_grad_()
     router.eval()
     both, alone = router(x), router(x[1:])
-    identical(both.dispatch_tensor()[1:], alone.dispatch_tensor())
-    identical(both.combine_tensor()[1:], alone.combine_tensor())
+    same(both.dispatch_tensor()[1:], alone.dispatch_tensor())
+    same(both.combine_tensor()[1:], alone.combine_tensor())
     slots = both.dispatch(x)
     assert slots.shape == (experts, 2, both.capacity, 5)
     out = both.combine(slots)
-    identical(both.combine(slots)[1], alone.combine(slots[:, 1:].contiguous())[0])
+    size = {"bound": alone.combine(slots[:, 1:].abs())[0]} if same is close else {}
+    same(both.combine(slots)[1], alone.combine(slots[:, 1:].contiguous())[0], **size)
     (out.nan_to_num().sum() + both.aux_loss).backward()
     if x.numel() and x.isfinite().all() and x.abs().max() < 1e15:
         assert out.isfinite().all()
