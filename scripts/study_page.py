@@ -101,9 +101,9 @@ def _table(rows: Sequence[Row]) -> str:
             continue
         cells = [
             row.label,
-            _text(row.accuracy, ".2f", 100),
+            row.accuracy.spaced(".2f", 100),
             _difference(row.accuracy_difference, "accuracy"),
-            _text(row.transfer, ".1f", 100) if row.transfer else "-",
+            row.transfer.spaced(".1f", 100) if row.transfer else "-",
             "-" if row.dropped is None else f"{100 * row.dropped:.1f}",
             f"{row.step_ratio.mean:.2f}" if row.step_ratio else "-",
         ]
@@ -154,15 +154,11 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
     return ["## Ablations", "\n".join(lines), f"![Accuracy for the values of every ablation]({where}/ablations.png)"]
 
 
-def _text(value: Stat, form: str, scale: float) -> str:
-    return value.text(form, scale).replace("±", " ± ")
-
-
 def _difference(value: Stat | None, measure: str) -> str:
     """Formats a difference. It is bold if its interval excludes 0."""
     if value is None:
         return ""
-    text = _text(value, MEASURES[measure].form, MEASURES[measure].scale)
+    text = value.spaced(MEASURES[measure].form, MEASURES[measure].scale)
     return f"**{text}**" if value.is_clear() else text
 
 

@@ -104,7 +104,7 @@ def decide(runs: Sequence[Run], measure: Literal["accuracy", "loss"] = "accuracy
     alone.
     """
     pairs: dict[str, list[_Pair]] = {}
-    for claim, pair in _pairs(_Study(runs, MEASURES[measure])):
+    for claim, pair in _pairs(_Study(runs), MEASURES[measure]):
         pairs.setdefault(claim, []).append(pair)
     means = [_compare(claim, measure, _mean(of) if len(of) > 1 else of[0]) for claim, of in pairs.items()]
     single = [_compare(claim, measure, pair) for claim, of in pairs.items() if len(of) > 1 for pair in of]
@@ -211,10 +211,9 @@ def _compare(claim: str, measure: str, pair: _Pair) -> Comparison:
 
 
 class _Study:
-    """Runs of a study by variant and seed, and the measure that is compared."""
+    """Runs of a study by variant and seed."""
 
-    def __init__(self, runs: Sequence[Run], measure: Measure):
-        self.measure = measure
+    def __init__(self, runs: Sequence[Run]):
         self.groups = [{run["seed"]: run for run in group} for group in by_variant(runs)]
 
     def find(self, **options: Any) -> list[dict[int, Run]]:
@@ -259,7 +258,7 @@ def _base(router: str) -> dict[str, Any]:
     return {"top_k": variant.top_k, "combine": variant.combine, "batch_priority": variant.batch_priority}
 
 
-def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
+def _pairs(study: _Study, measure: Measure) -> Iterator[tuple[str, _Pair]]:
     """Yields the claim's key and the pair of every comparison."""
     dense, soft = study.one(router=None), study.find(router="soft")
     routers = list(ROUTERS)
@@ -268,7 +267,7 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
         for router in routers:
             series = study.find(router=router, **_base(router))
             if dense and series:
-                yield f"i{key}", _at_budget(series, dense, budget, study.measure.of)
+                yield f"i{key}", _at_budget(series, dense, budget, measure.of)
     for claim in ("ii, softmax", "ii, Sinkhorn"):
         kind = claim.removeprefix("ii, ").lower()
         # Expert Choice has as many slots as Token Choice with a K times smaller capacity factor.
@@ -277,12 +276,12 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
             slots = _variant(token)["top_k"] * _variant(token)["capacity_factor"]
             for expert in study.find(router=f"{kind}_expert_choice"):
                 if math.isclose(_variant(expert)["capacity_factor"], slots):
-                    yield claim, _paired(expert, token, study.measure.of)
+                    yield claim, _paired(expert, token, measure.of)
     for key, budget in _BUDGETS.items():
         for router in _SPARSE:
             sparse = study.one(router=router, capacity_factor=1.0, **_base(router))
             if soft and sparse:
-                yield f"iii{key}", _at_budget(soft, sparse, budget, study.measure.of)
+                yield f"iii{key}", _at_budget(soft, sparse, budget, measure.of)
     for claim, router, option, (first, second) in (
         ("iv", "sinkhorn_token_choice", "combine", ("softmax", "plan")),
         ("v", "softmax_token_choice", "batch_priority", (True, False)),
@@ -291,8 +290,8 @@ def _pairs(study: _Study) -> Iterator[tuple[str, _Pair]]:
             same = {key: _variant(group)[key] for key in ("capacity_factor", "top_k")}
             other = study.one(router=router, **same, **{option: second})
             if other:
-                yield claim, _paired(group, other, study.measure.of)
-    orders = _orders(study) if study.measure.name == "accuracy" else {}
+                yield claim, _paired(group, other, measure.of)
+    orders = _orders(study) if measure.name == "accuracy" else {}
     if orders:
         yield "vi", _Pair("rank correlation of 10-shot and test accuracy", None, orders)
 

@@ -17,7 +17,7 @@ from vmoe_routers.study import figures
 from vmoe_routers.study.ablation_rows import ablation_rows
 from vmoe_routers.study.claims import decide, write_claims
 from vmoe_routers.study.orders import Condition, conditions, order_sentences, write_orders
-from vmoe_routers.study.summary import Row, Run, Stat, by_variant, loss, paired, stat, summarise, summarise_layers
+from vmoe_routers.study.summary import Row, Run, by_variant, loss, paired, stat, summarise, summarise_layers
 from vmoe_routers.study.tables import ablation_table, claims_table, order_table, results_table, routing_table
 
 _STYLE = """
@@ -181,8 +181,8 @@ def findings(runs: Sequence[Run], chance: float | None = None) -> list[str]:
     highest = max(rows, key=lambda row: row.accuracy.mean)
     said = unlearned(rows, chance) + _diverged(runs)
     said += [
-        f"Lowest mean loss: {lowest.label}, {_pm(lowest.loss, '.3f')}. "
-        f"Highest mean accuracy: {highest.label}, {_pm(highest.accuracy, '.1f', 100)} %."
+        f"Lowest mean loss: {lowest.label}, {lowest.loss.spaced('.3f')}. "
+        f"Highest mean accuracy: {highest.label}, {highest.accuracy.spaced('.1f', 100)} %."
     ]
     if all(row.seeds == 1 for row in rows):
         said.append("One seed does not show how much of a difference is chance. Run more seeds to find out.")
@@ -192,8 +192,8 @@ def findings(runs: Sequence[Run], chance: float | None = None) -> list[str]:
     if steps:
         (first, first_label), (last, last_label) = steps[0], steps[-1]
         said.append(
-            f"A training step took from {_pm(first, '.2f')} times the dense ViT's ({first_label}) "
-            f"to {_pm(last, '.2f')} times ({last_label})."
+            f"A training step took from {first.spaced('.2f')} times the dense ViT's ({first_label}) "
+            f"to {last.spaced('.2f')} times ({last_label})."
         )
     return said
 
@@ -345,7 +345,3 @@ def _words(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_words, value)) or "none"
     return str(value)
-
-
-def _pm(value: Stat, form: str, scale: float = 1.0) -> str:
-    return value.text(form, scale).replace("±", " ± ")

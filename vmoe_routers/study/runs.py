@@ -62,7 +62,7 @@ def run(
     trainer = Trainer(model.train(), settings.optimisation(), steps, seed=seed)
     seconds, diverged, mix = 0.0, None, None
     augmentation = settings.augmentation(data.size)
-    if augmentation.mixup or augmentation.cutmix:
+    if augmentation.mixes:
         mix = Mixing(augmentation, data.num_classes, seed=seed)
     with batches_of_training(settings, data, trained, seed, steps) as batches:
         for epoch in range(1, settings.epochs + 1):

@@ -171,7 +171,7 @@ def _check_fit(settings: Settings, data: StudyData, transfer: Images | None) -> 
             "batch_size",
             "training",
         )
-    if (augmentation.mixup or augmentation.cutmix) and settings.batch_size % 2:
+    if augmentation.mixes and settings.batch_size % 2:
         raise OptionError(
             f"batch_size must be even for mixup and cutmix in training, got {settings.batch_size}",
             "batch_size",

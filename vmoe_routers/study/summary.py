@@ -67,6 +67,10 @@ class Stat(NamedTuple):
         error = "" if self.error is None else f"±{self.error * scale:{form.lstrip('+')}}"
         return f"{self.mean * scale:{form}}{error}"
 
+    def spaced(self, form: str, scale: float = 1.0) -> str:
+        """Formats the value as `text` does, for sentences: "97.2 ± 0.1"."""
+        return self.text(form, scale).replace("±", " ± ")
+
     def is_clear(self) -> bool:
         """Tells whether the 95 % interval by Student's t excludes 0; False if the error is None or 0."""
         if self.error is None or self.error <= _ROUNDING:

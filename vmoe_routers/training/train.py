@@ -110,7 +110,7 @@ class Plan(NamedTuple):
                 "batch_size",
                 "accumulate",
             )
-        if (settings.mixup or settings.cutmix) and settings.batch_size // world.size % 2:
+        if settings.mixes and settings.batch_size // world.size % 2:
             raise OptionError(
                 f"batch_size {settings.batch_size} must be a multiple of {2 * world.size}, because mixup and cutmix "
                 "mix pairs of images",
@@ -161,7 +161,7 @@ def _run(settings: TrainSettings, world: World, console: Console, data: Data, pl
     console.print(describe(settings, data, plan, model, world), soft_wrap=True)
     augmentation = settings.augmentation(plan.image_size)
     mix = None
-    if augmentation.mixup or augmentation.cutmix:
+    if augmentation.mixes:
         mix = Mixing(augmentation, data.num_classes, seed=settings.seed, rank=world.rank)
     batches = _training_batches(settings, data, plan, trainer.step, world)
     outputs = Outputs(settings.output, console, trainer.step, plan.steps, world.first)

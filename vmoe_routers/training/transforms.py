@@ -108,6 +108,11 @@ class Augmentation:
         """Whether shifts and flips are the only augmentation. The loader does these for a whole batch at once."""
         return self.scale is None and not (self.rand_augment or self.color_jitter or self.erasing)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of images are mixed, by `Mixing`."""
+        return self.mixup > 0 or self.cutmix > 0
+
 
 def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
     if not holds:
