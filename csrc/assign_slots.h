@@ -2,13 +2,14 @@
 //
 //   expert    [G, T, K]  int32            requested experts; outside [0, E): no request
 //   priority  [G, T]     float32 | float64 or null
-//                        tokens are served in descending order (order.h); null: in order of index
+//                        tokens are served by descending priority (order.h); null: by index
 //   slot      [G, T, K]  int32            e * C + position, or -1: dropped, or no request
 //   source    [G, E, C]  int32            t * K + k of the request that a slot holds, or -1: empty
 //
 // Choice 0 of all tokens is served before choice 1 of any token (V-MoE, arXiv 2106.05974,
 // algorithms 1 and 2). A request for an expert with a full buffer is dropped. The result is
-// deterministic. The cost per group is O(T * K), plus a sort of T tokens if there are priorities.
+// deterministic. The cost per group is O(T * K + E * C), plus a sort of T tokens if there are
+// priorities.
 #pragma once
 
 #include <cstddef>

@@ -2,7 +2,7 @@
 //
 //   logits   [G, T, E]  float32 | float64
 //   plan     [G, T, E]  same dtype
-//   history  [G, I, E]  float64   h after each iteration; zeros for iterations that were not done
+//   history  [G, I, E]  float64   h after each of I iterations; zeros for iterations not done
 //   error    [G]        float64   max_e |sum_t plan[t, e] - n/E| / (n/E)
 //   steps    [G]        int32     number of iterations done
 //
@@ -14,14 +14,15 @@
 //   f_t =          - logsumexp_e(M[t, e] + h_e)       plan = exp(M + f + h)
 //
 // (Cuturi, arXiv 1306.0895; S-BASE, arXiv 2202.01169.) The row update is last, so rows sum to 1 up
-// to one rounding error for logits of any size. Column sums have an error of about 2^-52 max |M|.
+// to one rounding error for logits of any size. After convergence, column sums have an error of
+// about 2^-52 max |M|.
 //
 // A token whose logits are all -inf is masked: its plan is 0. If a group contains NaN or +inf, its
 // whole plan and its whole gradient are NaN.
 //
 // With tolerance > 0 a group stops when error <= tolerance. On the CPU a group also stops when an
-// iteration changes h by no more than the rounding error. The remaining iterations then count as
-// done.
+// iteration changes h by no more than the rounding error. After this second kind of stop, the
+// remaining iterations count as done.
 //
 // Arithmetic: potentials are float64. The iteration runs on exp(M) if no present token of the group
 // has a logit of -inf, and (max - min) / epsilon of its logits is at most

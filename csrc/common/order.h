@@ -34,7 +34,7 @@ VMOE_HOST_DEVICE inline uint32_t order_key(float value) {
   value += 0.0f;  // turns -0 into +0, so that they tie
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
-  // As integers, the bits grow with positive values, and shrink with negative values.
+  // Read as integers, the bits ascend with positive values and descend with negative values.
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -56,7 +56,7 @@ inline int64_t count_from(Key key, const Key* keys, int64_t n) {
 template <typename Key>
 Cut<Key> find_cut(const Key* keys, int64_t n, int64_t k, Key low, Key high, Key* kept) {
   using Unsigned = std::make_unsigned_t<Key>;
-  // Moving the candidates of so few keys saves nothing.
+  // Up to this number of keys, moving the candidates saves nothing.
   constexpr int64_t kFew = 8 * kWidth<Key>;
   int64_t from_low = n, above_high = 0;  // number of keys >= low, number of keys > high
   int64_t gone_above = 0;                // number of keys > high that are no longer in `keys`

@@ -2,7 +2,7 @@
 //
 // The layer uses the vector extension of GCC and Clang. The compiler chooses the instructions of
 // the ISA level for which it compiles a file (../common/isa.h). Intrinsics are used only for
-// operations that the extension lacks (fused multiply-add, compress).
+// operations that the extension lacks, such as fused multiply-add, masked loads and compress.
 #pragma once
 
 #include <cmath>

@@ -7,8 +7,8 @@
 
 namespace vmoe::cuda {
 
-// After wait(), all threads see the writes that any thread of any block made before wait(), if they
-// use ordinary loads. Loads through const __restrict__ pointers may return stale values.
+// After wait(), ordinary loads of every thread return the values that any thread of any block wrote
+// before wait(). Loads through const __restrict__ pointers may return stale values.
 //
 // Memory order: the first __syncthreads orders the writes of a block before the increment by its
 // first thread. The increment releases them to the device. All increments form one release

@@ -4,9 +4,10 @@
 // The requests of a group are in the order in which they are served. The requests are divided into
 // chunks, one block per chunk. Each chunk is divided into runs, one warp per run. First every warp
 // counts the requests of its run per expert, in its own counters in shared memory, without atomics.
-// The sum of the counts of all earlier runs is the rank of its first request for each expert. With
-// these ranks as counters, the warp then passes over its run again and gets the rank of every
-// request. The warp keeps its run in registers, so it reads the run from memory only once.
+// An expert's counts, summed over all earlier runs, are the rank of the first request for this
+// expert in the run. With these ranks as counters, the warp then passes over its run again and gets
+// the rank of every request. The warp keeps its run in registers, so it reads the run from memory
+// only once.
 #pragma once
 
 #include "../common/slots.h"

@@ -88,9 +88,10 @@ class Few {
   }
 };
 
-// Sorts `size` picks in shared memory by a bitonic sort. `size` is a power of two. A stage with
-// steps of up to a warp moves picks only between the threads of a warp, because 32 adjacent pairs
-// are 64 adjacent picks. So two such stages need no barrier of the block between them.
+// Sorts `size` picks in shared memory by a bitonic sort. `size` is a power of two. If the step of a
+// stage is at most 32, the stage exchanges picks only between the threads of a warp, because 32
+// adjacent pairs are 64 adjacent picks. So two such stages need no barrier of the block between
+// them.
 template <typename Key>
 __device__ void sort_picks(Pick<Key>* picks, int size) {
   int before = kWarp + 1;  // the step of the stage before; the first stage waits for all threads

@@ -24,7 +24,7 @@ struct System {
   int64_t tokens, E;
   double epsilon;
   int lanes;                     // per row
-  int64_t pieces, piece_tokens;  // pieces per group; tokens per piece (the last piece has fewer)
+  int64_t pieces, piece_tokens;  // pieces per group; the most tokens per piece
   int64_t splits, split_tokens;  // splits per group, for system_products_kernel; tokens per split
   double* row;                   // [G, T]  r
   double* row_grad;              // [G, T]  sum_e A

@@ -2,8 +2,8 @@
 //
 // In the softmax over the tokens, a block computes 32 adjacent slots of a group. A thread computes
 // every kDown-th token of one slot. If the rows are aligned to 16 bytes, a thread computes as many
-// adjacent slots as 16 bytes hold. A thread with few tokens keeps their logits in registers. A
-// thread with more tokens reads their logits from memory again in each pass.
+// adjacent slots as 16 bytes hold, and keeps the logits in registers if it has few tokens. In all
+// other cases a thread reads the logits from memory again in each pass.
 //
 // The same kernels compute forward and backward. The backward computes the weights again, and then
 // the gradient.

@@ -95,7 +95,7 @@ struct Group {
   };
 
   // Computes the range of a piece and returns true if all its logits are finite. Otherwise returns
-  // false and leaves `range` unspecified.
+  // false and leaves `range` unchanged, because scan() starts from its initial values.
   bool scan_finite(int64_t begin, int64_t end, Range& range) const {
     const T* from = logits + begin * E;
     const int64_t size = (end - begin) * E;

@@ -188,9 +188,9 @@ class ScalingMatrix {
     });
   }
 
-  // Calls body(begin, end, sums, scratch) for the blocks of every piece. body adds to sums [E].
-  // total() is the sum over all pieces, added in type C within a piece and in float64 across
-  // pieces.
+  // Calls body(begin, end, sums, scratch) for the blocks of every piece. body adds to sums [E, W].
+  // total() is the sum over all lanes and pieces, added in type C within a lane of a piece and in
+  // float64 across lanes and pieces.
   template <typename Body>
   void sum_pieces(int64_t scratch_vectors, Body&& body) {
     constexpr int64_t kWide = kWidth<double>, kBlocks = kPiece / W;
