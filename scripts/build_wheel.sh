@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# build_wheel.sh FOLDER -- builds the CPU wheel with the packages of .venv, and writes it to FOLDER. On Linux the wheel
-# is a manylinux_2_28 wheel, also where the compiler and libraries are newer. It uses ccache if there is one.
+# build_wheel.sh FOLDER -- builds the CPU wheel with the packages of .venv, and writes the wheel to FOLDER. On Linux it
+# is a manylinux_2_28 wheel, even if the compiler and libraries are newer. The build uses ccache if ccache is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=.venv/bin out=${1:?wanted the folder for the wheel}

@@ -22,8 +22,8 @@ from typing import ClassVar
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (400, 1200)
-SECONDS = 900  # a loaded machine needs many of them
-# The frames have the width of the window that is tested: a headless window cannot be narrower than 500 pixels.
+SECONDS = 900  # a loaded machine needs minutes
+# Frames have the tested widths, because a headless window cannot be narrower than 500 pixels.
 DRIVER = """<!doctype html><title>check</title><script>
 const pages = PAGES, widths = WIDTHS, faults = [];
 async function check(page, width) {

@@ -55,7 +55,7 @@ def check_file(path: Path) -> list[str]:
     metadata = {name for name in contents if name.partition("/")[0].endswith(".dist-info")}
     faults += [f"{name} is missing" for name in sorted(package - contents.keys())]
     foreign = contents.keys() - package - metadata - {*modules}
-    faults += [f"{name} does not belong into a wheel" for name in sorted(foreign)]
+    faults += [f"{name} does not belong in a wheel" for name in sorted(foreign)]
     if not any("/_C." in name for name in modules):
         faults.append("the module _C is missing")
     if not any(name.endswith("/licenses/LICENSE") for name in metadata):

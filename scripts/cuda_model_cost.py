@@ -117,9 +117,8 @@ def _estimated(seconds: float) -> Callable[..., Iterator[Launch]]:
     return launches
 
 
-# The kernels of ops that take several launches. Every other op is one launch, which reads the arguments and writes the
-# results.
-# The seconds are the estimates of docs/cuda.md for groups of one image.
+# The kernels of ops that take several launches, or whose seconds docs/cuda.md estimates for groups of one image. Every
+# other op is one launch, which reads the arguments and writes the results.
 OURS: dict[str, Callable[..., Iterator[Launch]]] = {
     "grouped_mlp": _experts,
     "grouped_mlp_backward": _experts_backward,
@@ -150,7 +149,7 @@ def launches(func: Any, args: tuple, out: Any) -> Iterator[Launch]:
         q = tensors[1 if backward else 0]
         flops = (10.0 if backward else 4.0) * q.numel() * q.shape[2]
         yield Launch(size(*tensors, *outs), flops, ATTENTION)
-    elif name == "convolution":  # of patches
+    elif name == "convolution":  # the patch embedding
         yield Launch(size(*tensors, *outs), 2.0 * outs[0].numel() * math.prod(tensors[1].shape[1:]))
     elif name == "convolution_backward":
         yield Launch(size(*tensors, *outs), 2.0 * tensors[0].numel() * math.prod(tensors[2].shape[1:]))

@@ -20,7 +20,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 MARKS = "<!-- costs: written by scripts/expert_parallel_cost.py -->", "<!-- end of costs -->"
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 768, 3072, 32, 196
-SLOTS = 192  # per image, of expert choice with capacity factor 1
+SLOTS = 192  # slots per image in Expert Choice with capacity factor 1
 NODE = 8  # GPUs
 NVLINK, NETWORK = 450e9, 50e9  # bytes per second: a GPU within its node, and to other nodes
 FLOPS = 400e12  # achieved operations per second
@@ -101,7 +101,7 @@ def sharding(gpus: int, ep: int) -> float:
 
 
 def block(gpus: int, ep: int, images: float) -> float:
-    """Computes the seconds of a step in a block with experts. Sharding overlaps with the products, the exchange not."""
+    """Computes the seconds of a step in a block with experts. Only sharding overlaps with the products."""
     return max(experts(images) + attention(images), sharding(gpus, ep)) + exchange(images, ep)
 
 

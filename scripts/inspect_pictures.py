@@ -25,7 +25,7 @@ LAYERS = {
 
 @torch.no_grad()
 def draw(folder: Path) -> None:
-    """Writes the pictures, inspect_<name>.png, for small screens: with two panels per row where possible."""
+    """Writes the pictures inspect_<name>.png. Each picture shows few layers, to fit on small screens."""
     torch.manual_seed(0)
     photo = torch.tensor(load_sample_image("china.jpg"))[4:420, :640] / 255
     tokens = tokens_of(patches_of(photo))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # lower_bounds.sh [PYTHON] -- builds and tests with the oldest packages that pyproject.toml allows, as listed in
-# tests/lower_bounds.txt, in build/lower-bounds. PYTHON should be the oldest one, 3.10.
+# tests/lower_bounds.txt, in build/lower-bounds. PYTHON should be the oldest supported Python, 3.10.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3} folder=build/lower-bounds

@@ -206,7 +206,7 @@ class Forks:
             changed = _changed_code(mutant)
             *_, innermost = changed or [None]
             if innermost is None or any(old.co_freevars != new.co_freevars for old, new in changed.items()):
-                self.report(mutant, "not compiled")  # or to the same code, or it loses a variable of a closure
+                self.report(mutant, "not compiled")  # the same code, or a closure that loses a variable
                 continue
             place = (str(ROOT / mutant.file), innermost.co_firstlineno)
             tests = sorted((seconds, number) for number, (seconds, places) in reached.items() if place in places)

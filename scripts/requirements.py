@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """Returns the dependencies of the package and of `extras`, in place of an extra its own dependencies."""
+    """Returns the dependencies of the package and of `extras`. The dependencies of an extra replace its name."""
     found = [*PROJECT["dependencies"]]
     for extra in extras:
         for line in PROJECT["optional-dependencies"][extra]:
