@@ -6,8 +6,8 @@ A bare step is the step that a user would write by hand: forward, cross-entropy 
 by torch, fused AdamW. `vmoe_routers.training.train` trains on digits. After each of its steps, a bare step trains an
 equal model on the same batch. The loop's time is the time from the end of one bare step to the beginning of the next
 one. So the time has the step of `Trainer`, the data, the log and the routing metrics. Two bare steps follow each other,
-and their ratio shows the noise of the measurement. All times are processor times of one thread and its helpers, which
-other programs on the machine disturb less than the time of a clock.
+and their ratio shows the noise of the measurement. All times are processor times of this process, which other programs
+on the machine disturb less than elapsed times.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from vmoe_routers.models import vit_moe
 from vmoe_routers.training import Trainer, TrainSettings, train
 
 LOG_EVERY = 10  # steps of a window: one of them is logged
-# The values of AdamW in `bare_step`, so that the models stay alike: the time of the experts depends on their load.
+# The optimizer has the settings of AdamW in `bare_step`, so that the models stay alike: the time of the experts depends
+# on their load.
 SETTINGS = TrainSettings(
     data="digits",
     image_size=32,

@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cpu_kernels: skipped with --cuda-on-host: they test no CUDA kernel")
+    config.addinivalue_line("markers", "cpu_kernels: skipped with --cuda-on-host: needs the CPU kernels, or no kernel")
     workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
     if workers:
         # Divide the cores among the processes of pytest-xdist, and among the processes that a test starts.
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--cuda-on-host"):
         for item in items:
             if item.get_closest_marker("cpu_kernels"):
-                item.add_marker(pytest.mark.skip(reason="tests no CUDA kernel"))
+                item.add_marker(pytest.mark.skip(reason="needs the CPU kernels, or no kernel"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

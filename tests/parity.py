@@ -116,7 +116,7 @@ def compare(file: str) -> tuple[Deviation, ...]:
     elif kind == "mlpmoe":
         router, options = router_options(golden.config["router"])
         if "plancw" in rest:
-            options["gradient"] = "implicit"  # the reference differentiates its plan so
+            options["gradient"] = "implicit"  # as in the reference
         found = _layer(golden, router, options)
     elif kind == "vit":
         router, options = router_options(golden.config["encoder"]["moe"]["router"])
@@ -131,7 +131,7 @@ def compare(file: str) -> tuple[Deviation, ...]:
 def check(file: str, device: str = "cpu") -> None:
     """Fail and list every quantity of `file` whose deviation exceeds its tolerance or is NaN.
 
-    Results of `compare` that are kept are for the CPU. For another device the comparison is computed again.
+    `compare` caches its results for the CPU. For another device the comparison is computed again.
     """
     found = compare(file) if device == "cpu" else compare.__wrapped__(file)
     assert found, f"{file}: nothing was compared"
@@ -188,7 +188,7 @@ def _capacity(golden: Golden) -> Quantities:
     wrong = 0
     for tokens, experts, factor, mode, multiple, wanted in zip(*(golden[c].tolist() for c in columns), strict=True):
         ours = vr.capacity(tokens, experts, factor, rounding="round" if mode else "ceil", multiple_of=multiple)
-        # a rounded capacity of 0 is an error in the reference (-1), and here one slot before the multiple
+        # The reference refuses a rounded capacity of 0 (-1). This package raises 0 to 1, and then to the multiple.
         wrong += ours != (wanted if wanted >= 0 else max(multiple, 1))
     yield f"capacity ({len(golden['capacity']):,} rows)", float(wrong), EXACT
 
@@ -310,7 +310,7 @@ def _layer(golden: Golden, name: str, options: dict[str, Any]) -> Quantities:
     terms = y * golden["cotangent"]
     loss = terms.sum() + 100 * auxiliary
     yield "layer y", absolute(y, golden["y"]), tolerance
-    # relative to the sum of absolute terms, as terms cancel: stored loss and stored y disagree by 2e-6 of the loss
+    # Relative to the sum of absolute terms, because terms cancel: the stored loss and y disagree by 2e-6 of the loss.
     yield "layer loss (of its terms)", absolute(loss, golden["loss"]) / float(terms.detach().abs().sum()), LOSS_OF_TERMS
     yield from _losses(golden, routing)
     loss.backward()

@@ -384,7 +384,7 @@ def test_compiled_steps_that_do_not_read_the_loss(copied):
 
 
 def check_compiled_losses_end(layer):
-    """The sum of compiled forwards is on the device of the parameters. A backward pass through them removes the sum."""
+    """The sum of compiled losses is on the device of the parameters. A backward through the parameters removes it."""
     sums = layer.pending_losses
     assert sums.compiled.device.type == "cpu"
     sums.compiled = torch.zeros((), requires_grad=True)

@@ -12,7 +12,7 @@ namespace vmoe::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
-// Upper bound on the static shared memory of a kernel, in bytes.
+// Upper bound, in bytes, on the static shared memory of a kernel that has dynamic shared memory.
 constexpr int kDeclaredShared = 13 << 10;
 
 // The most dynamic shared memory, in bytes, that a block can have on this device, beside up to

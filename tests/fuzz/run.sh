@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# run.sh PYTHON BUILD SECONDS -- runs every fuzz target for this time, one after the other, and prints how many inputs a
-# target ran (stat::number_of_executed_units) and how many reach new code (stat::new_units_added). It ends at a fault:
-# the target prints it and writes the input to a file, with which the target repeats it. Inputs that reach new code stay
-# in BUILD/corpus for the next run.
+# run.sh PYTHON BUILD SECONDS -- runs every fuzz target for SECONDS, one target after another. Prints how many inputs a
+# target ran (stat::number_of_executed_units) and how many inputs reached new code (stat::new_units_added). Stops at the
+# first fault: the target prints the fault and writes the input to a file. `TARGET FILE` runs this input again. Inputs
+# that reach new code stay in BUILD/corpus for the next run.
 set -euo pipefail
 python=$1 build=$2 seconds=$3
 here=$(dirname "$0")

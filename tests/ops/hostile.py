@@ -1,8 +1,9 @@
 """Calls every op with hostile arguments and reports the calls that ended the process or ran too long.
 
-Run as a program, as `test_hostile.py` does, it prints JSON: for every op the number of calls and the fatal calls. An
-exception is a correct result. A forked process runs a batch of calls; after a fatal call, another process continues
-with the next one. Tensors begin or end at pages without access, so that a read out of bounds by one entry is fatal.
+`test_hostile.py` runs this file as a program. The program prints JSON: for every op the number of calls and the fatal
+calls. An exception is a correct result. A forked process runs a batch of calls. After a fatal call, another process
+continues with the next call. Tensors begin or end at pages without access, so that a read out of bounds by one entry is
+fatal.
 """
 
 from __future__ import annotations

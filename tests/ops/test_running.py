@@ -157,7 +157,7 @@ def test_calls_keep_no_memory(name, row):
             call()
         return tuple(b - a for a, b in zip(before, held(), strict=True))
 
-    # Built with headers of torch 2.11, an op keeps each argument that is a text: the header never frees a copy.
+    # Ops built with the headers of torch 2.11 leak a copy of every string argument, which the headers never free.
     keeps_texts = torch.__version__.startswith("2.11.") and ("grouped" in name or "transport" in name)
     limit = 192 if keeps_texts else 16
     growth(50)

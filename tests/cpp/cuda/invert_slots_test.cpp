@@ -30,7 +30,7 @@ void expect_as_on_cpu(const Slots& shape, const std::vector<int32_t>& token) {
 }
 
 // The shapes cover groups in shared memory and groups with one launch per phase. In some shapes an
-// expert has fewer slots than a warp has lanes, in some shapes it has more.
+// expert has fewer slots than a warp has lanes. In other shapes an expert has more slots.
 TEST(CudaInvertSlots, SortsSlotsByToken) {
   for (const Slots& shape :
        {Slots{1, 1, 1, 1},

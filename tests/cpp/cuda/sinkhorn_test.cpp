@@ -174,8 +174,8 @@ class SmallDevice {
 
 // The devices have little shared memory and few multiprocessors, so that small shapes cover: one
 // and several blocks per group; matrices in shared and in device memory; one and several groups
-// per crew; and more blocks than are needed. A shape that is divided on a device as on another
-// device is left out.
+// per crew; and more blocks than are needed. A device leaves out a shape that another device
+// divides in the same way.
 TYPED_TEST(CudaSinkhorn, OnSmallDevices) {
   using T = TypeParam;
   const Shape one_group{1, 700, 9}, wide{3, 300, 33}, groups{5, 260, 17}, long_rows{2, 70, 520};
