@@ -190,7 +190,7 @@ def test_train_keeps_the_recipes_architecture_for_its_own_model(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_can_be_given_back(monkeypatch, recipe):
+def test_train_takes_every_recipe_unchanged(monkeypatch, recipe):
     settings, _ = trained_with(monkeypatch, "--recipe", recipe)
     assert settings == RECIPES[recipe]()
 

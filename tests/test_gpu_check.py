@@ -73,7 +73,7 @@ def check(tmp_path):
     return Check(tmp_path)
 
 
-def test_every_part_reports_whatever_became_of_the_others(check):
+def test_a_failed_part_does_not_stop_later_parts(check):
     done = check("--googletest", check.source)
     assert done.returncode == 1
     lines = check.summary()
@@ -97,7 +97,7 @@ def test_a_quick_run_has_the_short_parts(check):
     assert lines["memcheck"].endswith("--gtest_filter=-*Large*:*Long*")
 
 
-def test_all_is_well_when_every_part_is(check):
+def test_succeeds_if_every_part_passes(check):
     write_program(check.folder / "python", PYTHON.replace("exit 1", "exit 0"))
     done = check("--googletest", check.source)
     assert done.returncode == 0, done.stdout
@@ -179,7 +179,7 @@ esac
     assert "passed" in lines["sinkhorn"]
 
 
-def test_the_programs_beside_python_go_before_the_systems(check, tmp_path):
+def test_the_programs_beside_python_precede_the_programs_of_the_system(check, tmp_path):
     beside = tmp_path / "environment"
     beside.mkdir()
     write_program(beside / "python", PYTHON)
@@ -190,7 +190,7 @@ def test_the_programs_beside_python_go_before_the_systems(check, tmp_path):
     assert "googletest" not in lines and "skipped" in lines["sanitizers"] and "passed" in lines["cuda"]
 
 
-def test_googletest_is_carried_in_by_an_option(check):
+def test_an_option_names_the_source_of_googletest(check):
     given = "-DCMAKE_DISABLE_FIND_PACKAGE_GTest=ON -DFETCHCONTENT_SOURCE_DIR_GOOGLETEST="
     dry = check("--dry-run", "--googletest", "googletest", cwd=check.folder)
     assert f"{given}{check.source} " in dry.stdout  # CMake takes no relative path
@@ -202,12 +202,12 @@ def test_googletest_is_carried_in_by_an_option(check):
         assert done.returncode == 2 and f"--googletest {wrong} has no CMakeLists.txt" in done.stderr
 
 
-def test_refuses_what_it_does_not_know(check):
+def test_refuses_unknown_options(check):
     for arguments in (["--fast"], ["--out"], ["--fast", "2"]):
         done = check(*arguments)
         assert done.returncode == 2 and "unknown option" in done.stderr
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
+def test_without_a_gpu_the_message_says_so(tmp_path):
     done = subprocess.run([SCRIPT, "--out", tmp_path, "--python", "/bin/false"], capture_output=True, text=True)
     assert done.returncode == 1 and "no torch that sees a GPU" in done.stderr

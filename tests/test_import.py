@@ -49,7 +49,7 @@ def test_public_names_are_documented(name):
     assert (getattr(vr, name).__doc__ or "").strip()
 
 
-def test_load_flax_is_there():
+def test_load_flax_is_public():
     assert callable(importlib.import_module("vmoe_routers.checkpoints").load_flax)
 
 

@@ -178,7 +178,7 @@ def test_an_image_does_not_depend_on_its_batch(router, options):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("router", "options"), CASES)
-def test_a_bad_image_does_not_reach_the_others(router, options, bad):
+def test_a_bad_image_does_not_affect_other_images(router, options, bad):
     moe = layer(router, dtype=torch.float32, **options).eval()
     x = torch.randn(4, 6, 5)
     wanted = moe(x)
@@ -211,7 +211,7 @@ def test_in_eval_the_last_group_may_be_smaller(router, options):
 
 
 @pytest.mark.parametrize("router", vr.ROUTERS)
-def test_in_training_it_may_not(router):
+def test_in_training_the_last_group_may_not_be_smaller(router):
     moe = layer(router, 3)
     moe(torch.randn(3, 6, 5).double())
     random = torch.get_rng_state()
@@ -273,7 +273,7 @@ def test_padding(router, options, group_size):
 
 @pytest.mark.parametrize(("router", "options"), CASES)
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan])
-def test_nothing_comes_out_of_padding(router, options, poison):
+def test_values_of_padded_tokens_affect_nothing(router, options, poison):
     moe = layer(router, 2, **options).eval()
     mask = torch.rand(4, 9) > 0.3
     tokens = torch.randn(4, 9, 5).double()
@@ -704,13 +704,13 @@ def test_router_made_before():
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("router", "options"), CASES)
-def test_a_nan_that_is_not_masked_is_seen(router, options, training):
+def test_a_nan_that_is_not_masked_stays_in_its_group(router, options, training):
     moe = layer(router, 2, **options).train(training)
     x = torch.randn(4, 6, 5).double()
     x[0, 3, 2] = math.nan
     out = moe(x)
-    assert out[:2].isnan().any(), "the group of the NaN"
-    assert out[2:].isfinite().all(), "the group without"
+    assert out[:2].isnan().any(), "the group with the NaN"
+    assert out[2:].isfinite().all(), "the group without a NaN"
     mask = torch.ones(4, 6, dtype=torch.bool)
     mask[0, 3] = False
     assert moe(x, mask).isfinite().all()

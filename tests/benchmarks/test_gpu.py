@@ -189,7 +189,7 @@ def test_verdicts_on_a_gpu():
     }
 
 
-def test_a_time_that_only_one_card_can_reach_is_asked_of_that_one():
+def test_a_target_of_one_card_applies_to_that_card_only():
     mixing = result("Soft MoE mixing", targets.SQUARE_BFLOAT16, 100e-6)
     assert verdicts("NVIDIA H200", mixing) == {("Soft MoE mixing", "us, at most (H200)"): pytest.approx(1.5)}
     assert not verdicts("NVIDIA H100", mixing)

@@ -145,7 +145,7 @@ def test_verdicts_on_time_and_memory():
     }
 
 
-def test_why_a_target_is_missed_is_said_where_it_is(monkeypatch, capsys):
+def test_the_reason_for_a_missed_target_is_printed_and_on_the_page(monkeypatch, capsys):
     def verdict(title, against, factor):
         same = {"size": "", "default": True, "threads": 1, "direction": "forward", "unstable": False, "target": 2.0}
         return {**same, "title": title, "against": against, "ratio": 1.0, "factor": factor}
@@ -220,7 +220,7 @@ def files(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_kept_results_are_what_was_measured(tmp_path):
+def test_kept_results_are_the_measured_results(tmp_path):
     ratio = {"median": 1.25, "low": 1.0, "high": 2.0}
     variant = {
         "name": "ours",
@@ -252,7 +252,7 @@ def test_a_table_keeps_kinds_of_values(tmp_path):
     assert about == {"about": [1, 0.666667]} and rows == [row, {**row, "c": None}]
 
 
-def test_kept_scaling_is_what_was_measured(tmp_path):
+def test_kept_scaling_is_the_measured_scaling(tmp_path):
     gain = {"median": 1.5, "low": 1.25, "high": 2.0}
     at = {"title": "x", "seconds": {"1": 1.0, "2": 0.5}, "gain": gain, "unstable": False}
     points = [{**at, "x": x, "seconds": {"1": x / 2, "2": x / 4}} for x in (2, 4, 8)]
@@ -268,7 +268,7 @@ def test_kept_scaling_is_what_was_measured(tmp_path):
     assert len(found["gains"]) == 1 and found["gains"][0].items() >= gains[0].items()
 
 
-def test_a_case_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsys):
+def test_a_failed_case_does_not_stop_later_cases(tmp_path, monkeypatch, capsys):
     def broken(size, device):
         raise RuntimeError("no such kernel")
 
@@ -283,7 +283,7 @@ def test_a_case_that_fails_does_not_keep_the_others(tmp_path, monkeypatch, capsy
     assert "no such kernel" in capsys.readouterr().err
 
 
-def test_a_run_that_is_cut_off_leaves_what_it_has(tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_its_results(tmp_path, monkeypatch):
     def cut_off(size, device):
         raise KeyboardInterrupt
 

@@ -172,7 +172,7 @@ def test_refuses_no_parameters():
     check_refused(layer(), {}, "5 of the parameters")
 
 
-def test_refuses_a_parameter_that_the_reference_has_not():
+def test_refuses_a_parameter_that_the_reference_lacks():
     module = layer()
     module.register_parameter("gain", torch.nn.Parameter(torch.ones(1)))
     check_refused(module, arrays(), "MoEMlp.gain, shape (1,): has no counterpart")

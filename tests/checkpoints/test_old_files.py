@@ -54,7 +54,7 @@ def test_state_dict_of_a_router_alone():
 
 
 @each_router
-def test_a_part_is_still_missed(router):
+def test_a_missing_parameter_is_named(router):
     state, _, _ = old_state(router)
     name = "phi" if router == "soft" else "weight"
     del state[f"router.{name}"]

@@ -19,7 +19,7 @@ def model_of(router, **options):
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
 @pytest.mark.parametrize("router", [None, *vr.ROUTERS])
-def test_masked_patches_are_not_there(router, global_pool):
+def test_masked_patches_do_not_affect_the_result(router, global_pool):
     """The contents of masked patches change nothing, and every real patch still counts."""
     model = model_of(router, global_pool=global_pool)
     x = torch.randn(3, 1, 8, 8)
@@ -37,7 +37,7 @@ def test_masked_patches_are_not_there(router, global_pool):
 
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
 @pytest.mark.parametrize("router", [None, *vr.ROUTERS])
-def test_padding_is_as_no_padding(router, global_pool):
+def test_a_padded_image_gives_the_output_of_the_unpadded_image(router, global_pool):
     """If there are slots for all tokens, an image padded to a larger size gives the output of the unpadded image."""
     room = {} if router in (None, "soft") else {"capacity_factor": 8.0}
     options = {"global_pool": global_pool, "pos_embed_std": 0.0, **room}
@@ -63,7 +63,7 @@ def test_a_mask_of_true_is_no_mask(router, global_pool):
 
 
 @pytest.mark.parametrize("global_pool", ["avg", "token", "map"])
-def test_features_and_head_apart_are_as_together(global_pool):
+def test_features_and_head_give_the_output_of_the_model(global_pool):
     model = model_of("softmax_expert_choice", global_pool=global_pool)
     x, mask = torch.randn(3, 1, 8, 8), torch.rand(3, 16) > 0.3
     features = model.forward_features(x, mask=mask)

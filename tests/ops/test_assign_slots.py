@@ -157,7 +157,7 @@ def test_slots_and_sources_agree_and_capacity_holds(device, batch_priority):
             assert filled == sorted(filled, reverse=True), "buffers are filled from the front"
 
 
-def test_batch_priority_drops_the_least(device):
+def test_batch_priority_drops_the_lowest_priorities(device):
     G, T, E, C = 4, 60, 6, 5
     expert = requests(G, T, 1, E, none=0).to(device)
     priority = torch.randn(G, T, device=device)
@@ -171,7 +171,7 @@ def test_batch_priority_drops_the_least(device):
                 assert kept.min() > dropped.max()
 
 
-def test_first_choices_go_before_second_ones(device):
+def test_first_choices_are_served_before_second_choices(device):
     """With any priority, token 1's second choice comes after token 0's first."""
     expert = torch.tensor([[[0, 1], [1, 0]]], dtype=torch.int32, device=device)
     slot, _ = assign_slots(expert, 2, 1, torch.tensor([[0.0, 9.0]], device=device))

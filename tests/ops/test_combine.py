@@ -145,7 +145,7 @@ def test_compile(device, gated):
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_empty_slots_say_nothing(device, gated):
+def test_empty_slots_do_not_affect_the_result(device, gated):
     """NaN in empty slots of the outputs, the gates or both changes no value and no gradient."""
     y, gate, token, offsets, slots = arguments(2, 7, 5, 3, 4, gated=gated)
     empty = token < 0
@@ -197,7 +197,7 @@ def test_not_contiguous(device):
     assert_close(view.grad, expected)
 
 
-def test_lists_that_are_no_lists(device):
+def test_invalid_offsets_are_clamped_and_invalid_slots_skipped(device):
     """Offsets are clamped to [0, E * C], and slots outside [0, E * C) are skipped, also in dispatch's backward."""
     y, gate, token, _, _ = (a.to(device) for a in arguments(1, 3, 5, 2, 2))
     offsets = torch.tensor([[-(10**6), 2, 1, 10**6]], dtype=torch.int32, device=device)

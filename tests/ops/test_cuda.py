@@ -31,7 +31,7 @@ def test_an_op_without_a_kernel_says_how_to_get_it():
             on_cuda(op, *arguments)
 
 
-def test_on_the_host_it_is_the_cuda_kernels_that_run(request):
+def test_cuda_on_host_runs_the_cuda_kernels(request):
     if not request.config.getoption("--cuda-on-host"):
         pytest.skip("needs --cuda-on-host")
     # The CPU kernel takes no 16-bit tensors.
@@ -75,7 +75,7 @@ class WithLoss(torch.nn.Module):
 
 @pytest.mark.parametrize("masked", [False, True])
 @on_every_layer
-def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, masked):
+def test_a_layer_reads_no_value_and_stays_on_its_device(router, options, masked):
     """Runs on fake tensors, without a GPU. Reading a value is an error, and mixing devices is an error."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
@@ -92,7 +92,7 @@ def test_a_layer_asks_the_gpu_for_nothing_and_stays_on_it(router, options, maske
 
 
 @on_every_layer
-def test_a_gradient_asks_for_nothing(router, options):
+def test_a_gradient_reads_no_value(router, options):
     """Runs the backward on fake tensors of the CPU, because torch runs a backward of fake tensors on the CPU only."""
     layer = make_layer(router, options, "meta")
     with FakeTensorMode():
@@ -135,7 +135,7 @@ class Step:
 
 
 @on_every_layer
-def test_a_model_asks_the_gpu_for_nothing(router, options):
+def test_a_model_reads_no_value(router, options):
     """Runs a whole model on fake tensors, without a GPU."""
     model = Step(router, options, "meta").model
     with FakeTensorMode():
@@ -176,7 +176,7 @@ def test_a_step_of_a_model_leaves_no_graph(router, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_soft_mixes_in_16_bits_what_it_routes_in_float32(dtype):
+def test_soft_moe_routes_in_float32_and_mixes_in_16_bits(dtype):
     """Runs on fake tensors: 16-bit tokens reach the kernels unconverted, and results have the dtype of the tokens."""
     layer = make_layer("soft", {"slots_per_expert": 3}, "meta")
     with FakeTensorMode():
@@ -280,7 +280,7 @@ class TestOnAGpu:
         torch.testing.assert_close(out, path(x, logits))  # cuBLAS may choose another kernel outside of a graph
 
     @on_every_path
-    def test_the_same_every_time_and_as_on_the_cpu(self, path):
+    def test_results_repeat_and_equal_the_results_of_the_cpu(self, path):
         x, logits = torch.randn(4, 196, 32, device="cuda"), tied(4, 196, 32, levels=50).float().cuda()
         first = path(x, logits)
         for _ in range(5):
@@ -404,7 +404,7 @@ class TestOnAGpu:
             torch.testing.assert_close(ours, wanted, rtol=0.02, atol=0.02)
 
     @on_every_layer
-    def test_the_gradients_of_a_layer_are_the_same_every_time(self, router, options):
+    def test_the_gradients_of_a_layer_repeat(self, router, options):
         layer = make_layer(router, {"noise_std": 0.0, **options}, "cuda")
         x = torch.randn(4, 49, 16, device="cuda", requires_grad=True)
         leaves = [x, *layer.parameters()]

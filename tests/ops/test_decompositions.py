@@ -71,7 +71,7 @@ def slots_of(G, T, E, C):
     return token, *OPS.invert_slots(token, T)[:2]
 
 
-def test_every_forward_op_has_one():
+def test_every_forward_op_has_a_decomposition():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vmoe_routers::")}
     ours = {op._schema.name for op in DECOMPOSITIONS if op.namespace == "vmoe_routers"}
     assert ours == {name for name in names if not name.endswith("_backward")}
@@ -146,7 +146,7 @@ def test_slots(G, T, E, C):
         check(OPS.combine, y, None, token, offsets, slots)
 
 
-def test_empty_slots_are_not_looked_at():
+def test_empty_slots_do_not_affect_the_result():
     token, offsets, slots = slots_of(2, 6, 3, 4)
     y, gate = torch.randn(3, 2, 4, 5), torch.rand(2, 3, 4)
     y.transpose(0, 1)[(token < 0) | (token > 5)] = NAN
@@ -164,7 +164,7 @@ def test_sinkhorn(dtype, tolerance, scale, epsilon):
 
 
 @pytest.mark.parametrize("iterations", [1, 5])
-def test_sinkhorn_hides_no_nan(iterations):
+def test_sinkhorn_keeps_nan(iterations):
     logits = spread(3, 10, 4)
     logits[0, 2, 1], logits[1, 3, 2] = NAN, INF
     plan = decomposed(OPS.sinkhorn.default, logits, 1.0, iterations, 0.0, True)[0]
@@ -194,7 +194,7 @@ def test_ksparse_transport(dtype, k, tolerance):
     check(OPS.ksparse_transport, similarity, k, 3, "adam", 0.01, tolerance, 1.0, slack=10.0)
 
 
-def test_lbfgs_has_none():
+def test_lbfgs_has_no_decomposition():
     with pytest.raises(NotImplementedError, match="ksparse_transport: solver 'lbfgs'"):
         decomposed(OPS.ksparse_transport.default, torch.rand(1, 4, 2), 2, 20, "lbfgs", 0.01, 1e-3, 1.0)
 

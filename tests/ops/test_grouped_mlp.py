@@ -135,7 +135,7 @@ def test_gradient(device, bias, act, filled):
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2, 3, 4), (0, 1, 3), (2, 4)])
-def test_gradient_of_some(device, frozen):
+def test_gradient_of_some_arguments(device, frozen):
     inputs = [a.to(device).requires_grad_(i not in frozen) for i, a in enumerate(arguments(3, 5, 4, 7, 6))]
     leaves = [a for a in inputs if a.requires_grad]
     products = by_products(*inputs, None, GELU["gelu_tanh"])
@@ -194,7 +194,7 @@ RAGGED = [
 @each_act
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "slots", "counts"), RAGGED)
-def test_filled_rows_are_those_of_the_padded_form(device, groups, slots, counts, dtype, act):
+def test_filled_rows_equal_the_padded_form(device, groups, slots, counts, dtype, act):
     if not served(device, dtype):
         return
     filled = torch.tensor(counts, dtype=torch.int32, device=device)
@@ -214,7 +214,7 @@ def test_filled_rows_are_those_of_the_padded_form(device, groups, slots, counts,
         torch.testing.assert_close(gradient / size, other / size, **tolerance)
 
 
-def test_what_comes_back_for_rows_that_are_not_filled_is_nothing(device):
+def test_the_gradient_of_rows_that_are_not_filled_is_ignored(device):
     inputs = [a.to(device).requires_grad_() for a in arguments(2, 6, 4, 7, 4)]
     out = grouped_mlp(*inputs, filled=torch.tensor([[1, 2], [3, 0]], dtype=torch.int32, device=device))
     there = out.detach().abs().sum(2, keepdim=True) > 0
@@ -268,7 +268,7 @@ def test_repeats_bit_by_bit(device, experts):
         assert all(torch.equal(a, b) for a, b in zip(results(), wanted, strict=True))
 
 
-def test_without_saved_products_the_gradient_makes_them_again(device):
+def test_without_saved_products_the_gradient_recomputes_them(device):
     x, w1, b1, w2, b2 = (a.to(device) for a in arguments(3, 5, 4, 7, 6))
     op, backward = torch.ops.vmoe_routers.grouped_mlp, torch.ops.vmoe_routers.grouped_mlp_backward
     gradients = []
@@ -338,7 +338,7 @@ def test_without_hidden_columns(device):
     assert torch.equal(inputs[0].grad, torch.zeros_like(inputs[0]))
 
 
-def test_experts_do_not_see_each_other(device):
+def test_experts_do_not_affect_each_other(device):
     inputs = [a.to(device) for a in arguments(3, 5, 4, 7, 4)]
     wanted = grouped_mlp(*inputs)
     inputs[0][1, 2] = torch.tensor([NAN, INF, -INF, 1.0])

@@ -103,7 +103,7 @@ def test_k_of_one_is_one_hot(device):
     assert torch.equal(ksparse_projection(x, 1), torch.zeros_like(x).scatter(1, first, 1.0))
 
 
-def test_a_point_of_the_simplex_stays(device):
+def test_a_point_of_the_simplex_is_unchanged(device):
     x = spread(20, 9).softmax(1).to(device)
     assert_close(ksparse_projection(x, 9), x)
 

@@ -139,7 +139,7 @@ def test_columns(device, dtype, solver, k):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_are_driven_to_one(device, dtype):
+def test_iterations_bring_row_sums_to_one(device, dtype):
     similarity = similarities(3, 40, 8).to(device, dtype)
     off = [(ksparse_transport(similarity, 40, iterations=i).sum(2) - 1).norm().item() for i in (0, 20, 200)]
     assert off[1] < 0.8 * off[0]
@@ -154,7 +154,7 @@ def test_permutations(device):
     assert_close(ksparse_transport(similarity[:, :, experts], 6), plan[:, :, experts], slack=100)
 
 
-def test_groups_do_not_see_each_other(device):
+def test_groups_do_not_affect_each_other(device):
     similarity = similarities(32, 20, 5).float().to(device)
     together = ksparse_transport(similarity, 4)
     assert all(torch.equal(together[g : g + 1], ksparse_transport(similarity[g : g + 1], 4)) for g in (0, 15, 31))
@@ -177,7 +177,7 @@ def test_lbfgs_without_sparsity_is_the_one_optimal_plan(device, G, T, E, gamma):
     torch.testing.assert_close(plan, wanted, rtol=0, atol=1e-6)
 
 
-def test_lbfgs_is_optimal_where_it_arrives(device):
+def test_lbfgs_is_optimal_if_the_rows_sum_to_one(device):
     """For k < T the semi-dual is not differentiable everywhere, and a solver may stop at such a point. But rows that
     sum to 1 prove the optimum: the plan is feasible, and its cost equals the lower bound of all feasible plans."""
     similarity, k, gamma = similarities(8, 24, 4), 6, 1.0
@@ -193,7 +193,7 @@ def test_lbfgs_is_optimal_where_it_arrives(device):
     torch.testing.assert_close(cost[both], bound[both], rtol=0, atol=1e-6)
 
 
-def test_lbfgs_has_converged_where_adam_is_on_its_way(device):
+def test_lbfgs_converges_in_fewer_iterations_than_adam(device):
     similarity = similarities(4, 24, 4).to(device)
     adam, lbfgs = (
         (ksparse_transport(similarity, 24, solver=solver, iterations=40).sum(2) - 1).norm(dim=1)
@@ -208,7 +208,7 @@ def test_lbfgs_has_converged_where_adam_is_on_its_way(device):
 
 @pytest.mark.parametrize("solver", ["adam", "lbfgs"])
 @pytest.mark.parametrize("masked_by", ["mask", "-inf"])
-def test_absent_tokens_are_as_if_removed(device, solver, masked_by):
+def test_masked_tokens_equal_removed_tokens(device, solver, masked_by):
     similarity, mask = similarities(3, 12, 4), torch.rand(3, 12) < 0.7
     mask[0] = torch.arange(12) < 2  # fewer than k
     x = similarity.clone() if masked_by == "mask" else similarity.masked_fill(~mask[..., None], -INF)
@@ -250,7 +250,7 @@ def test_equal_similarities(device):
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_not_a_number_is_not_hidden(device, value):
+def test_nan_is_not_hidden(device, value):
     similarity = similarities(2, 8, 4).to(device)
     similarity[1, 3, 2] = value
     for solver in ("adam", "lbfgs"):

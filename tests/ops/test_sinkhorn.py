@@ -104,7 +104,7 @@ def test_tolerance(device, dtype, gradient, tolerance):
             assert (sinkhorn(x[g : g + 1], return_error=True, **options)[1] > tolerance).all()
 
 
-def test_error_is_that_of_the_column_sums(device):
+def test_error_is_the_error_of_the_column_sums(device):
     logits = spread(3, 20, 5).to(device)
     plan, error, iterations = sinkhorn(logits, iterations=4, return_error=True)
     assert_close(error, (plan.sum(1) - 20 / 5).abs().amax(1) / (20 / 5))
@@ -165,7 +165,7 @@ def test_extreme_logits(device, dtype, gradient):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_offset_of_an_expert_is_no_information(device, dtype):
+def test_an_offset_of_an_expert_changes_nothing(device, dtype):
     """The first column update removes an offset of any size."""
     logits = torch.randint(-3, 4, (2, 16, 4)).to(device, dtype)
     offset = torch.tensor([8192.0, -8192.0, 512.0, 0.0], dtype=dtype, device=device)
@@ -234,7 +234,7 @@ def test_permutations(device):
     assert_close(sinkhorn(logits[:, :, experts]), plan[:, :, experts])
 
 
-def test_groups_do_not_see_each_other(device):
+def test_groups_do_not_affect_each_other(device):
     logits = spread(64, 20, 6).float().to(device)
     together = sinkhorn(logits)
     assert all(torch.equal(together[g : g + 1], sinkhorn(logits[g : g + 1])) for g in (0, 31, 63))
@@ -272,7 +272,7 @@ def test_ties_stay_ties(device):
 
 @each_gradient
 @pytest.mark.parametrize("masked_by", ["mask", "-inf"])
-def test_absent_tokens_are_as_if_removed(device, gradient, masked_by):
+def test_masked_tokens_equal_removed_tokens(device, gradient, masked_by):
     logits, mask = spread(3, 10, 4), masks(3, 10)
     x = logits.clone() if masked_by == "mask" else logits.masked_fill(~mask[..., None], -INF)
     x = x.to(device).requires_grad_()
@@ -314,7 +314,7 @@ def test_group_without_any_token(device, gradient, masked_by):
 
 
 @each_gradient
-def test_forbidden_pairs(device, gradient):
+def test_masked_pairs(device, gradient):
     """Single -inf entries, and an expert that is masked for every token, have a plan of 0 and no gradient."""
     logits = spread(2, 8, 4)
     logits[0, torch.arange(8), torch.arange(8) % 4] = -INF
@@ -339,7 +339,7 @@ def test_forbidden_pairs(device, gradient):
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_not_a_number_is_not_hidden(device, value):
+def test_nan_is_not_hidden(device, value):
     logits = spread(2, 8, 4).to(device)
     logits[1, 3, 2] = value
     plan, error, _ = sinkhorn(logits, return_error=True)
@@ -350,7 +350,7 @@ def test_not_a_number_is_not_hidden(device, value):
 
 @each_gradient
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_not_a_number_is_not_hidden_in_the_gradient(device, gradient, value):
+def test_nan_is_not_hidden_in_the_gradient(device, gradient, value):
     logits = spread(2, 8, 4).to(device)
     logits[1, 3, 2] = value
     logits.requires_grad_()

@@ -122,7 +122,7 @@ def test_logits_of_float32_with_values_in_half(device, dtype, dim):
 @pytest.mark.parametrize("dtype", HALVES)
 @each_dim
 @pytest.mark.parametrize("shape", [(2, 9, 6, 5), (3, 49, 196, 64), (2, 300, 44, 8), (1, 5, 1500, 16)])
-def test_values_in_half_whoever_multiplies(device, dtype, dim, shape):
+def test_values_in_half_for_every_product(device, dtype, dim, shape):
     logits, values, _ = arguments(*shape, dim)
     logits[0, 1] = -INF
     logits[0, :, 1] = -INF
@@ -290,7 +290,7 @@ def test_extreme_logits(device, dim, dtype):
 
 
 @each_dim
-def test_nothing_there_gives_zeros(device, dim):
+def test_masked_lines_give_zeros(device, dim):
     """A token or slot of -inf is masked: over both axes, a masked row neither contributes nor receives."""
     logits, values, _ = arguments(2, 9, 6, 5, dim)
     logits[0, 4] = -INF
@@ -314,7 +314,7 @@ def test_nothing_there_gives_zeros(device, dim):
 @pytest.mark.parametrize("others", [0.0, -INF])
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("place", [0, 2, 3])
-def test_not_a_number_is_not_hidden(device, dim, others, value, place):
+def test_nan_is_not_hidden(device, dim, others, value, place):
     """NaN and inf reach the result from any position in a line, and beside any other entries."""
     logits = torch.full((1, 4, 4), others, device=device)
     logits[0, place, place] = value

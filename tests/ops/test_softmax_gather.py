@@ -35,7 +35,7 @@ def test_reference(device, dtype, shape, dim):
 
 
 @pytest.mark.parametrize("dim", [1, 2])
-def test_large_logits_lose_nothing(device, dim):
+def test_large_logits_keep_their_precision(device, dim):
     """In float32, a logsumexp of 1e4 would have an error of 5e-4."""
     logits = (torch.randn(2, 30, 7) + 1e4).float().double()
     inputs = [logits, some_indices((2, 30, 7), dim, 4), dim]
@@ -48,7 +48,7 @@ def test_gradient(dim):
     check_gradient(lambda logits: softmax_gather(logits, indices, dim), [spread(2, 6, 5)])
 
 
-def test_gradient_of_a_token_that_is_not_there(device):
+def test_gradient_of_a_masked_token(device):
     logits = torch.tensor([[[-INF, -INF], [1.0, 2.0], [3.0, -INF]]], device=device, requires_grad=True)
     indices = torch.tensor([[[0, 1], [0, 1], [0, 1]]], dtype=torch.int32, device=device)
     values = softmax_gather(logits, indices)
@@ -74,7 +74,7 @@ def test_compile(device, dim):
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_a_row_without_a_softmax_is_nan_and_alone(device, value):
+def test_a_row_without_a_softmax_is_the_only_row_of_nan(device, value):
     logits = torch.randn(1, 40, 9, device=device)
     everything = torch.arange(9, dtype=torch.int32, device=device).expand(1, 40, 9)
     clean = softmax_gather(logits, everything)

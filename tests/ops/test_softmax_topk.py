@@ -44,7 +44,7 @@ def test_reference(device, dtype, k, dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("k", "dim"), CASES)
 @pytest.mark.parametrize("E", [13, 32])
-def test_it_is_topk_of_the_gates_to_the_bit(device, dtype, k, dim, E):
+def test_is_topk_of_the_gates_to_the_bit(device, dtype, k, dim, E):
     """Covers ties: equal logits, and gates that round to the same number or underflow."""
     logits = torch.cat([tied(3, 40, E), spread(3, 60, E, scale=80.0)], 1).to(device, dtype)
     logits[1] = logits[1, :1]
@@ -122,7 +122,7 @@ def test_a_single_minus_inf_is_a_gate_of_zero(device, dim):
 
 
 @pytest.mark.parametrize("dim", [1, 2])
-def test_equal_tokens_tie_wherever_they_stand(device, dim):
+def test_equal_tokens_tie_at_any_position(device, dim):
     logits = torch.randn(1, 1, 7, device=device).expand(1, 37, 7)
     values, indices = softmax_topk(logits, 5, dim)
     if dim == 2:
@@ -150,7 +150,7 @@ def test_compile(device, k, dim):
     check_compile(softmax_topk, [spread(2, 6, 5), k, dim], device)
 
 
-def test_nothing_of_the_size_of_the_gates_is_kept(device):
+def test_no_tensor_of_the_size_of_the_gates_is_kept(device):
     logits = torch.randn(2, 50, 16, device=device, requires_grad=True)
     for k, dim in ((2, 2), (3, 1)):
         kept = []

@@ -44,7 +44,7 @@ def test_gradient(k, dim):
     check_gradient(topk, [torch.randperm(40).double().view(2, 4, 5), k, dim])
 
 
-def test_gradient_reaches_the_chosen_alone(device):
+def test_gradient_reaches_only_the_chosen(device):
     x = torch.tensor([1.0, 3.0, 3.0, 2.0], device=device, requires_grad=True)
     values, indices = topk(x, 2)
     assert not indices.requires_grad

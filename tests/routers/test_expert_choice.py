@@ -201,7 +201,7 @@ def test_ties_go_to_the_lower_index(name):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_ids_are_unique_and_in_range_whatever_comes(bad):
+def test_ids_are_unique_and_in_range_for_any_gates(bad):
     gates = torch.randn(3, 8, 5).softmax(-1)
     clean = vr.expert_choice(gates, 3)
     gates[1, 2] = bad
@@ -219,7 +219,7 @@ def test_ids_are_unique_and_in_range_whatever_comes(bad):
         assert (D[1, 2].sum(-1) == 1).all(), "a NaN counts as the largest"
 
 
-def test_slots_stay_empty_where_nothing_is_left():
+def test_slots_stay_empty_if_no_token_remains():
     gates = torch.tensor([[[0.5, -math.inf], [-math.inf, -math.inf], [0.9, 0.1]]])
     routing = vr.expert_choice(gates, 3)
     wanted = torch.zeros(1, 3, 2, 3)
@@ -286,7 +286,7 @@ def test_gradient_of_the_gates(name, combine):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_renormalize_divides_by_what_the_tokens_got(masked):
+def test_renormalize_divides_by_the_weights_of_the_taken_slots(masked):
     mask = torch.arange(7) < 5 if masked else torch.ones(7, dtype=torch.bool)
     gates = torch.randn(2, 7, 4).double().softmax(-1)
     weights = torch.rand(2, 7, 4).double().requires_grad_()

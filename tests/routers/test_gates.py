@@ -24,7 +24,7 @@ class Dense:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", [{}, {"batch_priority": True, "renormalize": True, "top_k": 2}])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_router_does_as_with_dense_gates(name, options, masked):
+def test_a_router_gives_the_results_of_dense_gates(name, options, masked):
     if options and not name.endswith("token_choice"):
         options = {"capacity_factor": 2.0}
     router = vr.create_router(name, 6, 5, noise_std=2.0, dtype=torch.float64, **options)
@@ -58,7 +58,7 @@ def test_the_two_forms_agree(dim):
     torch.testing.assert_close(softmax.at(indices, dim), plain.at(indices, dim))
 
 
-def test_the_functions_take_them():
+def test_the_functions_take_softmax_gates():
     logits = torch.randn(2, 9, 4)
     gates = logits.softmax(-1)
     for got, wanted in (

@@ -78,7 +78,7 @@ def test_a_name_is_a_composition(name, composed):
     assert_same_tables(by_hand(x), wanted)
 
 
-def test_other_combinations_come_free():
+def test_token_choice_takes_the_sparse_plan():
     router = vr.TokenChoiceRouter(6, 4, vr.affinity.SparsityConstrained(), top_k=2).eval()
     x = torch.randn(2, 8, 6)
     routing = router(x)
@@ -208,7 +208,7 @@ def test_copies(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_padding_changes_nothing_for_the_others(name, options):
+def test_padding_does_not_affect_other_tokens(name, options):
     """Both runs have the same number of slots, because the default capacity counts padded tokens, too."""
     real, padded, E = 10, 16, 4
     slots = 3
@@ -245,7 +245,7 @@ def test_padding_changes_nothing_for_the_others(name, options):
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_what_is_in_the_padding_reaches_nothing(name, options, garbage):
+def test_values_of_padded_tokens_affect_nothing(name, options, garbage):
     """The values of padded tokens reach neither outputs nor gradients."""
     router = vr.create_router(name, 6, 4, **options)
     mask = torch.rand(2, 9) < 0.6
@@ -371,7 +371,7 @@ def test_small_groups(name, options, experts, shape):
 
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("name", ["softmax_token_choice", "softmax_expert_choice", "soft"])
-def test_what_a_routing_tells_compiles(name):
+def test_all_results_of_a_routing_compile(name):
     torch._dynamo.reset()
     router = vr.create_router(name, 6, 4).eval()
 
@@ -477,7 +477,7 @@ def test_sizes_are_checked(name):
 
 
 @pytest.mark.parametrize("name", vr.ROUTERS)
-def test_an_option_named_wrongly_is_told_the_right_ones(name):
+def test_a_wrong_option_names_the_valid_options(name):
     with pytest.raises(TypeError, match="capacity_facto") as raised:
         vr.create_router(name, 8, 4, capacity_facto=1.0)
     assert "capacity_factor" in str(raised.value)

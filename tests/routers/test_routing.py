@@ -368,7 +368,7 @@ def test_metrics_of_one_token_in_one_slot():
     assert alone.metrics["utilisation"] == 1
 
 
-def test_metrics_where_nothing_was_asked():
+def test_metrics_without_requests():
     nothing = torch.zeros(2, 4, dtype=torch.bool)
     for routing in (
         vr.token_choice(gates(2, 4, 3), 2, 2, mask=nothing),
@@ -385,7 +385,7 @@ def test_metrics_where_nothing_was_asked():
         assert all(value.isfinite().all() for value in metrics.values())
         assert metrics["load"].sum() == metrics["dropped"] == metrics["entropy"] == 0
         assert metrics["dead_experts"] == 3
-        assert metrics.get("dropped_requests", 0) == 0, "nothing was asked, so nothing was dropped"
+        assert metrics.get("dropped_requests", 0) == 0, "without requests, no request is dropped"
 
 
 def test_metrics_and_losses_are_computed_only_when_read(monkeypatch):

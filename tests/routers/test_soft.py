@@ -191,7 +191,7 @@ def test_slots_by_factor(factor, tokens, experts, slots):
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e4, math.inf, math.nan])
-def test_masked_tokens_neither_give_nor_take(garbage):
+def test_masked_tokens_neither_contribute_nor_receive(garbage):
     router = soft(scale_init=4.0)
     mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 1, 1]]).bool()
     real = torch.randn(2, 5, 6).double()

@@ -85,7 +85,7 @@ def test_never_more_than_capacity_and_top_k(slots, top_k, batch_priority):
     assert torch.equal(D.sum((1, 3)), asked.sum(1).clamp(max=slots))
 
 
-def test_batch_priority_drops_the_least():
+def test_batch_priority_drops_the_lowest_priorities():
     gates = torch.randn(8, 40, 4).softmax(-1)
     priority, choice = gates.max(-1)
     kept = vr.token_choice(gates, 1, 4, batch_priority=True).dispatch_tensor().sum((2, 3)) > 0
@@ -98,10 +98,10 @@ def test_batch_priority_drops_the_least():
                 assert priority[g][mine & kept[g]].min() >= priority[g][mine & ~kept[g]].max()
     assert dropped > 16
     first = vr.token_choice(gates, 1, 4).dispatch_tensor().sum((2, 3)) > 0
-    assert (first != kept).any(), "without it the first come is the first served"
+    assert (first != kept).any(), "without batch priority, tokens are served by index"
 
 
-def test_first_choices_go_before_second_ones():
+def test_first_choices_are_served_before_second_choices():
     # Expert 0 is the second choice of the first token and the first choice of the later token.
     gates = torch.tensor([[[0.4, 0.6], [0.9, 0.1]]])
     D = vr.token_choice(gates, 2, 1).dispatch_tensor()[0, :, :, 0]
@@ -112,7 +112,7 @@ def test_first_choices_go_before_second_ones():
     assert D.tolist() == [[0, 1], [1, 0]]
 
 
-def test_a_dropped_choice_leaves_the_others_weights_alone():
+def test_a_dropped_choice_does_not_change_other_weights():
     gates = torch.tensor([[[0.7, 0.3], [0.6, 0.4]]])
     B = vr.token_choice(gates, 2, 1).combine_tensor()[0].sum(-1)
     torch.testing.assert_close(B, torch.tensor([[0.7, 0.3], [0.0, 0.0]]))
@@ -121,7 +121,7 @@ def test_a_dropped_choice_leaves_the_others_weights_alone():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_renormalize_divides_by_what_was_asked_for(top_k):
+def test_renormalize_divides_by_the_weights_of_all_requests(top_k):
     gates = torch.randn(3, 9, 4).double().softmax(-1)
     weights = torch.rand(3, 9, 4).double()
     routing = vr.token_choice(gates, top_k, 2, weights=weights, renormalize=True)
@@ -145,7 +145,7 @@ def test_ties_go_to_the_lower_index(batch_priority):
 
 @pytest.mark.parametrize("batch_priority", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_ids_are_unique_and_in_range_whatever_comes(bad, batch_priority):
+def test_ids_are_unique_and_in_range_for_any_gates(bad, batch_priority):
     gates = torch.randn(3, 8, 5).softmax(-1)
     clean = vr.token_choice(gates, 3, 8, batch_priority=batch_priority)
     gates[1, 2] = bad
@@ -182,7 +182,7 @@ def test_small_groups(shape):
     assert x.grad.shape == x.shape
 
 
-def test_no_gradient_reaches_what_selects():
+def test_gates_that_only_select_get_no_gradient():
     gates = torch.rand(2, 6, 3, requires_grad=True)
     weights = torch.rand(2, 6, 3, requires_grad=True)
     B = vr.token_choice(gates, 2, 2, weights=weights).combine_tensor()
@@ -259,7 +259,7 @@ def test_sinkhorn_options():
 
 
 @pytest.mark.parametrize("name", ["softmax_token_choice", "sinkhorn_token_choice"])
-def test_batch_priority_makes_it_equivariant(name):
+def test_batch_priority_makes_routing_equivariant(name):
     router = (
         vr.create_router(name, 6, 4, batch_priority=True, capacity_factor=0.5, capacity_multiple_of=1).double().eval()
     )
@@ -268,7 +268,7 @@ def test_batch_priority_makes_it_equivariant(name):
     out = router(x).combine_tensor().sum(-1)
     permuted = router(x[:, order]).combine_tensor().sum(-1)
     torch.testing.assert_close(permuted, out[:, order], atol=1e-12, rtol=0)
-    assert (out.sum(-1) == 0).any(), "tokens were dropped, or the test shows nothing"
+    assert (out.sum(-1) == 0).any(), "no token was dropped, so the test shows nothing"
 
 
 @pytest.mark.parametrize("options", [{}, {"capacity_multiple_of": 1}, {"capacity_rounding": "round"}])
