@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, console: Console) -> dict:
     report["targets"] = verdicts(report)
     print_verdicts(console, report["targets"])
     if options.quick and options.device == "cpu" and report["targets"]:
-        console.print("The targets are for the default sizes; --quick has smaller ones.")
+        console.print("The targets are for the default sizes; --quick has smaller sizes.")
     return report
 
 
@@ -66,9 +66,9 @@ def write(report: dict, options: argparse.Namespace) -> None:
 
 
 def again(report: dict, found: dict[int, Ceilings], options: argparse.Namespace, console: Console) -> None:
-    """Measures the ceilings again and keeps the higher ones.
+    """Measures the ceilings again and keeps the higher of both measurements.
 
-    Another process may have slowed the first measurement; then times would look too close to the floor.
+    If another process had slowed the first measurement, times would look too close to the floor.
     """
     for entry in report["ceilings"]:
         threads = entry["threads"]

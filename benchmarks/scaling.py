@@ -203,12 +203,12 @@ def print_curves(console: Console, report: dict) -> None:
         for c in (c for c in report["curves"] if c["axis"] == axis.name):
             first, last = c["points"][0], c["points"][-1]
             ends = [f"{p['x']}: {seconds(p['seconds']['1'])}, {seconds(p['seconds']['2'])}" for p in (first, last)]
-            verdict = "[green]near it[/]" if c["slope"]["1"] <= c["expected"] + SLACK else "[red]steeper[/]"
+            verdict = "[green]not steeper[/]" if c["slope"]["1"] <= c["expected"] + SLACK else "[red]steeper[/]"
             verdict += " [bold red]UNSTABLE[/]" if c["unstable"] else ""
             table.add_row(c["title"], *(f"{s:.2f}" for s in c["slope"].values()), f"{c['expected']:g}", verdict, *ends)
         console.print(f"\n[bold]Time against {axis.name}[/] (times with 1 and 2 threads)")
         console.print(table)
-    console.print(f"\n[bold]Two threads over one[/] (where arithmetic sets the floor, at least {GAIN})")
+    console.print(f"\n[bold]Two threads over one[/] (target: at least {GAIN}, if arithmetic sets the floor)")
     table = Table("case", "size", "floor by", "gain", "95 %", "", box=None, pad_edge=False)
     for row in report["gains"]:
         gain, verdict = row["gain"], ""

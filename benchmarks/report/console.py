@@ -117,8 +117,8 @@ def print_result(console: Console, result: dict) -> None:
     console.print(table)
     console.print(
         f"floor {seconds(floor['seconds'])} ({floor['by']}); A/A {again['median']:.3f} "
-        f"({again['low']:.3f}-{again['high']:.3f}){mark}; results equal to {result['tolerance']:g}"
-        + (f" but for {result['allowed']:.1%}" if result["allowed"] else ""),
+        f"({again['low']:.3f}-{again['high']:.3f}){mark}; results agree within {result['tolerance']:g}"
+        + (f", except {result['allowed']:.1%} of the entries" if result["allowed"] else ""),
         highlight=False,
     )
     for line in result["skipped"]:
@@ -128,7 +128,7 @@ def print_result(console: Console, result: dict) -> None:
 def print_verdicts(console: Console, verdicts: list[dict]) -> None:
     if not verdicts:
         return
-    console.print("\n[bold]Targets[/] (times faster than; against the dense MLP: its time over ours)")
+    console.print("\n[bold]Targets[/] (time or memory of the variant over ours, or the unit in 'against')")
     table = Table("case", "size", "thr", "against", "target", "reached", "", "why", box=None, pad_edge=False)
     for v in sorted(verdicts, key=lambda v: v["factor"]):
         verdict = "[green]met[/]" if v["factor"] >= 1 else "[red]missed[/]"
