@@ -24,8 +24,8 @@ def ksparse_projection(x: Tensor, k: int) -> Tensor:
         k: 1 <= k <= n.
 
     Returns:
-        The projection, in x's shape and dtype. A row with NaN or +inf gets NaN. With ``g`` the gradient of the result,
-            the gradient of x is ``g - mean(g)`` on the support and 0 elsewhere.
+        The projection, in x's shape and dtype. A row with NaN or +inf, or with only -inf, gets NaN. With ``g`` the
+            gradient of the result, the gradient of x is ``g - mean(g)`` on the support and 0 elsewhere.
     """
     x = check.floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:

@@ -88,7 +88,7 @@ def token_choice(
         top_k: Experts per token, 1 <= K <= E.
         capacity: C, slots per expert and group.
         batch_priority: Fills the buffers in descending order of the tokens' largest gate instead of in index order.
-        weights: [G, T, E], the gates that weigh, in the combine tensor, by default `gates`. A weight is NaN where the
+        weights: [G, T, E], the gates that weigh (in the combine tensor), by default `gates`. A weight is NaN where the
             selecting gate is NaN.
         renormalize: Divides a token's weights by their sum over its `top_k` experts.
         mask: [G, T] bool, True = real token. Masked tokens make no request.
@@ -159,7 +159,7 @@ def expert_choice(
         gates: [G, T, E] floating point, or a `Gates`: the gates that select. Ties go to the lower index. A gate of
             -inf is never chosen, and its slot stays empty.
         capacity: C, slots per expert and group, clamped to T.
-        weights: [G, T, E], the gates that weigh, in the combine tensor, by default `gates`. A weight is NaN where the
+        weights: [G, T, E], the gates that weigh (in the combine tensor), by default `gates`. A weight is NaN where the
             selecting gate is NaN.
         renormalize: Divides a token's weights by their sum over the experts that took the token.
         mask: [G, T] bool, True = real token. Masked tokens are never taken.

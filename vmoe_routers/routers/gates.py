@@ -1,7 +1,7 @@
 """Gates [G, T, E]: the values that select tokens or experts, and the values that weigh them.
 
-A router reads only the gates of chosen entries. `PlainGates` wraps a tensor. `SoftmaxGates` computes softmax(logits)
-at the chosen entries and never writes the whole tensor.
+A router reads only the gates of chosen entries. `PlainGates` wraps a tensor. `SoftmaxGates` gives softmax(logits) at
+the chosen entries and keeps no tensor of all gates.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class PlainGates(_Source, Gates):
 
 
 class SoftmaxGates(_Source, Gates):
-    """Gates softmax(logits) over the experts, computed only at the entries that are read."""
+    """Gates softmax(logits) over the experts, of which only the entries that are read are returned and kept."""
 
     __slots__ = ()
 

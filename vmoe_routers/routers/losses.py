@@ -1,7 +1,8 @@
 """Auxiliary losses of the routers. Each is computed per group and averaged over groups to a scalar.
 
 Every function takes the router's logits [G, T, E] and a mask [G, T] (True = real token) or None. Gradients flow through
-every term. 16-bit logits give a loss in float32, because sums over the tokens overflow float16.
+every term except the shares f_e of `balance_loss`, which are counts. 16-bit logits give a loss in float32, because sums
+over the tokens overflow float16.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def load_loss(
 def balance_loss(noisy_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Computes ``E * sum_e f_e P_e`` (GShard, arXiv 2006.16668; Switch, arXiv 2101.03961, equation 4).
 
-    f_e is the share of tokens whose first choice is e, before tokens are dropped. P_e is the mean over the tokens of
-    the softmax of the noisy logits.
+    f_e is the share of tokens whose first choice is e, before tokens are dropped, without a gradient. P_e is the mean
+    over the tokens of the softmax of the noisy logits.
     """
     noisy_logits = _checked("balance_loss", "noisy_logits", noisy_logits, mask)
     gates = noisy_logits.softmax(-1)

@@ -15,9 +15,10 @@ class Usage(NamedTuple):
     """Counts from which the metrics are computed.
 
     Attributes:
-        load: [G, E], tokens in every expert's buffer.
+        load: [G, E], tokens in every expert's buffer. For Soft MoE, the sum of the tokens' weights of the expert.
         filled: [G, E], filled slots of every expert.
-        gates: [G, T, E], the weight of every expert in every token's output.
+        gates: [G, T, E], the gates that weigh, also of experts that did not get the token. For `SoftRouting` and own
+            routings, the weight of every expert in every token's output.
         dropped: [G, T] bool, True = a token that no expert took.
         requests: [G] and [G], the number of requests and of requests that got a slot. None if tokens make no requests.
     """

@@ -1,6 +1,6 @@
 """Routings: the dispatch and combine tensors of the formulation, and their products with tokens and slots.
 
-For every group, with tokens X [T, D], a dispatch tensor D and a combine tensor B, both [T, E, C] (section 3 of
+For every group, with tokens X [T, width], a dispatch tensor D and a combine tensor B, both [T, E, C] (section 3 of
 arXiv 2401.15969):
 
     expert inputs    X~[e, c] = sum_t D[t, e, c] X[t]

@@ -73,7 +73,7 @@ class SparseRouter(nn.Module):
         dim: D, width of a token.
         num_experts: E.
         affinity: Makes the gates that select and the gates that weigh (`vmoe_routers.affinity`), by default `Softmax`.
-        capacity_factor: Slots of all experts per routed token, > 0.
+        capacity_factor: Slots of all experts per token, > 0. `TokenChoiceRouter` multiplies this number by `top_k`.
         eval_capacity_factor: Capacity factor in eval, by default as in training.
         capacity_rounding, capacity_multiple_of: Arguments `rounding` and `multiple_of` of `vmoe_routers.capacity`.
         noise_std: In training, noise of this standard deviation divided by E is added to the logits.
@@ -260,7 +260,7 @@ class ExpertChoiceRouter(SparseRouter):
     """Router in which every expert chooses its C best tokens of the group (Expert Choice, arXiv 2202.09368).
 
     By default the capacity is rounded to the nearest integer (half to even), and not to a multiple of a number. So the
-    router costs as much as Soft MoE with the same capacity factor.
+    experts compute as many slots as in Soft MoE with the same capacity factor.
 
     Args:
         dim, num_experts, affinity: Arguments of `SparseRouter`.
