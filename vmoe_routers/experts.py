@@ -40,7 +40,7 @@ class Experts(nn.Module):
         drop: Rate of the dropout before and after the second layer. A norm follows the first dropout.
         bias: Whether b1 and b2 exist. A pair of bools sets them separately.
         same_init: Whether all experts start with the same weights, as in the reference's code. By default, every
-            expert draws its own.
+            expert draws its own weights.
         glu: Whether the experts are gated.
         norm_layer: Makes an ``nn.LayerNorm`` of width F, which is applied before w2 as in timm's `Mlp`. Every expert
             has its own weight and bias. None: no norm.
@@ -278,7 +278,7 @@ def by_products(
     filled: Tensor | None,
     act: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """`ops.grouped_mlp` as two batched products over all rows. Rows that are not filled become zeros.
+    """Computes `ops.grouped_mlp` by two batched products over all rows. Rows that are not filled become zeros.
 
     `act` may change the width, as a gate does.
     """

@@ -28,10 +28,11 @@ class MoEMlp(nn.Module):
         router: One of `vmoe_routers.ROUTERS`, a router, or a function ``(dim, num_experts)`` that makes a router. A
             router is a module with the attributes `dim` and `num_experts` and ``forward(x, mask=None) -> Routing``.
         group_size: Images that are routed together. With 1, the result for an image does not depend on other images.
-        experts: None makes `Experts` with the arguments `hidden_features` to `drop` and `bias` to `norm_layer`, which
-            no other experts take. A sequence has E modules from rows [N, D] to rows [N, D']. A module has the attribute
-            `num_experts` and ``forward(x, filled) -> y`` from slots x [E, G, C, D] to slots [E, G, C, D']. There
-            `filled` [G, E] int32 is the number of leading slots that may hold a token, or None.
+        experts: None makes `Experts` with `hidden_features`, `out_features`, `act_layer`, `drop`, `bias`, `same_init`,
+            `glu` and `norm_layer`. These arguments must not be given with other experts. A sequence has E modules from
+            rows [N, D] to rows [N, D']. A module has the attribute `num_experts` and ``forward(x, filled) -> y`` from
+            slots x [E, G, C, D] to slots [E, G, C, D']. `filled` [G, E] int32 is the number of leading slots
+            that may hold a token, or None.
         bias, same_init, glu, norm_layer: Arguments of `Experts`. ``glu=True, act_layer=nn.SiLU`` makes SwiGLU experts.
         router_options: Options of `vmoe_routers.create_router`.
 

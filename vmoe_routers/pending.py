@@ -158,7 +158,7 @@ class PendingLosses:
     def _compiled(self) -> list[_Loss]:
         """Moves the sum of the losses of compiled forwards, if there were any, to `_taken`. Returns `_taken`.
 
-        Without gradients, the sum is returned but not moved.
+        With gradients disabled, the sum is returned but not moved.
         """
         self._taken = [loss for loss in self._taken if loss.value is not None]
         if not self.compiled.requires_grad:

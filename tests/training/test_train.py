@@ -454,7 +454,7 @@ def test_kept_checkpoints(tmp_path):
 
 def test_float16_is_refused_for_sharded_models():
     settings = TrainSettings(**{**OPTIONS, "parallel": "fsdp", "precision": "float16"})
-    with pytest.raises(OptionError, match="precision 'float16' needs its loss scaled, which parallel 'fsdp' cannot"):
+    with pytest.raises(OptionError, match="precision 'float16' needs loss scaling, which parallel 'fsdp' does not"):
         lay_out(torch.nn.Linear(1, 1), settings, World(0, 2, torch.device("cpu")))
 
 
@@ -518,7 +518,7 @@ def test_dry_run(tmp_path):
             console=Console(file=file, width=200),
         )
     told = (tmp_path / "told").read_text()
-    assert "memory: about" in told and "GFLOPs an image" in told and "2 epochs of 5 steps" in told
+    assert "memory: about" in told and "GFLOPs per image" in told and "2 epochs of 5 steps" in told
     assert path.read_bytes()[1:4] == b"PNG" and not (tmp_path / "out/checkpoints").exists()
 
 

@@ -42,7 +42,7 @@ def convert(
         router: the router of the MoE layers, which parameters do not determine. By default soft if the checkpoint has
             slots, else softmax_token_choice. A dense model has no router.
         top_k: experts per token, with Token Choice.
-        capacity_factor: slots per routed token, by default the router's own default.
+        capacity_factor: slots of all experts per token (Token Choice: times top_k), by default the router's own.
         group_size: images that are routed together.
         img_size: side of the images in pixels, by default of the checkpoint's images. Another side resizes the position
             embeddings.

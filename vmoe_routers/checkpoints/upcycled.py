@@ -34,7 +34,7 @@ def describe(model: nn.Module, model_args: Mapping[str, Any] | None) -> dict[str
         model_args: Further arguments of ``timm.create_model``.
 
     Raises:
-        CheckpointError: How the model was made is not known.
+        CheckpointError: It is not known how the model was made, or `model_args` do not fit the model.
     """
     library = plain_class(model).__module__.partition(".")[0]
     found = _DESCRIBE[library](model) if library in _DESCRIBE else None

@@ -15,8 +15,8 @@ def padded_batches(images: int, batch_size: int) -> Iterator[tuple[Tensor, Tenso
     Under FSDP2 and expert parallelism every rank must run the model equally often, with equal shapes. So
     the last image is repeated on a rank that has too few images. Without a process group this rank has all images.
 
-    With ``group_size=1`` the logits do not depend on the number of ranks. With larger groups the logits depend on it,
-    because the number of ranks decides which images share a group.
+    With ``group_size=1`` the logits do not depend on the number of ranks. With larger groups they do, because the
+    number of ranks decides which images share a group.
 
     Args:
         images: Number of images, at least 1.

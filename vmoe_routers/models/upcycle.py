@@ -42,8 +42,8 @@ def upcycle(
     with the outputs of the dense model if
 
     - the router is sparse, with ``renormalize=True``,
-    - the experts take every token: `capacity_factor` is large enough (for Expert Choice ``capacity_factor=num_experts``
-      gives as many slots as tokens), and
+    - the experts take every token: `capacity_factor` is large enough (in Expert Choice, ``capacity_factor=num_experts``
+      gives every expert a slot for every token), and
     - `noise` is 0.
 
     Without `renormalize`, the layer scales the output of the MLP by the sum of the token's gates. With Soft MoE the

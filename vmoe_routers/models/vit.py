@@ -43,7 +43,7 @@ _DERIVED = ("in_features", "hidden_features", "out_features", "act_layer", "drop
 """Arguments of `MoEMlp` that follow from the model's arguments."""
 
 
-_MOST_BLOCKS = 10_000  # each is a module of Python, which fills the memory one after another
+_MOST_BLOCKS = 10_000  # blocks are modules of Python, even on the meta device: more blocks would fill the memory
 
 
 def moe_block_indices(depth: int, rule: str | Iterable[int]) -> tuple[int, ...]:

@@ -143,12 +143,12 @@ def load(checkpoint: Path, trainer: Trainer) -> None:
 
 
 def tidy(folder: Path, keep: Iterable[str], best: int | None) -> None:
-    """Deletes the checkpoints that are not kept, and partial ones.
+    """Deletes the checkpoints that are not kept, and partial checkpoints.
 
     Args:
         folder: The folder of all checkpoints.
-        keep: "last" keeps the newest two, so that one is left if the newest is damaged. "best" keeps the checkpoint of
-            step `best`. "every" keeps all.
+        keep: The newest two are always kept, so that one is left if the newest is damaged. "last" keeps no more. "best"
+            also keeps the checkpoint of step `best`. "every" keeps all.
         best: The step with the best accuracy so far.
     """
     if _rank() != 0 or not folder.is_dir():

@@ -61,7 +61,7 @@ def _operations(model: Any) -> str:
         found = cost(model)
     except (TypeError, AttributeError):  # not a ViT of timm
         return ""
-    return f", {found['active_parameters'] / 1e6:.2f} million active, {found['flops'] / 1e9:.3g} GFLOPs an image"
+    return f", {found['active_parameters'] / 1e6:.2f} million active, {found['flops'] / 1e9:.3g} GFLOPs per image"
 
 
 def memory_estimate(model: nn.Module, settings: TrainSettings, data: Data, image_size: int, world: World) -> str:

@@ -103,7 +103,7 @@ def lay_out(model: nn.Module, settings: TrainSettings, world: World) -> nn.Modul
     if settings.parallel == "fsdp" and world.size > 1:
         if settings.precision == "float16":
             raise OptionError(
-                "precision 'float16' needs its loss scaled, which parallel 'fsdp' cannot; take 'bfloat16'",
+                "precision 'float16' needs loss scaling, which parallel 'fsdp' does not support; wanted 'bfloat16'",
                 "precision",
                 "parallel",
             )

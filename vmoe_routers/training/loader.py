@@ -46,8 +46,8 @@ class Batches(Iterator[Batch]):
     Attributes:
         skipped: number of unreadable images that this rank has skipped so far.
         bad_images: errors that name the first 100 unreadable images.
-        waited: seconds spent waiting for all batches but the first.
-        elapsed: seconds from the first batch to the last one so far.
+        waited: seconds spent waiting for batches, without the wait for the first batch.
+        elapsed: seconds from the first batch to the latest batch.
     """
 
     def __init__(self, source: Iterator[_Raw], transform: Transform, device: torch.device | str, steps: int):

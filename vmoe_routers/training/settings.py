@@ -42,7 +42,7 @@ class TrainSettings(Optimisation, Augmentation):
         model_args: further arguments of the model, such as embed_dim of vit_moe.
         router: one of `vmoe_routers.ROUTERS`, package.module:factory, or "dense" for no MoE layers. None: the model's.
         num_experts: experts of every MoE layer. None: the model's own number.
-        capacity_factor: slots per routed token. None: the router's own.
+        capacity_factor: slots of all experts per token (Token Choice: times top_k). None: the router's own.
         top_k: experts per token, with Token Choice. None: the router's own.
         group_size: images that are routed together. None: the model's own.
         upcycle: router of the MoE layers that replace MLPs of the model. Experts start as copies of the MLP.
@@ -57,7 +57,7 @@ class TrainSettings(Optimisation, Augmentation):
         evaluate_every: steps between evaluations. None: an epoch.
         save_every: steps between checkpoints. None: as evaluate_every.
         log_every: steps between rows of the log.
-        keep: checkpoints that are kept: the "last" two, the "best" by accuracy, or "every" one.
+        keep: checkpoints that are kept: the "last" two (always), the "best" by accuracy, or "every" one.
         device: "auto", "cpu" or "cuda".
         compile: compile the blocks by torch.compile.
         checkpointing: activation checkpointing: "none", "full", or "exchange_saved", which does not repeat the exchange

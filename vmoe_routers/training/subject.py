@@ -134,7 +134,7 @@ def channels_of(model: nn.Module, name: str) -> int:
 
 
 def input_size(model: nn.Module, name: str) -> int:
-    """Returns the height, and width, of the model's input.
+    """Returns the side of the model's square input, in pixels.
 
     Raises:
         OptionError: the input is not square.
