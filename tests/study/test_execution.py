@@ -92,7 +92,7 @@ def test_waits_for_the_runs_of_another_process(monkeypatch):
 
     execution._finish(submit, None, ["a", "b"], Queue(), lambda: None, console)
     assert answers == {"a": [], "b": []}
-    assert console.file.getvalue() == "waiting for another process, which has 1 of the runs at work\n"
+    assert console.file.getvalue() == "waiting for another process, which is running 1 of the runs\n"
 
 
 def test_an_error_of_a_run_is_raised():

@@ -21,7 +21,7 @@ class AblationRow:
         label: The router's title.
         is_base: Whether the runs are runs of the comparison.
         seeds: Number of seeds.
-        accuracy, loss: On the final images.
+        accuracy, loss: The final values.
         difference, loss_difference: Differences of accuracy and loss to the comparison's runs, taken seed by seed; None
             for a row of the comparison's runs.
         dropped: Mean share of dropped tokens over seeds and layers; None for the dense ViT.

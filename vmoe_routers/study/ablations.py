@@ -33,14 +33,14 @@ class Arm:
 class Ablation:
     """Ablation of some routers at capacity factor 1, and K = 1 for Token Choice.
 
-    An arm that changes nothing takes the runs of the comparison.
+    The runs of an arm that changes nothing are the runs of the comparison.
 
     Attributes:
         title: The title of its panel.
         routers: The routers that run; "dense" is the dense ViT.
         arms: The values, in ascending order.
-        is_of_routers: Whether the changed settings matter to `routers` alone. Then runs of the comparison stand beside
-            the values for all other routers.
+        is_of_routers: Whether the changed settings matter to `routers` alone. If so, the runs of all other routers are
+            their runs of the comparison.
     """
 
     title: str

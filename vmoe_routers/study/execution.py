@@ -88,7 +88,7 @@ def _finish(
         waiting = _watch(futures, finished, advance, console)
         if waiting:
             if not was_told:
-                console.print(f"waiting for another process, which has {len(waiting)} of the runs at work")
+                console.print(f"waiting for another process, which is running {len(waiting)} of the runs")
                 was_told = True
             time.sleep(POLL)
 

@@ -72,7 +72,7 @@ def save_all(folder: Path | str, runs: Sequence[Run]) -> list[Path]:
 
 
 def figure_1(runs: Sequence[Run]) -> Figure | None:
-    """Draws training time against validation accuracy and loss. Returns None without runs."""
+    """Draws training time and FLOPs against final accuracy and loss. Returns None without runs."""
     return _paint(figure_1_data(runs), plots.paint_figure_1)
 
 

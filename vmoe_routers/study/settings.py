@@ -38,14 +38,14 @@ class Settings:
         output: the folder for runs, table, figures and report. Runs with a record in this folder are not run again.
         routers: names of routers, or package.module:factory for an own router; a dense ViT always runs too.
         top_k: experts per token for Token Choice, a list to compare.
-        capacity_factors: slots per routed token, a list to compare.
-        plan_combine: whether Sinkhorn Token Choice also runs with the plan's values as gates.
+        capacity_factors: slots of all experts per token (Token Choice: times K), a list to compare.
+        plan_combine: whether Sinkhorn Token Choice also runs with the plan's entries as weights.
         batch_priority: whether Softmax Token Choice also runs with batch priority.
         ablations: names of ablations, which run after the comparison with at most three seeds.
         seeds: number of seeds. Every seed has its own initialisation, data order and noise.
         holdout: training images that no model trains on: the last ones, or evenly spaced ones if the images are
-            sorted by class. Curves are measured on them, and the test images once, after the last epoch. At 0, curves
-            are measured on the test images.
+            sorted by class. Curves are measured on these images. The test images are measured once, after the last
+            epoch. With 0, curves are measured on the test images.
         choosing: measure the held-out images only, to choose hyperparameters. The test images are not used.
         epochs: passes over the data.
         batch_size: a multiple of group_size.

@@ -169,12 +169,12 @@ def median_stat(values: Sequence[float]) -> Stat:
 
 
 def accuracy(run: Run) -> float:
-    """Accuracy after the last epoch, in [0, 1], on the test images."""
+    """Final accuracy of a run, in [0, 1]."""
     return run["final"]["accuracy"]
 
 
 def loss(run: Run) -> float:
-    """Loss after the last epoch, on the test images."""
+    """Final loss of a run."""
     return run["final"]["loss"]
 
 
