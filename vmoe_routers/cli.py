@@ -424,7 +424,7 @@ def _unknown(word: str, arguments: Sequence[str]) -> str:
         name = word.lstrip("-").replace("-", "_")
         if command.positional and name in required:
             usage = " ".join(_METAVARS.get(name, name.upper()) for name in required)
-            return f"{word} is no option; {name} is given without a name: {_command_name(arguments)} {usage}"
+            return f"{word} is no option; {name} is a positional argument: {_command_name(arguments)} {usage}"
         options = parameters.keys() - ({*command.hidden} | ({*required} if command.positional else set()))
         options |= {*command.added}
         word = _as_typed(name, arguments) if word.startswith("--") else word

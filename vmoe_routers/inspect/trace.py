@@ -110,7 +110,8 @@ class Trace:
         """Draws the image, and for every layer the image with its patches in the colours of their experts.
 
         A patch has the colour of the expert with the largest weight. A stronger colour means a larger weight. Dropped
-        patches and padding are marked. For more than eight experts, patches also have the number of their expert.
+        patches and padding are marked. For more than eight experts and at most 256 patches, each patch also has the
+        number of its expert.
 
         Args:
             image: The image as the model saw it: a picture, an array [H, W, 3], or a tensor [channels, H, W]. Values

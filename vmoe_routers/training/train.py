@@ -201,7 +201,7 @@ def _run(settings: TrainSettings, world: World, console: Console, data: Data, pl
                     f"interrupted; saved at step {step}, and the same command continues from there", soft_wrap=True
                 )
                 raise KeyboardInterrupt
-        if world.any(outputs.lack_evaluation):  # a finished training continues without its evaluations
+        if world.any(outputs.lack_evaluation):  # a finished training, whose evaluations are missing
             outputs.evaluated(trainer.step, settings.epochs, _evaluate(settings, data, plan, trainer, world))
     for error in batches.bad_images:
         console.print(f"skipped: {error}", soft_wrap=True)
