@@ -12,11 +12,12 @@
 
 With a `group_size` above 1, the dynamic shape is ``{0: group_size * batch}``.
 
-A decomposition is the op's definition in `vmoe_routers.ops.reference`, and keeps its contract in every runtime: ties go
-to the lower index, NaN counts as the largest value, and -inf marks a masked entry. Decompositions are for inference.
-They are slower than the kernels: a selection takes two sorts, and experts compute their empty slots, too. Sinkhorn and
-the transport solver are unrolled in float64 and always run all iterations. A converged group keeps its result. The
-runtime computes the softmax, so gates that differ in the last bit in torch may be equal in the runtime.
+Most decompositions are the definitions of the ops in `vmoe_routers.ops.reference`. All keep the contract of their op in
+every runtime: ties go to the lower index, NaN counts as the largest value, and -inf marks a masked entry.
+Decompositions are for inference, and slower than the kernels: a selection takes two sorts, and experts compute their
+empty slots, too. Sinkhorn and the transport solver are unrolled in float64 and always run all iterations. A converged
+group keeps its result. The runtime computes the softmax, so gates that differ in the last bit in torch may be equal in
+the runtime.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Initial values of the models of `vit_moe`. They also serve models made on the meta device and sharded parameters."""
+"""Initialises the models of `vit_moe`, also models made on the meta device and models with sharded parameters."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """Definitions of all ops in plain differentiable PyTorch, which the tests compare the kernels with.
 
-The functions have the names, signatures and results of the ops, ties and edge cases included. They run on any device,
-and autograd derives their gradients. They are written for reading, not for speed: one-hot requests, full sorts, loops
-over groups. They do not check arguments. No op falls back to them. `vmoe_routers.decompositions` puts them into
-exported programs.
+The functions have the names, arguments and results of the ops, ties and edge cases included. One function differs:
+`grouped_mlp` takes the activation as a function, and computes all rows. The functions run on any device, and autograd
+derives their gradients. They are written for reading, not for speed: one-hot requests, full sorts, loops over groups.
+They do not check arguments. No op falls back to these functions. `vmoe_routers.decompositions` puts them into exported
+programs.
 
 Letters: ``G`` groups, ``T`` tokens of a group, ``D`` width, ``E`` experts, ``K`` experts per token, ``C`` capacity,
-``S = E * C`` slots. bfloat16 and float16 are computed in float32 and returned in their own dtype. -inf marks a masked
-entry. NaN counts as the largest value, as in ``torch.sort``.
+``S = E * C`` slots. bfloat16 and float16 are computed in float32 and returned in their own dtype; `soft_logits` returns
+float32. -inf marks a masked entry. NaN counts as the largest value, as in ``torch.sort``.
 """
 
 from __future__ import annotations
