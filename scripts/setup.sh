@@ -72,15 +72,25 @@ esac
 install=(.venv/bin/python -m pip --disable-pip-version-check install --no-compile)
 quiet=--quiet
 [ -t 1 ] && quiet=  # show a progress bar in a terminal
-say "installing torch (several GB, only the first time) and build tools"
-"${install[@]}" $quiet torch torchvision scikit-build-core pybind11 setuptools-scm cmake ninja
+say "installing build tools and torch (several GB, only the first time); compiling the CPU kernels"
+"${install[@]}" --quiet scikit-build-core pybind11 setuptools-scm cmake ninja
+mkdir -p build
+# pip installs torch on one core. The CPU kernels need no torch, so the first build compiles them meanwhile, in the
+# folder of the package's build. The package's build compiles again what fails here, and reports the error.
+compile_kernels() {
+  # shellcheck disable=SC2086 # several arguments
+  .venv/bin/cmake -S . -B build/venv -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/.venv/bin/ninja" -DVMOE_KERNELS_ONLY=ON \
+    ${CMAKE_ARGS:-} && .venv/bin/cmake --build build/venv
+}
+if [ ! -e build/venv ]; then compile_kernels >build/kernels.log 2>&1 & fi
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # Ctrl-C and a failed command end the other processes, too
+"${install[@]}" $quiet torch torchvision
+wait
 say "installing the dependencies of $extra; compiling $cuda_words"
 # One pip downloads the dependencies while another compiles. With build isolation, pip would download torch a second
 # time. The Makefile builds the tests in the same folder.
-mkdir -p build
 .venv/bin/python scripts/requirements.py "$extra" >build/requirements.txt
 "${install[@]}" --quiet -r build/requirements.txt &
 dependencies=$!
-trap 'kill "$dependencies" 2>/dev/null || true' EXIT  # Ctrl-C and a failed build end the other pip, too
 "${install[@]}" --quiet --no-build-isolation --no-deps --config-settings=build-dir=build/venv --editable . "${options[@]}"
 wait "$dependencies"
