@@ -175,6 +175,15 @@ def test_train_takes_recipe_file_and_flags_in_this_order(monkeypatch, tmp_path):
     assert trained_with(monkeypatch, "--config", str(resolved))[0] == settings
 
 
+@pytest.mark.parametrize(
+    ("data", "recipe"),
+    [("digits", "digits"), ("torchvision:CIFAR10", "small"), ("torchvision:Food101", "photos"), ("folder", "photos")],
+)
+def test_train_chooses_the_recipe_for_the_size_of_the_images(monkeypatch, data, recipe):
+    settings, _ = trained_with(monkeypatch, "--data", data)
+    assert settings.model_args == RECIPES[recipe]().model_args and settings.model == RECIPES[recipe]().model
+
+
 def test_train_fits_the_recipe_to_another_router(monkeypatch):
     settings, _ = trained_with(monkeypatch, "--router", "softmax_expert_choice", "--model_args.depth", "2")
     assert "slots_per_expert" not in settings.model_args and settings.model_args["depth"] == 2

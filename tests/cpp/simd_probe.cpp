@@ -25,6 +25,10 @@ void log_each(const double* x, double* out, int64_t n) {
   for (int64_t i = 0; i < n; i += kWidth<double>) store(out + i, log(load(x + i)));
 }
 
+void sqrt_each(const double* x, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += kWidth<double>) store(out + i, sqrt(load(x + i)));
+}
+
 void product_error_each(const float* a, const float* b, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += kWidth<float>) {
     const Vec<float> x = load(a + i), y = load(b + i);

@@ -20,6 +20,9 @@ VMOE_EACH_ISA(
     // x are normal numbers. n is a multiple of the width.
     void log_each(const double* x, double* out, int64_t n);
 
+    // n is a multiple of the width.
+    void sqrt_each(const double* x, double* out, int64_t n);
+
     // The rounding error of each product. n is a multiple of the width.
     void product_error_each(const float* a, const float* b, float* out, int64_t n);
 
@@ -49,6 +52,7 @@ VMOE_BY_ISA(vector_bytes)
 VMOE_BY_ISA(exp_each)
 VMOE_BY_ISA(exp_negative_each)
 VMOE_BY_ISA(log_each)
+VMOE_BY_ISA(sqrt_each)
 VMOE_BY_ISA(product_error_each)
 VMOE_BY_ISA(transpose_block)
 VMOE_BY_ISA(compress_vector)

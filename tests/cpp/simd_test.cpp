@@ -101,6 +101,19 @@ TEST(SimdOfOneType, LogKeepsItsErrorBound) {
   }
 }
 
+TEST(SimdOfOneType, SqrtIsCorrectlyRounded) {
+  std::vector<double> x = uniform<double>(1000, 9, 0, 1e6);
+  using Limits = std::numeric_limits<double>;
+  for (const double value :
+       {0.0, 1.0, 2.0, Limits::denorm_min(), Limits::min(), Limits::max(), kInf<double>, -1.0}) {
+    x.push_back(value);
+  }
+  std::vector<double> y(x.size());
+  cpu::sqrt_each(x.data(), y.data(), static_cast<int64_t>(x.size()));
+  for (size_t i = 0; i + 1 < x.size(); ++i) ASSERT_EQ(y[i], std::sqrt(x[i])) << x[i];
+  EXPECT_TRUE(std::isnan(y.back()));
+}
+
 TEST(SimdOfOneType, ProductErrorIsExact) {
   const auto a = uniform<float>(4096, 7, -100, 100), b = uniform<float>(4096, 8, -1, 1);
   std::vector<float> error(a.size());

@@ -13,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vmoe_routers.checkpoints import save_pretrained
-from vmoe_routers.files import write_whole
 from vmoe_routers.machine import here_and_now
 from vmoe_routers.models.cost import cost
 from vmoe_routers.study.images import StudyData, batches_of_evaluation, batches_of_training, split
@@ -23,9 +22,8 @@ from vmoe_routers.study.variants import Variant, build
 from vmoe_routers.training import Evaluation, Images, Trainer, evaluate_model, few_shot_accuracy
 from vmoe_routers.training.probes import features_of
 from vmoe_routers.training.samples import Samples
-from vmoe_routers.training.settings import SETTINGS
 from vmoe_routers.training.trainer import TrainingError
-from vmoe_routers.training.transforms import Augmentation, Mixing
+from vmoe_routers.training.transforms import PREPROCESSING, Mixing
 
 
 def run(
@@ -88,8 +86,8 @@ def run(
     if measured is None or diverged or final is not curve:
         measured = _measure(model, settings, data, final, batch)
     if folder is not None:
-        save_pretrained(model, folder)
-        _keep_input(folder.parent / SETTINGS, augmentation)
+        preprocessing = {name: getattr(augmentation, name) for name in PREPROCESSING}
+        save_pretrained(model, folder, preprocessing=preprocessing)
     return {
         "variant": variant.describe(),
         "seed": seed,
@@ -103,12 +101,6 @@ def run(
         "transfer": None if transfer is None else _transfer(model, transfer, batch, seed),
         **here_and_now(),
     }
-
-
-def _keep_input(path: Path, used: Augmentation) -> None:
-    """Writes how images are prepared, for ``vmoe-routers eval`` and ``inspect``."""
-    text = f"normalization: {used.normalization}\ncrop_pct: {used.crop_pct}\ninterpolation: {used.interpolation}\n"
-    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def _measure(model: VisionTransformer, settings: Settings, data: StudyData, samples: Samples, batch: int) -> Evaluation:

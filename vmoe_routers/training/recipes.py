@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vmoe_routers.training.settings import TrainSettings
+from vmoe_routers.training.torchvision_data import SMALL_SETS
 
 
 def digits() -> TrainSettings:
@@ -186,4 +187,4 @@ def recipe_for(data: str) -> str:
         return "digits"
     folder = Path(data)
     is_idx = folder.is_dir() and any(folder.glob("*-idx?-ubyte*"))
-    return "small" if is_idx or data.startswith("torchvision:") else "photos"
+    return "small" if is_idx or data in [f"torchvision:{name}" for name in SMALL_SETS] else "photos"

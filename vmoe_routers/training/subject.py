@@ -81,7 +81,7 @@ def open_subject(
     """Loads a model with its own head, and opens a data set.
 
     Normalization, crop and filter are the same as in the model's training, if they are known: from the model's
-    config.json, from settings.yaml beside the model's folder (models of a study or of early versions), or from timm's
+    config.json, from settings.yaml beside the model's folder (models of early versions), or from timm's
     configuration of its weights. Otherwise `default_augmentation` chooses.
 
     Args:

@@ -15,6 +15,8 @@ from vmoe_routers.training.samples import Data, Tensors
 
 # Arguments of the images for training and of the images for evaluation.
 _TRAIN, _TEST = {"train": True}, {"train": False}
+SMALL_SETS = ("MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100", "SVHN")
+"""Data sets with images of at most 32 pixels."""
 _SETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **dict.fromkeys(("MNIST", "FashionMNIST", "KMNIST", "USPS", "CIFAR10", "CIFAR100"), (_TRAIN, _TEST)),
     **dict.fromkeys(("SVHN", "STL10", "Food101", "DTD", "Country211"), ({"split": "train"}, {"split": "test"})),
