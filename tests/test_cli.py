@@ -490,11 +490,13 @@ def test_workers_end_with_a_killed_parent_also_while_they_import(tmp_path):
     process = start(tmp_path, "--workers", "2")
     try:
         # The workers are the children that multiprocessing starts. Their imports take seconds.
-        def workers():
-            lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children(process.pid)}
-            return [child for child, line in lines.items() if b"--multiprocessing-fork" in line]
+        def is_worker(child):
+            try:
+                return b"--multiprocessing-fork" in Path(f"/proc/{child}/cmdline").read_bytes()
+            except OSError:  # the child has ended
+                return False
 
-        wait_until(lambda: len(workers()) == 2 or process.poll() is not None)
+        wait_until(lambda: sum(map(is_worker, children(process.pid))) == 2 or process.poll() is not None)
         # The imports of a worker take about as long as the imports of the parent took. Wait for a part of this time,
         # until the guard knows the second worker. Then wait less than the remaining time for the end of both workers.
         importing = time.monotonic() - began
