@@ -29,7 +29,7 @@ def with_compiled(case: Case) -> Case:
 def without_naive(case: Case) -> Case:
     """Removes the naive forms from the case, and lists them as skipped."""
     naive = [v.name for v in case.variants if v.role == "naive"]
-    lines = [f"{name}: measured with the first number of threads and the first size" for name in naive]
+    lines = [f"{name}: measured only with the first number of threads, at the first size" for name in naive]
     kept = tuple(v for v in case.variants if v.role != "naive")
     return replace(case, variants=kept, skipped=(*case.skipped, *lines))
 

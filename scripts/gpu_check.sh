@@ -104,7 +104,8 @@ build() {
     run "$venv" -c 'import pathlib, sys, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
 site.joinpath("parent.pth").write_text("\n".join(sys.argv[2:]))
-# setuptools-scm names the version. Without it, the version is the version of a source without a history.
+# setuptools-scm computes the version. This module replaces a missing setuptools-scm, and gives the version that
+# setuptools-scm gives to a source folder without git (fallback_version in pyproject.toml).
 if not int(sys.argv[1]):
     site.joinpath("setuptools_scm.py").write_text("""
 class Configuration:

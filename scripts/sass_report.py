@@ -1,4 +1,4 @@
-"""Counts the machine instructions of the CUDA kernels, and checks that a build spills no more than the kept rows.
+"""Counts the machine instructions of the CUDA kernels, and checks that a build spills no more than a CSV file allows.
 
     python scripts/sass_report.py build/venv/libcore_cuda.a                    # prints the table
     python scripts/sass_report.py --csv docs/cuda_kernels.csv FILE ...         # replaces the rows of these kernels
@@ -137,7 +137,10 @@ def disassembled(path: str) -> dict[tuple[int, str], list[tuple[int, str]]]:
 
 
 def target_of(text: str) -> int | None:
-    """Finds the address to which an instruction branches; None if it is no branch, or is a branch of a single lane."""
+    """Finds the address to which an instruction branches; None for other instructions and for BRA.DIV.
+
+    BRA.DIV branches only if the lanes of the warp have diverged.
+    """
     match = re.search(r"\bBRA\b(?!\.DIV).*?\b0x([0-9a-f]+)", text)
     return int(match[1], 16) if match else None
 

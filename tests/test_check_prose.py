@@ -1,4 +1,4 @@
-"""scripts/check_prose.py finds every kind of fault, and none in plain text."""
+"""scripts/check_prose.py finds every kind of fault, and finds nothing in text without faults."""
 
 import runpy
 import subprocess

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # sizes become constants, and
 
 
 class HashRouter(nn.Module):
-    """The own router of the README."""
+    """Sends tokens to experts by position, like examples/own_router.py, with gates that depend on the tokens."""
 
     def __init__(self, dim, num_experts):
         super().__init__()

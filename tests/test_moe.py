@@ -244,7 +244,7 @@ def test_small_batches(router, options, training, shape):
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize(("router", "options"), CASES)
 def test_padding(router, options, group_size):
-    """The output of masked tokens is 0. At equal capacity, real tokens have the outputs without padding."""
+    """The output of masked tokens is 0. At equal capacity, real tokens have the same outputs as without padding."""
     real, padded = 6, 9
     factor = options.get("capacity_factor", 1.0)
     more = {} if router == "soft" else {"capacity_factor": factor * real / padded}
@@ -306,11 +306,11 @@ def test_aux_loss_sums_the_layers():
     assert second.router.weight.grad.abs().max() > 0
     kept = vr.aux_loss(model)
     model(torch.randn(4, 6, 5).double())
-    assert vr.aux_loss(model) != kept, "of the last forward"
+    assert vr.aux_loss(model) != kept, "the loss is of the last forward"
 
 
 def test_aux_loss_of_a_smaller_last_group():
-    """The loss is the mean over the groups, of which this test has three instead of two."""
+    """The loss is the mean over all groups: two groups of two images and a last group of one image."""
     moe = layer("softmax_token_choice", 2, importance_loss_weight=1.0).eval()
     x = torch.randn(5, 6, 5).double()
     moe(x)

@@ -61,8 +61,9 @@ void ksparse_projection(
 
 namespace {
 
-// Subtracts from each of `columns` adjacent columns its mean over its support. Rows are `stride`
-// entries apart.
+// Writes the gradient of the first `columns` adjacent columns, at most one vector of them. On the
+// support of a column, the gradient is `grad` minus the mean of `grad` over the support. Elsewhere
+// the gradient is 0. Rows are `stride` entries apart.
 template <typename T>
 void centre_columns(
     const T* grad, const T* out, T* grad_x, int64_t n, int64_t stride, int64_t columns) {

@@ -69,7 +69,8 @@ void softmax_dots(
     int64_t K, bool by_expert, int64_t row_begin, int64_t row_end) {
   for (int64_t r = row_begin; r < row_end; ++r) {
     const Row row(r, tokens, E, by_expert);
-    T* first = dots + (by_expert ? r / E * tokens : r);  // the token of index 0
+    // The dot of token 0 of the group by expert, else of token r.
+    T* first = dots + (by_expert ? r / E * tokens : r);
     for (int64_t i = r * K; i < (r + 1) * K; ++i) {
       if (row.picks(indices[i])) first[by_expert ? indices[i] : 0] += grad[i] * values[i];
     }

@@ -1,11 +1,11 @@
-// A choice of up to kFew picks is one launch, which does not write the gates to device memory:
+// Three kernels choose up to kFew picks in one launch, and do not write the gates to device memory:
 //
 //   few_of_rows       tokens choose, E <= 1024: kLanes lanes per token, which hold its gates in
 //                     registers
 //   few_of_long_rows  tokens choose, E <= 4096: one block per token. Each warp chooses from a part
 //                     of the row, then one warp chooses from these choices
-//   few_of_columns    experts choose, E <= 128, T <= 1024: one block per group, with the gates in
-//                     shared memory. One warp per expert chooses
+//   few_of_columns    experts choose, E <= 128, T <= 1024: one block per group, if the gates of the
+//                     group fit in its shared memory. One warp per expert chooses
 //
 // All other choices write the gates to device memory, call topk, and then remove the picks of
 // masked tokens.

@@ -32,7 +32,7 @@ class OnTheCpu(TorchFunctionMode):
 
 
 class Event:
-    """An event that is complete once recorded or, with `slow`, not yet complete when queried."""
+    """An event that records the time of a clock. Its query answers True, or False if `slow`."""
 
     slow = True
 
@@ -100,7 +100,7 @@ def test_a_call_that_waits_for_the_gpu_does_not_keep_it_waiting_for_long(gpu, ca
     assert gpu == [2 * 0.05 * 2e9]
 
 
-def test_the_ceilings_of_a_gpu_are_of_its_memory_and_of_bfloat16_too(gpu):
+def test_the_ceilings_of_a_gpu_include_its_memory_and_bfloat16_products(gpu):
     found = ceilings.measure_ceilings("cuda", quick=True)
     assert list(found.read) == list(found.copy) == ["L2", "DRAM"] and found.gemm_bfloat16 > 0
     floor = ceilings.Floor(flops=1e9, dtype="bfloat16")
@@ -111,7 +111,7 @@ def test_the_ceilings_of_a_gpu_are_of_its_memory_and_of_bfloat16_too(gpu):
 
 @pytest.mark.filterwarnings("ignore")  # warnings of the packages to compare with
 def test_a_quick_run_has_all_targets_and_its_page_says_where_it_ran(gpu, tmp_path, monkeypatch, capsys):
-    # Every case of a quick run, at a tiny size under the name of its real size.
+    # Builds every case of a quick run at a tiny size, and gives the case its real size as its label.
     small = []
     for entry in entries(device="cuda"):
         if entry.cuda_quick:
@@ -181,7 +181,7 @@ def test_verdicts_on_a_gpu():
         (title, "us more than forward, at most (H100, H200)"): pytest.approx(1.5),
     }
     assert not verdicts("NVIDIA H100", both), "without the forward there is nothing to compare with"
-    assert not verdicts("NVIDIA A100", forward), "seconds are those of a card"
+    assert not verdicts("NVIDIA A100", forward), "a target in seconds applies to the named cards only"
     assert not verdicts("NVIDIA H100", result(title, replace(size, top_k=2), 1e-6))
     # 8 MB in 4 us are half of the copy bandwidth, on any card.
     assert verdicts("NVIDIA A100", result(title, T.MILLION, 4e-6)) == {

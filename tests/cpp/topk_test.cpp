@@ -72,8 +72,8 @@ TYPED_TEST(Topk, AnyNumberOfRowsAndColumns) {
   }
 }
 
-// Numbers of picks around the limits between the sorting methods. For some inputs find_cut moves
-// its candidates, for others not.
+// Numbers of picks around the limits between the sorting methods. For some inputs find_cut
+// (cpu/keys.h) moves its candidate keys to a buffer, for others not.
 TYPED_TEST(Topk, ManyPicks) {
   using T = TypeParam;
   for (const int64_t M : {1, 2, 17}) {

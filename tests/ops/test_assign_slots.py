@@ -41,7 +41,7 @@ CASES = [
     (2, 12, 1, 4, 3),
     (2, 12, 2, 4, 3),
     (3, 20, 3, 5, 2),
-    (1, 9, 2, 2, 9),  # every request of a choice gets a slot
+    (1, 9, 2, 2, 9),  # every request gets a slot
     (1, 9, 2, 2, 30),  # C > T
     (2, 3, 2, 7, 1),  # E > T
     (1, 1, 1, 1, 1),
@@ -68,7 +68,7 @@ def test_definition(device, G, T, K, E, C, priorities):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(device, dtype):
-    """The size is large enough that groups are divided among threads."""
+    """Some experts get more requests than they have slots, and many priorities tie."""
     expert = requests(16, 300, 2, 16).to(device)
     priority = tied(16, 300, levels=50).to(device, dtype)
     for got, wanted in zip(

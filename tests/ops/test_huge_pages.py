@@ -36,6 +36,7 @@ def test_a_large_result_asks_for_huge_pages():
     result = ops.dispatch(x, token, *ops.invert_slots(token, 8192)[:2])
     assert result.nbytes == 16 << 20
     assert advised(result.data_ptr() + (8 << 20))
-    # Use a separate mapping: small tensors may share a heap that an earlier large result was part of.
+    # Map memory without a request for huge pages. A small tensor would not do: it may be in a heap that was part of an
+    # earlier large result.
     with_small_pages = torch.frombuffer(mmap(-1, 16 << 20), dtype=torch.uint8)
     assert not advised(with_small_pages.data_ptr() + (8 << 20))

@@ -74,7 +74,7 @@ def test_compile(device, dim):
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_a_row_without_a_softmax_is_the_only_row_of_nan(device, value):
+def test_a_nan_or_infinite_logit_makes_only_its_row_nan(device, value):
     logits = torch.randn(1, 40, 9, device=device)
     everything = torch.arange(9, dtype=torch.int32, device=device).expand(1, 40, 9)
     clean = softmax_gather(logits, everything)

@@ -24,7 +24,7 @@ def close(actual: Tensor, expected: Tensor, bound: Tensor | float = 1.0, *, slac
     """Check |actual - expected| <= tolerance * slack * bound, NaN and infinity at the same places.
 
     `bound` is the size of the terms of a sum, such as the result of the reference on absolute values. Entries whose
-    bound exceeds the range of the dtype may overflow to anything and are not compared.
+    bound is a quarter of the largest number of the dtype or more may overflow to anything and are not compared.
     """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     limits = torch.finfo(actual.dtype)

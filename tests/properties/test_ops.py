@@ -28,7 +28,7 @@ def noise(shape: tuple[int, ...]) -> torch.Tensor:
 
 @st.composite
 def indices(draw: st.DrawFn, *shape: int, below: int) -> torch.Tensor:
-    """Draws int32 indices: none, some or all of them are outside [0, below)."""
+    """Draws int32 indices in [0, below). Replaces none, some or all of them by values of INT32, mostly out of range."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     x = torch.randint(0, max(below, 1), shape, generator=generator)
     share = draw(st.sampled_from((0.0, 0.2, 1.0)))
@@ -42,9 +42,10 @@ def multiplied_in_half(x: torch.Tensor) -> bool:
 
 
 def underflow(x: torch.Tensor) -> float:
-    """Returns the largest error of a tiny 16-bit factor: half of a subnormal number, or all of it in bfloat16.
+    """Returns the largest error of a tiny factor of a product in the 16-bit dtype of `x`.
 
-    Products of bfloat16 on CPUs, which the emulator calls, take subnormal factors as 0.
+    In float16 the error is half of the smallest subnormal number. In bfloat16 the error is the smallest normal number,
+    because products of bfloat16 on CPUs, which the emulator calls, take subnormal factors as 0.
     """
     limits = torch.finfo(x.dtype)
     return limits.smallest_normal * (limits.eps / 2 if x.dtype == torch.float16 else 1)
@@ -286,7 +287,7 @@ def test_soft_logits(data):
         slack, slack_of_phi = 2.0, torch.finfo(dtype).eps / TOLERANCE[torch.float32]
         phis = phis.clamp(min=underflow(x) / TOLERANCE[torch.float32])
         scaled = scaled.clamp(min=underflow(x) / torch.finfo(dtype).eps)
-    # The product of tokens and phi is scaled by 1 / |x|: it must not overflow.
+    # The product of tokens and phi must not overflow before it is scaled by 1 / |x|.
     terms = torch.einsum("gtd,ds->gts", xs, phis)
     size = wanted.abs().masked_fill((terms > torch.finfo(got.dtype).max / 4) | overflow, INF)
     close(got, wanted, torch.maximum(size, terms * norm), slack=slack)

@@ -42,7 +42,7 @@ def sinkhorn(logits, iterations=20):
 
 
 def project(x, k):
-    """Computes P_k of a list of numbers, by the formula."""
+    """Projects a list of numbers onto the simplex with at most k non-zeros, by the formula."""
     best = rank(x)[:k]
     u = [x[i] for i in best]
     rho = max(r for r in range(1, k + 1) if 1 + r * u[r - 1] > sum(u[:r]))
@@ -102,7 +102,7 @@ def test_every_expert_holds_exactly_its_capacity(name, factor):
     assert routing.capacity == slots
     assert (D.sum((1, 3)) == slots).all()
     assert (D.sum(1) == 1).all(), "every slot holds one token"
-    assert D.sum(3).max() <= 1, "and no expert a token twice"
+    assert D.sum(3).max() <= 1, "no expert takes a token twice"
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -137,7 +137,7 @@ def test_routers(name, combine, factor, training):
     torch.testing.assert_close(routing.combine_tensor(), wanted * weigh[..., None], atol=1e-11, rtol=0)
 
 
-def test_the_sparse_plan_is_filled_up_with_zero_plan_tokens():
+def test_experts_fill_free_slots_with_tokens_whose_plan_entry_is_zero():
     # The similarities are so far apart that a column of the plan has fewer non-zeros than slots.
     router = vr.create_router(
         "sparsity_constrained_expert_choice", 6, 6, capacity_factor=4.0, dtype=torch.float64
@@ -180,7 +180,7 @@ def test_permuting_tokens_permutes_outputs(name):
     if name == "sparsity_constrained_expert_choice":
         logits = torch.einsum("gtd,ed->gte", x, router.weight.detach())
         plan = vr.ksparse_transport(logits.softmax(-1), 4)
-        assert ((plan != 0).sum(1) == 4).all(), "zero-plan tokens go by index, not by value"
+        assert ((plan != 0).sum(1) == 4).all(), "experts take tokens whose plan entry is 0 by index, not by value"
     order = torch.randperm(16)
     permuted = router(x[:, order])
     for tensor in ("dispatch_tensor", "combine_tensor"):
@@ -216,7 +216,7 @@ def test_ids_are_unique_and_in_range_for_any_gates(bad):
         assert (D[1].sum((0, 2)) == 3).all()
     else:
         assert (D.sum(1) == 1).all()
-        assert (D[1, 2].sum(-1) == 1).all(), "a NaN counts as the largest"
+        assert (D[1, 2].sum(-1) == 1).all(), "NaN and infinity count as the largest"
 
 
 def test_slots_stay_empty_if_no_token_remains():
@@ -261,7 +261,7 @@ def test_capacity_of_the_router(name):
 @pytest.mark.parametrize("combine", ["softmax", "plan"])
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_gradient_of_the_gates(name, combine):
-    """The plan has a gradient only with combine="plan"; gates that only select never have one."""
+    """The router gets a gradient through the plan only with combine="plan". Selecting tokens gives no gradient."""
     router = vr.create_router(name, 5, 4, combine=combine, dtype=torch.float64).eval()
     x = torch.randn(2, 8, 5).double()
     routing = router(x)
@@ -274,7 +274,8 @@ def test_gradient_of_the_gates(name, combine):
     if combine == "plan" and name == "sinkhorn_expert_choice":
         gates = sinkhorn(logits)  # the gradient goes through all iterations
     elif combine == "plan":
-        # On the support s of a column, dT = dS - mean_s(dS), because alpha is a constant.
+        # The potentials alpha are constants. So on the support of a column, the differential of the plan is the
+        # differential of the gates minus its mean over the support.
         plan = torch.stack([ksparse_plan(group.detach(), 2) for group in gates])
         support = plan != 0
         inside = gates * support

@@ -58,7 +58,7 @@ def test_empty(tmp_path):
 
 
 def test_sizes_above_8_gib(tmp_path):
-    """Tests both forms of a size above 8 GiB. Here the file ends early."""
+    """A size above 8 GiB is a binary number in GNU headers, and a record of an extended header in pax."""
     for kind in ("gnu", "pax"):
         info = tarfile.TarInfo("a.png")
         info.size = 9 << 30

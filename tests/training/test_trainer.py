@@ -179,7 +179,7 @@ def test_steps_that_are_not_finite_change_nothing(optimizer):
             assert torch.equal(
                 torch.as_tensor(trainer.optimizer.state_dict()["state"][key][name]), torch.as_tensor(value)
             )
-    trainer.check(bad)  # one bad step in a row is allowed
+    trainer.check(bad)  # max_skipped = 2: a single bad step raises nothing
     trainer(images, labels)
     assert not torch.equal(values(trainer.plain), before)
     trainer(bad, labels), trainer(bad, labels)
@@ -314,7 +314,7 @@ OF_TIMM = [name for name in list_optimizers() if not name.startswith(("adahessia
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # by checkpoints of one process
 @pytest.mark.skipif(torch.cuda.is_available(), reason="optimizers of CUDA")
 def test_every_optimizer_of_timm_continues_bit_for_bit(tmp_path):
-    """Optimizers that need CUDA are refused in words."""
+    """An optimizer that needs CUDA is refused with a message that names what is missing."""
 
     def make(name):
         torch.manual_seed(0)

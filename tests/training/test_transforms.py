@@ -43,7 +43,7 @@ def test_training_equals_timm():
         torch.testing.assert_close(transform.normalize(transform(image)[None])[0], wanted, rtol=0, atol=0)
 
 
-def test_erasing_equals_timm_to_a_level():
+def test_erasing_equals_timm_after_rounding_to_uint8():
     image, mean, std = picture(1, (16, 16)), *NORMALIZATIONS["imagenet"]
     for mode in ("const", "pixel"):
         options = Augmentation(image_size=16, scale=(1, 1), ratio=(1, 1), hflip=0, erasing=1, erasing_mode=mode)
@@ -224,7 +224,7 @@ def test_mixing_is_a_function_of_seed_step_and_rank():
 def test_mixing_refuses():
     with pytest.raises(OptionError, match="batch_size must be even on every rank for mixup and cutmix, got 5"):
         mixed(0, count=5, mixup=0.8)
-    with pytest.raises(OptionError, match="mixup must be above 0, or cutmix, got 0"):
+    with pytest.raises(OptionError, match="mixup must be above 0 where cutmix is 0, got 0"):
         mixed(0)
 
 

@@ -374,7 +374,7 @@ class Mixing:
     ):
         from timm.data.mixup import Mixup
 
-        _check("mixup", augmentation.mixup, augmentation.mixup + augmentation.cutmix > 0, "above 0, or cutmix")
+        _check("mixup", augmentation.mixup, augmentation.mixup + augmentation.cutmix > 0, "above 0 where cutmix is 0")
         self.seed: int = seed
         self.rank: int = rank
         self._mixup = Mixup(

@@ -1,5 +1,5 @@
-// soft_logits on CUDA -- one product by torch over the tokens of all groups, and our kernels before
-// and after the product.
+// soft_logits on CUDA -- products by torch over the tokens of all groups (the forward has one, the
+// backward two), and our kernels before and after the products.
 #pragma once
 
 #include "../../common/row_stride.h"

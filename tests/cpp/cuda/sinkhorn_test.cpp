@@ -141,8 +141,9 @@ TYPED_TEST(CudaSinkhorn, OneBlockPerGroup) {
   }
 }
 
-// Several blocks per group. Groups, and in some shapes even the column vectors, exceed the shared
-// memory of a block.
+// In the backward at least, every group exceeds the shared memory of a block. So several blocks
+// compute a group, except in {2, 3, 10000}. There the column vectors exceed shared memory too, and
+// one block computes each group of three tokens.
 TYPED_TEST(CudaSinkhorn, SeveralBlocksPerGroup) {
   using T = TypeParam;
   for (const Shape& shape :
@@ -173,9 +174,9 @@ class SmallDevice {
 };
 
 // The devices have little shared memory and few multiprocessors, so that small shapes cover: one
-// and several blocks per group; matrices in shared and in device memory; one and several groups
-// per crew; and more blocks than are needed. A device leaves out a shape that another device
-// divides in the same way.
+// and several blocks per group; matrices in shared and in device memory; one and several groups per
+// crew (the blocks that compute a group together); and more blocks than are needed. A device leaves
+// out a shape that another device divides in the same way.
 TYPED_TEST(CudaSinkhorn, OnSmallDevices) {
   using T = TypeParam;
   const Shape one_group{1, 700, 9}, wide{3, 300, 33}, groups{5, 260, 17}, long_rows{2, 70, 520};
@@ -359,7 +360,8 @@ TYPED_TEST(CudaSinkhorn, BackwardClampsSteps) {
   expect_near(with(0, 0), wanted, kOtherOrder<T>);
 }
 
-// The shapes cover systems in shared and in device memory, and tokens in several pieces and splits.
+// The shapes cover systems in shared and in device memory, and groups whose tokens are divided into
+// several pieces and several splits (sinkhorn_system.h).
 TYPED_TEST(CudaSinkhorn, ImplicitBackward) {
   using T = TypeParam;
   for (const Shape& shape :
