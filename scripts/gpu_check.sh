@@ -11,7 +11,8 @@
 set -uo pipefail
 caller=$PWD
 cd "$(dirname "$0")/.."
-out=build/gpu_check work=build/gpu_check python=python3 googletest='' quick='' dry_run=''
+from_caller() { (cd "$caller" && realpath -ms -- "$1"); }
+out=$PWD/build/gpu_check work=$PWD/build/gpu_check python=python3 googletest='' quick='' dry_run=''
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=--quick; shift; continue ;;
@@ -19,17 +20,16 @@ while [ $# -gt 0 ]; do
   esac
   [ $# -gt 1 ] || { echo "gpu_check: unknown option '$1', or an option without its value" >&2; exit 2; }
   case $1 in
-    --out) out=$2 ;;
-    --work) work=$2 ;;
-    --python) python=$2 ;;
-    --googletest) googletest=$(cd "$caller" && realpath -e -- "$2" 2>/dev/null) && [ -f "$googletest/CMakeLists.txt" ] ||
+    --out) out=$(from_caller "$2") ;;
+    --work) work=$(from_caller "$2") ;;
+    --python) case $2 in */*) python=$(from_caller "$2") ;; *) python=$2 ;; esac ;;
+    --googletest) googletest=$(from_caller "$2") && [ -f "$googletest/CMakeLists.txt" ] ||
       { echo "gpu_check: --googletest $2 has no CMakeLists.txt; wanted: the source folder of GoogleTest" >&2; exit 2; } ;;
     *) echo "gpu_check: unknown option '$1'" >&2; exit 2 ;;
   esac
   shift 2
 done
 [ -n "$googletest" ] || [ ! -f /usr/src/googletest/CMakeLists.txt ] || googletest=/usr/src/googletest
-out=$(realpath -m -- "$out") work=$(realpath -m -- "$work")
 # CMake compiles CUDA as C++20 from 3.26 on, so prefer the CMake installed with $python to the system's.
 # compute-sanitizer is in the toolkit's folder, even if nvcc on PATH is a link. Unbuffered output survives a kill.
 export PATH=$(dirname "$(command -v "$python")"):$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1

@@ -202,6 +202,11 @@ def test_an_option_names_the_source_of_googletest(check):
         assert done.returncode == 2 and f"--googletest {wrong} has no CMakeLists.txt" in done.stderr
 
 
+def test_paths_are_relative_to_the_folder_of_the_caller(check):
+    relative = check("--dry-run", "--out", "out", "--work", "work", "--python", "./python", cwd=check.folder)
+    assert relative.returncode == 0 and relative.stdout == check("--dry-run").stdout
+
+
 def test_refuses_unknown_options(check):
     for arguments in (["--fast"], ["--out"], ["--fast", "2"]):
         done = check(*arguments)

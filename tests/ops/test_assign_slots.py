@@ -68,9 +68,9 @@ def test_definition(device, G, T, K, E, C, priorities):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(device, dtype):
-    """Some experts get more requests than they have slots, and many priorities tie."""
-    expert = requests(16, 300, 2, 16).to(device)
-    priority = tied(16, 300, levels=50).to(device, dtype)
+    """Experts get more requests than they have slots, many priorities tie, and several threads share the groups."""
+    expert = requests(64, 300, 2, 16).to(device)
+    priority = tied(64, 300, levels=50).to(device, dtype)
     for got, wanted in zip(
         assign_slots(expert, 16, 20, priority),
         reference.assign_slots(expert, 16, 20, priority),
