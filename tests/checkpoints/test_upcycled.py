@@ -97,7 +97,7 @@ def folder(tmp_path):
     ({"library": "os"}, "names no model of timm, torchvision or transformers"),
     ({"model": "hf-hub:user/vit"}, "timm has no model 'hf-hub:user/vit'"),
     ({"model": "resnet18"}, "config.json: wrong arguments of the model"),
-    ({"arguments": {"pretrained": True}}, "argument 'pretrained', which is not loaded from a file"),
+    ({"arguments": {"pretrained": True}}, "argument 'pretrained', which a file must not set"),
     ({"arguments": {"checkpoint_path": "a"}}, "argument 'checkpoint_path'"),
     ({"arguments": {"depth": 10**9}}, "depth is 1000000000, more than"),
     ({"arguments": {"embed_dim": 10**9}}, "config.json: wrong arguments of the model|not the model of"),

@@ -242,7 +242,7 @@ def _load(architecture: str, arguments: dict[str, Any], config_path: str, weight
         with torch.random.fork_rng([]):
             model = upcycled.make(arguments)
     model.load_state_dict(tensors, assign=True)
-    return model.to("cpu").eval()  # copies nothing, but takes layers off the meta device
+    return model.to("cpu").eval()  # copies no parameter, but moves the other state of layers off the meta device
 
 
 def _names_now(names: set[str]) -> dict[str, str]:
@@ -370,7 +370,8 @@ def _compare_structure(made: nn.Module, model: nn.Module) -> None:
         if ours.get(name) != wanted.get(name):
             raise CheckpointError(
                 f"save_pretrained: {name or 'the model'} is {ours.get(name, 'missing')}, and from_pretrained would "
-                f"make {wanted.get(name, 'none')}; for a model of timm, give what create_model was given as model_args"
+                f"make {wanted.get(name, 'none')}; for a model of timm, pass the arguments of "
+                "create_model as model_args"
             )
 
 

@@ -67,7 +67,7 @@ def make(description: Mapping[str, Any]) -> nn.Module:
         raise CheckpointError("the configuration names no model of timm, torchvision or transformers")
     for key in _keys(arguments):
         if library in _REFUSED and _REFUSED[library].fullmatch(key):
-            raise CheckpointError(f"the configuration has the argument {key!r}, which is not loaded from a file")
+            raise CheckpointError(f"the configuration has the argument {key!r}, which a file must not set")
     model = _MAKE[library](name, arguments)
     for options in replaced or ():
         upcycle(model.get_submodule(options["part"]), **{k: v for k, v in options.items() if k != "part"})

@@ -52,7 +52,7 @@ def inspect_images(
 
     Args:
         model: a folder of save_pretrained, the record of a study's run (runs/*-seed*.json, of a study with
-            --save-models), P of a V-MoE checkpoint (P.index), or a model of timm.
+            --save-models), the prefix P of a V-MoE checkpoint (P.index), or a model of timm.
         images: image files.
         output: the folder for the files.
         image_size: height and width of the model's input, in pixels. None: the model's own.

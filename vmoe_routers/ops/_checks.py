@@ -26,7 +26,7 @@ def exporting() -> bool:
 
 
 def traced_size(value: Any) -> Any:
-    """Converts a size that torch.jit.trace passes as a tensor to an int. Returns any other value unchanged."""
+    """Converts a size to an int if torch.jit.trace passes the size as a tensor. Returns any other value unchanged."""
     return int(value) if tracing() and isinstance(value, Tensor) and value.ndim == 0 else value
 
 

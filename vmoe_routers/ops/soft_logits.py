@@ -19,9 +19,10 @@ def soft_logits(x: Tensor, phi: Tensor) -> Tensor:
     Computes ``logits[g, t, s] = <x[g, t], phi[:, s]> / sqrt(|x[g, t]|^2 + 1e-6)``. Backward keeps only x and phi.
 
     On CUDA torch computes the products. Float32 tokens are multiplied in TF32 if `torch.set_float32_matmul_precision`
-    allows TF32. 16-bit tokens are multiplied in 16 bits and accumulated in float32. `phi` is split into a high and a
-    low part (relative error at most 2^-16; TF32: 2^-11), and backward rounds the gradient of the logits to the tokens'
-    dtype. In float16, entries of phi beyond 65504 overflow.
+    allows TF32, which rounds `phi` with a relative error of at most 2^-11. 16-bit tokens are multiplied in 16 bits and
+    accumulated in float32. For 16-bit tokens, `phi` is split into a high and a low part, whose sum has a relative error
+    of at most 2^-16, and backward rounds `phi` and the gradient of the logits to the tokens' dtype. In float16, entries
+    of phi beyond 65504 overflow.
 
     Args:
         x: [G, T, D] floating point.

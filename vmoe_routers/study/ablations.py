@@ -33,14 +33,15 @@ class Arm:
 class Ablation:
     """Ablation of some routers at capacity factor 1, and K = 1 for Token Choice.
 
-    The runs of an arm that changes nothing are the runs of the comparison.
+    The comparison is the study without its ablations. An arm that changes nothing has no runs of its own: the runs of
+    the comparison replace them.
 
     Attributes:
         title: The title of its panel.
         routers: The routers that run; "dense" is the dense ViT.
         arms: The values, in ascending order.
-        is_of_routers: Whether the changed settings matter to `routers` alone. If so, the runs of all other routers are
-            their runs of the comparison.
+        is_of_routers: Whether the changed settings affect `routers` alone. If so, the runs of the comparison represent
+            all other routers.
     """
 
     title: str
@@ -60,7 +61,10 @@ def _by_setting(name: str, *values: Any) -> tuple[Arm, ...]:
 
 
 def _by_option(names: Sequence[str], default: float, *values: float) -> tuple[Arm, ...]:
-    """Makes arms of options that have equal values, in ascending order. The arm of the default changes nothing."""
+    """Makes an arm for each value, in ascending order. An arm sets all options of `names` to its value.
+
+    The arm of the default changes nothing.
+    """
     arms = {value: Arm(f"{value:g}", options=dict.fromkeys(names, value)) for value in values}
     arms[default] = Arm(f"{default:g}")
     return tuple(arms[value] for value in sorted(arms))
@@ -78,7 +82,8 @@ ABLATIONS: dict[str, Ablation] = {
     "aux_loss_token_choice": Ablation(
         "auxiliary loss of Token Choice", (_TOKEN,), _by_option(_AUX_LOSS, 0.005, 0.0, 0.05)
     ),
-    # Rounding changes the number of slots with the size of a group. These values have 64 slots per image of 49 tokens.
+    # The capacity is rounded, so the slots per image depend on the size of a group. With these capacity factors and 32
+    # experts, an image of 49 tokens has 64 slots at every size.
     "group_size": Ablation(
         "images per group",
         (_TOKEN, _EXPERT),

@@ -140,8 +140,9 @@ def training_batches(
 ) -> Batches:
     """Makes the batches of the steps `first_step` to `steps - 1`, for one rank.
 
-    A step's global batch has the same images, augmented alike, for every number of ranks. A rank has the part
-    ``[rank * batch_size / world, (rank + 1) * batch_size / world)``. An incomplete last batch of an epoch is left out.
+    For every number of ranks, the global batch of a step has the same images with the same augmentation. A rank has the
+    part ``[rank * batch_size / world, (rank + 1) * batch_size / world)``. An incomplete last batch of an epoch is left
+    out.
 
     Args:
         samples: the data set. `Tensors` are augmented in whole batches, without workers, if the transform supports
@@ -196,8 +197,8 @@ def evaluation_batches(
 ) -> Batches:
     """Makes batches of all images in order, for one rank. All ranks have equally many batches of equal sizes.
 
-    The last batches are padded with the last image. `Batch.valid` is False for padding, so that every image counts
-    once. One rank has no padding.
+    The last batch is padded with the last image. `Batch.valid` is False for padding, so that every image counts once.
+    With one rank, there is no padding.
 
     Args:
         samples: the data set. `Tensors` are transformed in whole batches without workers.
@@ -205,8 +206,8 @@ def evaluation_batches(
         batch_size: images per batch on all ranks.
         rank, world: number of this process, and of processes.
         workers: processes that read images. 0 reads in this process.
-        bad_images: "stop" at an unreadable image, or "skip" it: its `valid` is False. None: as "stop", with an error
-            that does not advise to skip, for a command without this option.
+        bad_images: "stop" at an unreadable image, or "skip" it: its `valid` is False. None: as "stop", for a command
+            without the option --bad-images. The error then does not advise to skip.
         device: where the batches go.
 
     Raises:

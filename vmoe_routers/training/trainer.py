@@ -124,7 +124,7 @@ class Trainer:
                 losses.append(self._backward(x, y, len(parts)))
         loss, auxiliary = torch.stack(losses).mean(0)
         self.scaler.unscale_(self.optimizer)
-        # If the largest norm is infinity, nothing is clipped.
+        # Without `clip`, the norm is computed, and nothing is clipped.
         norm = clip_grad_norm_(self.parameters, o.clip or float("inf"))
         self._apply(norm)
         self.step += 1

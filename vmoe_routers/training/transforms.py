@@ -26,7 +26,7 @@ NORMALIZATIONS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 _LEAST_CROP = 0.1  # evaluation resizes an image to image_size / crop_pct
-_MOST_ALPHA = 1e6  # with a larger alpha, all images are halves of two images
+_MOST_ALPHA = 1e6  # with a larger alpha, the share of each image in a mixed pair is always close to 1/2
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "random")
 PREPROCESSING = ("normalization", "crop_pct", "interpolation")
 """Fields of `Augmentation` that also prepare images for evaluation."""
@@ -47,7 +47,8 @@ class Augmentation:
         color_jitter: strength of random brightness, contrast and saturation. RandAugment replaces it.
         erasing: probability of erasing a random rectangle.
         erasing_mode: fill of the rectangle: "const" is the mean, "pixel" is noise.
-        interpolation: filter of all resizing: "bilinear", "bicubic", "nearest", or "random" (evaluation: bilinear).
+        interpolation: filter of resizing: "bilinear", "bicubic", "nearest", or "random" (evaluation: bilinear).
+            `Transform.batch` always uses the bilinear filter.
         crop_pct: the central share of an image that evaluation sees.
         normalization: mean and standard deviation: "inception" (pixels in [-1, 1]), "imagenet", "clip", or "none"
             (pixels in [0, 1]).
@@ -121,7 +122,8 @@ def _check(name: str, value: Any, holds: bool, wanted: str) -> None:
 
 _NUMBER = r"\d+(\.\d*)?"
 _SOME = r"[1-9]\d?"
-# Values of the parts of `rand_augment`, by the first part and the letters that begin a part (timm.data.auto_augment).
+# Parts of `rand_augment` after the first part, which names the policy: the letters that begin a part, and a regular
+# expression for the value that follows them (timm.data.auto_augment).
 _POLICIES = {
     "rand": {"m": r"\d+", "n": _SOME, "p": r"0(\.\d*)?|1(\.0*)?", "mstd": _NUMBER, "mmax": _SOME, "inc": "[01]"}
     | {"t": "weights|3aw?"},
@@ -327,7 +329,10 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
 
 
 class _Erasing:
-    """timm's random erasing for uint8 pixels. After normalization, the fill has timm's distribution."""
+    """timm's random erasing for uint8 pixels.
+
+    After normalization, the fill has timm's distribution, clamped to the range of pixels.
+    """
 
     def __init__(self, probability: float, mode: str, mean: Tensor, std: Tensor):
         from timm.data.random_erasing import RandomErasing
