@@ -126,9 +126,9 @@ OURS: dict[str, Callable[..., Iterator[Launch]]] = {
     "soft_logits_backward": _soft_logits_backward,
     "soft_mix": _soft_mix,
     "soft_mix_backward": _soft_mix_backward,
-    "sinkhorn": _estimated(27e-6),
+    "sinkhorn": _estimated(24e-6),
     "sinkhorn_backward": _estimated(60e-6),
-    "ksparse_transport": _estimated(210e-6),
+    "ksparse_transport": _estimated(200e-6),
 }
 
 

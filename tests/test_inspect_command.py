@@ -107,6 +107,9 @@ def test_the_record_of_a_study(place, tmp_path, capsys, monkeypatch):
     page = (output / "index.html").read_text()
     assert "normalization clip" in page and "random" not in page
     assert read == [record]  # once
+    arguments = ["inspect", str(record), str(place / "a b.png"), "--output", str(output), "--normalization", "none"]
+    assert cli.main(arguments) == 0
+    assert re.search(r"normalization none \(.*settings.yaml, and options\)", (output / "index.html").read_text())
 
 
 @pytest.mark.parametrize(("model", "words"), [

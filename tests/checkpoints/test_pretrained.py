@@ -192,6 +192,11 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_names_the_value_that_json_cannot_represent(tmp_path):
+    with pytest.raises(CheckpointError, match=r"represent mean = .* or a value of preprocessing"):
+        save_pretrained(model(), tmp_path, preprocessing={"crop": 1.0, "mean": torch.zeros(3)})
+
+
 def with_config(folder, **changes):
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -201,6 +206,7 @@ def with_config(folder, **changes):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"format_version": 2, "vmoe_routers_version": "9.1"}, "written by vmoe_routers 9.1; this version reads up to 1"),
+    ({"format_version": 0}, "not a configuration of a vmoe_routers model"),
     ({"format_version": "1"}, "not a configuration of a vmoe_routers model"),
     ({"architecture": "os.system"}, "not a configuration of a vmoe_routers model"),
     ({"arguments": {"depth": 10**9}}, "depth is 1000000000, more than"),

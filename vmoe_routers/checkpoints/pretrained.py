@@ -92,9 +92,10 @@ def save_pretrained(
             allow_nan=False,
         )
     except (TypeError, ValueError):
+        unknown = _unknown_to_json({**config, **(preprocessing or {})})
         raise CheckpointError(
-            f"save_pretrained: JSON cannot represent {_unknown_to_json(config)}, an argument of the model; save"
-            " model.state_dict(), and make the model again by code"
+            f"save_pretrained: JSON cannot represent {unknown}, an argument of the model or a value of preprocessing. "
+            "If it is an argument of the model, save model.state_dict(), and make the model again by code"
         ) from None
     folder = Path(folder)
     try:
@@ -188,9 +189,9 @@ def _read_config(path: str) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     version = config.get("format_version") if isinstance(config, dict) else None
-    if type(version) is not int or config.get("architecture") not in _ARCHITECTURES:
+    if type(version) is not int or version < 1 or config.get("architecture") not in _ARCHITECTURES:
         raise CheckpointError(f"{path}: not a configuration of a vmoe_routers model")
-    if not 1 <= version <= FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         by = config.get("vmoe_routers_version")
         raise CheckpointError(
             f"{path}: format {version}, written by vmoe_routers {by}; this version reads up to {FORMAT_VERSION}; "

@@ -90,7 +90,9 @@ def inspect_images(
         default = Augmentation(image_size=image_size or input_size(found, model), scale=None)
         augmentation, origin = known_augmentation(folder, found, pretrained, default)
         given = {"normalization": normalization, "crop_pct": crop_pct}
-        augmentation = replace(augmentation, **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        if given:
+            augmentation, origin = replace(augmentation, **given), f"{origin}, and options"
         transform = Transform(augmentation, channels_of(found, model), training=False)
         seen = torch.stack([transform(picture) for picture in pictures])  # uint8
         make_output(output)
@@ -168,5 +170,5 @@ def _save(path: Path, figure: Figure) -> Path:
 
 
 def _plain(name: str) -> str:
-    """Returns a name without characters that are special in file names."""
-    return re.sub(r"[^\w.-]+", "_", name)[:60] or "layer"
+    """Returns a name without characters that are special in file names. Long names of layers differ at their ends."""
+    return re.sub(r"[^\w.-]+", "_", name)[-60:] or "layer"

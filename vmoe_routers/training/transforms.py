@@ -27,7 +27,14 @@ NORMALIZATIONS = {
 }
 _LEAST_CROP = 0.1  # evaluation resizes an image to image_size / crop_pct
 _MOST_ALPHA = 1e6  # with a larger alpha, the share of each image in a mixed pair is always close to 1/2
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "random")
+# Arguments of torch.nn.functional.interpolate that resize as Pillow does.
+_FILTERS: dict[str, dict[str, Any]] = {
+    "bilinear": {"mode": "bilinear", "antialias": True},
+    "bicubic": {"mode": "bicubic", "antialias": True},
+    "nearest": {"mode": "nearest-exact"},
+    "random": {"mode": "bilinear", "antialias": True},
+}
+INTERPOLATIONS = tuple(_FILTERS)
 PREPROCESSING = ("normalization", "crop_pct", "interpolation")
 """Fields of `Augmentation` that also prepare images for evaluation."""
 
@@ -47,8 +54,8 @@ class Augmentation:
         color_jitter: strength of random brightness, contrast and saturation. RandAugment replaces it.
         erasing: probability of erasing a random rectangle.
         erasing_mode: fill of the rectangle: "const" is the mean, "pixel" is noise.
-        interpolation: filter of resizing: "bilinear", "bicubic", "nearest", or "random" (evaluation: bilinear).
-            `Transform.batch` always uses the bilinear filter.
+        interpolation: filter of resizing: "bilinear", "bicubic", "nearest", or "random" (evaluation and
+            `Transform.batch`: bilinear).
         crop_pct: the central share of an image that evaluation sees.
         normalization: mean and standard deviation: "inception" (pixels in [-1, 1]), "imagenet", "clip", or "none"
             (pixels in [0, 1]).
@@ -233,7 +240,7 @@ class Transform:
         images = images.float().div_(255) if images.dtype == torch.uint8 else images
         whole = size if self.training else int(size / options.crop_pct)
         if images.shape[-2:] != (whole, whole):
-            images = F.interpolate(images, (whole, whole), mode="bilinear", antialias=True).clamp_(0, 1)
+            images = F.interpolate(images, (whole, whole), **_FILTERS[options.interpolation]).clamp_(0, 1)
         if whole != size:
             first = round((whole - size) / 2)
             images = images[..., first : first + size, first : first + size]
