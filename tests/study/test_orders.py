@@ -75,8 +75,8 @@ def test_sentences_count_and_name_the_conditions(tmp_path):
     runs = study(*(of_accuracy(ablated(EXPERT, "aux_loss", "0.05"), 0.83 + 0.001 * seed, seed) for seed in range(3)))
     found = conditions(runs)
     assert order_sentences(found) == [
-        "Softmax Expert Choice is ahead of Softmax Token Choice in 1 of 2 conditions, clearly in 1 (auxiliary loss of "
-        "Expert Choice 0.05), and clearly behind in 1 (capacity factor 1)."
+        "Softmax Expert Choice is ahead of Softmax Token Choice in 1 of 2 conditions (clearly in 1: auxiliary loss "
+        "of Expert Choice 0.05), and behind in 1 (clearly in 1: capacity factor 1)."
     ]
     assert "<td class=clear>-2.00 ±0.06</td>" in order_table(found)
     write_orders(found, tmp_path / "orders.csv")
@@ -92,8 +92,8 @@ def test_a_lower_loss_is_ahead():
     (found,) = conditions(runs, "loss")
     assert found.measure == "loss" and found.differences[SOFTMAX].mean == pytest.approx(-0.02)
     assert order_sentences([found]) == [
-        "Softmax Expert Choice is ahead of Softmax Token Choice in 1 of 1 condition, clearly in 1 (capacity factor 1), "
-        "and clearly behind in none."
+        "Softmax Expert Choice is ahead of Softmax Token Choice in 1 of 1 condition (clearly in 1: capacity factor "
+        "1), and behind in 0."
     ]
     assert "<td class=clear>-0.0200 ±0.0006</td>" in order_table([found])
 

@@ -172,3 +172,16 @@ def test_a_narrow_mlp_is_explained(tmp_path):
 def test_names_the_command(tmp_path, monkeypatch, program, command):
     monkeypatch.setattr("sys.argv", [program, "study", "--output", "a b"])
     assert command in write(tmp_path, study(seeds=1), {"data": "digits"})[1].text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "All numbers are from the test images."),
+        ({"holdout": 1000}, "Final values are from the test images"),
+        ({"holdout": 1000, "choosing": True}, "All numbers are from 1,000 held-out training images."),
+    ],
+)
+def test_says_which_images_were_measured(tmp_path, settings, words):
+    text, _ = write(tmp_path, [run(variant("soft"))], settings)
+    assert words in text and text.count("test images") <= (not settings.get("choosing"))

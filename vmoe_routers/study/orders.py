@@ -93,9 +93,9 @@ def order_title(pair: tuple[str, str]) -> str:
 
 
 def order_sentences(found: Sequence[Condition]) -> list[str]:
-    """Tells for every pair in how many conditions the paper's order appears, and where it clearly does.
+    """Counts for every pair the conditions with and against the paper's order, and names the clear ones.
 
-    *Clearly* means that the uncorrected 95 % interval excludes 0.
+    *Clear* means that the uncorrected 95 % interval excludes 0.
     """
     sentences = []
     for pair in ORDERS:
@@ -103,13 +103,12 @@ def order_sentences(found: Sequence[Condition]) -> list[str]:
         if not of:
             continue
         sign = MEASURES[of[0][0].measure].sign
-        ahead = sum(sign * value.mean > 0 for _, value in of)
-        clear = [condition for condition, value in of if value.is_clear() and sign * value.mean > 0]
-        against = [condition for condition, value in of if value.is_clear() and sign * value.mean < 0]
+        ahead = [(condition, value) for condition, value in of if sign * value.mean > 0]
+        behind = [(condition, value) for condition, value in of if sign * value.mean < 0]
         first, second = (style(router).title for router in pair)
         sentences.append(
-            f"{first} is ahead of {second} in {ahead} of {_count(len(of))}, clearly in {_named(clear)}, and clearly "
-            f"behind in {_named(against)}."
+            f"{first} is ahead of {second} in {len(ahead)} of {_count(len(of))}{_clear(ahead)}, and behind in "
+            f"{len(behind)}{_clear(behind)}."
         )
     return sentences
 
@@ -130,7 +129,6 @@ def _count(number: int) -> str:
     return "1 condition" if number == 1 else f"{number} conditions"
 
 
-def _named(found: Sequence[Condition]) -> str:
-    if not found:
-        return "none"
-    return f"{len(found)} ({'; '.join(f'{condition.title} {condition.value}' for condition in found)})"
+def _clear(found: Sequence[tuple[Condition, Stat]]) -> str:
+    clear = [f"{condition.title} {condition.value}" for condition, value in found if value.is_clear()]
+    return f" (clearly in {len(clear)}: {'; '.join(clear)})" if clear else ""

@@ -74,7 +74,7 @@ svg { display: block; margin-left: auto; }
 _READING = """
 <p>All models have the same trunk, recipe, data order and augmentation. Models of one seed start from the same trunk.
 Models differ only in the layer that replaces the MLP of some blocks. Numbers are means over seeds after the last
-epoch, on the test images, ± the standard error of the mean.</p>
+epoch, ± the standard error of the mean.</p>
 <ul>
 <li><em>Minus dense</em> is the mean of the differences to the dense ViT, taken seed by seed, ± the standard error of
 this mean. It is <b>bold</b> if its 95 % interval by Student's t excludes 0. For 3 seeds, the interval is 4.3 standard
@@ -257,11 +257,15 @@ def _unfinished(finished: int, planned: int | None) -> list[str]:
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
     """Writes a paragraph for each setting that differs from usual models and changes how to read the results."""
-    notes = []
+    notes = ["<p>All numbers are from the test images.</p>"]
     if settings.get("holdout"):
-        of = "All numbers" if settings.get("choosing") else "Curves"
-        rest = "" if settings.get("choosing") else " The test images were measured once, after the last epoch of a run."
-        notes.append(f"<p>{settings['holdout']:,} training images were held out. {of} are from these images.{rest}</p>")
+        held = f"{settings['holdout']:,} held-out training images"
+        notes = [f"<p>All numbers are from {held}.</p>"]
+        if not settings.get("choosing"):
+            notes = [
+                "<p>Final values are from the test images, which were measured once, after the last epoch of a run. "
+                f"Curves are from {held}.</p>"
+            ]
     if settings.get("mlp_ratio", 4) != 4:
         notes.append(
             f"<p>The hidden width of the MLPs and experts is {_words(settings['mlp_ratio'])} times the width of a "
