@@ -77,7 +77,7 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     said = console.file.getvalue()
     assert f"{broken}: no record, the whole is [], wanted a mapping; run again\n" in said
     assert "40 training and 40 test images of 8 x 8, 10 classes" in said
-    assert "models: 5, seeds: 2, runs: 10, done before: 5" in said
+    assert "models: 5 (a dense ViT, and variants of 2 routers), seeds: 2, runs: 10, done before: 5" in said
     assert f"report: {path}" in said.replace("\n", "")
 
     assert path == settings.output / "report.html"

@@ -26,7 +26,7 @@ from scipy.special import stdtr, stdtrit
 from vmoe_routers.files import write_csv
 from vmoe_routers.routers import ROUTERS
 from vmoe_routers.study.styles import short_label, style
-from vmoe_routers.study.summary import MEASURES, Measure, Run, accuracy, by_variant, step_times
+from vmoe_routers.study.summary import MEASURES, Measure, Run, accuracy, by_variant, step_ratios
 from vmoe_routers.study.variants import base_variant
 
 LEVEL = 0.05
@@ -234,21 +234,22 @@ def _variant(group: Mapping[int, Run]) -> Mapping[str, Any]:
     return next(iter(group.values()))["variant"]
 
 
-def _flops(group: Mapping[int, Run]) -> float:
-    return float(next(iter(group.values()))["cost"]["flops"])
+def _flops_ratio(group: Mapping[int, Run], other: Mapping[int, Run]) -> float:
+    mine, others = (next(iter(runs.values()))["cost"]["flops"] for runs in (group, other))
+    return mine / others
 
 
-def _time(group: Mapping[int, Run]) -> float | None:
-    times = step_times(list(group.values()))
-    return statistics.median(times) if times else None
+def _time_ratio(group: Mapping[int, Run], other: Mapping[int, Run]) -> float | None:
+    ratios = step_ratios(list(group.values()), list(other.values()))
+    return statistics.median(ratios) if ratios else None
 
 
 class _Budget(NamedTuple):
     name: str
-    of: Callable[[Mapping[int, Run]], float | None]
+    ratio: Callable[[Mapping[int, Run], Mapping[int, Run]], float | None]
 
 
-_BUDGETS = {"": _Budget("FLOPs", _flops), ", time": _Budget("step time", _time)}
+_BUDGETS = {"": _Budget("FLOPs", _flops_ratio), ", time": _Budget("step time", _time_ratio)}
 _SPARSE = [router for router in ROUTERS if router != "soft"]
 
 
@@ -311,17 +312,17 @@ def _at_budget(
     """Compares a router, interpolated over its capacity factors, with another model at that model's budget."""
     router = _variant(series[0])["router"]
     what = f"{style(router).short} - {_short(other)}"
-    wanted, costs = budget.of(other), [cost for group in series if (cost := budget.of(group)) is not None]
-    if wanted is None or len(costs) < len(series):
+    costs = [cost for group in series if (cost := budget.ratio(group, other)) is not None]
+    if len(costs) < len(series):
         return _Pair(what, router, {}, "no step was timed")
     points = sorted(zip(costs, series, strict=True), key=lambda point: point[0])
     lowest, highest = points[0][0], points[-1][0]
-    if not lowest * (1 - TOLERANCE) <= wanted <= highest * (1 + TOLERANCE):
-        times = f"{lowest / wanted:.2f} to {highest / wanted:.2f}" if len(points) > 1 else f"{lowest / wanted:.2f}"
+    if not lowest * (1 - TOLERANCE) <= 1 <= highest * (1 + TOLERANCE):
+        times = f"{lowest:.2f} to {highest:.2f}" if len(points) > 1 else f"{lowest:.2f}"
         return _Pair(what, router, {}, f"{budget.name} {times} times the other model's")
-    above = next((place for place, (cost, _) in enumerate(points) if cost >= wanted), len(points) - 1)
+    above = next((place for place, (cost, _) in enumerate(points) if cost >= 1), len(points) - 1)
     (low, first), (high, second) = points[max(above - 1, 0)], points[above]
-    share = 0.0 if low == high else (math.log(wanted) - math.log(low)) / (math.log(high) - math.log(low))
+    share = 0.0 if low == high else -math.log(low) / (math.log(high) - math.log(low))
     share = min(max(share, 0.0), 1.0)
     seeds = sorted(first.keys() & second.keys() & other.keys())
     differences = {s: (1 - share) * value(first[s]) + share * value(second[s]) - value(other[s]) for s in seeds}

@@ -172,7 +172,7 @@ def paint_figure_3(data: Data) -> Figure:
         for point in here:
             curves.setdefault(point["name"], []).append(point)
         for ax, (key, label, scale) in zip(
-            axes, [("accuracy", "validation accuracy (%)", 100.0), ("loss", "validation loss (nats)", 1.0)], strict=True
+            axes, [("accuracy", "accuracy (%)", 100.0), ("loss", "loss (nats)", 1.0)], strict=True
         ):
             for curve in curves.values():
                 top_k, plan = curve[0]["top_k"] or 1, curve[0]["combine"] == "plan"

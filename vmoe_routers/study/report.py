@@ -71,6 +71,8 @@ svg { display: block; margin-left: auto; }
 }
 """
 
+ONE_SEED = "One seed does not show how much of a difference is chance. Run more seeds (--seeds) to find out."
+
 _READING = """
 <p>All models have the same trunk, recipe, data order and augmentation. Models of one seed start from the same trunk.
 Models differ only in the layer that replaces the MLP of some blocks. Numbers are means over seeds after the last
@@ -80,8 +82,9 @@ epoch, ± the standard error of the mean.</p>
 this mean. It is <b>bold</b> if its 95 % interval by Student's t excludes 0. For 3 seeds, the interval is 4.3 standard
 errors to either side.</li>
 <li><em>Step</em> is the median time of a training step, and <em>training</em> is this time multiplied by the number of
-steps. The steps were timed after the training: all variants took turns in one process, one step per round. ± is the
-standard error over the rounds.</li>
+steps. The steps were timed after the training: all variants took turns in one process, one step per round.
+<em>×dense</em> is the median over the rounds of the time divided by the time of the dense ViT. Claims at equal time
+use such ratios, too. ± is the standard error over the rounds.</li>
 <li><em>Slots</em> are the expert inputs computed per image and MoE layer. For the dense ViT they are the tokens.</li>
 <li><em>MLP FLOPs</em> are the operations of MLPs, experts and routing in a forward pass.</li>
 <li><em>Dropped</em> is the share of the tokens that no expert took.</li>
@@ -185,7 +188,7 @@ def findings(runs: Sequence[Run], chance: float | None = None) -> list[str]:
         f"Highest mean accuracy: {highest.label}, {highest.accuracy.spaced('.1f', 100)} %."
     ]
     if all(row.seeds == 1 for row in rows):
-        said.append("One seed does not show how much of a difference is chance. Run more seeds to find out.")
+        said.append(ONE_SEED)
     else:
         said += _compare(runs, rows, lowest)
     steps = sorted((row.step_ratio, row.label) for row in rows if row.router and row.step_ratio)

@@ -83,12 +83,15 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
             f"{data.name}: images differ in size and are resized to {DEFAULT_SIZE} x {DEFAULT_SIZE} pixels; "
             "--image-size sets another size"
         )
+    routers = {variant.router for variant in found}
+    kinds = f"{'a dense ViT, and ' if None in routers else ''}variants of {len(routers - {None})} routers"
     of_ablation = f"variants of ablations: {len(of_ablations)}, " if of_ablations else ""
     console.print(
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test images of "
         f"{data.size} x {data.size}, {data.num_classes} classes\n"
-        f"models: {len(found)}, seeds: {settings.seeds}, {of_ablation}runs: {len(jobs)}, "
-        f"done before: {len(jobs) - len(missing)}"
+        f"models: {len(found)} ({kinds}), seeds: {settings.seeds}, {of_ablation}runs: {len(jobs)}, "
+        f"done before: {len(jobs) - len(missing)}",
+        soft_wrap=True,
     )
     if missing or not is_timed:
         run_all(settings, missing, None if is_timed else timing, workers, console)
@@ -235,7 +238,10 @@ def _write(
 
     rows = summarise(records)
     print_table(rows, console)
-    _print_verdicts(records, console)
+    if all(row.seeds == 1 for row in rows):
+        console.print(report.ONE_SEED, highlight=False, soft_wrap=True)
+    else:
+        _print_verdicts(records, console)
     write_csv(rows, folder / "table.csv")
     for sentence in report.unlearned(rows, chance):
         console.print(sentence, highlight=False, soft_wrap=True)

@@ -211,6 +211,12 @@ def step_times(runs: Sequence[Run]) -> list[float]:
     return runs[0].get("timing", {}).get("step_ms", []) if runs else []
 
 
+def step_ratios(runs: Sequence[Run], others: Sequence[Run]) -> list[float]:
+    """Times of a step of one variant over the times of another, one per round; empty if a variant was not timed."""
+    times, other_times = step_times(runs), step_times(others)
+    return [a / b for a, b in zip(times, other_times, strict=True)] if times and other_times else []
+
+
 def paired(runs: Sequence[Run], others: Sequence[Run], value: Callable[[Run], float]) -> list[float]:
     """Computes the differences of `value` between `runs` and `others`, one for every seed in both."""
     by_seed = {run["seed"]: run for run in others}
@@ -281,7 +287,7 @@ def _row(runs: Sequence[Run], dense: Sequence[Run]) -> Row:
         values = paired(runs, dense, value)
         return stat(values) if values and runs is not dense else None
 
-    times, dense_times = step_times(runs), step_times(dense)
+    times, ratios = step_times(runs), step_ratios(runs, dense)
     step_ms = median_stat(times) if times else None
     dead = [sum(layer["dead_experts"] for layer in run["layers"]) for run in runs if run["layers"]]
     transfers = [run["transfer"]["accuracy"] for run in runs if run["transfer"]]
@@ -295,9 +301,7 @@ def _row(runs: Sequence[Run], dense: Sequence[Run]) -> Row:
         loss_difference=difference(loss),
         train_seconds=step_ms and step_ms.scaled(runs[0]["steps"] / 1e3),
         step_ms=step_ms,
-        step_ratio=median_stat([a / b for a, b in zip(times, dense_times, strict=True)])
-        if times and dense_times
-        else None,
+        step_ratio=median_stat(ratios) if ratios else None,
         slots=cost("slots"),
         mlp_flops=cost("mlp_flops"),
         mlp_flops_ratio=cost("mlp_flops") / cost("mlp_flops", dense) if dense else None,
