@@ -72,7 +72,8 @@ def _recipe(name: Any, recipes: Mapping[str, Callable[[], Any]]) -> Any:
         OptionError: There is no such recipe.
     """
     if name not in recipes:
-        raise OptionError(f"recipe {name!r} does not exist; there are {', '.join(recipes)}", "recipe")
+        meant = did_you_mean(name, recipes)
+        raise OptionError(f"recipe {name!r} does not exist; there are {', '.join(recipes)}{meant}", "recipe")
     return recipes[name]()
 
 

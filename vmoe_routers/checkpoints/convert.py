@@ -19,7 +19,7 @@ from vmoe_routers.checkpoints.npz import read_npz
 from vmoe_routers.checkpoints.pretrained import make_empty, save_pretrained
 from vmoe_routers.checkpoints.vmoe import read_vmoe
 from vmoe_routers.memory import available_memory, in_words
-from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
+from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError, did_you_mean
 from vmoe_routers.routers import ROUTERS, router_options
 
 
@@ -116,7 +116,8 @@ def _check_arguments(
         if not os.fspath(path):
             raise OptionError(f"{name} must not be empty", name)
     if router is not None and router not in ROUTERS:
-        raise OptionError(f"router {router!r} does not exist; there are {', '.join(ROUTERS)}", "router")
+        meant = did_you_mean(router, ROUTERS)
+        raise OptionError(f"router {router!r} does not exist; there are {', '.join(ROUTERS)}{meant}", "router")
     for name, value in (("top_k", top_k), ("group_size", group_size), ("img_size", img_size)):
         if value is not None and not 1 <= value < 1 << 31:
             raise OptionError(f"{name} must be at least 1 and below 2 ** 31, got {value}", name)

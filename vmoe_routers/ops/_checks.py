@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vmoe_routers.ops._dtypes import FLOATS
+from vmoe_routers.options import did_you_mean
 
 
 def tracing() -> bool:
@@ -128,7 +129,8 @@ class Check:
         """Checks that `value` is one of `choices`."""
         if isinstance(value, Tensor) or value not in choices:  # a tensor has no single truth value
             wanted = ", ".join(map(repr, choices))
-            raise ValueError(f"{self.where}: {name} must be one of {wanted}, got {value!r}")
+            meant = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+            raise ValueError(f"{self.where}: {name} must be one of {wanted}, got {value!r}{meant}")
 
     def flag(self, name: str, value: object) -> bool:
         """Checks that `value` is a bool."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from vmoe_routers.ops._checks import Check
+from vmoe_routers.options import did_you_mean
 from vmoe_routers.routers.affinity import Sinkhorn, Softmax, SparsityConstrained
 from vmoe_routers.routers.soft import SoftRouter
 from vmoe_routers.routers.sparse import ExpertChoiceRouter, SparseRouter, TokenChoiceRouter
@@ -74,7 +75,11 @@ def create_router(name: str, dim: int, num_experts: int, **options: Any) -> nn.M
     known = router_options(name)
     for option in options:
         if option not in known:
-            raise TypeError(f"create_router: {name!r} has no option {option!r}; it has {', '.join(sorted(known))}")
+            others = [other for other in ROUTERS if option in router_options(other)]
+            elsewhere = f" ({', '.join(others)} have it)" if others else did_you_mean(option, known)
+            raise TypeError(
+                f"create_router: {name!r} has no option {option!r}{elsewhere}; it has {', '.join(sorted(known))}"
+            )
     router, affinity, defaults = _TABLE[name]
     options = {**defaults, **options}
     if affinity is None:

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from vmoe_routers.fields import check_field, check_fields
 from vmoe_routers.models.vit import moe_block_indices
-from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError
+from vmoe_routers.options import MAX_CAPACITY_FACTOR, OptionError, did_you_mean
 from vmoe_routers.routers import ROUTERS
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.own import is_own
@@ -168,7 +168,9 @@ class Settings:
         for router in self.routers:
             if router not in ROUTERS and not is_own(router):
                 raise OptionError(
-                    f"routers: {router!r} is none of {', '.join(ROUTERS)}, or package.module:factory", "routers"
+                    f"routers: {router!r} is none of {', '.join(ROUTERS)}, or package.module:factory"
+                    f"{did_you_mean(router, ROUTERS)}",
+                    "routers",
                 )
         for k in self.top_k:
             if not 1 <= k <= self.num_experts:
@@ -189,7 +191,10 @@ class Settings:
             del kinds[name]
         for name, value in self.training.items():
             if name not in kinds:
-                raise OptionError(f"training: no option {name!r}; there are {', '.join(sorted(kinds))}", "training")
+                meant = did_you_mean(name, kinds)
+                raise OptionError(
+                    f"training: no option {name!r}; there are {', '.join(sorted(kinds))}{meant}", "training"
+                )
             try:
                 check_field(name, value, kinds[name])
             except OptionError as error:

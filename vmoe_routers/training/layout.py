@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vmoe_routers.distributed import Meshes, parallelize
 from vmoe_routers.moe import MoEMlp
-from vmoe_routers.options import OptionError
+from vmoe_routers.options import OptionError, did_you_mean
 from vmoe_routers.training.models import load_model, refuse_names
 from vmoe_routers.training.optimisation import DTYPES, freeze
 from vmoe_routers.training.processes import World
@@ -71,7 +71,9 @@ def _router(router: str, option: str) -> Any:
         return load_factory(router, option)
     if router not in ROUTERS:
         raise OptionError(
-            f"{option} {router!r} does not exist; there are {', '.join(ROUTERS)}, and package.module:factory", option
+            f"{option} {router!r} does not exist; there are {', '.join(ROUTERS)}, and package.module:factory"
+            f"{did_you_mean(router, ROUTERS)}",
+            option,
         )
     return router
 
