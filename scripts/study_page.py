@@ -67,6 +67,12 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     machines = ", ".join(sorted({run["machine"]["CPU"] for run in runs}))
     finished = f"all {planned}" if len(runs) == planned else f"{len(runs)} of {planned}. **The numbers may change.**"
+    comparison = sum(row.seeds for row in rows)
+    if len(runs) < planned and len({row.seeds for row in rows}) == 1 and len(runs) > comparison:
+        finished = (
+            f"all {comparison} of the comparison, and {len(runs) - comparison} of {planned - comparison} of the "
+            "ablations. **The numbers of the ablations may change.**"
+        )
     lines = [
         "A dense ViT and the six routers were trained in the same way on Fashion-MNIST. [The study](study.md) has the "
         "protocol.",
@@ -140,6 +146,11 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
     lines = [
         "An ablation changes one setting of a model with capacity factor 1 and K = 1. The runs with the changed "
         f"setting are compared with the runs without the change, seed by seed. {len(rows)} values were compared.",
+    ]
+    picture = f"![Accuracy for the values of every ablation]({where}/ablations.png)"
+    if not clear:
+        return ["## Ablations", *lines, "No difference is clear (95 %) with the seeds so far.", picture]
+    lines += [
         "",
         f"The table has the {len(clear)} values with a clear difference of the accuracy or the loss. A clear "
         "difference is bold: its 95 % interval excludes 0, without a correction for the number of differences.",
@@ -151,7 +162,7 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
         cells = [ABLATIONS[row.ablation].title, row.label, row.arm]
         cells += [_difference(row.difference, "accuracy"), _difference(row.loss_difference, "loss")]
         lines.append(f"| {' | '.join(cells)} |")
-    return ["## Ablations", "\n".join(lines), f"![Accuracy for the values of every ablation]({where}/ablations.png)"]
+    return ["## Ablations", "\n".join(lines), picture]
 
 
 def _difference(value: Stat | None, measure: str) -> str:
