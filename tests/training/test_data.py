@@ -174,6 +174,16 @@ def test_image_folder_takes_fewer_from_every_class(tmp_path):
     assert found.train_labels.tolist() == [0, 0, 1, 1]
 
 
+def test_image_folder_reads_every_format(tmp_path):
+    """torchvision alone leaves out GIF files."""
+    folder = image_folder(tmp_path)
+    for part in ("train", "val"):
+        for path in (folder / part).glob("*/0.png"):
+            Image.open(path).convert("L").save(path.with_suffix(".GIF"))
+            path.unlink()
+    assert len(load(str(folder)).train_labels) == 6
+
+
 def test_image_folder_refuses(tmp_path):
     folder = image_folder(tmp_path, ("train",))
     refused(folder, "has train/ but neither val/ nor test/")
@@ -185,7 +195,7 @@ def test_image_folder_refuses(tmp_path):
     (folder / "val" / "ant" / "0.png").write_bytes((folder / "val" / "ant" / "1.png").read_bytes()[:40])
     refused(folder, r"val/ant/0\.png: cannot be read: ")
     (folder / "val" / "empty").mkdir()
-    refused(folder, "wanted a folder of images for every class")
+    refused(folder, r"wanted a folder for every class, with images .*gif.*empty\. Remove folders without images")
 
 
 def test_image_folder_of_one_class(tmp_path):

@@ -47,8 +47,8 @@ def _find(folder: Path, stem: str) -> Path:
         if path.is_file():
             return path
     raise DataError(
-        f"{folder}: no {stem} or {stem}.gz, and no train/ folder either; wanted the folders train/ and val/, each "
-        "with a folder of images per class"
+        f"{folder}: wanted the folders train/ and val/, each with a folder of images per class, or the files of MNIST; "
+        f"there is no {stem} or {stem}.gz, and no train/ folder either"
     )
 
 

@@ -12,6 +12,8 @@ from vmoe_routers.training.error import DataError
 
 # Pillow recognises formats by content, not by file name. EPS is left out, because its decoder starts a program.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "GIF", "TIFF", "WEBP")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "bmp", "tif", "tiff", "gif")
+"""Endings of the names of image files in folders and shards, in lower case."""
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
 _OPAQUE = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
 _MOST_LONG = 100  # largest ratio of the sides: resizing a longer strip would need far more memory than reading it

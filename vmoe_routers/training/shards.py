@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmoe_routers.training.error import DataError
-from vmoe_routers.training.pictures import decode_picture
+from vmoe_routers.training.pictures import EXTENSIONS, decode_picture
 from vmoe_routers.training.samples import Data, Names
 from vmoe_routers.training.tar import Member, members, read_at
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "pbm", "bmp", "tif", "tiff", "gif")
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # the key of WebDataset ends at the first dot of the name
 _TEST = ("val", "test")
 _MOST_CLASSES = 1_000_000
@@ -100,7 +99,7 @@ def _index(path: Path) -> list[tuple[Member, int]]:
         with open(path, "rb") as file:
             for member in members(file):
                 match = _KEY.fullmatch(member.name)
-                if match and match[2].lower() in _IMAGES:
+                if match and match[2].lower() in EXTENSIONS:
                     images[match[1]] = member
                 elif match and match[2].lower() == "cls":
                     labels[match[1]] = _label(read_at(file, member.offset, min(member.size, 20)), member.name)

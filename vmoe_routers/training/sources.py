@@ -9,6 +9,7 @@ import torch
 
 from vmoe_routers.training.error import DataError
 from vmoe_routers.training.idx import open_idx_folder
+from vmoe_routers.training.pictures import EXTENSIONS
 from vmoe_routers.training.samples import Data, Pictures, Tensors
 
 _WANTED = (
@@ -103,6 +104,10 @@ def import_torchvision() -> Any:
     return torchvision
 
 
+def _is_image(path: str) -> bool:
+    return path.rpartition(".")[2].lower() in EXTENSIONS
+
+
 def _open_image_folder(folder: Path) -> Data:
     torchvision = import_torchvision()
     test_folder = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
@@ -111,9 +116,12 @@ def _open_image_folder(folder: Path) -> Data:
     parts = []
     for part in (folder / "train", test_folder):
         try:
-            found = torchvision.datasets.ImageFolder(str(part))
+            found = torchvision.datasets.ImageFolder(str(part), is_valid_file=_is_image)
         except FileNotFoundError as error:
-            raise DataError(f"{part}: wanted a folder of images for every class: {error}") from error
+            raise DataError(
+                f"{part}: wanted a folder for every class, with images ({', '.join(EXTENSIONS)}): "
+                f"{str(error).strip()} Remove folders without images"
+            ) from error
         parts.append((Pictures([path for path, _ in found.samples], found.targets), found.classes))
     (train, classes), (test, test_classes) = parts
     if classes != test_classes:
