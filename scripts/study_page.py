@@ -66,13 +66,16 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     dates = sorted(run["date"][:10] for run in runs)
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     machines = ", ".join(sorted({run["machine"]["CPU"] for run in runs}))
-    finished = f"all {planned}" if len(runs) == planned else f"{len(runs)} of {planned}. **The numbers may change.**"
     comparison = sum(row.seeds for row in rows)
-    if len(runs) < planned and len({row.seeds for row in rows}) == 1 and len(runs) > comparison:
+    if len(runs) == planned:
+        finished = f"all {planned}"
+    elif len(seeds) == 1 and len(runs) > comparison:  # ablations run last
         finished = (
             f"all {comparison} of the comparison, and {len(runs) - comparison} of {planned - comparison} of the "
             "ablations. **The numbers of the ablations may change.**"
         )
+    else:
+        finished = f"{len(runs)} of {planned}. **The numbers may change.**"
     lines = [
         "A dense ViT and the six routers were trained in the same way on Fashion-MNIST. [The study](study.md) has the "
         "protocol.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +87,7 @@ def inspect_images(
                 "model",
             )
         default = Augmentation(image_size=image_size or input_size(found, model), scale=None)
-        augmentation, origin = known_augmentation(folder, found, pretrained, default)
-        given = {"normalization": normalization, "crop_pct": crop_pct}
-        given = {name: value for name, value in given.items() if value is not None}
-        if given:
-            augmentation, origin = replace(augmentation, **given), f"{origin}, and options"
+        augmentation, origin = known_augmentation(folder, found, pretrained, default, normalization, crop_pct)
         transform = Transform(augmentation, channels_of(found, model), training=False)
         seen = torch.stack([transform(picture) for picture in pictures])  # uint8
         make_output(output)

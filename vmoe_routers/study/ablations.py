@@ -33,8 +33,8 @@ class Arm:
 class Ablation:
     """Ablation of some routers at capacity factor 1, and K = 1 for Token Choice.
 
-    The comparison is the study without its ablations. An arm that changes nothing has no runs of its own: the runs of
-    the comparison replace them.
+    The runs of the comparison are the runs of the study that belong to no ablation. If an arm changes nothing, the
+    study does not train its models again: the runs of the comparison are the runs of the arm.
 
     Attributes:
         title: The title of its panel.

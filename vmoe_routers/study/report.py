@@ -260,15 +260,17 @@ def _unfinished(finished: int, planned: int | None) -> list[str]:
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
     """Writes a paragraph for each setting that differs from usual models and changes how to read the results."""
-    notes = ["<p>All numbers are from the test images.</p>"]
-    if settings.get("holdout"):
-        held = f"{settings['holdout']:,} held-out training images"
-        notes = [f"<p>All numbers are from {held}.</p>"]
-        if not settings.get("choosing"):
-            notes = [
-                "<p>Final values are from the test images, which were measured once, after the last epoch of a run. "
-                f"Curves are from {held}.</p>"
-            ]
+    held_out = f"{settings.get('holdout') or 0:,} held-out training images"
+    if not settings.get("holdout"):
+        measured = "All numbers are from the test images."
+    elif settings.get("choosing"):
+        measured = f"All numbers are from {held_out}."
+    else:
+        measured = (
+            "Final values are from the test images, which were measured once, after the last epoch of a run. "
+            f"Curves are from {held_out}."
+        )
+    notes = [f"<p>{measured}</p>"]
     if settings.get("mlp_ratio", 4) != 4:
         notes.append(
             f"<p>The hidden width of the MLPs and experts is {_words(settings['mlp_ratio'])} times the width of a "

@@ -99,11 +99,8 @@ def open_subject(
     found = load(model, image_size, pretrained, model_args, device, dtype)
     opened = open_data(data, data_root=data_root)
     size = image_size or input_size(found, model)
-    augmentation, origin = known_augmentation(model, found, pretrained, default_augmentation(opened, size))
-    given = {"normalization": normalization, "crop_pct": crop_pct}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given:
-        augmentation, origin = replace(augmentation, **given), f"{origin}, and options"
+    default = default_augmentation(opened, size)
+    augmentation, origin = known_augmentation(model, found, pretrained, default, normalization, crop_pct)
     return Subject(found, opened, Transform(augmentation, channels_of(found, model), training=False), origin)
 
 
@@ -156,9 +153,24 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 
 def known_augmentation(
-    model: str, found: nn.Module, pretrained: bool, default: Augmentation
+    model: str,
+    found: nn.Module,
+    pretrained: bool,
+    default: Augmentation,
+    normalization: str | None = None,
+    crop_pct: float | None = None,
 ) -> tuple[Augmentation, str]:
-    """Finds normalization, crop and filter of a model's training, and their source in words, or gives the default."""
+    """Finds normalization, crop and filter of a model's training, and their source in words.
+
+    Values that are not known come from `default`. `normalization` and `crop_pct` replace the values that were found.
+    """
+    augmentation, origin = _known(model, found, pretrained, default)
+    given = {"normalization": normalization, "crop_pct": crop_pct}
+    given = {name: value for name, value in given.items() if value is not None}
+    return (replace(augmentation, **given), f"{origin}, and options") if given else (augmentation, origin)
+
+
+def _known(model: str, found: nn.Module, pretrained: bool, default: Augmentation) -> tuple[Augmentation, str]:
     model, _ = folder_of(model)
     settings = Path(model).parent / SETTINGS
     known = read_preprocessing(model) if Path(model).is_dir() else None
