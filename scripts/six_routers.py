@@ -14,19 +14,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.colors import to_rgb
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 import vmoe_routers as vr
+from vmoe_routers.inspect.plots import colours
 
 PAGE = Path(__file__).parents[1] / "docs" / "six_routers.png"
 PATCH, EXPERTS = 16, 8
-# Okabe and Ito's palette, whose colours colour-blind readers can distinguish; near-white replaces black.
-COLOURS = torch.tensor(
-    [to_rgb(c) for c in ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#EEEEEE")]
-)
+COLOURS = torch.tensor(colours(EXPERTS))
 TITLES = {
     "softmax_token_choice": "Softmax Token Choice",
     "sinkhorn_token_choice": "Sinkhorn Token Choice",

@@ -503,12 +503,17 @@ def _document(parser: Any, target: Any) -> None:
 def _display(parser: Any, flags: set[str], target: Any) -> None:
     """Makes a parser for help and completion: names have dashes, and a letter or word shows the kind of value.
 
-    Options of a dataclass come before the options of the classes that it extends, and --recipe before both.
+    --recipe and the options of a dataclass come first. The options of each class that it extends follow, under the
+    first line of the docstring of this class.
     """
     own = list(get_annotations(target)) if isinstance(target, type) else []
-    order = own + [name for name in signature(target).parameters if own and name not in own]
-    for group in parser._action_groups:
-        group._group_actions.sort(key=lambda action: order.index(action.dest) if action.dest in order else -1)
+    first = parser._optionals._group_actions
+    first.sort(key=lambda action: own.index(action.dest) if action.dest in own else -1)
+    for base in getattr(target, "__mro__", ())[1:-1]:
+        group = parser.add_argument_group((base.__doc__ or "").partition("\n")[0].rstrip(".").lower())
+        inherited = get_annotations(base).keys() - {*own}
+        group._group_actions += [action for action in first if action.dest in inherited]
+        first[:] = [action for action in first if action not in group._group_actions]
     for action in parser._actions:
         kind = str(getattr(action, "_typehint", ""))
         if action.option_strings and kind:

@@ -183,9 +183,8 @@ def targets(run: dict) -> list[str]:
         return [f"### Targets: all {len(found)} met"]
     head = f"### Targets: {len(found) - len(rows)} met, {len(rows)} missed"
     note = (
-        "A target is a speedup or a ratio of peak memory, the other variant's over ours. If the column *against* names "
-        "a unit, the target is in this unit. The *best peer* is the fastest variant, other than ours, that computes "
-        "the same function."
+        "A target is a speedup or a ratio of peak memory, the other variant's over ours. The *best peer* is "
+        "the fastest variant, other than ours, that computes the same function."
     )
     parts = [head, note, table(["missed", "against", "target", "reached", "reason"], rows, 2)]
     return parts + ["\n".join(f"{number}. {text}" for number, text in enumerate(reasons, 1))] * bool(reasons)

@@ -434,6 +434,18 @@ def test_the_bar_shows_speed_losses_and_routing(tmp_path):
     assert "data wait 3%" in told
 
 
+def test_lines_without_a_terminal(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=False, width=200)
+    row = {"step": 6, "loss": 0.25, "images_per_second": 120.0, "load_cv": "", "dropped": "", "data_wait": 0.03}
+    with Outputs(tmp_path, console, 5, 10, True) as outputs:
+        outputs.advance()
+        outputs.log(row, {})
+        assert not console.file.getvalue()  # less than a minute has passed
+        monkeypatch.setattr(sys.modules[Outputs.__module__], "SILENCE", 0.0)
+        outputs.log(row, {})
+    assert console.file.getvalue() == "step 6 of 10  loss 0.250  120 images/s  data wait 3%\n"
+
+
 def test_two_trainings_in_a_folder_are_refused(undisturbed, monkeypatch):
     before = result(undisturbed)
     monkeypatch.setattr(sys.modules[train.__module__], "_LOCK_TIMEOUT", 0.0)

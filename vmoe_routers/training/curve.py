@@ -11,6 +11,7 @@ from vmoe_routers.training.log import EVALUATIONS, LOG, read_table
 def draw_curve(folder: Path) -> Path:
     """Draws the training's loss, the test loss and the test accuracy from its tables. Returns the picture's path."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     log, evaluations = read_table(folder / LOG), read_table(folder / EVALUATIONS)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -25,6 +26,7 @@ def draw_curve(folder: Path) -> Path:
     accuracy.annotate(f"{values[-1]:.4f}", (steps[-1], values[-1]), (-4, -14), textcoords="offset points", ha="right")
     accuracy.set(xlabel="step", ylabel="accuracy", title="Accuracy on the test images")
     for axes in (losses, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     path = folder / "curve.png"

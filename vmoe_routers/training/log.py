@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from vmoe_routers.files import naming, write_whole
 from vmoe_routers.training.evaluation import Evaluation
 
 LOG, EVALUATIONS = "log.csv", "evaluations.csv"
+SILENCE = 60.0
+"""Seconds between two lines of progress where output is no terminal."""
 _COLUMNS = {LOG: {"step", "loss"}, EVALUATIONS: {"step", "loss", "top1"}}  # columns that are read
 
 
@@ -159,7 +162,7 @@ def _short(value: Any) -> Any:
 
 
 class Bar:
-    """Progress bar over the steps of a training, on a terminal only.
+    """Progress bar over the steps of a training. Without a terminal, a line per minute at most.
 
     Args:
         console: Console that shows the bar.
@@ -180,6 +183,7 @@ class Bar:
             disable=not console.is_terminal,
         )
         self._task: TaskID = self._progress.add_task("step", total=steps, completed=step, values="")
+        self._told = time.monotonic()
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -193,8 +197,12 @@ class Bar:
         self._progress.advance(self._task)
 
     def show(self, values: str) -> None:
-        """Shows values after the bar."""
+        """Shows values after the bar, or in a line of their own."""
         self._progress.update(self._task, values=values)
+        if not self.console.is_terminal and time.monotonic() - self._told >= SILENCE:
+            self._told = time.monotonic()
+            task = self._progress.tasks[self._task]
+            self.console.print(f"step {task.completed:.0f} of {task.total:.0f}  {values}", highlight=False)
 
 
 class Board:
