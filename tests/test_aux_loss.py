@@ -401,3 +401,15 @@ def test_layers_that_were_made_on_meta_can_be_moved_and_trained():
     check_compiled_losses_end(loaded.to("cpu"))
     empty.to_empty(device="cpu").load_state_dict(made[1].state_dict())
     check_compiled_losses_end(empty)
+
+
+def test_layers_can_be_converted_by_swapping_their_parameters():
+    layer = vr.MoEMlp(5, 7, num_experts=2, router="softmax_token_choice")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        for dtype in (torch.float64, torch.float32):  # torch.nn.Module refuses to swap a tensor with weak references
+            layer.to(dtype)
+            (layer(tokens().to(dtype)).sum() + vr.aux_loss(layer)).backward()
+            layer.zero_grad()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

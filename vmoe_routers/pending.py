@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
 
 from vmoe_routers.ops._checks import exporting
 
@@ -90,7 +91,7 @@ class PendingLosses:
         self.time: int = -1
         self.previous: int = -1
         self._taken: list[_Loss] = []
-        self._parameter: weakref.ref[Tensor] | None = None
+        self._handle: RemovableHandle | None = None
         self._outputs: list[weakref.ref[_Output]] = []
         self._last: _Loss | None = None
 
@@ -185,15 +186,19 @@ class PendingLosses:
     def end_compiled_by(self, layer: nn.Module) -> None:
         """Lets a backward pass through the parameters of `layer` end the losses of compiled forwards."""
         parameter = next((parameter for parameter in layer.parameters() if parameter.requires_grad), None)
-        if parameter is None or (self._parameter is not None and self._parameter() is parameter):
+        if parameter is None:
             return
-        self._parameter = weakref.ref(parameter)
+        # Do not keep a weak reference to the parameter: Module.to cannot swap a tensor that has weak references, and
+        # it swaps sharded parameters.
+        hooks = parameter._post_accumulate_grad_hooks
+        if self._handle is not None and hooks is not None and self._handle.id in hooks:
+            return
 
         def end(parameter: Tensor) -> None:
             if self.compiled.requires_grad:
                 self.reset_compiled()
 
-        parameter.register_post_accumulate_grad_hook(end)
+        self._handle = parameter.register_post_accumulate_grad_hook(end)
 
     def reset_compiled(self) -> None:
         """Resets the sum of the compiled forwards to 0."""
