@@ -359,6 +359,25 @@ def test_metrics_of_an_own_routing(top_k, masked):
     assert_metrics(Dense(sparse).metrics, wanted)
 
 
+@pytest.mark.parametrize("kind", ["token choice", "expert choice", "soft", "own"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_of_16_bit_gates_count_in_float32(kind, dtype):
+    table = gates(1, 4099, 2).to(dtype)  # neither dtype holds 2049 or 4099
+
+    def routing(table):
+        if kind == "token choice":
+            return vr.token_choice(table, 1, 4099)
+        if kind == "soft":
+            return vr.SoftRouting(table.repeat(1, 1, 257), 2)
+        chosen = vr.expert_choice(table, 2049)
+        return Dense(chosen) if kind == "own" else chosen
+
+    got, wanted = routing(table).metrics, routing(table.float()).metrics
+    for name, value in wanted.items():
+        tolerance = {"atol": 5e-3, "rtol": 2e-3} if kind == "soft" else {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(got[name], value, **tolerance, msg=name)
+
+
 def test_metrics_of_one_token_in_one_slot():
     one = torch.tensor([[True, False]])
     table = gates(1, 2, 3)

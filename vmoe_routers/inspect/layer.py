@@ -233,7 +233,7 @@ class LayerTrace:
         classes = least if num_classes is None else check.integer("num_classes", num_classes, 1)
         if int(labels.min() if len(labels) else 0) < 0 or least > classes:
             raise ValueError(f"{check.where}: labels must be in [0, {classes - 1}], got {labels.unique().tolist()}")
-        load = torch.cat([taken.sum(1).double().cpu() for taken, _ in self.weights()])  # [images, E]
+        load = torch.cat([taken.sum(1, dtype=torch.float64).cpu() for taken, _ in self.weights()])  # [images, E]
         table = torch.zeros(classes, self.num_experts, dtype=torch.float64).index_add_(0, labels, load)
         return table / table.sum(1, keepdim=True).clamp(min=1e-12)
 

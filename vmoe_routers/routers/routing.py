@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vmoe_routers.ops._checks import Check
-from vmoe_routers.ops._dtypes import fill_masked
+from vmoe_routers.ops._dtypes import cast, compute_dtype, fill_masked
 from vmoe_routers.ops.combine import combine_unchecked
 from vmoe_routers.ops.dispatch import dispatch_unchecked
 from vmoe_routers.ops.soft_mix import soft_mix_unchecked
@@ -99,9 +99,14 @@ class Routing(ABC):
 
     def usage(self) -> Usage:
         """Counts for `metrics`, from the two dense tensors."""
-        D, B = self.dispatch_tensor(), self.combine_tensor()
+        D, B = _wide(self.dispatch_tensor()), _wide(self.combine_tensor())
         taken = D.sum((2, 3))
         return Usage(D.sum((1, 3)), (D != 0).any(1).sum(-1), B.sum(-1), taken == 0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Converts 16-bit values to float32, because 16 bits do not hold every count."""
+    return cast(x, compute_dtype(x.dtype))
 
 
 def _check_rows(routing: Routing, method: str, name: str, value: Tensor, axes: str, beside: Tensor) -> None:
@@ -234,7 +239,8 @@ class SparseRouting(_ByIdentity, _Sparse, Routing):
         if self.expert is not None and self.slot is not None:
             requests = (self.expert >= 0).sum((1, 2)), (self.slot >= 0).sum((1, 2))
         dropped = self.offsets.diff(dim=1) == 0
-        return Usage(load.to(self.gate.dtype), load, self.weights, dropped, requests)
+        gates = _wide(self.weights)
+        return Usage(load.to(gates.dtype), load, gates, dropped, requests)
 
 
 class _Soft(NamedTuple):
@@ -298,6 +304,6 @@ class SoftRouting(_ByIdentity, _Soft, Routing):
 
     def usage(self) -> Usage:
         """Counts for `metrics`. The load of an expert is the sum of its weights over the tokens."""
-        gates = self.combine_tensor().sum(-1)
+        gates = _wide(self.combine_tensor()).sum(-1)
         filled = gates.new_full((self.num_groups, self.num_experts), self.capacity)
         return Usage(gates.sum(1), filled, gates, gates.new_zeros(gates.shape[:2], dtype=torch.bool))
