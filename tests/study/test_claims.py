@@ -2,12 +2,13 @@
 
 import csv
 import math
+import statistics
 
 import pytest
 from records import run, study, variant
-from scipy.stats import ttest_rel
+from scipy.stats import nct, t, ttest_rel
 
-from vmoe_routers.study.claims import CLAIMS, decide, verdicts, write_claims
+from vmoe_routers.study.claims import CLAIMS, POWER, decide, power, verdicts, write_claims
 
 SEEDS = range(5)
 NOISE = (0.001, -0.002, 0.0005, 0.0015, -0.001)
@@ -62,9 +63,19 @@ def test_holm_and_the_seeds_that_are_needed():
     assert next(c.p_holm for c in sorted(comparisons, key=lambda c: c.p)) == pytest.approx(3 * tested[0])
     clear = one(comparisons, "ii, softmax", "Softmax EC - Softmax TC, K=1")
     assert clear.p < 0.05 < clear.p_holm and clear.verdict == "not resolved"
-    assert 5 < clear.needed < 12
+    effect = clear.mean / statistics.stdev(around(0, 1))
+    assert power(effect, clear.needed, 0.05 / 3) >= POWER > power(effect, clear.needed - 1, 0.05 / 3)
     none = one(comparisons, "ii, softmax", "Softmax EC, 2x - Softmax TC, K=1, 2x")
     assert none.needed is None or none.needed > 100
+
+
+@pytest.mark.parametrize(("effect", "seeds", "level"), [(1.0, 10, 0.05), (0.2, 199, 0.05), (3.0, 4, 0.006)])
+def test_power_is_the_tail_of_the_noncentral_t_distribution(effect, seeds, level):
+    bound, shift = t.ppf(1 - level / 2, seeds - 1), effect * math.sqrt(seeds)
+    wanted = nct.sf(bound, seeds - 1, shift) + nct.cdf(-bound, seeds - 1, shift)
+    assert power(effect, seeds, level) == pytest.approx(wanted, abs=1e-4)
+    assert power(0.0, seeds, level) == pytest.approx(level, rel=1e-2)
+    assert power(100.0, seeds, level) == pytest.approx(1)  # where scipy's distribution may return NaN
 
 
 def test_the_mean_of_its_comparisons_decides_a_claim():
@@ -194,7 +205,7 @@ def test_differences_without_spread_are_not_tested():
         assert (found.low, found.high, found.p, found.p_holm, found.needed) == (None,) * 5
         assert found.verdict == "not resolved"
     (found,) = decide(runs_of(token, [0.1 + 0.2] * 3) + runs_of(expert, [0.3] * 3))  # 0 up to rounding
-    assert found.p == 1 and found.verdict == "not resolved"
+    assert (found.mean, found.low, found.p, found.needed) == (0, 0, 1, None) and found.verdict == "not resolved"
 
 
 def test_an_own_router_is_compared_with_the_dense_model():

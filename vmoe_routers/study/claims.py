@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import gammaincinv, ndtr, stdtr, stdtrit
 
 from vmoe_routers.files import write_csv
 from vmoe_routers.routers import ROUTERS
@@ -32,6 +33,7 @@ from vmoe_routers.study.variants import base_variant
 LEVEL = 0.05
 TOLERANCE = 0.15
 MOST_SEEDS = 1000
+POWER = 0.8
 _ROUNDING = 1e-12  # differences of accuracy this small come from rounding
 Verdict = Literal["supported", "contradicted", "not resolved"]
 
@@ -74,8 +76,9 @@ class Comparison:
             difference other than 0, because a t-test needs a spread.
         p, p_holm: Two-sided p-value of the paired t-test, without and with Holm's correction; 1 if all differences are
             0, None where the interval is None.
-        needed: Seeds with which a difference of this size and spread would be resolved, at the significance level
-            divided by the number of claims, or of single comparisons. None: more than `MOST_SEEDS`, or no p-value.
+        needed: Seeds with which a new study resolves a true difference of this size and spread with the probability
+            `POWER`, at the significance level divided by the number of claims, or of single comparisons. None: more
+            than `MOST_SEEDS`, or no p-value.
         verdict: The result at the 5 % level after Holm's correction.
         reason: Why the variants cannot be compared.
         is_mean: Whether this is the mean of the claim's comparisons, seed by seed.
@@ -165,9 +168,30 @@ def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:
 
 
 def _needed(mean: float, deviation: float, level: float) -> int | None:
-    counts = np.arange(2, MOST_SEEDS + 1)
-    enough = abs(mean) > stdtrit(counts - 1, 1 - level / 2) * deviation / np.sqrt(counts)
-    return int(counts[enough.argmax()]) if enough.any() else None
+    if mean == 0:
+        return None
+    counts = range(2, MOST_SEEDS + 1)
+    place = bisect_left(counts, POWER, key=lambda count: power(abs(mean) / deviation, count, level))
+    return counts[place] if place < len(counts) else None
+
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+def power(effect: float, seeds: int, level: float = LEVEL) -> float:
+    """Computes the probability that a two-sided paired t-test resolves a difference.
+
+    Args:
+        effect: The true mean difference, in standard deviations of a difference.
+        seeds: The number of pairs, at least 2.
+        level: The significance level.
+    """
+    degrees, shift = seeds - 1, effect * math.sqrt(seeds)
+    # The mean over the distribution of the sample deviation, by its quantiles. The probability given the sample
+    # deviation is normal. scipy's noncentral t distribution returns NaN for some large effects.
+    deviations = np.sqrt(2 * gammaincinv(degrees / 2, (1 + _NODES) / 2) / degrees)
+    bounds = stdtrit(degrees, 1 - level / 2) * deviations
+    return float(_WEIGHTS @ (ndtr(shift - bounds) + ndtr(-shift - bounds)) / 2)
 
 
 @dataclass(frozen=True)
@@ -203,7 +227,7 @@ def _compare(claim: str, measure: str, pair: _Pair) -> Comparison:
     if len(values) == 1:
         return found
     if max(values) - min(values) <= _ROUNDING:
-        return replace(found, low=mean, high=mean, p=1.0) if abs(mean) <= _ROUNDING else found
+        return replace(found, mean=0.0, low=0.0, high=0.0, p=1.0) if abs(mean) <= _ROUNDING else found
     error = statistics.stdev(values) / math.sqrt(len(values))
     half = float(stdtrit(len(values) - 1, 1 - LEVEL / 2)) * error
     p = 2 * float(stdtr(len(values) - 1, -abs(mean) / error))

@@ -8,7 +8,7 @@ from html import escape
 
 from vmoe_routers.study.ablation_rows import AblationRow
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, Comparison, scale_of, text_of, verdicts
+from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, POWER, Comparison, scale_of, text_of, verdicts
 from vmoe_routers.study.columns import shown_columns
 from vmoe_routers.study.orders import ORDERS, Condition, order_title
 from vmoe_routers.study.styles import style
@@ -87,9 +87,10 @@ def claims_table(comparisons: Sequence[Comparison]) -> str:
     note = (
         f'<p class="note">Differences are in {differences}. A {"positive" if measure.sign > 0 else "negative"} '
         "difference supports the claim. The mean of its comparisons, seed by seed, decides a claim. Verdicts are at "
-        "the 5 % level after Holm's correction, over the claims and separately over all single comparisons. <em>Seeds "
-        "to resolve</em>: the seeds with which a difference of this size and spread would be clear, at the 5 % level "
-        "divided by the number of claims or of single comparisons.</p>"
+        "the 5 % level after Holm's correction, over the claims and separately over all single comparisons. p-values "
+        "are two-sided. <em>Seeds to resolve</em>: with so many seeds, a new study resolves a true difference of this "
+        f"size and spread with a probability of {100 * POWER:g} %, at the 5 % level divided by the number of claims or "
+        "of single comparisons.</p>"
     )
     return note + _scroll(lines)
 
