@@ -163,3 +163,19 @@ def test_ablations_draw_every_value():
     (panel,) = plots.paint_ablations(data).axes
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "4", "16"]
     assert figures.ablation_data(base) == []
+
+
+def test_images_per_group_are_compared_at_equal_slots():
+    made = [run(variant("softmax_expert_choice"), 0)]
+    for arm in ("1", "8", "32"):
+        base = variant("softmax_expert_choice")
+        made.append(run(base | {"name": f"{base['name']}-group_size-{arm}", "ablation": "group_size", "arm": arm}, 0))
+    accuracies = [record["final"]["accuracy"] for record in made]
+    data = figures.ablation_data(made)
+    assert [point["arm"] for point in data] == ["1", "8", "32"] and not any(point["is_base"] for point in data)
+    assert [point["difference"] for point in data] == [
+        pytest.approx(accuracies[1] - accuracies[2]),
+        None,
+        pytest.approx(accuracies[3] - accuracies[2]),
+    ]
+    assert [point["difference"] for point in figures.ablation_data(made[:2])] == [None]  # the reference has no runs yet

@@ -22,8 +22,8 @@ class AblationRow:
         is_base: Whether the runs are runs of the comparison.
         seeds: Number of seeds.
         accuracy, loss: The final values.
-        difference, loss_difference: Differences of accuracy and loss to the comparison's runs, taken seed by seed; None
-            for a row of the comparison's runs.
+        difference, loss_difference: Differences of accuracy and loss to the comparison's runs or to the runs of the
+            ablation's reference, taken seed by seed; None for a row of these runs.
         dropped: Mean share of dropped tokens over seeds and layers; None for the dense ViT.
     """
 
@@ -49,7 +49,8 @@ class Group:
         arm: Value of the ablation.
         router: The router's name; None: the dense ViT.
         runs: The runs.
-        base: The comparison's runs of the same router, with the seeds of the ablation.
+        base: The runs with which `runs` are compared: the comparison's runs of the same router, with the seeds of the
+            ablation, or the runs of the ablation's reference.
         is_base: Whether `runs` are the comparison's runs.
     """
 
@@ -78,11 +79,12 @@ def ablation_groups(runs: Sequence[Run]) -> list[Group]:
             key = None if router == "dense" else router
             seeds = {run["seed"] for arm in ablation.arms for run in found.get((name, key, arm.label), [])}
             of_base = [run for run in base.get(base_variant(router).name, []) if run["seed"] in seeds]
+            reference = of_base if ablation.reference is None else found.get((name, key, ablation.reference), [])
             for arm in ablation.arms:
                 of = found.get((name, key, arm.label), [])
                 is_base = not of and bool(of_base) and _changes_nothing(arm, of_base[0])
                 if of or is_base:
-                    groups.append(Group(name, arm, key, of or of_base, of_base, is_base))
+                    groups.append(Group(name, arm, key, of or of_base, reference, is_base))
     return groups
 
 
@@ -99,7 +101,7 @@ def _changes_nothing(arm: Arm, run: Run) -> bool:
 def _row(group: Group) -> AblationRow:
     def difference(value: Callable[[Run], float]) -> Stat | None:
         values = paired(group.runs, group.base, value)
-        return stat(values) if values and not group.is_base else None
+        return stat(values) if values and group.runs is not group.base else None
 
     dropped = [layer["dropped"] for run in group.runs for layer in run["layers"]]
     return AblationRow(

@@ -42,12 +42,14 @@ class Ablation:
         arms: The values, in ascending order.
         is_of_routers: Whether the changed settings affect `routers` alone. If so, the runs of the comparison represent
             all other routers.
+        reference: Label of the arm with which the arms are compared; None: the runs of the comparison.
     """
 
     title: str
     routers: tuple[str, ...]
     arms: tuple[Arm, ...]
     is_of_routers: bool = False
+    reference: str | None = None
 
 
 _TOKEN, _EXPERT, _SOFT = "softmax_token_choice", "softmax_expert_choice", "soft"
@@ -83,7 +85,7 @@ ABLATIONS: dict[str, Ablation] = {
         "auxiliary loss of Token Choice", (_TOKEN,), _by_option(_AUX_LOSS, 0.005, 0.0, 0.05)
     ),
     # The capacity is rounded, so the slots per image depend on the size of a group. With these capacity factors and 32
-    # experts, an image of 49 tokens has 64 slots at every size.
+    # experts, an image of 49 tokens has 64 slots at every size. The runs of the comparison have 48.
     "group_size": Ablation(
         "images per group",
         (_TOKEN, _EXPERT),
@@ -92,6 +94,7 @@ ABLATIONS: dict[str, Ablation] = {
             Arm("8", {"group_size": 8}, {"capacity_factor": 1.31}),
             Arm("32", {"group_size": 32}, {"capacity_factor": 1.31}),
         ),
+        reference="8",
     ),
     "experts": Ablation("experts", (_TOKEN, _EXPERT), _by_setting("num_experts", 8, 32, 128)),
     "experts_soft": Ablation(

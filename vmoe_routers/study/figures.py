@@ -240,7 +240,8 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
         "ablations",
         "Ablations",
         "Mean accuracy over seeds, with standard errors. Each panel changes one setting, at capacity factor 1 and "
-        "K = 1. A white mark is the value of the comparison.",
+        "K = 1, or at equal slots (images per group, experts of Soft MoE). A white mark is the value of the "
+        "comparison.",
         ablation_data,
         plots.paint_ablations,
     ),

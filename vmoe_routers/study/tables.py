@@ -141,9 +141,10 @@ def ablation_table(rows: Sequence[AblationRow]) -> str:
         ]
         lines.append(f"<tr{' class=first' if is_first else ''}>{''.join(cells)}</tr>")
     note = (
-        '<p class="note">Accuracy in %, differences in points, minus the runs of the comparison, seed by seed. A value '
-        "without a difference is the value of the comparison. Differences whose 95 % interval excludes 0 are bold, "
-        "without a correction for their number.</p>"
+        '<p class="note">Accuracy in %, differences in points, seed by seed. A value without a difference is the value '
+        "with which the other values are compared: the runs of the comparison. For images per group it has runs of its "
+        "own, with as many slots. Differences whose 95 % interval excludes 0 are bold, without a correction for their "
+        "number.</p>"
     )
     return note + _scroll(lines)
 
