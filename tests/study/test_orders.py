@@ -71,6 +71,21 @@ def test_an_ablation_leaves_out_pairs_that_it_does_not_touch():
     assert set(found.differences) == {SOFTMAX, ("soft", "softmax_expert_choice")}
 
 
+def test_routers_are_also_compared_at_equal_auxiliary_losses():
+    expert = [of_accuracy(ablated(EXPERT, "aux_loss", arm), value) for arm, value in (("0.005", 0.81), ("0.05", 0.83))]
+    token = [of_accuracy(ablated(TOKEN, "aux_loss_token_choice", arm), 0.79) for arm in ("0", "0.05")]
+    found = {(of.title, of.value): of.differences[SOFTMAX].mean for of in conditions(study(*expert, *token))}
+    # At 0 and 0.005, one of the routers has its default, so the conditions of one router have equal values, too.
+    assert [key for key in found if key[0].startswith("auxiliary")] == [
+        ("auxiliary loss of Expert Choice", "0.005"),
+        ("auxiliary loss of Expert Choice", "0.05"),
+        ("auxiliary loss of Token Choice", "0"),
+        ("auxiliary loss of Token Choice", "0.05"),
+        ("auxiliary loss of both routers", "0.05"),
+    ]
+    assert found["auxiliary loss of both routers", "0.05"] == pytest.approx(0.04)
+
+
 def test_sentences_count_and_name_the_conditions(tmp_path):
     runs = study(*(of_accuracy(ablated(EXPERT, "aux_loss", "0.05"), 0.83 + 0.001 * seed, seed) for seed in range(3)))
     found = conditions(runs)

@@ -122,3 +122,9 @@ ABLATIONS: dict[str, Ablation] = {
     ),
 }
 """Ablations by name."""
+
+TOGETHER: dict[str, tuple[str, ...]] = {
+    "auxiliary loss of both routers": ("aux_loss", "aux_loss_token_choice"),
+}
+"""Ablations of the same options of different routers, by the title of the condition in which the routers have equal
+values."""

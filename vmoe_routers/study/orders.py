@@ -13,7 +13,7 @@ from typing import Literal
 
 from vmoe_routers.files import write_csv
 from vmoe_routers.study.ablation_rows import ablation_groups
-from vmoe_routers.study.ablations import ABLATIONS
+from vmoe_routers.study.ablations import ABLATIONS, TOGETHER
 from vmoe_routers.study.styles import style
 from vmoe_routers.study.summary import MEASURES, Run, Stat, by_variant, paired, stat
 from vmoe_routers.study.variants import base_variant
@@ -49,7 +49,8 @@ def conditions(runs: Sequence[Run], measure: Literal["accuracy", "loss"] = "accu
     """Compares the routers of every pair at K = 1, softmax combine and no batch priority, under every condition.
 
     A router that is not among the routers of an ablation has the comparison's runs, unless the value changes a setting
-    of all routers, for example the number of epochs.
+    of all routers, for example the number of epochs. The ablations of `TOGETHER` also have conditions in which the
+    routers have equal values.
     """
     by_name = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
     factors = sorted({run["variant"]["capacity_factor"] or 1.0 for group in by_name.values() for run in group})
@@ -63,8 +64,11 @@ def conditions(runs: Sequence[Run], measure: Literal["accuracy", "loss"] = "accu
         for factor in factors
     ]
     changed: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    equal: dict[tuple[str, str], dict[str, list[Run]]] = {}
     for group in ablation_groups(runs):
         if not group.is_base and group.router is not None:
+            for title in (title for title, names in TOGETHER.items() if group.ablation in names):
+                equal.setdefault((title, group.arm.label), {})[group.router] = group.runs
             key, ablation = (group.ablation, group.arm.label), ABLATIONS[group.ablation]
             changes_all = group.arm.settings and not ablation.is_of_routers
             unchanged = set() if changes_all else routers - set(ablation.routers)
@@ -75,6 +79,7 @@ def conditions(runs: Sequence[Run], measure: Literal["accuracy", "loss"] = "accu
         condition = _condition(measure, ABLATIONS[name].title, arm, of)
         kept = {pair: value for pair, value in condition.differences.items() if touched & set(pair)}
         found.append(replace(condition, differences=kept))
+    found += [_condition(measure, title, arm, of) for (title, arm), of in equal.items()]
     return [condition for condition in found if condition.differences]
 
 
