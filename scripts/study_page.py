@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, Comparison, scale_of, text_of, verdicts
+from vmoe_routers.study.claims import CLAIMS, Comparison, remarks, scale_of, text_of, verdicts
 from vmoe_routers.study.folders import read_contents
 from vmoe_routers.study.orders import ORDERS, conditions, order_sentences, order_title
 from vmoe_routers.study.summary import MEASURES, Row, Run, Stat
@@ -48,6 +48,7 @@ def page(folder: Path) -> str:
         "The next table judges the same claims by the loss on the test images, in nats. A negative mean supports a "
         "claim. The loss was added as a second measure when 120 runs were finished.",
         _claims(decide(runs, "loss")),
+        *remarks(runs, decide(runs), decide(runs, "loss")),
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
         *_ablations(runs, where),
@@ -77,8 +78,8 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     else:
         finished = f"{len(runs)} of {planned}. **The numbers may change.**"
     lines = [
-        "A dense ViT and the six routers were trained in the same way on Fashion-MNIST. [The study](study.md) has the "
-        "protocol.",
+        "A dense ViT and the six routers were trained in the same way on Fashion-MNIST, except for the learning rate. "
+        "[The study](study.md) has the protocol.",
         "",
         f"| finished runs | {finished} |",
         "|---|---|",
@@ -181,7 +182,9 @@ def _orders(runs: Sequence[Run]) -> list[str]:
     lines = [
         "In the paper's abstract, Expert Choice is ahead of Token Choice, and Soft MoE is ahead of the sparse routers. "
         "The lists count the conditions under which these routers are in this order. *Clearly* means that the 95 % "
-        "interval of the difference excludes 0, without a correction for the number of differences.",
+        "interval of the difference excludes 0, without a correction for the number of differences. All conditions "
+        "count alike, also small differences and differences of one seed (without ±). At an equal capacity factor, "
+        "Soft MoE may have more slots than a sparse router, because it rounds its slots for each image.",
         "",
         "By the accuracy:",
         "",

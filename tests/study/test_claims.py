@@ -8,7 +8,7 @@ import pytest
 from records import run, study, variant
 from scipy.stats import nct, t, ttest_rel
 
-from vmoe_routers.study.claims import CLAIMS, POWER, decide, power, verdicts, write_claims
+from vmoe_routers.study.claims import CLAIMS, POWER, decide, power, remarks, verdicts, write_claims
 
 SEEDS = range(5)
 NOISE = (0.001, -0.002, 0.0005, 0.0015, -0.001)
@@ -185,6 +185,31 @@ def test_too_little_to_decide():
     assert found.verdict == "not resolved"
     pair[0]["final"]["accuracy"] = math.nan
     assert decide(pair)[0].mean is None
+
+
+def test_remarks_judge_both_measures_together():
+    token, expert = variant("softmax_token_choice", 1), variant("softmax_expert_choice")
+    made = runs_of(token, [0.9] * 5) + runs_of(expert, around(0.902))
+    by_accuracy, by_loss = decide(made), decide(made, "loss")
+    assert 0.025 < by_accuracy[0].p < 0.05 and by_accuracy[0].verdict == by_loss[0].verdict == "supported"
+    (found,) = remarks(made, by_accuracy, by_loss)  # without transfer
+    assert found.endswith("by both measures, no claim is decided.")
+    clear = runs_of(token, [0.9] * 5) + runs_of(expert, around(0.92))
+    (found,) = remarks(clear, decide(clear), decide(clear, "loss"))
+    assert found.endswith("are: (ii, softmax) supported by the accuracy; (ii, softmax) supported by the loss.")
+    assert remarks(made[:1] + made[5:6], decide(made[:1] + made[5:6]), []) == []  # one seed
+
+
+def test_remarks_have_the_rank_correlation_of_means():
+    made = []
+    for place, router in enumerate(("softmax_expert_choice", "sinkhorn_expert_choice", "soft")):
+        accuracies = [0.8 + 0.01 * place + noise for noise in ((0, 0), (0.02, -0.02), (0, 0))[place]]
+        for record in runs_of(variant(router), accuracies):
+            made.append(record | {"transfer": {"data": "digits", "accuracy": 0.5 + 0.1 * place}})
+    (order,) = [c for c in decide(made) if c.claim == "vi"]
+    assert order.mean == pytest.approx(0.5)
+    assert remarks(made, decide(made), [])[-1].endswith("The rank correlation of the means over seeds is +1.00.")
+    assert all("means" not in found for found in remarks(made[::2], [], []))  # one seed
 
 
 def test_csv(tmp_path):

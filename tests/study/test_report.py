@@ -148,7 +148,9 @@ def test_says_where_and_when_the_runs_were_made(tmp_path):
     runs = study(seeds=2)
     _, page = write(tmp_path, runs)
     assert "2 seeds each; 2024-02-29 12:00 UTC to 2024-02-29 12:01 UTC" in page.text
-    assert "22 runs, 2024-02-29" in page.text and "Steps timed 2024-02-29 13:00 UTC" in page.text
+    assert "22 runs, 2024-02-29" in page.text and "Steps timed 2024-02-29 13:00 UTC\n" in page.text
+    runs[0] = runs[0] | {"date": "2024-02-29 13:01 UTC"}
+    assert "Steps timed 2024-02-29 13:00 UTC, before 1 run of the comparison ended\n" in write(tmp_path, runs)[1].text
     assert "another machine" not in page.text
     for r in runs:
         r["timing"]["machine"] = {"CPU": "the timing's"}

@@ -48,7 +48,8 @@ CLAIMS: dict[str, str] = {
     "v": "Softmax Token Choice is more accurate with batch priority than without.",
     "vi": "Variants that are more accurate are also better in 10-shot transfer.",
 }
-"""The claims. Claims i to iii are claims of the paper's abstract (arXiv 2401.15969)."""
+"""The claims. Claims ii and iii are claims of the paper's abstract (arXiv 2401.15969). The abstract also says that many
+routers perform strongly in vision tasks. Claim i is one test of this statement."""
 
 
 def scale_of(claim: str, measure: str = "accuracy") -> float:
@@ -144,6 +145,36 @@ def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
         if mean is not None:
             found[claim] = f"{mean.verdict} on average; {found[claim]}"
     return found
+
+
+def remarks(runs: Sequence[Run], by_accuracy: Sequence[Comparison], by_loss: Sequence[Comparison]) -> list[str]:
+    """Tells in sentences how verdicts depend on the correction, and claim vi on the noise of single runs.
+
+    Args:
+        runs: The records of the runs.
+        by_accuracy, by_loss: Their comparisons, from `decide`.
+    """
+    found = []
+    judged = _correct([*_first_of_claims(by_accuracy), *_first_of_claims(by_loss)])
+    if any(comparison.p is not None for comparison in judged):
+        decided = [f"({of.claim}) {of.verdict} by the {of.measure}" for of in judged if of.verdict != "not resolved"]
+        words = f"the decided claims are: {'; '.join(decided)}" if decided else "no claim is decided"
+        found.append(
+            "Accuracy and loss have corrections of their own. With one Holm correction over the claims by both "
+            f"measures, {words}."
+        )
+    order = _order_of_means(runs)
+    if order is not None:
+        found.append(
+            "Claim vi has the rank correlation in each seed, and the noise of single runs lowers this correlation. The "
+            f"rank correlation of the means over seeds is {order:+.2f}."
+        )
+    return found
+
+
+def _first_of_claims(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Returns the comparison that decides a claim, for every claim."""
+    return list({comparison.claim: comparison for comparison in reversed(comparisons)}.values())[::-1]
 
 
 def write_claims(comparisons: Sequence[Comparison], path: Path | str) -> None:
@@ -354,18 +385,36 @@ def _at_budget(
 
 
 def _orders(study: _Study) -> dict[int, float]:
-    """Computes Spearman's rank correlation of transfer and accuracy over the variants, for every seed."""
-    from scipy.stats import spearmanr  # takes a second to import, also in workers that never call this
-
+    """Computes the rank correlation of transfer and accuracy over the variants, for every seed that all have."""
     found = {}
     for seed in sorted(set.intersection(*(set(group) for group in study.groups))) if study.groups else []:
         runs = [group[seed] for group in study.groups]
-        if len(runs) > 2 and all(run["transfer"] for run in runs):
-            pairs = [(accuracy(run), run["transfer"]["accuracy"]) for run in runs]
-            if all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
-                correlation: Any = spearmanr([first for first, _ in pairs], [second for _, second in pairs])
-                found[seed] = float(correlation.statistic)
+        if all(run["transfer"] for run in runs):
+            order = _rank_correlation([(accuracy(run), run["transfer"]["accuracy"]) for run in runs])
+            found |= {} if order is None else {seed: order}
     return found
+
+
+def _order_of_means(runs: Sequence[Run]) -> float | None:
+    """Computes the rank correlation of the means over seeds; None for a single seed."""
+    groups = by_variant(runs)
+    if not groups or min(map(len, groups)) < 2 or not all(run["transfer"] for group in groups for run in group):
+        return None
+    means = [
+        (statistics.fmean(map(accuracy, group)), statistics.fmean(run["transfer"]["accuracy"] for run in group))
+        for group in groups
+    ]
+    return _rank_correlation(means)
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Computes Spearman's rank correlation; None for fewer than three pairs, or if all first or second values agree."""
+    from scipy.stats import spearmanr  # takes a second to import, also in workers that never call this
+
+    if len(pairs) < 3 or not all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
+        return None
+    correlation: Any = spearmanr([first for first, _ in pairs], [second for _, second in pairs])
+    return float(correlation.statistic)
 
 
 def _short(group: Mapping[int, Run]) -> str:

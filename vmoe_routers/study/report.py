@@ -15,7 +15,7 @@ from typing import Any, cast
 from vmoe_routers.files import write_whole
 from vmoe_routers.study import figures
 from vmoe_routers.study.ablation_rows import ablation_rows
-from vmoe_routers.study.claims import decide, write_claims
+from vmoe_routers.study.claims import decide, remarks, write_claims
 from vmoe_routers.study.orders import Condition, conditions, order_sentences, write_orders
 from vmoe_routers.study.summary import Row, Run, by_variant, loss, paired, stat, summarise, summarise_layers
 from vmoe_routers.study.tables import ablation_table, claims_table, order_table, results_table, routing_table
@@ -74,17 +74,19 @@ svg { display: block; margin-left: auto; }
 ONE_SEED = "One seed does not show how much of a difference is chance. Run more seeds (--seeds) to find out."
 
 _READING = """
-<p>All models have the same trunk, recipe, data order and augmentation. Models of one seed start from the same trunk.
-Models differ only in the layer that replaces the MLP of some blocks. Numbers are means over seeds after the last
-epoch, ± the standard error of the mean.</p>
+<p>All models have the same trunk, data order and augmentation. Their recipe is the same except for the <em>learning
+rates</em> in the list above, if it has any. Models of one seed start from the same trunk. Models differ in the layer
+that replaces the MLP of some blocks. Numbers are means over seeds after the last epoch, ± the standard error of the
+mean.</p>
 <ul>
 <li><em>Minus dense</em> is the mean of the differences to the dense ViT, taken seed by seed, ± the standard error of
 this mean. It is <b>bold</b> if its 95 % interval by Student's t excludes 0. For 3 seeds, the interval is 4.3 standard
 errors to either side.</li>
 <li><em>Step</em> is the median time of a training step, and <em>training</em> is this time multiplied by the number of
-steps. The steps were timed after the training: all variants took turns in one process, one step per round.
+steps. The steps were timed apart from the trainings: all variants took turns in one process, one step per round.
 <em>×dense</em> is the median over the rounds of the time divided by the time of the dense ViT. Claims at equal time
-use such ratios, too. ± is the standard error over the rounds.</li>
+use such ratios, too. Their intervals do not include the error of the times. ± is the standard error over the
+rounds.</li>
 <li><em>Slots</em> are the expert inputs computed per image and MoE layer. For the dense ViT they are the tokens.</li>
 <li><em>MLP FLOPs</em> are the operations of MLPs, experts and routing in a forward pass.</li>
 <li><em>Dropped</em> is the share of the tokens that no expert took.</li>
@@ -96,6 +98,8 @@ use such ratios, too. ± is the standard error over the rounds.</li>
 <li>The models and images are small, and the trainings are short. The times are for the machine named below.</li>
 <li>The study does not reproduce the results of <a href="https://arxiv.org/abs/2401.15969">the paper</a> on JFT and
 ImageNet with 32 experts. A router that is ahead here may be behind on these data sets.</li>
+<li>All runs have the same images. Intervals show how much a difference changes with the seed, and
+not how much it changes with the images.</li>
 <li>The study makes many comparisons. If models do not differ, one comparison in twenty still looks clear, on
 average.</li>
 <li>The results are shown whether or not they agree with the paper.</li>
@@ -150,6 +154,7 @@ def write_report(
         claims_table(claims),
         "<h2>The claims, by the loss</h2>",
         claims_table(claims_by_loss),
+        *(_list(found) for found in [remarks(runs, claims, claims_by_loss)] if found),
         "<h2>Results</h2>",
         results_table(rows),
         "<h2>Figures</h2>",
@@ -308,7 +313,9 @@ def _machines(runs: Sequence[Run]) -> list[str]:
         parts.append(_definitions(json.loads(machine), "wide"))
     timings = {json.dumps(run["timing"]["machine"]): run["timing"]["date"] for run in runs if "timing" in run}
     for machine, date in timings.items():
-        parts.append(f"<p>Steps timed {escape(date)}{'' if machine in found else ', on another machine'}</p>")
+        later = sum(run["date"] > date for run in runs if "timing" in run)
+        before = f", before {_count(later, 'run')} of the comparison ended" if later else ""
+        parts.append(f"<p>Steps timed {escape(date)}{before}{'' if machine in found else ', on another machine'}</p>")
         if machine not in found:
             parts.append(_definitions(json.loads(machine), "wide"))
     return parts
