@@ -271,6 +271,24 @@ def test_padding(router, options, group_size):
         torch.testing.assert_close(odd, out.detach()[:3], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("router", vr.ROUTERS)
+def test_tokens_may_have_several_axes(router):
+    moe = layer(router, 2).eval()
+    mask = torch.rand(2, 3, 4) < 0.7
+    for x, its_mask in ((torch.randn(2, 3, 4, 5).double(), mask), (torch.randn(2, 3, 2, 2, 5).double(), None)):
+        x = x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        with vr.inspect.record(moe) as trace:
+            y = moe(x, its_mask)
+        rows = x.detach().reshape(2, 12, 5).requires_grad_()
+        wanted = moe(rows, None if its_mask is None else its_mask.reshape(2, 12))
+        assert torch.equal(y, wanted.view(*x.shape[:-1], 6))
+        y.square().sum().backward()
+        wanted.square().sum().backward()
+        assert torch.equal(x.grad, rows.grad.view_as(x))
+        assert trace.layers[0].num_images == 2
+    assert moe(torch.zeros(2, 0, 4, 5).double()).shape == (2, 0, 4, 6)
+
+
 @pytest.mark.parametrize(("router", "options"), CASES)
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan])
 def test_values_of_padded_tokens_affect_nothing(router, options, poison):
@@ -664,6 +682,7 @@ def test_aux_loss_refuses():
         (torch.zeros(4, 6, 5), torch.ones(4, 5).bool(), ValueError, r"mask.*\[4, 6\].*\[4, 5\]"),
         (torch.zeros(4, 6, 5), torch.ones(4, 6, 1).bool(), ValueError, r"mask.*\[4, 6, 1\]"),
         (torch.zeros(4, 6, 5), torch.ones(4, 6), TypeError, "mask.*bool.*float32"),
+        (torch.zeros(4, 2, 3, 5), torch.ones(4, 6).bool(), ValueError, r"mask.*\[4, 2, 3\].*\[4, 6\]"),
         (torch.zeros(4, 6, 5), [True], TypeError, "mask.*Tensor.*list"),
         (
             torch.zeros(4, 6, 5),
@@ -672,7 +691,7 @@ def test_aux_loss_refuses():
             "mask.*meta.*cpu",
         ),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 @pytest.mark.parametrize("router", ["softmax_token_choice", "softmax_expert_choice", "soft"])
 def test_forward_refuses(router, x, mask, error, words):

@@ -77,7 +77,7 @@ def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
             if recorded():
                 _refuse_vmap()
                 x = args[0] if args else kwargs["x"]
-                owner[layer.router] = name, x.shape[1]
+                owner[layer.router] = name, x.shape[1:-1].numel()
 
         return _Hook(note)
 

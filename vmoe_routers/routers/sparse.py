@@ -211,7 +211,8 @@ class TokenChoiceRouter(SparseRouter):
         dim, num_experts, affinity: Arguments of `SparseRouter`.
         top_k: K, experts per token.
         batch_priority: Fills the buffers in descending order of the tokens' largest selecting gate.
-        renormalize: Divides a token's weights by their sum over its `top_k` experts.
+        renormalize: Divides a token's weights by their sum over its `top_k` experts. With `top_k` 1 every weight is 1,
+            so the router gets no gradient from the output.
         options: Further arguments of `SparseRouter`.
     """
 
