@@ -148,7 +148,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
 
 
 def remarks(runs: Sequence[Run], by_accuracy: Sequence[Comparison], by_loss: Sequence[Comparison]) -> list[str]:
-    """Tells in sentences how verdicts depend on the correction, and claim vi on the noise of single runs.
+    """Tells in sentences how verdicts depend on the correction, and claim vi on means over seeds.
 
     Args:
         runs: The records of the runs.
@@ -166,8 +166,8 @@ def remarks(runs: Sequence[Run], by_accuracy: Sequence[Comparison], by_loss: Seq
     order = _order_of_means(runs)
     if order is not None:
         found.append(
-            "Claim vi has the rank correlation in each seed, and the noise of single runs lowers this correlation. The "
-            f"rank correlation of the means over seeds is {order:+.2f}."
+            "Claim vi has the rank correlation in each seed. Means over seeds have less noise than single runs: their "
+            f"rank correlation is {order:+.2f}."
         )
     return found
 
