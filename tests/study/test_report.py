@@ -108,6 +108,16 @@ def test_findings_claim_no_more_than_the_numbers():
     assert "Not resolved against the dense ViT: 1 of 2." in said
 
 
+def test_the_best_model_is_one_with_all_seeds():
+    dense, soft = ([run(of, seed) for seed in range(3)] for of in (variant(None), variant("soft")))
+    for record in dense + soft:
+        record["final"] = {"accuracy": 0.9 - 0.1 * record["seed"], "loss": 1.0 + record["seed"]}
+    said = report.findings(dense + soft[:1])  # the mean of Soft MoE is better, because its one seed is the best one
+    assert said[0].startswith("Lowest mean loss of the models with 3 seeds: Dense ViT, 2.000 ± 0.577.")
+    assert "Highest mean accuracy: Dense ViT" in said[0]
+    assert report.findings(dense + soft)[0].startswith("Lowest mean loss: Dense ViT")
+
+
 def test_findings_are_short():
     said = report.findings(study(seeds=5, capacities=(0.5, 1.0, 2.0)))
     assert max(map(len, said)) < 450 and any(re.search(r" and \d+ more\.", sentence) for sentence in said)

@@ -185,11 +185,14 @@ def findings(runs: Sequence[Run], chance: float | None = None) -> list[str]:
     rows = [row for row in summarise(runs) if math.isfinite(row.loss.mean)]
     if not rows:
         return ["No run has a finite loss."]
-    lowest = min(rows, key=lambda row: row.loss.mean)
-    highest = max(rows, key=lambda row: row.accuracy.mean)
+    # A mean over fewer seeds may be lower only because of its seeds.
+    most = [row for row in rows if row.seeds == max(row.seeds for row in rows)]
+    of = "" if len(most) == len(rows) else f" of the models with {_count(most[0].seeds, 'seed')}"
+    lowest = min(most, key=lambda row: row.loss.mean)
+    highest = max(most, key=lambda row: row.accuracy.mean)
     said = unlearned(rows, chance) + _diverged(runs)
     said += [
-        f"Lowest mean loss: {lowest.label}, {lowest.loss.spaced('.3f')}. "
+        f"Lowest mean loss{of}: {lowest.label}, {lowest.loss.spaced('.3f')}. "
         f"Highest mean accuracy: {highest.label}, {highest.accuracy.spaced('.1f', 100)} %."
     ]
     if all(row.seeds == 1 for row in rows):
