@@ -162,6 +162,33 @@ def test_refuses_to_save_what_could_not_be_loaded(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [
+        ("", "group_size", 2),
+        ("router", "capacity_factor", 2.0),
+        ("router", "eval_capacity_factor", 2.0),
+        ("router", "renormalize", True),
+        ("router", "loss_weights", {"z": 1.0}),
+        ("router", "affinity", vr.affinity.Sinkhorn(iterations=3)),
+    ],
+)
+@pytest.mark.parametrize("upcycled", [False, True])
+def test_refuses_to_lose_an_option_that_was_changed(tmp_path, part, option, value, upcycled):
+    router = "sinkhorn_expert_choice"
+    changed = upcycle(model(None), router=router, num_experts=4) if upcycled else model(router)
+    save_pretrained(changed, tmp_path / "before")
+    setattr(changed.blocks[1].mlp.get_submodule(part), option, value)
+    wanted = rf"blocks\.1\.mlp\.?{part} has {option} .*would make .*with this option"
+    with pytest.raises(CheckpointError, match=wanted):
+        save_pretrained(changed, tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+    loaded = (
+        from_pretrained(tmp_path / "before", **{option: value}) if part and option == "capacity_factor" else changed
+    )
+    assert getattr(loaded.blocks[1].mlp.get_submodule(part), option) == value
+
+
 def test_links_are_not_followed(tmp_path):
     (tmp_path / "elsewhere").write_text("kept")
     folder = tmp_path / "folder"

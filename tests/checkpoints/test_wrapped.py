@@ -1,17 +1,19 @@
 """save_pretrained of wrapped and sharded models."""
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from vmoe_routers.checkpoints import CheckpointError, from_pretrained, save_pretrained
-from vmoe_routers.models import vit_moe
+from vmoe_routers.models import upcycle, vit_moe
 
 # Warnings of torch.distributed about a group of one process.
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -83,6 +85,22 @@ def test_fsdp1_says_what_to_give(mesh, tmp_path):
     assert "\n" not in str(error.value)
     save_pretrained(wrapped, tmp_path, state_dict=wrapped.state_dict())
     assert from_pretrained(tmp_path).num_classes == 5
+
+
+def test_blocks_in_fsdp1_of_an_upcycled_model(mesh, tmp_path):
+    dense = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    plain = upcycle(dense, router="softmax_expert_choice", num_experts=2)
+    wanted = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    wrapped = FullyShardedDataParallel(
+        plain, auto_wrap_policy=ModuleWrapPolicy({type(plain.blocks[1])}), device_id=torch.device("cpu")
+    )
+    state_dict = wrapped.state_dict()
+    save_pretrained(wrapped, tmp_path, state_dict=state_dict)
+    found = from_pretrained(tmp_path).state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    plain.blocks[1].mlp.router.capacity_factor = 2.0
+    with pytest.raises(CheckpointError, match="capacity_factor"):
+        save_pretrained(wrapped, tmp_path, state_dict=state_dict)
 
 
 def test_a_module_around_the_model_is_no_wrapper(tmp_path):

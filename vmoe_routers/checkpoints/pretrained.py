@@ -21,7 +21,9 @@ from vmoe_routers.checkpoints import upcycled
 from vmoe_routers.checkpoints._files import open_file
 from vmoe_routers.checkpoints.error import CheckpointError
 from vmoe_routers.files import write_whole
+from vmoe_routers.moe import MoEMlp
 from vmoe_routers.ops._dtypes import FLOATS
+from vmoe_routers.routers.affinity import Sinkhorn, Softmax, SparsityConstrained
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT_VERSION = 1
@@ -57,8 +59,9 @@ def save_pretrained(
         preprocessing: How images become the model's input, such as the normalization, for `read_preprocessing`.
 
     Raises:
-        CheckpointError: It is not known how the model was made, or the known arguments make another model. Or JSON
-            cannot represent an argument, or the folder cannot be written.
+        CheckpointError: It is not known how the model was made, or the known arguments make another model, for example
+            because an option of a router was changed after construction. Or JSON cannot represent an argument, or the
+            folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -74,6 +77,7 @@ def save_pretrained(
     _compare(empty, found, "save_pretrained: the model is not the one that its description makes")
     if architecture == "upcycled":
         _compare_structure(empty, model)
+    _compare_routing(empty, model)
     tensors = _gather(found)
     if tensors is None:
         return
@@ -374,6 +378,32 @@ def _compare_structure(made: nn.Module, model: nn.Module) -> None:
                 f"make {wanted.get(name, 'none')}; for a model of timm, pass the arguments of "
                 "create_model as model_args"
             )
+
+
+def _compare_routing(made: nn.Module, model: nn.Module) -> None:
+    """Refuses a model with a MoE layer whose options were changed after construction, such as the capacity factor."""
+    ours, wanted = ({upcycled.clean(name): m for name, m in part.named_modules()} for part in (model, made))
+    for layer in (name for name, module in wanted.items() if isinstance(module, MoEMlp)):
+        for name in (layer, f"{layer}.router"):
+            if name not in ours:  # an unknown wrapper
+                continue
+            has, gets = _options(ours[name]), _options(wanted[name])
+            for option in has.keys() & gets.keys():
+                if has[option] != gets[option]:
+                    raise CheckpointError(
+                        f"save_pretrained: {name} has {option} {has[option]!r}, and from_pretrained would make "
+                        f"{gets[option]!r}; make the model with this option, or save model.state_dict()"
+                    )
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """Reads the options of a layer or router, which are public attributes with plain values."""
+    kinds = (bool, int, float, str, dict, Softmax, Sinkhorn, SparsityConstrained)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, kinds) and name != "training" and not name.startswith("_")
+    }
 
 
 def _gather(found: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -82,8 +82,8 @@ def structure(model: nn.Module) -> dict[str, str]:
 
 
 def clean(name: str) -> str:
-    """Removes the names of wrappers (torch.compile, checkpoint_wrapper, DDP) from the name of a tensor or module."""
-    inner = r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_checkpoint_wrapped_module)(\.|$)"
+    """Removes the names of wrappers (torch.compile, checkpointing, DDP, FSDP) from the name of a tensor or module."""
+    inner = r"^(module\.|_orig_mod\.)+|(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(\.|$)"
     return re.sub(inner, "", name).rstrip(".")
 
 
