@@ -76,7 +76,8 @@ ONE_SEED = "One seed does not show how much of a difference is chance. Run more 
 _READING = """
 <p>All models have the same trunk, data order and augmentation. Their recipe is the same except for the <em>learning
 rates</em> in the list above, if it has any. Models of one seed start from the same trunk. Models differ in the layer
-that replaces the MLP of some blocks. Numbers are means over seeds after the last epoch, ± the standard error of the
+that replaces the MLP of some blocks. Each router has its default options: Softmax Token Choice has an auxiliary loss,
+and the other five routers have none. Numbers are means over seeds after the last epoch, ± the standard error of the
 mean.</p>
 <ul>
 <li><em>Minus dense</em> is the mean of the differences to the dense ViT, taken seed by seed, ± the standard error of
