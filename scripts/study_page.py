@@ -228,8 +228,8 @@ def _limits(settings: dict, runs: Sequence[Run]) -> str:
         f"{settings['num_experts']} experts in each block of the last half.",
         f"- The models see grey images of 28 x 28 pixels for {images}. The paper trains on JFT and ImageNet. A router "
         "that is ahead here may be behind on these data sets.",
-        "- Softmax Token Choice has an auxiliary loss by default, and the other five routers have none. A difference to "
-        "Softmax Token Choice is also a difference of auxiliary losses.",
+        "- Softmax Token Choice has an auxiliary loss by default, and the other five routers have none. A difference "
+        "to Softmax Token Choice is also a difference of auxiliary losses.",
         "- Intervals show how much a difference changes with the seed. All seeds have the same images.",
         "- The learning rates come from a search with one seed: three values for a router, four for the dense ViT.",
         "- The times are for this processor and these CPU kernels.",
