@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
 from vmoe_routers.study.ablations import ABLATIONS
@@ -39,6 +40,9 @@ def page(folder: Path) -> str:
     parts = [
         "# Results on Fashion-MNIST",
         _lead(runs, rows, planned),
+        "## In short",
+        _short(runs),
+        "## The models with one slot per token",
         _table(rows),
         "## The claims",
         CLAIMS_HEAD,
@@ -52,6 +56,7 @@ def page(folder: Path) -> str:
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
         *_ablations(runs, where),
+        *_equal_losses(runs),
         *_orders(runs),
         "## Limits",
         _limits(contents["settings"], runs),
@@ -90,6 +95,26 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
         "| command | `vmoe-routers study --recipe fashion` |",
     ]
     return "\n".join(lines)
+
+
+def _short(runs: Sequence[Run]) -> str:
+    """Says which claims are decided, and how the routers compare with equal auxiliary losses."""
+    lines, decided = [], set()
+    for measure in ("accuracy", "loss"):
+        found = decide(runs, measure)
+        for claim in CLAIMS:
+            main = next((c for c in found if c.claim == claim), None)
+            if main is not None and main.mean is not None and main.verdict != "not resolved":
+                decided.add(claim)
+                difference = format(scale_of(claim, measure) * main.mean, MEASURES[measure].form)
+                unit = "" if claim == "vi" else f" {MEASURES[measure].unit}"
+                lines.append(
+                    f"- ({claim}) {main.verdict.capitalize()}: {text_of(claim, measure)[:-1]} ({difference}{unit})."
+                )
+    others = [f"({claim})" for claim in CLAIMS if claim not in decided]
+    if others:
+        lines.append(f"- Neither by accuracy nor by loss resolved: claims {', '.join(others)}.")
+    return "\n".join([*lines, *(f"- {sentence}" for sentence in _of_equal_losses(runs))])
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -175,6 +200,48 @@ def _difference(value: Stat | None, measure: str) -> str:
         return ""
     text = value.spaced(MEASURES[measure].form, MEASURES[measure].scale)
     return f"**{text}**" if value.is_clear() else text
+
+
+_EQUAL = (  # auxiliary loss of both routers, and the condition that has it
+    ("0", "auxiliary loss of Token Choice", "0"),
+    ("0.005", "auxiliary loss of Expert Choice", "0.005"),
+    ("0.05", "auxiliary loss of both routers", "0.05"),
+)
+_PAIR = ("softmax_expert_choice", "softmax_token_choice")
+
+
+def _at_equal_losses(runs: Sequence[Run], measure: Literal["accuracy", "loss"]) -> dict[str, Stat]:
+    """Returns Softmax Expert Choice minus Softmax Token Choice by the weight of the auxiliary loss of both."""
+    found = {(of.title, of.value): of.differences for of in conditions(runs, measure)}
+    return {value: found[title, arm][_PAIR] for value, title, arm in _EQUAL if _PAIR in found.get((title, arm), {})}
+
+
+def _of_equal_losses(runs: Sequence[Run]) -> list[str]:
+    by_accuracy = _at_equal_losses(runs, "accuracy")
+    if not by_accuracy:
+        return []
+    seeds = min(value.count for value in by_accuracy.values())
+    shown = ", ".join(f"{_difference(value, 'accuracy')} at {weight}" for weight, value in by_accuracy.items())
+    return [
+        "By default, Softmax Token Choice has an auxiliary loss (weight 0.005), and Softmax Expert Choice has none. "
+        f"With equal auxiliary losses, the accuracy of Softmax Expert Choice minus Softmax Token Choice is {shown} "
+        f"(points; {'one seed' if seeds == 1 else f'{seeds} seeds'}; bold: the 95 % interval excludes 0)."
+    ]
+
+
+def _equal_losses(runs: Sequence[Run]) -> list[str]:
+    by_accuracy, by_loss = _at_equal_losses(runs, "accuracy"), _at_equal_losses(runs, "loss")
+    if not by_accuracy:
+        return []
+    lines = [
+        *_of_equal_losses(runs),
+        "",
+        "| weight of both auxiliary losses | accuracy, points | loss, nats |",
+        "|---|---|---|",
+    ]
+    for weight, value in by_accuracy.items():
+        lines.append(f"| {weight} | {_difference(value, 'accuracy')} | {_difference(by_loss[weight], 'loss')} |")
+    return ["### Softmax Expert Choice and Softmax Token Choice with equal auxiliary losses", "\n".join(lines)]
 
 
 def _orders(runs: Sequence[Run]) -> list[str]:
