@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import vmoe_routers as vr
 from vmoe_routers.inspect import RoutingStatistics
@@ -130,3 +131,13 @@ def test_a_dense_model_has_no_layers():
 
 def test_layers_without_a_routing_are_left_out():
     assert RoutingStatistics(tiny("soft"), "cpu").layers() == {}
+
+
+def test_names_are_the_names_without_wrappers():
+    model, images = tiny("soft"), torch.rand(2, 1, 8, 8)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(checkpoint_wrapper(block), backend="eager")
+    assert list(RoutingStatistics(model, "cpu").experts) == ["blocks.1.mlp"]
+    with vr.inspect.record(model) as trace:
+        model(images)
+    assert list(trace.routings) == ["blocks.1.mlp"]

@@ -64,7 +64,7 @@ def record(model: nn.Module, *, eager: bool = True) -> Iterator[Trace]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEMlp)}
     if not layers:
         raise ValueError(f"record: model must have a MoEMlp inside, {type(model).__name__} has none")
-    trace = Trace({_plain(name): layer.router for name, layer in layers.items()})
+    trace = Trace({plain_name(name): layer.router for name, layer in layers.items()})
     thread = threading.get_ident()
     # The layer that last began, and its tokens per image. Layers may share a router.
     owner = {layer.router: (name, 0) for name, layer in zip(trace.routings, layers.values(), strict=True)}
@@ -104,9 +104,12 @@ def _refuse_vmap() -> None:
         raise ValueError("record: the model must not run under torch.func.vmap; wanted a batch as the model takes it")
 
 
-def _plain(name: str) -> str:
-    """Returns the name of a module without the wrappers of torch.compile."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def plain_name(name: str) -> str:
+    """Returns the name of a module without the wrappers of torch.compile, activation checkpointing and FSDP1."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 # The stances of torch.compile that contexts of all threads have set, oldest first.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmoe_routers.inspect.record import record
+from vmoe_routers.inspect.record import plain_name, record
 from vmoe_routers.inspect.sums import COUNTS, metrics_of, sums_of
 from vmoe_routers.inspect.trace import Trace
 from vmoe_routers.moe import MoEMlp
@@ -28,7 +28,7 @@ class RoutingStatistics:
 
     def __init__(self, model: nn.Module, device: torch.device | str):
         self.model = model
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEMlp)}
+        layers = {plain_name(name): module for name, module in model.named_modules() if isinstance(module, MoEMlp)}
         self.experts: dict[str, int] = {name: int(layer.router.num_experts) for name, layer in layers.items()}  # type: ignore[arg-type]
         self.sums: Tensor = torch.zeros(
             1 + sum(count + COUNTS for count in self.experts.values()), dtype=torch.float64, device=device
