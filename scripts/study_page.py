@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
-from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, Comparison, remarks, scale_of, text_of, verdicts
+from vmoe_routers.study.ablations import ABLATIONS, MAX_SEEDS, TOGETHER
+from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, POWER, Comparison, remarks, scale_of, text_of, verdicts
 from vmoe_routers.study.folders import read_contents
-from vmoe_routers.study.orders import ORDERS, conditions, order_sentences, order_title
+from vmoe_routers.study.orders import ORDERS, Condition, conditions, order_sentences, order_title
 from vmoe_routers.study.summary import MEASURES, Row, Run, Stat
 from vmoe_routers.study.variants import base_variant
 
@@ -28,7 +28,9 @@ all seeds, decides the claim.
   Holm's correction.
 - *Mean* is in points of accuracy; for claim vi it is a rank correlation. In parentheses is the 95 % interval without a
   correction.
-- *Seeds*: with so many seeds, a new study resolves a true mean of this size and spread with a probability of 80 %."""
+- *Seeds* is the number of seeds with which a new study resolves a true mean of this size and spread with a probability
+  of {power:g} %, at the 5 % level divided by the number of claims. Size and spread are estimates from the seeds of this
+  study."""
 
 
 def page(folder: Path) -> str:
@@ -36,28 +38,31 @@ def page(folder: Path) -> str:
     contents = read_contents(folder)
     runs = read_runs(folder, contents)
     planned, rows = len(set(contents["runs"])), summarise(runs)
+    claims, claims_by_loss = decide(runs), decide(runs, "loss")
+    orders, orders_by_loss = conditions(runs), conditions(runs, "loss")
+    equal = _at_equal_weights(orders, orders_by_loss)
     where = f"../results/{folder.name}"
     parts = [
         "# Results on Fashion-MNIST",
         _lead(runs, rows, planned),
         "## In short",
-        _short(runs),
-        "## The models with one slot per token",
+        _short(claims, claims_by_loss, equal),
+        "## The models with capacity factor 1",
         _table(rows),
         "## The claims",
-        CLAIMS_HEAD,
-        _claims(decide(runs)),
+        CLAIMS_HEAD.format(power=100 * POWER),
+        _claims(claims),
         f"![Mean differences of all comparisons with their 95 % intervals]({where}/forest.png)",
         "### By the loss",
         "The next table judges the same claims by the loss on the test images, in nats. A negative mean supports a "
         "claim. The loss was added as a second measure when 120 runs were finished.",
-        _claims(decide(runs, "loss")),
-        *remarks(runs, decide(runs), decide(runs, "loss")),
+        _claims(claims_by_loss),
+        *remarks(runs, claims, claims_by_loss),
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
         *_ablations(runs, where),
-        *_equal_losses(runs),
-        *_orders(runs),
+        *_equal_losses(equal),
+        *_orders(orders, orders_by_loss),
         "## Limits",
         _limits(contents["settings"], runs),
         "## Files",
@@ -89,7 +94,7 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
         f"| finished runs | {finished} |",
         "|---|---|",
         f"| models | a dense ViT, and {len(rows) - 1} variants of the six routers |",
-        f"| seeds per model | {count} |",
+        f"| seeds per model | {count}{f'; at most {MAX_SEEDS} in an ablation' if len(runs) > comparison else ''} |",
         f"| date | {when} |",
         f"| processor | {machines} |",
         "| command | `vmoe-routers study --recipe fashion` |",
@@ -97,39 +102,57 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     return "\n".join(lines)
 
 
-def _short(runs: Sequence[Run]) -> str:
-    """Says which claims are decided, and how the routers compare with equal auxiliary losses."""
-    lines, decided = [], set()
-    for measure in ("accuracy", "loss"):
-        found = decide(runs, measure)
-        for claim in CLAIMS:
-            main = next((c for c in found if c.claim == claim), None)
-            if main is not None and main.mean is not None and main.verdict != "not resolved":
-                decided.add(claim)
-                difference = format(scale_of(claim, measure) * main.mean, MEASURES[measure].form)
-                unit = "" if claim == "vi" else f" {MEASURES[measure].unit}"
-                lines.append(
-                    f"- ({claim}) {main.verdict.capitalize()}: {text_of(claim, measure)[:-1]} ({difference}{unit})."
-                )
-    others = [f"({claim})" for claim in CLAIMS if claim not in decided]
-    if others:
-        lines.append(f"- Neither by accuracy nor by loss resolved: claims {', '.join(others)}.")
-    return "\n".join([*lines, *(f"- {sentence}" for sentence in _of_equal_losses(runs))])
+def _short(claims: Sequence[Comparison], claims_by_loss: Sequence[Comparison], equal: Sequence[_Weights]) -> str:
+    """Says which claims are decided, and how two routers compare with equal weights of the auxiliary losses."""
+    lines, open_claims = [], []
+    for claim in CLAIMS:
+        found = [next((c for c in of if c.claim == claim), None) for of in (claims, claims_by_loss)]
+        judged = [main for main in found if main is not None and main.mean is not None]
+        decided = [main for main in judged if main.verdict != "not resolved"]
+        for main in decided:
+            difference = format(scale_of(claim, main.measure) * main.mean, MEASURES[main.measure].form)
+            unit = "" if claim == "vi" else f" {MEASURES[main.measure].unit}"
+            lines.append(
+                f'- Claim ({claim}) is **{main.verdict}** by the {main.measure}: "{text_of(claim, main.measure)}" The '
+                f"mean difference is {difference}{unit}."
+            )
+        if judged and not decided:
+            open_claims.append(f"    - ({claim}) {CLAIMS[claim]}")
+    if open_claims:
+        lines += ["- These claims are not resolved:", *open_claims]
+    lines += [f"- {sentence}" for sentence in remarks([], claims, claims_by_loss)]
+    lines.append("- The loss was added as a second measure after results were seen ([protocol](study.md#claims)).")
+    if equal:
+        shown = {
+            measure: ", ".join(
+                f"{_difference(getattr(of, measure), measure)} (weight {of.weight})" for of in equal if of.is_equal
+            )
+            for measure in ("accuracy", "loss")
+        }
+        lines.append(
+            "- By default, Softmax Token Choice has two auxiliary losses (importance and load, weight 0.005 each), and "
+            "Softmax Expert Choice has none. With equal weights in both routers, at capacity factor 1, Softmax Expert "
+            f"Choice minus Softmax Token Choice is {shown['accuracy']} in points of accuracy, and {shown['loss']} in "
+            "nats of loss. A difference is bold if its 95 % interval excludes 0, without a correction. This comparison "
+            "was added after results were seen, and is no claim."
+        )
+    return "\n".join(lines)
 
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "The table has the models with capacity factor 1 and K = 1. ± is the standard error over seeds.",
+        "The table has the models with K = 1. ± is the standard error over seeds.",
         "",
         "- *Minus dense* is the mean difference to the dense ViT of the same seed, in points. It is bold if its 95 % "
         "interval excludes 0.",
-        "- *10-shot* is the accuracy on digits of a probe. The probe learns from frozen features of ten digits per "
+        "- *10-shot* is the accuracy on digits of a probe. The probe learns from frozen features of ten images per "
         "class.",
+        "- *Slots* are the expert inputs per image and MoE layer. For the dense ViT they are the tokens.",
         "- *Dropped* is the share of tokens that no expert took.",
         "- *Step* is the time of a training step, divided by the time of the dense ViT: the median over paired steps.",
         "",
-        "| model | accuracy, % | minus dense | 10-shot, % | dropped, % | step, × dense |",
-        "|---|---|---|---|---|---|",
+        "| model | accuracy, % | minus dense | 10-shot, % | slots | dropped, % | step, × dense |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row.name != base_variant(row.router or "dense").name:
@@ -139,6 +162,7 @@ def _table(rows: Sequence[Row]) -> str:
             row.accuracy.spaced(".2f", 100),
             _difference(row.accuracy_difference, "accuracy"),
             row.transfer.spaced(".1f", 100) if row.transfer else "-",
+            f"{row.slots:g}",
             "-" if row.dropped is None else f"{100 * row.dropped:.1f}",
             f"{row.step_ratio.mean:.2f}" if row.step_ratio else "-",
         ]
@@ -162,7 +186,7 @@ def _claims(found: Sequence[Comparison]) -> str:
         interval = ""
         if main.low is not None and main.high is not None:
             interval = f" ({scale * main.low:{form}} to {scale * main.high:{form}})"
-        seeds = "-" if main.p is None else main.needed or "over 1,000"
+        seeds = "-" if main.p is None else main.needed or f"over {MOST_SEEDS:,}"
         lines.append(f"| ({claim}) {text} | {counted[claim]} | {scale * main.mean:{form}}{interval} | {seeds} |")
     return "\n".join(lines)
 
@@ -174,7 +198,8 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
     clear = [row for row in rows if any(value and value.is_clear() for value in (row.difference, row.loss_difference))]
     lines = [
         "An ablation changes one setting of a model with capacity factor 1 and K = 1. The runs with the changed "
-        f"setting are compared with the runs without the change, seed by seed. {len(rows)} values were compared.",
+        "setting are compared with the runs without the change, seed by seed. For images per group, every value has 64 "
+        f"slots per image, and the values are compared with the value 8. {len(rows)} values were compared.",
     ]
     picture = f"![Accuracy for the values of every ablation]({where}/ablations.png)"
     if not clear:
@@ -182,13 +207,14 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
     lines += [
         "",
         f"The table has the {len(clear)} values with a clear difference of the accuracy or the loss. A clear "
-        "difference is bold: its 95 % interval excludes 0, without a correction for the number of differences.",
+        "difference is bold: its 95 % interval excludes 0, without a correction for the number of differences. With 2 "
+        "seeds the interval is 12.7 standard errors to either side, and with 3 seeds 4.3.",
         "",
-        "| setting | router | value | accuracy, points | loss, nats |",
-        "|---|---|---|---|---|",
+        "| setting | router | value | seeds | accuracy, points | loss, nats |",
+        "|---|---|---|---|---|---|",
     ]
     for row in clear:
-        cells = [ABLATIONS[row.ablation].title, row.label, row.arm]
+        cells = [ABLATIONS[row.ablation].title, row.label, row.arm, str(row.difference.count if row.difference else 0)]
         cells += [_difference(row.difference, "accuracy"), _difference(row.loss_difference, "loss")]
         lines.append(f"| {' | '.join(cells)} |")
     return ["## Ablations", "\n".join(lines), picture]
@@ -202,56 +228,64 @@ def _difference(value: Stat | None, measure: str) -> str:
     return f"**{text}**" if value.is_clear() else text
 
 
-_EQUAL = (  # auxiliary loss of both routers, and the condition that has it
-    ("0", "auxiliary loss of Token Choice", "0"),
-    ("0.005", "auxiliary loss of Expert Choice", "0.005"),
-    ("0.05", "auxiliary loss of both routers", "0.05"),
-)
-_PAIR = ("softmax_expert_choice", "softmax_token_choice")
+class _Weights(NamedTuple):
+    """Softmax Expert Choice minus Softmax Token Choice by the weights of the auxiliary losses, at capacity factor 1."""
+
+    weight: str
+    is_equal: bool
+    accuracy: Stat
+    loss: Stat
 
 
-def _at_equal_losses(runs: Sequence[Run], measure: Literal["accuracy", "loss"]) -> dict[str, Stat]:
-    """Returns Softmax Expert Choice minus Softmax Token Choice by the weight of the auxiliary loss of both."""
-    found = {(of.title, of.value): of.differences for of in conditions(runs, measure)}
-    return {value: found[title, arm][_PAIR] for value, title, arm in _EQUAL if _PAIR in found.get((title, arm), {})}
-
-
-def _of_equal_losses(runs: Sequence[Run]) -> list[str]:
-    by_accuracy = _at_equal_losses(runs, "accuracy")
-    if not by_accuracy:
-        return []
-    seeds = min(value.count for value in by_accuracy.values())
-    shown = ", ".join(f"{_difference(value, 'accuracy')} at {weight}" for weight, value in by_accuracy.items())
-    return [
-        "By default, Softmax Token Choice has an auxiliary loss (weight 0.005), and Softmax Expert Choice has none. "
-        f"With equal auxiliary losses, the accuracy of Softmax Expert Choice minus Softmax Token Choice is {shown} "
-        f"(points; {'one seed' if seeds == 1 else f'{seeds} seeds'}; bold: the 95 % interval excludes 0)."
+def _at_equal_weights(orders: Sequence[Condition], orders_by_loss: Sequence[Condition]) -> list[_Weights]:
+    """Finds the conditions in which both routers have equal weights, and the condition of the defaults."""
+    expert, token = (ABLATIONS[name].title for name in ("aux_loss", "aux_loss_token_choice"))
+    (both,) = TOGETHER
+    keys = {  # weight in the page: condition
+        "0": (token, "0"),  # the default of Expert Choice
+        "0.005": (expert, "0.005"),  # the default of Token Choice
+        "0.05": (both, "0.05"),
+        "0.005 in Token Choice, 0 in Expert Choice": ("capacity factor", "1"),
+    }
+    pair = ORDERS[0]
+    by_accuracy, by_loss = (
+        {(of.title, of.value): of.differences for of in all_of} for all_of in (orders, orders_by_loss)
+    )
+    found = [
+        _Weights(weight, key[0] != "capacity factor", by_accuracy[key][pair], by_loss[key][pair])
+        for weight, key in keys.items()
+        if pair in by_accuracy.get(key, {}) and pair in by_loss.get(key, {})
     ]
+    return found if any(of.is_equal for of in found) else []
 
 
-def _equal_losses(runs: Sequence[Run]) -> list[str]:
-    by_accuracy, by_loss = _at_equal_losses(runs, "accuracy"), _at_equal_losses(runs, "loss")
-    if not by_accuracy:
+def _equal_losses(equal: Sequence[_Weights]) -> list[str]:
+    if not equal:
         return []
     lines = [
-        *_of_equal_losses(runs),
+        "The table has Softmax Expert Choice minus Softmax Token Choice at capacity factor 1 and K = 1. The auxiliary "
+        "losses are importance and load. The last row has the defaults. A difference is bold if its 95 % interval "
+        "excludes 0, without a correction.",
         "",
-        "| weight of both auxiliary losses | accuracy, points | loss, nats |",
-        "|---|---|---|",
+        "| weight in both routers | seeds | accuracy, points | loss, nats |",
+        "|---|---|---|---|",
     ]
-    for weight, value in by_accuracy.items():
-        lines.append(f"| {weight} | {_difference(value, 'accuracy')} | {_difference(by_loss[weight], 'loss')} |")
-    return ["### Softmax Expert Choice and Softmax Token Choice with equal auxiliary losses", "\n".join(lines)]
+    for of in equal:
+        cells = [of.weight, str(of.accuracy.count), _difference(of.accuracy, "accuracy"), _difference(of.loss, "loss")]
+        lines.append(f"| {' | '.join(cells)} |")
+    title = "Softmax Expert Choice and Softmax Token Choice with equal weights of the auxiliary losses"
+    return [f"### {title}", "\n".join(lines)]
 
 
-def _orders(runs: Sequence[Run]) -> list[str]:
-    found, by_loss = conditions(runs), conditions(runs, "loss")
+def _orders(found: Sequence[Condition], by_loss: Sequence[Condition]) -> list[str]:
     lines = [
-        "In the paper's abstract, Expert Choice is ahead of Token Choice, and Soft MoE is ahead of the sparse routers. "
-        "The lists count the conditions under which these routers are in this order. *Clearly* means that the 95 % "
-        "interval of the difference excludes 0, without a correction for the number of differences. All conditions "
-        "count alike, also small differences and differences of one seed (without ±). At an equal capacity factor, "
-        "Soft MoE may have more slots than a sparse router, because it rounds its slots for each image.",
+        "The paper's abstract says that Expert Choice generally outperforms Token Choice, and that Soft MoE generally "
+        "outperforms sparse routers. The lists have four pairs of routers. They count the conditions in which the "
+        "first router of a pair is better (*ahead*) or worse (*behind*). All conditions count alike, also differences "
+        "near 0 and differences of one seed (without ±). Many conditions share runs, so the counts are no independent "
+        "evidence. *Clearly* means that the 95 % interval of the difference excludes 0, without a correction for the "
+        "number of differences. At an equal capacity factor, Soft MoE may have more slots than a sparse router, "
+        "because it rounds its slots for each image.",
         "",
         "By the accuracy:",
         "",
@@ -295,8 +329,9 @@ def _limits(settings: dict, runs: Sequence[Run]) -> str:
         f"{settings['num_experts']} experts in each block of the last half.",
         f"- The models see grey images of 28 x 28 pixels for {images}. The paper trains on JFT and ImageNet. A router "
         "that is ahead here may be behind on these data sets.",
-        "- Softmax Token Choice has an auxiliary loss by default, and the other five routers have none. A difference "
-        "to Softmax Token Choice is also a difference of auxiliary losses.",
+        "- Softmax Token Choice is the only router with auxiliary losses by default. A difference between Softmax "
+        "Token Choice and another model is also a difference of auxiliary losses.",
+        f"- The initial scale of Soft MoE is {settings['scale_init']:g}, and not the default, 1.",
         "- Intervals show how much a difference changes with the seed. All seeds have the same images.",
         "- The learning rates come from a search with one seed: three values for a router, four for the dense ViT.",
         "- The times are for this processor and these CPU kernels.",

@@ -683,6 +683,7 @@ def test_aux_loss_refuses():
         (torch.zeros(4, 6, 5), torch.ones(4, 6, 1).bool(), ValueError, r"mask.*\[4, 6, 1\]"),
         (torch.zeros(4, 6, 5), torch.ones(4, 6), TypeError, "mask.*bool.*float32"),
         (torch.zeros(4, 2, 3, 5), torch.ones(4, 6).bool(), ValueError, r"mask.*\[4, 2, 3\].*\[4, 6\]"),
+        (torch.zeros(4, 2, 3, 7), None, ValueError, r"x.*in_features=5.*\[4, 2, 3, 7\]"),
         (torch.zeros(4, 6, 5), [True], TypeError, "mask.*Tensor.*list"),
         (
             torch.zeros(4, 6, 5),
@@ -691,7 +692,7 @@ def test_aux_loss_refuses():
             "mask.*meta.*cpu",
         ),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 @pytest.mark.parametrize("router", ["softmax_token_choice", "softmax_expert_choice", "soft"])
 def test_forward_refuses(router, x, mask, error, words):

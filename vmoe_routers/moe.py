@@ -115,8 +115,8 @@ class MoEMlp(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Maps tokens x [B, T, D] to [B, T, D']. The mask is [B, T] bool, True = real token.
 
-        The tokens of an image may be a grid: x [B, H, W, D] with a mask [B, H, W]. Masked tokens come out as zeros and
-        never affect other tokens, even if they contain NaN or inf.
+        The tokens of an image may have several axes: x [B, ..., D] with a mask [B, ...], for example a grid
+        [B, H, W, D]. Masked tokens come out as zeros and never affect other tokens, even if they contain NaN or inf.
 
         Raises:
             ValueError: In training, `group_size` does not divide the batch.
@@ -124,16 +124,16 @@ class MoEMlp(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             return self._as_node(x, mask)
         check = Check("MoEMlp")
-        check.tensor("x", x)
+        if not isinstance(x, Tensor) or x.ndim < 4:
+            check.tensor("x", x, "B T D")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"MoEMlp: x must have width in_features={self.in_features}, got {list(x.shape)}")
         if x.ndim > 3:
             if mask is not None:
                 check.shape("mask", mask, x.shape[:-1], "B, H, W" if x.ndim == 4 else "B, ..., T")
                 mask = mask.flatten(1)
             y = self.forward(x.flatten(1, -2), mask)
             return y.reshape(*x.shape[:-1], y.shape[2])
-        check.tensor("x", x, "B T D")
-        if x.shape[2] != self.in_features:
-            raise ValueError(f"MoEMlp: x must have width in_features={self.in_features}, got {list(x.shape)}")
         if mask is not None:
             check.mask(mask, "x", x, "B T")
         batch, size = x.shape[0], self.group_size

@@ -435,7 +435,7 @@ def test_the_bar_shows_speed_losses_and_routing(tmp_path):
 
 
 def test_lines_without_a_terminal(tmp_path, monkeypatch):
-    console = Console(file=io.StringIO(), force_terminal=False, width=200)
+    console = Console(file=io.StringIO(), force_terminal=False, width=40)
     row = {"step": 6, "loss": 0.25, "images_per_second": 120.0, "load_cv": "", "dropped": "", "data_wait": 0.03}
     with Outputs(tmp_path, console, 5, 10, True) as outputs:
         outputs.advance()

@@ -387,12 +387,12 @@ def _compare_routing(made: nn.Module, model: nn.Module) -> None:
         for name in (layer, f"{layer}.router"):
             if name not in ours:  # an unknown wrapper
                 continue
-            has, gets = _options(ours[name]), _options(wanted[name])
-            for option in has.keys() & gets.keys():
-                if has[option] != gets[option]:
+            for option, made_value in _options(wanted[name]).items():
+                value = getattr(ours[name], option, None)
+                if value != made_value:
                     raise CheckpointError(
-                        f"save_pretrained: {name} has {option} {has[option]!r}, and from_pretrained would make "
-                        f"{gets[option]!r}; make the model with this option, or save model.state_dict()"
+                        f"save_pretrained: {name} has {option} {value!r}, and from_pretrained would make "
+                        f"{made_value!r}; make the model with this option, or save model.state_dict()"
                     )
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from vmoe_routers.inspect.layer import LayerTrace, selecting, weights_of
 from vmoe_routers.routers import SoftRouting
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; violet instead of black, the colour of dropped
-# tokens.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Violet replaces black, because dropped tokens are
+# black.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#9911EE")
 _MOST_SLOTS = 15
 _MOST_NAMED = 16  # experts in a legend

@@ -105,7 +105,7 @@ def _refuse_vmap() -> None:
 
 
 def plain_name(name: str) -> str:
-    """Returns the name of a module without the wrappers of torch.compile, activation checkpointing and FSDP1."""
+    """Removes the wrappers of torch.compile, activation checkpointing and FSDP1 from the name of a module or tensor."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 

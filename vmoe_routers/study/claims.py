@@ -148,7 +148,7 @@ def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
 
 
 def remarks(runs: Sequence[Run], by_accuracy: Sequence[Comparison], by_loss: Sequence[Comparison]) -> list[str]:
-    """Tells in sentences how verdicts depend on the correction, and claim vi on means over seeds.
+    """Tells in sentences which claims one correction over both measures decides, and the order of means over seeds.
 
     Args:
         runs: The records of the runs.
@@ -166,8 +166,8 @@ def remarks(runs: Sequence[Run], by_accuracy: Sequence[Comparison], by_loss: Seq
     order = _order_of_means(runs)
     if order is not None:
         found.append(
-            "Claim vi has the rank correlation in each seed. Means over seeds have less noise than single runs: their "
-            f"rank correlation is {order:+.2f}."
+            "Claim vi takes the rank correlation in each seed. The rank correlation of the means over seeds is "
+            f"{order:+.2f}, without a test. These means have less noise than single runs."
         )
     return found
 
@@ -385,7 +385,7 @@ def _at_budget(
 
 
 def _orders(study: _Study) -> dict[int, float]:
-    """Computes the rank correlation of transfer and accuracy over the variants, for every seed that all have."""
+    """Computes the rank correlation of transfer and accuracy over the variants, for every seed of all variants."""
     found = {}
     for seed in sorted(set.intersection(*(set(group) for group in study.groups))) if study.groups else []:
         runs = [group[seed] for group in study.groups]
@@ -396,12 +396,16 @@ def _orders(study: _Study) -> dict[int, float]:
 
 
 def _order_of_means(runs: Sequence[Run]) -> float | None:
-    """Computes the rank correlation of the means over seeds; None for a single seed."""
-    groups = by_variant(runs)
-    if not groups or min(map(len, groups)) < 2 or not all(run["transfer"] for group in groups for run in group):
+    """Computes the rank correlation of the means over the seeds that all variants have; None for fewer than two."""
+    groups = _Study(runs).groups
+    seeds = set.intersection(*map(set, groups)) if groups else set()
+    if len(seeds) < 2 or not all(group[seed]["transfer"] for group in groups for seed in seeds):
         return None
     means = [
-        (statistics.fmean(map(accuracy, group)), statistics.fmean(run["transfer"]["accuracy"] for run in group))
+        (
+            statistics.fmean(accuracy(group[seed]) for seed in seeds),
+            statistics.fmean(group[seed]["transfer"]["accuracy"] for seed in seeds),
+        )
         for group in groups
     ]
     return _rank_correlation(means)

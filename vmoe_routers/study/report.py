@@ -76,9 +76,9 @@ ONE_SEED = "One seed does not show how much of a difference is chance. Run more 
 _READING = """
 <p>All models have the same trunk, data order and augmentation. Their recipe is the same except for the <em>learning
 rates</em> in the list above, if it has any. Models of one seed start from the same trunk. Models differ in the layer
-that replaces the MLP of some blocks. Each router has its default options: Softmax Token Choice has an auxiliary loss,
-and the other five routers have none. Numbers are means over seeds after the last epoch, ± the standard error of the
-mean.</p>
+that replaces the MLP of some blocks. Options that no setting names have the default of the router. By default, Softmax
+Token Choice is the only one of the six routers with auxiliary losses. Numbers are means over seeds after the last
+epoch, ± the standard error of the mean.</p>
 <ul>
 <li><em>Minus dense</em> is the mean of the differences to the dense ViT, taken seed by seed, ± the standard error of
 this mean. It is <b>bold</b> if its 95 % interval by Student's t excludes 0. For 3 seeds, the interval is 4.3 standard
@@ -132,6 +132,7 @@ def write_report(
     command = settings.pop("command", None) or _command()
     rows = summarise(runs)
     claims, claims_by_loss = decide(runs), decide(runs, "loss")
+    said = remarks(runs, claims, claims_by_loss)
     orders, orders_by_loss = conditions(runs), conditions(runs, "loss")
     path = Path(folder) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def write_report(
         claims_table(claims),
         "<h2>The claims, by the loss</h2>",
         claims_table(claims_by_loss),
-        *(_list(found) for found in [remarks(runs, claims, claims_by_loss)] if found),
+        *([_list(said)] if said else []),
         "<h2>Results</h2>",
         results_table(rows),
         "<h2>Figures</h2>",
@@ -317,7 +318,8 @@ def _machines(runs: Sequence[Run]) -> list[str]:
         parts.append(_definitions(json.loads(machine), "wide"))
     timings = {json.dumps(run["timing"]["machine"]): run["timing"]["date"] for run in runs if "timing" in run}
     for machine, date in timings.items():
-        later = sum(run["date"] > date for run in runs if "timing" in run)
+        timed = (run for run in runs if "timing" in run and json.dumps(run["timing"]["machine"]) == machine)
+        later = sum(run["date"] > date for run in timed)
         before = f", before {_count(later, 'run')} of the comparison ended" if later else ""
         parts.append(f"<p>Steps timed {escape(date)}{before}{'' if machine in found else ', on another machine'}</p>")
         if machine not in found:

@@ -169,8 +169,8 @@ def order_table(found: Sequence[Condition]) -> str:
         f"mean, at K = 1. A {'positive' if measure.sign > 0 else 'negative'} difference is the paper's order. "
         "Differences whose 95 % interval excludes 0 are bold, without a correction for the number of differences. A "
         "difference without ± has one seed. A cell is empty if a router of its pair has no runs under the condition. "
-        "Soft MoE may have other slots than a sparse router of the same capacity factor: the table of the results has "
-        "the slots.</p>"
+        "At the same capacity factor, Soft MoE may have another number of slots than a sparse router. The table of the "
+        "results has these numbers.</p>"
     )
     return note + _scroll(lines)
 

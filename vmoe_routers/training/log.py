@@ -24,7 +24,7 @@ from vmoe_routers.training.evaluation import Evaluation
 
 LOG, EVALUATIONS = "log.csv", "evaluations.csv"
 SILENCE = 60.0
-"""Seconds between two lines of progress where output is no terminal."""
+"""Least number of seconds between two lines of progress without a terminal."""
 _COLUMNS = {LOG: {"step", "loss"}, EVALUATIONS: {"step", "loss", "top1"}}  # columns that are read
 
 
@@ -162,7 +162,7 @@ def _short(value: Any) -> Any:
 
 
 class Bar:
-    """Progress bar over the steps of a training. Without a terminal, a line per minute at most.
+    """Progress bar over the steps of a training on a terminal, and elsewhere a line of progress at most once a minute.
 
     Args:
         console: Console that shows the bar.
@@ -202,7 +202,9 @@ class Bar:
         if not self.console.is_terminal and time.monotonic() - self._told >= SILENCE:
             self._told = time.monotonic()
             task = self._progress.tasks[self._task]
-            self.console.print(f"step {task.completed:.0f} of {task.total:.0f}  {values}", highlight=False)
+            self.console.print(
+                f"step {task.completed:.0f} of {task.total:.0f}  {values}", highlight=False, soft_wrap=True
+            )
 
 
 class Board:

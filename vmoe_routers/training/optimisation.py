@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from vmoe_routers.fields import check_fields
+from vmoe_routers.inspect.record import plain_name
 from vmoe_routers.moe import MoEMlp
 from vmoe_routers.options import OptionError
 from vmoe_routers.training.schedules import SCHEDULES, learning_rate
@@ -210,7 +211,7 @@ def _parts(model: Any, trained: str) -> Iterator[nn.Module]:
 
 def parameter_groups(model: Any, o: Optimisation) -> list[dict[str, Any]]:
     """Groups the trained parameters by weight decay and by `lr_scale`, the factor of the learning rate."""
-    names = {_plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     named_plain = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     head = {id(p) for part in _parts(model, "head") for p in part.parameters()}
     scales = _layer_scales(model, o.layer_decay) if o.layer_decay < 1 else {}
@@ -229,18 +230,13 @@ def parameter_groups(model: Any, o: Optimisation) -> list[dict[str, Any]]:
     return [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
 
 
-def _plain_name(name: str) -> str:
-    """Removes the wrappers of torch.compile and activation checkpointing from the name of a parameter."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
 def _layer_scales(model: Any, decay: float) -> dict[str, float]:
     """Maps the name of a parameter to ``decay ** (layers above it)``, by timm's order of layers."""
     if not hasattr(model, "group_matcher"):
         raise OptionError(f"layer_decay needs a model of timm, got {type(model).__name__}", "layer_decay")
     layers: Any = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
-    return {_plain_name(name): decay ** (last - layer) for name, layer in layers.items()}
+    return {plain_name(name): decay ** (last - layer) for name, layer in layers.items()}
 
 
 def make_optimizer(model: nn.Module, o: Optimisation) -> torch.optim.Optimizer:
