@@ -208,7 +208,9 @@ def test_remarks_have_the_rank_correlation_of_means():
             made.append(record | {"transfer": {"data": "digits", "accuracy": 0.5 + 0.1 * place}})
     (order,) = [c for c in decide(made) if c.claim == "vi"]
     assert order.mean == pytest.approx(0.5)
-    assert remarks(made, decide(made), [])[-1].endswith("is +1.00, without a test. These means have less noise than single runs.")
+    assert remarks(made, decide(made), [])[-1].endswith(
+        "is +1.00, without a test. These means have less noise than single runs."
+    )
     assert all("vi" not in found for found in remarks(made[::2], [], []))  # one seed
 
 
