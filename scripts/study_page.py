@@ -12,7 +12,17 @@ from typing import NamedTuple
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
 from vmoe_routers.study.ablations import ABLATIONS, MAX_SEEDS, TOGETHER
-from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, POWER, Comparison, remarks, scale_of, text_of, verdicts
+from vmoe_routers.study.claims import (
+    CLAIMS,
+    MOST_SEEDS,
+    POWER,
+    Comparison,
+    deciding,
+    remarks,
+    scale_of,
+    text_of,
+    verdicts,
+)
 from vmoe_routers.study.folders import read_contents
 from vmoe_routers.study.orders import ORDERS, Condition, conditions, order_sentences, order_title
 from vmoe_routers.study.summary import MEASURES, Row, Run, Stat
@@ -105,9 +115,9 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
 def _short(claims: Sequence[Comparison], claims_by_loss: Sequence[Comparison], equal: Sequence[_Weights]) -> str:
     """Says which claims are decided, and how two routers compare with equal weights of the auxiliary losses."""
     lines, open_claims = [], []
+    mains = deciding(claims), deciding(claims_by_loss)
     for claim in CLAIMS:
-        found = [next((c for c in of if c.claim == claim), None) for of in (claims, claims_by_loss)]
-        judged = [main for main in found if main is not None and main.mean is not None]
+        judged = [of[claim] for of in mains if claim in of and of[claim].mean is not None]
         decided = [main for main in judged if main.verdict != "not resolved"]
         for main in decided:
             difference = format(scale_of(claim, main.measure) * main.mean, MEASURES[main.measure].form)
@@ -173,9 +183,9 @@ def _table(rows: Sequence[Row]) -> str:
 def _claims(found: Sequence[Comparison]) -> str:
     measure = MEASURES[found[0].measure]
     lines = ["| claim | verdict | mean | seeds |", "|---|---|---|---|"]
-    counted = verdicts(found)
+    counted, mains = verdicts(found), deciding(found)
     for claim in CLAIMS:
-        main = next((c for c in found if c.claim == claim), None)
+        main = mains.get(claim)
         if main is None and measure.name != "accuracy":
             continue
         text = text_of(claim, measure.name)

@@ -23,8 +23,8 @@ class AblationRow:
         seeds: Number of seeds.
         accuracy, loss: The final values.
         difference, loss_difference: Differences of accuracy and loss to the comparison's runs or to the runs of the
-            ablation's reference, taken seed by seed; None for a row of these
-            runs, or without a common seed.
+            ablation's reference, taken seed by seed; None for a row of these runs, or without a
+            common seed.
         dropped: Mean share of dropped tokens over seeds and layers; None for the dense ViT.
     """
 

@@ -155,7 +155,7 @@ def remarks(runs: Sequence[Run], by_accuracy: Sequence[Comparison], by_loss: Seq
         by_accuracy, by_loss: Their comparisons, from `decide`.
     """
     found = []
-    judged = _correct([*_first_of_claims(by_accuracy), *_first_of_claims(by_loss)])
+    judged = _correct([*deciding(by_accuracy).values(), *deciding(by_loss).values()])
     if any(comparison.p is not None for comparison in judged):
         decided = [f"({of.claim}) {of.verdict} by the {of.measure}" for of in judged if of.verdict != "not resolved"]
         words = f"the decided claims are: {'; '.join(decided)}" if decided else "no claim is decided"
@@ -172,9 +172,12 @@ def remarks(runs: Sequence[Run], by_accuracy: Sequence[Comparison], by_loss: Seq
     return found
 
 
-def _first_of_claims(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Returns the comparison that decides a claim, for every claim."""
-    return list({comparison.claim: comparison for comparison in reversed(comparisons)}.values())[::-1]
+def deciding(comparisons: Sequence[Comparison]) -> dict[str, Comparison]:
+    """Returns the comparison that decides a claim, by claim: the first one."""
+    found: dict[str, Comparison] = {}
+    for comparison in comparisons:
+        found.setdefault(comparison.claim, comparison)
+    return found
 
 
 def write_claims(comparisons: Sequence[Comparison], path: Path | str) -> None:
