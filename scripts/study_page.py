@@ -62,11 +62,11 @@ def page(folder: Path) -> str:
         "## The claims",
         CLAIMS_HEAD.format(power=100 * POWER),
         _claims(claims),
-        f"![Mean differences of all comparisons with their 95 % intervals]({where}/forest.png)",
         "### By the loss",
         "The next table judges the same claims by the loss on the test images, in nats. A negative mean supports a "
         "claim. The loss was added as a second measure when 120 runs were finished.",
         _claims(claims_by_loss),
+        f"![Mean differences in accuracy and loss of all comparisons, with their 95 % intervals]({where}/forest.png)",
         *remarks(runs, claims, claims_by_loss),
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",

@@ -6,6 +6,7 @@ import pytest
 from records import run, study, variant
 
 from vmoe_routers.study import figures, plots
+from vmoe_routers.study.claims import text_of
 from vmoe_routers.study.summary import summarise
 
 
@@ -134,15 +135,35 @@ def test_the_front_has_the_points_that_no_point_beats():
     assert plots.front(points, "lower") == [(1.0, 0.7)]
 
 
-def test_forest_draws_every_comparison():
-    runs = study(seeds=3, transfer=True)
-    data = figures.forest_data(runs)
-    figure = plots.paint_forest(data)
-    for ax, claim in zip(figure.axes, dict.fromkeys(point["claim"] for point in data), strict=True):
-        for point in (point for point in data if point["claim"] == claim):
-            scale = 1 if claim == "vi" else 100
-            assert drawn(ax, f"{claim}: {point['what']}")[0] == [scale * point["mean"]]
+def test_forest_draws_every_comparison_by_both_measures():
+    data = figures.forest_data(study(seeds=3, transfer=True))
+    panels = {ax.get_title(loc="left").replace("\n", " "): ax for ax in plots.paint_forest(data).axes}
+    claims = {(point["claim"], point["measure"]) for point in data}
+    assert len(panels) == len(claims) and ("vi", "loss") not in claims
+    for point in data:
+        claim, measure = point["claim"], point["measure"]
+        ax = panels[f"({claim}) {text_of(claim, measure)}"]
+        scale = 1 if claim == "vi" or measure == "loss" else 100
+        x, y = drawn(ax, f"{claim}, {measure}: {point['what']}")
+        assert x == [scale * point["mean"]]
+        left = panels[f"({claim}) {text_of(claim)}"]  # has the labels of the row
+        assert left.get_yticklabels()[y[0]].get_text() == point["what"] and ax.get_ylim() == left.get_ylim()
+        low, high = ax.get_xlim()
+        assert (low > high) == (measure == "loss")  # to the right is better
+        assert min(low, high) <= scale * point["low"] <= scale * point["high"] <= max(low, high)
     assert figures.forest_data(study(seeds=1)) == []
+
+
+def test_forest_puts_a_comparison_with_an_interval_for_the_loss_only_in_its_row():
+    runs = study(seeds=2)
+    for run_ in runs:
+        run_["final"]["accuracy"] = 0.5 + 0.1 * (run_["variant"]["router"] is None)  # no spread: no interval
+    data = figures.forest_data(runs)
+    assert {point["measure"] for point in data if point["claim"] == "i"} == {"loss"}
+    labels = [point["what"] for point in data if point["claim"] == "i"]
+    panels = [ax for ax in plots.paint_forest(data).axes if ax.get_title(loc="left").startswith("(i) ")]
+    assert [tick.get_text() for tick in panels[0].get_yticklabels()] == labels
+    assert [len(ax.lines) for ax in panels] == [1, 1 + 2 * len(labels)]  # the line at 0, intervals and marks
 
 
 def test_ablations_draw_every_value():

@@ -118,6 +118,11 @@ def test_the_best_model_is_one_with_all_seeds():
     assert report.findings(dense + soft)[0].startswith("Lowest mean loss: Dense ViT")
 
 
+def test_findings_say_if_only_ablations_are_finished():
+    changed = variant("soft") | {"name": "x", "ablation": "soft_scale", "arm": "1"}
+    assert report.findings([run(changed)]) == ["No run of the comparison is finished."]
+
+
 def test_findings_are_short():
     said = report.findings(study(seeds=5, capacities=(0.5, 1.0, 2.0)))
     assert max(map(len, said)) < 450 and any(re.search(r" and \d+ more\.", sentence) for sentence in said)

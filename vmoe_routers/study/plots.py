@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, scale_of
+from vmoe_routers.study.claims import scale_of, text_of
 from vmoe_routers.study.styles import style
 
 Data = list[dict[str, Any]]
@@ -254,46 +255,62 @@ def _draw_load(ax: Axes, name: str, blocks: dict[int, Data]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+_DIFFERENCES = {"accuracy": "difference in accuracy (points)", "loss": "difference in loss (nats), reversed axis"}
+
+
 def paint_forest(data: Data) -> Figure:
-    """Draws the difference of every comparison with its interval, grouped by claim."""
-    claims = list(dict.fromkeys(point["claim"] for point in data))
-    counts = [sum(point["claim"] == claim for point in data) for claim in claims]
-    figure = _figure(9.0, 0.8 + 0.27 * sum(counts) + 0.62 * len(claims))
-    grid = figure.subplots(len(claims), 1, squeeze=False, height_ratios=[count + 0.6 for count in counts])[:, 0]
-    differences = [ax for ax, claim in zip(grid, claims, strict=True) if claim != "vi"]
-    for ax in differences[1:]:
-        ax.sharex(differences[0])
-    for ax, claim in zip(grid, claims, strict=True):
-        points = [point for point in data if point["claim"] == claim]
-        scale = scale_of(claim)
-        for place, point in enumerate(points):
-            color, clear = style(point["router"]).color, point["verdict"] != "not resolved"
-            ax.plot([scale * point["low"], scale * point["high"]], [place, place], color=color, linewidth=1.6)
-            face = color if clear else "white"
-            ax.plot(
-                [scale * point["mean"]],
-                [place],
-                "o",
-                color=color,
-                markerfacecolor=face,
-                gid=f"{claim}: {point['what']}",
-            )
-        ax.axvline(0.0, color="#222222", linewidth=0.8, zorder=0)
-        ax.set_yticks(range(len(points)), [point["what"] for point in points], fontsize=8, parse_math=False)
-        ax.set_ylim(len(points) - 0.5, -0.5)
-        ax.set_title(textwrap.fill(f"({claim}) {CLAIMS[claim]}", 76), fontsize=9, loc="left", parse_math=False)
-        ax.grid(axis="x", **_GRID)
-        ax.set_axisbelow(True)
-        ax.tick_params(axis="y", length=0)
-        ax.tick_params(axis="x", labelsize=8)
-        ax.spines[["top", "right", "left"]].set_visible(False)
-        if claim == "vi":
-            ax.set_xlabel("rank correlation", fontsize=8)
-        elif ax is differences[-1]:
-            ax.set_xlabel("difference in accuracy (points)", fontsize=8)
-        else:
-            ax.tick_params(axis="x", labelbottom=False)
+    """Draws the differences of every comparison with their intervals: a row per claim, a column per measure.
+
+    The axis of the loss is reversed, so that a mark on the right supports the claim in both columns.
+    """
+    measures = list(dict.fromkeys(point["measure"] for point in data))
+    rows: dict[str, list[str]] = {}  # the comparisons of each claim, from top to bottom
+    for point in data:
+        whats = rows.setdefault(point["claim"], [])
+        if point["what"] not in whats:
+            whats.append(point["what"])
+    heights = [len(whats) + 0.6 for whats in rows.values()]
+    figure = _figure(3.5 + 4.0 * len(measures), 0.8 + 0.27 * sum(map(len, rows.values())) + 0.66 * len(rows))
+    grid = figure.subplots(len(rows), len(measures), squeeze=False, sharey="row", height_ratios=heights)
+    for measure, column in zip(measures, grid.T, strict=True):
+        last: Axes | None = None  # the lowest panel with differences; claim vi has correlations
+        for ax, (claim, whats) in zip(column, rows.items(), strict=True):
+            points = [point for point in data if (point["claim"], point["measure"]) == (claim, measure)]
+            if not points and measure != measures[0]:  # the first column has the labels of the row
+                ax.remove()
+                continue
+            if claim != "vi" and last is not None:
+                ax.sharex(last)  # before drawing, which then fits the shared limits
+                last.tick_params(axis="x", labelbottom=False)
+            _draw_comparisons(ax, points, whats, f"({claim}) {text_of(claim, measure)}", scale_of(claim, measure))
+            if claim == "vi":
+                ax.set_xlabel("rank correlation", fontsize=8)
+            else:
+                last = ax
+        if last is not None:
+            last.set_xlabel(_DIFFERENCES[measure], fontsize=8)
+            if measure == "loss":
+                last.invert_xaxis()
     return figure
+
+
+def _draw_comparisons(ax: Axes, points: Data, whats: Sequence[str], claim: str, scale: float) -> None:
+    """Draws the comparisons of one claim by one measure, each in the row of its two variants."""
+    for point in points:
+        color, place = style(point["router"]).color, whats.index(point["what"])
+        ax.plot([scale * point["low"], scale * point["high"]], [place, place], color=color, linewidth=1.6)
+        face = "white" if point["verdict"] == "not resolved" else color
+        gid = f"{point['claim']}, {point['measure']}: {point['what']}"
+        ax.plot([scale * point["mean"]], [place], "o", color=color, markerfacecolor=face, gid=gid)
+    ax.axvline(0.0, color="#222222", linewidth=0.8, zorder=0)
+    ax.set_yticks(range(len(whats)), whats, fontsize=8, parse_math=False)
+    ax.set_ylim(len(whats) - 0.5, -0.5)
+    ax.set_title(textwrap.fill(claim, 56), fontsize=9, loc="left", parse_math=False)
+    ax.grid(axis="x", **_GRID)
+    ax.set_axisbelow(True)
+    ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="x", labelsize=8)
+    ax.spines[["top", "right", "left"]].set_visible(False)
 
 
 def paint_ablations(data: Data) -> Figure:

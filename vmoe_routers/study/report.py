@@ -71,6 +71,7 @@ svg { display: block; margin-left: auto; }
 }
 """
 
+NO_RUN = "No run of the comparison is finished."
 ONE_SEED = "One seed does not show how much of a difference is chance. Run more seeds (--seeds) to find out."
 
 _READING = """
@@ -184,7 +185,10 @@ def findings(runs: Sequence[Run], chance: float | None = None) -> list[str]:
 
     Models whose accuracy is at most `chance` come first.
     """
-    rows = [row for row in summarise(runs) if math.isfinite(row.loss.mean)]
+    every = summarise(runs)
+    if not every:
+        return [NO_RUN]
+    rows = [row for row in every if math.isfinite(row.loss.mean)]
     if not rows:
         return ["No run has a finite loss."]
     # A mean over fewer seeds may be lower only because of its seeds.

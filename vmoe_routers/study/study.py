@@ -237,8 +237,11 @@ def _write(
     from vmoe_routers.study import report  # imports matplotlib, which workers do not need
 
     rows = summarise(records)
-    print_table(rows, console)
-    if all(row.seeds == 1 for row in rows):
+    if rows:
+        print_table(rows, console)
+    if not rows:
+        console.print(report.NO_RUN, highlight=False, soft_wrap=True)
+    elif all(row.seeds == 1 for row in rows):
         console.print(report.ONE_SEED, highlight=False, soft_wrap=True)
     else:
         _print_verdicts(records, console)
