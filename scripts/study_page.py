@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
-from vmoe_routers.study.ablations import ABLATIONS, MAX_SEEDS, TOGETHER
+from vmoe_routers.study.ablations import ABLATIONS, TOGETHER
 from vmoe_routers.study.claims import (
     CLAIMS,
     MOST_SEEDS,
@@ -88,6 +88,7 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     machines = ", ".join(sorted({run["machine"]["CPU"] for run in runs}))
     comparison = sum(row.seeds for row in rows)
+    of_ablations = max((row.seeds for row in ablation_rows(runs)), default=0)
     if len(runs) == planned:
         finished = f"all {planned}"
     elif len(seeds) == 1 and len(runs) > comparison:  # ablations run last
@@ -104,7 +105,7 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
         f"| finished runs | {finished} |",
         "|---|---|",
         f"| models | a dense ViT, and {len(rows) - 1} variants of the six routers |",
-        f"| seeds per model | {count}{f'; at most {MAX_SEEDS} in an ablation' if len(runs) > comparison else ''} |",
+        f"| seeds per model | {count}{f'; at most {of_ablations} in an ablation' if of_ablations else ''} |",
         f"| date | {when} |",
         f"| processor | {machines} |",
         "| command | `vmoe-routers study --recipe fashion` |",

@@ -98,6 +98,11 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     with open(settings.output / "table.csv", newline="", encoding="utf-8") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["dense", "soft-c0.5", "soft-c1"]
 
+    # With another first seed, it finds the records of the seeds that both studies have.
+    run_study(replace(settings, routers=["soft"], first_seed=1), silent())
+    assert here.done == [(variant, 2) for variant in variants(replace(settings, routers=["soft"]))]
+    here.done = []
+
     # With another router, only its models are trained, and the steps of all models are timed again.
     more = replace(settings, routers=["soft", "sinkhorn_expert_choice"], seeds=1)
     run_study(more, silent())
@@ -148,10 +153,13 @@ def test_a_killed_worker_is_told_in_words(tmp_path, monkeypatch):
 
 def test_ablations_are_run_last_and_reported(tmp_path, here):
     settings = replace(
-        TINY, routers=["soft"], capacity_factors=[1.0], seeds=1, ablations=["soft_scale"], output=tmp_path
-    )
+        TINY, routers=["soft"], capacity_factors=[1.0], seeds=2, first_seed=3, ablation_seeds=1,
+        ablations=["soft_scale"], output=tmp_path,
+    )  # fmt: skip
     path = run_study(settings, silent())
-    assert [done if done == "timing" else done[0].arm for done in here.done] == [None, None, "1", "4", "timing"]
+    assert here.done.pop() == "timing"
+    runs = [(variant.arm, seed) for variant, seed in here.done]
+    assert runs == [(None, 3), (None, 3), (None, 4), (None, 4), ("1", 3), ("4", 3)]
     assert "initial scale of Soft MoE" in path.read_text(encoding="utf-8")
     here.done = []
     run_study(settings, silent())
@@ -197,6 +205,8 @@ def test_refuses_before_anything_is_run(tmp_path, here, changes, words):
     ({"batch_size": 30, "group_size": 8}, "batch_size 30 must be a multiple of group_size 8"),
     ({"group_size": 0}, "group_size"),
     ({"seeds": 0}, "seeds must be at least 1 and at most 10000, got 0"),
+    ({"ablation_seeds": 0}, "ablation_seeds must be at least 1 and at most 10000, got 0"),
+    ({"first_seed": -1}, "first_seed must be at least 0 and at most 2147483647, got -1"),
     ({"epochs": -1}, "epochs must be at least 1"),
     ({"max_images": 0}, "max_images must be at least 1"),
     ({"image_size": -8}, "image_size must be at least 1"),

@@ -8,9 +8,6 @@ from typing import Any
 
 from vmoe_routers.routers import ROUTERS
 
-MAX_SEEDS = 3
-"""Seeds of an ablation, at most."""
-
 
 @dataclass(frozen=True)
 class Arm:

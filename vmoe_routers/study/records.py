@@ -56,7 +56,8 @@ def fingerprint(data: StudyData, transfer: StudyData | None) -> str:
 
 # Settings on which no single run depends. The fingerprint covers the images, so the place of the data does not matter.
 _OF_STUDY = ("output", "routers", "top_k", "capacity_factors", "plan_combine", "batch_priority", "ablations", "seeds")
-_OF_STUDY += ("workers", "data_workers", "stream", "save_models", "learning_rates", "data", "transfer_data")
+_OF_STUDY += ("first_seed", "ablation_seeds", "workers", "data_workers", "stream", "save_models", "learning_rates")
+_OF_STUDY += ("data", "transfer_data")
 
 
 def of_run(settings: Settings, variant: Variant) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vmoe_routers.training.transforms import Augmentation
 MOST_BLOCKS = 1_000_000  # blocks that are listed to check `moe_blocks`; no machine holds more
 _MAX = (1 << 31) - 1
 _LIMITS = {
-    "seeds": 10_000,
+    **dict.fromkeys(("seeds", "ablation_seeds"), 10_000),
     "epochs": 1_000_000,
     **dict.fromkeys(("batch_size", "image_size", "max_images", "patch_size", "width", "depth", "heads"), _MAX),
     **dict.fromkeys(("num_experts", "group_size"), _MAX),
@@ -41,8 +41,10 @@ class Settings:
         capacity_factors: slots of all experts per token (Token Choice: times K), a list to compare.
         plan_combine: whether Sinkhorn Token Choice also runs with the plan's entries as weights.
         batch_priority: whether Softmax Token Choice also runs with batch priority.
-        ablations: names of ablations, which run after the comparison with at most three seeds.
+        ablations: names of ablations, which run after the comparison.
         seeds: number of seeds. Every seed has its own initialisation, data order and noise.
+        first_seed: the first seed. Studies of different seeds are independent, except for their images.
+        ablation_seeds: number of seeds of an ablation, at most. An ablation has the first seeds of the comparison.
         holdout: training images that no model trains on: the last ones, or evenly spaced ones if the images are
             sorted by class. Curves are measured on these images. The test images are measured once, after the last
             epoch. With 0, curves are measured on the test images.
@@ -84,6 +86,8 @@ class Settings:
     batch_priority: bool = False
     ablations: list[str] = field(default_factory=list)
     seeds: int = 3
+    first_seed: int = 0
+    ablation_seeds: int = 3
     holdout: int = 0
     choosing: bool = False
     epochs: int = 20
@@ -116,7 +120,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise OptionError(f"{name} must be at least 1 and at most {most}, got {value}", name)
-        for name, most in (("shift", _MAX), ("holdout", _MAX), ("workers", _MAX), ("data_workers", MOST_WORKERS)):
+        at_least_0 = dict.fromkeys(("first_seed", "shift", "holdout", "workers"), _MAX) | {"data_workers": MOST_WORKERS}
+        for name, most in at_least_0.items():
             if not 0 <= getattr(self, name) <= most:
                 raise OptionError(f"{name} must be at least 0 and at most {most}, got {getattr(self, name)}", name)
         if not math.isfinite(self.scale_init):

@@ -15,7 +15,6 @@ from torch import nn
 from vmoe_routers.files import make_output
 from vmoe_routers.models.cost import cost
 from vmoe_routers.options import OptionError
-from vmoe_routers.study.ablations import MAX_SEEDS
 from vmoe_routers.study.claims import CLAIMS, decide, verdicts
 from vmoe_routers.study.columns import print_table, write_csv
 from vmoe_routers.study.execution import run_all
@@ -63,8 +62,9 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
     make_output(settings.output)  # before the runs, so that a failure comes early
     inputs = fingerprint(data, transfer)
     # Seed by seed, so that an interrupted study has runs of every variant to compare. Ablations come last.
-    runs = [(variant, seed) for seed in range(settings.seeds) for variant in found]
-    runs += [(variant, seed) for seed in range(min(settings.seeds, MAX_SEEDS)) for variant in of_ablations]
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    runs = [(variant, seed) for seed in seeds for variant in found]
+    runs += [(variant, seed) for seed in seeds[: settings.ablation_seeds] for variant in of_ablations]
     jobs = [Job(variant, seed, run_path(settings, inputs, variant, seed)) for variant, seed in runs]
     timing = Timing(found, timing_path(settings, inputs, found))
     write_contents(settings, data, jobs, timing)
