@@ -8,21 +8,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
-from vmoe_routers.study.ablations import ABLATIONS, TOGETHER
+from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.claims import (
     CLAIMS,
-    MOST_SEEDS,
-    POWER,
-    Comparison,
     deciding,
     remarks,
     scale_of,
     text_of,
     verdicts,
 )
+from vmoe_routers.study.comparisons import MOST_SEEDS, POWER, Comparison
+from vmoe_routers.study.equal_losses import EqualLosses, equal_losses, verdict_of
 from vmoe_routers.study.folders import read_contents
 from vmoe_routers.study.orders import ORDERS, Condition, conditions, order_sentences, order_title
 from vmoe_routers.study.summary import MEASURES, Row, Run, Stat
@@ -30,6 +28,7 @@ from vmoe_routers.study.variants import base_variant
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "2026-11-29-fashion"
+REPLICATION = ROOT / "results" / "2026-11-29-fashion_equal_losses"
 PAGE = ROOT / "docs" / "study_results.md"
 CLAIMS_HEAD = """A claim has one or more comparisons of two models. The mean over the comparisons of a seed, tested over
 all seeds, decides the claim.
@@ -50,13 +49,14 @@ def page(folder: Path) -> str:
     planned, rows = len(set(contents["runs"])), summarise(runs)
     claims, claims_by_loss = decide(runs), decide(runs, "loss")
     orders, orders_by_loss = conditions(runs), conditions(runs, "loss")
-    equal = _at_equal_weights(orders, orders_by_loss)
+    equal = equal_losses(runs)
+    again = equal_losses(read_runs(REPLICATION)) if folder == RESULTS and REPLICATION.is_dir() else []
     where = f"../results/{folder.name}"
     parts = [
         "# Results on Fashion-MNIST",
         _lead(runs, rows, planned),
         "## In short",
-        _short(claims, claims_by_loss, equal),
+        _short(claims, claims_by_loss, equal, again),
         "## The models with capacity factor 1",
         _table(rows),
         "## The claims",
@@ -71,7 +71,7 @@ def page(folder: Path) -> str:
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
         *_ablations(runs, where),
-        *_equal_losses(equal),
+        *_equal_losses(equal, _of_defaults(orders, orders_by_loss), again),
         *_orders(orders, orders_by_loss),
         "## Limits",
         _limits(contents["settings"], runs),
@@ -113,7 +113,12 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     return "\n".join(lines)
 
 
-def _short(claims: Sequence[Comparison], claims_by_loss: Sequence[Comparison], equal: Sequence[_Weights]) -> str:
+def _short(
+    claims: Sequence[Comparison],
+    claims_by_loss: Sequence[Comparison],
+    equal: Sequence[EqualLosses],
+    again: Sequence[EqualLosses],
+) -> str:
     """Says which claims are decided, and how two routers compare with equal weights of the auxiliary losses."""
     lines, open_claims = [], []
     mains = deciding(claims), deciding(claims_by_loss)
@@ -135,10 +140,10 @@ def _short(claims: Sequence[Comparison], claims_by_loss: Sequence[Comparison], e
     lines.append("- The loss was added as a second measure after results were seen ([protocol](study.md#claims)).")
     if equal:
         shown = {
-            measure: ", ".join(
-                f"{_difference(getattr(of, measure), measure)} (weight {of.weight})" for of in equal if of.is_equal
+            of.test.measure: ", ".join(
+                f"{_difference(value, of.test.measure)} (weight {weight})" for weight, value in of.weights.items()
             )
-            for measure in ("accuracy", "loss")
+            for of in equal
         }
         lines.append(
             "- By default, Softmax Token Choice has two auxiliary losses (importance and load, weight 0.005 each), and "
@@ -146,6 +151,11 @@ def _short(claims: Sequence[Comparison], claims_by_loss: Sequence[Comparison], e
             f"Choice minus Softmax Token Choice is {shown['accuracy']} in points of accuracy, and {shown['loss']} in "
             "nats of loss. A difference is bold if its 95 % interval excludes 0, without a correction. This comparison "
             "was added after results were seen, and is no claim."
+        )
+    if again:
+        lines.append(
+            f"- The comparison was repeated with other seeds. {verdict_of(again)} The test was fixed before "
+            "its runs ([replication](study.md#replication))."
         )
     return "\n".join(lines)
 
@@ -239,53 +249,53 @@ def _difference(value: Stat | None, measure: str) -> str:
     return f"**{text}**" if value.is_clear() else text
 
 
-class _Weights(NamedTuple):
-    """Softmax Expert Choice minus Softmax Token Choice by the weights of the auxiliary losses, at capacity factor 1."""
+def _equal_losses(equal: Sequence[EqualLosses], defaults: Sequence[Stat], again: Sequence[EqualLosses]) -> list[str]:
+    """Makes the tables of Softmax Expert Choice minus Softmax Token Choice by the weights of the auxiliary losses.
 
-    weight: str
-    is_equal: bool
-    accuracy: Stat
-    loss: Stat
-
-
-def _at_equal_weights(orders: Sequence[Condition], orders_by_loss: Sequence[Condition]) -> list[_Weights]:
-    """Finds the conditions in which both routers have equal weights, and the condition of the defaults."""
-    expert, token = (ABLATIONS[name].title for name in ("aux_loss", "aux_loss_token_choice"))
-    (both,) = TOGETHER
-    keys = {  # weight in the page: condition
-        "0": (token, "0"),  # the default of Expert Choice
-        "0.005": (expert, "0.005"),  # the default of Token Choice
-        "0.05": (both, "0.05"),
-        "0.005 in Token Choice, 0 in Expert Choice": ("capacity factor", "1"),
-    }
-    pair = ORDERS[0]
-    by_accuracy, by_loss = (
-        {(of.title, of.value): of.differences for of in all_of} for all_of in (orders, orders_by_loss)
-    )
-    found = [
-        _Weights(weight, key[0] != "capacity factor", by_accuracy[key][pair], by_loss[key][pair])
-        for weight, key in keys.items()
-        if pair in by_accuracy.get(key, {}) and pair in by_loss.get(key, {})
-    ]
-    return found if any(of.is_equal for of in found) else []
-
-
-def _equal_losses(equal: Sequence[_Weights]) -> list[str]:
+    Args:
+        equal: The comparison at equal weights.
+        defaults: The difference of every measure with the default weights.
+        again: The comparison at equal weights, with other seeds.
+    """
     if not equal:
         return []
+    title = "Softmax Expert Choice and Softmax Token Choice with equal weights of the auxiliary losses"
     lines = [
         "The table has Softmax Expert Choice minus Softmax Token Choice at capacity factor 1 and K = 1. The auxiliary "
         "losses are importance and load. The last row has the defaults. A difference is bold if its 95 % interval "
         "excludes 0, without a correction.",
         "",
-        "| weight in both routers | seeds | accuracy, points | loss, nats |",
-        "|---|---|---|---|",
+        *_weights(equal),
+        f"| 0.005 in Token Choice, 0 in Expert Choice | {_cells(defaults)} |",
     ]
-    for of in equal:
-        cells = [of.weight, str(of.accuracy.count), _difference(of.accuracy, "accuracy"), _difference(of.loss, "loss")]
-        lines.append(f"| {' | '.join(cells)} |")
-    title = "Softmax Expert Choice and Softmax Token Choice with equal weights of the auxiliary losses"
+    if again:
+        lines += [
+            "",
+            "These results suggested their own test. So the comparison was repeated with other seeds. The test was "
+            f"fixed before these runs ([replication](study.md#replication)). {verdict_of(again)}",
+            "",
+            *_weights(again),
+            "",
+            f"The records are in `results/{REPLICATION.name}`.",
+        ]
     return [f"### {title}", "\n".join(lines)]
+
+
+def _of_defaults(*orders: Sequence[Condition]) -> list[Stat]:
+    """Finds Softmax Expert Choice minus Softmax Token Choice at capacity factor 1, by every measure."""
+    at_1 = (of for by in orders for of in by if (of.title, of.value) == ("capacity factor", "1"))
+    return [of.differences[ORDERS[0]] for of in at_1 if ORDERS[0] in of.differences]
+
+
+def _weights(equal: Sequence[EqualLosses]) -> list[str]:
+    rows = [f"| {weight} | {_cells([of.weights[weight] for of in equal])} |" for weight in equal[0].weights]
+    return ["| weight in both routers | seeds | accuracy, points | loss, nats |", "|---|---|---|---|", *rows]
+
+
+def _cells(differences: Sequence[Stat]) -> str:
+    """Formats the cells of the seeds and of the differences by every measure."""
+    shown = [_difference(value, measure) for value, measure in zip(differences, MEASURES, strict=True)]
+    return " | ".join([str(differences[0].count), *shown])
 
 
 def _orders(found: Sequence[Condition], by_loss: Sequence[Condition]) -> list[str]:

@@ -115,3 +115,27 @@ def _layer(block: int, own: random.Random, experts: int, variant: dict) -> dict:
 
 def study(seeds: int = 3, transfer: bool = False, capacities: tuple[float, ...] = (1.0,)) -> list[dict]:
     return [run(v, seed, transfer=transfer) for v in variants(capacities) for seed in range(seeds)]
+
+
+# The loss by router and weight of the auxiliary losses. The comparison has the runs of a router's default weight.
+_LOSSES = {
+    ("softmax_expert_choice", "aux_loss", "0"): {"0": 0.60, "0.005": 0.57, "0.05": 0.54},
+    ("softmax_token_choice", "aux_loss_token_choice", "0.005"): {"0": 0.61, "0.005": 0.58, "0.05": 0.56},
+}
+NOISE = [0.0001, -0.0002, 0.0003, 0.0]
+"""Noise on the loss of Softmax Token Choice in `at_weights`, by seed."""
+
+
+def at_weights(seeds: int = 4) -> list[dict[str, Any]]:
+    """Makes runs of Softmax Expert Choice and Token Choice at all weights of the auxiliary losses."""
+    made = []
+    for seed in range(seeds):
+        for (router, ablation, default), losses in _LOSSES.items():
+            base = variant(router, 1 if router == "softmax_token_choice" else None)
+            for weight, loss in losses.items():
+                changed = {"name": f"{base['name']}-{weight}", "ablation": ablation, "arm": weight}
+                record = run(base | ({} if weight == default else changed), seed)
+                noise = NOISE[seed] * (router == "softmax_token_choice")
+                record["final"] |= {"loss": loss + noise, "accuracy": 0.75 + 10 * noise}
+                made.append(record)
+    return made

@@ -8,7 +8,8 @@ import pytest
 from records import run, study, variant
 from scipy.stats import nct, t, ttest_rel
 
-from vmoe_routers.study.claims import CLAIMS, POWER, decide, power, remarks, verdicts, write_claims
+from vmoe_routers.study.claims import CLAIMS, decide, remarks, verdicts, write_claims
+from vmoe_routers.study.comparisons import POWER, power
 
 SEEDS = range(5)
 NOISE = (0.001, -0.002, 0.0005, 0.0015, -0.001)

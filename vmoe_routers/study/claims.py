@@ -15,27 +15,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-from scipy.special import gammaincinv, ndtr, stdtr, stdtrit
-
 from vmoe_routers.files import write_csv
 from vmoe_routers.routers import ROUTERS
+from vmoe_routers.study.comparisons import Comparison, Pair, correct, mean_of, paired_test
 from vmoe_routers.study.styles import short_label, style
 from vmoe_routers.study.summary import MEASURES, Measure, Run, accuracy, by_variant, step_ratios
 from vmoe_routers.study.variants import base_variant
 
-LEVEL = 0.05
 TOLERANCE = 0.15
-MOST_SEEDS = 1000
-POWER = 0.8
-_ROUNDING = 1e-12  # differences of accuracy this small come from rounding
-Verdict = Literal["supported", "contradicted", "not resolved"]
 
 CLAIMS: dict[str, str] = {
     "i": "A router is more accurate than the dense ViT at equal FLOPs.",
@@ -62,68 +54,19 @@ def text_of(claim: str, measure: str = "accuracy") -> str:
     return CLAIMS[claim].replace(MEASURES["accuracy"].better, MEASURES[measure].better)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Comparison of a claim. Differences of accuracy are in [-1, 1]. Claim vi has rank correlations instead.
-
-    Attributes:
-        claim: Key of `CLAIMS`.
-        measure: Key of `MEASURES`: the result that is compared.
-        what: The two variants.
-        router: The router that the claim is about, for colours.
-        seeds: Number of paired seeds.
-        mean: Mean difference; None if the variants cannot be compared.
-        low, high: 95 % interval of the mean by Student's t; None for a single seed, and if all seeds have the same
-            difference other than 0, because a t-test needs a spread.
-        p, p_holm: Two-sided p-value of the paired t-test, without and with Holm's correction; 1 if all differences are
-            0, None where the interval is None.
-        needed: Seeds with which a new study resolves a true difference of this size and spread with the probability
-            `POWER`, at the significance level divided by the number of claims, or of single comparisons. None: more
-            than `MOST_SEEDS`, or no p-value.
-        verdict: The result at the 5 % level after Holm's correction.
-        reason: Why the variants cannot be compared.
-        is_mean: Whether this is the mean of the claim's comparisons, seed by seed.
-    """
-
-    claim: str
-    measure: str
-    what: str
-    router: str | None
-    seeds: int = 0
-    mean: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    needed: int | None = None
-    verdict: Verdict = "not resolved"
-    reason: str = ""
-    is_mean: bool = False
-
-
 def decide(runs: Sequence[Run], measure: Literal["accuracy", "loss"] = "accuracy") -> list[Comparison]:
     """Compares the variants of a study for every claim, in the order of `CLAIMS`.
 
     The first comparison of a claim is the mean of its comparisons, if there are two or more. Claim vi is about accuracy
     alone.
     """
-    pairs: dict[str, list[_Pair]] = {}
+    pairs: dict[str, list[Pair]] = {}
     for claim, pair in _pairs(_Study(runs), MEASURES[measure]):
         pairs.setdefault(claim, []).append(pair)
-    means = [_compare(claim, measure, _mean(of) if len(of) > 1 else of[0]) for claim, of in pairs.items()]
-    single = [_compare(claim, measure, pair) for claim, of in pairs.items() if len(of) > 1 for pair in of]
-    judged = _correct(means) + _correct(single)
+    means = [paired_test(claim, measure, mean_of(of) if len(of) > 1 else of[0]) for claim, of in pairs.items()]
+    single = [paired_test(claim, measure, pair) for claim, of in pairs.items() if len(of) > 1 for pair in of]
+    judged = correct(means) + correct(single)
     return [found for claim in pairs for found in judged if found.claim == claim]
-
-
-def _correct(made: Sequence[Comparison]) -> list[Comparison]:
-    """Judges comparisons with Holm's correction for their number."""
-    tested = sorted((found for found in made if found.p is not None), key=lambda found: found.p or 0.0)
-    adjusted, largest = {}, 0.0
-    for place, found in enumerate(tested):
-        largest = max(largest, min(1.0, (found.p or 0.0) * (len(tested) - place)))
-        adjusted[id(found)] = largest
-    return [_judge(found, adjusted.get(id(found)), len(tested)) for found in made]
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> dict[str, str]:
@@ -155,7 +98,7 @@ def remarks(runs: Sequence[Run], by_accuracy: Sequence[Comparison], by_loss: Seq
         by_accuracy, by_loss: Their comparisons, from `decide`.
     """
     found = []
-    judged = _correct([*deciding(by_accuracy).values(), *deciding(by_loss).values()])
+    judged = correct([*deciding(by_accuracy).values(), *deciding(by_loss).values()])
     if any(comparison.p is not None for comparison in judged):
         decided = [f"({of.claim}) {of.verdict} by the {of.measure}" for of in judged if of.verdict != "not resolved"]
         words = f"the decided claims are: {'; '.join(decided)}" if decided else "no claim is decided"
@@ -183,89 +126,6 @@ def deciding(comparisons: Sequence[Comparison]) -> dict[str, Comparison]:
 def write_claims(comparisons: Sequence[Comparison], path: Path | str) -> None:
     """Writes the comparisons as CSV, in full precision. A missing value is empty."""
     write_csv(Path(path), list(map(asdict, comparisons)), [column.name for column in fields(Comparison)])
-
-
-def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:
-    if p_holm is None or found.mean is None:
-        return found
-    verdict: Verdict = "not resolved"
-    if p_holm < LEVEL:
-        verdict = "supported" if found.mean * MEASURES[found.measure].sign > 0 else "contradicted"
-    half = (found.high or 0.0) - found.mean
-    error = half / float(stdtrit(found.seeds - 1, 1 - LEVEL / 2))
-    return replace(
-        found,
-        p_holm=p_holm,
-        verdict=verdict,
-        needed=_needed(found.mean, error * math.sqrt(found.seeds), LEVEL / tests),
-    )
-
-
-def _needed(mean: float, deviation: float, level: float) -> int | None:
-    if mean == 0:
-        return None
-    counts = range(2, MOST_SEEDS + 1)
-    place = bisect_left(counts, POWER, key=lambda count: power(abs(mean) / deviation, count, level))
-    return counts[place] if place < len(counts) else None
-
-
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
-
-
-def power(effect: float, seeds: int, level: float = LEVEL) -> float:
-    """Computes the probability that a two-sided paired t-test resolves a difference.
-
-    Args:
-        effect: The true mean difference, in standard deviations of a difference.
-        seeds: The number of pairs, at least 2.
-        level: The significance level.
-    """
-    degrees, shift = seeds - 1, effect * math.sqrt(seeds)
-    # The mean over the distribution of the sample deviation, by its quantiles. The probability given the sample
-    # deviation is normal. scipy's noncentral t distribution returns NaN for some large effects.
-    deviations = np.sqrt(2 * gammaincinv(degrees / 2, (1 + _NODES) / 2) / degrees)
-    bounds = stdtrit(degrees, 1 - level / 2) * deviations
-    return float(_WEIGHTS @ (ndtr(shift - bounds) + ndtr(-shift - bounds)) / 2)
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Values of two variants by seed, or the reason why there are none."""
-
-    what: str
-    router: str | None
-    differences: Mapping[int, float]
-    reason: str = ""
-    is_mean: bool = False
-
-
-def _mean(pairs: Sequence[_Pair]) -> _Pair:
-    """Takes the mean of the pairs that can be compared, for every seed that all of them have."""
-    reasons = {pair.reason for pair in pairs}
-    pairs = [pair for pair in pairs if pair.differences]
-    seeds = sorted(set.intersection(*(set(pair.differences) for pair in pairs))) if pairs else []
-    differences = {seed: statistics.fmean(pair.differences[seed] for pair in pairs) for seed in seeds}
-    reason = "" if pairs else reasons.pop() if len(reasons) == 1 else "no comparison is possible"
-    return _Pair(f"mean of {len(pairs)} comparisons", None, differences, reason, is_mean=True)
-
-
-def _compare(claim: str, measure: str, pair: _Pair) -> Comparison:
-    values = list(pair.differences.values())
-    found = Comparison(claim, measure, pair.what, pair.router, len(values), reason=pair.reason, is_mean=pair.is_mean)
-    if not values:
-        return replace(found, reason=found.reason or "no seed in common")
-    if not all(map(math.isfinite, values)):
-        return replace(found, reason="a value is not finite")
-    mean = statistics.fmean(values)
-    found = replace(found, mean=mean)
-    if len(values) == 1:
-        return found
-    if max(values) - min(values) <= _ROUNDING:
-        return replace(found, mean=0.0, low=0.0, high=0.0, p=1.0) if abs(mean) <= _ROUNDING else found
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(stdtrit(len(values) - 1, 1 - LEVEL / 2)) * error
-    p = 2 * float(stdtr(len(values) - 1, -abs(mean) / error))
-    return replace(found, low=mean - half, high=mean + half, p=p)
 
 
 class _Study:
@@ -317,7 +177,7 @@ def _base(router: str) -> dict[str, Any]:
     return {"top_k": variant.top_k, "combine": variant.combine, "batch_priority": variant.batch_priority}
 
 
-def _pairs(study: _Study, measure: Measure) -> Iterator[tuple[str, _Pair]]:
+def _pairs(study: _Study, measure: Measure) -> Iterator[tuple[str, Pair]]:
     """Yields the claim's key and the pair of every comparison."""
     dense, soft = study.one(router=None), study.find(router="soft")
     routers = list(ROUTERS)
@@ -352,12 +212,12 @@ def _pairs(study: _Study, measure: Measure) -> Iterator[tuple[str, _Pair]]:
                 yield claim, _paired(group, other, measure.of)
     orders = _orders(study) if measure.name == "accuracy" else {}
     if orders:
-        yield "vi", _Pair("rank correlation of 10-shot and test accuracy", None, orders)
+        yield "vi", Pair("rank correlation of 10-shot and test accuracy", None, orders)
 
 
-def _paired(first: Mapping[int, Run], second: Mapping[int, Run], value: Callable[[Run], float]) -> _Pair:
+def _paired(first: Mapping[int, Run], second: Mapping[int, Run], value: Callable[[Run], float]) -> Pair:
     seeds = sorted(first.keys() & second.keys())
-    return _Pair(
+    return Pair(
         f"{_short(first)} - {_short(second)}",
         _variant(first)["router"],
         {seed: value(first[seed]) - value(second[seed]) for seed in seeds},
@@ -366,25 +226,25 @@ def _paired(first: Mapping[int, Run], second: Mapping[int, Run], value: Callable
 
 def _at_budget(
     series: Sequence[Mapping[int, Run]], other: Mapping[int, Run], budget: _Budget, value: Callable[[Run], float]
-) -> _Pair:
+) -> Pair:
     """Compares a router, interpolated over its capacity factors, with another model at that model's budget."""
     router = _variant(series[0])["router"]
     what = f"{style(router).short} - {_short(other)}"
     costs = [cost for group in series if (cost := budget.ratio(group, other)) is not None]
     if len(costs) < len(series):
-        return _Pair(what, router, {}, "no step was timed")
+        return Pair(what, router, {}, "no step was timed")
     points = sorted(zip(costs, series, strict=True), key=lambda point: point[0])
     lowest, highest = points[0][0], points[-1][0]
     if not lowest * (1 - TOLERANCE) <= 1 <= highest * (1 + TOLERANCE):
         times = f"{lowest:.2f} to {highest:.2f}" if len(points) > 1 else f"{lowest:.2f}"
-        return _Pair(what, router, {}, f"{budget.name} {times} times the other model's")
+        return Pair(what, router, {}, f"{budget.name} {times} times the other model's")
     above = next((place for place, (cost, _) in enumerate(points) if cost >= 1), len(points) - 1)
     (low, first), (high, second) = points[max(above - 1, 0)], points[above]
     share = 0.0 if low == high else -math.log(low) / (math.log(high) - math.log(low))
     share = min(max(share, 0.0), 1.0)
     seeds = sorted(first.keys() & second.keys() & other.keys())
     differences = {s: (1 - share) * value(first[s]) + share * value(second[s]) - value(other[s]) for s in seeds}
-    return _Pair(what, router, differences)
+    return Pair(what, router, differences)
 
 
 def _orders(study: _Study) -> dict[int, float]:

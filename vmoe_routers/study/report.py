@@ -16,6 +16,7 @@ from vmoe_routers.files import write_whole
 from vmoe_routers.study import figures
 from vmoe_routers.study.ablation_rows import ablation_rows
 from vmoe_routers.study.claims import decide, remarks, write_claims
+from vmoe_routers.study.equal_losses import equal_losses, verdict_of
 from vmoe_routers.study.orders import Condition, conditions, order_sentences, write_orders
 from vmoe_routers.study.summary import Row, Run, by_variant, loss, paired, stat, summarise, summarise_layers
 from vmoe_routers.study.tables import ablation_table, claims_table, order_table, results_table, routing_table
@@ -163,6 +164,7 @@ def write_report(
         "<h2>Figures</h2>",
         *(_figure(folder, drawing) for drawing in figures.draw(runs)),
         *_ablations(runs),
+        *_equal_losses(runs),
         *_orders(orders, "Where the paper's order appears"),
         *_orders(orders_by_loss, "Where the paper's order appears, by the loss"),
         "<h2>Routing, layer by layer</h2>",
@@ -303,6 +305,14 @@ def _dates(runs: Sequence[Run]) -> str:
 def _ablations(runs: Sequence[Run]) -> list[str]:
     rows = ablation_rows(runs)
     return ["<h2>Ablations</h2>", ablation_table(rows)] if rows else []
+
+
+def _equal_losses(runs: Sequence[Run]) -> list[str]:
+    found = equal_losses(runs)
+    if not found:
+        return []
+    said = [verdict_of(found), "If the same runs suggested this test, its p-values are too small."]
+    return ["<h2>Softmax Expert Choice and Softmax Token Choice with equal auxiliary losses</h2>", _list(said)]
 
 
 def _orders(found: Sequence[Condition], title: str) -> list[str]:

@@ -8,8 +8,9 @@ from html import escape
 
 from vmoe_routers.study.ablation_rows import AblationRow
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import CLAIMS, MOST_SEEDS, POWER, Comparison, scale_of, text_of, verdicts
+from vmoe_routers.study.claims import CLAIMS, scale_of, text_of, verdicts
 from vmoe_routers.study.columns import shown_columns
+from vmoe_routers.study.comparisons import MOST_SEEDS, POWER, Comparison
 from vmoe_routers.study.orders import ORDERS, Condition, order_title
 from vmoe_routers.study.styles import style
 from vmoe_routers.study.summary import MEASURES, LayerRow, Row
