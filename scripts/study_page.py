@@ -50,13 +50,14 @@ def page(folder: Path) -> str:
     claims, claims_by_loss = decide(runs), decide(runs, "loss")
     orders, orders_by_loss = conditions(runs), conditions(runs, "loss")
     equal = equal_losses(runs)
-    again = equal_losses(read_runs(REPLICATION)) if folder == RESULTS and REPLICATION.is_dir() else []
+    others = read_runs(REPLICATION) if folder == RESULTS and REPLICATION.is_dir() else []
+    again = equal_losses(others)
     where = f"../results/{folder.name}"
     parts = [
         "# Results on Fashion-MNIST",
         _lead(runs, rows, planned),
         "## In short",
-        _short(claims, claims_by_loss, equal, again),
+        _short(runs, claims, claims_by_loss, equal, again),
         "## The models with capacity factor 1",
         _table(rows),
         "## The claims",
@@ -71,7 +72,7 @@ def page(folder: Path) -> str:
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
         *_ablations(runs, where),
-        *_equal_losses(equal, _of_defaults(orders, orders_by_loss), again),
+        *_equal_losses(equal, runs, again, others),
         *_orders(orders, orders_by_loss),
         "## Limits",
         _limits(contents["settings"], runs),
@@ -114,6 +115,7 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
 
 
 def _short(
+    runs: Sequence[Run],
     claims: Sequence[Comparison],
     claims_by_loss: Sequence[Comparison],
     equal: Sequence[EqualLosses],
@@ -152,6 +154,14 @@ def _short(
             "nats of loss. A difference is bold if its 95 % interval excludes 0, without a correction. This comparison "
             "was added after results were seen, and is no claim."
         )
+        dropped = _dropped(runs)
+        of_expert, of_token = (dropped[name] for name in ("aux_loss", "aux_loss_token_choice"))
+        lines.append(
+            f"- With the weights {', '.join(of_expert)}, the share of tokens that no expert takes is "
+            f"{', '.join(of_expert.values())} % in Softmax Expert Choice, and {', '.join(of_token.values())} % in "
+            "Softmax Token Choice. So the auxiliary losses also change which tokens Expert Choice takes, although its "
+            "load is always balanced."
+        )
     if again:
         lines.append(
             f"- The comparison was repeated with other seeds. {verdict_of(again)} The test was fixed before "
@@ -184,7 +194,7 @@ def _table(rows: Sequence[Row]) -> str:
             _difference(row.accuracy_difference, "accuracy"),
             row.transfer.spaced(".1f", 100) if row.transfer else "-",
             f"{row.slots:g}",
-            "-" if row.dropped is None else f"{100 * row.dropped:.1f}",
+            _percent(row.dropped),
             f"{row.step_ratio.mean:.2f}" if row.step_ratio else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -231,14 +241,19 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
         "difference is bold: its 95 % interval excludes 0, without a correction for the number of differences. With 2 "
         "seeds the interval is 12.7 standard errors to either side, and with 3 seeds 4.3.",
         "",
-        "| setting | router | value | seeds | accuracy, points | loss, nats |",
-        "|---|---|---|---|---|---|",
+        "| setting | router | value | seeds | accuracy, points | loss, nats | dropped, % |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in clear:
         cells = [ABLATIONS[row.ablation].title, row.label, row.arm, str(row.difference.count if row.difference else 0)]
         cells += [_difference(row.difference, "accuracy"), _difference(row.loss_difference, "loss")]
+        cells.append(_percent(row.dropped))
         lines.append(f"| {' | '.join(cells)} |")
     return ["## Ablations", "\n".join(lines), picture]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _difference(value: Stat | None, measure: str) -> str:
@@ -249,24 +264,24 @@ def _difference(value: Stat | None, measure: str) -> str:
     return f"**{text}**" if value.is_clear() else text
 
 
-def _equal_losses(equal: Sequence[EqualLosses], defaults: Sequence[Stat], again: Sequence[EqualLosses]) -> list[str]:
+def _equal_losses(
+    equal: Sequence[EqualLosses], runs: Sequence[Run], again: Sequence[EqualLosses], others: Sequence[Run]
+) -> list[str]:
     """Makes the tables of Softmax Expert Choice minus Softmax Token Choice by the weights of the auxiliary losses.
 
     Args:
-        equal: The comparison at equal weights.
-        defaults: The difference of every measure with the default weights.
-        again: The comparison at equal weights, with other seeds.
+        equal, runs: The comparison at equal weights, and its runs.
+        again, others: The comparison at equal weights with other seeds, and its runs.
     """
     if not equal:
         return []
     title = "Softmax Expert Choice and Softmax Token Choice with equal weights of the auxiliary losses"
     lines = [
         "The table has Softmax Expert Choice minus Softmax Token Choice at capacity factor 1 and K = 1. The auxiliary "
-        "losses are importance and load. The last row has the defaults. A difference is bold if its 95 % interval "
-        "excludes 0, without a correction.",
+        "losses are importance and load. A difference is bold if its 95 % interval excludes 0, without a correction. "
+        "*Dropped* is the share of tokens that no expert took, in %.",
         "",
-        *_weights(equal),
-        f"| 0.005 in Token Choice, 0 in Expert Choice | {_cells(defaults)} |",
+        *_weights(equal, runs),
     ]
     if again:
         lines += [
@@ -274,28 +289,38 @@ def _equal_losses(equal: Sequence[EqualLosses], defaults: Sequence[Stat], again:
             "These results suggested their own test. So the comparison was repeated with other seeds. The test was "
             f"fixed before these runs ([replication](study.md#replication)). {verdict_of(again)}",
             "",
-            *_weights(again),
+            *_weights(again, others),
             "",
             f"The records are in `results/{REPLICATION.name}`.",
         ]
     return [f"### {title}", "\n".join(lines)]
 
 
-def _of_defaults(*orders: Sequence[Condition]) -> list[Stat]:
-    """Finds Softmax Expert Choice minus Softmax Token Choice at capacity factor 1, by every measure."""
-    at_1 = (of for by in orders for of in by if (of.title, of.value) == ("capacity factor", "1"))
-    return [of.differences[ORDERS[0]] for of in at_1 if ORDERS[0] in of.differences]
+def _weights(equal: Sequence[EqualLosses], runs: Sequence[Run]) -> list[str]:
+    dropped = _dropped(runs)
+    lines = [
+        f"| weight in both routers | seeds | {' | '.join(f'{of.test.measure}, {_unit(of)}' for of in equal)} | "
+        "dropped by Token Choice | dropped by Expert Choice |",
+        "|---" * (len(equal) + 4) + "|",
+    ]
+    for weight in equal[0].weights:
+        cells = [weight, str(len(equal[0].seeds))]
+        cells += [_difference(of.weights[weight], of.test.measure) for of in equal]
+        cells += [dropped[name][weight] for name in ("aux_loss_token_choice", "aux_loss")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def _weights(equal: Sequence[EqualLosses]) -> list[str]:
-    rows = [f"| {weight} | {_cells([of.weights[weight] for of in equal])} |" for weight in equal[0].weights]
-    return ["| weight in both routers | seeds | accuracy, points | loss, nats |", "|---|---|---|---|", *rows]
+def _unit(of: EqualLosses) -> str:
+    return MEASURES[of.test.measure].unit
 
 
-def _cells(differences: Sequence[Stat]) -> str:
-    """Formats the cells of the seeds and of the differences by every measure."""
-    shown = [_difference(value, measure) for value, measure in zip(differences, MEASURES, strict=True)]
-    return " | ".join([str(differences[0].count), *shown])
+def _dropped(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """Finds the shares of dropped tokens in percent, by ablation and value."""
+    found: dict[str, dict[str, str]] = {}
+    for row in ablation_rows(runs):
+        found.setdefault(row.ablation, {})[row.arm] = _percent(row.dropped)
+    return found
 
 
 def _orders(found: Sequence[Condition], by_loss: Sequence[Condition]) -> list[str]:

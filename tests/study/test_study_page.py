@@ -10,7 +10,6 @@ from vmoe_routers.study.claims import decide
 from vmoe_routers.study.equal_losses import equal_losses, verdict_of
 from vmoe_routers.study.figures import draw
 from vmoe_routers.study.folders import read_runs
-from vmoe_routers.study.orders import conditions
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("study_page", ROOT / "scripts" / "study_page.py")
@@ -41,17 +40,20 @@ def test_in_short_says_what_is_decided_and_what_equal_weights_change():
     runs = at_weights()
     claims, by_loss = decide(runs), decide(runs, "loss")
     equal = equal_losses(runs)
-    defaults = study_page._of_defaults(conditions(runs), conditions(runs, "loss"))
-    assert [value.count for value in defaults] == [4, 4]
-    text = study_page._short(claims, by_loss, equal, [])
+    text = study_page._short(runs, claims, by_loss, equal, [])
     told = (
         '- Claim (ii, softmax) is **contradicted** by the loss: "Softmax Expert Choice has a lower loss than Softmax '
     )
     assert f'{told}Token Choice with as many slots." The mean difference is +0.0200 nats.' in text
     assert "by the accuracy: " not in text and "(weight 0.05)" in text
-    table = study_page._equal_losses(equal, defaults, [])[1]
-    assert "| 0.005 in Token Choice, 0 in Expert Choice | 4 |" in table and "**-0.0201 ± 0.0001**" in table
+    table = study_page._equal_losses(equal, runs, [], [])[1]
+    assert "| 0.05 | 4 | -0.05 ± 0.10 | **-0.0201 ± 0.0001** |" in table
     assert "other seeds" not in text + table
-    assert study_page._equal_losses([], [], []) == [] and "weight" not in study_page._short(claims, by_loss, [], [])
-    again = [study_page._short(claims, by_loss, equal, equal), study_page._equal_losses(equal, defaults, equal)[1]]
+    assert study_page._equal_losses([], [], [], []) == [] and "weight" not in study_page._short(
+        runs, claims, by_loss, [], []
+    )
+    again = [
+        study_page._short(runs, claims, by_loss, equal, equal),
+        study_page._equal_losses(equal, runs, equal, runs)[1],
+    ]
     assert all(verdict_of(equal) in part and "other seeds" in part for part in again)
