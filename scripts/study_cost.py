@@ -7,13 +7,14 @@ counted as three forward passes.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 
 import torch
 
 from vmoe_routers.models.cost import cost
 from vmoe_routers.study.images import Streamed
 from vmoe_routers.study.recipes import RECIPES
-from vmoe_routers.study.variants import ablated, make, variants
+from vmoe_routers.study.variants import make, planned_runs
 
 PEAK = 989e12  # dense bfloat16 FLOP/s of an H100 SXM, from its data sheet
 SHARE = 0.4  # assumed share of the peak
@@ -33,9 +34,8 @@ def row(name: str) -> list[str]:
     nothing = torch.empty(0)
     data = Streamed(name, [], [], nothing, nothing, classes, size, channels)  # type: ignore[arg-type]
     flops, runs, largest = 0.0, 0, 0.0
-    seeds = [(variant, settings.seeds) for variant in variants(settings)]
-    seeds += [(variant, min(settings.seeds, 3)) for variant in ablated(settings)]
-    for variant, repeats in seeds:
+    repeated = Counter(variant for variant, _ in planned_runs(settings))
+    for variant, repeats in repeated.items():
         chosen = variant.settings(settings)
         with torch.device("meta"):
             found = cost(make(variant, chosen, data))

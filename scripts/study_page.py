@@ -20,7 +20,7 @@ from vmoe_routers.study.claims import (
     verdicts,
 )
 from vmoe_routers.study.comparisons import MOST_SEEDS, POWER, Comparison
-from vmoe_routers.study.equal_losses import EqualLosses, equal_losses, verdict_of
+from vmoe_routers.study.equal_aux_losses import EqualAuxLosses, equal_aux_losses, verdict_of
 from vmoe_routers.study.folders import read_contents
 from vmoe_routers.study.orders import ORDERS, Condition, conditions, order_sentences, order_title
 from vmoe_routers.study.summary import MEASURES, Row, Run, Stat
@@ -28,7 +28,7 @@ from vmoe_routers.study.variants import base_variant
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "2026-11-29-fashion"
-REPLICATION = ROOT / "results" / "2026-11-29-fashion_equal_losses"
+REPLICATION = ROOT / "results" / "2026-11-29-fashion_equal_aux_losses"
 PAGE = ROOT / "docs" / "study_results.md"
 CLAIMS_HEAD = """A claim has one or more comparisons of two models. The mean over the comparisons of a seed, tested over
 all seeds, decides the claim.
@@ -49,15 +49,14 @@ def page(folder: Path) -> str:
     planned, rows = len(set(contents["runs"])), summarise(runs)
     claims, claims_by_loss = decide(runs), decide(runs, "loss")
     orders, orders_by_loss = conditions(runs), conditions(runs, "loss")
-    equal = equal_losses(runs)
-    others = read_runs(REPLICATION) if folder == RESULTS and REPLICATION.is_dir() else []
-    again = equal_losses(others)
+    equal = equal_aux_losses(runs)
+    replication = _replication() if folder == RESULTS else None
     where = f"../results/{folder.name}"
     parts = [
         "# Results on Fashion-MNIST",
         _lead(runs, rows, planned),
         "## In short",
-        _short(runs, claims, claims_by_loss, equal, again),
+        _short(claims, claims_by_loss, equal, replication),
         "## The models with capacity factor 1",
         _table(rows),
         "## The claims",
@@ -72,7 +71,7 @@ def page(folder: Path) -> str:
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
         *_ablations(runs, where),
-        *_equal_losses(equal, runs, again, others),
+        *_equal_losses(equal, replication),
         *_orders(orders, orders_by_loss),
         "## Limits",
         _limits(contents["settings"], runs),
@@ -80,6 +79,15 @@ def page(folder: Path) -> str:
         _files(folder.name),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _replication() -> EqualAuxLosses | None:
+    """Reads the test of docs/study.md from the kept records; None before all runs are finished."""
+    if not REPLICATION.is_dir():
+        return None
+    contents = read_contents(REPLICATION)
+    runs = read_runs(REPLICATION, contents)
+    return equal_aux_losses(runs) if len(runs) == len(set(contents["runs"])) else None
 
 
 def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
@@ -115,11 +123,10 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
 
 
 def _short(
-    runs: Sequence[Run],
     claims: Sequence[Comparison],
     claims_by_loss: Sequence[Comparison],
-    equal: Sequence[EqualLosses],
-    again: Sequence[EqualLosses],
+    equal: EqualAuxLosses | None,
+    replication: EqualAuxLosses | None,
 ) -> str:
     """Says which claims are decided, and how two routers compare with equal weights of the auxiliary losses."""
     lines, open_claims = [], []
@@ -142,10 +149,8 @@ def _short(
     lines.append("- The loss was added as a second measure after results were seen ([protocol](study.md#claims)).")
     if equal:
         shown = {
-            of.test.measure: ", ".join(
-                f"{_difference(value, of.test.measure)} (weight {weight})" for weight, value in of.weights.items()
-            )
-            for of in equal
+            measure: ", ".join(f"{_difference(value, measure)} (weight {weight})" for weight, value in of.items())
+            for measure, of in equal.differences.items()
         }
         lines.append(
             "- By default, Softmax Token Choice has two auxiliary losses (importance and load, weight 0.005 each), and "
@@ -154,18 +159,18 @@ def _short(
             "nats of loss. A difference is bold if its 95 % interval excludes 0, without a correction. This comparison "
             "was added after results were seen, and is no claim."
         )
-        dropped = _dropped(runs)
-        of_expert, of_token = (dropped[name] for name in ("aux_loss", "aux_loss_token_choice"))
-        lines.append(
-            f"- With the weights {', '.join(of_expert)}, the share of tokens that no expert takes is "
-            f"{', '.join(of_expert.values())} % in Softmax Expert Choice, and {', '.join(of_token.values())} % in "
-            "Softmax Token Choice. So the auxiliary losses also change which tokens Expert Choice takes, although its "
-            "load is always balanced."
+        expert, token = (
+            ", ".join(f"{_percent(of[place])} % (weight {weight})" for weight, of in equal.dropped.items())
+            for place in (0, 1)
         )
-    if again:
         lines.append(
-            f"- The comparison was repeated with other seeds. {verdict_of(again)} The test was fixed before "
-            "its runs ([replication](study.md#replication))."
+            f"- The share of tokens that no expert takes is {expert} in Softmax Expert Choice, and {token} in Softmax "
+            "Token Choice."
+        )
+    if replication:
+        lines.append(
+            f"- The comparison at equal weights was repeated with other seeds. {verdict_of(replication)} The test was "
+            "fixed before its runs ([replication](study.md#replication))."
         )
     return "\n".join(lines)
 
@@ -264,63 +269,46 @@ def _difference(value: Stat | None, measure: str) -> str:
     return f"**{text}**" if value.is_clear() else text
 
 
-def _equal_losses(
-    equal: Sequence[EqualLosses], runs: Sequence[Run], again: Sequence[EqualLosses], others: Sequence[Run]
-) -> list[str]:
-    """Makes the tables of Softmax Expert Choice minus Softmax Token Choice by the weights of the auxiliary losses.
-
-    Args:
-        equal, runs: The comparison at equal weights, and its runs.
-        again, others: The comparison at equal weights with other seeds, and its runs.
-    """
-    if not equal:
+def _equal_losses(equal: EqualAuxLosses | None, replication: EqualAuxLosses | None) -> list[str]:
+    """Makes the tables of Softmax Expert Choice minus Softmax Token Choice by the weights of the auxiliary losses."""
+    if equal is None:
         return []
     title = "Softmax Expert Choice and Softmax Token Choice with equal weights of the auxiliary losses"
     lines = [
         "The table has Softmax Expert Choice minus Softmax Token Choice at capacity factor 1 and K = 1. The auxiliary "
         "losses are importance and load. A difference is bold if its 95 % interval excludes 0, without a correction. "
-        "*Dropped* is the share of tokens that no expert took, in %.",
+        "*Dropped* is the share of tokens that no expert took. With the defaults (0.005 in Token Choice, 0 in Expert "
+        "Choice), the difference is in the next section, in the row of capacity factor 1.",
         "",
-        *_weights(equal, runs),
+        *_weights(equal),
     ]
-    if again:
+    if replication:
         lines += [
             "",
-            "These results suggested their own test. So the comparison was repeated with other seeds. The test was "
-            f"fixed before these runs ([replication](study.md#replication)). {verdict_of(again)}",
+            "The test was chosen after these results were seen, so they cannot confirm it. The comparison was repeated "
+            "with other seeds. The test was fixed before these runs ([replication](study.md#replication)). "
+            f"{verdict_of(replication)}",
             "",
-            *_weights(again, others),
+            *_weights(replication),
             "",
             f"The records are in `results/{REPLICATION.name}`.",
         ]
     return [f"### {title}", "\n".join(lines)]
 
 
-def _weights(equal: Sequence[EqualLosses], runs: Sequence[Run]) -> list[str]:
-    dropped = _dropped(runs)
+def _weights(equal: EqualAuxLosses) -> list[str]:
+    units = [f"{measure}, {MEASURES[measure].unit}" for measure in equal.differences]
     lines = [
-        f"| weight in both routers | seeds | {' | '.join(f'{of.test.measure}, {_unit(of)}' for of in equal)} | "
-        "dropped by Token Choice | dropped by Expert Choice |",
-        "|---" * (len(equal) + 4) + "|",
+        f"| weight in both routers | seeds | {' | '.join(units)} | dropped by Expert Choice, % | dropped by Token "
+        "Choice, % |",
+        "|---" * (len(units) + 4) + "|",
     ]
-    for weight in equal[0].weights:
-        cells = [weight, str(len(equal[0].seeds))]
-        cells += [_difference(of.weights[weight], of.test.measure) for of in equal]
-        cells += [dropped[name][weight] for name in ("aux_loss_token_choice", "aux_loss")]
+    for weight, dropped in equal.dropped.items():
+        cells = [weight, str(len(equal.seeds))]
+        cells += [_difference(of[weight], measure) for measure, of in equal.differences.items()]
+        cells += map(_percent, dropped)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _unit(of: EqualLosses) -> str:
-    return MEASURES[of.test.measure].unit
-
-
-def _dropped(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    """Finds the shares of dropped tokens in percent, by ablation and value."""
-    found: dict[str, dict[str, str]] = {}
-    for row in ablation_rows(runs):
-        found.setdefault(row.ablation, {})[row.arm] = _percent(row.dropped)
-    return found
 
 
 def _orders(found: Sequence[Condition], by_loss: Sequence[Condition]) -> list[str]:

@@ -124,6 +124,7 @@ _LOSSES = {
 }
 NOISE = [0.0001, -0.0002, 0.0003, 0.0]
 """Noise on the loss of Softmax Token Choice in `at_weights`, by seed."""
+_DROPPED = {"softmax_expert_choice": 0.3, "softmax_token_choice": 0.5}  # with the weight 0
 
 
 def at_weights(seeds: int = 4) -> list[dict[str, Any]]:
@@ -137,5 +138,7 @@ def at_weights(seeds: int = 4) -> list[dict[str, Any]]:
                 record = run(base | ({} if weight == default else changed), seed)
                 noise = NOISE[seed] * (router == "softmax_token_choice")
                 record["final"] |= {"loss": loss + noise, "accuracy": 0.75 + 10 * noise}
+                for layer in record["layers"]:
+                    layer["dropped"] = _DROPPED[router] - float(weight)
                 made.append(record)
     return made

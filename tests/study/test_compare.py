@@ -60,6 +60,13 @@ def test_a_new_router_beside_kept_records(tmp_path, records):
     assert compared(a, a).count("+0.00±0.00") >= 1
 
 
+def test_studies_without_a_common_seed_say_so(tmp_path, records):
+    a = study_of(tmp_path / "a", records, [DENSE, SOFT])
+    b = study_of(tmp_path / "b", records, [DENSE, SOFT], change=lambda record: record | {"seed": record["seed"] + 5})
+    assert "seeds: 0, 1 and 5, 6; B - A needs common seeds\n" in compared(a, b)
+    assert "common seeds" not in compared(a, a)
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"epochs": 2}, "settings differ: epochs 1 and 2"),
     ({"width": 32, "shift": 0}, "settings differ: shift 1 and 0; width 16 and 32"),

@@ -146,6 +146,8 @@ def test_forest_draws_every_comparison_by_both_measures():
         scale = 1 if claim == "vi" or measure == "loss" else 100
         x, y = drawn(ax, f"{claim}, {measure}: {point['what']}")
         assert x == [scale * point["mean"]]
+        (mark,) = [line for line in ax.lines if line.get_gid() == f"{claim}, {measure}: {point['what']}"]
+        assert (mark.get_markerfacecolor() == "white") == (point["verdict"] == "not resolved")
         left = panels[f"({claim}) {text_of(claim)}"]  # has the labels of the row
         assert left.get_yticklabels()[y[0]].get_text() == point["what"] and ax.get_ylim() == left.get_ylim()
         low, high = ax.get_xlim()

@@ -118,9 +118,11 @@ def test_the_best_model_is_one_with_all_seeds():
     assert report.findings(dense + soft)[0].startswith("Lowest mean loss: Dense ViT")
 
 
-def test_findings_say_if_only_ablations_are_finished():
+def test_findings_say_if_only_ablations_are_finished(tmp_path):
     changed = variant("soft") | {"name": "x", "ablation": "soft_scale", "arm": "1"}
     assert report.findings([run(changed)]) == ["No run of the comparison is finished."]
+    page = report.write_report(tmp_path, [run(changed)], {"command": ""}).read_text(encoding="utf-8")
+    assert "No run of the comparison is finished." in page and "<h2>Results</h2>" not in page
 
 
 def test_findings_are_short():

@@ -94,7 +94,10 @@ def test_interrupted_and_gone_on_with(tmp_path, here):
     here.done, console = [], silent()
     run_study(replace(settings, routers=["soft"], seeds=1), console)
     assert here.done == []
-    assert "7 records of other settings, images or versions, which this study does not use" in console.file.getvalue()
+    assert (
+        "7 records of other settings, seeds, images or versions, which this study does not use"
+        in console.file.getvalue()
+    )
     with open(settings.output / "table.csv", newline="", encoding="utf-8") as file:
         assert [row["name"] for row in csv.DictReader(file)] == ["dense", "soft-c0.5", "soft-c1"]
 

@@ -7,7 +7,7 @@ import pytest
 from records import at_weights
 
 from vmoe_routers.study.claims import decide
-from vmoe_routers.study.equal_losses import equal_losses, verdict_of
+from vmoe_routers.study.equal_aux_losses import equal_aux_losses, verdict_of
 from vmoe_routers.study.figures import draw
 from vmoe_routers.study.folders import read_runs
 
@@ -39,21 +39,31 @@ def test_the_page_of_a_small_study():
 def test_in_short_says_what_is_decided_and_what_equal_weights_change():
     runs = at_weights()
     claims, by_loss = decide(runs), decide(runs, "loss")
-    equal = equal_losses(runs)
-    text = study_page._short(runs, claims, by_loss, equal, [])
+    equal = equal_aux_losses(runs)
+    text = study_page._short(claims, by_loss, equal, None)
     told = (
         '- Claim (ii, softmax) is **contradicted** by the loss: "Softmax Expert Choice has a lower loss than Softmax '
     )
     assert f'{told}Token Choice with as many slots." The mean difference is +0.0200 nats.' in text
-    assert "by the accuracy: " not in text and "(weight 0.05)" in text
-    table = study_page._equal_losses(equal, runs, [], [])[1]
-    assert "| 0.05 | 4 | -0.05 ± 0.10 | **-0.0201 ± 0.0001** |" in table
+    assert "by the accuracy: " not in text and "**-0.0201 ± 0.0001** (weight 0.05)" in text
+    assert "takes is 30.0 % (weight 0), 29.5 % (weight 0.005), 25.0 % (weight 0.05) in Softmax Expert Choice" in text
+    table = study_page._equal_losses(equal, None)[1]
+    assert "| 0.05 | 4 | -0.05 ± 0.10 | **-0.0201 ± 0.0001** | 25.0 | 45.0 |" in table
     assert "other seeds" not in text + table
-    assert study_page._equal_losses([], [], [], []) == [] and "weight" not in study_page._short(
-        runs, claims, by_loss, [], []
-    )
-    again = [
-        study_page._short(runs, claims, by_loss, equal, equal),
-        study_page._equal_losses(equal, runs, equal, runs)[1],
-    ]
-    assert all(verdict_of(equal) in part and "other seeds" in part for part in again)
+    assert study_page._equal_losses(None, None) == []
+    assert "weight" not in study_page._short(claims, by_loss, None, None)
+    told = [study_page._short(claims, by_loss, equal, equal), study_page._equal_losses(equal, equal)[1]]
+    assert all(verdict_of(equal) in part and "other seeds" in part for part in told)
+
+
+def test_the_page_has_the_replication_when_all_its_runs_are_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_page, "REPLICATION", tmp_path)
+    names = ["a", "b"]
+    runs = at_weights()
+    monkeypatch.setattr(study_page, "read_contents", lambda folder: {"runs": names})
+    monkeypatch.setattr(study_page, "read_runs", lambda folder, contents: runs)
+    assert study_page._replication() is None
+    names[:] = map(str, range(len(runs)))
+    assert study_page._replication().seeds == [0, 1, 2, 3]
+    monkeypatch.setattr(study_page, "REPLICATION", tmp_path / "missing")
+    assert study_page._replication() is None

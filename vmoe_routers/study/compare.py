@@ -95,6 +95,10 @@ def _notes(runs: Sequence[Sequence[Run]]) -> list[str]:
         found = [sorted({run["machine"].get(key, "none") for run in of}) for of in runs]
         if found[0] != found[1]:
             notes.append(f"{key}: {', '.join(found[0])} and {', '.join(found[1])}")
+    seeds = [sorted({run["seed"] for run in of}) for of in runs]
+    if not set(seeds[0]) & set(seeds[1]):
+        found = " and ".join(", ".join(map(str, of)) for of in seeds)
+        notes.append(f"seeds: {found}; B - A needs common seeds")
     routers = [{run["variant"]["name"]: run["variant"]["router"] for run in of} for of in runs]
     for name in sorted(routers[0].keys() & routers[1].keys()):
         if routers[0][name] != routers[1][name]:  # own routers of the same name

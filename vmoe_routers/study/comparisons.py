@@ -37,8 +37,8 @@ class Comparison:
         p, p_holm: Two-sided p-value of the paired t-test, without and with Holm's correction; 1 if all differences are
             0, None where the interval is None.
         needed: Seeds with which a new study resolves a true difference of this size and spread with the probability
-            `POWER`, at the significance level divided by the number of claims, or of single comparisons. None: more
-            than `MOST_SEEDS`, or no p-value.
+            `POWER`, at the significance level divided by the number of tests with one correction. None: more than
+            `MOST_SEEDS`, or no p-value.
         verdict: The result at the 5 % level after Holm's correction.
         reason: Why the variants cannot be compared.
         is_mean: Whether this is the mean of the claim's comparisons, seed by seed.
@@ -62,7 +62,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Pair:
-    """Values of two variants by seed, or the reason why there are none."""
+    """Differences of two variants by seed, or the reason why there are none."""
 
     what: str
     router: str | None
@@ -101,14 +101,20 @@ def paired_test(claim: str, measure: str, pair: Pair) -> Comparison:
     return replace(found, low=mean - half, high=mean + half, p=p)
 
 
-def correct(made: Sequence[Comparison]) -> list[Comparison]:
-    """Judges comparisons with Holm's correction for their number."""
+def correct(made: Sequence[Comparison], count: int = 0) -> list[Comparison]:
+    """Judges comparisons with Holm's correction for their number.
+
+    Args:
+        made: The comparisons, from `paired_test`.
+        count: The number of planned tests; by default, the number of comparisons that have a p-value.
+    """
     tested = sorted((found for found in made if found.p is not None), key=lambda found: found.p or 0.0)
+    count = count or len(tested)
     adjusted, largest = {}, 0.0
     for place, found in enumerate(tested):
-        largest = max(largest, min(1.0, (found.p or 0.0) * (len(tested) - place)))
+        largest = max(largest, min(1.0, (found.p or 0.0) * (count - place)))
         adjusted[id(found)] = largest
-    return [_judge(found, adjusted.get(id(found)), len(tested)) for found in made]
+    return [_judge(found, adjusted.get(id(found)), count) for found in made]
 
 
 def _judge(found: Comparison, p_holm: float | None, tests: int) -> Comparison:

@@ -217,9 +217,9 @@ _FIGURES: tuple[tuple[str, str, str, Callable[[Sequence[Run]], Data], Callable[[
     (
         "forest",
         "Comparisons of the claims",
-        "Mean difference in accuracy (left) and in loss (right), seed by seed, with its 95 % interval by Student's t, "
-        "before Holm's correction. A filled mark is clear after the correction. The axis of the loss is reversed, so "
-        "that a mark on the right of 0 supports the claim in both columns.",
+        "Mean differences in accuracy and in loss, seed by seed, with their 95 % intervals by Student's t, before "
+        "Holm's correction. A filled mark is clear after the correction. The axis of the loss is reversed, so that a "
+        "mark on the right of 0 supports the claim by both measures. Claim vi has rank correlations.",
         forest_data,
         plots.paint_forest,
     ),

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.claims import scale_of, text_of
 from vmoe_routers.study.styles import style
+from vmoe_routers.study.summary import MEASURES
 
 Data = list[dict[str, Any]]
 
@@ -255,13 +256,10 @@ def _draw_load(ax: Axes, name: str, blocks: dict[int, Data]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-_DIFFERENCES = {"accuracy": "difference in accuracy (points)", "loss": "difference in loss (nats), reversed axis"}
-
-
 def paint_forest(data: Data) -> Figure:
     """Draws the differences of every comparison with their intervals: a row per claim, a column per measure.
 
-    The axis of the loss is reversed, so that a mark on the right supports the claim in both columns.
+    The axis of the loss is reversed, so that a mark on the right of 0 supports the claim in both columns.
     """
     measures = list(dict.fromkeys(point["measure"] for point in data))
     rows: dict[str, list[str]] = {}  # the comparisons of each claim, from top to bottom
@@ -288,13 +286,15 @@ def paint_forest(data: Data) -> Figure:
             else:
                 last = ax
         if last is not None:
-            last.set_xlabel(_DIFFERENCES[measure], fontsize=8)
-            if measure == "loss":
+            label = f"difference in {measure} ({MEASURES[measure].unit})"
+            if MEASURES[measure].sign < 0:
                 last.invert_xaxis()
+                label += ", reversed axis"
+            last.set_xlabel(label, fontsize=8)
     return figure
 
 
-def _draw_comparisons(ax: Axes, points: Data, whats: Sequence[str], claim: str, scale: float) -> None:
+def _draw_comparisons(ax: Axes, points: Data, whats: Sequence[str], title: str, scale: float) -> None:
     """Draws the comparisons of one claim by one measure, each in the row of its two variants."""
     for point in points:
         color, place = style(point["router"]).color, whats.index(point["what"])
@@ -305,7 +305,7 @@ def _draw_comparisons(ax: Axes, points: Data, whats: Sequence[str], claim: str, 
     ax.axvline(0.0, color="#222222", linewidth=0.8, zorder=0)
     ax.set_yticks(range(len(whats)), whats, fontsize=8, parse_math=False)
     ax.set_ylim(len(whats) - 0.5, -0.5)
-    ax.set_title(textwrap.fill(claim, 56), fontsize=9, loc="left", parse_math=False)
+    ax.set_title(textwrap.fill(title, 56), fontsize=9, loc="left", parse_math=False)
     ax.grid(axis="x", **_GRID)
     ax.set_axisbelow(True)
     ax.tick_params(axis="y", length=0)

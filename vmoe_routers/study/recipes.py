@@ -55,18 +55,18 @@ def fashion_choose() -> Settings:
     )
 
 
-def fashion_equal_losses() -> Settings:
+def fashion_equal_aux_losses() -> Settings:
     """Softmax Expert Choice and Token Choice of "fashion" with equal auxiliary losses, on other seeds."""
     return replace(
         fashion(),
         transfer_data=None,
-        output=Path("fashion_equal_losses"),
+        output=Path("fashion_equal_aux_losses"),
         routers=["softmax_token_choice", "softmax_expert_choice"],
         capacity_factors=[1.0],
         top_k=[1],
         batch_priority=False,
         ablations=["aux_loss", "aux_loss_token_choice"],
-        first_seed=fashion().seeds,
+        first_seed=5,  # "fashion", whose results suggested this comparison, has the seeds 0 to 4
         seeds=8,
         ablation_seeds=8,
     )
@@ -156,7 +156,7 @@ RECIPES: dict[str, Callable[[], Settings]] = {
     "digits": digits,
     "fashion": fashion,
     "fashion_choose": fashion_choose,
-    "fashion_equal_losses": fashion_equal_losses,
+    "fashion_equal_aux_losses": fashion_equal_aux_losses,
     "cifar100": cifar100,
     "imagenet1k_s32": imagenet1k_s32,
     "imagenet21k_b32": imagenet21k_b32,

@@ -43,7 +43,7 @@ class Settings:
         batch_priority: whether Softmax Token Choice also runs with batch priority.
         ablations: names of ablations, which run after the comparison.
         seeds: number of seeds. Every seed has its own initialisation, data order and noise.
-        first_seed: the first seed. Studies of different seeds are independent, except for their images.
+        first_seed: the first seed. Studies without a common seed are independent, except for their images.
         ablation_seeds: number of seeds of an ablation, at most. An ablation has the first seeds of the comparison.
         holdout: training images that no model trains on: the last ones, or evenly spaced ones if the images are
             sorted by class. Curves are measured on these images. The test images are measured once, after the last

@@ -26,7 +26,7 @@ from vmoe_routers.study.own import is_own
 from vmoe_routers.study.records import RecordError, fingerprint, run_path, timing_path
 from vmoe_routers.study.settings import Settings
 from vmoe_routers.study.summary import chance_accuracy, summarise
-from vmoe_routers.study.variants import Variant, ablated, make, variants
+from vmoe_routers.study.variants import Variant, ablated, make, planned_runs, variants
 from vmoe_routers.training import DataError, Images
 from vmoe_routers.training.data import DEFAULT_SIZE
 from vmoe_routers.training.fewshot import SHOTS
@@ -61,11 +61,7 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
         _check_model(variant, settings, data)
     make_output(settings.output)  # before the runs, so that a failure comes early
     inputs = fingerprint(data, transfer)
-    # Seed by seed, so that an interrupted study has runs of every variant to compare. Ablations come last.
-    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
-    runs = [(variant, seed) for seed in seeds for variant in found]
-    runs += [(variant, seed) for seed in seeds[: settings.ablation_seeds] for variant in of_ablations]
-    jobs = [Job(variant, seed, run_path(settings, inputs, variant, seed)) for variant, seed in runs]
+    jobs = [Job(variant, seed, run_path(settings, inputs, variant, seed)) for variant, seed in planned_runs(settings)]
     timing = Timing(found, timing_path(settings, inputs, found))
     write_contents(settings, data, jobs, timing)
     missing = [job for job in jobs if not _is_done(lambda job=job: job.read(settings, transfer), console)]
@@ -73,8 +69,8 @@ def run_study(settings: Settings, console: Console | None = None) -> Path:
     others = _others(settings, jobs, timing)
     if others:
         console.print(
-            f"{settings.output / 'runs'}: {others} records of other settings, images or versions, which this study does"
-            " not use",
+            f"{settings.output / 'runs'}: {others} records of other settings, seeds, images or versions, which this "
+            "study does not use",
             highlight=False,
             soft_wrap=True,
         )
@@ -237,14 +233,16 @@ def _write(
     from vmoe_routers.study import report  # imports matplotlib, which workers do not need
 
     rows = summarise(records)
-    if rows:
-        print_table(rows, console)
     if not rows:
         console.print(report.NO_RUN, highlight=False, soft_wrap=True)
-    elif all(row.seeds == 1 for row in rows):
-        console.print(report.ONE_SEED, highlight=False, soft_wrap=True)
     else:
-        _print_verdicts(records, console)
+        print_table(rows, console)
+        if all(row.seeds == 1 for row in rows):
+            console.print(report.ONE_SEED, highlight=False, soft_wrap=True)
+        else:
+            _print_verdicts(records, console)
+    for sentence in report.of_equal_aux_losses(records, planned):
+        console.print(f"\n{sentence}", highlight=False)
     write_csv(rows, folder / "table.csv")
     for sentence in report.unlearned(rows, chance):
         console.print(sentence, highlight=False, soft_wrap=True)

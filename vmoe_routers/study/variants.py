@@ -158,6 +158,17 @@ def ablated(settings: Settings) -> list[Variant]:
     return list(dict.fromkeys(found))
 
 
+def planned_runs(settings: Settings) -> list[tuple[Variant, int]]:
+    """Lists the runs of a study: variants and seeds.
+
+    Seed by seed, so that an interrupted study has runs of every variant to compare. Ablations come last.
+    """
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    of_comparison, of_ablations = variants(settings), ablated(settings)
+    runs = [(variant, seed) for seed in seeds for variant in of_comparison]
+    return runs + [(variant, seed) for seed in seeds[: settings.ablation_seeds] for variant in of_ablations]
+
+
 def base_variant(router: str) -> Variant:
     """Returns the variant of the comparison that an ablation changes: capacity factor 1, and K = 1."""
     if router == "dense":
