@@ -243,8 +243,8 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
     lines += [
         "",
         f"The table has the {len(clear)} values with a clear difference of the accuracy or the loss. A clear "
-        "difference is bold: its 95 % interval excludes 0, without a correction for the number of differences. With 2 "
-        "seeds the interval is 12.7 standard errors to either side, and with 3 seeds 4.3.",
+        "difference is bold: its 95 % interval excludes 0, without a correction for the number of differences. With 3 "
+        "seeds the interval is 4.3 standard errors to either side.",
         "",
         "| setting | router | value | seeds | accuracy, points | loss, nats | dropped, % |",
         "|---|---|---|---|---|---|---|",
