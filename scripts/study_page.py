@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
+from vmoe_routers.study.ablation_rows import AblationRow, ablation_groups
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.claims import (
     CLAIMS,
@@ -23,7 +24,8 @@ from vmoe_routers.study.comparisons import MOST_SEEDS, POWER, Comparison
 from vmoe_routers.study.equal_aux_losses import EqualAuxLosses, equal_aux_losses, verdict_of
 from vmoe_routers.study.folders import read_contents
 from vmoe_routers.study.orders import ORDERS, Condition, conditions, order_sentences, order_title
-from vmoe_routers.study.summary import MEASURES, Row, Run, Stat
+from vmoe_routers.study.styles import style
+from vmoe_routers.study.summary import MEASURES, Row, Run, Stat, paired, stat
 from vmoe_routers.study.variants import base_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +58,7 @@ def page(folder: Path) -> str:
         "# Results on Fashion-MNIST",
         _lead(runs, rows, planned),
         "## In short",
-        _short(claims, claims_by_loss, equal, replication),
+        _short(rows, claims, claims_by_loss, equal, replication) + _of_ablations(runs),
         "## The models with capacity factor 1",
         _table(rows),
         "## The claims",
@@ -67,10 +69,16 @@ def page(folder: Path) -> str:
         "claim. The loss was added as a second measure when 120 runs were finished.",
         _claims(claims_by_loss),
         f"![Mean differences in accuracy and loss of all comparisons, with their 95 % intervals]({where}/forest.png)",
+        "Bars are 95 % intervals without a correction. A filled mark is decided after the correction. A mark on the "
+        "right of 0 supports the claim by both measures.",
         *remarks(runs, claims, claims_by_loss),
         "## Cost against accuracy",
         f"![Training time and FLOPs against accuracy and loss of all variants]({where}/figure_1.png)",
+        "Bars are standard errors. Thin lines join the capacity factors of a router. No model is both cheaper and "
+        "better than a model on the dashed line. The table above has medians of paired ratios of the step times. The "
+        "picture has the median times, so a small difference in time can have another sign there.",
         *_ablations(runs, where),
+        *_minus_dense(runs),
         *_equal_losses(equal, replication),
         *_orders(orders, orders_by_loss),
         "## Limits",
@@ -108,8 +116,9 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
     else:
         finished = f"{len(runs)} of {planned}. **The numbers may change.**"
     lines = [
-        "A dense ViT and the six routers were trained in the same way on Fashion-MNIST, except for the learning rate. "
-        "[The study](study.md) has the protocol.",
+        "A dense ViT and the six routers were trained on Fashion-MNIST with the same images, steps and optimiser. The "
+        "dense ViT has another learning rate than the routers. Options of the routers have their defaults, except for "
+        "the initial scale of Soft MoE ([limits](#limits)). [The study](study.md) has the protocol.",
         "",
         f"| finished runs | {finished} |",
         "|---|---|",
@@ -123,6 +132,7 @@ def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
 
 
 def _short(
+    rows: Sequence[Row],
     claims: Sequence[Comparison],
     claims_by_loss: Sequence[Comparison],
     equal: EqualAuxLosses | None,
@@ -130,21 +140,27 @@ def _short(
 ) -> str:
     """Says which claims are decided, and how two routers compare with equal weights of the auxiliary losses."""
     lines, open_claims = [], []
-    mains = deciding(claims), deciding(claims_by_loss)
+    mains = [(deciding(of), of) for of in (claims, claims_by_loss)]
     for claim in CLAIMS:
-        judged = [of[claim] for of in mains if claim in of and of[claim].mean is not None]
-        decided = [main for main in judged if main.verdict != "not resolved"]
-        for main in decided:
+        judged = [(of[claim], all_of) for of, all_of in mains if claim in of and of[claim].mean is not None]
+        decided = [(main, of) for main, of in judged if main.verdict != "not resolved"]
+        for main, of in decided:
             difference = format(scale_of(claim, main.measure) * main.mean, MEASURES[main.measure].form)
             unit = "" if claim == "vi" else f" {MEASURES[main.measure].unit}"
             lines.append(
                 f'- Claim ({claim}) is **{main.verdict}** by the {main.measure}: "{text_of(claim, main.measure)}" The '
-                f"mean difference is {difference}{unit}."
+                f"mean difference is {difference}{unit}.{_against(main, of)}"
             )
         if judged and not decided:
             open_claims.append(f"    - ({claim}) {CLAIMS[claim]}")
     if open_claims:
-        lines += ["- These claims are not resolved:", *open_claims]
+        lines += ["- These claims are resolved by no measure:", *open_claims]
+    lowest, highest = min(rows, key=lambda row: row.loss.mean), max(rows, key=lambda row: row.accuracy.mean)
+    lines.append(
+        f"- Of all {len(rows)} models of the comparison, {lowest.label} has the lowest mean loss "
+        f"({lowest.loss.spaced('.3f')}), and {highest.label} has the highest mean accuracy "
+        f"({highest.accuracy.spaced('.1f', 100)} %)."
+    )
     lines += [f"- {sentence}" for sentence in remarks([], claims, claims_by_loss)]
     lines.append("- The loss was added as a second measure after results were seen ([protocol](study.md#claims)).")
     if equal:
@@ -175,17 +191,92 @@ def _short(
     return "\n".join(lines)
 
 
+def _against(main: Comparison, of: Sequence[Comparison]) -> str:
+    """Names the single comparisons of a decided claim that have the other sign, and an interval without 0."""
+    measure, words = MEASURES[main.measure], []
+    for one in of:
+        if one.claim == main.claim and one.low is not None and one.low * one.high > 0 > one.mean * main.mean:
+            mean, low, high = (format(measure.scale * value, measure.form) for value in (one.mean, one.low, one.high))
+            words.append(f"{one.what} is {mean} ({low} to {high})")
+    return f" With the other sign, without a correction: {'; '.join(words)}." if words else ""
+
+
+def _of_ablations(runs: Sequence[Run]) -> str:
+    """Names the best model of the ablations with the trainings of the comparison, and the models with most epochs."""
+    rows = [row for row in ablation_rows(runs) if row.ablation != "epochs" and not row.is_base]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: row.accuracy.mean)
+    lines = [
+        "",
+        f"- Of the ablations with equal epochs, {best.label} with the value {best.arm} of *{_title(best)}* has the "
+        f"highest mean accuracy ({best.accuracy.spaced('.1f', 100)} %). The largest tested weight of the auxiliary "
+        "losses is 0.05, so the best weight is not known.",
+    ]
+    by_epochs = _epochs_minus_dense(runs)
+    if by_epochs:
+        epochs = max(by_epochs, key=int)
+        words = [
+            f"{style(router).title} {_difference(accuracy, 'accuracy')} points and {_difference(loss, 'loss')} nats"
+            for router, (accuracy, loss) in by_epochs[epochs].items()
+        ]
+        lines.append(
+            f"- Claim (i) is tested after {runs[0]['settings']['epochs']} epoch. After {epochs} epochs, the differences "
+            f"to the dense ViT are ([table](#routers-minus-the-dense-vit-by-epochs)): {'; '.join(words)}. A difference "
+            "is bold if its 95 % interval excludes 0, without a correction."
+        )
+    return "\n".join(lines)
+
+
+def _title(row: AblationRow) -> str:
+    return ABLATIONS[row.ablation].title
+
+
+def _epochs_minus_dense(runs: Sequence[Run]) -> dict[str, dict[str, tuple[Stat, Stat]]]:
+    """Finds each router minus the dense ViT in accuracy and loss, by the number of epochs."""
+    groups = {
+        (group.arm.label, group.router): group.runs for group in ablation_groups(runs) if group.ablation == "epochs"
+    }
+    found: dict[str, dict[str, tuple[Stat, Stat]]] = {}
+    for (epochs, router), of in groups.items():
+        differences = [paired(of, groups.get((epochs, None), []), measure.of) for measure in MEASURES.values()]
+        if router is not None and differences[0]:
+            found.setdefault(epochs, {})[router] = stat(differences[0]), stat(differences[1])
+    return found
+
+
+def _minus_dense(runs: Sequence[Run]) -> list[str]:
+    found = _epochs_minus_dense(runs)
+    if not found:
+        return []
+    lines = [
+        "The table has the mean differences to the dense ViT with the same number of epochs, at capacity factor 1 and "
+        "K = 1, and not at equal FLOPs. A difference is bold if its 95 % interval excludes 0, without a correction. The "
+        "learning rates were chosen with 2 epochs.",
+        "",
+        "| epochs | router | seeds | accuracy, points | loss, nats |",
+        "|---|---|---|---|---|",
+    ]
+    for epochs in sorted(found, key=int):
+        for router, (accuracy, loss) in found[epochs].items():
+            cells = [epochs, style(router).title, str(accuracy.count)]
+            cells += [_difference(accuracy, "accuracy"), _difference(loss, "loss")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return ["### Routers minus the dense ViT, by epochs", "\n".join(lines)]
+
+
 def _table(rows: Sequence[Row]) -> str:
     lines = [
         "The table has the models with K = 1. ± is the standard error over seeds.",
         "",
         "- *Minus dense* is the mean difference to the dense ViT of the same seed, in points. It is bold if its 95 % "
         "interval excludes 0.",
-        "- *10-shot* is the accuracy on digits of a probe. The probe learns from frozen features of ten images per "
-        "class.",
+        "- *10-shot* is the accuracy of a probe on images of digits. The probe learns from frozen features of ten "
+        "images per class.",
         "- *Slots* are the expert inputs per image and MoE layer. For the dense ViT they are the tokens.",
         "- *Dropped* is the share of tokens that no expert took.",
-        "- *Step* is the time of a training step, divided by the time of the dense ViT: the median over paired steps.",
+        "- *Step* is the time of a training step, divided by the time of the dense ViT: the median over paired steps, "
+        "± its standard error. The times of another day may differ by more than this error.",
         "",
         "| model | accuracy, % | minus dense | 10-shot, % | slots | dropped, % | step, × dense |",
         "|---|---|---|---|---|---|---|",
@@ -200,7 +291,7 @@ def _table(rows: Sequence[Row]) -> str:
             row.transfer.spaced(".1f", 100) if row.transfer else "-",
             f"{row.slots:g}",
             _percent(row.dropped),
-            f"{row.step_ratio.mean:.2f}" if row.step_ratio else "-",
+            row.step_ratio.spaced(".2f") if row.step_ratio and row.router else "1" if row.step_ratio else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -234,10 +325,14 @@ def _ablations(runs: Sequence[Run], where: str) -> list[str]:
     clear = [row for row in rows if any(value and value.is_clear() for value in (row.difference, row.loss_difference))]
     lines = [
         "An ablation changes one setting of a model with capacity factor 1 and K = 1. The runs with the changed "
-        "setting are compared with the runs without the change, seed by seed. For images per group, every value has 64 "
-        f"slots per image, and the values are compared with the value 8. {len(rows)} values were compared.",
+        "setting are compared with the runs without the change, seed by seed. For images per group and experts of Soft "
+        "MoE, every value has 64 slots per image, some by another capacity factor. Images per group are compared with "
+        f"the value 8. {len(rows)} values were compared.",
     ]
-    picture = f"![Accuracy for the values of every ablation]({where}/ablations.png)"
+    picture = (
+        f"![Accuracy for the values of every ablation]({where}/ablations.png)\n\nHollow marks are runs of the "
+        "comparison. Bars are standard errors. Panels have different scales."
+    )
     if not clear:
         return ["## Ablations", *lines, "No difference is clear (95 %) with the seeds so far.", picture]
     lines += [
@@ -316,8 +411,8 @@ def _orders(found: Sequence[Condition], by_loss: Sequence[Condition]) -> list[st
         "The paper's abstract says that Expert Choice generally outperforms Token Choice, and that Soft MoE generally "
         "outperforms sparse routers. The lists have four pairs of routers. They count the conditions in which the "
         "first router of a pair is better (*ahead*) or worse (*behind*). All conditions count alike, also differences "
-        "near 0 and differences of one seed (without ±). Many conditions share runs, so the counts are no independent "
-        "evidence. *Clearly* means that the 95 % interval of the difference excludes 0, without a correction for the "
+        "near 0. Capacity factors have all seeds, ablations fewer. Many conditions share runs, so the counts are no "
+        "independent evidence. *Clearly* means that the 95 % interval of the difference excludes 0, without a correction for the "
         "number of differences. At an equal capacity factor, Soft MoE may have more slots than a sparse router, "
         "because it rounds its slots for each image.",
         "",
@@ -348,7 +443,8 @@ def _files(name: str) -> str:
         "",
         "- `report.html`: the report, one file with all figures;",
         "- CSV files with all numbers, and the figures;",
-        "- `runs/`: one record per run.",
+        "- `runs/`: one record per run, and one of the timed steps;",
+        "- `study.json`: the settings, and the names of the records.",
         "",
         f"`vmoe-routers study --report results/{name}` makes the report from the records. `python "
         "scripts/study_page.py` makes this page.",
@@ -365,9 +461,11 @@ def _limits(settings: dict, runs: Sequence[Run]) -> str:
         "that is ahead here may be behind on these data sets.",
         "- Softmax Token Choice is the only router with auxiliary losses by default. A difference between Softmax "
         "Token Choice and another model is also a difference of auxiliary losses.",
-        f"- The initial scale of Soft MoE is {settings['scale_init']:g}, and not the default, 1.",
+        f"- The initial scale of Soft MoE is {settings['scale_init']:g}, and not the default, 1. It was chosen after a "
+        "trial on Fashion-MNIST.",
         "- Intervals show how much a difference changes with the seed. All seeds have the same images.",
-        "- The learning rates come from a search with one seed: three values for a router, four for the dense ViT.",
+        "- The learning rates come from a search with one seed and two epochs, at capacity factor 1 and K = 1: three "
+        "values for a router, four for the dense ViT. They were not searched again for other epochs or variants.",
         "- The times are for this processor and these CPU kernels.",
     ]
     diverged = sum(run["diverged"] is not None for run in runs)

@@ -4,12 +4,14 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from records import at_weights
+from records import at_weights, run, variant
 
 from vmoe_routers.study.claims import decide
+from vmoe_routers.study.comparisons import Comparison
 from vmoe_routers.study.equal_aux_losses import equal_aux_losses, verdict_of
 from vmoe_routers.study.figures import draw
 from vmoe_routers.study.folders import read_runs
+from vmoe_routers.study.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("study_page", ROOT / "scripts" / "study_page.py")
@@ -39,8 +41,8 @@ def test_the_page_of_a_small_study():
 def test_in_short_says_what_is_decided_and_what_equal_weights_change():
     runs = at_weights()
     claims, by_loss = decide(runs), decide(runs, "loss")
-    equal = equal_aux_losses(runs)
-    text = study_page._short(claims, by_loss, equal, None)
+    equal, rows = equal_aux_losses(runs), summarise(runs)
+    text = study_page._short(rows, claims, by_loss, equal, None)
     told = (
         '- Claim (ii, softmax) is **contradicted** by the loss: "Softmax Expert Choice has a lower loss than Softmax '
     )
@@ -51,8 +53,8 @@ def test_in_short_says_what_is_decided_and_what_equal_weights_change():
     assert "| 0.05 | 4 | -0.05 ± 0.10 | **-0.0201 ± 0.0001** | 25.0 | 45.0 |" in table
     assert "other seeds" not in text + table
     assert study_page._equal_losses(None, None) == []
-    assert "weight" not in study_page._short(claims, by_loss, None, None)
-    told = [study_page._short(claims, by_loss, equal, equal), study_page._equal_losses(equal, equal)[1]]
+    assert "weight" not in study_page._short(rows, claims, by_loss, None, None)
+    told = [study_page._short(rows, claims, by_loss, equal, equal), study_page._equal_losses(equal, equal)[1]]
     assert all(verdict_of(equal) in part and "other seeds" in part for part in told)
 
 
@@ -67,3 +69,38 @@ def test_the_page_has_the_replication_when_all_its_runs_are_finished(tmp_path, m
     assert study_page._replication().seeds == [0, 1, 2, 3]
     monkeypatch.setattr(study_page, "REPLICATION", tmp_path / "missing")
     assert study_page._replication() is None
+
+
+def test_the_page_compares_routers_with_the_dense_vit_by_epochs():
+    made = []
+    for router in (None, "soft"):
+        base = variant(router)
+        for seed in range(3):
+            for epochs, accuracy in (("1", 0.7), ("8", 0.8)):
+                changed = {"name": f"{base['name']}-{epochs}", "ablation": "epochs", "arm": epochs}
+                record = run(base | (changed if epochs == "8" else {}), seed)
+                record["settings"]["epochs"] = int(epochs)
+                ahead = 0.0 if router is None else 0.01 * int(epochs) + 0.001 * seed
+                record["final"] |= {"accuracy": accuracy + ahead, "loss": 1 - accuracy - ahead}
+                made.append(record)
+    title, table = study_page._minus_dense(made)
+    rows = [line for line in table.splitlines() if line.startswith(("| 1", "| 8"))]
+    assert rows == [
+        "| 1 | Soft MoE | 3 | **+1.10 ± 0.06** | **-0.0110 ± 0.0006** |",
+        "| 8 | Soft MoE | 3 | **+8.10 ± 0.06** | **-0.0810 ± 0.0006** |",
+    ]
+    assert "by epochs" in title
+    assert study_page._minus_dense([record for record in made if record["variant"]["router"]]) == []
+
+
+def test_a_decided_claim_names_the_differences_with_the_other_sign():
+    mean = Comparison("v", "accuracy", "mean of 3", None, mean=0.01, low=0.005, high=0.015, is_mean=True)
+    singles = [
+        Comparison("v", "accuracy", "a - b", None, mean=-0.02, low=-0.03, high=-0.01),
+        Comparison("v", "accuracy", "c - d", None, mean=-0.02, low=-0.05, high=0.01),
+        Comparison("v", "accuracy", "e - f", None, mean=0.02, low=0.01, high=0.03),
+        Comparison("iv", "accuracy", "g - h", None, mean=-0.02, low=-0.03, high=-0.01),
+    ]
+    said = study_page._against(mean, [mean, *singles])
+    assert said == " With the other sign, without a correction: a - b is -2.00 (-3.00 to -1.00)."
+    assert study_page._against(mean, [mean, *singles[1:]]) == ""
