@@ -221,9 +221,9 @@ def _of_ablations(runs: Sequence[Run]) -> str:
             for router, (accuracy, loss) in by_epochs[epochs].items()
         ]
         lines.append(
-            f"- Claim (i) is tested after {runs[0]['settings']['epochs']} epoch. After {epochs} epochs, the differences "
-            f"to the dense ViT are ([table](#routers-minus-the-dense-vit-by-epochs)): {'; '.join(words)}. A difference "
-            "is bold if its 95 % interval excludes 0, without a correction."
+            f"- Claim (i) is tested after {runs[0]['settings']['epochs']} epoch. After {epochs} epochs, the "
+            "differences to the dense ViT are ([table](#routers-minus-the-dense-vit-by-epochs)): "
+            f"{'; '.join(words)}. A difference is bold if its 95 % interval excludes 0, without a correction."
         )
     return "\n".join(lines)
 
@@ -251,8 +251,8 @@ def _minus_dense(runs: Sequence[Run]) -> list[str]:
         return []
     lines = [
         "The table has the mean differences to the dense ViT with the same number of epochs, at capacity factor 1 and "
-        "K = 1, and not at equal FLOPs. A difference is bold if its 95 % interval excludes 0, without a correction. The "
-        "learning rates were chosen with 2 epochs.",
+        "K = 1, and not at equal FLOPs. A difference is bold if its 95 % interval excludes 0, without a correction. "
+        "The learning rates were chosen with 2 epochs.",
         "",
         "| epochs | router | seeds | accuracy, points | loss, nats |",
         "|---|---|---|---|---|",
@@ -412,9 +412,9 @@ def _orders(found: Sequence[Condition], by_loss: Sequence[Condition]) -> list[st
         "outperforms sparse routers. The lists have four pairs of routers. They count the conditions in which the "
         "first router of a pair is better (*ahead*) or worse (*behind*). All conditions count alike, also differences "
         "near 0. Capacity factors have all seeds, ablations fewer. Many conditions share runs, so the counts are no "
-        "independent evidence. *Clearly* means that the 95 % interval of the difference excludes 0, without a correction for the "
-        "number of differences. At an equal capacity factor, Soft MoE may have more slots than a sparse router, "
-        "because it rounds its slots for each image.",
+        "independent evidence. *Clearly* means that the 95 % interval of the difference excludes 0, without a "
+        "correction for the number of differences. At an equal capacity factor, Soft MoE may have more slots than a "
+        "sparse router, because it rounds its slots for each image.",
         "",
         "By the accuracy:",
         "",
