@@ -150,7 +150,7 @@ def write_report(
         "<h2>In short</h2>",
         _list(findings(runs, chance)),
         "<h2>What was run</h2>",
-        f"<p><code>{escape(str(command))}</code></p>",
+        f"<p>Command of this report: <code>{escape(str(command))}</code></p>",
         _definitions(settings),
         *_notes(settings),
         "<h2>How to read the numbers, and their limits</h2>",
