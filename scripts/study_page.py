@@ -25,7 +25,7 @@ from vmoe_routers.study.equal_aux_losses import EqualAuxLosses, equal_aux_losses
 from vmoe_routers.study.folders import read_contents
 from vmoe_routers.study.orders import ORDERS, Condition, conditions, order_sentences, order_title
 from vmoe_routers.study.styles import style
-from vmoe_routers.study.summary import MEASURES, Row, Run, Stat, paired, stat
+from vmoe_routers.study.summary import MEASURES, Row, Run, Stat, by_variant, paired, stat
 from vmoe_routers.study.variants import base_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,8 @@ def page(folder: Path) -> str:
     claims, claims_by_loss = decide(runs), decide(runs, "loss")
     orders, orders_by_loss = conditions(runs), conditions(runs, "loss")
     equal = equal_aux_losses(runs)
-    replication = _replication() if folder == RESULTS else None
+    others = _replication() if folder == RESULTS else []
+    replication = equal_aux_losses(others)
     where = f"../results/{folder.name}"
     parts = [
         "# Results on Fashion-MNIST",
@@ -79,7 +80,7 @@ def page(folder: Path) -> str:
         "picture has the median times, so a small difference in time can have another sign there.",
         *_ablations(runs, where),
         *_minus_dense(runs),
-        *_equal_losses(equal, replication),
+        *_equal_losses(equal, runs, replication, others),
         *_orders(orders, orders_by_loss),
         "## Limits",
         _limits(contents["settings"], runs),
@@ -89,13 +90,13 @@ def page(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _replication() -> EqualAuxLosses | None:
-    """Reads the test of docs/study.md from the kept records; None before all runs are finished."""
+def _replication() -> list[Run]:
+    """Reads the records of the replication of docs/study.md. Returns an empty list before all runs are finished."""
     if not REPLICATION.is_dir():
-        return None
+        return []
     contents = read_contents(REPLICATION)
     runs = read_runs(REPLICATION, contents)
-    return equal_aux_losses(runs) if len(runs) == len(set(contents["runs"])) else None
+    return [*runs] if len(runs) == len(set(contents["runs"])) else []
 
 
 def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
@@ -364,18 +365,25 @@ def _difference(value: Stat | None, measure: str) -> str:
     return f"**{text}**" if value.is_clear() else text
 
 
-def _equal_losses(equal: EqualAuxLosses | None, replication: EqualAuxLosses | None) -> list[str]:
-    """Makes the tables of Softmax Expert Choice minus Softmax Token Choice by the weights of the auxiliary losses."""
+def _equal_losses(
+    equal: EqualAuxLosses | None, runs: Sequence[Run], replication: EqualAuxLosses | None, others: Sequence[Run]
+) -> list[str]:
+    """Makes the tables of Softmax Expert Choice minus Softmax Token Choice by the weights of the auxiliary losses.
+
+    Args:
+        equal, runs: The comparison at equal weights, and the runs.
+        replication, others: The same of the replication.
+    """
     if equal is None:
         return []
     title = "Softmax Expert Choice and Softmax Token Choice with equal weights of the auxiliary losses"
     lines = [
         "The table has Softmax Expert Choice minus Softmax Token Choice at capacity factor 1 and K = 1. The auxiliary "
         "losses are importance and load. A difference is bold if its 95 % interval excludes 0, without a correction. "
-        "*Dropped* is the share of tokens that no expert took. With the defaults (0.005 in Token Choice, 0 in Expert "
-        "Choice), the difference is in the next section, in the row of capacity factor 1.",
+        "*Dropped* is the share of tokens that no expert took. The last row has the default weights: 0.005 in Token "
+        "Choice, and 0 in Expert Choice.",
         "",
-        *_weights(equal),
+        *_weights(equal, runs),
     ]
     if replication:
         lines += [
@@ -384,14 +392,14 @@ def _equal_losses(equal: EqualAuxLosses | None, replication: EqualAuxLosses | No
             "with other seeds. The test was fixed before these runs ([replication](study.md#replication)). "
             f"{verdict_of(replication)}",
             "",
-            *_weights(replication),
+            *_weights(replication, others),
             "",
             f"The records are in `results/{REPLICATION.name}`.",
         ]
     return [f"### {title}", "\n".join(lines)]
 
 
-def _weights(equal: EqualAuxLosses) -> list[str]:
+def _weights(equal: EqualAuxLosses, runs: Sequence[Run]) -> list[str]:
     units = [f"{measure}, {MEASURES[measure].unit}" for measure in equal.differences]
     lines = [
         f"| weight in both routers | seeds | {' | '.join(units)} | dropped by Expert Choice, % | dropped by Token "
@@ -403,7 +411,16 @@ def _weights(equal: EqualAuxLosses) -> list[str]:
         cells += [_difference(of[weight], measure) for measure, of in equal.differences.items()]
         cells += map(_percent, dropped)
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    rows = {row.name: row for row in summarise(runs)}
+    groups = {group[0]["variant"]["name"]: group for group in by_variant(runs)}
+    expert, token = (base_variant(router).name for router in ORDERS[0])
+    differences = {
+        measure: stat(paired(groups[expert], groups[token], MEASURES[measure].of)) for measure in equal.differences
+    }
+    cells = ["defaults", str(rows[expert].seeds)]
+    cells += [_difference(value, measure) for measure, value in differences.items()]
+    cells += [_percent(rows[name].dropped) for name in (expert, token)]
+    return [*lines, f"| {' | '.join(cells)} |"]
 
 
 def _orders(found: Sequence[Condition], by_loss: Sequence[Condition]) -> list[str]:

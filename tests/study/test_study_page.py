@@ -49,26 +49,29 @@ def test_in_short_says_what_is_decided_and_what_equal_weights_change():
     assert f'{told}Token Choice with as many slots." The mean difference is +0.0200 nats.' in text
     assert "by the accuracy: " not in text and "**-0.0201 ± 0.0001** (weight 0.05)" in text
     assert "takes is 30.0 % (weight 0), 29.5 % (weight 0.005), 25.0 % (weight 0.05) in Softmax Expert Choice" in text
-    table = study_page._equal_losses(equal, None)[1]
+    table = study_page._equal_losses(equal, runs, None, [])[1]
     assert "| 0.05 | 4 | -0.05 ± 0.10 | **-0.0201 ± 0.0001** | 25.0 | 45.0 |" in table
+    assert "| defaults | 4 | -0.05 ± 0.10 | **+0.0200 ± 0.0001** | 30.0 | 49.5 |" in table
     assert "other seeds" not in text + table
-    assert study_page._equal_losses(None, None) == []
+    assert study_page._equal_losses(None, [], None, []) == []
     assert "weight" not in study_page._short(rows, claims, by_loss, None, None)
-    told = [study_page._short(rows, claims, by_loss, equal, equal), study_page._equal_losses(equal, equal)[1]]
+    told = [
+        study_page._short(rows, claims, by_loss, equal, equal),
+        study_page._equal_losses(equal, runs, equal, runs)[1],
+    ]
     assert all(verdict_of(equal) in part and "other seeds" in part for part in told)
 
 
 def test_the_page_has_the_replication_when_all_its_runs_are_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(study_page, "REPLICATION", tmp_path)
-    names = ["a", "b"]
-    runs = at_weights()
+    names, runs = ["a", "b"], at_weights()
     monkeypatch.setattr(study_page, "read_contents", lambda folder: {"runs": names})
     monkeypatch.setattr(study_page, "read_runs", lambda folder, contents: runs)
-    assert study_page._replication() is None
+    assert study_page._replication() == []
     names[:] = map(str, range(len(runs)))
-    assert study_page._replication().seeds == [0, 1, 2, 3]
+    assert study_page._replication() == runs
     monkeypatch.setattr(study_page, "REPLICATION", tmp_path / "missing")
-    assert study_page._replication() is None
+    assert study_page._replication() == []
 
 
 def test_the_page_compares_routers_with_the_dense_vit_by_epochs():
