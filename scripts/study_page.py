@@ -158,9 +158,8 @@ def _short(
         lines += ["- These claims are resolved by no measure:", *open_claims]
     lowest, highest = min(rows, key=lambda row: row.loss.mean), max(rows, key=lambda row: row.accuracy.mean)
     lines.append(
-        f"- Of all {len(rows)} models of the comparison, {lowest.label} has the lowest mean loss "
-        f"({lowest.loss.spaced('.3f')}), and {highest.label} has the highest mean accuracy "
-        f"({highest.accuracy.spaced('.1f', 100)} %)."
+        f"- {lowest.label} has the lowest mean loss ({lowest.loss.spaced('.3f')}) of all {len(rows)} models of the "
+        f"comparison, and {highest.label} has the highest mean accuracy ({highest.accuracy.spaced('.1f', 100)} %)."
     )
     lines += [f"- {sentence}" for sentence in remarks([], claims, claims_by_loss)]
     lines.append("- The loss was added as a second measure after results were seen ([protocol](study.md#claims)).")
@@ -210,8 +209,8 @@ def _of_ablations(runs: Sequence[Run]) -> str:
     best = max(rows, key=lambda row: row.accuracy.mean)
     lines = [
         "",
-        f"- Of the ablations with equal epochs, {best.label} with the value {best.arm} of *{_title(best)}* has the "
-        f"highest mean accuracy ({best.accuracy.spaced('.1f', 100)} %). The largest tested weight of the auxiliary "
+        f"- {best.label} with the value {best.arm} of *{_title(best)}* has the highest mean accuracy "
+        f"({best.accuracy.spaced('.1f', 100)} %) of the ablations with equal epochs. The largest tested weight of the auxiliary "
         "losses is 0.05, so the best weight is not known.",
     ]
     by_epochs = _epochs_minus_dense(runs)
