@@ -210,8 +210,8 @@ def _of_ablations(runs: Sequence[Run]) -> str:
     lines = [
         "",
         f"- {best.label} with the value {best.arm} of *{_title(best)}* has the highest mean accuracy "
-        f"({best.accuracy.spaced('.1f', 100)} %) of the ablations with equal epochs. The largest tested weight of the auxiliary "
-        "losses is 0.05, so the best weight is not known.",
+        f"({best.accuracy.spaced('.1f', 100)} %) of the ablations with equal epochs. The largest tested weight of "
+        "the auxiliary losses is 0.05, so the best weight is not known.",
     ]
     by_epochs = _epochs_minus_dense(runs)
     if by_epochs:
