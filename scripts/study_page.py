@@ -10,16 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmoe_routers.study import ablation_rows, decide, read_runs, summarise
-from vmoe_routers.study.ablation_rows import AblationRow, ablation_groups
+from vmoe_routers.study.ablation_rows import ablation_groups
 from vmoe_routers.study.ablations import ABLATIONS
-from vmoe_routers.study.claims import (
-    CLAIMS,
-    deciding,
-    remarks,
-    scale_of,
-    text_of,
-    verdicts,
-)
+from vmoe_routers.study.claims import CLAIMS, deciding, remarks, scale_of, text_of, verdicts
 from vmoe_routers.study.comparisons import MOST_SEEDS, POWER, Comparison
 from vmoe_routers.study.equal_aux_losses import EqualAuxLosses, equal_aux_losses, verdict_of
 from vmoe_routers.study.folders import read_contents
@@ -59,7 +52,7 @@ def page(folder: Path) -> str:
         "# Results on Fashion-MNIST",
         _lead(runs, rows, planned),
         "## In short",
-        _short(rows, claims, claims_by_loss, equal, replication) + _of_ablations(runs),
+        "\n".join([_short(rows, claims, claims_by_loss, equal, replication), *_of_ablations(runs)]),
         "## The models with capacity factor 1",
         _table(rows),
         "## The claims",
@@ -90,13 +83,13 @@ def page(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _replication() -> list[Run]:
+def _replication() -> Sequence[Run]:
     """Reads the records of the replication of docs/study.md. Returns an empty list before all runs are finished."""
     if not REPLICATION.is_dir():
         return []
     contents = read_contents(REPLICATION)
     runs = read_runs(REPLICATION, contents)
-    return [*runs] if len(runs) == len(set(contents["runs"])) else []
+    return runs if len(runs) == len(set(contents["runs"])) else []
 
 
 def _lead(runs: Sequence[Run], rows: Sequence[Row], planned: int) -> str:
@@ -141,16 +134,16 @@ def _short(
 ) -> str:
     """Says which claims are decided, and how two routers compare with equal weights of the auxiliary losses."""
     lines, open_claims = [], []
-    mains = [(deciding(of), of) for of in (claims, claims_by_loss)]
+    mains = deciding(claims), deciding(claims_by_loss)
     for claim in CLAIMS:
-        judged = [(of[claim], all_of) for of, all_of in mains if claim in of and of[claim].mean is not None]
-        decided = [(main, of) for main, of in judged if main.verdict != "not resolved"]
-        for main, of in decided:
+        judged = [of[claim] for of in mains if claim in of and of[claim].mean is not None]
+        decided = [main for main in judged if main.verdict != "not resolved"]
+        for main in decided:
             difference = format(scale_of(claim, main.measure) * main.mean, MEASURES[main.measure].form)
             unit = "" if claim == "vi" else f" {MEASURES[main.measure].unit}"
             lines.append(
                 f'- Claim ({claim}) is **{main.verdict}** by the {main.measure}: "{text_of(claim, main.measure)}" The '
-                f"mean difference is {difference}{unit}.{_against(main, of)}"
+                f"mean difference is {difference}{unit}.{_against(main, [*claims, *claims_by_loss])}"
             )
         if judged and not decided:
             open_claims.append(f"    - ({claim}) {CLAIMS[claim]}")
@@ -195,21 +188,22 @@ def _against(main: Comparison, of: Sequence[Comparison]) -> str:
     """Names the single comparisons of a decided claim that have the other sign, and an interval without 0."""
     measure, words = MEASURES[main.measure], []
     for one in of:
-        if one.claim == main.claim and one.low is not None and one.low * one.high > 0 > one.mean * main.mean:
+        if (one.claim, one.measure) != (main.claim, main.measure):
+            continue
+        if one.low is not None and one.low * one.high > 0 > one.mean * main.mean:
             mean, low, high = (format(measure.scale * value, measure.form) for value in (one.mean, one.low, one.high))
             words.append(f"{one.what} is {mean} ({low} to {high})")
     return f" With the other sign, without a correction: {'; '.join(words)}." if words else ""
 
 
-def _of_ablations(runs: Sequence[Run]) -> str:
+def _of_ablations(runs: Sequence[Run]) -> list[str]:
     """Names the best model of the ablations with the trainings of the comparison, and the models with most epochs."""
     rows = [row for row in ablation_rows(runs) if row.ablation != "epochs" and not row.is_base]
     if not rows:
-        return ""
+        return []
     best = max(rows, key=lambda row: row.accuracy.mean)
     lines = [
-        "",
-        f"- {best.label} with the value {best.arm} of *{_title(best)}* has the highest mean accuracy "
+        f"- {best.label} with the value {best.arm} of *{ABLATIONS[best.ablation].title}* has the highest mean accuracy "
         f"({best.accuracy.spaced('.1f', 100)} %) of the ablations with equal epochs. The largest tested weight of "
         "the auxiliary losses is 0.05, so the best weight is not known.",
     ]
@@ -225,11 +219,7 @@ def _of_ablations(runs: Sequence[Run]) -> str:
             "differences to the dense ViT are ([table](#routers-minus-the-dense-vit-by-epochs)): "
             f"{'; '.join(words)}. A difference is bold if its 95 % interval excludes 0, without a correction."
         )
-    return "\n".join(lines)
-
-
-def _title(row: AblationRow) -> str:
-    return ABLATIONS[row.ablation].title
+    return lines
 
 
 def _epochs_minus_dense(runs: Sequence[Run]) -> dict[str, dict[str, tuple[Stat, Stat]]]:

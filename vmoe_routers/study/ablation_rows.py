@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vmoe_routers.study.ablations import ABLATIONS, Arm
 from vmoe_routers.study.styles import style
-from vmoe_routers.study.summary import Run, Stat, accuracy, by_variant, loss, paired, stat
+from vmoe_routers.study.summary import Run, Stat, accuracy, by_variant, layer_mean, loss, paired, stat
 from vmoe_routers.study.variants import base_variant
 
 
@@ -104,7 +104,6 @@ def _row(group: Group) -> AblationRow:
         values = paired(group.runs, group.base, value)
         return stat(values) if values and group.runs is not group.base else None
 
-    dropped = [layer["dropped"] for run in group.runs for layer in run["layers"]]
     return AblationRow(
         ablation=group.ablation,
         arm=group.arm.label,
@@ -116,5 +115,5 @@ def _row(group: Group) -> AblationRow:
         loss=stat(map(loss, group.runs)),
         difference=difference(accuracy),
         loss_difference=difference(loss),
-        dropped=stat(dropped).mean if dropped else None,
+        dropped=layer_mean(group.runs, "dropped"),
     )

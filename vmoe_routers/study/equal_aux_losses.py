@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from vmoe_routers.study.ablation_rows import ablation_groups
 from vmoe_routers.study.ablations import ABLATIONS
 from vmoe_routers.study.comparisons import Comparison, Pair, correct, mean_of, paired_test
-from vmoe_routers.study.summary import MEASURES, Run, Stat, stat
+from vmoe_routers.study.summary import MEASURES, Run, Stat, layer_mean, stat
 
 _EXPERT, _TOKEN = "aux_loss", "aux_loss_token_choice"  # the ablations of Expert Choice and of Token Choice
 WEIGHTS = [arm.label for arm in ABLATIONS[_EXPERT].arms]
@@ -29,7 +28,7 @@ class EqualAuxLosses(NamedTuple):
 
     seeds: list[int]
     differences: Mapping[str, Mapping[str, Stat]]
-    dropped: Mapping[str, tuple[float, float]]
+    dropped: Mapping[str, tuple[float | None, ...]]
     tests: list[Comparison]
 
 
@@ -51,14 +50,10 @@ def equal_aux_losses(runs: Sequence[Run]) -> EqualAuxLosses | None:
         differences[name] = {pair.what: stat(pair.differences.values()) for pair in pairs}
         tests.append(paired_test("equal auxiliary losses", name, mean_of(pairs)))
     dropped = {
-        weight: (_dropped([first[seed] for seed in seeds]), _dropped([second[seed] for seed in seeds]))
+        weight: tuple(layer_mean([of[seed] for seed in seeds], "dropped") for of in (first, second))
         for weight, first, second in zip(WEIGHTS, expert, token, strict=True)
     }
     return EqualAuxLosses(seeds, differences, dropped, correct(tests, len(tests)))
-
-
-def _dropped(runs: Sequence[Run]) -> float:
-    return statistics.fmean(layer["dropped"] for run in runs for layer in run["layers"])
 
 
 def verdict_of(found: EqualAuxLosses) -> str:

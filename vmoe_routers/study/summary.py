@@ -268,8 +268,9 @@ def _sum(values: Iterable[float]) -> float:
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
-def _layer_values(runs: Sequence[Run], key: str) -> list[float | None]:
-    return [layer[key] for run in runs for layer in run["layers"]]
+def layer_mean(runs: Iterable[Run], key: str) -> float | None:
+    """Computes the mean of a routing metric over runs and MoE layers; None for the dense ViT."""
+    return _mean(layer[key] for run in runs for layer in run["layers"])
 
 
 def summarise(runs: Iterable[Run]) -> list[Row]:
@@ -308,9 +309,9 @@ def _row(runs: Sequence[Run], dense: Sequence[Run]) -> Row:
         flops=cost("flops"),
         flops_ratio=cost("flops") / cost("flops", dense) if dense else None,
         parameters=cost("parameters"),
-        dropped=_mean(_layer_values(runs, "dropped")),
-        load_cv=_mean(_layer_values(runs, "load_cv")),
-        utilisation=_mean(_layer_values(runs, "utilisation")),
+        dropped=layer_mean(runs, "dropped"),
+        load_cv=layer_mean(runs, "load_cv"),
+        utilisation=layer_mean(runs, "utilisation"),
         dead_experts=_mean(dead),
         transfer=stat(transfers) if transfers else None,
     )
